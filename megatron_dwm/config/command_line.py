@@ -1,0 +1,25 @@
+"""How every command ends: 0 on success, 2 on a user's mistake, 1 on a failure of ours."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from megatron_dwm.config.errors import UserError
+
+EXIT_USER_MISTAKE = 2
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Call `main` and leave the process.
+
+    A `UserError` becomes one line on stderr and exit code 2. Any other exception keeps its
+    traceback, which Python ends with exit code 1.
+    """
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_MISTAKE)
+    sys.exit(0)

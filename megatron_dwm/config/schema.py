@@ -1,0 +1,248 @@
+"""What a run is: frozen dataclasses, one for each section of a configuration file.
+
+The order of the sections is the order in which a reader meets them in `examples/tiny.yaml`.
+Every field is a key that users type (`--section.key value`); its docstring is its help text, so
+it states units and what a special value means. Values that follow from others are properties.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Precision = Literal["fp32", "bf16"]
+Preset = Literal["tiny", "llama-370m", "llama-1.3b"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run lives and what makes it repeatable."""
+
+    dir: str = "runs/run"
+    """directory that receives everything the run writes"""
+    seed: int = 1234
+    """seed of parameters, data order and validation order"""
+    resume: bool = False
+    """go on from the newest checkpoint in run.dir (start afresh if there is none)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How one model is split over processes; what is left of the world is data parallel."""
+
+    tensor: int = 1
+    """tensor-parallel size (processes)"""
+    pipeline: int = 1
+    """pipeline-parallel size (processes)"""
+    sequence: bool = False
+    """sequence parallelism inside the tensor-parallel group"""
+    sharded_optimizer: bool = False
+    """shard the optimiser's state over the data-parallel group (Megatron's DistributedOptimizer)"""
+    timeout_s: int = 600
+    """seconds after which a collective that a dead rank never joined fails"""
+
+    @property
+    def model_size(self) -> int:
+        """Processes that together hold one replica of the LLM."""
+        return self.tensor * self.pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The LLM; a field left empty takes the preset's value."""
+
+    preset: Preset = "tiny"
+    """shape to start from"""
+    precision: Precision = "fp32"
+    """arithmetic of parameters and activations; bf16 keeps fp32 main parameters"""
+    init_from: str | None = None
+    """checkpoint directory of an earlier run whose LLM parameters to start from"""
+    hidden_size: int | None = None
+    """width of the residual stream"""
+    num_layers: int | None = None
+    """transformer layers"""
+    num_attention_heads: int | None = None
+    """query heads"""
+    num_query_groups: int | None = None
+    """key-value heads (grouped-query attention); equal to the query heads for plain attention"""
+    ffn_hidden_size: int | None = None
+    """inner width of the SwiGLU block"""
+    vocab_size: int | None = None
+    """pieces in the vocabulary; empty takes the tokenizer's"""
+    tied_embeddings: bool | None = None
+    """share the input embedding with the output layer"""
+    rotary_base: float | None = None
+    """base of the rotary position embedding"""
+    norm_epsilon: float | None = None
+    """epsilon of RMSNorm"""
+    init_std: float | None = None
+    """standard deviation of the normal initialisation"""
+    recompute: Literal["none", "full"] = "none"
+    """recompute activations in the backward pass: nothing, or whole layers"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What the LLM reads."""
+
+    train: list[str] = field(default_factory=list)
+    """prefixes of indexed files, or weights and prefixes in turn, as Megatron's --data-path"""
+    tokenizer: str | None = None
+    """SentencePiece model the data was tokenized with"""
+    sequence_length: int = 1024
+    """tokens in a training sample"""
+    domain_key: str = "meta.redpajama_set_name"
+    """metadata column that names a document's domain"""
+    cache_dir: str | None = None
+    """directory of the sample index cache; empty keeps it under run.dir"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """The target: the text whose loss the weighting model lowers."""
+
+    path: str | None = None
+    """JSON Lines file with a `text` in every line (required by policy dwm)"""
+    loss_on: Literal["all", "last_word"] = "all"
+    """tokens that carry the validation loss"""
+    batch_size: int | None = None
+    """passages in one validation batch; empty takes training.global_batch_size"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Held-out loss while training; its rows are never trained on, nor is the weighting model."""
+
+    path: str | None = None
+    """JSON Lines file with a `text` and the domain key in every line; empty switches it off"""
+    interval_steps: int = 100
+    """steps between evaluations; the last step is always evaluated"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The LLM's optimiser and the loop."""
+
+    steps: int = 1000
+    """optimiser steps"""
+    global_batch_size: int = 32
+    """samples in one optimiser step, over all processes"""
+    micro_batch_size: int = 32
+    """samples in one forward pass of one process"""
+    learning_rate: float = 3e-3
+    """peak learning rate"""
+    min_learning_rate_fraction: float = 0.1
+    """the cosine ends at this fraction of the peak"""
+    warmup_fraction: float = 0.05
+    """fraction of the steps over which the learning rate rises linearly"""
+    weight_decay: float = 0.1
+    """decoupled weight decay (norms and biases are exempt)"""
+    clip_grad: float = 1.0
+    """largest global gradient norm; 0 switches clipping off"""
+    adam_beta1: float = 0.9
+    """decay of the first moment"""
+    adam_beta2: float = 0.95
+    """decay of the second moment"""
+    adam_epsilon: float = 1e-8
+    """epsilon of Adam"""
+    checkpoint_interval_steps: int = 500
+    """steps between checkpoints; the last step always writes one; 0 writes only that"""
+    log_interval_steps: int = 10
+    """steps between lines on the terminal when it is not interactive"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """Who decides what a sample weighs."""
+
+    name: Literal["uniform", "dwm"] = "uniform"
+    """uniform weighs all samples alike; dwm learns the weights"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightingConfig:
+    """The weighting model and when it learns (policy dwm)."""
+
+    mode: Literal["staged", "online"] = "staged"
+    """staged updates at stage boundaries with the LLM frozen; online updates every few steps"""
+    stages: int = 5
+    """stages of equal length (staged)"""
+    updates_per_stage: int = 30
+    """weighting updates at each stage boundary (staged)"""
+    interval_steps: int = 10
+    """LLM steps between two weighting updates (online)"""
+    warmup_steps: int = 50
+    """LLM steps with uniform weights before the first update (online)"""
+    load: str | None = None
+    """directory of a weighting model (weighting/stage_K of a run) to start from"""
+    frozen: bool = False
+    """apply the loaded weighting model without updating it"""
+    hidden_size: int = 32
+    """width of the weighting model"""
+    num_layers: int = 1
+    """transformer layers of its token encoder"""
+    num_attention_heads: int = 4
+    """heads of its encoder and of its attention across samples"""
+    ffn_hidden_size: int = 64
+    """inner width of its SwiGLU blocks"""
+    group: Literal["micro_batch", "global"] = "micro_batch"
+    """samples that share a softmax: those of a micro-batch, or of the global batch"""
+    learning_rate: float = 1e-3
+    """learning rate of AdamW on the weighting model"""
+    weight_decay: float = 0.0
+    """decoupled weight decay of the weighting model"""
+    clip_grad: float = 1.0
+    """largest gradient norm of the weighting model; 0 switches clipping off"""
+    standardize: bool = True
+    """standardise the alignments inside the weighting group before they drive an update"""
+    min_effective_sample_size: float = 0.5
+    """smallest effective sample size of a group, as a fraction of it, held by a temperature;
+    0 switches it off"""
+    uniform_floor: float = 0.0
+    """part of every weight that stays uniform, 0 to 1"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BilevelConfig:
+    """How the hypergradient is computed (METHOD.md, section 2)."""
+
+    estimator: Literal["tangent_probe", "finite_difference", "unroll"] = "tangent_probe"
+    """tangent_probe works under every layout; the other two are slow cross-checks"""
+    inner_optimizer: Literal["adam", "sgd"] = "adam"
+    """the virtual step: the step that training would take (adam), or plain gradient descent"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What is kept of the run."""
+
+    tensorboard: bool = True
+    """write TensorBoard event files"""
+    weights_interval_steps: int = 10
+    """steps between records of every sample's weight in weights/*.parquet; 0 keeps none"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    weighting: WeightingConfig = field(default_factory=WeightingConfig)
+    bilevel: BilevelConfig = field(default_factory=BilevelConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas of the LLM among `world_size` processes."""
+        return world_size // self.parallel.model_size
+
+    def num_microbatches(self, world_size: int) -> int:
+        """Micro-batches that one process runs in one optimiser step."""
+        rows = self.training.micro_batch_size * self.data_parallel_size(world_size)
+        return self.training.global_batch_size // rows

@@ -1,0 +1,58 @@
+"""Packaging. Every bound has its reason beside it."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+CORE = [
+    # Pinned: the one release this code was run with. Where no CPU build is at hand the same
+    # version is the CUDA build.
+    "torch==2.13.0",
+    # Newest release for Python 3.10 to 3.12; 0.17 needs 3.12 and deprecates GPTModel. runtime/cpu.py
+    # and the optimiser's virtual step name functions inside it.
+    "megatron-core==0.16.1",
+    "numpy>=1.26,<3",
+    "psutil>=5.9,<8",  # megatron.core.dist_checkpointing saves with it
+    "jsonargparse>=4.49,<5",  # `instantiate` came with 4.49
+    "PyYAML>=6,<7",
+    "sentencepiece>=0.2.1,<0.3",  # byte-exact ids are checked against 0.2.x
+    "pyarrow>=16",  # metadata sidecars and weight records (Parquet)
+    "zstandard>=0.22,<1",  # .zst corpora
+    "tqdm>=4.66,<5",
+    "tensorboard>=2.16,<3",
+    "datasets>=3,<6",
+]
+EVAL = [
+    "transformers>=5,<6",  # 5.x reads the tokenizer class that exports name
+    "lm-eval[hf]>=0.4.9,<0.5",
+    "protobuf>=5",  # transformers needs it beside sentencepiece
+    "safetensors>=0.5,<1",
+    "tokenizers>=0.21,<1",
+]
+REPORT = ["matplotlib>=3.8,<4"]
+GPU = [
+    # Megatron-Core 0.16.1 declares this range. NVIDIA's apex and DLProf are not on PyPI (other
+    # projects own these names there): they are detected and used where present.
+    "transformer-engine[pytorch]>=2.9,<2.12",
+]
+DEV = ["pytest>=8,<10", "pytest-timeout>=2.3,<3", "ruff==0.17.6"]
+
+setup(
+    name="megatron-dwm",
+    version="0.1.0",
+    description="Pretraining on Megatron-Core with a learned weight for every sample",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    # 3.10: oldest that torch 2.13 and megatron-core 0.16 support; 3.13 is not supported by the
+    # wheels of megatron-core 0.16.
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["megatron_dwm", "megatron_dwm.*"]),
+    install_requires=CORE,
+    extras_require={
+        "eval": EVAL,
+        "report": REPORT,
+        "gpu": GPU,
+        "dev": DEV + EVAL + REPORT,
+    },
+)
