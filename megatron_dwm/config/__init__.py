@@ -1,0 +1,33 @@
+"""What a run is: frozen dataclasses read from YAML and dotted overrides."""
+
+from megatron_dwm.config.errors import UserError
+from megatron_dwm.config.schema import (
+    BilevelConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ModelConfig,
+    ParallelConfig,
+    PolicyConfig,
+    RunConfig,
+    TrainingConfig,
+    ValidationConfig,
+    WeightingConfig,
+)
+
+__all__ = [
+    "BilevelConfig",
+    "Config",
+    "DataConfig",
+    "EvaluationConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "PolicyConfig",
+    "RunConfig",
+    "TrainingConfig",
+    "UserError",
+    "ValidationConfig",
+    "WeightingConfig",
+]

@@ -1,0 +1,1 @@
+"""What the models read: indexed training data, validation and held-out text, and their domains."""

@@ -1,0 +1,17 @@
+"""Llama on Megatron-Core: shapes, modules, the model of a rank, passes through the schedules."""
+
+from megatron_dwm.model.llm import LLM, build_llm, unwrap
+from megatron_dwm.model.passes import MicroBatch, PassResult, forward_backward, forward_only
+from megatron_dwm.model.shape import LlamaShape, resolve_shape
+
+__all__ = [
+    "LLM",
+    "LlamaShape",
+    "MicroBatch",
+    "PassResult",
+    "build_llm",
+    "forward_backward",
+    "forward_only",
+    "resolve_shape",
+    "unwrap",
+]

@@ -1,0 +1,167 @@
+"""Domains of documents, read from the metadata sidecar beside an indexed file.
+
+`PREFIX.meta.parquet` has a row a document, in the order of the index, and names in its schema
+metadata the tokenizer that the data was made with. Only the domain column is read, a row group at
+a time, into one small integer a document. Without a sidecar every document is of domain "unknown".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from megatron_dwm.config.errors import UserError
+from megatron_dwm.data.batch import UNKNOWN_DOMAIN
+from megatron_dwm.data.prefixes import IndexedFile
+
+if TYPE_CHECKING:
+    from megatron_dwm.tokenizer import Tokenizer
+
+_OWN_COLUMNS = {"source_file", "record", "tokens"}
+_SCANNED_TOKENS = 1 << 24
+_CHUNK_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentDomains:
+    """The domain of every document of one indexed file."""
+
+    names: tuple[str, ...]
+    codes: np.ndarray | None
+    """one index into `names` a document; None when all documents are of `names[0]`"""
+
+    def of(self, document: int) -> str:
+        """Domain of the document with this number in its file."""
+        return self.names[0] if self.codes is None else self.names[self.codes[document]]
+
+
+def sidecar_path(prefix: str) -> Path:
+    """Where the metadata of the indexed file at `prefix` is kept."""
+    return Path(f"{prefix}.meta.parquet")
+
+
+def read_domains(file: IndexedFile, domain_key: str) -> DocumentDomains:
+    """The domains of all documents of `file`; a null or empty value counts as "unknown".
+
+    Raises:
+        UserError: the sidecar cannot be read, has another number of rows than the index has
+            documents, or has metadata columns but not `domain_key`.
+    """
+    sidecar = _open_sidecar(file)
+    if sidecar is None or not _has_domains(sidecar, file, domain_key):
+        return DocumentDomains(names=(UNKNOWN_DOMAIN,), codes=None)
+    codes_by_name: dict[str, int] = {}
+    codes = np.empty(file.num_documents, dtype=np.int32)
+    row = 0
+    for group in range(sidecar.num_row_groups):
+        column = sidecar.read_row_group(group, columns=[domain_key]).column(0)
+        group_codes = _encode(column, codes_by_name)
+        codes[row : row + len(group_codes)] = group_codes
+        row += len(group_codes)
+    names = tuple(codes_by_name)
+    return DocumentDomains(names=names, codes=codes.astype(np.min_scalar_type(len(names))))
+
+
+def check_sidecar(file: IndexedFile, domain_key: str) -> None:
+    """Check the sidecar's row count and columns, from its footer alone.
+
+    Raises:
+        UserError: as `read_domains`.
+    """
+    sidecar = _open_sidecar(file)
+    if sidecar is not None:
+        _has_domains(sidecar, file, domain_key)
+
+
+def check_tokenizer(file: IndexedFile, tokenizer: Tokenizer) -> None:
+    """Check that `file` was made with `tokenizer`.
+
+    The sidecar names the tokenizer; without one, the largest of the first 16 million token ids must
+    be below the vocabulary size.
+
+    Raises:
+        UserError: another tokenizer, another vocabulary size, or an id that is too large.
+    """
+    sidecar = _open_sidecar(file)
+    recorded = {} if sidecar is None else (sidecar.schema_arrow.metadata or {})
+    recorded_sha256 = recorded.get(b"tokenizer_sha256", b"").decode()
+    recorded_size = recorded.get(b"vocab_size", b"").decode()
+    differs = (recorded_sha256 not in ("", tokenizer.sha256)) or (
+        recorded_size not in ("", str(tokenizer.vocab_size))
+    )
+    if differs:
+        raise UserError(
+            f"{sidecar_path(file.prefix)} says that the data was made with tokenizer "
+            f"{recorded_sha256[:12] or '(not named)'} of {recorded_size or 'unnamed'} pieces, but "
+            f"data.tokenizer {tokenizer.model_path} is {tokenizer.sha256[:12]} of "
+            f"{tokenizer.vocab_size} pieces: use the same one"
+        )
+    if not recorded_sha256:
+        _check_largest_id(file, tokenizer)
+
+
+def _open_sidecar(file: IndexedFile) -> pq.ParquetFile | None:
+    path = sidecar_path(file.prefix)
+    if not path.is_file():
+        return None
+    try:
+        sidecar = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is not a readable Parquet file ({reason})") from error
+    if sidecar.metadata.num_rows != file.num_documents:
+        raise UserError(
+            f"{path} has {sidecar.metadata.num_rows} rows but {file.idx_path.name} has "
+            f"{file.num_documents} documents: they are not of one run, preprocess again"
+        )
+    return sidecar
+
+
+def _has_domains(sidecar: pq.ParquetFile, file: IndexedFile, domain_key: str) -> bool:
+    """Whether the sidecar has the column; metadata without it means a misspelt key."""
+    columns = sidecar.schema_arrow.names
+    if domain_key in columns:
+        return True
+    others = [name for name in columns if name not in _OWN_COLUMNS]
+    if others:
+        raise UserError(
+            f"{sidecar_path(file.prefix)} has no column {domain_key} (data.domain_key): "
+            f"it has {', '.join(others)}"
+        )
+    return False
+
+
+def _encode(column: pa.ChunkedArray, codes_by_name: dict[str, int]) -> np.ndarray:
+    """Codes of the column's values; names not seen before are appended to `codes_by_name`."""
+    text = pc.fill_null(pc.cast(column, pa.string()), UNKNOWN_DOMAIN).combine_chunks()
+    encoded = text.dictionary_encode()
+    lookup = np.array(
+        [
+            codes_by_name.setdefault(name or UNKNOWN_DOMAIN, len(codes_by_name))
+            for name in encoded.dictionary.to_pylist()
+        ],
+        dtype=np.int32,
+    )
+    return lookup[encoded.indices.to_numpy(zero_copy_only=False)]
+
+
+def _check_largest_id(file: IndexedFile, tokenizer: Tokenizer) -> None:
+    if file.num_tokens == 0:
+        return
+    ids = np.memmap(file.bin_path, dtype=file.dtype, mode="r", shape=(file.num_tokens,))
+    stop = min(file.num_tokens, _SCANNED_TOKENS)
+    largest = max(
+        int(ids[start : min(start + _CHUNK_TOKENS, stop)].max())
+        for start in range(0, stop, _CHUNK_TOKENS)
+    )
+    if largest >= tokenizer.vocab_size:
+        raise UserError(
+            f"{file.bin_path} holds token id {largest} but data.tokenizer {tokenizer.model_path} "
+            f"has {tokenizer.vocab_size} pieces: use the tokenizer that the data was made with"
+        )

@@ -1,0 +1,254 @@
+"""The order in which training samples are read: sample k depends on (data, seed, purpose, k) alone.
+
+It does not depend on how many samples are asked for, on the batch size or on the layout, so a run
+can be resumed, lengthened or split over other numbers of processes and reads the same samples.
+
+* One prefix: pass after pass over its samples, each pass shuffled anew from a hash of
+  (seed, purpose, place of the prefix, number of the pass).
+* Several: Megatron-Core's greedy blend (`build_blending_indices`, megatron/core/datasets/
+  helpers.cpp). Its choice at k looks only at earlier choices, so a longer blend begins with the
+  shorter one. Without weights the shares follow the samples in a pass.
+
+Cost: rank 0 builds the indices of all passes once; a sample is then one binary search a document
+and a copy of its tokens from the mapped file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets import helpers
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_dwm.config.schema import DataConfig
+from megatron_dwm.data.batch import Batch
+from megatron_dwm.data.checks import check_length
+from megatron_dwm.data.domains import DocumentDomains, read_domains
+from megatron_dwm.data.index_cache import Pass, ensure_pass, on_first_rank, open_pass, publish
+from megatron_dwm.data.prefixes import BlendPart, IndexedFile, parse_blend, read_indexed_file
+
+_OPEN_PASSES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    text: np.ndarray
+    """int64, sequence_length + 1 token ids"""
+    document: int
+    """number of the document in its file"""
+
+
+class _PrefixStream:
+    """Endless samples of one prefix."""
+
+    def __init__(
+        self, file: IndexedFile, config: DataConfig, *, order: str, eod_id: int, cache_dir: Path
+    ) -> None:
+        check_length(file, config.sequence_length)
+        self.file = file
+        self.domains: DocumentDomains = read_domains(file, config.domain_key)
+        self.samples_per_pass = file.samples_per_epoch(config.sequence_length)
+        self._sequence_length = config.sequence_length
+        self._order = order
+        self._eod_id = eod_id
+        self._cache_dir = cache_dir
+        self._indexed = IndexedDataset(file.prefix, mmap=True)
+        self._open: dict[int, GPTDataset] = {}
+
+    def build(self, num_samples: int) -> None:
+        """Build the indices of the passes that hold the first `num_samples` samples."""
+        for number in range(-(-num_samples // self.samples_per_pass)):
+            ensure_pass(self._pass(number), self._indexed, self._eod_id, self._cache_dir)
+
+    def row(self, position: int) -> _Row:
+        """The sample at `position` of the stream."""
+        number, place = divmod(position, self.samples_per_pass)
+        dataset = self._dataset(number)
+        sample = dataset[place]
+        text = torch.cat([sample["tokens"], sample["labels"][-1:]]).numpy()
+        return _Row(text=text, document=self._main_document(dataset, place))
+
+    def _pass(self, number: int) -> Pass:
+        digest = hashlib.sha256(f"{self._order}/{number}".encode()).digest()
+        seed = int.from_bytes(digest[:4], "big")  # numpy.random.RandomState takes 32 bits
+        return Pass(file=self.file, sequence_length=self._sequence_length, seed=seed)
+
+    def _dataset(self, number: int) -> GPTDataset:
+        if number not in self._open:
+            while len(self._open) >= _OPEN_PASSES:
+                self._open.pop(next(iter(self._open)))
+            dataset = open_pass(self._pass(number), self._indexed, self._eod_id, self._cache_dir)
+            assert len(dataset) == self.samples_per_pass, (len(dataset), self.samples_per_pass)
+            self._open[number] = dataset
+        return self._open[number]
+
+    def _main_document(self, dataset: GPTDataset, place: int) -> int:
+        """The document with most of the sample's input tokens; of equals the one read first."""
+        shuffled = int(dataset.shuffle_index[place])
+        first, first_offset = (int(value) for value in dataset.sample_index[shuffled])
+        last, last_offset = (int(value) for value in dataset.sample_index[shuffled + 1])
+        sequences = np.asarray(dataset.document_index[first : last + 1])
+        lengths = self._indexed.sequence_lengths[sequences].astype(np.int64)
+        lengths[-1] = last_offset
+        lengths[0] -= first_offset
+        # Documents without tokens have no sequence, and a document may have several.
+        borders = self._indexed.document_indices
+        documents = np.searchsorted(borders, sequences, side="right") - 1
+        names, first_seen, inverse = np.unique(documents, return_index=True, return_inverse=True)
+        tokens = np.bincount(inverse.reshape(-1), weights=lengths)
+        candidates = np.flatnonzero(tokens == tokens.max())
+        return int(names[candidates[np.argmin(first_seen[candidates])]])
+
+
+class TrainingData:
+    """The training samples of a run, by number.
+
+    Making one is a collective call: every rank of the process group makes the same, since rank 0
+    builds the indices while the others wait. Reading is not.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        eod_id: int,
+        seed: int,
+        num_samples: int,
+        cache_dir: Path,
+        purpose: str = "training",
+    ) -> None:
+        """Open the data and build what is missing in `cache_dir`.
+
+        Args:
+            config: which files, the sequence length, the domain column and, perhaps, the cache.
+            eod_id: the end-of-document token.
+            seed: seed of the order.
+            num_samples: how many samples may be read, over all steps and ranks.
+            cache_dir: directory of the index cache when `config.cache_dir` is empty.
+            purpose: another text gives another, independent order of the same data.
+
+        Raises:
+            UserError: as `checks.check_data`, or the cache directory cannot be written.
+        """
+        self.num_samples = num_samples
+        self._cache_dir = Path(config.cache_dir) if config.cache_dir else cache_dir
+        self._sequence_length = config.sequence_length
+        self._parts = parse_blend(config.train)
+        self._streams = [
+            _PrefixStream(
+                read_indexed_file(part.prefix),
+                config,
+                order=f"{seed}/{purpose}/{place}",
+                eod_id=eod_id,
+                cache_dir=self._cache_dir,
+            )
+            for place, part in enumerate(self._parts)
+        ]
+        documents = [stream.file.num_documents for stream in self._streams]
+        self._first_document = np.concatenate([[0], np.cumsum(documents)])
+        self._weights = _shares(self._parts, self._streams)
+        on_first_rank(self._build)
+        self._blend = self._open_blend()
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of all domains in the data, sorted."""
+        return sorted({name for stream in self._streams for name in stream.domains.names})
+
+    def batch(self, sample_ids: Sequence[int]) -> Batch:
+        """The samples with these numbers, each below `num_samples`, in this order (CPU).
+
+        Document ids count through the prefixes in the order of `data.train`.
+        """
+        rows, documents, domains = [], [], []
+        for sample_id in sample_ids:
+            place, position = self._locate(sample_id)
+            stream = self._streams[place]
+            row = stream.row(position)
+            rows.append(row.text)
+            documents.append(int(self._first_document[place]) + row.document)
+            domains.append(stream.domains.of(row.document))
+        text = torch.from_numpy(np.stack(rows))
+        tokens_BS = text[:, :-1].contiguous()
+        return Batch(
+            tokens_BS=tokens_BS,
+            labels_BS=text[:, 1:].contiguous(),
+            loss_mask_BS=torch.ones(tokens_BS.shape, dtype=torch.float32),
+            position_ids_BS=torch.arange(tokens_BS.shape[1]).repeat(len(rows), 1),
+            sample_ids_B=torch.tensor(list(sample_ids), dtype=torch.int64),
+            document_ids_B=torch.tensor(documents, dtype=torch.int64),
+            domains=tuple(domains),
+        )
+
+    def ids_of_step(self, step: int, global_batch_size: int) -> range:
+        """Sample numbers of optimiser step `step` (from 0), over all processes."""
+        return range(step * global_batch_size, (step + 1) * global_batch_size)
+
+    def fingerprint(self) -> dict[str, str]:
+        """What the samples depend on besides the seed, to compare when a run is resumed."""
+        marks = {"sequence_length": str(self._sequence_length)}
+        for part, stream in zip(self._parts, self._streams, strict=True):
+            weight = "by size" if part.weight is None else repr(part.weight)
+            marks[part.prefix] = (
+                f"weight {weight}, {stream.file.num_documents} documents, "
+                f"{stream.file.num_tokens} tokens, "
+                f"{stream.file.bin_path.stat().st_size} bytes"
+            )
+        return marks
+
+    def _locate(self, sample_id: int) -> tuple[int, int]:
+        """The prefix of a sample and the sample's position in the prefix's stream."""
+        assert 0 <= sample_id < self.num_samples, (sample_id, self.num_samples)
+        if self._blend is None:
+            return 0, sample_id
+        return int(self._blend["part"][sample_id]), int(self._blend["position"][sample_id])
+
+    def _build(self) -> None:
+        if len(self._streams) > 1:
+            publish(self._blend_dir(), self._write_blend)
+        counts = self._samples_by_stream()
+        for stream, count in zip(self._streams, counts, strict=True):
+            stream.build(count)
+
+    def _samples_by_stream(self) -> list[int]:
+        blend = self._open_blend()
+        if blend is None:
+            return [self.num_samples]
+        return np.bincount(blend["part"], minlength=len(self._streams)).tolist()
+
+    def _blend_dir(self) -> Path:
+        text = f"{self.num_samples} {[float(w).hex() for w in self._weights]}"
+        return self._cache_dir / f"blend-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+
+    def _write_blend(self, folder: Path) -> None:
+        part = np.zeros(self.num_samples, dtype=np.int16)
+        position = np.zeros(self.num_samples, dtype=np.int64)
+        helpers.build_blending_indices(
+            part, position, self._weights, len(self._weights), self.num_samples, False
+        )
+        np.save(folder / "part.npy", part)
+        np.save(folder / "position.npy", position)
+
+    def _open_blend(self) -> dict[str, np.ndarray] | None:
+        """The mapped blend, or None for a single prefix."""
+        if len(self._streams) == 1:
+            return None
+        folder = self._blend_dir()
+        names = ("part", "position")
+        return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+
+
+def _shares(parts: Sequence[BlendPart], streams: Sequence[_PrefixStream]) -> np.ndarray:
+    """Shares of the prefixes, float64, summing to 1."""
+    raw = [
+        stream.samples_per_pass if part.weight is None else part.weight
+        for part, stream in zip(parts, streams, strict=True)
+    ]
+    weights = np.array(raw, dtype=np.float64)
+    return weights / weights.sum()

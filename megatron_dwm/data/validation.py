@@ -1,0 +1,140 @@
+"""Text that is not trained on: the target's validation set, and held-out text by domain.
+
+Both keep all rows in memory. `ValidationSet` hands out endless shuffled batches by number;
+`EvaluationSet` goes through its rows once, in order, with one domain a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_dwm.config.errors import UserError
+from megatron_dwm.config.schema import DataConfig, EvaluationConfig, ValidationConfig
+from megatron_dwm.data.batch import UNKNOWN_DOMAIN, Batch
+from megatron_dwm.data.packing import Rows, pack_dense, row_of_last_word
+from megatron_dwm.data.passages import Passage, read_passages
+
+if TYPE_CHECKING:
+    from megatron_dwm.tokenizer import Tokenizer
+
+
+class ValidationSet:
+    """Shuffled batches of the target text; batch k depends on (seed, k, batch size) alone."""
+
+    def __init__(
+        self, validation: ValidationConfig, data: DataConfig, tokenizer: Tokenizer, *, seed: int
+    ) -> None:
+        """Read and pack the file `validation.path`.
+
+        Raises:
+            UserError: the path is empty, the file is missing, empty or broken (with its line), or
+                no passage has a token that could carry loss.
+        """
+        if validation.path is None:
+            raise UserError("validation.path is empty: name a JSON Lines file of target text")
+        keys = (data.domain_key, "domain")
+        passages = list(read_passages(validation.path, "validation.path", keys))
+        self._domain_of_passage = [p.domain or UNKNOWN_DOMAIN for p in passages]
+        if validation.loss_on == "all":
+            rows = _dense_rows(enumerate(passages), tokenizer, data.sequence_length)
+        else:
+            rows = _last_word_rows(passages, tokenizer, data.sequence_length)
+        if rows is None:
+            raise UserError(
+                f"{validation.path} (validation.path): no passage has a token that could carry loss"
+            )
+        self._rows = rows
+        self._seed = seed
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in one pass."""
+        return len(self._rows)
+
+    def batch(self, k: int, batch_size: int) -> Batch:
+        """Batch number `k` (from 0): rows k * batch_size and after of endless shuffled passes."""
+        ids = [self._row_at(place) for place in range(k * batch_size, (k + 1) * batch_size)]
+        domains = [self._domain_of_passage[self._rows.documents[i]] for i in ids]
+        return self._rows.batch(ids, domains)
+
+    def _row_at(self, place: int) -> int:
+        number, index = divmod(place, self.num_rows)
+        order = np.random.default_rng([self._seed, number]).permutation(self.num_rows)
+        return int(order[index])
+
+
+class EvaluationSet:
+    """Held-out text, packed domain by domain, read once through."""
+
+    def __init__(
+        self, evaluation: EvaluationConfig, data: DataConfig, tokenizer: Tokenizer
+    ) -> None:
+        """Read and pack the file `evaluation.path`.
+
+        Raises:
+            UserError: the path is empty, the file is missing, empty or broken, a line has no
+                domain (with its number), or no passage has any tokens.
+        """
+        path = evaluation.path
+        if path is None:
+            raise UserError("evaluation.path is empty: name a JSON Lines file of held-out text")
+        by_domain: dict[str, list[tuple[int, Passage]]] = {}
+        keys = (data.domain_key,)
+        for number, passage in enumerate(read_passages(path, "evaluation.path", keys)):
+            if passage.domain is None:
+                raise UserError(
+                    f"{path} line {passage.line} has no {data.domain_key} (data.domain_key): "
+                    "held-out text needs a domain in every line"
+                )
+            by_domain.setdefault(passage.domain, []).append((number, passage))
+        packed = {
+            name: _dense_rows(by_domain[name], tokenizer, data.sequence_length)
+            for name in sorted(by_domain)
+        }
+        filled = {name: rows for name, rows in packed.items() if rows is not None}
+        if not filled:
+            raise UserError(f"{path} (evaluation.path): no passage has any tokens")
+        self.domains = list(filled)
+        self._rows = Rows.stack(list(filled.values()))
+        self._domain_of_row = [name for name, rows in filled.items() for _ in range(len(rows))]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in the set."""
+        return len(self._rows)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """All rows in order, `batch_size` at a time; rows added to the last batch have no loss.
+
+        Such rows have sample id `NO_ROW`, and every row has exactly one domain.
+        """
+        for start in range(0, self.num_rows, batch_size):
+            ids = range(start, min(start + batch_size, self.num_rows))
+            domains = [self._domain_of_row[i] for i in ids]
+            yield self._rows.batch(ids, domains, num_padding=batch_size - len(ids))
+
+
+def _dense_rows(
+    passages: Iterator[tuple[int, Passage]] | list[tuple[int, Passage]],
+    tokenizer: Tokenizer,
+    sequence_length: int,
+) -> Rows | None:
+    """Packed rows of the passages that have tokens; None when none has."""
+    encoded = [(number, tokenizer.encode(passage.text)) for number, passage in passages]
+    filled = [(number, ids) for number, ids in encoded if ids]
+    return pack_dense(filled, sequence_length, tokenizer.eod_id) if filled else None
+
+
+def _last_word_rows(
+    passages: list[Passage], tokenizer: Tokenizer, sequence_length: int
+) -> Rows | None:
+    """A row for each passage whose last word can carry loss; None when there is none."""
+    rows = [
+        row_of_last_word(number, passage.text, tokenizer, sequence_length)
+        for number, passage in enumerate(passages)
+    ]
+    present = [row for row in rows if row is not None]
+    return Rows.stack(present) if present else None

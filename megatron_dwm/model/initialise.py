@@ -1,0 +1,75 @@
+"""Initial parameters that do not depend on the parallel layout.
+
+Megatron-Core draws every rank's parameters from that rank's own generator, so a model split in
+another way starts elsewhere. Here each parameter has a generator of its own, seeded with the run's
+seed and the parameter's global name; every rank draws the whole tensor and keeps its slice. Cost:
+one pass over the parameters and, for a moment, one whole tensor in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+
+def global_parameter_names(module: Module, first_layer: int) -> Iterable[tuple[str, Parameter]]:
+    """(name, parameter) of a pipeline stage whose layer 0 is layer `first_layer` of the model."""
+    for name, parameter in module.named_parameters():
+        yield re.sub(
+            r"decoder\.layers\.(\d+)\.",
+            lambda match: f"decoder.layers.{int(match[1]) + first_layer}.",
+            name,
+        ), parameter
+
+
+def initialise_parameters(
+    module: Module,
+    *,
+    first_layer: int,
+    num_layers: int,
+    init_std: float,
+    seed: int,
+    tensor_rank: int,
+    tensor_size: int,
+) -> None:
+    """Normal initialisation of standard deviation `init_std`, in place; norm scales become 1.
+
+    The two projections back into the residual stream get init_std / sqrt(2 * num_layers), as in
+    Megatron-LM and GPT-2.
+    """
+    with torch.no_grad():
+        for name, parameter in global_parameter_names(module, first_layer):
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            into_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            std = init_std / math.sqrt(2 * num_layers) if into_residual else init_std
+            # A tied output layer on another stage is the input embedding's copy.
+            source = name.replace("output_layer.weight", "embedding.word_embeddings.weight")
+            tied = name != source and getattr(parameter, "shared_embedding", False)
+            whole = _draw(parameter, source if tied else name, seed, std, tensor_size)
+            parameter.copy_(_slice_of_rank(whole, parameter, tensor_rank, tensor_size))
+
+
+def _draw(parameter: Parameter, name: str, seed: int, std: float, tensor_size: int) -> Tensor:
+    shape = list(parameter.shape)
+    if getattr(parameter, "tensor_model_parallel", False):
+        shape[parameter.partition_dim] *= tensor_size
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+
+
+def _slice_of_rank(whole: Tensor, parameter: Parameter, rank: int, size: int) -> Tensor:
+    """This rank's part; a stride of 2 (gate and up of SwiGLU) is split per half, as Megatron's."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return whole
+    dim, stride = parameter.partition_dim, parameter.partition_stride
+    halves = whole.chunk(stride, dim=dim)
+    return torch.cat([half.chunk(size, dim=dim)[rank] for half in halves], dim=dim)

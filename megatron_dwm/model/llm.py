@@ -1,0 +1,150 @@
+"""The LLM: Megatron-Core's GPTModel in Llama's shape, wrapped for data parallelism."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import Module, Parameter
+
+from megatron_dwm.config import ModelConfig, ParallelConfig
+from megatron_dwm.model.initialise import initialise_parameters
+from megatron_dwm.model.modules import llama_block_spec
+from megatron_dwm.model.shape import LlamaShape
+from megatron_dwm.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class LLM:
+    """One rank's part of the LLM.
+
+    chunks: Megatron's data-parallel wrappers, one a model chunk of this rank.
+    """
+
+    chunks: list[DistributedDataParallel]
+    transformer: TransformerConfig
+    shape: LlamaShape
+    runtime: Runtime
+
+    @property
+    def modules(self) -> list[GPTModel]:
+        """The bare models inside the wrappers."""
+        return [unwrap(chunk) for chunk in self.chunks]
+
+    @property
+    def first_layer(self) -> int:
+        """Global index of this stage's first layer."""
+        return self.runtime.pipeline_rank * (self.shape.num_layers // self.runtime.pipeline_size)
+
+    def parameters(self) -> list[Parameter]:
+        """Every parameter of this rank, in the wrappers' order."""
+        return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+
+    def zero_grad_buffers(self) -> None:
+        """Zero Megatron's gradient buffers (what `Parameter.main_grad` views)."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+
+
+def unwrap(module: Module) -> GPTModel:
+    """The GPTModel inside Megatron's wrappers."""
+    while not isinstance(module, GPTModel):
+        module = module.module
+    return module
+
+
+def transformer_config(
+    shape: LlamaShape, model: ModelConfig, parallel: ParallelConfig
+) -> TransformerConfig:
+    """Megatron-Core's configuration of the model."""
+    bf16 = model.precision == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    recompute = model.recompute == "full"
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        layernorm_epsilon=shape.norm_epsilon,
+        init_method_std=shape.init_std,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=bf16,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
+        # Losses are summed over samples; passes.py divides once, by a float denominator.
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        deallocate_pipeline_outputs=True,
+    )
+
+
+def build_llm(
+    shape: LlamaShape,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    runtime: Runtime,
+    *,
+    sequence_length: int,
+    seed: int,
+) -> LLM:
+    """The LLM of this rank, initialised from `seed` alike under every layout."""
+    config = transformer_config(shape, model, parallel)
+    module = GPTModel(
+        config,
+        llama_block_spec(shape.num_layers // runtime.pipeline_size),
+        vocab_size=shape.padded_vocab_size,
+        max_sequence_length=sequence_length,
+        pre_process=runtime.is_first_stage,
+        post_process=runtime.is_last_stage,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rotary_base,
+    ).to(runtime.device)
+    chunk = _wrap(module, config, parallel)
+    llm = LLM([chunk], config, shape, runtime)
+    initialise_parameters(
+        module,
+        first_layer=llm.first_layer,
+        num_layers=shape.num_layers,
+        init_std=shape.init_std,
+        seed=seed,
+        tensor_rank=runtime.tensor_rank,
+        tensor_size=runtime.tensor_size,
+    )
+    return llm
+
+
+def _wrap(
+    module: GPTModel, config: TransformerConfig, parallel: ParallelConfig
+) -> DistributedDataParallel:
+    wrapped = Float16Module(config, module) if config.bf16 else module
+    return DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=parallel.sharded_optimizer,
+        ),
+        wrapped,
+    )

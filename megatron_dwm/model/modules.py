@@ -1,0 +1,106 @@
+"""The two modules that Megatron-Core's local spec lacks, put in by spec, and the spec itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm of the last dimension (Zhang and Sennrich 2019).
+
+    Stands in for megatron.core.transformer.torch_norm.WrappedTorchNorm, which refuses sequence
+    parallelism: there every rank normalises its own part of the sequence, and Megatron sums the
+    scale's gradient over the tensor-parallel group when it is marked so.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.epsilon = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_SBD: Tensor) -> Tensor:
+        """[..., D] -> [..., D], normalised and scaled."""
+        return F.rms_norm(hidden_SBD, self.weight.shape, self.weight, self.epsilon)
+
+
+class ScaledDotProductAttention(torch.nn.Module):
+    """Causal attention on torch's fused kernel, which never forms the S x S matrix.
+
+    Stands in for megatron.core.transformer.dot_product_attention.DotProductAttention; takes the
+    arguments with which SelfAttention builds and calls its core.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
+        assert config.attention_dropout == 0.0 and config.context_parallel_size == 1
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **_: Any
+    ) -> Tensor:
+        """query [S, B, heads, d], key and value [S, B, groups, d] -> [S, B, heads * d]."""
+        assert attention_mask is None, "the causal mask is the kernel's own"
+        out_BHSd = F.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            is_causal=True,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return out_BHSd.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
+
+
+def llama_block_spec(num_layers: int) -> TransformerBlockSubmodules:
+    """The layers of one pipeline stage, unfused: norm, attention, norm, SwiGLU; a final norm.
+
+    `num_layers` counts this stage's layers.
+    """
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=ScaledDotProductAttention,
+            linear_proj=RowParallelLinear,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+    )
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -1,0 +1,96 @@
+"""The shapes of Llama: presets, and what a configuration makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from megatron_dwm.config import ModelConfig
+
+# Megatron-LM's --make-vocab-size-divisible-by. Independent of the tensor-parallel size, so that a
+# model is the same under every layout.
+VOCAB_MULTIPLE = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaShape:
+    """A Llama architecture. `vocab_size` counts the tokenizer's pieces, without padding."""
+
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int
+    ffn_hidden_size: int
+    vocab_size: int
+    tied_embeddings: bool = False
+    rotary_base: float = 10000.0
+    norm_epsilon: float = 1e-5
+    init_std: float = 0.02
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: `vocab_size` rounded up to VOCAB_MULTIPLE."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def num_parameters(self) -> int:
+        """Trainable parameters, padding left out."""
+        width, heads = self.hidden_size, self.num_attention_heads
+        qkv_width = (heads + 2 * self.num_query_groups) * self.head_size
+        attention = width * qkv_width + width * width
+        layer = attention + 3 * width * self.ffn_hidden_size + 2 * width
+        embeddings = self.vocab_size * width * (1 if self.tied_embeddings else 2)
+        return self.num_layers * layer + embeddings + width
+
+
+PRESETS: dict[str, LlamaShape] = {
+    # Small enough that a newcomer sees an effect within minutes (METHOD.md, section 6).
+    "tiny": LlamaShape(
+        hidden_size=64,
+        num_layers=2,
+        num_attention_heads=4,
+        num_query_groups=2,
+        ffn_hidden_size=176,
+        vocab_size=1024,
+        tied_embeddings=True,
+    ),
+    # The papers' two models (METHOD.md, section 1).
+    "llama-370m": LlamaShape(
+        hidden_size=1024,
+        num_layers=24,
+        num_attention_heads=16,
+        num_query_groups=16,
+        ffn_hidden_size=2816,
+        vocab_size=32000,
+    ),
+    "llama-1.3b": LlamaShape(
+        hidden_size=2048,
+        num_layers=24,
+        num_attention_heads=16,
+        num_query_groups=16,
+        ffn_hidden_size=5504,
+        vocab_size=32000,
+    ),
+}
+
+
+def resolve_shape(config: ModelConfig, tokenizer_vocab_size: int | None = None) -> LlamaShape:
+    """The preset with every field that the configuration sets put over it.
+
+    The vocabulary is the configuration's, else the tokenizer's, else the preset's. A configuration
+    that changes the heads but not the query groups asks for plain attention.
+    """
+    names = {field.name for field in fields(LlamaShape)}
+    given = {
+        name: value
+        for name in names
+        if (value := getattr(config, name)) is not None and name != "vocab_size"
+    }
+    if "num_attention_heads" in given and "num_query_groups" not in given:
+        given["num_query_groups"] = given["num_attention_heads"]
+    preset = PRESETS[config.preset]
+    vocab_size = config.vocab_size or tokenizer_vocab_size or preset.vocab_size
+    return replace(preset, vocab_size=vocab_size, **given)

@@ -1,0 +1,162 @@
+"""Processes, devices and Megatron's process groups: brought up once, passed on as a `Runtime`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_dwm.config import ParallelConfig
+from megatron_dwm.runtime.cpu import redirect_cuda_to_cpu
+
+Group = dist.ProcessGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Where this process stands. Groups are torch.distributed process groups.
+
+    inner_group: the tensor- and pipeline-parallel processes that together hold one LLM replica.
+    data_group: the processes that hold the same part of every replica.
+    """
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    inner_rank: int
+    inner_size: int
+    tensor_group: Group
+    pipeline_group: Group
+    data_group: Group
+    inner_group: Group
+
+    @property
+    def is_main(self) -> bool:
+        """The one process that writes what is written once."""
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Holds the input embedding."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Holds the output layer and computes losses."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` of the last pipeline stage, in place, on every stage of the replica."""
+        if self.pipeline_size > 1:
+            source = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(tensor, source, group=self.pipeline_group)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for every process of the job."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def bring_up(config: ParallelConfig, seed: int) -> Iterator[Runtime]:
+    """Initialise torch.distributed and Megatron's groups for as long as the context lasts.
+
+    NCCL on GPUs, gloo on CPUs. A process started without torchrun is a job of one. On an exception
+    the groups are not taken down in an orderly way: a peer may be inside a collective that will
+    never end, so the process leaves with its traceback and the launcher ends the others.
+    """
+    _quiet_upstream()
+    _set_single_process_defaults()
+    on_gpu = torch.cuda.is_available()
+    mode = None if on_gpu else redirect_cuda_to_cpu()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", timeout=timedelta(seconds=config.timeout_s)
+    )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        # On CPU Megatron's groups are gloo already.
+        create_gloo_process_groups=on_gpu,
+        distributed_timeout_minutes=max(1, config.timeout_s // 60),
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    try:
+        yield _describe(device)
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+    finally:
+        if mode is not None:
+            mode.__exit__(None, None, None)
+
+
+def _describe(device: torch.device) -> Runtime:
+    inner_group = parallel_state.get_model_parallel_group()
+    return Runtime(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        inner_rank=dist.get_rank(inner_group),
+        inner_size=dist.get_world_size(inner_group),
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+        inner_group=inner_group,
+    )
+
+
+def _set_single_process_defaults() -> None:
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+
+
+def _quiet_upstream() -> None:
+    """Megatron-Core warns on every start that optional GPU packages are missing."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+
+
+def world_size_from_environment() -> int:
+    """Processes of this job, before any process group exists (torchrun's WORLD_SIZE)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank_from_environment() -> int:
+    """This process's rank, before any process group exists (torchrun's RANK)."""
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,72 @@
+"""Megatron-Core on a machine without a GPU.
+
+Megatron-Core 0.16.1 asks for CUDA devices by name. Without a GPU every such request is answered
+with the CPU, so that its own schedules, data-parallel wrapper and optimisers run unchanged over
+gloo. Each redirection below names the upstream line that it answers. Nothing here is active on a
+machine with a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import random as megatron_random
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+
+
+class CudaMeansCpu(TorchFunctionMode):
+    """Answers `device="cuda"`, `Tensor.cuda()` and `Tensor.type()` for tensors on the CPU.
+
+    Upstream: `device="cuda"` in pipeline_parallel/schedules.py, optimizer/optimizer.py and
+    optimizer/clip_grads.py; `param.type() == 'torch.cuda.FloatTensor'` in the two latter and in
+    optimizer/distrib_optimizer.py; `.cuda()` in utils.py.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if kwargs and "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": _CPU}
+        return func(*args, **(kwargs or {}))
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def redirect_cuda_to_cpu() -> CudaMeansCpu:
+    """Redirect everything that Megatron-Core asks of CUDA; the mode that comes back is active.
+
+    Leave it with `restore`. Must not be called on a machine with a GPU.
+    """
+    assert not torch.cuda.is_available()
+    # Answers `device=torch.cuda.current_device()`: pipeline_parallel/p2p_communication.py,
+    # tensor_parallel/layers.py, distributed/param_and_grad_buffer.py.
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
+    torch.cuda.empty_cache = lambda: None  # type: ignore[assignment]
+    # Answers CudaRNGStatesTracker and CheckpointFunction in tensor_parallel/random.py: one
+    # generator, the CPU's, stands for CUDA's.
+    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()  # type: ignore
+    torch.cuda.manual_seed = torch.default_generator.manual_seed  # type: ignore[assignment]
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    # jit.py compiles fused element-wise functions; a laptop may have no compiler.
+    torch.compiler.set_stance("force_eager")
+    mode = CudaMeansCpu()
+    mode.__enter__()
+    return mode

@@ -1,0 +1,198 @@
+"""SentencePiece models: read one, train one. The only file that imports sentencepiece.
+
+Both tokenizer types of Megatron-LM that read a SentencePiece model give the same ids in
+Megatron-Core 0.16 (`megatron/core/tokenizers/text/utils/build_tokenizer.py`): the model's ids, no
+beginning of sequence, and the model's end of sequence as end of document. (`Llama2Tokenizer` of
+Megatron-LM before its tokenizers moved to Megatron-Core put a beginning of sequence before every
+document; data of that time has ids that differ by that one token.)
+
+Training is BPE with the settings of Llama 2's model. Cost: some seconds for 10 MB of text on one
+core; all distinct words are held in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from megatron_dwm.config.errors import UserError
+from megatron_dwm.tokenizer.interface import TOKENIZER_KINDS, Piece, Tokenizer
+
+# SentencePiece leaves out longer sentences without saying so, hence larger than any line.
+_MAX_LINE_BYTES = 1 << 30
+_ONLY_ERRORS = 2
+
+
+class SentencePieceModel:
+    """A tokenizer read from a SentencePiece model file (see `Tokenizer`)."""
+
+    def __init__(self, kind: str, model_path: Path) -> None:
+        content = _read_model_file(model_path)
+        self.kind = kind
+        self.model_path = model_path
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self._processor = _load(content, model_path)
+        self.vocab_size: int = self._processor.get_piece_size()
+        self.eod_id: int = self._processor.eos_id()
+        self.bos_id = None if self._processor.bos_id() < 0 else self._processor.bos_id()
+        if self.eod_id < 0:
+            raise UserError(
+                f"{model_path}: this tokenizer has no end-of-sequence piece (</s>), which marks "
+                "the end of a document; train or choose one that has it"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` without beginning or end; `ValueError` for an unpaired surrogate."""
+        try:
+            return self._processor.encode(text)
+        except RuntimeError as error:  # how the binding reports a str that UTF-8 cannot spell
+            text.encode("utf-8")
+            raise AssertionError("sentencepiece refused text that is valid UTF-8") from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; control tokens have none."""
+        return self._processor.decode([int(i) for i in ids])
+
+    def pieces(self) -> list[Piece]:
+        """The whole vocabulary in the order of the ids."""
+        return [self._piece(i) for i in range(self.vocab_size)]
+
+    def _piece(self, piece_id: int) -> Piece:
+        model = self._processor
+        if model.is_unknown(piece_id):
+            role = "unknown"
+        elif model.is_control(piece_id):
+            role = "control"
+        elif model.is_byte(piece_id):
+            role = "byte"
+        else:
+            role = "unused" if model.is_unused(piece_id) else "normal"
+        return Piece(text=model.id_to_piece(piece_id), score=model.get_score(piece_id), role=role)
+
+
+def build_tokenizer(kind: str, model: str | Path) -> Tokenizer:
+    """The tokenizer of type `kind` (`--tokenizer-type`) with the vocabulary in file `model`.
+
+    Raises `UserError` for an unknown type, a missing file, or a file that is no SentencePiece
+    model with an end-of-sequence piece.
+    """
+    if kind not in TOKENIZER_KINDS:
+        known = ", ".join(TOKENIZER_KINDS)
+        raise UserError(f"tokenizer type {kind!r} is not known; choose one of {known}")
+    return SentencePieceModel(kind, Path(model))
+
+
+def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, output: str | Path) -> None:
+    """Train a BPE model on `texts` (any number of documents) and write it to file `output`.
+
+    Layout and settings are Llama 2's: unk 0, bos 1, eos 2, no padding, bytes at 3..258, digits
+    split, a space put before the text, text left as it is, runs of spaces kept and allowed as
+    pieces. The same texts give the same file. Documents are cut into lines first, so that no
+    piece spans two lines and a line break stays one byte piece, as in Llama 2's vocabulary.
+    Raises `UserError` if the vocabulary does not fit the texts or `output` exists.
+    """
+    output = Path(output)
+    if output.exists():
+        raise UserError(f"{output} exists; name another output file or remove it")
+    if not output.parent.is_dir():
+        raise UserError(f"{output.parent}: no such directory; create it first")
+    lines = _Lines(texts)
+    content = _train(lines, vocab_size)
+    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        partial.rename(output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class _Lines:
+    """Lines of texts. SentencePiece flattens an exception of its input to text; keep the real."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = texts
+        self.error: Exception | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for text in self._texts:
+                yield from (line for line in text.split("\n") if line)
+        except Exception as error:
+            self.error = error
+            raise
+
+
+def _train(lines: _Lines, vocab_size: int) -> bytes:
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            byte_fallback=True,
+            split_digits=True,
+            add_dummy_prefix=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            character_coverage=0.99995,
+            max_sentence_length=_MAX_LINE_BYTES,
+            num_threads=1,
+            minloglevel=_ONLY_ERRORS,
+        )
+    except RuntimeError as error:
+        if lines.error is not None:
+            raise lines.error from None
+        raise UserError(_explain(str(error), vocab_size)) from error
+    return model.getvalue()
+
+
+def _explain(message: str, vocab_size: int) -> str:
+    """SentencePiece's complaint as one line that says what to do."""
+    too_large = re.search(r"too high.*?<= (\d+)", message, re.DOTALL)
+    too_small = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
+    if too_large:
+        return (
+            f"--vocab-size {vocab_size} is more than these texts give; "
+            f"take at most {too_large[1]}, or more text"
+        )
+    if too_small:
+        return (
+            f"--vocab-size {vocab_size} does not hold the bytes and characters of these texts; "
+            f"take at least {too_small[1]}"
+        )
+    if "sentences_.empty()" in message:
+        return "there is no text to train a tokenizer on; every document is empty"
+    return "SentencePiece could not train: " + " ".join(message.split())
+
+
+def _read_model_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such tokenizer model file") from None
+    except OSError as error:
+        raise UserError(f"{path}: the tokenizer model cannot be read: {error.strerror}") from None
+
+
+def _load(content: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(content)
+    except RuntimeError:
+        raise UserError(
+            f"{path}: not a SentencePiece model (expected the .model file that SentencePiece "
+            "or tools/train_tokenizer.py wrote)"
+        ) from None
+    return processor
