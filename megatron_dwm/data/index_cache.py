@@ -77,13 +77,21 @@ def open_pass(one_pass: Pass, indexed: IndexedDataset, eod_id: int, cache_dir: P
     Raises:
         UserError: another rank built them where this one cannot see them.
     """
-    folder = cache_dir / one_pass.key
+    return _gpt_dataset(one_pass, indexed, eod_id, published(cache_dir / one_pass.key))
+
+
+def published(folder: Path) -> Path:
+    """`folder`, which rank 0 has published.
+
+    Raises:
+        UserError: this rank cannot see it.
+    """
     if not folder.is_dir():
         raise UserError(
-            f"data.cache_dir {cache_dir} has no {folder.name} on this node: "
+            f"data.cache_dir {folder.parent} has no {folder.name} on this node: "
             "choose a directory on a file system that all nodes share"
         )
-    return _gpt_dataset(one_pass, indexed, eod_id, folder)
+    return folder
 
 
 def publish(target: Path, build: Callable[[Path], object]) -> None:

@@ -52,8 +52,12 @@ def read_passages(path: str, key: str, domain_keys: tuple[str, ...]) -> Iterator
 def _passage(raw: bytes, where: str, domain_keys: tuple[str, ...], line: int) -> Passage:
     try:
         record = json.loads(raw)
-    except ValueError as error:  # broken JSON, or bytes that are not UTF-8
-        raise UserError(f"{where} is not JSON ({error}): expected one object a line") from error
+        if isinstance(record, dict):
+            str(record.get("text")).encode()
+    except ValueError as error:  # broken JSON, bytes that are not UTF-8, or half a surrogate pair
+        raise UserError(
+            f"{where} is not JSON in UTF-8 ({error}): expected one object a line"
+        ) from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise UserError(f"{where} has no string `text`: expected an object with a `text`")
     return Passage(text=record["text"], domain=_domain(record, domain_keys), line=line)

@@ -30,7 +30,14 @@ from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.checks import check_length
 from megatron_dwm.data.domains import DocumentDomains, read_domains
-from megatron_dwm.data.index_cache import Pass, ensure_pass, on_first_rank, open_pass, publish
+from megatron_dwm.data.index_cache import (
+    Pass,
+    ensure_pass,
+    on_first_rank,
+    open_pass,
+    publish,
+    published,
+)
 from megatron_dwm.data.prefixes import BlendPart, IndexedFile, parse_blend, read_indexed_file
 
 _OPEN_PASSES = 4
@@ -239,7 +246,7 @@ class TrainingData:
         """The mapped blend, or None for a single prefix."""
         if len(self._streams) == 1:
             return None
-        folder = self._blend_dir()
+        folder = published(self._blend_dir())
         names = ("part", "position")
         return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
 

@@ -56,14 +56,15 @@ class ValidationSet:
 
     def batch(self, k: int, batch_size: int) -> Batch:
         """Batch number `k` (from 0): rows k * batch_size and after of endless shuffled passes."""
-        ids = [self._row_at(place) for place in range(k * batch_size, (k + 1) * batch_size)]
+        places = range(k * batch_size, (k + 1) * batch_size)
+        passes = {place // self.num_rows for place in places}
+        order = {number: self._order_of_pass(number) for number in passes}
+        ids = [int(order[place // self.num_rows][place % self.num_rows]) for place in places]
         domains = [self._domain_of_passage[self._rows.documents[i]] for i in ids]
         return self._rows.batch(ids, domains)
 
-    def _row_at(self, place: int) -> int:
-        number, index = divmod(place, self.num_rows)
-        order = np.random.default_rng([self._seed, number]).permutation(self.num_rows)
-        return int(order[index])
+    def _order_of_pass(self, number: int) -> np.ndarray:
+        return np.random.default_rng([self._seed, number]).permutation(self.num_rows)
 
 
 class EvaluationSet:

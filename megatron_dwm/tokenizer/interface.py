@@ -20,7 +20,7 @@ class Piece:
     text: str
     """the piece as the model file spells it (U+2581 for a space, <0x0A> for a byte)"""
     score: float
-    """minus the rank of the merge for BPE; 0 for control and byte pieces"""
+    """BPE merges the pair with the highest score first; 0 for control and byte pieces"""
     role: Literal["normal", "unknown", "control", "byte", "unused"]
     """what the model uses the piece for"""
 

@@ -1,0 +1,121 @@
+"""The optimiser's view of the parameters, under Megatron-Core's three optimisers.
+
+FP32Optimizer steps the model's parameters themselves; Float16OptimizerWithFloat16Params steps fp32
+main copies; DistributedOptimizer steps this data-parallel rank's shard of either. A `Slot` hides
+which.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+from torch import Tensor
+
+from megatron_dwm.bilevel.adam import AdamMoments
+from megatron_dwm.model import LLM
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor that the optimiser steps.
+
+    main: fp32 values that are stepped; `main.grad` is a view of Megatron's gradient buffer.
+    model: the same elements of the model's parameter; `main` itself in pure fp32 training.
+    group: the optimiser's parameter group (lr, weight_decay, betas, eps).
+    state: the optimiser's state of `main`; empty before the first step.
+    counted: this rank's copy enters norms and inner products (each parameter once in the world).
+    """
+
+    main: Tensor
+    model: Tensor
+    group: dict[str, Any]
+    state: dict[str, Any]
+    counted: bool
+
+    @property
+    def has_main_copy(self) -> bool:
+        """Main and model values are different tensors (mixed precision)."""
+        return self.main is not self.model
+
+    def moments(self) -> AdamMoments:
+        """Adam's moments, zero before the first step."""
+        first = self.state.get("exp_avg")
+        second = self.state.get("exp_avg_sq")
+        # torch keeps the count with the tensor, fused implementations with the group.
+        step = self.state.get("step", self.group.get("step", 0))
+        beta1, beta2 = self.group["betas"]
+        return AdamMoments(
+            first=torch.zeros_like(self.main) if first is None else first,
+            second=torch.zeros_like(self.main) if second is None else second,
+            step=int(step),
+            beta1=beta1,
+            beta2=beta2,
+            epsilon=self.group["eps"],
+        )
+
+
+def collect_slots(optimizer: ChainedOptimizer) -> list[Slot]:
+    """Every tensor that this rank's optimiser steps."""
+    return [slot for member in optimizer.chained_optimizers for slot in _slots_of(member)]
+
+
+def _slots_of(member: MegatronOptimizer) -> list[Slot]:
+    if member.is_stub_optimizer:
+        return []
+    model_of = _model_tensors(member)
+    return [
+        Slot(
+            main=main,
+            model=model_of.get(id(main), main),
+            group=group,
+            state=member.optimizer.state.get(main, {}),
+            counted=param_is_not_shared(main)
+            and param_is_not_tensor_parallel_duplicate(main, member.tp_group),
+        )
+        for group in member.optimizer.param_groups
+        for main in group["params"]
+    ]
+
+
+def _model_tensors(member: MegatronOptimizer) -> dict[int, Tensor]:
+    """id(main copy) -> the model's tensor, where they differ."""
+    if isinstance(member, DistributedOptimizer):
+        pairs = zip(member.shard_fp32_from_float16_groups, member.shard_float16_groups, strict=True)
+    elif isinstance(member, Float16OptimizerWithFloat16Params):
+        pairs = zip(member.fp32_from_float16_groups, member.float16_groups, strict=True)
+    else:
+        return {}
+    return {
+        id(main): model.data
+        for main_group, model_group in pairs
+        for main, model in zip(main_group, model_group, strict=True)
+    }
+
+
+def is_sharded(optimizer: ChainedOptimizer) -> bool:
+    """The optimiser's state is sharded over the data-parallel group."""
+    return any(isinstance(m, DistributedOptimizer) for m in optimizer.chained_optimizers)
+
+
+def gather_parameters(llm: LLM) -> None:
+    """Give every data-parallel rank the model parameters that the others hold in their shards."""
+    for chunk in llm.chunks:
+        chunk.start_param_sync(force_sync=True)
+
+
+def gather_gradient_buffers(llm: LLM) -> None:
+    """Give every data-parallel rank the gradient-buffer shards of the others."""
+    size, rank = llm.runtime.data_size, llm.runtime.data_rank
+    for chunk in llm.chunks:
+        for buffer in chunk.buffers:
+            for bucket in buffer.buckets:
+                shard = bucket.grad_data.chunk(size)[rank].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, shard, group=llm.runtime.data_group)

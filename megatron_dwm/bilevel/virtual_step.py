@@ -1,0 +1,126 @@
+"""One virtual step of the LLM's optimiser, the way back, and z (METHOD.md, sections 2 and 3).
+
+    theta' = theta - lr * (u(c*g) + weight_decay * theta)     g in the gradient buffers
+    z      = d(c*g)/dg^T  J(c*g)  grad L_val(theta')          c: global-norm clipping
+
+The moments are only read. Memory: a copy of g, and in pure fp32 training a copy of theta (in mixed
+precision the fp32 main parameters are that copy). `restore` leaves every bit as it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import ChainedOptimizer
+from torch import Tensor
+
+from megatron_dwm.bilevel.adam import adam_jacobian, adam_step
+from megatron_dwm.bilevel.slots import (
+    Slot,
+    collect_slots,
+    gather_gradient_buffers,
+    gather_parameters,
+    is_sharded,
+)
+from megatron_dwm.model import LLM
+
+InnerOptimizer = Literal["adam", "sgd"]
+
+# megatron.core.optimizer.clip_grads.clip_grad_by_total_norm_fp32 divides by the norm plus this.
+CLIP_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class VirtualStep:
+    """A virtual step that has been taken and not yet restored.
+
+    gradients: the clipped g, tensor by tensor.
+    parameters: theta of the slots without a main copy, else None.
+    grad_norm: |g| before clipping.  clip_factor: c, 1 when clipping is not active.
+    """
+
+    llm: LLM
+    optimizer: ChainedOptimizer
+    inner: InnerOptimizer
+    slots: list[Slot]
+    gradients: list[Tensor]
+    parameters: list[Tensor | None]
+    grad_norm: float
+    clip_factor: float
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put theta back, bit for bit."""
+        for slot, kept in zip(self.slots, self.parameters, strict=True):
+            slot.model.copy_(slot.main if kept is None else kept)
+        self._publish()
+
+    @torch.no_grad()
+    def direction(self) -> None:
+        """Turn grad L_val(theta') in the gradient buffers into z, in place, on every rank."""
+        self.optimizer.prepare_grads()
+        for slot, gradient in zip(self.slots, self.gradients, strict=True):
+            if self.inner == "adam":
+                slot.main.grad.mul_(adam_jacobian(gradient, slot.moments()))
+        if self.clip_factor < 1.0:
+            self._undo_clipping()
+        if is_sharded(self.optimizer):
+            gather_gradient_buffers(self.llm)
+
+    def _undo_clipping(self) -> None:
+        """z <- d(c*g)/dg^T z with c = C/(|g| + epsilon), |g| over the whole model."""
+        # The kept gradients are c*g, so <z, g> = <z, c*g> / c.
+        inner_product = self._inner_product() / self.clip_factor
+        norm = self.grad_norm
+        projection = inner_product / (norm * (norm + CLIP_EPSILON))
+        for slot, clipped in zip(self.slots, self.gradients, strict=True):
+            slot.main.grad.mul_(self.clip_factor).sub_(clipped, alpha=projection)
+
+    def _inner_product(self) -> float:
+        """<z, c*g>, every parameter of the model counted once."""
+        total = torch.zeros([], dtype=torch.float64, device=self.llm.runtime.device)
+        for slot, gradient in zip(self.slots, self.gradients, strict=True):
+            if slot.counted:
+                total += torch.sum(slot.main.grad.double() * gradient)
+        group = self.optimizer.chained_optimizers[0].get_grad_stats_parallel_group()
+        dist.all_reduce(total, group=group)
+        return float(total)
+
+    def _publish(self) -> None:
+        if is_sharded(self.optimizer):
+            gather_parameters(self.llm)
+
+
+@torch.no_grad()
+def take_virtual_step(
+    llm: LLM, optimizer: ChainedOptimizer, inner: InnerOptimizer
+) -> VirtualStep:
+    """Write theta' into the model's parameters, from the gradient in the gradient buffers."""
+    optimizer.prepare_grads()
+    grad_norm = optimizer.get_grad_norm()
+    clip = optimizer.config.clip_grad
+    factor = min(1.0, clip / (grad_norm + CLIP_EPSILON)) if clip > 0.0 else 1.0
+    slots = collect_slots(optimizer)
+    gradients = [_clipped(slot.main.grad, factor) for slot in slots]
+    parameters = [None if slot.has_main_copy else slot.main.clone() for slot in slots]
+    for slot, gradient in zip(slots, gradients, strict=True):
+        slot.model.copy_(stepped_parameter(slot, gradient, inner))
+    step = VirtualStep(llm, optimizer, inner, slots, gradients, parameters, grad_norm, factor)
+    step._publish()
+    return step
+
+
+def _clipped(gradient: Tensor, factor: float) -> Tensor:
+    return gradient * factor if factor < 1.0 else gradient.clone()
+
+
+def stepped_parameter(slot: Slot, gradient: Tensor, inner: InnerOptimizer) -> Tensor:
+    """theta' of one tensor: decoupled weight decay, then the update, as torch.optim.AdamW."""
+    lr = slot.group["lr"]
+    decayed = slot.main * (1.0 - lr * slot.group["weight_decay"])
+    if inner == "sgd":
+        return decayed.sub_(gradient, alpha=lr)
+    return adam_step(decayed, gradient, slot.moments(), lr)

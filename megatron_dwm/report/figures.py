@@ -1,0 +1,161 @@
+"""Pictures of a run; the one file that knows the plotting library.
+
+Lines are named at their end rather than in a box, in colours that people with any kind of colour
+vision tell apart (Okabe and Ito's set, without its yellow, which is too pale for lines on white),
+with another dash once the colours are used up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_dwm.config.errors import UserError
+from megatron_dwm.report.tables import Series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+_GREY = "#666666"
+_FONT_POINTS = 10
+_PANELS_A_ROW = 3
+
+
+def draw_weight_by_domain(
+    path: Path, series: Mapping[str, Series], stage_starts: Sequence[int], title: str
+) -> None:
+    """Write a PNG of the mean weight of each domain over steps, with a line at 1 (uniform)."""
+    figure = _figure(9.0, 5.0)
+    axes = figure.subplots()
+    _clean(axes, title, "optimiser step", "mean weight of a sample (1 = uniform)")
+    axes.axhline(1.0, color=_GREY, linewidth=1.0, linestyle=(0, (2, 2)), zorder=1)
+    for step in stage_starts:
+        axes.axvline(step, color="#dddddd", linewidth=1.0, zorder=0)
+    drawn = {name: line for name, line in series.items() if len(line.step)}
+    for number, (name, line) in enumerate(drawn.items()):
+        _line(axes, line, number, name)
+    _name_lines(axes, {name: line.value[-1] for name, line in drawn.items()})
+    _save(figure, path)
+
+
+def draw_losses(
+    path: Path,
+    training: Mapping[str, Series],
+    held_out: Mapping[str, Mapping[str, Series]],
+    target_domain: str | None,
+) -> None:
+    """Write a PNG of the training loss and the held-out loss of every domain, a line a run.
+
+    Args:
+        path: file to write.
+        training: training loss by run.
+        held_out: held-out loss by run and domain.
+        target_domain: domain to show first and to mark, if any.
+    """
+    domains = sorted({name for by_domain in held_out.values() for name in by_domain})
+    domains.sort(key=lambda name: name != target_domain)
+    panels = [("training", dict(training))]
+    for domain in domains:
+        mark = " (target)" if domain == target_domain else ""
+        lines = {
+            run: by_domain[domain] for run, by_domain in held_out.items() if domain in by_domain
+        }
+        panels.append((f"held out: {domain}{mark}", lines))
+    columns = min(_PANELS_A_ROW, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _figure(4.2 * columns + 0.6, 3.1 * rows + 0.7)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for place, axes in enumerate(grid.flat):
+        axes.set_visible(place < len(panels))
+    for axes, (title, lines) in zip(grid.flat, panels, strict=False):
+        _clean(axes, title, "optimiser step", "loss (nats a token)")
+        for run, line in lines.items():
+            _line(axes, line, list(training).index(run), run)
+    handles, names = grid.flat[0].get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="outside upper center", ncols=min(4, len(names)), frameon=False
+    )
+    _save(figure, path)
+
+
+def _figure(width_inches: float, height_inches: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(
+            "pictures need matplotlib: install the extra with `pip install -e '.[report]'`"
+        ) from error
+    return Figure(figsize=(width_inches, height_inches), layout="constrained")
+
+
+def _clean(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize=_FONT_POINTS + 1, loc="left")
+    axes.set_xlabel(x, fontsize=_FONT_POINTS)
+    axes.set_ylabel(y, fontsize=_FONT_POINTS)
+    axes.tick_params(labelsize=_FONT_POINTS - 1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#eeeeee", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _line(axes: Axes, series: Series, number: int, label: str) -> None:
+    axes.plot(
+        series.step,
+        series.value,
+        color=_colour(number),
+        linestyle=_DASHES[number // len(_COLOURS) % len(_DASHES)],
+        linewidth=1.8,
+        marker="o" if len(series.step) == 1 else None,
+        label=label,
+    )
+
+
+def _colour(number: int) -> str:
+    return _COLOURS[number % len(_COLOURS)]
+
+
+def _name_lines(axes: Axes, ends: Mapping[str, float]) -> None:
+    """Write each line's name to the right of the axes, moved apart where lines end together."""
+    low, high = axes.get_ylim()
+    height_points = axes.figure.get_size_inches()[1] * 72 * 0.8
+    gap = 1.35 * _FONT_POINTS / height_points
+    names = sorted(ends, key=lambda name: ends[name])
+    places = spread(np.array([(ends[name] - low) / (high - low) for name in names]), gap)
+    for name, place in zip(names, places, strict=True):
+        axes.annotate(
+            f"{name}  {ends[name]:.2f}",
+            xy=(1.0, (ends[name] - low) / (high - low)),
+            xycoords="axes fraction",
+            xytext=(1.03, place),
+            textcoords="axes fraction",
+            color=_colour(list(ends).index(name)),
+            fontsize=_FONT_POINTS,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.7},
+        )
+
+
+def spread(places: np.ndarray, gap: float) -> np.ndarray:
+    """Sorted `places` moved as little as their order allows until neighbours are `gap` apart.
+
+    Groups that touch are merged and centred on the mean of where their members wanted to be.
+    """
+    groups: list[list[float]] = []  # [sum of wanted first places, members]
+    for index, place in enumerate(places):
+        groups.append([place - index * gap, 1])
+        while len(groups) > 1 and groups[-2][0] / groups[-2][1] > groups[-1][0] / groups[-1][1]:
+            total, members = groups.pop()
+            groups[-1][0] += total
+            groups[-1][1] += members
+    first = [total / members for total, members in groups for _ in range(int(members))]
+    return np.array(first) + gap * np.arange(len(places))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=150, facecolor="white")

@@ -1,0 +1,127 @@
+"""Reading the files of a run: `metrics.jsonl` and `weights/*.parquet`.
+
+A run may be read while it is written: an unfinished last line is left out. A step that was written
+twice (the run died after it and was resumed before it) counts once, with what was written last.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_dwm.config.errors import UserError
+
+_WEIGHT_COLUMNS = ["step", "stage", "sample_id", "domain", "weight"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightRecords:
+    """N recorded weights, sorted by step."""
+
+    step: np.ndarray
+    stage: np.ndarray
+    weight: np.ndarray
+    domain_code: np.ndarray
+    """index into `domains`"""
+    domains: tuple[str, ...]
+    """names, sorted"""
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`, one for each phase and step, sorted by step.
+
+    Raises:
+        UserError: `run_dir` is no run, or a line is broken.
+    """
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{run_dir} is no run: it has no metrics.jsonl")
+    latest: dict[tuple[str, int, int], dict[str, Any]] = {}
+    with path.open("rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            if not raw.endswith(b"\n"):
+                break  # being written just now
+            if raw.strip():
+                record = _record(raw, f"{path} line {number}")
+                # Several weighting updates share a step; each is kept.
+                update = number if record["phase"] == "weighting" else 0
+                latest[record["phase"], record["step"], update] = record
+    if not latest:
+        raise UserError(f"{path} has no finished line yet: wait for the run's first step")
+    return sorted(latest.values(), key=lambda record: record["step"])
+
+
+def _record(raw: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(raw)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({error}): is this file a run's?") from error
+    if not isinstance(record, dict) or not {"step", "phase"} <= set(record):
+        raise UserError(f"{where} has no step and phase: is this file a run's?")
+    return record
+
+
+def read_weights(run_dir: Path) -> WeightRecords:
+    """All weights that the run recorded.
+
+    Raises:
+        UserError: the run recorded none, or a file is broken.
+    """
+    paths = sorted((run_dir / "weights").glob("*.parquet"))
+    tables = [_weight_table(path) for path in paths]
+    if not any(len(table) for table in tables):
+        raise UserError(
+            f"{run_dir} has no weights in weights/*.parquet: "
+            "run with logging.weights_interval_steps above 0"
+        )
+    rows = pa.concat_tables(tables)
+    step, sample = rows["step"].to_numpy(), rows["sample_id"].to_numpy()
+    kept = _last_written(step, sample)
+    domains, codes = _encode(rows["domain"])
+    return WeightRecords(
+        step=step[kept],
+        stage=rows["stage"].to_numpy()[kept],
+        weight=rows["weight"].to_numpy()[kept].astype(np.float64),
+        domain_code=codes[kept],
+        domains=domains,
+    )
+
+
+def _last_written(step: np.ndarray, sample: np.ndarray) -> np.ndarray:
+    """Rows in the order of (step, sample), of equal ones the last; a stable sort."""
+    order = np.lexsort((sample, step))
+    ends = np.ones(len(order), dtype=bool)
+    ends[:-1] = (np.diff(step[order]) != 0) | (np.diff(sample[order]) != 0)
+    return order[ends]
+
+
+def _encode(column: pa.ChunkedArray) -> tuple[tuple[str, ...], np.ndarray]:
+    """Sorted names, and the index of each row's name among them."""
+    encoded = column.combine_chunks().dictionary_encode()
+    found = encoded.dictionary.to_pylist()
+    names = tuple(sorted(found))
+    place = np.array([names.index(name) for name in found])
+    return names, place[encoded.indices.to_numpy()]
+
+
+def _weight_table(path: Path) -> pa.Table:
+    schema = pa.schema(
+        [
+            ("step", pa.int64()),
+            ("stage", pa.int64()),
+            ("sample_id", pa.int64()),
+            ("domain", pa.string()),
+            ("weight", pa.float32()),
+        ]
+    )
+    try:
+        return pq.read_table(path, columns=_WEIGHT_COLUMNS).select(_WEIGHT_COLUMNS).cast(schema)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} holds no weights of a run ({reason})") from error

@@ -1,0 +1,151 @@
+"""What users get wrong about training data: one line that names the file and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_dwm.config.errors import UserError
+from megatron_dwm.config.schema import DataConfig
+from megatron_dwm.data.checks import check_data
+from megatron_dwm.data.prefixes import parse_blend
+from megatron_dwm.tokenizer import Tokenizer
+
+
+def refused(config: DataConfig, tokenizer: Tokenizer) -> str:
+    with pytest.raises(UserError) as caught:
+        check_data(config, tokenizer)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_good_data_passes(corpus: str, two: list[str], shared: Path, tokenizer: Tokenizer) -> None:
+    check_data(DataConfig(train=[corpus], sequence_length=96), tokenizer)
+    check_data(DataConfig(train=["1", two[0], "2.5", two[1]], sequence_length=96), tokenizer)
+    golden = str(shared / "megatron_golden" / "golden_text_document")
+    check_data(DataConfig(train=[golden], sequence_length=96), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ([], "data.train is empty"),
+        (["0.3", "A", "0.7"], "3 entries with weights among them"),
+        (["A", "0.3"], "'A 0.3' as a pair"),
+        (["0.3", "A", "B", "C"], "'B C' as a pair"),
+        (["0.3", "0.4"], "'0.3 0.4' as a pair"),
+        (["0", "A", "1", "B"], "gives A the weight 0"),
+        (["1", "A", "-2", "B"], "gives B the weight -2"),
+        (["nan", "A", "1", "B"], "gives A the weight nan"),
+        (["inf", "A", "1", "B"], "gives A the weight inf"),
+        (["A", "B", "A"], "names A twice"),
+    ],
+)
+def test_lists_that_are_no_blend(train: list[str], message: str, tokenizer: Tokenizer) -> None:
+    assert message in refused(DataConfig(train=train), tokenizer)
+
+
+def test_lists_that_are_blends() -> None:
+    assert [p.prefix for p in parse_blend(["A", "B"])] == ["A", "B"]
+    assert [p.weight for p in parse_blend(["3", "A", "1e-1", "B"])] == [3.0, 0.1]
+    assert parse_blend(["A"])[0].weight is None
+
+
+def test_missing_files_come_with_a_hint(corpus: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    assert "no file" in refused(DataConfig(train=[str(tmp_path / "none")]), tokenizer)
+    for slip in (corpus + ".bin", corpus + ".idx", corpus.removesuffix("_text_document")):
+        assert f"did you mean {corpus}?" in refused(DataConfig(train=[slip]), tokenizer)
+
+
+def test_broken_index_files(corpus: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    index, tokens = Path(f"{corpus}.idx").read_bytes(), Path(f"{corpus}.bin").read_bytes()
+
+    def message(index_bytes: bytes, token_bytes: bytes) -> str:
+        (tmp_path / "p.idx").write_bytes(index_bytes)
+        (tmp_path / "p.bin").write_bytes(token_bytes)
+        return refused(DataConfig(train=[str(tmp_path / "p")], sequence_length=96), tokenizer)
+
+    assert "p.idx is not a Megatron index" in message(b"", tokens)
+    assert "p.idx is not a Megatron index" in message(b"PARQUET1" * 40, tokens)
+    assert "version 9" in message(index[:9] + b"\x09" + index[10:], tokens)
+    assert "type code 7" in message(index[:17] + b"\x07" + index[18:], tokens)
+    assert "it was cut short" in message(index[:-40], tokens)
+    assert "p.bin has" in message(index, tokens[:-2])
+
+
+def test_sequence_longer_than_the_data(
+    documents: list, tmp_path: Path, tokenizer: Tokenizer, indexed_writer: Callable[..., str]
+) -> None:
+    short = [d for d in documents if d.ids][:1]
+    prefix = indexed_writer(tmp_path / "short", short)
+    size = len(short[0].ids)
+    check_data(DataConfig(train=[prefix], sequence_length=size - 1), tokenizer)
+    text = refused(DataConfig(train=[prefix], sequence_length=size), tokenizer)
+    assert f"holds {size} tokens" in text and f"at least {size + 1}" in text
+    nothing = indexed_writer(tmp_path / "nothing", [d for d in documents if not d.ids])
+    assert "holds 0 tokens" in refused(DataConfig(train=[nothing]), tokenizer)
+    assert "must be at least 1" in refused(DataConfig(train=[prefix], sequence_length=0), tokenizer)
+
+
+def test_sidecar_of_another_run(
+    documents: list,
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    indexed_writer: Callable[..., str],
+    sidecar_writer: Callable[..., None],
+) -> None:
+    prefix = indexed_writer(tmp_path / "p", documents[:50])
+    sidecar_writer(prefix, documents[:49], tokenizer)
+    text = refused(DataConfig(train=[prefix], sequence_length=96), tokenizer)
+    assert "p.meta.parquet has 49 rows but p.idx has 50 documents" in text
+    Path(f"{prefix}.meta.parquet").write_bytes(b"no parquet at all")
+    text = refused(DataConfig(train=[prefix], sequence_length=96), tokenizer)
+    assert "p.meta.parquet is not a readable Parquet file" in text
+
+
+def test_misspelt_domain_key(corpus: str, tokenizer: Tokenizer) -> None:
+    config = DataConfig(train=[corpus], sequence_length=96, domain_key="meta.sett")
+    text = refused(config, tokenizer)
+    assert "no column meta.sett" in text and "it has meta.redpajama_set_name" in text
+
+
+def test_sidecar_without_metadata_is_domain_unknown(
+    documents: list, tmp_path: Path, tokenizer: Tokenizer, indexed_writer: Callable[..., str]
+) -> None:
+    prefix = indexed_writer(tmp_path / "p", documents[:50])
+    pq.write_table(pa.table({"tokens": list(range(50))}), f"{prefix}.meta.parquet")
+    check_data(DataConfig(train=[prefix], sequence_length=96), tokenizer)
+
+
+@pytest.mark.parametrize("change", [{"tokenizer_sha256": "0" * 64}, {"vocab_size": "1000"}])
+def test_other_tokenizer(
+    documents: list,
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    indexed_writer: Callable[..., str],
+    sidecar_writer: Callable[..., None],
+    change: dict[str, str],
+) -> None:
+    prefix = indexed_writer(tmp_path / "p", documents[:50])
+    sidecar_writer(prefix, documents[:50], tokenizer, **change)
+    text = refused(DataConfig(train=[prefix], sequence_length=96), tokenizer)
+    named = next(iter(change.values()))[:12]
+    assert "p.meta.parquet" in text and named in text and str(tokenizer.model_path) in text
+
+
+def test_token_ids_beyond_the_vocabulary(
+    documents: list, tmp_path: Path, tokenizer: Tokenizer, indexed_writer: Callable[..., str]
+) -> None:
+    prefix = indexed_writer(tmp_path / "p", documents[:50], np.int32)
+    check_data(DataConfig(train=[prefix], sequence_length=96), tokenizer)
+    ids = np.memmap(f"{prefix}.bin", dtype=np.int32, mode="r+")
+    ids[17] = 32000
+    ids.flush()
+    text = refused(DataConfig(train=[prefix], sequence_length=96), tokenizer)
+    assert "p.bin holds token id 32000" in text and "has 32000 pieces" in text

@@ -1,0 +1,39 @@
+"""Draw what a run did: mean weight by domain, and losses beside those of other runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_dwm.config.command_line import run_command
+from megatron_dwm.report.run_report import write_report
+
+
+def main() -> None:
+    """Write RUN_DIR/report/weight_by_domain.png and loss.png and print their paths."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Writes RUN_DIR/report/weight_by_domain.png and RUN_DIR/report/loss.png. "
+        "Steps are optimiser steps, losses nats a token, and a weight of 1 is uniform.",
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="directory of the run")
+    parser.add_argument(
+        "--compare",
+        metavar="RUN_DIR",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="runs whose losses to draw beside it (default: none)",
+    )
+    parser.add_argument(
+        "--target-domain",
+        metavar="NAME",
+        help="held-out domain to show first and to mark as the target (default: the one called target)",
+    )
+    arguments = parser.parse_args()
+    for path in write_report(arguments.run_dir, arguments.compare, arguments.target_domain):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_command(main)
