@@ -13,7 +13,7 @@ CORE = [
     "megatron-core==0.16.1",
     "numpy>=1.26,<3",
     "psutil>=5.9,<8",  # megatron.core.dist_checkpointing saves with it
-    "jsonargparse>=4.49,<5",  # `instantiate` came with 4.49
+    "jsonargparse[signatures]>=4.49,<5",  # `instantiate` came with 4.49; signatures: help texts
     "PyYAML>=6,<7",
     "sentencepiece>=0.2.1,<0.3",  # byte-exact ids are checked against 0.2.x
     "pyarrow>=16",  # metadata sidecars and weight records (Parquet)

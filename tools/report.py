@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument(
         "--target-domain",
         metavar="NAME",
-        help="held-out domain to show first and to mark as the target (default: the one called target)",
+        help="held-out domain to show first, as the target (default: the one called target)",
     )
     arguments = parser.parse_args()
     for path in write_report(arguments.run_dir, arguments.compare, arguments.target_domain):

@@ -85,7 +85,7 @@ class ModelConfig:
 class DataConfig:
     """What the LLM reads."""
 
-    train: list[str] = field(default_factory=list)
+    train: list[str | float] = field(default_factory=list)
     """prefixes of indexed files, or weights and prefixes in turn, as Megatron's --data-path"""
     tokenizer: str | None = None
     """SentencePiece model the data was tokenized with"""

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
-_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+Dash = str | tuple[float, tuple[float, ...]]
+_DASHES: tuple[Dash, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 _GREY = "#666666"
 _FONT_POINTS = 10
 _PANELS_A_ROW = 3
@@ -39,7 +40,7 @@ def draw_weight_by_domain(
         axes.axvline(step, color="#dddddd", linewidth=1.0, zorder=0)
     drawn = {name: line for name, line in series.items() if len(line.step)}
     for number, (name, line) in enumerate(drawn.items()):
-        _line(axes, line, number, name)
+        _line(axes, line, number, name, _dash(number))
     _name_lines(axes, {name: line.value[-1] for name, line in drawn.items()})
     _save(figure, path)
 
@@ -62,7 +63,7 @@ def draw_losses(
     domains.sort(key=lambda name: name != target_domain)
     panels = [("training", dict(training))]
     for domain in domains:
-        mark = " (target)" if domain == target_domain else ""
+        mark = ", the target" if domain == target_domain != "target" else ""
         lines = {
             run: by_domain[domain] for run, by_domain in held_out.items() if domain in by_domain
         }
@@ -76,7 +77,10 @@ def draw_losses(
     for axes, (title, lines) in zip(grid.flat, panels, strict=False):
         _clean(axes, title, "optimiser step", "loss (nats a token)")
         for run, line in lines.items():
-            _line(axes, line, list(training).index(run), run)
+            number = list(training).index(run)
+            # Runs also differ in dashes: equal lines would hide one another.
+            _line(axes, line, number, run, _DASHES[number % len(_DASHES)])
+        _write_last_values(axes, [lines.get(run) for run in training])
     handles, names = grid.flat[0].get_legend_handles_labels()
     figure.legend(
         handles, names, loc="outside upper center", ncols=min(4, len(names)), frameon=False
@@ -104,12 +108,12 @@ def _clean(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _line(axes: Axes, series: Series, number: int, label: str) -> None:
+def _line(axes: Axes, series: Series, number: int, label: str, dash: Dash) -> None:
     axes.plot(
         series.step,
         series.value,
         color=_colour(number),
-        linestyle=_DASHES[number // len(_COLOURS) % len(_DASHES)],
+        linestyle=dash,
         linewidth=1.8,
         marker="o" if len(series.step) == 1 else None,
         label=label,
@@ -120,24 +124,55 @@ def _colour(number: int) -> str:
     return _COLOURS[number % len(_COLOURS)]
 
 
+def _dash(number: int) -> Dash:
+    return _DASHES[number // len(_COLOURS) % len(_DASHES)]
+
+
+def _write_last_values(axes: Axes, lines: Sequence[Series | None]) -> None:
+    """Write the last value of each line, in its colour, in the corner above a falling loss."""
+    for number, line in enumerate(lines):
+        if line is not None and len(line.step):
+            axes.annotate(
+                f"{line.value[-1]:.3f}",
+                xy=(1.0, 1.0),
+                xycoords="axes fraction",
+                xytext=(-4, -4 - 1.4 * _FONT_POINTS * (number + 0.5)),
+                textcoords="offset points",
+                color=_colour(number),
+                fontsize=_FONT_POINTS,
+                ha="right",
+                va="center",
+            )
+
+
 def _name_lines(axes: Axes, ends: Mapping[str, float]) -> None:
-    """Write each line's name to the right of the axes, moved apart where lines end together."""
+    """Write each line's name and last value beside the axes, apart where lines end together."""
+    axes.margins(x=0)
     low, high = axes.get_ylim()
     height_points = axes.figure.get_size_inches()[1] * 72 * 0.8
     gap = 1.35 * _FONT_POINTS / height_points
     names = sorted(ends, key=lambda name: ends[name])
     places = spread(np.array([(ends[name] - low) / (high - low) for name in names]), gap)
     for name, place in zip(names, places, strict=True):
+        number = list(ends).index(name)
         axes.annotate(
             f"{name}  {ends[name]:.2f}",
             xy=(1.0, (ends[name] - low) / (high - low)),
             xycoords="axes fraction",
-            xytext=(1.03, place),
+            xytext=(1.06, place),
             textcoords="axes fraction",
-            color=_colour(list(ends).index(name)),
+            color=_colour(number),
             fontsize=_FONT_POINTS,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.7},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": _colour(number),
+                "linestyle": _dash(number),
+                "linewidth": 1.0,
+                "relpos": (0.0, 0.5),
+                "shrinkA": 2,
+                "shrinkB": 0,
+            },
         )
 
 

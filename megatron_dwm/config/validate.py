@@ -1,0 +1,173 @@
+"""Combinations that cannot work, found before any process group exists.
+
+Each check is one rule: a predicate over the configuration and the message of its violation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from megatron_dwm.config.errors import UserError
+from megatron_dwm.config.schema import Config
+
+
+class Heads(NamedTuple):
+    """What the model's shape must share out over processes."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    padded_vocab_size: int
+
+
+def validate_config(config: Config, shape: Heads, world_size: int) -> None:
+    """Raise UserError for the first rule that the run breaks.
+
+    shape: the resolved model's. world_size: processes of the job.
+    """
+    for problem in _problems(config, shape, world_size):
+        raise UserError(problem)
+
+
+def _problems(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
+    yield from _positive(config)
+    yield from _fractions(config)
+    yield from _layout(config, shape, world_size)
+    yield from _batches(config, world_size)
+    yield from _policy(config)
+
+
+def _positive(config: Config) -> Iterator[str]:
+    values = {
+        "training.steps": config.training.steps,
+        "training.global_batch_size": config.training.global_batch_size,
+        "training.micro_batch_size": config.training.micro_batch_size,
+        "training.learning_rate": config.training.learning_rate,
+        "training.log_interval_steps": config.training.log_interval_steps,
+        "data.sequence_length": config.data.sequence_length,
+        "evaluation.interval_steps": config.evaluation.interval_steps,
+        "parallel.tensor": config.parallel.tensor,
+        "parallel.pipeline": config.parallel.pipeline,
+        "parallel.timeout_s": config.parallel.timeout_s,
+        "weighting.stages": config.weighting.stages,
+        "weighting.updates_per_stage": config.weighting.updates_per_stage,
+        "weighting.interval_steps": config.weighting.interval_steps,
+        "weighting.learning_rate": config.weighting.learning_rate,
+        "weighting.hidden_size": config.weighting.hidden_size,
+        "weighting.num_layers": config.weighting.num_layers,
+        "weighting.num_attention_heads": config.weighting.num_attention_heads,
+        "weighting.ffn_hidden_size": config.weighting.ffn_hidden_size,
+    }
+    for key, value in values.items():
+        if value <= 0:
+            yield f"{key}: expected a number above 0, got {value}"
+    not_negative = {
+        "training.clip_grad": config.training.clip_grad,
+        "training.weight_decay": config.training.weight_decay,
+        "training.checkpoint_interval_steps": config.training.checkpoint_interval_steps,
+        "logging.weights_interval_steps": config.logging.weights_interval_steps,
+        "weighting.warmup_steps": config.weighting.warmup_steps,
+        "weighting.clip_grad": config.weighting.clip_grad,
+    }
+    for key, value in not_negative.items():
+        if value < 0:
+            yield f"{key}: expected 0 or more, got {value}"
+
+
+def _fractions(config: Config) -> Iterator[str]:
+    values = {
+        "training.min_learning_rate_fraction": config.training.min_learning_rate_fraction,
+        "training.warmup_fraction": config.training.warmup_fraction,
+        "weighting.uniform_floor": config.weighting.uniform_floor,
+        "weighting.min_effective_sample_size": config.weighting.min_effective_sample_size,
+    }
+    for key, value in values.items():
+        if not 0.0 <= value < 1.0:
+            yield f"{key}: expected a fraction from 0 to below 1, got {value}"
+
+
+def _layout(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    if world_size % config.parallel.model_size:
+        yield (
+            f"parallel.tensor {tensor} x parallel.pipeline {pipeline}: expected to divide the "
+            f"number of processes, which is {world_size}; start torchrun with another "
+            "--nproc-per-node"
+        )
+    for name, value in (
+        ("model.num_attention_heads", shape.num_attention_heads),
+        ("model.num_query_groups", shape.num_query_groups),
+        ("the padded vocabulary", shape.padded_vocab_size),
+    ):
+        if value % tensor:
+            yield f"parallel.tensor {tensor}: expected to divide {name}, which is {value}"
+    if shape.num_layers % pipeline:
+        yield (
+            f"parallel.pipeline {pipeline}: expected to divide model.num_layers, "
+            f"which is {shape.num_layers}"
+        )
+    if shape.hidden_size % shape.num_attention_heads:
+        yield (
+            f"model.num_attention_heads {shape.num_attention_heads}: expected to divide "
+            f"model.hidden_size, which is {shape.hidden_size}"
+        )
+    if shape.num_attention_heads % shape.num_query_groups:
+        yield (
+            f"model.num_query_groups {shape.num_query_groups}: expected to divide "
+            f"model.num_attention_heads, which is {shape.num_attention_heads}"
+        )
+    if config.parallel.sequence and config.data.sequence_length % tensor:
+        yield (
+            f"parallel.sequence: expected parallel.tensor {tensor} to divide "
+            f"data.sequence_length, which is {config.data.sequence_length}"
+        )
+    if config.parallel.sequence and tensor == 1:
+        yield "parallel.sequence: expected parallel.tensor above 1, got 1"
+
+
+def _batches(config: Config, world_size: int) -> Iterator[str]:
+    training = config.training
+    replicas = config.data_parallel_size(world_size)
+    rows = training.micro_batch_size * replicas
+    if training.global_batch_size % rows:
+        yield (
+            f"training.global_batch_size {training.global_batch_size}: expected a multiple of "
+            f"training.micro_batch_size {training.micro_batch_size} x {replicas} data-parallel "
+            f"replicas = {rows}"
+        )
+    if config.validation.batch_size is not None and config.validation.batch_size % rows:
+        yield (
+            f"validation.batch_size {config.validation.batch_size}: expected a multiple of "
+            f"training.micro_batch_size x data-parallel replicas = {rows}"
+        )
+
+
+def _policy(config: Config) -> Iterator[str]:
+    weighting = config.weighting
+    if not config.data.train:
+        yield "data.train: expected at least one prefix of indexed files, got none"
+    if config.data.tokenizer is None:
+        yield "data.tokenizer: expected the tokenizer model that the data was tokenized with"
+    if config.policy.name != "dwm":
+        return
+    if config.validation.path is None and not weighting.frozen:
+        yield "validation.path: policy dwm needs the target's text (JSON Lines), got none"
+    if weighting.frozen and weighting.load is None:
+        yield "weighting.frozen: expected weighting.load to name a weighting model, got none"
+    if weighting.hidden_size % weighting.num_attention_heads:
+        yield (
+            f"weighting.num_attention_heads {weighting.num_attention_heads}: expected to divide "
+            f"weighting.hidden_size, which is {weighting.hidden_size}"
+        )
+    if weighting.mode == "staged" and weighting.stages > config.training.steps:
+        yield (
+            f"weighting.stages {weighting.stages}: expected at most training.steps, "
+            f"which is {config.training.steps}"
+        )
+    if weighting.group == "micro_batch" and config.training.micro_batch_size < 2:
+        yield (
+            "training.micro_batch_size 1: a weighting group of one sample always weighs 1; "
+            "set weighting.group to global or use larger micro-batches"
+        )
