@@ -16,8 +16,20 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--input", required=True, metavar="FILE", help="corpus of JSON Lines, may be compressed")
-    add("--output", required=True, metavar="FILE.jsonl", help="corpus to write; must not exist")
+    add(
+        "--input",
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="corpus of JSON Lines, may be compressed",
+    )
+    add(
+        "--output",
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="FILE.jsonl",
+        help="corpus to write; must not exist",
+    )
     add("--fraction", type=float, default=0.5, help="part of the output's text bytes that is junk")
     add("--seed", type=int, default=1234, help="seed of the junk and of the order of documents")
     return parser.parse_args()

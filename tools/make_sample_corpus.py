@@ -15,8 +15,20 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--source", required=True, metavar="FILE", help="SlimPajama-like JSON Lines")
-    add("--lambada", required=True, metavar="FILE", help="last-word passages, JSON Lines")
+    add(
+        "--source",
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="SlimPajama-like JSON Lines",
+    )
+    add(
+        "--lambada",
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="last-word passages, JSON Lines",
+    )
     add("--output", default="examples/corpus", metavar="DIR", help="existing directory to fill")
     return parser.parse_args()
 

@@ -28,13 +28,32 @@ def parse_arguments() -> argparse.Namespace:
         "--input",
         nargs="+",
         required=True,
+        default=argparse.SUPPRESS,
         metavar="FILE",
         help="JSON Lines files in reading order: .jsonl, .jsonl.gz, .jsonl.zst, .jsonl.bz2, "
         ".jsonl.xz",
     )
-    add("--output-prefix", required=True, metavar="P", help="beginning of the output files' names")
-    add("--tokenizer-type", required=True, metavar="T", help=f"one of {', '.join(TOKENIZER_KINDS)}")
-    add("--tokenizer-model", required=True, metavar="M", help="SentencePiece model file")
+    add(
+        "--output-prefix",
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="P",
+        help="beginning of the output files' names",
+    )
+    add(
+        "--tokenizer-type",
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="T",
+        help=f"one of {', '.join(TOKENIZER_KINDS)}",
+    )
+    add(
+        "--tokenizer-model",
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="M",
+        help="SentencePiece model file",
+    )
     add(
         "--json-keys",
         nargs="+",

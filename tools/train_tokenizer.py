@@ -18,10 +18,23 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="FILE",
+    add("--input", nargs="+", required=True, default=argparse.SUPPRESS, metavar="FILE",
         help="JSON Lines files: .jsonl, .jsonl.gz, .jsonl.zst, .jsonl.bz2, .jsonl.xz")  # fmt: skip
-    add("--vocab-size", type=int, required=True, metavar="V", help="pieces in the vocabulary")
-    add("--output", required=True, metavar="M.model", help="model file to write; must not exist")
+    add(
+        "--vocab-size",
+        type=int,
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="V",
+        help="pieces in the vocabulary",
+    )
+    add(
+        "--output",
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="M.model",
+        help="model file to write; must not exist",
+    )
     add("--json-key", default="text", metavar="KEY", help="key that holds the text")
     return parser.parse_args()
 

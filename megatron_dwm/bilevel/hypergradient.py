@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_dwm.bilevel.tangent_probe import tangent_probe
 from megatron_dwm.bilevel.virtual_step import InnerOptimizer, take_virtual_step
-from megatron_dwm.model import LLM, MicroBatch, forward_backward
+from megatron_dwm.model import LLM, MicroBatch, clear_gradients, forward_backward
 from megatron_dwm.model.objective import (
     TokenBatch,
     token_count,
@@ -89,15 +89,6 @@ def hypergradient(
         val_loss=val_loss,
         grad_norm=step.grad_norm,
     )
-
-
-def clear_gradients(llm: LLM, optimizer: ChainedOptimizer) -> None:
-    """Before every pass: zero Megatron's buffers and drop the optimiser's views of them.
-
-    A view left in `Parameter.grad` would be added to the buffer that it views.
-    """
-    llm.zero_grad_buffers()
-    optimizer.zero_grad()
 
 
 def _validation_gradient(llm: LLM, batch: TokenBatch, micro_batch_size: int) -> float:

@@ -95,9 +95,7 @@ class VirtualStep:
 
 
 @torch.no_grad()
-def take_virtual_step(
-    llm: LLM, optimizer: ChainedOptimizer, inner: InnerOptimizer
-) -> VirtualStep:
+def take_virtual_step(llm: LLM, optimizer: ChainedOptimizer, inner: InnerOptimizer) -> VirtualStep:
     """Write theta' into the model's parameters, from the gradient in the gradient buffers."""
     optimizer.prepare_grads()
     grad_norm = optimizer.get_grad_norm()

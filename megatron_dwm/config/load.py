@@ -87,7 +87,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         problem = getattr(error, "problem", None) or str(error)
         raise UserError(f"{file}:{line} not YAML: {problem}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file}: expected sections with keys, for example 'training: {{steps: 10}}'")
+        raise UserError(f"{file}: expected sections with keys, such as 'training: {{steps: 10}}'")
     return content
 
 

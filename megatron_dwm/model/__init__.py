@@ -1,6 +1,6 @@
 """Llama on Megatron-Core: shapes, modules, the model of a rank, passes through the schedules."""
 
-from megatron_dwm.model.llm import LLM, build_llm, unwrap
+from megatron_dwm.model.llm import LLM, build_llm, clear_gradients, unwrap
 from megatron_dwm.model.passes import MicroBatch, PassResult, forward_backward, forward_only
 from megatron_dwm.model.shape import LlamaShape, resolve_shape
 
@@ -10,6 +10,7 @@ __all__ = [
     "MicroBatch",
     "PassResult",
     "build_llm",
+    "clear_gradients",
     "forward_backward",
     "forward_only",
     "resolve_shape",

@@ -21,11 +21,14 @@ from torch.nn import Module, Parameter
 def global_parameter_names(module: Module, first_layer: int) -> Iterable[tuple[str, Parameter]]:
     """(name, parameter) of a pipeline stage whose layer 0 is layer `first_layer` of the model."""
     for name, parameter in module.named_parameters():
-        yield re.sub(
-            r"decoder\.layers\.(\d+)\.",
-            lambda match: f"decoder.layers.{int(match[1]) + first_layer}.",
-            name,
-        ), parameter
+        yield (
+            re.sub(
+                r"decoder\.layers\.(\d+)\.",
+                lambda match: f"decoder.layers.{int(match[1]) + first_layer}.",
+                name,
+            ),
+            parameter,
+        )
 
 
 def initialise_parameters(

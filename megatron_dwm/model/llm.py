@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import Module, Parameter
@@ -45,10 +46,15 @@ class LLM:
         """Every parameter of this rank, in the wrappers' order."""
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
-    def zero_grad_buffers(self) -> None:
-        """Zero Megatron's gradient buffers (what `Parameter.main_grad` views)."""
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
+
+def clear_gradients(llm: LLM, optimizer: MegatronOptimizer) -> None:
+    """Before every pass: zero Megatron's gradient buffers and drop the optimiser's views of them.
+
+    A view left in `Parameter.grad` would be added to the buffer that it views.
+    """
+    for chunk in llm.chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
 
 
 def unwrap(module: Module) -> GPTModel:

@@ -65,4 +65,6 @@ def _split(batch: TokenBatch, coefficients_BS: Tensor, size: int) -> list[MicroB
         coefficients_BS,
         batch.loss_mask_BS,
     )
-    return [MicroBatch(*rows) for rows in zip(*(torch.split(c, size) for c in columns), strict=True)]
+    return [
+        MicroBatch(*rows) for rows in zip(*(torch.split(c, size) for c in columns), strict=True)
+    ]

@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -84,6 +85,8 @@ def check_inputs(paths: Sequence[str]) -> None:
             raise UserError(f"{path}: no such input file")
         if not Path(path).is_file():
             raise UserError(f"{path}: not a file; name the files of the corpus themselves")
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{path}: you may not read this file")
         if Path(path).suffix not in _DECOMPRESSORS:
             known = ".jsonl, .jsonl.gz, .jsonl.zst, .jsonl.bz2, .jsonl.xz"
             raise UserError(f"{path}: format not known from its ending; expected one of {known}")

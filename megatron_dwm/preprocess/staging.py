@@ -1,7 +1,7 @@
 """Outputs under temporary names until all of them are complete.
 
 A reader never sees half a file, an existing file is never overwritten, and a run that fails leaves
-nothing. (A run that is killed outright leaves `*.partial-PID` files, which may be removed.)
+nothing. (A run that is killed outright leaves `*.partial-PID*` files, which may be removed.)
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ class StagedFiles:
         for path in self._paths:
             if not path.parent.is_dir():
                 raise UserError(f"{path.parent}: no such output directory; create it first")
+            if not os.access(path.parent, os.W_OK):
+                raise UserError(f"{path.parent}: you may not write into this directory")
 
     def partial(self, path: Path) -> Path:
         """Temporary name of `path`, in the same directory."""

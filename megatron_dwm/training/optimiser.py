@@ -30,9 +30,7 @@ def build_optimizer(config: TrainingConfig, llm: LLM, *, sharded: bool) -> Chain
     )
 
 
-def build_scheduler(
-    config: TrainingConfig, optimizer: ChainedOptimizer
-) -> OptimizerParamScheduler:
+def build_scheduler(config: TrainingConfig, optimizer: ChainedOptimizer) -> OptimizerParamScheduler:
     """Linear warm-up, then a cosine to the smallest rate; counted in steps."""
     return OptimizerParamScheduler(
         optimizer,

@@ -1,0 +1,138 @@
+"""Checkpoints: Megatron-Core's distributed format for the LLM, one small file for the rest.
+
+    checkpoints/step_00000500/llm/         parameters and optimiser, any layout can load them
+    checkpoints/step_00000500/training.pt  counters, weighting model and its optimiser
+    checkpoints/step_00000500/config.yaml, shape.json   what is needed to read it alone
+
+A checkpoint is written under a temporary name and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+
+from megatron_dwm.config.load import save_config
+from megatron_dwm.model import LLM, clear_gradients
+from megatron_dwm.runtime import Runtime
+from megatron_dwm.training.session import Session
+from megatron_dwm.training.state import TrainState
+from megatron_dwm.weighting import DwmPolicy
+
+MODEL_PREFIX = "model."
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lives."""
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The whole checkpoint with the highest step, or None."""
+    found = sorted((run_dir / "checkpoints").glob("step_????????"))
+    return found[-1] if found else None
+
+
+def save_checkpoint(session: Session) -> Path:
+    """Write everything that a resumed run needs (collective); the directory comes back."""
+    final = checkpoint_dir(session.run_dir, session.state.step)
+    partial = final.with_suffix(".partial")
+    runtime = session.runtime
+    if runtime.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "llm").mkdir(parents=True)
+    runtime.barrier()
+    dist_checkpointing.save(
+        _sharded_state(session, is_loading=False),
+        str(partial / "llm"),
+        validate_access_integrity=True,
+    )
+    if runtime.is_main:
+        _save_rest(session, partial)
+        # A checkpoint of the same step is older than this one: it was resumed from.
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    runtime.barrier()
+    return final
+
+
+def load_checkpoint(session: Session, directory: Path) -> None:
+    """Take up a run where `directory` left it (collective); any layout can load."""
+    _create_optimizer_state(session)
+    loaded = dist_checkpointing.load(
+        _sharded_state(session, is_loading=True), str(directory / "llm")
+    )
+    for module in session.llm.modules:
+        module.load_state_dict(loaded["model"])
+    session.optimizer.load_state_dict(loaded["optimizer"])
+    rest = torch.load(directory / "training.pt", weights_only=True)
+    for name, value in rest["state"].items():
+        setattr(session.state, name, value)
+    if isinstance(session.policy, DwmPolicy):
+        session.policy.load_state_dict(rest["policy"])
+    session.scheduler.num_steps = 0
+    session.scheduler.step(increment=session.state.step)
+
+
+def load_parameters(llm: LLM, directory: Path) -> None:
+    """Only the LLM's parameters of a checkpoint (`model.init_from`); collective."""
+    module = llm.modules[0]
+    state = module.sharded_state_dict(prefix=MODEL_PREFIX, metadata=_metadata(llm.runtime))
+    module.load_state_dict(
+        {
+            name.removeprefix(MODEL_PREFIX): value
+            for name, value in dist_checkpointing.load(state, str(directory / "llm")).items()
+        }
+    )
+
+
+def _sharded_state(session: Session, *, is_loading: bool) -> ShardedStateDict:
+    metadata = _metadata(session.llm.runtime)
+    model = session.llm.modules[0].sharded_state_dict(prefix=MODEL_PREFIX, metadata=metadata)
+    optimizer = session.optimizer.sharded_state_dict(
+        model, is_loading=is_loading, metadata=metadata
+    )
+    plain = {name.removeprefix(MODEL_PREFIX): value for name, value in model.items()}
+    return {"model": plain, "optimizer": optimizer}
+
+
+def _metadata(runtime: Runtime) -> dict[str, Any]:
+    return {**_SHARDING, "dp_cp_group": runtime.data_group}
+
+
+def _create_optimizer_state(session: Session) -> None:
+    """Give torch's Adam its state before loading into it.
+
+    Megatron-Core 0.16.1 cannot load a sharded optimiser that has never stepped when neither
+    Transformer Engine nor apex is installed (optimizer/distrib_optimizer.py reads `step` from
+    state that is not there). A step on zero gradients makes it; loading overwrites everything.
+    """
+    clear_gradients(session.llm, session.optimizer)
+    session.optimizer.step()
+    clear_gradients(session.llm, session.optimizer)
+
+
+def _save_rest(session: Session, directory: Path) -> None:
+    policy = session.policy
+    torch.save(
+        {
+            "state": asdict(session.state),
+            "policy": policy.state_dict() if isinstance(policy, DwmPolicy) else None,
+        },
+        directory / "training.pt",
+    )
+    save_config(session.config, directory / "config.yaml")
+    (directory / "shape.json").write_text(json.dumps(asdict(session.llm.shape)), encoding="utf-8")
+
+
+def read_state(directory: Path) -> TrainState:
+    """Only the counters of a checkpoint."""
+    return TrainState(**torch.load(directory / "training.pt", weights_only=True)["state"])

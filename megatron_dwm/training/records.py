@@ -1,0 +1,155 @@
+"""What a run leaves to read: metrics.jsonl, TensorBoard events and weights/*.parquet.
+
+Only the main process writes. A resumed run first drops what lies beyond its checkpoint, so every
+step appears once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_dwm.data.batch import Batch
+from megatron_dwm.training.state import TrainState
+from megatron_dwm.weighting.concentration import effective_sample_size, normalised_entropy
+
+_WEIGHT_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("stage", pa.int32()),
+        ("sample_id", pa.int64()),
+        ("document_id", pa.int64()),
+        ("domain", pa.dictionary(pa.int32(), pa.string())),
+        ("weight", pa.float32()),
+        ("alignment", pa.float32()),
+    ]
+)
+
+
+def weight_statistics(weights_n: Tensor) -> dict[str, float]:
+    """Statistics of a global batch's weights; size and entropy are fractions of the largest."""
+    return {
+        "weight_mean": float(weights_n.mean()),
+        "weight_std": float(weights_n.std(correction=0)),
+        "weight_min": float(weights_n.min()),
+        "weight_max": float(weights_n.max()),
+        "weight_effective_sample_size": float(effective_sample_size(weights_n)),
+        "weight_entropy": float(normalised_entropy(weights_n)),
+    }
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl, one object a line, and to TensorBoard."""
+
+    def __init__(self, run_dir: Path, *, tensorboard: bool) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard")) if tensorboard else None
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Write one line; its `phase` and `step` name the TensorBoard series and abscissa."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._board is None:
+            return
+        for name, value in _scalars(line).items():
+            self._board.add_scalar(f"{line['phase']}/{name}", value, line["step"])
+
+    def close(self) -> None:
+        """Close both files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _scalars(line: dict[str, Any]) -> dict[str, float]:
+    flat = {name: value for name, value in line.items() if isinstance(value, (int, float))}
+    for domain, value in line.get("domain_loss", {}).items():
+        flat[f"domain_loss/{domain}"] = value
+    flat.pop("step")
+    return flat
+
+
+class WeightRecorder:
+    """Collects weights by sample and writes them, a Parquet file a checkpoint interval."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._dir = run_dir / "weights"
+        self._tables: list[pa.Table] = []
+        self._steps: list[int] = []
+
+    def add(
+        self, step: int, stage: int, batch: Batch, weights_n: Tensor, alignment_n: Tensor | None
+    ) -> None:
+        """Keep the weights of a global batch; `alignment_n` where an update computed it."""
+        rows = batch.size
+        alignment = [None] * rows if alignment_n is None else alignment_n.tolist()
+        columns = [
+            [step] * rows,
+            [stage] * rows,
+            batch.sample_ids_B.tolist(),
+            batch.document_ids_B.tolist(),
+            list(batch.domains),
+            weights_n.tolist(),
+            alignment,
+        ]
+        arrays = [
+            pa.array(column, type=field.type)
+            for column, field in zip(columns, _WEIGHT_SCHEMA, strict=True)
+        ]
+        self._tables.append(pa.Table.from_arrays(arrays, schema=_WEIGHT_SCHEMA))
+        self._steps.append(step)
+
+    def flush(self) -> None:
+        """Write what was kept since the last call as one file."""
+        if not self._tables:
+            return
+        self._dir.mkdir(exist_ok=True)
+        name = f"steps_{self._steps[0]:08d}_{self._steps[-1]:08d}.parquet"
+        partial = self._dir / f".{name}.partial"
+        pq.write_table(pa.concat_tables(self._tables).unify_dictionaries(), partial)
+        partial.rename(self._dir / _free_name(self._dir, name))
+        self._tables, self._steps = [], []
+
+
+def _free_name(directory: Path, name: str) -> str:
+    """`name`, or with a letter behind where two intervals begin and end alike."""
+    stem = name.removesuffix(".parquet")
+    names = [name, *(f"{stem}_{number}.parquet" for number in range(1, 1000))]
+    return next(candidate for candidate in names if not (directory / candidate).exists())
+
+
+def drop_records_after(run_dir: Path, state: TrainState) -> None:
+    """Remove lines and weight records that a checkpoint's state does not know of."""
+    metrics = run_dir / "metrics.jsonl"
+    if metrics.is_file():
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _known(line, state)]
+        partial = metrics.with_suffix(".partial")
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial.rename(metrics)
+    for file in _weight_files(run_dir):
+        _, first, last = file.stem.split("_")[:3]
+        if int(last) > state.step or int(first) > state.step:
+            file.unlink()
+
+
+def _weight_files(run_dir: Path) -> Sequence[Path]:
+    return sorted((run_dir / "weights").glob("steps_*.parquet"))
+
+
+def _known(line: str, state: TrainState) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:  # the process died while it wrote this line
+        return False
+    if record["phase"] == "weighting":
+        return record["update"] <= state.updates
+    return record["step"] <= state.step

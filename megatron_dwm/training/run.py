@@ -1,0 +1,137 @@
+"""One run from configuration to its last step: checks first, processes after."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from megatron_dwm.config import Config, UserError
+from megatron_dwm.config.load import load_config, save_config
+from megatron_dwm.config.validate import Heads, validate_config
+from megatron_dwm.data import EvaluationSet, ValidationSet
+from megatron_dwm.data.checks import check_data
+from megatron_dwm.model import LlamaShape, resolve_shape
+from megatron_dwm.runtime import bring_up, world_size_from_environment
+from megatron_dwm.tokenizer import Tokenizer, build_tokenizer
+from megatron_dwm.training.checkpoint import (
+    load_checkpoint,
+    load_parameters,
+    newest_checkpoint,
+    read_state,
+)
+from megatron_dwm.training.loop import Loop
+from megatron_dwm.training.records import drop_records_after
+from megatron_dwm.training.session import build_session
+
+# Keys that a resumed run may change; everything else decides what is trained.
+_MAY_CHANGE = {
+    "run.dir",
+    "run.resume",
+    "training.learning_rate",
+    "training.min_learning_rate_fraction",
+    "training.checkpoint_interval_steps",
+    "training.log_interval_steps",
+    "training.steps",
+    "training.micro_batch_size",
+    "data.cache_dir",
+    "model.recompute",
+}
+_MAY_CHANGE_SECTIONS = ("parallel", "logging", "evaluation")
+
+
+def run(config: Config) -> None:
+    """Train as `config` says. Raises UserError before any process group exists where it can."""
+    shape, tokenizer = check(config)
+    checkpoint = _checkpoint_to_resume(config)
+    with bring_up(config.parallel, config.run.seed) as runtime:
+        if runtime.is_main:
+            _claim(config, checkpoint)
+        runtime.barrier()
+        session = build_session(config, runtime, shape, tokenizer)
+        if checkpoint is not None:
+            load_checkpoint(session, checkpoint)
+        elif config.model.init_from is not None:
+            load_parameters(session.llm, Path(config.model.init_from))
+            session.optimizer.reload_model_params()
+        Loop(session).run()
+
+
+def check(config: Config) -> tuple[LlamaShape, Tokenizer]:
+    """Everything about the run that can be wrong without starting it."""
+    if config.data.tokenizer is None:
+        raise UserError("data.tokenizer: expected a SentencePiece model, got none")
+    tokenizer = build_tokenizer("SentencePieceTokenizer", config.data.tokenizer)
+    shape = resolve_shape(config.model, tokenizer.vocab_size)
+    if shape.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size {shape.vocab_size}: the tokenizer {config.data.tokenizer} has "
+            f"{tokenizer.vocab_size} pieces; leave model.vocab_size empty or raise it"
+        )
+    heads = Heads(
+        shape.num_layers,
+        shape.hidden_size,
+        shape.num_attention_heads,
+        shape.num_query_groups,
+        shape.padded_vocab_size,
+    )
+    validate_config(config, heads, world_size_from_environment())
+    check_data(config.data, tokenizer)
+    _check_held_out_text(config, tokenizer)
+    return shape, tokenizer
+
+
+def _check_held_out_text(config: Config, tokenizer: Tokenizer) -> None:
+    if config.policy.name == "dwm" and not config.weighting.frozen:
+        ValidationSet(config.validation, config.data, tokenizer, seed=config.run.seed)
+    if config.evaluation.path is not None:
+        EvaluationSet(config.evaluation, config.data, tokenizer)
+
+
+def _checkpoint_to_resume(config: Config) -> Path | None:
+    """The checkpoint to go on from; None to begin. A run's directory is never written over."""
+    run_dir = Path(config.run.dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"run.dir: {run_dir} is a file; expected a directory")
+    saved = run_dir / "config.yaml"
+    if not saved.is_file():
+        if run_dir.is_dir() and any(run_dir.iterdir()):
+            raise UserError(
+                f"run.dir: {run_dir} is not empty and holds no run; choose another directory"
+            )
+        return None
+    if not config.run.resume:
+        raise UserError(
+            f"run.dir: {run_dir} already holds a run; choose another directory, or go on with "
+            "--run.resume true"
+        )
+    _refuse_changes(load_config([str(saved)]), config, saved)
+    return newest_checkpoint(run_dir)
+
+
+def _refuse_changes(old: Config, new: Config, saved: Path) -> None:
+    before, now = _flat(old), _flat(new)
+    for key, value in now.items():
+        allowed = key in _MAY_CHANGE or key.split(".")[0] in _MAY_CHANGE_SECTIONS
+        if before[key] != value and not allowed:
+            raise UserError(
+                f"{key}: the run in {saved.parent} has {before[key]!r}, now {value!r}; a resumed "
+                "run must keep it, or choose another run.dir"
+            )
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return {
+        f"{section}.{key}": value
+        for section, values in dataclasses.asdict(config).items()
+        for key, value in values.items()
+    }
+
+
+def _claim(config: Config, checkpoint: Path | None) -> None:
+    """Write the resolved configuration; drop what a resumed run will write again."""
+    run_dir = Path(config.run.dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if checkpoint is not None:
+        drop_records_after(run_dir, read_state(checkpoint))
+    save_config(config, run_dir / "config.yaml")

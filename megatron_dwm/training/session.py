@@ -1,0 +1,128 @@
+"""A run put together: every component that the loop needs, built from the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_dwm.config import Config
+from megatron_dwm.data import EvaluationSet, TrainingData, ValidationSet
+from megatron_dwm.data.batch import Batch
+from megatron_dwm.model import LLM, LlamaShape, build_llm
+from megatron_dwm.runtime import Runtime
+from megatron_dwm.tokenizer import Tokenizer
+from megatron_dwm.training.optimiser import build_optimizer, build_scheduler
+from megatron_dwm.training.stages import Stage, plan_stages
+from megatron_dwm.training.state import TrainState
+from megatron_dwm.weighting import Policy, build_policy
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run in this process.
+
+    weighting_data: the same documents in an order of their own, so that weighting updates never
+    change what the LLM reads. validation, weighting_data: None where the policy does not learn.
+    """
+
+    config: Config
+    runtime: Runtime
+    llm: LLM
+    optimizer: ChainedOptimizer
+    scheduler: OptimizerParamScheduler
+    policy: Policy
+    stages: list[Stage]
+    data: TrainingData
+    weighting_data: TrainingData | None
+    validation: ValidationSet | None
+    evaluation: EvaluationSet | None
+    state: TrainState
+
+    @property
+    def run_dir(self) -> Path:
+        """The run directory."""
+        return Path(self.config.run.dir)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples in one optimiser step."""
+        return self.config.training.global_batch_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one optimiser step."""
+        return self.global_batch_size * self.config.data.sequence_length
+
+    def local_rows(self, count: int) -> slice:
+        """This replica's rows of a batch of `count`, contiguous in the order of the replicas."""
+        share = count // self.runtime.data_size
+        return slice(self.runtime.data_rank * share, (self.runtime.data_rank + 1) * share)
+
+    def training_batch(self, data: TrainingData, number: int) -> Batch:
+        """This replica's samples of batch `number` of `data`."""
+        ids = data.ids_of_step(number, self.global_batch_size)
+        return data.batch(ids[self.local_rows(len(ids))]).to(self.runtime.device)
+
+    def validation_batch(self, number: int) -> Batch:
+        """This replica's passages of validation batch `number`."""
+        assert self.validation is not None
+        size = self.config.validation.batch_size or self.global_batch_size
+        rows = self.local_rows(size)
+        batch = self.validation.batch(number, size)
+        return batch.rows(rows.start, rows.stop).to(self.runtime.device)
+
+
+def build_session(
+    config: Config, runtime: Runtime, shape: LlamaShape, tokenizer: Tokenizer
+) -> Session:
+    """Build every component; a collective call. Raises UserError for data that cannot be used."""
+    llm = build_llm(
+        shape,
+        config.model,
+        config.parallel,
+        runtime,
+        sequence_length=config.data.sequence_length,
+        seed=config.run.seed,
+    )
+    optimizer = build_optimizer(config.training, llm, sharded=config.parallel.sharded_optimizer)
+    stages = plan_stages(config)
+    num_updates = sum(stage.num_updates for stage in stages)
+    learns = num_updates > 0
+    return Session(
+        config=config,
+        runtime=runtime,
+        llm=llm,
+        optimizer=optimizer,
+        scheduler=build_scheduler(config.training, optimizer),
+        policy=build_policy(config, runtime, tokenizer.vocab_size),
+        stages=stages,
+        data=_stream(config, tokenizer, config.training.steps, "training"),
+        weighting_data=_stream(config, tokenizer, num_updates, "weighting") if learns else None,
+        validation=_validation(config, tokenizer) if learns else None,
+        evaluation=_evaluation(config, tokenizer),
+        state=TrainState(),
+    )
+
+
+def _stream(config: Config, tokenizer: Tokenizer, batches: int, purpose: str) -> TrainingData:
+    return TrainingData(
+        config.data,
+        eod_id=tokenizer.eod_id,
+        seed=config.run.seed,
+        num_samples=batches * config.training.global_batch_size,
+        cache_dir=Path(config.run.dir) / "index_cache",
+        purpose=purpose,
+    )
+
+
+def _validation(config: Config, tokenizer: Tokenizer) -> ValidationSet:
+    return ValidationSet(config.validation, config.data, tokenizer, seed=config.run.seed)
+
+
+def _evaluation(config: Config, tokenizer: Tokenizer) -> EvaluationSet | None:
+    if config.evaluation.path is None:
+        return None
+    return EvaluationSet(config.evaluation, config.data, tokenizer)

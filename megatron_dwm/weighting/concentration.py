@@ -1,0 +1,87 @@
+"""From logits to weights of mean 1, with the guards against concentration (METHOD.md, section 6).
+
+    w = n * softmax(logits / T),  T >= 1 the smallest temperature that keeps the effective sample
+    size (sum w)^2 / (n * sum w^2), a fraction of the group, at its bound or above;
+    then w <- (1 - floor) * w + floor.
+
+Pure functions on groups: the last dimension is the weighting group.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_BISECTIONS = 40
+# exp of a logit gap divided by this is 1 to float32 precision for any gap a head produces.
+_LARGEST_TEMPERATURE = 1e6
+
+
+def effective_sample_size(weights_Gn: Tensor) -> Tensor:
+    """[G]: (sum w)^2 / (n * sum w^2), between 1/n and 1."""
+    n = weights_Gn.shape[-1]
+    return weights_Gn.sum(-1).square() / (n * weights_Gn.square().sum(-1))
+
+
+def normalised_entropy(weights_Gn: Tensor) -> Tensor:
+    """[G]: entropy of w / sum w over log n; 1 for uniform weights, also in a group of one."""
+    n = weights_Gn.shape[-1]
+    if n == 1:
+        return torch.ones_like(weights_Gn[..., 0])
+    shares = weights_Gn / weights_Gn.sum(-1, keepdim=True)
+    return -torch.special.xlogy(shares, shares).sum(-1) / math.log(n)
+
+
+def weights_from_logits(
+    logits_Gn: Tensor, *, min_effective_sample_size: float, uniform_floor: float
+) -> Tensor:
+    """[G, n] logits -> [G, n] weights, non-negative, mean 1 in every group; equal logits give
+    exactly 1. Differentiable in the logits, the temperature included.
+    """
+    if min_effective_sample_size > 0.0:
+        logits_Gn = logits_Gn / temperature(logits_Gn, min_effective_sample_size)[..., None]
+    weights_Gn = _softmax_times_n(logits_Gn)
+    return weights_Gn * (1.0 - uniform_floor) + uniform_floor if uniform_floor else weights_Gn
+
+
+def temperature(logits_Gn: Tensor, bound: float) -> Tensor:
+    """[G]: the temperature of each group, 1 where the bound holds without one.
+
+    Found by bisection in log T; its derivative follows from the implicit equation
+    ESS(logits / T) = bound, here as one differentiable Newton correction of value zero.
+    """
+    with torch.no_grad():
+        solved_G = _bisect(logits_Gn.detach(), bound)
+    active_G = solved_G > 1.0
+    if not logits_Gn.requires_grad or not bool(active_G.any()):
+        return solved_G
+    size_G = _size_at(logits_Gn, solved_G)
+    with torch.enable_grad():
+        probe_G = solved_G.clone().requires_grad_()
+        slope_G = torch.autograd.grad(_size_at(logits_Gn.detach(), probe_G).sum(), probe_G)[0]
+    correction_G = (size_G - size_G.detach()) / torch.where(active_G, slope_G, 1.0)
+    return solved_G - torch.where(active_G, correction_G, 0.0)
+
+
+def _bisect(logits_Gn: Tensor, bound: float) -> Tensor:
+    low_G = torch.zeros_like(logits_Gn[..., 0])  # log T
+    high_G = torch.full_like(low_G, math.log(_LARGEST_TEMPERATURE))
+    for _ in range(_BISECTIONS):
+        middle_G = (low_G + high_G) / 2
+        enough_G = _size_at(logits_Gn, middle_G.exp()) >= bound
+        high_G = torch.where(enough_G, middle_G, high_G)
+        low_G = torch.where(enough_G, low_G, middle_G)
+    holds_G = _size_at(logits_Gn, torch.ones_like(low_G)) >= bound
+    return torch.where(holds_G, 1.0, high_G.exp())
+
+
+def _size_at(logits_Gn: Tensor, temperature_G: Tensor) -> Tensor:
+    return effective_sample_size(_softmax_times_n(logits_Gn / temperature_G[..., None]))
+
+
+def _softmax_times_n(logits_Gn: Tensor) -> Tensor:
+    """n * softmax, written so that equal logits give exactly 1 for every n."""
+    shifted_Gn = (logits_Gn - logits_Gn.amax(-1, keepdim=True).detach()).exp()
+    return shifted_Gn * (logits_Gn.shape[-1] / shifted_Gn.sum(-1, keepdim=True))

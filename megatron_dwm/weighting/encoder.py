@@ -1,0 +1,87 @@
+"""The weighting model's token encoder: a small Llama that turns a sample into one vector.
+
+Plain torch: the encoder is replicated, so nothing of it is split over processes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROTARY_BASE = 10000.0
+INIT_STD = 0.02
+
+
+class TokenEncoder(nn.Module):
+    """tokens_BS -> mean over tokens of the last hidden state, [B, D].
+
+    The block is causal, like the LLM that it can be copied from (METHOD.md, section 1).
+    """
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, ffn_size: int
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, hidden_size)
+        self.layers = nn.ModuleList(
+            EncoderLayer(hidden_size, num_heads, ffn_size) for _ in range(num_layers)
+        )
+        self.norm = nn.RMSNorm(hidden_size, eps=1e-5)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=INIT_STD)
+        nn.init.normal_(self.embedding.weight, std=1.0)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """int64 [B, S] -> float32 [B, D]."""
+        hidden_BSD = self.embedding(tokens_BS)
+        rotation = rotary_angles(tokens_BS.shape[1], self.layers[0].head_size, hidden_BSD.device)
+        for layer in self.layers:
+            hidden_BSD = layer(hidden_BSD, rotation)
+        return self.norm(hidden_BSD).mean(dim=1)
+
+
+class EncoderLayer(nn.Module):
+    """Attention and SwiGLU, each behind a norm, each added to the residual stream."""
+
+    def __init__(self, hidden_size: int, num_heads: int, ffn_size: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_size = hidden_size // num_heads
+        self.attention_norm = nn.RMSNorm(hidden_size, eps=1e-5)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.ffn_norm = nn.RMSNorm(hidden_size, eps=1e-5)
+        self.gate_up = nn.Linear(hidden_size, 2 * ffn_size, bias=False)
+        self.down = nn.Linear(ffn_size, hidden_size, bias=False)
+
+    def forward(self, hidden_BSD: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        """[B, S, D] -> [B, S, D]; with a rotation causal over S, without one a set over S."""
+        batch, length, width = hidden_BSD.shape
+        qkv = self.qkv(self.attention_norm(hidden_BSD))
+        query, key, value = (
+            part.view(batch, length, self.num_heads, self.head_size).transpose(1, 2)
+            for part in qkv.chunk(3, dim=-1)
+        )
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=rotation is not None)
+        hidden_BSD = hidden_BSD + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        gate, up = self.gate_up(self.ffn_norm(hidden_BSD)).chunk(2, dim=-1)
+        return hidden_BSD + self.down(F.silu(gate) * up)
+
+
+def rotary_angles(length: int, head_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each [S, head_size / 2]."""
+    exponents = torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size
+    positions = torch.arange(length, device=device, dtype=torch.float32)
+    angles = torch.outer(positions, ROTARY_BASE**-exponents)
+    return angles.cos(), angles.sin()
+
+
+def rotate(vectors_BHSd: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding on halves."""
+    cos, sin = rotation
+    first, second = vectors_BHSd.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
