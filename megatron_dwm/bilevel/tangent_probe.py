@@ -129,7 +129,8 @@ class _LinearHook:
     def __call__(
         self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        weight = kwargs.get("weight", module.weight)
+        tied = kwargs.get("weight")  # a tied output layer is handed the embedding's
+        weight = module.weight if tied is None else tied
         kept = args[0] if args else kwargs["input_"]
 
         def tangent(gradient: Tensor, kept: Tensor, z: Tensor) -> Tensor:

@@ -20,9 +20,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
 from megatron_dwm.config.load import save_config
-from megatron_dwm.model import LLM, clear_gradients
+from megatron_dwm.model import LLM
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.training.session import Session
+from megatron_dwm.training.sharded_adam import create_state, loadable
 from megatron_dwm.training.state import TrainState
 from megatron_dwm.weighting import DwmPolicy
 
@@ -66,13 +67,14 @@ def save_checkpoint(session: Session) -> Path:
 
 def load_checkpoint(session: Session, directory: Path) -> None:
     """Take up a run where `directory` left it (collective); any layout can load."""
-    _create_optimizer_state(session)
+    create_state(session.llm, session.optimizer)
     loaded = dist_checkpointing.load(
         _sharded_state(session, is_loading=True), str(directory / "llm")
     )
     for module in session.llm.modules:
         module.load_state_dict(loaded["model"])
-    session.optimizer.load_state_dict(loaded["optimizer"])
+    with loadable(session.optimizer):
+        session.optimizer.load_state_dict(loaded["optimizer"])
     rest = torch.load(directory / "training.pt", weights_only=True)
     for name, value in rest["state"].items():
         setattr(session.state, name, value)
@@ -106,18 +108,6 @@ def _sharded_state(session: Session, *, is_loading: bool) -> ShardedStateDict:
 
 def _metadata(runtime: Runtime) -> dict[str, Any]:
     return {**_SHARDING, "dp_cp_group": runtime.data_group}
-
-
-def _create_optimizer_state(session: Session) -> None:
-    """Give torch's Adam its state before loading into it.
-
-    Megatron-Core 0.16.1 cannot load a sharded optimiser that has never stepped when neither
-    Transformer Engine nor apex is installed (optimizer/distrib_optimizer.py reads `step` from
-    state that is not there). A step on zero gradients makes it; loading overwrites everything.
-    """
-    clear_gradients(session.llm, session.optimizer)
-    session.optimizer.step()
-    clear_gradients(session.llm, session.optimizer)
 
 
 def _save_rest(session: Session, directory: Path) -> None:

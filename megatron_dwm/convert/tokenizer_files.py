@@ -1,0 +1,125 @@
+"""A SentencePiece BPE model as the files of a Hugging Face tokenizer that gives the same ids.
+
+transformers' own reading of a SentencePiece model does not keep the ids (leading and double
+spaces differ), so `tokenizer.json` is written here:
+
+* Merges. SentencePiece joins the neighbours whose union has the best score; Hugging Face goes
+  through a list of pairs. The list holds every pair of pieces whose union is a piece, best score
+  first.
+* Spaces. A space is put before the text and every space becomes U+2581; nothing else is
+  normalised and there is no pre-tokenizer.
+* Control tokens. Training reads the spelling of a control token ("</s>") as plain text, so that no
+  document can end itself. `split_special_tokens` makes transformers do the same; a caller who
+  wants them parsed passes `split_special_tokens=False` to the tokenizer's call.
+* Beginning of sequence. Training ends every document with the end-of-document token and never
+  writes a beginning of sequence, so the start of a text is seen after an end of document. That
+  token is therefore named as the beginning of sequence too (as in GPT-2): an evaluation or a
+  generation that needs something before the first token uses it. Encoding adds neither.
+
+Covers BPE models with the layout of Llama 2 (with or without byte pieces). For any other model the
+gate (gate.py) finds ids that differ. Cost: some seconds for 32,000 pieces.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_dwm.tokenizer import Piece, Tokenizer
+
+_SPACE = "\u2581"
+_MERGED_ROLES = ("normal",)
+_CONTROL_ROLES = ("control", "unknown")
+
+
+def write_tokenizer_files(tokenizer: Tokenizer, sequence_length: int, directory: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json into `directory`."""
+    pieces = tokenizer.pieces()
+    for name, content in {
+        "tokenizer.json": tokenizer_json(pieces),
+        "tokenizer_config.json": tokenizer_config(pieces, tokenizer.eod_id, sequence_length),
+    }.items():
+        text = json.dumps(content, ensure_ascii=False, indent=1)
+        (directory / name).write_text(text + "\n", encoding="utf-8")
+
+
+def merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
+    """Every pair of pieces whose union is a piece, in the order SentencePiece prefers."""
+    ids = {piece.text: i for i, piece in enumerate(pieces) if piece.role in _MERGED_ROLES}
+    found = [
+        (-pieces[i].score, i, ids[text[:cut]], text[:cut], text[cut:])
+        for text, i in ids.items()
+        for cut in range(1, len(text))
+        if text[:cut] in ids and text[cut:] in ids
+    ]
+    return [(left, right) for *_, left, right in sorted(found)]
+
+
+def tokenizer_json(pieces: Sequence[Piece]) -> dict[str, Any]:
+    """Content of tokenizer.json."""
+    unknown = next((piece.text for piece in pieces if piece.role == "unknown"), None)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            _added_token(i, piece.text)
+            for i, piece in enumerate(pieces)
+            if piece.role in _CONTROL_ROLES
+        ],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": _SPACE},
+                {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+            ],
+        },
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": unknown,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": any(piece.role == "byte" for piece in pieces),
+            "ignore_merges": False,
+            "vocab": {piece.text: i for i, piece in enumerate(pieces)},
+            "merges": [list(pair) for pair in merges(pieces)],
+        },
+    }
+
+
+def tokenizer_config(pieces: Sequence[Piece], eod_id: int, sequence_length: int) -> dict[str, Any]:
+    """Content of tokenizer_config.json."""
+    end = pieces[eod_id].text
+    unknown = next((piece.text for piece in pieces if piece.role == "unknown"), None)
+    return {
+        # LlamaTokenizer would rebuild the normaliser and change ids.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "split_special_tokens": True,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "bos_token": end,
+        "eos_token": end,
+        "unk_token": unknown,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": sequence_length,
+    }
+
+
+def _added_token(token_id: int, text: str) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token_id, "content": text, **flags, "special": True}

@@ -1,0 +1,69 @@
+"""Which tasks an evaluation runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_dwm.config import UserError
+
+DWM_SUITE = (
+    "sciq",
+    "arc_easy",
+    "arc_challenge",
+    "logiqa",
+    "boolq",
+    "hellaswag",
+    "piqa",
+    "winogrande",
+    "openbookqa",
+    "lambada_openai",
+)
+"""The papers' nine tasks (METHOD.md, section 1) and LAMBADA, by lm-evaluation-harness's names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundledTasks:
+    """Tasks that the harness brings, whose data sets it fetches or finds in its cache."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalTasks:
+    """Task files of a directory and the data files they name; nothing is fetched.
+
+    names: tasks to run; empty runs all.
+    data: file that takes the place of the one task's data file.
+    """
+
+    directory: Path
+    names: tuple[str, ...] = ()
+    data: Path | None = None
+
+
+def select_tasks(
+    suite: str, names: tuple[str, ...], tasks_dir: Path | None, data: Path | None
+) -> BundledTasks | LocalTasks:
+    """The tasks that the command line asks for; `UserError` if it contradicts itself."""
+    if suite == "local":
+        if tasks_dir is None:
+            raise UserError("--suite local needs --tasks-dir: a directory of task files (.yaml)")
+        if not tasks_dir.is_dir():
+            raise UserError(f"--tasks-dir {tasks_dir}: no such directory")
+        if data is not None and not data.is_file():
+            raise UserError(f"--data {data}: no such file")
+        if data is not None and data.stat().st_size == 0:
+            raise UserError(f"--data {data} is empty: expected a JSON object in every line")
+        return LocalTasks(directory=tasks_dir, names=names, data=data)
+    if tasks_dir is not None or data is not None:
+        raise UserError(f"--tasks-dir and --data belong to --suite local, not to {suite}")
+    require_known(names, DWM_SUITE, f"suite {suite}")
+    return BundledTasks(names=names or DWM_SUITE)
+
+
+def require_known(names: tuple[str, ...], known: tuple[str, ...], where: str) -> None:
+    """`UserError` naming the first of `names` that is not among `known`."""
+    for name in names:
+        if name not in known:
+            raise UserError(f"--tasks {name}: not a task of {where}; it has {', '.join(known)}")

@@ -1,0 +1,93 @@
+"""The hypergradient against autograd in double precision, and against itself under every layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.launch import run_ranks
+
+# fp32 sums of a few thousand terms, each of relative error 6e-8, with cancellation.
+ORACLE_TOLERANCE = 1e-5
+LAYOUT_TOLERANCE = 1e-6
+
+ORACLE_CASES = [
+    {"inner": "adam", "clip": 1.0},
+    {"inner": "adam", "clip": 0.2, "tied": False},
+    {"inner": "adam", "clip": 0.0, "query_groups": 4},
+    {"inner": "sgd", "clip": 0.2},
+    {"inner": "sgd", "clip": 0.0, "tied": False, "query_groups": 1},
+]
+
+LAYOUTS = [
+    {"tensor": 2},
+    {"tensor": 2, "sequence": True, "tied": False},
+    {"pipeline": 2},
+    {"pipeline": 2, "tied": False, "recompute": "full"},
+    {},
+    {"sharded": True},
+    {"sharded": True, "clip": 0.2},
+    {"tensor": 2, "sequence": True, "clip": 0.2, "recompute": "full"},
+    {"pipeline": 2, "clip": 0.2},
+]
+LAYOUTS_OF_FOUR = [
+    {"tensor": 2, "pipeline": 2, "sequence": True},
+    {"tensor": 2, "sharded": True, "clip": 0.2},
+]
+
+
+BF16_LAYOUTS = [({"precision": "bf16"}, 1), ({"precision": "bf16", "sharded": True}, 2)]
+ALL_LAYOUTS = (
+    [(layout, 2) for layout in LAYOUTS] + [(layout, 4) for layout in LAYOUTS_OF_FOUR] + BF16_LAYOUTS
+)
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).abs().max() / expected.abs().max())
+
+
+def _alone(layout: dict) -> dict:
+    """The same model in one process and in fp32."""
+    return {key: value for key, value in layout.items() if key in ("clip", "tied", "query_groups")}
+
+
+@pytest.fixture(scope="module")
+def alignments() -> dict[str, list[torch.Tensor]]:
+    """case -> alignments found by every rank; a case is printed with its number of processes."""
+    cases = ALL_LAYOUTS + [(_alone(layout), 1) for layout, _ in ALL_LAYOUTS]
+    found = {}
+    for size in (1, 2, 4):
+        mine = [layout for layout, world_size in cases if world_size == size]
+        results = run_ranks("tests.bilevel.workers:alignments", size, mine)
+        found.update({f"{case} {size}": ranks for case, ranks in zip(mine, results, strict=True)})
+    return found
+
+
+@pytest.fixture(scope="module")
+def oracles() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    results = run_ranks("tests.bilevel.workers:alignments_and_oracle", 1, ORACLE_CASES)
+    return [rank for [rank] in results]
+
+
+@pytest.mark.parametrize("number", range(len(ORACLE_CASES)), ids=lambda n: str(ORACLE_CASES[n]))
+def test_equals_autograd_through_the_step_in_double_precision(
+    oracles: list[tuple[torch.Tensor, torch.Tensor]], number: int
+) -> None:
+    ours, oracle = oracles[number]
+    assert oracle.abs().max() > 0
+    assert _relative(ours, oracle) < ORACLE_TOLERANCE
+
+
+@pytest.mark.parametrize(("layout", "world_size"), ALL_LAYOUTS, ids=str)
+def test_layouts_agree(
+    alignments: dict[str, list[torch.Tensor]], layout: dict, world_size: int
+) -> None:
+    [expected] = alignments[f"{_alone(layout)} 1"]
+    # bf16 keeps 8 bits: one rounding is 4e-3, and a chain of them stays within some tens of that.
+    tolerance = 0.1 if layout.get("precision") == "bf16" else LAYOUT_TOLERANCE
+    for found in alignments[f"{layout} {world_size}"]:
+        assert _relative(found, expected) < tolerance
+
+
+def test_forward_is_unchanged_and_hooks_are_removed() -> None:
+    assert run_ranks("tests.bilevel.workers:forward_values_unchanged", 1, [{}]) == [[True]]

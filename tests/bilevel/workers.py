@@ -1,0 +1,164 @@
+"""What the ranks of the bilevel tests run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from megatron_dwm.bilevel import hypergradient
+from megatron_dwm.bilevel.slots import collect_slots
+from megatron_dwm.bilevel.virtual_step import CLIP_EPSILON, take_virtual_step
+from megatron_dwm.model import LLM, clear_gradients, forward_backward
+from megatron_dwm.model.objective import token_count, token_mean
+from tests.tiny import MICRO_BATCH, Tiny, tiny
+
+TRAIN, VALIDATION = 100, 101
+
+
+def alignments(inner: str = "adam", **layout: Any) -> Tensor:
+    """s of the global batch, in order, on every rank."""
+    with tiny(**layout) as subject:
+        found = _hypergradient(subject, inner)
+        parts = [torch.zeros_like(found.alignment_n) for _ in range(subject.runtime.data_size)]
+        dist.all_gather(parts, found.alignment_n, group=subject.runtime.data_group)
+        return torch.cat(parts)
+
+
+def _hypergradient(subject: Tiny, inner: str) -> Any:
+    return hypergradient(
+        subject.llm,
+        subject.optimizer,
+        subject.batch(TRAIN),
+        subject.weights_n,
+        subject.batch(VALIDATION),
+        micro_batch_size=MICRO_BATCH,
+        inner=inner,
+    )
+
+
+def everything_restored(**layout: Any) -> dict[str, bool]:
+    """Which parts of the state are bit-identical after a hypergradient."""
+    with tiny(**layout) as subject:
+        clear_gradients(subject.llm, subject.optimizer)
+        before = _snapshot(subject)
+        _hypergradient(subject, "adam")
+        after = _snapshot(subject)
+        return {
+            part: all(torch.equal(a, b) for a, b in zip(before[part], after[part], strict=True))
+            for part in before
+        }
+
+
+def _snapshot(subject: Tiny) -> dict[str, list[Tensor]]:
+    slots = collect_slots(subject.optimizer)
+    state = [torch.as_tensor(v) for slot in slots for v in slot.state.values()]
+    parameters = [p.detach() for p in subject.llm.parameters()]
+    buffers = [p.main_grad for p in subject.llm.parameters()]
+    parts = {
+        "model parameters": parameters,
+        "main parameters": [slot.main.detach() for slot in slots],
+        "optimiser state": state,
+        "gradient buffers": buffers,
+        "random numbers": [torch.get_rng_state()],
+        "still trainable": [torch.tensor(p.requires_grad) for p in subject.llm.parameters()],
+    }
+    return {name: [tensor.clone() for tensor in tensors] for name, tensors in parts.items()}
+
+
+def virtual_and_real(**layout: Any) -> list[tuple[Tensor, Tensor]]:
+    """(virtual, real) parameters of this rank after a step on the same gradient."""
+    with tiny(**layout) as subject:
+        subject.gradient(TRAIN)
+        step = take_virtual_step(subject.llm, subject.optimizer, "adam")
+        virtual = [p.detach().clone() for p in subject.llm.parameters()]
+        step.restore()
+        subject.optimizer.step()
+        return list(zip(virtual, [p.detach() for p in subject.llm.parameters()], strict=True))
+
+
+def alignments_and_oracle(inner: str, **layout: Any) -> tuple[Tensor, Tensor]:
+    """dL_val(theta')/dw: ours, and autograd's through a step written in double precision.
+
+    The second knows nothing of ours but the parameters and the moments: it builds per-sample
+    gradients one by one from the model's logits, takes clipping and Adam by their textbook
+    formulas as differentiable functions of w, and differentiates the validation loss.
+    """
+    with tiny(**layout) as subject:
+        oracle = _oracle(subject, inner, layout.get("clip", 1.0))
+        return _hypergradient(subject, inner).weight_gradient_n, oracle
+
+
+def _oracle(subject: Tiny, inner: str, clip: float) -> Tensor:
+    module = subject.llm.modules[0]
+    moments = _moments_by_name(subject)
+    learning_rate = subject.optimizer.param_groups[0]["lr"]
+    theta = {n: p.detach().double().requires_grad_() for n, p in module.named_parameters()}
+    train = subject.batch(TRAIN)
+    losses = [_losses(module, theta, train.rows(i, i + 1))[0] for i in range(train.size)]
+    gradients = [torch.autograd.grad(loss, list(theta.values())) for loss in losses]
+    weights_n = subject.weights_n.double().requires_grad_()
+    mean = [
+        sum(w * g for w, g in zip(weights_n, per_sample, strict=True)) / train.size
+        for per_sample in zip(*gradients, strict=True)
+    ]
+    norm = torch.sqrt(sum((g * g).sum() for g in mean))
+    factor = clip / (norm + CLIP_EPSILON) if clip and norm > clip else 1.0
+    stepped = {}
+    for (name, value), g in zip(theta.items(), mean, strict=True):
+        first, second, step, group = moments[name]
+        decayed = value.detach() * (1 - learning_rate * group["weight_decay"])
+        update = factor * g
+        if inner == "adam":
+            b1, b2 = group["betas"]
+            m = b1 * first.double() + (1 - b1) * update
+            v = b2 * second.double() + (1 - b2) * update**2
+            t = step + 1
+            # The square root has no derivative at 0, where a never-seen token's row stays.
+            root = torch.where(v > 0, torch.where(v > 0, v, 1.0).sqrt(), 0.0)
+            update = (m / (1 - b1**t)) / (root / (1 - b2**t) ** 0.5 + group["eps"])
+        stepped[name] = decayed - learning_rate * update
+    validation = subject.batch(VALIDATION)
+    losses, counts = _losses(module, stepped, validation), validation.loss_mask_BS.sum(dim=1)
+    return torch.autograd.grad((losses * counts).sum() / counts.sum(), weights_n)[0]
+
+
+def _losses(module: torch.nn.Module, theta: dict[str, Tensor], batch: Any) -> Tensor:
+    """Token-mean loss of every sample in double precision, from logits."""
+    inputs = (batch.tokens_BS, batch.position_ids_BS, None)
+    logits = functional_call(module, theta, inputs)
+    token_losses = F.cross_entropy(
+        logits.flatten(0, 1), batch.labels_BS.flatten(), reduction="none"
+    ).view_as(batch.labels_BS)
+    return (token_losses * batch.loss_mask_BS).sum(dim=1) / batch.loss_mask_BS.sum(dim=1)
+
+
+def _moments_by_name(subject: Tiny) -> dict[str, tuple]:
+    slots = {id(slot.main): slot for slot in collect_slots(subject.optimizer)}
+    return {
+        name: (slot.state["exp_avg"], slot.state["exp_avg_sq"], int(slot.state["step"]), slot.group)
+        for name, parameter in subject.llm.modules[0].named_parameters()
+        for slot in [slots[id(parameter)]]
+    }
+
+
+def forward_values_unchanged() -> bool:
+    """The probe's hooks do not change the loss of a pass, and are gone afterwards."""
+    with tiny() as subject:
+        llm: LLM = subject.llm
+        batch = subject.batch(VALIDATION)
+
+        def loss() -> Tensor:
+            clear_gradients(llm, subject.optimizer)
+            passes = token_mean(batch, MICRO_BATCH)
+            return forward_backward(llm, passes, denominator=token_count(batch)).loss_sums_n
+
+        before = loss()
+        _hypergradient(subject, "adam")
+        return torch.equal(before, loss()) and not any(
+            module._forward_hooks for module in llm.modules[0].modules()
+        )

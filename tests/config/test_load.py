@@ -1,0 +1,139 @@
+"""Configuration files and overrides, and every mistake in them that has to be one line."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from megatron_dwm.config import Config, UserError
+from megatron_dwm.config.load import known_keys, load_config, save_config
+from megatron_dwm.config.validate import Heads, validate_config
+
+REPOSITORY = Path(__file__).parent.parent.parent
+
+FIXED_KEYS = """
+run.dir run.seed parallel.tensor parallel.pipeline parallel.sharded_optimizer model.preset
+model.precision model.init_from data.train data.tokenizer data.sequence_length validation.path
+validation.loss_on training.steps training.global_batch_size training.micro_batch_size
+training.learning_rate training.checkpoint_interval_steps policy.name weighting.stages
+weighting.updates_per_stage weighting.load bilevel.estimator
+""".split()
+
+
+def _write(folder: Path, text: str) -> str:
+    file = folder / "run.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_keys_that_users_type_exist() -> None:
+    assert set(FIXED_KEYS) <= set(known_keys())
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "examples").glob("*.yaml")), ids=str)
+def test_shipped_configurations_load(file: Path) -> None:
+    assert isinstance(load_config([str(file)]), Config)
+
+
+def test_overrides_win_and_everything_comes_back(tmp_path: Path) -> None:
+    file = _write(tmp_path, "training: {steps: 7, learning_rate: 1e-3}\ndata: {train: [0.3, a]}")
+    config = load_config([file, "--training.steps", "9", "--run.seed=4"])
+    assert (config.training.steps, config.training.learning_rate) == (9, 1e-3)
+    assert config.data.train == [0.3, "a"] and config.run.seed == 4
+    save_config(config, tmp_path / "again.yaml")
+    assert load_config([str(tmp_path / "again.yaml")]) == config
+
+
+def test_blends_are_typed_as_megatrons_data_path(tmp_path: Path) -> None:
+    words = ["--data.train", "0.3", "a", "0.7", "b", "--training.steps", "3"]
+    config = load_config(words)
+    assert config.data.train == ["0.3", "a", "0.7", "b"] and config.training.steps == 3
+
+
+def test_configurations_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().training.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("training: {learning_rte: 3}", ["learning_rte", "'training.learning_rate'", "run.yaml"]),
+        ("trainig: {steps: 3}", ["trainig", "'training'"]),
+        ("training: {steps: abc}", ["training.steps", "int", "abc"]),
+        ("training: 3", ["training", "keys"]),
+        ("training: [", ["line", "YAML"]),
+        ("- 3", ["sections"]),
+        ("model: {precision: fp3}", ["model.precision", "fp32", "bf16"]),
+    ],
+)
+def test_mistakes_in_a_file_are_one_line(tmp_path: Path, text: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config([_write(tmp_path, text)])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--training.stps", "3"], ["training.stps", "'training.steps'"]),
+        (["--training.steps", "3.5"], ["training.steps", "3.5"]),
+        (["--training.steps"], ["training.steps"]),
+        (["nowhere.yaml"], ["nowhere.yaml", "no such"]),
+        (["--run.seed", "1", "stray"], ["stray"]),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(arguments: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+SHAPE = Heads(
+    num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2, padded_vocab_size=1024
+)
+GOOD = ["--data.train", "a", "--data.tokenizer", "t"]
+
+
+def test_a_good_configuration_passes() -> None:
+    validate_config(load_config(GOOD), SHAPE, world_size=1)
+    validate_config(
+        load_config([*GOOD, "--parallel.tensor", "2", "--parallel.pipeline", "2"]), SHAPE, 4
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "world_size", "word"),
+    [
+        (["--training.steps", "0"], 1, "training.steps"),
+        (["--training.micro_batch_size", "5"], 1, "training.global_batch_size"),
+        (["--training.micro_batch_size", "32"], 2, "2 data-parallel"),
+        (["--parallel.tensor", "3"], 3, "parallel.tensor"),
+        (["--parallel.tensor", "2"], 3, "number of processes"),
+        (["--parallel.tensor", "4"], 4, "query_groups"),
+        (["--parallel.pipeline", "4"], 4, "num_layers"),
+        (["--parallel.sequence", "true"], 1, "parallel.sequence"),
+        (["--data.sequence_length", "0"], 1, "data.sequence_length"),
+        (["--policy.name", "dwm"], 1, "validation.path"),
+        (["--policy.name", "dwm", "--weighting.frozen", "true"], 1, "weighting.load"),
+        (["--weighting.uniform_floor", "1.0"], 1, "weighting.uniform_floor"),
+        (["--training.clip_grad=-1"], 1, "training.clip_grad"),
+        (["--validation.batch_size", "7"], 1, "validation.batch_size"),
+    ],
+)
+def test_impossible_combinations_are_named(
+    arguments: list[str], world_size: int, word: str
+) -> None:
+    with pytest.raises(UserError, match=word):
+        validate_config(load_config([*GOOD, *arguments]), SHAPE, world_size)
+
+
+def test_missing_data_is_named() -> None:
+    with pytest.raises(UserError, match="data.train"):
+        validate_config(load_config(["--data.tokenizer", "t"]), SHAPE, 1)

@@ -1,0 +1,105 @@
+"""Checkpoints of tiny models under several layouts, and a small tokenizer, made once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_dwm.tokenizer import Tokenizer, build_tokenizer, train_sentencepiece
+from tests.launch import REPOSITORY, run_ranks
+
+VOCAB_SIZE = 1000  # padded to 1024
+SEQUENCE_LENGTH = 96
+
+_GROUPED = {"num_attention_heads": 4, "num_query_groups": 2}
+_FULL = {"num_attention_heads": 4, "num_query_groups": 4}
+_COMMON = {
+    "hidden_size": 32,
+    "num_layers": 2,
+    "ffn_hidden_size": 48,
+    "vocab_size": VOCAB_SIZE,
+    "init_std": 0.08,
+    "norm_epsilon": 1e-4,
+    "rotary_base": 5000.0,
+}
+# name: (processes, layout, what differs of the model)
+LAYOUTS: dict[str, tuple[int, dict, dict]] = {
+    "single-tied-grouped": (1, {}, {"tied_embeddings": True, **_GROUPED}),
+    "single-bf16-full": (1, {}, {"tied_embeddings": False, "precision": "bf16", **_FULL}),
+    "tensor-untied-grouped": (2, {"tensor": 2}, {"tied_embeddings": False, **_GROUPED}),
+    "tensor-tied-full": (2, {"tensor": 2}, {"tied_embeddings": True, **_FULL}),
+    "pipeline-tied-grouped": (2, {"pipeline": 2}, {"tied_embeddings": True, **_GROUPED}),
+    "pipeline-untied-full": (2, {"pipeline": 2}, {"tied_embeddings": False, **_FULL}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A checkpoint and what its model computed under the layout that saved it."""
+
+    directory: Path
+    tokens_BS: torch.Tensor
+    logits_BSV: torch.Tensor
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Real text that the project ships."""
+    lines = (REPOSITORY / "examples/corpus/validation.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line)["text"] for line in lines.splitlines()]
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    model = tmp_path_factory.mktemp("tokenizer") / "small.model"
+    train_sentencepiece(texts, vocab_size=VOCAB_SIZE, output=model)
+    return build_tokenizer("SentencePieceTokenizer", model)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(
+    small_tokenizer: Tokenizer, texts: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Saved]:
+    """All layouts; one start of the processes for each world size."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tokens = small_tokenizer.encode(texts[0])[:SEQUENCE_LENGTH]
+    data = {
+        "tokenizer": str(small_tokenizer.model_path),
+        "sequence_length": SEQUENCE_LENGTH,
+    }
+    saved: dict[str, Saved] = {}
+    for world_size in (1, 2):
+        names = [name for name, layout in LAYOUTS.items() if layout[0] == world_size]
+        cases = [
+            {
+                "directory": str(folder / name),
+                "model": {**_COMMON, **LAYOUTS[name][2]},
+                "data": data,
+                "tokens": tokens,
+                **LAYOUTS[name][1],
+            }
+            for name in names
+        ]
+        logits = run_ranks("tests.convert.workers:save", world_size, cases)
+        for name, of_ranks in zip(names, logits, strict=True):
+            saved[name] = Saved(
+                directory=folder / name,
+                tokens_BS=torch.tensor([tokens]),
+                logits_BSV=of_ranks[-1],
+            )
+    return saved
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """The gate brings up a process group here and leaves its address in the environment."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

@@ -1,0 +1,80 @@
+"""Runs in processes of its own: save a tiny model, and say what it computes where it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+from megatron.core import dist_checkpointing
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_dwm.config import Config, DataConfig, ModelConfig, ParallelConfig
+from megatron_dwm.model import build_llm, resolve_shape
+from megatron_dwm.runtime import Runtime, bring_up
+
+
+def save(
+    directory: str, model: dict, data: dict, tokens: list[int], tensor: int = 1, pipeline: int = 1
+) -> Tensor:
+    """Write a checkpoint directory; logits [1, S, V] of `tokens` under this very layout."""
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    config = Config(model=ModelConfig(**model), data=DataConfig(**data), parallel=parallel)
+    with bring_up(parallel, 1) as runtime:
+        shape = resolve_shape(config.model)
+        llm = build_llm(
+            shape,
+            config.model,
+            parallel,
+            runtime,
+            sequence_length=config.data.sequence_length,
+            seed=3,
+        )
+        (module,) = llm.modules
+        _move_norms(module)
+        if runtime.is_main:
+            _write_beside(Path(directory), config, dataclasses.asdict(shape))
+        runtime.barrier()
+        state = {
+            "model": module.sharded_state_dict(prefix="model."),
+            # Saved beside the tensors, as the optimiser's groups are; not the model's.
+            "optimizer": {"param_groups": [{"lr": 0.1}], "step": 7},
+        }
+        dist_checkpointing.save(state, str(Path(directory) / "llm"))
+        return _logits(module, torch.tensor([tokens]), runtime)[..., : shape.vocab_size]
+
+
+@torch.no_grad()
+def _move_norms(module: GPTModel) -> None:
+    """Scales of 1 everywhere could be exchanged unnoticed."""
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 1:
+            kind = 0.1 * len(name.rsplit(".", 2)[-2])
+            parameter.add_(torch.linspace(-0.5, kind, len(parameter)).to(parameter.dtype))
+
+
+def _write_beside(directory: Path, config: Config, shape: dict) -> None:
+    (directory / "llm").mkdir(parents=True)
+    (directory / "shape.json").write_text(json.dumps(shape))
+    (directory / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
+
+
+@torch.no_grad()
+def _logits(module: GPTModel, tokens_BS: Tensor, runtime: Runtime) -> Tensor:
+    """Through the layout by hand: hidden states sent on, slices of the vocabulary gathered."""
+    positions_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
+    if not runtime.is_first_stage:
+        hidden_SBD = torch.empty(*tokens_BS.T.shape, module.config.hidden_size)
+        dist.recv(hidden_SBD, src=runtime.rank - 1)
+        module.set_input_tensor(hidden_SBD)
+    output = module.eval()(tokens_BS, positions_BS, None).float().contiguous()
+    if not runtime.is_last_stage:
+        dist.send(output, dst=runtime.rank + 1)
+        return output
+    slices = [torch.empty_like(output) for _ in range(runtime.tensor_size)]
+    dist.all_gather(slices, output, group=runtime.tensor_group)
+    return torch.cat(slices, dim=-1)

@@ -1,0 +1,53 @@
+"""A random Llama with a tokenizer of ours, as an export leaves them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_dwm.convert.tokenizer_files import write_tokenizer_files
+from megatron_dwm.tokenizer import build_tokenizer, train_sentencepiece
+from tests.launch import REPOSITORY
+
+VOCAB_SIZE = 1000
+
+
+@pytest.fixture(scope="session")
+def build_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Makes a Hugging Face directory whose context has the given number of tokens."""
+    lines = (REPOSITORY / "examples/corpus/validation.jsonl").read_text(encoding="utf-8")
+    texts = [json.loads(line)["text"] for line in lines.splitlines()]
+    vocabulary = tmp_path_factory.mktemp("tokenizer") / "small.model"
+    train_sentencepiece(texts, vocab_size=VOCAB_SIZE, output=vocabulary)
+
+    def build(context_tokens: int) -> Path:
+        directory = tmp_path_factory.mktemp("model")
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=context_tokens,
+            initializer_range=0.15,
+            bos_token_id=2,
+            eos_token_id=2,
+        )
+        LlamaForCausalLM(config).save_pretrained(directory)
+        tokenizer = build_tokenizer("SentencePieceTokenizer", vocabulary)
+        write_tokenizer_files(tokenizer, context_tokens, directory)
+        return directory
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def model(build_model: Callable[[int], Path]) -> Path:
+    """A model that every passage of the sample files fits into."""
+    return build_model(1024)

@@ -1,0 +1,151 @@
+"""The command's figures against plain transformers code, and how it ends on mistakes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.launch import REPOSITORY
+
+TOOL = REPOSITORY / "tools/evaluate.py"
+TASKS = REPOSITORY / "examples/tasks"
+SHARED_LAST_WORDS = REPOSITORY.parent / "shared/data/lambada_style.jsonl"
+SAMPLE_LAST_WORDS = REPOSITORY / "examples/corpus/lastword.jsonl"
+
+
+def _evaluate(*arguments: object, home: Path | None = None) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if home is not None:
+        environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, TOOL, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+
+
+@torch.no_grad()
+def _last_words(directory: Path, data: Path, limit: int) -> tuple[float, float]:
+    """(perplexity, accuracy) of the last word, one passage at a time."""
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    log_likelihoods, right = [], []
+    for line in data.read_text(encoding="utf-8").splitlines()[:limit]:
+        text = json.loads(line)["text"]
+        ids = tokenizer.encode(text)
+        start = len(tokenizer.encode(text.rpartition(" ")[0]))
+        scores_SV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        word = torch.tensor(ids[start:])
+        before_SV = scores_SV[start - 1 : -1]
+        log_likelihoods.append(before_SV.gather(1, word[:, None]).sum().item())
+        right.append(torch.equal(before_SV.argmax(-1), word))
+    return math.exp(-sum(log_likelihoods) / len(right)), sum(right) / len(right)
+
+
+@pytest.mark.parametrize("data", [SHARED_LAST_WORDS, SAMPLE_LAST_WORDS], ids=lambda p: p.stem)
+def test_last_word_is_plain_transformers(data: Path, model: Path, tmp_path: Path) -> None:
+    if not data.is_file():
+        pytest.skip(f"{data} is missing")
+    output = tmp_path / "scores.json"
+    options = ["--suite", "local", "--tasks-dir", TASKS, "--limit", 30]
+    # The sample file is what the task names by itself.
+    if data == SHARED_LAST_WORDS:
+        options += ["--data", data, "--num-fewshot", 0, 2]
+    done = _evaluate("--model", model, *options, "--output", output)
+    assert done.returncode == 0, done.stderr
+    written = json.loads(output.read_text())
+    scores = {(s["num_fewshot"], s["metric"]): s for s in written["scores"]}
+    perplexity, accuracy = _last_words(model, data, 30)
+    assert scores[0, "perplexity"]["value"] == pytest.approx(perplexity, rel=1e-4)
+    assert scores[0, "acc"]["value"] == accuracy
+    assert scores[0, "perplexity"]["standard_error"] > 0
+    assert {s["num_examples"] for s in written["scores"]} == {30}
+    if data == SHARED_LAST_WORDS:
+        assert scores[2, "perplexity"]["value"] != scores[0, "perplexity"]["value"]
+    table = done.stdout.splitlines()
+    assert table[0].split()[:5] == ["task", "shots", "metric", "better", "value"]
+    assert len(table) == 2 + len(scores)
+    assert float(table[2].split()[4]) == pytest.approx(perplexity, rel=1e-4)
+
+
+def test_questions_longer_than_the_model_are_told(
+    build_model: Callable[[int], Path],
+) -> None:
+    options = ["--suite", "local", "--tasks-dir", TASKS, "--limit", 5]
+    done = _evaluate("--model", build_model(16), *options)
+    assert done.returncode == 0, done.stderr
+    assert "5 questions with 0 shots are longer than the model's context" in done.stderr
+
+
+def test_bundled_suite_without_its_data(model: Path, tmp_path: Path) -> None:
+    done = _evaluate("--model", model, "--suite", "dwm", "--tasks", "sciq", home=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: task sciq: its data set is not here")
+    assert done.stderr.count("\n") == 1
+
+
+def _task_file(directory: Path, text: str) -> Path:
+    directory.mkdir()
+    (directory / "mine.yaml").write_text(text)
+    return directory
+
+
+def test_mistakes_before_anything_is_loaded(model: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.json"
+    kept.write_text("mine")
+    local = ["--model", model, "--suite", "local"]
+    cases = {
+        "--tasks-dir": local,
+        "no such directory": [*local, "--tasks-dir", tmp_path / "gone"],
+        "no such file": [*local, "--tasks-dir", TASKS, "--data", tmp_path / "gone"],
+        "exists": [*local, "--tasks-dir", TASKS, "--output", kept],
+        "no directory": [*local, "--tasks-dir", TASKS, "--output", tmp_path / "gone/x.json"],
+        "not a task of suite dwm": ["--model", model, "--suite", "dwm", "--tasks", "nothing"],
+        "not a Hugging Face": ["--model", tmp_path, *local[2:], "--tasks-dir", TASKS],
+        "belong to --suite local": ["--model", model, "--suite", "dwm", "--data", kept],
+    }
+    for named, arguments in cases.items():
+        _assert_mistake(_evaluate(*arguments), named)
+    assert kept.read_text() == "mine"
+
+
+def test_mistakes_in_tasks(model: Path, tmp_path: Path) -> None:
+    lastword = (TASKS / "lastword.yaml").read_text()
+    missing = _task_file(tmp_path / "missing", lastword)
+    broken = _task_file(tmp_path / "broken", "task: [")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "one two"}\nnot json\n')
+    ragged = tmp_path / "ragged.jsonl"
+    ragged.write_text('{"text": "one two"}\n{"other": 1}\n')
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    local = ["--model", model, "--suite", "local", "--tasks-dir"]
+    cases = {
+        "mine.yaml: its data file": [missing],
+        "mine.yaml: not a task file": [broken],
+        "data.jsonl": [missing, "--data", data],
+        "no task files": [empty],
+        "not a task of": [TASKS, "--tasks", "other"],
+    }
+    for named, arguments in cases.items():
+        _assert_mistake(_evaluate(*local, *arguments, home=tmp_path / "home"), named)
+    # Found while the harness is at work, after its own line.
+    done = _evaluate(*local, missing, "--data", ragged, home=tmp_path / "home")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: a record of the data lacks")
+
+
+def _assert_mistake(done: subprocess.CompletedProcess, named: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert named in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr

@@ -1,0 +1,56 @@
+"""Scores read from the harness's result, and as a table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_dwm.evaluation.harness import read_scores
+from megatron_dwm.evaluation.scores import Score, format_table, write_scores
+
+RESULTS = {
+    "results": {
+        "quiz": {
+            "name": "quiz",
+            "alias": "quiz",
+            "sample_len": 7,
+            "acc,none": 0.5,
+            "acc_stderr,none": 0.125,
+            "f1,strict": 0.25,
+            "f1_stderr,strict": "N/A",
+        }
+    },
+    "n-shot": {"quiz": 2},
+    "n-samples": {"quiz": {"original": 100, "effective": 7}},
+    "higher_is_better": {"quiz": {"acc": True, "f1": True}},
+}
+
+
+def test_every_metric_is_a_score() -> None:
+    accuracy, f1 = read_scores(RESULTS)
+    assert accuracy == Score(
+        task="quiz",
+        num_fewshot=2,
+        metric="acc",
+        value=0.5,
+        standard_error=0.125,
+        higher_is_better=True,
+        num_examples=7,
+    )
+    assert (f1.metric, f1.value, f1.standard_error) == ("f1", 0.25, None)
+
+
+def test_table_lines_up() -> None:
+    lines = format_table(read_scores(RESULTS)).splitlines()
+    assert len(lines) == 4
+    assert len({len(line) for line in lines}) == 1
+    assert lines[2].split() == ["quiz", "2", "acc", "higher", "0.5000", "0.1250", "7"]
+    assert lines[3].split()[5] == "-"
+
+
+def test_written_scores_say_where_they_are_from(tmp_path: Path) -> None:
+    write_scores(tmp_path / "scores.json", read_scores(RESULTS), {"model": "m"})
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert written["model"] == "m"
+    assert [score["metric"] for score in written["scores"]] == ["acc", "f1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]

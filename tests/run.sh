@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# All tests on a fresh machine: makes .venv if it is missing, then runs pytest with the arguments
+# given here.   bash tests/run.sh [pytest args]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. tools/environment.sh dev
+# Tests start several processes; more threads than cores only slow them down.
+export OMP_NUM_THREADS=1
+exec python -m pytest "$@"

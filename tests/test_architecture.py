@@ -1,0 +1,103 @@
+"""Rules of DESIGN.md that a machine can hold: who imports whom, and how large things grow."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+PACKAGE = REPOSITORY / "megatron_dwm"
+
+# A folder may import itself and the folders named here; `training.checkpoint` names one module.
+ALLOWED: dict[str, set[str]] = {
+    "config": set(),
+    "tokenizer": {"config"},
+    "runtime": {"config"},
+    "model": {"config", "runtime"},
+    "data": {"config", "runtime", "tokenizer"},
+    "weighting": {"config", "runtime", "model", "data"},
+    "bilevel": {"runtime", "model", "data"},
+    "training": {"config", "tokenizer", "runtime", "model", "data", "weighting", "bilevel"},
+    "preprocess": {"config", "tokenizer"},
+    "convert": {"config", "tokenizer", "runtime", "model", "training.checkpoint"},
+    "evaluation": {"config", "tokenizer", "convert"},
+    "report": {"config"},
+}
+# Imported by one file of the package at most.
+ONE_FILE = ("transformer_engine", "apex", "transformers", "lm_eval", "datasets", "matplotlib")
+MAX_FILE_LINES = 350
+MAX_FUNCTION_LINES = 60
+
+
+def _files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def _imports(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _may_import(folder: str, module: str) -> bool:
+    target = module.removeprefix("megatron_dwm.")
+    names = ALLOWED[folder] | {folder}
+    return any(target == name or target.startswith(f"{name}.") for name in names)
+
+
+@pytest.mark.parametrize("file", _files(), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_go_one_way(file: Path) -> None:
+    parts = file.relative_to(PACKAGE).parts
+    if len(parts) == 1:  # entry points stand above everything
+        return
+    ours = {name for name in _imports(file) if name.startswith("megatron_dwm.")}
+    wrong = {name for name in ours if not _may_import(parts[0], name)}
+    assert not wrong, f"{parts[0]}/ may not import {sorted(wrong)}"
+
+
+def test_every_folder_has_a_rule() -> None:
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders == set(ALLOWED)
+
+
+def test_relative_imports_are_not_used() -> None:
+    for file in _files():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), file
+
+
+@pytest.mark.parametrize("library", ONE_FILE)
+def test_library_has_one_door(library: str) -> None:
+    doors = [f for f in _files() if any(name.split(".")[0] == library for name in _imports(f))]
+    assert len(doors) <= 1, doors
+
+
+def test_only_runtime_knows_parallel_state_and_cuda() -> None:
+    for file in _files():
+        if file.relative_to(PACKAGE).parts[0] == "runtime":
+            continue
+        text = file.read_text(encoding="utf-8")
+        assert "parallel_state" not in text.replace("megatron.core.parallel_state", ""), file
+        assert not any("parallel_state" in name for name in _imports(file)), file
+        assert "torch.cuda." not in text, file
+
+
+def test_report_never_imports_torch() -> None:
+    for file in (PACKAGE / "report").glob("*.py"):
+        assert not any(name.split(".")[0] == "torch" for name in _imports(file)), file
+
+
+@pytest.mark.parametrize("file", _files(), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_sizes_and_signatures(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < MAX_FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
+            assert node.returns is not None, node.name

@@ -1,0 +1,246 @@
+"""Whole runs from the command line: layouts, resume after a kill, what a run leaves, mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.dataset as ds
+import pytest
+import yaml
+
+from tests.training.conftest import CORPUS, Corpus
+from tests.training.runs import LIMIT_S, REPOSITORY, metrics, pretrain, succeed
+
+DWM = ("--policy.name", "dwm")
+# Sums in another order are 1e-7 apart; 20 steps of Adam at 3e-3 may multiply that.
+LAYOUT_TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def alone(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one process with learned weights and held-out evaluation."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    held_out = ("--evaluation.path", str(CORPUS / "heldout.jsonl"))
+    succeed(run_dir, *corpus.arguments(), *DWM, *held_out, "--evaluation.interval_steps", "20")
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["--parallel.tensor", "2"],
+        ["--parallel.pipeline", "2"],
+        [],
+        ["--parallel.sharded_optimizer", "true"],
+        ["--parallel.tensor", "2", "--parallel.sequence", "true", "--model.recompute", "full"],
+    ],
+    ids=str,
+)
+def test_layouts_train_alike(
+    corpus: Corpus, alone: Path, tmp_path: Path, layout: list[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    succeed(run_dir, *corpus.arguments(), *DWM, *layout, processes=2)
+    for phase in ("train", "weighting"):
+        ours, expected = metrics(run_dir, phase), metrics(alone, phase)
+        assert len(ours) == len(expected) > 0
+        for line, other in zip(ours, expected, strict=True):
+            assert abs(line["loss"] - other["loss"]) < LAYOUT_TOLERANCE, (phase, line["step"])
+
+
+def test_a_run_leaves_what_design_says(alone: Path) -> None:
+    config = yaml.safe_load((alone / "config.yaml").read_text())
+    assert config["training"]["steps"] == 20 and config["training"]["clip_grad"] == 1.0
+    train = metrics(alone, "train")
+    assert [line["step"] for line in train] == list(range(1, 21))
+    assert {"loss", "lr", "grad_norm", "tokens", "seconds", "weight_entropy"} <= set(train[0])
+    assert train[-1]["tokens"] == 20 * 8 * 32
+    assert all(abs(line["weight_mean"] - 1) < 1e-5 for line in train)
+    assert train[0]["weight_std"] == 0.0 and train[-1]["weight_std"] > 0.0
+    [evaluation] = metrics(alone, "evaluation")
+    assert {"austen", "target"} <= set(evaluation["domain_loss"])
+    weights = ds.dataset(alone / "weights").to_table().to_pylist()
+    assert {row["step"] for row in weights if row["alignment"] is None} == {10, 20}
+    assert {row["domain"] for row in weights} <= {"austen", "speeches", "python", "web", "github"}
+    assert (alone / "weighting" / "stage_1" / "weighting.safetensors").is_file()
+    assert (alone / "checkpoints" / "step_00000020" / "shape.json").is_file()
+
+
+def test_weighting_model_transfers_frozen(corpus: Corpus, alone: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    load = ("--weighting.load", str(alone / "weighting" / "stage_1"), "--weighting.frozen", "true")
+    succeed(run_dir, *corpus.arguments(), *DWM, *load, "--training.steps", "2")
+    assert metrics(run_dir, "weighting") == []
+    assert metrics(run_dir, "train")[0]["weight_std"] > 0.0
+
+
+def test_stages_begin_with_their_updates(corpus: Corpus, tmp_path: Path) -> None:
+    staged = ("--weighting.mode", "staged", "--weighting.stages", "3")
+    updates = ("--weighting.updates_per_stage", "2", "--training.steps", "7")
+    succeed(tmp_path / "run", *corpus.arguments(), *DWM, *staged, *updates)
+    weighting = metrics(tmp_path / "run", "weighting")
+    assert [(line["stage"], line["step"]) for line in weighting] == [(2, 2), (2, 2), (3, 4), (3, 4)]
+    stages = [line["stage"] for line in metrics(tmp_path / "run", "train")]
+    assert stages == [1, 1, 2, 2, 3, 3, 3]
+    assert {p.name for p in (tmp_path / "run/weighting").iterdir()} == {
+        "stage_1",
+        "stage_2",
+        "stage_3",
+    }
+
+
+def _without_time(run_dir: Path) -> list[dict]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("processes", "layout"),
+    [(1, []), (2, ["--parallel.sharded_optimizer", "true"]), (2, ["--model.precision", "bf16"])],
+    ids=str,
+)
+def test_resume_after_a_kill_is_bit_exact(
+    corpus: Corpus, tmp_path: Path, processes: int, layout: list[str]
+) -> None:
+    arguments = [*corpus.arguments(), *DWM, *layout, "--training.checkpoint_interval_steps", "6"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    succeed(whole, *arguments, processes=processes)
+    _kill_after_checkpoint(killed, arguments, processes)
+    succeed(killed, *arguments, "--run.resume", "true", processes=processes)
+    assert _without_time(killed) == _without_time(whole)
+    tables = [ds.dataset(d / "weights").to_table().to_pylist() for d in (whole, killed)]
+    key = ("step", "sample_id")
+    ordered = [sorted(rows, key=lambda row: tuple(row[k] for k in key)) for rows in tables]
+    assert ordered[0] == ordered[1]
+
+
+def _kill_after_checkpoint(run_dir: Path, arguments: list[str], processes: int) -> None:
+    """Start a run and end it with SIGKILL once it has a checkpoint and has gone on from there."""
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        if processes > 1
+        else []
+    )
+    command = [sys.executable, *launcher, "-m", "megatron_dwm.pretrain", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--run.dir", str(run_dir)],
+        cwd=REPOSITORY,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + LIMIT_S
+    while process.poll() is None and time.monotonic() < deadline:
+        if (run_dir / "checkpoints" / "step_00000006").is_dir() and _steps(run_dir) >= 8:
+            break
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 8 <= _steps(run_dir) < 20, "the kill came too late to test anything"
+
+
+def _steps(run_dir: Path) -> int:
+    file = run_dir / "metrics.jsonl"
+    return file.read_text().count('"phase": "train"') if file.is_file() else 0
+
+
+def test_a_checkpoint_loads_under_another_layout(corpus: Corpus, tmp_path: Path) -> None:
+    arguments = [*corpus.arguments(), "--training.checkpoint_interval_steps", "5"]
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    succeed(whole, *arguments)
+    shutil.copytree(whole, moved)
+    for step in (10, 15, 20):
+        shutil.rmtree(moved / "checkpoints" / f"step_{step:08d}")
+    tensor = ("--parallel.tensor", "2")
+    succeed(moved, *arguments, "--run.resume", "true", *tensor, processes=2)
+    for line, other in zip(metrics(moved, "train"), metrics(whole, "train"), strict=True):
+        assert abs(line["loss"] - other["loss"]) < LAYOUT_TOLERANCE, line["step"]
+
+
+MISTAKES = [
+    (["--data.train", "nowhere_text_document"], "nowhere_text_document"),
+    (["--data.tokenizer", "nowhere.model"], "nowhere.model"),
+    (["--data.sequence_length", "100000000"], "data.sequence_length"),
+    (["--training.steps", "0"], "training.steps"),
+    (["--training.stps", "3"], "training.steps"),
+    (["--model.vocab_size", "300"], "model.vocab_size"),
+    (["--model.num_attention_heads", "3"], "num_attention_heads"),
+    ([*DWM, "--validation.path", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--data.domain_key", "nonsense"], "nonsense"),
+    ([*DWM, "--weighting.load", "nowhere"], "weighting.load"),
+    (["--model.init_from", "nowhere"], "model.init_from"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "word"), MISTAKES, ids=str)
+def test_mistakes_are_one_line_and_leave_nothing(
+    corpus: Corpus, tmp_path: Path, arguments: list[str], word: str
+) -> None:
+    done = pretrain(tmp_path / "run", *corpus.arguments(), *arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ") and word in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_tokenizer_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    other = tmp_path / "other.model"
+    tool = [sys.executable, str(REPOSITORY / "tools" / "train_tokenizer.py")]
+    text = ["--input", str(CORPUS / "validation.jsonl"), "--vocab-size", "300"]
+    subprocess.run([*tool, *text, "--output", str(other)], check=True, capture_output=True)
+    done = pretrain(tmp_path / "run", *corpus.arguments(), "--data.tokenizer", str(other))
+    assert done.returncode == 2
+    assert "512" in done.stderr and "300" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_is_never_written_over(corpus: Corpus, alone: Path, tmp_path: Path) -> None:
+    before = (alone / "metrics.jsonl").read_bytes()
+    done = pretrain(alone, *corpus.arguments(), *DWM)
+    assert done.returncode == 2 and "already holds a run" in done.stderr
+    changed = pretrain(alone, *corpus.arguments(), "--run.resume", "true", "--run.seed", "9")
+    assert changed.returncode == 2 and len(changed.stderr.splitlines()) == 1
+    assert "run.seed" in changed.stderr and "1234" in changed.stderr and "9" in changed.stderr
+    assert (alone / "metrics.jsonl").read_bytes() == before
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    done = pretrain(foreign, *corpus.arguments())
+    assert done.returncode == 2 and (foreign / "thesis.txt").read_text() == "mine"
+
+
+def test_a_failing_rank_takes_the_job_down(corpus: Corpus, tmp_path: Path) -> None:
+    """Rank 1 raises in the middle of training; the job ends with its traceback, without a hang."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, runpy, sys\n"
+        "import megatron_dwm.training.loop as loop\n"
+        "real = loop.train_step\n"
+        "def failing(session, *args):\n"
+        "    if os.environ['RANK'] == '1' and session.state.step == 2:\n"
+        "        raise RuntimeError('the cable was pulled')\n"
+        "    return real(session, *args)\n"
+        "loop.train_step = failing\n"
+        "sys.argv = ['pretrain', *sys.argv[1:]]\n"
+        "runpy.run_module('megatron_dwm.pretrain', run_name='__main__')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(program), *corpus.arguments()]
+    done = subprocess.run(
+        [*command, "--run.dir", str(tmp_path / "run")],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 1
+    assert "the cable was pulled" in done.stderr and "Traceback" in done.stderr

@@ -1,0 +1,40 @@
+# Sourced, not run: makes .venv beside this repository if it is missing, installs what the extras
+# given as arguments need, and puts it on PATH.   . tools/environment.sh "eval,report"
+#
+# PYTHON names the interpreter (3.10 to 3.12) for a new .venv. Installing is skipped while neither
+# setup.py nor the extras have changed.
+
+_repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+_venv="$_repository/.venv"
+
+_supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; }
+
+_find_python() {
+    local candidate
+    for candidate in ${PYTHON:-} python3.11 python3.12 python3.10 python3; do
+        if _supported "$candidate"; then
+            echo "$candidate"
+            return 0
+        fi
+    done
+    echo "error: no Python 3.10 to 3.12 found; install one or name it with PYTHON=/path/to/python" >&2
+    return 1
+}
+
+_install() {
+    local stamp_text stamp="$_venv/.installed"
+    stamp_text="$1 $(cksum <"$_repository/setup.py")"
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$stamp_text" ]; then
+        return 0
+    fi
+    echo "installing megatron-dwm[$1] into $_venv (a few minutes the first time)" >&2
+    "$_venv/bin/python" -m pip install --quiet --editable "$_repository[$1]" || return 1
+    echo "$stamp_text" >"$stamp"
+}
+
+if [ ! -x "$_venv/bin/python" ]; then
+    _python="$(_find_python)" || exit 2
+    "$_python" -m venv "$_venv" || exit 1
+fi
+_install "$1" || exit 1
+export PATH="$_venv/bin:$PATH"
