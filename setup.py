@@ -8,7 +8,7 @@ CORE = [
     # Pinned: the one release this code was run with. Where no CPU build is at hand the same
     # version is the CUDA build.
     "torch==2.13.0",
-    # Newest release for Python 3.10 to 3.12; 0.17 needs 3.12 and deprecates GPTModel. runtime/cpu.py
+    # Newest release for Python 3.10 to 3.12; 0.17 needs 3.12, deprecates GPTModel. runtime/cpu.py
     # and the optimiser's virtual step name functions inside it.
     "megatron-core==0.16.1",
     "numpy>=1.26,<3",
@@ -24,7 +24,7 @@ CORE = [
 ]
 EVAL = [
     "transformers>=5,<6",  # 5.x reads the tokenizer class that exports name
-    "lm-eval[hf]>=0.4.9,<0.5",
+    "lm-eval[hf]>=0.4.13,<0.5",  # TaskManager.load
     "protobuf>=5",  # transformers needs it beside sentencepiece
     "safetensors>=0.5,<1",
     "tokenizers>=0.21,<1",

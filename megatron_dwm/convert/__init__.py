@@ -1,0 +1,1 @@
+"""Checkpoints of ours as Hugging Face directories that have passed a gate."""

@@ -55,7 +55,7 @@ def run_harness(
     _require_model(model)
     _prepare_environment(offline=isinstance(tasks, LocalTasks))
     try:
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -77,14 +77,11 @@ def run_harness(
     scores: list[Score] = []
     for shots in num_fewshot:
         print(f"evaluating {model} with {shots} shots", file=sys.stderr)
-        # Its standard output would stand before our table. Tasks are loaded anew: one that was
-        # once set to 0 shots refuses any other number.
+        # Its standard output would stand before our table.
         with redirect_stdout(sys.stderr), _truncations_counted(shots), _records_blamed():
-            results = simple_evaluate(
-                model=language_model,
-                tasks=_load_tasks(manager, specs),
-                task_manager=manager,
-                num_fewshot=shots,
+            results = evaluate(
+                language_model,
+                {"tasks": _tasks_with_shots(_load_tasks(manager, specs), shots)},
                 limit=limit,
                 log_samples=False,
             )
@@ -210,14 +207,30 @@ def _absolute(files: Any, entry: Any) -> Any:
     return str(path)
 
 
-def _load_tasks(manager: Any, specs: Sequence[str | dict[str, Any]]) -> list[Any]:
-    loaded: list[Any] = []
+def _load_tasks(manager: Any, specs: Sequence[str | dict[str, Any]]) -> dict[str, Any]:
+    """The harness's tasks by name."""
+    loaded: dict[str, Any] = {}
     for spec in specs:
         try:
-            loaded += manager.load([deepcopy(spec)])["tasks"].values()
+            loaded |= manager.load([deepcopy(spec)])["tasks"]
         except Exception as error:  # whatever the data set library makes of it
             raise UserError(_explain(spec, error)) from error
     return loaded
+
+
+def _tasks_with_shots(tasks: dict[str, Any], shots: int) -> dict[str, Any]:
+    """The same tasks, freshly loaded, set to `shots` as `lm_eval.simple_evaluate` sets them.
+
+    A task whose own file says 0 stays at 0. (`simple_evaluate` itself would go on to ask git about
+    the working directory, which complains on the terminal where there is no repository.)
+    """
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+    for task in tasks.values():
+        if task.get_config("num_fewshot") != 0:
+            task.set_config(key="num_fewshot", value=shots)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    return tasks
 
 
 def _explain(spec: str | dict[str, Any], error: Exception) -> str:
@@ -236,7 +249,7 @@ def _one_line(error: Exception) -> str:
 
 
 def read_scores(results: Mapping[str, Any]) -> list[Score]:
-    """The records in what `lm_eval.simple_evaluate` gives."""
+    """The records in what `lm_eval.evaluate` gives."""
     return [
         Score(
             task=task,

@@ -19,8 +19,9 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
+from megatron_dwm.config import UserError
 from megatron_dwm.config.load import save_config
-from megatron_dwm.model import LLM
+from megatron_dwm.model import LLM, LlamaShape
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.training.session import Session
 from megatron_dwm.training.sharded_adam import create_state, loadable
@@ -87,13 +88,11 @@ def load_checkpoint(session: Session, directory: Path) -> None:
 def load_parameters(llm: LLM, directory: Path) -> None:
     """Only the LLM's parameters of a checkpoint (`model.init_from`); collective."""
     module = llm.modules[0]
-    state = module.sharded_state_dict(prefix=MODEL_PREFIX, metadata=_metadata(llm.runtime))
-    module.load_state_dict(
-        {
-            name.removeprefix(MODEL_PREFIX): value
-            for name, value in dist_checkpointing.load(state, str(directory / "llm")).items()
-        }
-    )
+    wanted = module.sharded_state_dict(prefix=MODEL_PREFIX, metadata=_metadata(llm.runtime))
+    loaded = dist_checkpointing.load(wanted, str(directory / "llm"))
+    # What comes back also holds the optimiser's unsharded state.
+    ours = {name: value for name, value in loaded.items() if name.startswith(MODEL_PREFIX)}
+    module.load_state_dict({name.removeprefix(MODEL_PREFIX): value for name, value in ours.items()})
 
 
 def _sharded_state(session: Session, *, is_loading: bool) -> ShardedStateDict:
@@ -126,3 +125,14 @@ def _save_rest(session: Session, directory: Path) -> None:
 def read_state(directory: Path) -> TrainState:
     """Only the counters of a checkpoint."""
     return TrainState(**torch.load(directory / "training.pt", weights_only=True)["state"])
+
+
+def read_shape(directory: Path) -> LlamaShape:
+    """The shape of a checkpoint's model. Raises UserError if `directory` is no checkpoint."""
+    file = directory / "shape.json"
+    if not file.is_file():
+        raise UserError(
+            f"model.init_from: {file} is missing; expected a checkpoint such as "
+            "RUN/checkpoints/step_00001000"
+        )
+    return LlamaShape(**json.loads(file.read_text(encoding="utf-8")))

@@ -18,11 +18,13 @@ from megatron_dwm.training.checkpoint import (
     load_checkpoint,
     load_parameters,
     newest_checkpoint,
+    read_shape,
     read_state,
 )
 from megatron_dwm.training.loop import Loop
 from megatron_dwm.training.records import drop_records_after
 from megatron_dwm.training.session import build_session
+from megatron_dwm.weighting.model import load_weighting_model
 
 # Keys that a resumed run may change; everything else decides what is trained.
 _MAY_CHANGE = {
@@ -78,7 +80,20 @@ def check(config: Config) -> tuple[LlamaShape, Tokenizer]:
     validate_config(config, heads, world_size_from_environment())
     check_data(config.data, tokenizer)
     _check_held_out_text(config, tokenizer)
+    _check_models(config, shape, tokenizer)
     return shape, tokenizer
+
+
+def _check_models(config: Config, shape: LlamaShape, tokenizer: Tokenizer) -> None:
+    """What the run starts from has to exist and to fit."""
+    if config.policy.name == "dwm" and config.weighting.load is not None:
+        load_weighting_model(Path(config.weighting.load), tokenizer.vocab_size)
+    if config.model.init_from is not None:
+        found = read_shape(Path(config.model.init_from))
+        if found != shape:
+            raise UserError(
+                f"model.init_from: {config.model.init_from} holds {found}, the run asks for {shape}"
+            )
 
 
 def _check_held_out_text(config: Config, tokenizer: Tokenizer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_dwm.config import Config, UserError
+from megatron_dwm.config import Config
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.dwm import DwmPolicy
 from megatron_dwm.weighting.model import (
@@ -53,10 +53,4 @@ def _weighting_model(config: Config, vocab_size: int) -> WeightingModel:
             ffn_hidden_size=weighting.ffn_hidden_size,
         )
         return build_weighting_model(shape, config.run.seed + _SEED_OFFSET)
-    model = load_weighting_model(Path(weighting.load))
-    if model.shape.vocab_size != vocab_size:
-        raise UserError(
-            f"weighting.load: {weighting.load} was trained with a vocabulary of "
-            f"{model.shape.vocab_size}, the run's tokenizer has {vocab_size}; use the same one"
-        )
-    return model
+    return load_weighting_model(Path(weighting.load), vocab_size)

@@ -75,8 +75,11 @@ def build_weighting_model(shape: WeightingShape, seed: int) -> WeightingModel:
         return WeightingModel(shape)
 
 
-def load_weighting_model(directory: Path) -> WeightingModel:
-    """A model that `WeightingModel.save` wrote. Raises UserError if it is none."""
+def load_weighting_model(directory: Path, vocab_size: int) -> WeightingModel:
+    """A model that `WeightingModel.save` wrote.
+
+    Raises UserError if there is none, or if it reads another vocabulary than `vocab_size` pieces.
+    """
     shape_file, tensor_file = directory / _SHAPE_FILE, directory / _TENSOR_FILE
     for file in (shape_file, tensor_file):
         if not file.is_file():
@@ -84,6 +87,12 @@ def load_weighting_model(directory: Path) -> WeightingModel:
                 f"weighting.load: {file} is missing; expected a directory such as "
                 "RUN/weighting/stage_2"
             )
-    model = WeightingModel(WeightingShape(**json.loads(shape_file.read_text(encoding="utf-8"))))
+    shape = WeightingShape(**json.loads(shape_file.read_text(encoding="utf-8")))
+    if shape.vocab_size != vocab_size:
+        raise UserError(
+            f"weighting.load: {directory} was trained with a vocabulary of {shape.vocab_size}, "
+            f"the run's tokenizer has {vocab_size}; use the same tokenizer"
+        )
+    model = WeightingModel(shape)
     model.load_state_dict(load_file(tensor_file))
     return model

@@ -77,7 +77,9 @@ def test_jacobian_is_autograds(step: int) -> None:
     t = step + 1
     u = (m / (1 - moments.beta1**t)) / ((v / (1 - moments.beta2**t)).sqrt() + moments.epsilon)
     (expected,) = torch.autograd.grad(u.sum(), gradient)
-    torch.testing.assert_close(adam_jacobian(gradient.detach(), moments), expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        adam_jacobian(gradient.detach(), moments), expected, rtol=1e-10, atol=0
+    )
 
 
 def test_jacobian_of_untouched_parameters_is_finite_and_right() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,15 @@ def build_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Pat
         return directory
 
     return build
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """An evaluation in this process tells the libraries through the environment to stay offline."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_dwm.config import UserError
+from megatron_dwm.evaluation.harness import run_harness
+from megatron_dwm.evaluation.suites import LocalTasks
 from tests.launch import REPOSITORY
 
 TOOL = REPOSITORY / "tools/evaluate.py"
@@ -22,10 +25,9 @@ SHARED_LAST_WORDS = REPOSITORY.parent / "shared/data/lambada_style.jsonl"
 SAMPLE_LAST_WORDS = REPOSITORY / "examples/corpus/lastword.jsonl"
 
 
-def _evaluate(*arguments: object, home: Path | None = None) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if home is not None:
-        environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+def _evaluate(*arguments: object, home: Path) -> subprocess.CompletedProcess:
+    """Run the command with a cache of its own and without network."""
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, TOOL, *map(str, arguments)],
         capture_output=True,
@@ -61,7 +63,7 @@ def test_last_word_is_plain_transformers(data: Path, model: Path, tmp_path: Path
     # The sample file is what the task names by itself.
     if data == SHARED_LAST_WORDS:
         options += ["--data", data, "--num-fewshot", 0, 2]
-    done = _evaluate("--model", model, *options, "--output", output)
+    done = _evaluate("--model", model, *options, "--output", output, home=tmp_path)
     assert done.returncode == 0, done.stderr
     written = json.loads(output.read_text())
     scores = {(s["num_fewshot"], s["metric"]): s for s in written["scores"]}
@@ -79,10 +81,10 @@ def test_last_word_is_plain_transformers(data: Path, model: Path, tmp_path: Path
 
 
 def test_questions_longer_than_the_model_are_told(
-    build_model: Callable[[int], Path],
+    build_model: Callable[[int], Path], tmp_path: Path
 ) -> None:
     options = ["--suite", "local", "--tasks-dir", TASKS, "--limit", 5]
-    done = _evaluate("--model", build_model(16), *options)
+    done = _evaluate("--model", build_model(16), *options, home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "5 questions with 0 shots are longer than the model's context" in done.stderr
 
@@ -115,34 +117,31 @@ def test_mistakes_before_anything_is_loaded(model: Path, tmp_path: Path) -> None
         "belong to --suite local": ["--model", model, "--suite", "dwm", "--data", kept],
     }
     for named, arguments in cases.items():
-        _assert_mistake(_evaluate(*arguments), named)
+        _assert_mistake(_evaluate(*arguments, home=tmp_path), named)
     assert kept.read_text() == "mine"
 
 
-def test_mistakes_in_tasks(model: Path, tmp_path: Path) -> None:
-    lastword = (TASKS / "lastword.yaml").read_text()
-    missing = _task_file(tmp_path / "missing", lastword)
+def test_mistakes_in_tasks(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    missing = _task_file(tmp_path / "missing", (TASKS / "lastword.yaml").read_text())
     broken = _task_file(tmp_path / "broken", "task: [")
-    data = tmp_path / "data.jsonl"
-    data.write_text('{"text": "one two"}\nnot json\n')
+    (tmp_path / "empty").mkdir()
+    garbled = tmp_path / "garbled.jsonl"
+    garbled.write_text('{"text": "one two"}\nnot json\n')
     ragged = tmp_path / "ragged.jsonl"
     ragged.write_text('{"text": "one two"}\n{"other": 1}\n')
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    local = ["--model", model, "--suite", "local", "--tasks-dir"]
     cases = {
-        "mine.yaml: its data file": [missing],
-        "mine.yaml: not a task file": [broken],
-        "data.jsonl": [missing, "--data", data],
-        "no task files": [empty],
-        "not a task of": [TASKS, "--tasks", "other"],
+        "mine.yaml: its data file": LocalTasks(directory=missing),
+        "mine.yaml: not a task file": LocalTasks(directory=broken),
+        "garbled.jsonl.* cannot be loaded": LocalTasks(directory=missing, data=garbled),
+        "a record of the data lacks": LocalTasks(directory=missing, data=ragged),
+        "no task files": LocalTasks(directory=tmp_path / "empty"),
+        "not a task of": LocalTasks(directory=TASKS, names=("other",)),
     }
-    for named, arguments in cases.items():
-        _assert_mistake(_evaluate(*local, *arguments, home=tmp_path / "home"), named)
-    # Found while the harness is at work, after its own line.
-    done = _evaluate(*local, missing, "--data", ragged, home=tmp_path / "home")
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: a record of the data lacks")
+    for message, tasks in cases.items():
+        with pytest.raises(UserError, match=message) as raised:
+            run_harness(model, tasks, num_fewshot=[0], limit=None, batch_size=1)
+        assert "\n" not in str(raised.value)
 
 
 def _assert_mistake(done: subprocess.CompletedProcess, named: str) -> None:

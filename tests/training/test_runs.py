@@ -13,8 +13,12 @@ from pathlib import Path
 
 import pyarrow.dataset as ds
 import pytest
+import torch
 import yaml
 
+from megatron_dwm.config import UserError
+from megatron_dwm.config.load import load_config
+from megatron_dwm.training.run import run
 from tests.training.conftest import CORPUS, Corpus
 from tests.training.runs import LIMIT_S, REPOSITORY, metrics, pretrain, succeed
 
@@ -79,6 +83,17 @@ def test_weighting_model_transfers_frozen(corpus: Corpus, alone: Path, tmp_path:
     succeed(run_dir, *corpus.arguments(), *DWM, *load, "--training.steps", "2")
     assert metrics(run_dir, "weighting") == []
     assert metrics(run_dir, "train")[0]["weight_std"] > 0.0
+
+
+def test_a_run_starts_from_another_runs_model(corpus: Corpus, alone: Path, tmp_path: Path) -> None:
+    """`model.init_from` under another layout: the first loss is the other model's."""
+    init_from = ("--model.init_from", str(alone / "checkpoints" / "step_00000020"))
+    arguments = [*corpus.arguments(), *init_from, "--training.steps", "1"]
+    succeed(tmp_path / "one", *arguments)
+    succeed(tmp_path / "two", *arguments, "--parallel.tensor", "2", processes=2)
+    [one], [two] = metrics(tmp_path / "one", "train"), metrics(tmp_path / "two", "train")
+    assert abs(one["loss"] - two["loss"]) < LAYOUT_TOLERANCE
+    assert one["loss"] < metrics(alone, "train")[0]["loss"] - 0.1
 
 
 def test_stages_begin_with_their_updates(corpus: Corpus, tmp_path: Path) -> None:
@@ -182,24 +197,34 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "word"), MISTAKES, ids=str)
-def test_mistakes_are_one_line_and_leave_nothing(
+def test_mistakes_are_one_line_before_any_process_group(
     corpus: Corpus, tmp_path: Path, arguments: list[str], word: str
 ) -> None:
-    done = pretrain(tmp_path / "run", *corpus.arguments(), *arguments)
-    assert done.returncode == 2, done.stdout + done.stderr
-    [line] = done.stderr.splitlines()
-    assert line.startswith("error: ") and word in line
+    with pytest.raises(UserError) as caught:
+        run(load_config([*corpus.arguments(), *arguments, "--run.dir", str(tmp_path / "run")]))
+    assert word in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists() and not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_mistake_on_the_command_line(corpus: Corpus, tmp_path: Path, processes: int) -> None:
+    wrong = ("--training.steps", "0")
+    done = pretrain(tmp_path / "run", *corpus.arguments(), *wrong, processes=processes)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "training.steps" in errors[0]
     assert not (tmp_path / "run").exists()
+    if processes == 1:  # torchrun has a report and an exit code of its own
+        assert done.returncode == 2 and done.stderr.splitlines() == errors
 
 
 def test_another_tokenizer_is_refused(corpus: Corpus, tmp_path: Path) -> None:
     other = tmp_path / "other.model"
     tool = [sys.executable, str(REPOSITORY / "tools" / "train_tokenizer.py")]
-    text = ["--input", str(CORPUS / "validation.jsonl"), "--vocab-size", "300"]
+    text = ["--input", str(CORPUS / "validation.jsonl"), "--vocab-size", "400"]
     subprocess.run([*tool, *text, "--output", str(other)], check=True, capture_output=True)
     done = pretrain(tmp_path / "run", *corpus.arguments(), "--data.tokenizer", str(other))
     assert done.returncode == 2
-    assert "512" in done.stderr and "300" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "512" in done.stderr and "400" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_a_run_is_never_written_over(corpus: Corpus, alone: Path, tmp_path: Path) -> None:

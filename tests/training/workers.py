@@ -76,9 +76,7 @@ def ours_uniform(weight: float = 1.0, **layout: Any) -> tuple[list[float], Tenso
             weights_n = torch.full((batch.size,), weight)
             clear_gradients(subject.llm, subject.optimizer)
             passes = weighted(batch, weights_n, MICRO_BATCH)
-            result = forward_backward(
-                subject.llm, passes, denominator=weighted_denominator(batch)
-            )
+            result = forward_backward(subject.llm, passes, denominator=weighted_denominator(batch))
             subject.optimizer.step()
             subject.scheduler.step(increment=1)
             # Added up as the plain loop adds: micro-batch by micro-batch.

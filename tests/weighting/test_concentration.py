@@ -74,6 +74,8 @@ def test_standardised_alignments_have_weighted_mean_zero_and_unit_spread() -> No
     )
     found = standardise(alignment, weights)
     weighted_mean = (found * weights).mean(-1)
-    torch.testing.assert_close(weighted_mean, torch.zeros(3, dtype=torch.float64), atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        weighted_mean, torch.zeros(3, dtype=torch.float64), atol=1e-9, rtol=0
+    )
     torch.testing.assert_close(found.std(-1, correction=0), torch.ones(3, dtype=torch.float64))
     assert torch.equal(standardise(torch.ones(1, 4), torch.ones(1, 4)), torch.zeros(1, 4))

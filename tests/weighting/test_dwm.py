@@ -87,7 +87,7 @@ def test_permuting_a_group_permutes_its_logits() -> None:
 def test_saved_models_come_back(tmp_path: Path) -> None:
     model = build_weighting_model(SHAPE, seed=1)
     model.save(tmp_path / "stage_2")
-    again = load_weighting_model(tmp_path / "stage_2")
+    again = load_weighting_model(tmp_path / "stage_2", VOCAB)
     assert again.shape == model.shape
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
@@ -95,4 +95,7 @@ def test_saved_models_come_back(tmp_path: Path) -> None:
 
 def test_loading_what_is_no_model_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="weighting.load"):
-        load_weighting_model(tmp_path)
+        load_weighting_model(tmp_path, VOCAB)
+    build_weighting_model(SHAPE, seed=1).save(tmp_path)
+    with pytest.raises(UserError, match=f"{VOCAB}.*{VOCAB + 1}"):
+        load_weighting_model(tmp_path, VOCAB + 1)

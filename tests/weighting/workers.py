@@ -101,11 +101,16 @@ def gradient_and_difference(standardize: bool, group: str) -> tuple[Tensor, Tens
             return float(-(advantage_Gn * policy.weights(rows).view(-1, size)).sum() / SAMPLES)
 
         directions = [
-            [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in model.parameters()]
+            [
+                torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                for p in model.parameters()
+            ]
             for _ in range(3)
         ]
         differences = [_central_difference(model, d, objective) for d in directions]
-        policy.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # keep phi, form its gradient
+        policy.optimizer = torch.optim.SGD(
+            model.parameters(), lr=0.0
+        )  # keep phi, form its gradient
         policy.update(rows, signal_n, learning_rate=0.25)
         found = [
             float(sum((p.grad * v).sum() for p, v in zip(model.parameters(), d, strict=True)))
