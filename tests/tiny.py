@@ -73,6 +73,7 @@ def tiny(
     *,
     tensor: int = 1,
     pipeline: int = 1,
+    virtual_stages: int = 1,
     sequence: bool = False,
     sharded: bool = False,
     precision: str = "fp32",
@@ -80,17 +81,23 @@ def tiny(
     clip: float = 1.0,
     tied: bool = True,
     query_groups: int = 2,
+    layers: int = 2,
     steps: int = 4,
 ) -> Iterator[Tiny]:
     """A tiny model under a layout, after `steps` training steps."""
     parallel = ParallelConfig(
-        tensor=tensor, pipeline=pipeline, sequence=sequence, sharded_optimizer=sharded
+        tensor=tensor,
+        pipeline=pipeline,
+        virtual_stages=virtual_stages,
+        sequence=sequence,
+        sharded_optimizer=sharded,
     )
     model = ModelConfig(
         precision=precision,
         recompute=recompute,
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
+        num_layers=layers,
         ffn_hidden_size=64,
         num_attention_heads=4,
         num_query_groups=query_groups,

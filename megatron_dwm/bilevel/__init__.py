@@ -1,5 +1,6 @@
-"""The hypergradient: virtual step, tangent probe, and their composition."""
+"""The hypergradient of the validation loss: three estimators behind one interface and one dict."""
 
-from megatron_dwm.bilevel.hypergradient import ESTIMATORS, Hypergradient, hypergradient
+from megatron_dwm.bilevel.hypergradient import ESTIMATORS
+from megatron_dwm.bilevel.problem import Hypergradient, Problem
 
-__all__ = ["ESTIMATORS", "Hypergradient", "hypergradient"]
+__all__ = ["ESTIMATORS", "Hypergradient", "Problem"]

@@ -7,20 +7,23 @@
     dL_val(theta')/dw_i = -(eta/n) * s_i
 
 No second derivative appears: w enters the gradient linearly, and theta does not depend on it.
+Cost with the tangent probe: three plain training steps.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.distributed as dist
-from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 
+from megatron_dwm.bilevel.finite_difference import finite_difference
+from megatron_dwm.bilevel.problem import Hypergradient, Problem, mean_over_samples, sum_over_data
 from megatron_dwm.bilevel.tangent_probe import tangent_probe
-from megatron_dwm.bilevel.virtual_step import InnerOptimizer, take_virtual_step
+from megatron_dwm.bilevel.unroll import unroll
+from megatron_dwm.bilevel.virtual_step import prepare_virtual_step
 from megatron_dwm.model import LLM, MicroBatch, clear_gradients, forward_backward
 from megatron_dwm.model.objective import (
     TokenBatch,
@@ -31,78 +34,66 @@ from megatron_dwm.model.objective import (
     weighted_denominator,
 )
 
-# (llm with z in its gradient buffers, micro-batches of the unit objective) -> [n]
-Estimator = Callable[[LLM, list[MicroBatch]], Tensor]
-
-ESTIMATORS: dict[str, Estimator] = {"tangent_probe": tangent_probe}
+# (llm with z in its gradient buffers, micro-batches of the unit objective) -> <z, grad l_i>, [n]
+InnerProducts = Callable[[LLM, list[MicroBatch]], Tensor]
 
 
-@dataclass(frozen=True)
-class Hypergradient:
-    """What one update of the weighting model learns from.
-
-    alignment_n: float32, s_i of this data-parallel rank's samples, alike on its whole replica.
-    weight_gradient_n: float32, dL_val(theta')/dw_i of the same samples.
-    train_loss: unweighted mean of l_i(theta).  val_loss: L_val(theta'), mean over tokens.
-    grad_norm: |g(w)| before clipping.
-    """
-
-    alignment_n: Tensor
-    weight_gradient_n: Tensor
-    train_loss: float
-    val_loss: float
-    grad_norm: float
-
-
-def hypergradient(
-    llm: LLM,
-    optimizer: ChainedOptimizer,
-    train_batch: TokenBatch,
-    weights_n: Tensor,
-    val_batch: TokenBatch,
-    *,
-    micro_batch_size: int,
-    estimator: str = "tangent_probe",
-    inner: InnerOptimizer = "adam",
+def first_order(
+    problem: Problem, *, halves: bool = False, inner_products: InnerProducts
 ) -> Hypergradient:
-    """The hypergradient at `weights_n`; the LLM and its optimiser are left bit for bit as found.
+    """The hypergradient from first-order passes; the LLM and its optimiser are left bit for bit as
+    they were, with zeroed gradient buffers.
 
-    train_batch, val_batch: this data-parallel rank's samples.  weights_n: float32, mean 1.
-    Gradient buffers end zeroed.
+    halves: also give the alignments of either half of the validation batch, for one more pass of
+    `inner_products`. They add up to the whole's: z is linear in the validation gradient.
     """
-    train = weighted(train_batch, weights_n, micro_batch_size)
+    llm, optimizer = problem.llm, problem.optimizer
+    train = weighted(problem.train_batch, problem.weights_n, problem.micro_batch_size)
     clear_gradients(llm, optimizer)
-    result = forward_backward(llm, train, denominator=weighted_denominator(train_batch))
-    step = take_virtual_step(llm, optimizer, inner)
+    result = forward_backward(llm, train, denominator=weighted_denominator(problem.train_batch))
+    step = prepare_virtual_step(llm, optimizer, problem.inner)
+    found = []
+    for part in _validation_parts(problem, halves):
+        step.enter()
+        clear_gradients(llm, optimizer)
+        loss_and_count = _validation_gradient(problem, part)
+        step.direction()
+        step.restore()
+        probe = unit(problem.train_batch, problem.micro_batch_size)
+        found.append((loss_and_count, inner_products(llm, probe)))
     clear_gradients(llm, optimizer)
-    val_loss = _validation_gradient(llm, val_batch, micro_batch_size)
-    step.direction()
-    step.restore()
-    alignment_n = ESTIMATORS[estimator](llm, unit(train_batch, micro_batch_size))
-    clear_gradients(llm, optimizer)
-    n = len(weights_n) * llm.runtime.data_size
-    eta = optimizer.param_groups[0]["lr"]
+    losses_and_counts = torch.stack([pair for pair, _ in found])
+    parts_Kn = torch.stack([alignment_n for _, alignment_n in found])
+    share_K = losses_and_counts[:, 1] / losses_and_counts[:, 1].sum()
     return Hypergradient(
-        alignment_n=alignment_n,
-        weight_gradient_n=alignment_n * (-eta / n),
-        train_loss=float(mean_over_data(llm, result.sample_losses_n)),
-        val_loss=val_loss,
+        alignment_n=(share_K[:, None] * parts_Kn).sum(dim=0),
+        train_loss=mean_over_samples(llm, result.sample_losses_n),
+        val_loss=float((share_K * losses_and_counts[:, 0]).sum()),
         grad_norm=step.grad_norm,
+        halves_2n=parts_Kn if halves else None,
     )
 
 
-def _validation_gradient(llm: LLM, batch: TokenBatch, micro_batch_size: int) -> float:
-    """Leave grad L_val in the gradient buffers; L_val comes back."""
-    result = forward_backward(
-        llm, token_mean(batch, micro_batch_size), denominator=token_count(batch)
-    )
-    sums = torch.stack([result.loss_sums_n.sum(), result.token_counts_n.sum()])
-    dist.all_reduce(sums, group=llm.runtime.data_group)
-    return float(sums[0] / sums[1])
+def _validation_parts(problem: Problem, halves: bool) -> list[TokenBatch]:
+    """The validation batch, whole or in two halves of this rank's rows."""
+    rows = problem.val_batch.tokens_BS.shape[0]
+    if not halves:
+        return [problem.val_batch]
+    assert rows % 2 == 0, "an odd batch has no halves"
+    return [problem.val_batch.rows(0, rows // 2), problem.val_batch.rows(rows // 2, rows)]
 
 
-def mean_over_data(llm: LLM, values_n: Tensor) -> Tensor:
-    """Mean over the samples of every data-parallel rank (each holds as many)."""
-    mean = values_n.float().mean()
-    dist.all_reduce(mean, group=llm.runtime.data_group)
-    return mean / llm.runtime.data_size
+def _validation_gradient(problem: Problem, batch: TokenBatch) -> Tensor:
+    """Leave grad L_val in the gradient buffers; float64 [L_val, tokens], over all ranks."""
+    size = math.gcd(batch.tokens_BS.shape[0], problem.micro_batch_size)
+    result = forward_backward(problem.llm, token_mean(batch, size), denominator=token_count(batch))
+    sums = torch.stack([result.loss_sums_n.double().sum(), result.token_counts_n.double().sum()])
+    loss_sum, count = sum_over_data(problem.llm, sums)
+    return torch.stack([loss_sum / count, count])
+
+
+ESTIMATORS: dict[str, Callable[..., Hypergradient]] = {
+    "tangent_probe": partial(first_order, inner_products=tangent_probe),
+    "finite_difference": partial(first_order, inner_products=finite_difference),
+    "unroll": unroll,
+}

@@ -10,7 +10,6 @@ precision the fp32 main parameters are that copy). `restore` leaves every bit as
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 
 from megatron_dwm.bilevel.adam import adam_jacobian, adam_step
+from megatron_dwm.bilevel.problem import InnerOptimizer
 from megatron_dwm.bilevel.slots import (
     Slot,
     collect_slots,
@@ -27,15 +27,13 @@ from megatron_dwm.bilevel.slots import (
 )
 from megatron_dwm.model import LLM
 
-InnerOptimizer = Literal["adam", "sgd"]
-
 # megatron.core.optimizer.clip_grads.clip_grad_by_total_norm_fp32 divides by the norm plus this.
 CLIP_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
 class VirtualStep:
-    """A virtual step that has been taken and not yet restored.
+    """A virtual step, ready to be entered and left.
 
     gradients: the clipped g, tensor by tensor.
     parameters: theta of the slots without a main copy, else None.
@@ -50,6 +48,13 @@ class VirtualStep:
     parameters: list[Tensor | None]
     grad_norm: float
     clip_factor: float
+
+    @torch.no_grad()
+    def enter(self) -> None:
+        """Write theta' into the model's parameters."""
+        for slot, gradient in zip(self.slots, self.gradients, strict=True):
+            slot.model.copy_(stepped_parameter(slot, gradient, self.inner))
+        self._publish()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -95,8 +100,10 @@ class VirtualStep:
 
 
 @torch.no_grad()
-def take_virtual_step(llm: LLM, optimizer: ChainedOptimizer, inner: InnerOptimizer) -> VirtualStep:
-    """Write theta' into the model's parameters, from the gradient in the gradient buffers."""
+def prepare_virtual_step(
+    llm: LLM, optimizer: ChainedOptimizer, inner: InnerOptimizer
+) -> VirtualStep:
+    """The step along the gradient in the gradient buffers; the parameters are not touched yet."""
     optimizer.prepare_grads()
     grad_norm = optimizer.get_grad_norm()
     clip = optimizer.config.clip_grad
@@ -104,11 +111,7 @@ def take_virtual_step(llm: LLM, optimizer: ChainedOptimizer, inner: InnerOptimiz
     slots = collect_slots(optimizer)
     gradients = [_clipped(slot.main.grad, factor) for slot in slots]
     parameters = [None if slot.has_main_copy else slot.main.clone() for slot in slots]
-    for slot, gradient in zip(slots, gradients, strict=True):
-        slot.model.copy_(stepped_parameter(slot, gradient, inner))
-    step = VirtualStep(llm, optimizer, inner, slots, gradients, parameters, grad_norm, factor)
-    step._publish()
-    return step
+    return VirtualStep(llm, optimizer, inner, slots, gradients, parameters, grad_norm, factor)
 
 
 def _clipped(gradient: Tensor, factor: float) -> Tensor:

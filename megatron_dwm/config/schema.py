@@ -34,6 +34,8 @@ class ParallelConfig:
     """tensor-parallel size (processes)"""
     pipeline: int = 1
     """pipeline-parallel size (processes)"""
+    virtual_stages: int = 1
+    """model chunks on every pipeline stage; above 1 Megatron's interleaved schedule runs"""
     sequence: bool = False
     """sequence parallelism inside the tensor-parallel group"""
     sharded_optimizer: bool = False
@@ -77,8 +79,8 @@ class ModelConfig:
     """epsilon of RMSNorm"""
     init_std: float | None = None
     """standard deviation of the normal initialisation"""
-    recompute: Literal["none", "full"] = "none"
-    """recompute activations in the backward pass: nothing, or whole layers"""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """recompute activations in the backward pass: nothing, core attention, or whole layers"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,8 +35,23 @@ def _problems(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
     yield from _positive(config)
     yield from _fractions(config)
     yield from _layout(config, shape, world_size)
+    yield from _pipeline(config, shape, world_size)
     yield from _batches(config, world_size)
     yield from _policy(config)
+    yield from _estimator(config, world_size)
+
+
+def _estimator(config: Config, world_size: int) -> Iterator[str]:
+    """What the cross-check estimators cannot do exactly; each also refuses by itself."""
+    name, advice = config.bilevel.estimator, "use tangent_probe"
+    if config.policy.name != "dwm" or name == "tangent_probe":
+        return
+    if config.model.precision != "fp32":
+        yield f"bilevel.estimator {name}: needs model.precision fp32; {advice}"
+    if name == "unroll" and world_size > 1:
+        yield f"bilevel.estimator unroll: runs in one process, got {world_size}; {advice}"
+    if name == "unroll" and config.model.recompute != "none":
+        yield f"bilevel.estimator unroll: needs model.recompute none; {advice}"
 
 
 def _positive(config: Config) -> Iterator[str]:
@@ -50,6 +65,7 @@ def _positive(config: Config) -> Iterator[str]:
         "evaluation.interval_steps": config.evaluation.interval_steps,
         "parallel.tensor": config.parallel.tensor,
         "parallel.pipeline": config.parallel.pipeline,
+        "parallel.virtual_stages": config.parallel.virtual_stages,
         "parallel.timeout_s": config.parallel.timeout_s,
         "weighting.stages": config.weighting.stages,
         "weighting.updates_per_stage": config.weighting.updates_per_stage,
@@ -103,11 +119,6 @@ def _layout(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
     ):
         if value % tensor:
             yield f"parallel.tensor {tensor}: expected to divide {name}, which is {value}"
-    if shape.num_layers % pipeline:
-        yield (
-            f"parallel.pipeline {pipeline}: expected to divide model.num_layers, "
-            f"which is {shape.num_layers}"
-        )
     if shape.hidden_size % shape.num_attention_heads:
         yield (
             f"model.num_attention_heads {shape.num_attention_heads}: expected to divide "
@@ -125,6 +136,26 @@ def _layout(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
         )
     if config.parallel.sequence and tensor == 1:
         yield "parallel.sequence: expected parallel.tensor above 1, got 1"
+
+
+def _pipeline(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
+    pipeline = config.parallel.pipeline
+    chunks = pipeline * config.parallel.virtual_stages
+    if shape.num_layers % chunks:
+        yield (
+            f"parallel.pipeline {pipeline} x parallel.virtual_stages "
+            f"{config.parallel.virtual_stages}: expected to divide model.num_layers, "
+            f"which is {shape.num_layers}"
+        )
+    if config.parallel.virtual_stages > 1:
+        if pipeline == 1:
+            yield "parallel.virtual_stages: expected parallel.pipeline above 1, got 1"
+        elif config.num_microbatches(world_size) % pipeline:
+            yield (
+                f"parallel.virtual_stages: expected a multiple of parallel.pipeline {pipeline} "
+                f"micro-batches, got {config.num_microbatches(world_size)}; change "
+                "training.global_batch_size or training.micro_batch_size"
+            )
 
 
 def _batches(config: Config, world_size: int) -> Iterator[str]:

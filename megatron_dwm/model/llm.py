@@ -37,11 +37,6 @@ class LLM:
         """The bare models inside the wrappers."""
         return [unwrap(chunk) for chunk in self.chunks]
 
-    @property
-    def first_layer(self) -> int:
-        """Global index of this stage's first layer."""
-        return self.runtime.pipeline_rank * (self.shape.num_layers // self.runtime.pipeline_size)
-
     def parameters(self) -> list[Parameter]:
         """Every parameter of this rank, in the wrappers' order."""
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
@@ -70,6 +65,7 @@ def transformer_config(
     """Megatron-Core's configuration of the model."""
     bf16 = model.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
+    virtual_stages = parallel.virtual_stages if parallel.virtual_stages > 1 else None
     recompute = model.recompute == "full"
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -87,11 +83,16 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=virtual_stages,
+        # With two stages both neighbours are one peer, and batched messages of the interleaved
+        # schedule pair up wrongly: gradients are corrupted without an error.
+        overlap_p2p_comm=virtual_stages is not None,
+        batch_p2p_comm=virtual_stages is None,
         sequence_parallel=parallel.sequence,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=bf16,
-        recompute_granularity="full" if recompute else None,
+        recompute_granularity=None if model.recompute == "none" else model.recompute,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
         # Losses are summed over samples; passes.py divides once, by a float denominator.
@@ -101,7 +102,9 @@ def transformer_config(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
-        deallocate_pipeline_outputs=True,
+        # Freeing an output while gloo still sends it corrupts gradients silently; the interleaved
+        # schedule does not wait for its sends.
+        deallocate_pipeline_outputs=virtual_stages is None,
     )
 
 
@@ -116,29 +119,48 @@ def build_llm(
 ) -> LLM:
     """The LLM of this rank, initialised from `seed` alike under every layout."""
     config = transformer_config(shape, model, parallel)
+    chunks = [
+        _build_chunk(shape, config, parallel, runtime, number, sequence_length, seed)
+        for number in range(parallel.virtual_stages)
+    ]
+    return LLM([_wrap(chunk, config, parallel) for chunk in chunks], config, shape, runtime)
+
+
+def _build_chunk(
+    shape: LlamaShape,
+    config: TransformerConfig,
+    parallel: ParallelConfig,
+    runtime: Runtime,
+    number: int,
+    sequence_length: int,
+    seed: int,
+) -> GPTModel:
+    """Model chunk `number` of this pipeline stage: chunk 0 of every stage comes before chunk 1."""
+    place = number * runtime.pipeline_size + runtime.pipeline_rank
+    num_chunks = parallel.virtual_stages * runtime.pipeline_size
+    num_layers = shape.num_layers // num_chunks
     module = GPTModel(
         config,
-        llama_block_spec(shape.num_layers // runtime.pipeline_size),
+        llama_block_spec(num_layers),
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=sequence_length,
-        pre_process=runtime.is_first_stage,
-        post_process=runtime.is_last_stage,
+        pre_process=place == 0,
+        post_process=place == num_chunks - 1,
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=shape.rotary_base,
+        vp_stage=number if parallel.virtual_stages > 1 else None,
     ).to(runtime.device)
-    chunk = _wrap(module, config, parallel)
-    llm = LLM([chunk], config, shape, runtime)
     initialise_parameters(
         module,
-        first_layer=llm.first_layer,
+        first_layer=place * num_layers,
         num_layers=shape.num_layers,
         init_std=shape.init_std,
         seed=seed,
         tensor_rank=runtime.tensor_rank,
         tensor_size=runtime.tensor_size,
     )
-    return llm
+    return module
 
 
 def _wrap(

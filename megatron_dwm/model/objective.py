@@ -23,6 +23,10 @@ class TokenBatch(Protocol):
     loss_mask_BS: Tensor
     position_ids_BS: Tensor
 
+    def rows(self, start: int, stop: int) -> TokenBatch:
+        """The rows `start` to `stop - 1`."""
+        ...
+
 
 def weighted(batch: TokenBatch, weights_B: Tensor, micro_batch_size: int) -> list[MicroBatch]:
     """Micro-batches of the weighted objective; its denominator is `weighted_denominator`.

@@ -96,7 +96,7 @@ def _run(
     )
     outputs = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, on_micro_batch),
-        data_iterator=enumerate(micro_batches),
+        data_iterator=[enumerate(micro_batches) for _ in llm.chunks],
         model=llm.chunks,
         num_microbatches=len(micro_batches),
         seq_length=sequence_length,

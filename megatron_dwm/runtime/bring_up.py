@@ -95,6 +95,9 @@ def bring_up(config: ParallelConfig, seed: int) -> Iterator[Runtime]:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            config.virtual_stages if config.virtual_stages > 1 else None
+        ),
         # On CPU Megatron's groups are gloo already.
         create_gloo_process_groups=on_gpu,
         distributed_timeout_minutes=max(1, config.timeout_s // 60),

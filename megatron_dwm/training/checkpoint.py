@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.models.gpt import GPTModel
 
 from megatron_dwm.config import UserError
 from megatron_dwm.config.load import save_config
@@ -72,8 +73,8 @@ def load_checkpoint(session: Session, directory: Path) -> None:
     loaded = dist_checkpointing.load(
         _sharded_state(session, is_loading=True), str(directory / "llm")
     )
-    for module in session.llm.modules:
-        module.load_state_dict(loaded["model"])
+    for name, module in _named_chunks(session.llm):
+        module.load_state_dict(loaded[name])
     with loadable(session.optimizer):
         session.optimizer.load_state_dict(loaded["optimizer"])
     rest = torch.load(directory / "training.pt", weights_only=True)
@@ -87,22 +88,33 @@ def load_checkpoint(session: Session, directory: Path) -> None:
 
 def load_parameters(llm: LLM, directory: Path) -> None:
     """Only the LLM's parameters of a checkpoint (`model.init_from`); collective."""
-    module = llm.modules[0]
-    wanted = module.sharded_state_dict(prefix=MODEL_PREFIX, metadata=_metadata(llm.runtime))
-    loaded = dist_checkpointing.load(wanted, str(directory / "llm"))
-    # What comes back also holds the optimiser's unsharded state.
-    ours = {name: value for name, value in loaded.items() if name.startswith(MODEL_PREFIX)}
-    module.load_state_dict({name.removeprefix(MODEL_PREFIX): value for name, value in ours.items()})
+    loaded = dist_checkpointing.load(_sharded_model(llm), str(directory / "llm"))
+    for name, module in _named_chunks(llm):
+        module.load_state_dict(loaded[name])
+
+
+def _named_chunks(llm: LLM) -> list[tuple[str, GPTModel]]:
+    """Megatron-LM's names of the model chunks in a state; one chunk is `model`."""
+    if len(llm.modules) == 1:
+        return [("model", llm.modules[0])]
+    return [(f"model{number}", module) for number, module in enumerate(llm.modules)]
+
+
+def _sharded_model(llm: LLM) -> ShardedStateDict:
+    """Every chunk's parameters by local name; the names in the files are global."""
+    state = {}
+    for chunk, module in _named_chunks(llm):
+        sharded = module.sharded_state_dict(prefix=MODEL_PREFIX, metadata=_metadata(llm.runtime))
+        state[chunk] = {name.removeprefix(MODEL_PREFIX): value for name, value in sharded.items()}
+    return state
 
 
 def _sharded_state(session: Session, *, is_loading: bool) -> ShardedStateDict:
-    metadata = _metadata(session.llm.runtime)
-    model = session.llm.modules[0].sharded_state_dict(prefix=MODEL_PREFIX, metadata=metadata)
+    model = _sharded_model(session.llm)
     optimizer = session.optimizer.sharded_state_dict(
-        model, is_loading=is_loading, metadata=metadata
+        model, is_loading=is_loading, metadata=_metadata(session.llm.runtime)
     )
-    plain = {name.removeprefix(MODEL_PREFIX): value for name, value in model.items()}
-    return {"model": plain, "optimizer": optimizer}
+    return {**model, "optimizer": optimizer}
 
 
 def _metadata(runtime: Runtime) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dwm.bilevel import Hypergradient, hypergradient
+from megatron_dwm.bilevel import ESTIMATORS, Hypergradient, Problem
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.model import clear_gradients, forward_backward, forward_only
 from megatron_dwm.model.objective import token_mean, weighted, weighted_denominator
@@ -53,18 +53,17 @@ def weighting_update(session: Session, train: Batch, val: Batch) -> UpdateResult
     """One update of the weighting model, the LLM frozen (collective)."""
     policy, config = session.policy, session.config
     assert isinstance(policy, DwmPolicy)
-    result = hypergradient(
-        session.llm,
-        session.optimizer,
-        train,
-        policy.weights(train),
-        val,
+    problem = Problem(
+        llm=session.llm,
+        optimizer=session.optimizer,
+        train_batch=train,
+        weights_n=policy.weights(train),
+        val_batch=val,
         micro_batch_size=config.training.micro_batch_size,
-        estimator=config.bilevel.estimator,
         inner=config.bilevel.inner_optimizer,
     )
-    learning_rate = session.optimizer.param_groups[0]["lr"]
-    update = policy.update(train, result.alignment_n, learning_rate)
+    result = ESTIMATORS[config.bilevel.estimator](problem)
+    update = policy.update(train, result.alignment_n, problem.learning_rate)
     return UpdateResult(result, update.weights_n, update.grad_norm)
 
 

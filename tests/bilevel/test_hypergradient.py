@@ -29,6 +29,9 @@ LAYOUTS = [
     {"sharded": True, "clip": 0.2},
     {"tensor": 2, "sequence": True, "clip": 0.2, "recompute": "full"},
     {"pipeline": 2, "clip": 0.2},
+    {"pipeline": 2, "virtual_stages": 2, "layers": 4},
+    {"pipeline": 2, "virtual_stages": 2, "layers": 4, "recompute": "full", "tied": False},
+    {"tensor": 2, "recompute": "selective"},
 ]
 LAYOUTS_OF_FOUR = [
     {"tensor": 2, "pipeline": 2, "sequence": True},
@@ -36,6 +39,7 @@ LAYOUTS_OF_FOUR = [
 ]
 
 
+MODEL_KEYS = ("clip", "tied", "query_groups", "layers")
 BF16_LAYOUTS = [({"precision": "bf16"}, 1), ({"precision": "bf16", "sharded": True}, 2)]
 ALL_LAYOUTS = (
     [(layout, 2) for layout in LAYOUTS] + [(layout, 4) for layout in LAYOUTS_OF_FOUR] + BF16_LAYOUTS
@@ -48,7 +52,7 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def _alone(layout: dict) -> dict:
     """The same model in one process and in fp32."""
-    return {key: value for key, value in layout.items() if key in ("clip", "tied", "query_groups")}
+    return {key: value for key, value in layout.items() if key in MODEL_KEYS}
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +95,51 @@ def test_layouts_agree(
 
 def test_forward_is_unchanged_and_hooks_are_removed() -> None:
     assert run_ranks("tests.bilevel.workers:forward_values_unchanged", 1, [{}]) == [[True]]
+
+
+ESTIMATOR_CASES = [
+    {"inner": "adam", "clip": 1.0},
+    {"inner": "adam", "clip": 0.2, "tied": False, "query_groups": 4},
+    {"inner": "sgd", "clip": 0.2},
+    {"inner": "sgd", "clip": 0.0, "query_groups": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def estimators() -> list[tuple[torch.Tensor, ...]]:
+    results = run_ranks("tests.bilevel.workers:unroll_and_probe", 1, ESTIMATOR_CASES)
+    return [rank for [rank] in results]
+
+
+@pytest.mark.parametrize("number", range(len(ESTIMATOR_CASES)))
+def test_estimators_agree(estimators: list[tuple[torch.Tensor, ...]], number: int) -> None:
+    unrolled, probed, differenced = estimators[number]
+    assert _relative(probed, unrolled) < ORACLE_TOLERANCE
+    # A loss of 5.5 is rounded to 5e-7 and h*s is about 1e-3: some 1e-3 remain (METHOD.md: 3e-3).
+    assert _relative(differenced, unrolled) < 5e-3
+
+
+REFUSALS = [
+    ({"estimator": "unroll", "precision": "bf16"}, 1, "fp32"),
+    ({"estimator": "unroll", "recompute": "full"}, 1, "recompute"),
+    ({"estimator": "finite_difference", "precision": "bf16"}, 1, "tangent_probe"),
+    ({"estimator": "unroll", "halves": True}, 1, "signal-to-noise"),
+    ({"estimator": "unroll", "tensor": 2}, 2, "one process"),
+    ({"estimator": "unroll", "pipeline": 2}, 2, "one process"),
+]
+
+
+def test_estimators_refuse_what_they_cannot_do() -> None:
+    for size in (1, 2):
+        cases = [(case, word) for case, world_size, word in REFUSALS if world_size == size]
+        found = run_ranks("tests.bilevel.workers:refused", size, [case for case, _ in cases])
+        for (case, word), messages in zip(cases, found, strict=True):
+            assert all(word in message for message in messages), (case, messages)
+
+
+def test_halves_of_the_validation_batch_add_up() -> None:
+    cases = [{}, {"clip": 0.2, "recompute": "full"}]
+    for size in (1, 2):
+        for ranks in run_ranks("tests.bilevel.workers:halves_add_up", size, cases):
+            for found, whole in ranks:
+                assert _relative(found, whole) < LAYOUT_TOLERANCE

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from megatron_dwm.bilevel import hypergradient
+from megatron_dwm.bilevel import ESTIMATORS, Hypergradient, Problem
 from megatron_dwm.bilevel.slots import collect_slots
-from megatron_dwm.bilevel.virtual_step import CLIP_EPSILON, take_virtual_step
+from megatron_dwm.bilevel.virtual_step import CLIP_EPSILON, prepare_virtual_step
 from megatron_dwm.model import LLM, clear_gradients, forward_backward
 from megatron_dwm.model.objective import token_count, token_mean
 from tests.tiny import MICRO_BATCH, Tiny, tiny
@@ -20,25 +20,35 @@ from tests.tiny import MICRO_BATCH, Tiny, tiny
 TRAIN, VALIDATION = 100, 101
 
 
-def alignments(inner: str = "adam", **layout: Any) -> Tensor:
+def alignments(
+    inner: str = "adam", estimator: str = "tangent_probe", halves: bool = False, **layout: Any
+) -> Tensor:
     """s of the global batch, in order, on every rank."""
     with tiny(**layout) as subject:
-        found = _hypergradient(subject, inner)
+        options = {"halves": True} if halves else {}
+        found = _hypergradient(subject, inner, estimator, **options)
         parts = [torch.zeros_like(found.alignment_n) for _ in range(subject.runtime.data_size)]
         dist.all_gather(parts, found.alignment_n, group=subject.runtime.data_group)
         return torch.cat(parts)
 
 
-def _hypergradient(subject: Tiny, inner: str) -> Any:
-    return hypergradient(
-        subject.llm,
-        subject.optimizer,
-        subject.batch(TRAIN),
-        subject.weights_n,
-        subject.batch(VALIDATION),
+def problem_of(subject: Tiny, inner: str = "adam") -> Problem:
+    """The bi-level step that the tests take."""
+    return Problem(
+        llm=subject.llm,
+        optimizer=subject.optimizer,
+        train_batch=subject.batch(TRAIN),
+        weights_n=subject.weights_n,
+        val_batch=subject.batch(VALIDATION),
         micro_batch_size=MICRO_BATCH,
         inner=inner,
     )
+
+
+def _hypergradient(
+    subject: Tiny, inner: str, estimator: str = "tangent_probe", **options: Any
+) -> Hypergradient:
+    return ESTIMATORS[estimator](problem_of(subject, inner), **options)
 
 
 def everything_restored(**layout: Any) -> dict[str, bool]:
@@ -74,7 +84,8 @@ def virtual_and_real(**layout: Any) -> list[tuple[Tensor, Tensor]]:
     """(virtual, real) parameters of this rank after a step on the same gradient."""
     with tiny(**layout) as subject:
         subject.gradient(TRAIN)
-        step = take_virtual_step(subject.llm, subject.optimizer, "adam")
+        step = prepare_virtual_step(subject.llm, subject.optimizer, "adam")
+        step.enter()
         virtual = [p.detach().clone() for p in subject.llm.parameters()]
         step.restore()
         subject.optimizer.step()
@@ -90,7 +101,8 @@ def alignments_and_oracle(inner: str, **layout: Any) -> tuple[Tensor, Tensor]:
     """
     with tiny(**layout) as subject:
         oracle = _oracle(subject, inner, layout.get("clip", 1.0))
-        return _hypergradient(subject, inner).weight_gradient_n, oracle
+        found = _hypergradient(subject, inner)
+        return found.weight_gradient_n(problem_of(subject, inner)), oracle
 
 
 def _oracle(subject: Tiny, inner: str, clip: float) -> Tensor:
@@ -162,3 +174,33 @@ def forward_values_unchanged() -> bool:
         return torch.equal(before, loss()) and not any(
             module._forward_hooks for module in llm.modules[0].modules()
         )
+
+
+def refused(estimator: str, halves: bool = False, **layout: Any) -> str:
+    """The message with which an estimator refuses; empty if it does not."""
+    with tiny(**layout) as subject:
+        try:
+            _hypergradient(subject, "adam", estimator, **({"halves": True} if halves else {}))
+        except ValueError as error:
+            return str(error)
+        return ""
+
+
+def unroll_and_probe(inner: str, **layout: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Alignments of the three estimators on one problem: unroll, probe, finite difference."""
+    with tiny(**layout) as subject:
+        return tuple(
+            _hypergradient(subject, inner, name).alignment_n
+            for name in ("unroll", "tangent_probe", "finite_difference")
+        )
+
+
+def halves_add_up(**layout: Any) -> tuple[Tensor, Tensor]:
+    """Alignments of the whole validation batch: at once, and as its halves' weighted sum."""
+    with tiny(**layout) as subject:
+        whole = _hypergradient(subject, "adam")
+        found = _hypergradient(subject, "adam", halves=True)
+        assert found.halves_2n is not None and found.halves_2n.shape == (2, len(whole.alignment_n))
+        assert not torch.allclose(found.halves_2n[0], found.halves_2n[1])
+        assert abs(found.val_loss - whole.val_loss) < 1e-5
+        return found.alignment_n, whole.alignment_n

@@ -98,6 +98,8 @@ def test_mistakes_on_the_command_line_are_one_line(arguments: list[str], words: 
 SHAPE = Heads(
     num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2, padded_vocab_size=1024
 )
+DWM = ["--policy.name", "dwm", "--validation.path", "v"]
+MICRO = ["--training.micro_batch_size", "4"]
 GOOD = ["--data.train", "a", "--data.tokenizer", "t"]
 
 
@@ -125,6 +127,13 @@ def test_a_good_configuration_passes() -> None:
         (["--weighting.uniform_floor", "1.0"], 1, "weighting.uniform_floor"),
         (["--training.clip_grad=-1"], 1, "training.clip_grad"),
         (["--validation.batch_size", "7"], 1, "validation.batch_size"),
+        ([*DWM, "--bilevel.estimator", "unroll", *MICRO], 2, "one process"),
+        ([*DWM, "--bilevel.estimator", "unroll", "--model.recompute", "full"], 1, "recompute"),
+        (
+            [*DWM, "--bilevel.estimator", "finite_difference", "--model.precision", "bf16"],
+            1,
+            "fp32",
+        ),
     ],
 )
 def test_impossible_combinations_are_named(
