@@ -27,7 +27,7 @@ _POLL_S = 0.05
 
 
 def run_ranks(
-    function: str, world_size: int, cases: list[dict[str, Any]], *, limit_s: float = 120.0
+    function: str, world_size: int, cases: list[dict[str, Any]], *, limit_s: float = 300.0
 ) -> list[list[Any]]:
     """For every case, what `module:function(**case)` returned in every rank, in rank order."""
     with tempfile.TemporaryDirectory() as folder:

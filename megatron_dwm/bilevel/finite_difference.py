@@ -1,6 +1,6 @@
 """<z, grad l_i> by a central difference: (l_i(theta + h z) - l_i(theta - h z)) / 2h.
 
-Forward passes only; a cross-check. In fp32 it is right to 1e-3 or so; below fp32 the perturbation
+Forward passes only; a cross-check. In fp32 it is right to about 2e-3; below fp32 the perturbation
 falls under the parameters' own spacing, so lower precision is refused. Parameters come back from a
 copy, never by adding and subtracting.
 """
@@ -13,9 +13,12 @@ from torch import Tensor
 
 from megatron_dwm.model import LLM, MicroBatch, forward_only
 
-# h |z| relative to |theta|. The truncation error falls with its square, the rounding error of the
-# losses (6e-8 of their size) grows with its inverse.
-RELATIVE_STEP = 1e-3
+# The largest change of a sample's loss, relative to the mean loss, that h is chosen for. Rounding
+# (6e-8 of a loss) leaves an error of 1e-3; at 1e-3 the truncation error is 1e-1 along Adam's z, at
+# 1e-5 rounding is. h cannot be chosen from |z|: Adam's Jacobian is huge where no sample has been.
+TARGET_CHANGE = 1e-4
+FIRST_RELATIVE_STEP = 1e-3
+_ATTEMPTS = 12
 
 
 @torch.no_grad()
@@ -32,15 +35,38 @@ def finite_difference(llm: LLM, micro_batches: list[MicroBatch]) -> Tensor:
         )
     kept = [parameter.clone() for parameter in parameters]
     directions = [parameter.main_grad for parameter in parameters]
-    h = RELATIVE_STEP * _norm(llm, kept) / _norm(llm, directions)
-    losses_2n = []
-    for signed in (h, -h):
-        for parameter, theta, z in zip(parameters, kept, directions, strict=True):
-            parameter.copy_(torch.add(theta, z, alpha=signed))
-        losses_2n.append(forward_only(llm, micro_batches).sample_losses_n.double())
+    h = FIRST_RELATIVE_STEP * _norm(llm, kept) / max(_norm(llm, directions), 1e-30)
+    for _ in range(_ATTEMPTS):
+        plus_n, minus_n = (
+            _losses_at(llm, micro_batches, kept, directions, signed) for signed in (h, -h)
+        )
+        factor = TARGET_CHANGE / max(_largest_change(plus_n, minus_n), 1e-30)
+        if 0.5 < factor < 2.0:
+            break
+        h *= min(max(factor, 1e-3), 1e3)
     for parameter, theta in zip(parameters, kept, strict=True):
         parameter.copy_(theta)
-    return ((losses_2n[0] - losses_2n[1]) / (2 * h)).float()
+    return ((plus_n - minus_n) / (2 * h)).float()
+
+
+def _losses_at(
+    llm: LLM,
+    micro_batches: list[MicroBatch],
+    kept: list[Tensor],
+    directions: list[Tensor],
+    step: float,
+) -> Tensor:
+    """float64 [n]: l_i(theta + step * z)."""
+    for parameter, theta, z in zip(llm.parameters(), kept, directions, strict=True):
+        parameter.copy_(torch.add(theta, z, alpha=step))
+    return forward_only(llm, micro_batches).sample_losses_n.double()
+
+
+def _largest_change(plus_n: Tensor, minus_n: Tensor) -> float:
+    """Of any sample in the world, relative to the mean loss: every rank has to take the same h."""
+    change = ((plus_n - minus_n).abs().max() / plus_n.mean().abs()).clone()
+    dist.all_reduce(change, op=dist.ReduceOp.MAX)
+    return float(change)
 
 
 def _norm(llm: LLM, tensors: list[Tensor]) -> float:
