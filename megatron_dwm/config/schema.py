@@ -200,6 +200,9 @@ class WeightingConfig:
     min_effective_sample_size: float = 0.5
     """smallest effective sample size of a group, as a fraction of it, held by a temperature;
     0 switches it off"""
+    warn_effective_sample_size: float = 0.1
+    """warn once when the effective sample size of a batch's weights, as a fraction of the batch,
+    falls below this"""
     uniform_floor: float = 0.0
     """part of every weight that stays uniform, 0 to 1"""
 
@@ -212,6 +215,11 @@ class BilevelConfig:
     """tangent_probe works under every layout; the other two are slow cross-checks"""
     inner_optimizer: Literal["adam", "sgd"] = "adam"
     """the virtual step: the step that training would take (adam), or plain gradient descent"""
+    noise_interval_updates: int = 10
+    """weighting updates between measurements of the alignments' signal-to-noise, each of which
+    costs one more pass; 0 never measures"""
+    min_signal_to_noise: float = 0.1
+    """warn once when the measured signal-to-noise stays below this"""
 
 
 @dataclass(frozen=True, kw_only=True)

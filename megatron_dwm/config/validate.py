@@ -85,6 +85,8 @@ def _positive(config: Config) -> Iterator[str]:
         "training.checkpoint_interval_steps": config.training.checkpoint_interval_steps,
         "logging.weights_interval_steps": config.logging.weights_interval_steps,
         "weighting.warmup_steps": config.weighting.warmup_steps,
+        "bilevel.noise_interval_updates": config.bilevel.noise_interval_updates,
+        "bilevel.min_signal_to_noise": config.bilevel.min_signal_to_noise,
         "weighting.clip_grad": config.weighting.clip_grad,
     }
     for key, value in not_negative.items():
@@ -97,6 +99,7 @@ def _fractions(config: Config) -> Iterator[str]:
         "training.min_learning_rate_fraction": config.training.min_learning_rate_fraction,
         "training.warmup_fraction": config.training.warmup_fraction,
         "weighting.uniform_floor": config.weighting.uniform_floor,
+        "weighting.warn_effective_sample_size": config.weighting.warn_effective_sample_size,
         "weighting.min_effective_sample_size": config.weighting.min_effective_sample_size,
     }
     for key, value in values.items():

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_dwm.bilevel import Hypergradient
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.training.checkpoint import save_checkpoint
 from megatron_dwm.training.progress import Progress
@@ -30,6 +31,7 @@ from megatron_dwm.training.step import (
     train_step,
     weighting_update,
 )
+from megatron_dwm.training.trust import Watch, signal_to_noise
 from megatron_dwm.weighting import DwmPolicy
 
 
@@ -52,6 +54,7 @@ class Loop:
             tokens_per_step=session.tokens_per_step,
             interval_steps=config.training.log_interval_steps,
         )
+        self._watch = Watch(config, warn=self._progress.warn)
         self._clock_s = time.monotonic()
 
     def run(self) -> None:
@@ -73,7 +76,7 @@ class Loop:
             assert session.weighting_data is not None
             train = session.training_batch(session.weighting_data, state.updates)
             val = session.validation_batch(state.updates)
-            result = weighting_update(session, train, val)
+            result = weighting_update(session, train, val, measure_noise=self._measures_noise())
             state.updates += 1
             state.stage_updates += 1
             self._report_update(stage, result)
@@ -108,6 +111,8 @@ class Loop:
                 f"samples {ids.start} to {ids.stop - 1}"
             )
         self._progress.step(state.step, stage.number, result)
+        statistics = weight_statistics(whole_n)
+        self._watch.effective_sample_size(statistics["weight_effective_sample_size"])
         self._write(
             stage,
             "train",
@@ -115,7 +120,7 @@ class Loop:
             weighted_loss=result.weighted_loss,
             lr=result.learning_rate,
             grad_norm=result.grad_norm,
-            **weight_statistics(whole_n),
+            **statistics,
         )
         interval = session.config.logging.weights_interval_steps
         if interval and state.step % interval == 0:
@@ -123,7 +128,7 @@ class Loop:
 
     def _report_update(self, stage: Stage, result: UpdateResult) -> None:
         state, found = self.session.state, result.hypergradient
-        weights_n = self._gather(result.weights_n)
+        weights_n = self._gather(result.update.weights_n)
         alignment_n = self._gather(found.alignment_n)
         self._write(
             stage,
@@ -132,14 +137,30 @@ class Loop:
             loss=found.train_loss,
             val_loss=found.val_loss,
             grad_norm=found.grad_norm,
-            weighting_grad_norm=result.weighting_grad_norm,
+            weighting_grad_norm=result.update.grad_norm,
+            weighting_gradient_cosine=result.update.cosine,
             alignment_mean=float(alignment_n.mean()),
             alignment_std=float(alignment_n.std(correction=0)),
+            **self._noise(found),
             **weight_statistics(weights_n),
         )
         if self.session.config.logging.weights_interval_steps:
             data = self.session.weighting_data
             self._record_weights(stage, data, state.updates - 1, weights_n, alignment_n)
+
+    def _measures_noise(self) -> bool:
+        bilevel = self.session.config.bilevel
+        if not bilevel.noise_interval_updates or bilevel.estimator == "unroll":
+            return False
+        return self.session.state.updates % bilevel.noise_interval_updates == 0
+
+    def _noise(self, found: Hypergradient) -> dict[str, float]:
+        """The measured agreement and signal-to-noise, where they were measured."""
+        if found.halves_2n is None:
+            return {}
+        agreement, ratio = signal_to_noise(*(self._gather(half_n) for half_n in found.halves_2n))
+        self._watch.signal_to_noise(ratio)
+        return {"alignment_agreement": agreement, "alignment_signal_to_noise": ratio}
 
     def _evaluate(self, stage: Stage) -> None:
         losses = evaluate(self.session)

@@ -53,6 +53,13 @@ class Progress:
         elif self._shown:
             print(text, flush=True)
 
+    def warn(self, text: str) -> None:
+        """A warning on stderr, once said beside the progress."""
+        if self._bar is not None:
+            self._bar.write(f"warning: {text}", file=sys.stderr)
+        elif self._shown:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
     def close(self) -> None:
         """Leave the terminal tidy."""
         if self._bar is not None:

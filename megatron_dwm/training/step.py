@@ -13,7 +13,7 @@ from megatron_dwm.data.batch import Batch
 from megatron_dwm.model import clear_gradients, forward_backward, forward_only
 from megatron_dwm.model.objective import token_mean, weighted, weighted_denominator
 from megatron_dwm.training.session import Session
-from megatron_dwm.weighting import DwmPolicy
+from megatron_dwm.weighting import DwmPolicy, WeightingUpdate
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,19 @@ def train_step(session: Session, batch: Batch, weights_n: Tensor) -> StepResult:
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """One weighting update. weights_n: this replica's weights before it."""
+    """One weighting update: what it learned from, and what it did to the weighting model."""
 
     hypergradient: Hypergradient
-    weights_n: Tensor
-    weighting_grad_norm: float
+    update: WeightingUpdate
 
 
-def weighting_update(session: Session, train: Batch, val: Batch) -> UpdateResult:
-    """One update of the weighting model, the LLM frozen (collective)."""
+def weighting_update(
+    session: Session, train: Batch, val: Batch, *, measure_noise: bool
+) -> UpdateResult:
+    """One update of the weighting model, the LLM frozen (collective).
+
+    measure_noise: also find the alignments of either half of the validation batch.
+    """
     policy, config = session.policy, session.config
     assert isinstance(policy, DwmPolicy)
     problem = Problem(
@@ -62,9 +66,10 @@ def weighting_update(session: Session, train: Batch, val: Batch) -> UpdateResult
         micro_batch_size=config.training.micro_batch_size,
         inner=config.bilevel.inner_optimizer,
     )
-    result = ESTIMATORS[config.bilevel.estimator](problem)
+    halves = measure_noise and val.size % 2 == 0
+    result = ESTIMATORS[config.bilevel.estimator](problem, halves=halves)
     update = policy.update(train, result.alignment_n, problem.learning_rate)
-    return UpdateResult(result, update.weights_n, update.grad_norm)
+    return UpdateResult(result, update)
 
 
 def evaluate(session: Session) -> dict[str, float]:

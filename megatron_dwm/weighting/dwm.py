@@ -33,10 +33,12 @@ class WeightingUpdate:
 
     weights_n: float32, this replica's weights before the update.
     grad_norm: of the weighting model's gradient, before clipping.
+    cosine: of that gradient to the previous update's; None for the first.
     """
 
     weights_n: Tensor
     grad_norm: float
+    cosine: float | None
 
 
 class DwmPolicy:
@@ -57,6 +59,7 @@ class DwmPolicy:
         self.runtime = runtime
         self.micro_batch_size = micro_batch_size
         self.learned = learned
+        self._previous_gradient: Tensor | None = None
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=config.learning_rate,
@@ -83,12 +86,13 @@ class DwmPolicy:
         objective = -(advantage_Gn * weights_Gn).sum() / num_samples
         self.optimizer.zero_grad()
         (objective / self._ranks_with_same_groups).backward()
-        self._sum_gradients()
+        gradient = self._sum_gradients()
+        cosine = self._cosine_to_previous(gradient)
         limit = self.config.clip_grad or float("inf")
         grad_norm = float(clip_grad_norm_(self.model.parameters(), limit))
         self.optimizer.step()
         self.learned = True
-        return WeightingUpdate(self._local(weights_Gn.detach()), grad_norm)
+        return WeightingUpdate(self._local(weights_Gn.detach()), grad_norm, cosine)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
@@ -96,6 +100,7 @@ class DwmPolicy:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "learned": self.learned,
+            "previous_gradient": self._previous_gradient,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -103,6 +108,7 @@ class DwmPolicy:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.learned = state["learned"]
+        self._previous_gradient = state["previous_gradient"]
 
     @property
     def _is_global(self) -> bool:
@@ -146,14 +152,21 @@ class DwmPolicy:
             return alignment_Gn * learning_rate
         return standardise(alignment_Gn, weights_Gn)
 
-    def _sum_gradients(self) -> None:
-        """Sum phi's gradient over the world, as one collective."""
+    def _cosine_to_previous(self, gradient: Tensor) -> float | None:
+        previous, self._previous_gradient = self._previous_gradient, gradient
+        if previous is None:
+            return None
+        return float(torch.nn.functional.cosine_similarity(gradient, previous, dim=0))
+
+    def _sum_gradients(self) -> Tensor:
+        """Sum phi's gradient over the world, as one collective; the flat sum comes back."""
         gradients = [parameter.grad for parameter in self.model.parameters()]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat)
         parts = flat.split([gradient.numel() for gradient in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
+        return flat
 
 
 def standardise(alignment_Gn: Tensor, weights_Gn: Tensor) -> Tensor:

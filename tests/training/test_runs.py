@@ -68,6 +68,12 @@ def test_a_run_leaves_what_design_says(alone: Path) -> None:
     assert train[-1]["tokens"] == 20 * 8 * 32
     assert all(abs(line["weight_mean"] - 1) < 1e-5 for line in train)
     assert train[0]["weight_std"] == 0.0 and train[-1]["weight_std"] > 0.0
+    weighting = metrics(alone, "weighting")
+    assert {"val_loss", "alignment_mean", "alignment_std"} <= set(weighting[0])
+    assert weighting[0]["alignment_signal_to_noise"] >= 0.0
+    assert "alignment_signal_to_noise" not in weighting[1]
+    assert weighting[0]["weighting_gradient_cosine"] is None
+    assert -1.0 <= weighting[1]["weighting_gradient_cosine"] <= 1.0
     [evaluation] = metrics(alone, "evaluation")
     assert {"austen", "target"} <= set(evaluation["domain_loss"])
     weights = ds.dataset(alone / "weights").to_table().to_pylist()
