@@ -43,9 +43,9 @@ def unroll(problem: Problem, *, halves: bool = False) -> Hypergradient:
         (weight_gradient_n,) = torch.autograd.grad(val_loss, weights_n)
     return Hypergradient(
         alignment_n=weight_gradient_n * (-problem.num_samples / problem.learning_rate),
-        train_loss=float(losses_n.mean()),
-        val_loss=float(val_loss),
-        grad_norm=float(norm),
+        train_loss=float(losses_n.detach().mean()),
+        val_loss=float(val_loss.detach()),
+        grad_norm=float(norm.detach()),
     )
 
 
@@ -95,7 +95,7 @@ def _step(
     names = dict(problem.llm.modules[0].named_parameters())
     norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
     clip = problem.optimizer.config.clip_grad
-    active = clip > 0.0 and float(norm) + CLIP_EPSILON > clip
+    active = clip > 0.0 and float(norm.detach()) + CLIP_EPSILON > clip
     factor = clip / (norm + CLIP_EPSILON) if active else 1.0
     stepped = {
         name: _stepped(problem, slots[id(names[name])], theta[name].detach(), factor * gradient)

@@ -149,8 +149,8 @@ def _one_line(message: str, file: Path | None) -> str:
     return text + where
 
 
-def exit_on_help(arguments: Sequence[str]) -> None:
+def exit_on_help(prog: str, arguments: Sequence[str]) -> None:
     """Print the keys and leave with 0 if `arguments` ask for help, before anything heavy loads."""
     if "--help" in arguments or "-h" in arguments:
-        _parser("megatron_dwm.pretrain").print_help()
+        _parser(prog).print_help()
         sys.exit(0)

@@ -31,14 +31,24 @@ def validate_config(config: Config, shape: Heads, world_size: int) -> None:
         raise UserError(problem)
 
 
+def validate_layout(config: Config, shape: Heads, world_size: int) -> None:
+    """Only the rules about sizes and processes: for commands that read no data."""
+    for problem in _layout_problems(config, shape, world_size):
+        raise UserError(problem)
+
+
 def _problems(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
+    yield from _layout_problems(config, shape, world_size)
+    yield from _policy(config)
+    yield from _estimator(config, world_size)
+
+
+def _layout_problems(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
     yield from _positive(config)
     yield from _fractions(config)
     yield from _layout(config, shape, world_size)
     yield from _pipeline(config, shape, world_size)
     yield from _batches(config, world_size)
-    yield from _policy(config)
-    yield from _estimator(config, world_size)
 
 
 def _estimator(config: Config, world_size: int) -> Iterator[str]:

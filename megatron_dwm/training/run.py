@@ -70,18 +70,22 @@ def check(config: Config) -> tuple[LlamaShape, Tokenizer]:
             f"model.vocab_size {shape.vocab_size}: the tokenizer {config.data.tokenizer} has "
             f"{tokenizer.vocab_size} pieces; leave model.vocab_size empty or raise it"
         )
-    heads = Heads(
+    validate_config(config, heads_of(shape), world_size_from_environment())
+    check_data(config.data, tokenizer)
+    _check_held_out_text(config, tokenizer)
+    _check_models(config, shape, tokenizer)
+    return shape, tokenizer
+
+
+def heads_of(shape: LlamaShape) -> Heads:
+    """The sizes that have to divide over processes."""
+    return Heads(
         shape.num_layers,
         shape.hidden_size,
         shape.num_attention_heads,
         shape.num_query_groups,
         shape.padded_vocab_size,
     )
-    validate_config(config, heads, world_size_from_environment())
-    check_data(config.data, tokenizer)
-    _check_held_out_text(config, tokenizer)
-    _check_models(config, shape, tokenizer)
-    return shape, tokenizer
 
 
 def _check_models(config: Config, shape: LlamaShape, tokenizer: Tokenizer) -> None:

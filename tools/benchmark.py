@@ -1,0 +1,147 @@
+"""Measure what weighting costs: python tools/benchmark.py {step,hypergradient} [sizes].
+
+Every figure is a ratio of two things timed in turn in one run, on random tokens. Run it plainly for
+one process, or with torchrun for several. Set OMP_NUM_THREADS to fix the threads of a process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+import warnings
+from typing import NoReturn
+
+from benchmarks.settings import Settings
+from megatron_dwm.config.command_line import run_command
+from megatron_dwm.config.errors import UserError
+
+# torchrun ends the other processes as soon as one leaves; the others let the main one speak first.
+_OTHERS_WAIT_S = 5.0
+_STEP = "One LLM step of ours against plain Megatron-Core's on the same model and batch."
+_HYPERGRADIENT = """
+One weighting update's hypergradient against a plain training step: time, whole and in parts; peak
+memory (one process); messages sent (several processes). The validation batch is as large as the
+training batch.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends on a mistake with one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def main() -> None:
+    """Parse the arguments, check the sizes, measure, print."""
+    # Said by Megatron-Core on import, on every machine without its optional packages.
+    warnings.filterwarnings("ignore", message=".*(Apex|apex) (is|are) not installed.*")
+    # Imported here and below, so that --help answers at once.
+    from megatron_dwm.runtime import rank_from_environment, world_size_from_environment
+
+    try:
+        arguments = _parser().parse_args()
+        settings = _settings(arguments)
+        settings.check(world_size_from_environment())
+    except UserError:
+        if rank_from_environment() == 0:
+            raise
+        time.sleep(_OTHERS_WAIT_S)
+        sys.exit(2)
+    if arguments.command == "step":
+        from benchmarks.steps import measure_steps
+
+        measure_steps(settings)
+    else:
+        from benchmarks.updates import measure_updates
+
+        measure_updates(settings, memory_repeats=arguments.memory_repeats)
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Settings)}
+    if values["query_groups"] is None:
+        values["query_groups"] = values["heads"]
+    return Settings(**values)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{step,hypergradient}")
+    for name, text in (("step", _STEP), ("hypergradient", _HYPERGRADIENT)):
+        command = commands.add_parser(name, help=text.split(":")[0].strip(), description=text)
+        _add_sizes(command)
+        _add_layout(command)
+        if name == "hypergradient":
+            command.add_argument(
+                "--memory-repeats",
+                type=_from(0),
+                default=3,
+                metavar="N",
+                help="processes started for each peak of memory; 0 leaves memory out (default: 3)",
+            )
+    return parser
+
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
+    def add(flag: str, default: int, text: str) -> None:
+        parser.add_argument(
+            flag, type=_from(1), default=default, metavar="N", help=f"{text} (default: {default})"
+        )
+
+    add("--layers", 6, "transformer layers")
+    add("--hidden", 256, "width of the residual stream")
+    add("--heads", 4, "query heads")
+    parser.add_argument(
+        "--query-groups", type=_from(1), metavar="N", help="key-value heads (default: --heads)"
+    )
+    add("--ffn", 704, "inner width of the SwiGLU block")
+    add("--vocab", 1024, "pieces in the vocabulary")
+    add("--sequence", 128, "tokens in a sample")
+    add("--batch", 16, "samples in one optimiser step, over all processes")
+    add("--micro-batch", 16, "samples in one forward pass of one process")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="arithmetic of parameters and activations (default: fp32)",
+    )
+    add("--repeats", 20, "counted rounds, each of which times everything once")
+    add("--warm-up", 3, "rounds before them that are not counted")
+
+
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    def add(flag: str, text: str) -> None:
+        parser.add_argument(
+            flag, type=_from(1), default=1, metavar="N", help=f"{text} (default: 1)"
+        )
+
+    add("--tensor", "tensor-parallel size, processes")
+    add("--pipeline", "pipeline-parallel size, processes")
+    add("--virtual-stages", "model chunks on every pipeline stage")
+    parser.add_argument(
+        "--sequence-parallel",
+        action="store_true",
+        help="sequence parallelism inside the tensor-parallel group (default: off)",
+    )
+    parser.add_argument(
+        "--sharded-optimizer",
+        action="store_true",
+        help="shard the optimiser's state over the data-parallel group (default: off)",
+    )
+
+
+def _from(smallest: int) -> type[int]:
+    def number(text: str) -> int:
+        if int(text) < smallest:
+            raise ValueError
+        return int(text)
+
+    number.__name__ = f"whole number from {smallest}"
+    return number  # type: ignore[return-value]
+
+
+if __name__ == "__main__":
+    run_command(main)

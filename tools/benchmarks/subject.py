@@ -1,0 +1,131 @@
+"""The model, its optimiser, batches of random tokens, and the things that are done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.plain_loop import PlainLoop
+from benchmarks.settings import Settings
+from megatron_dwm.bilevel import ESTIMATORS, Hypergradient, Problem
+from megatron_dwm.data.batch import Batch
+from megatron_dwm.model import build_llm, resolve_shape
+from megatron_dwm.runtime import Runtime, bring_up
+from megatron_dwm.training.optimiser import build_optimizer, build_scheduler
+from megatron_dwm.training.session import Session
+from megatron_dwm.training.state import TrainState
+from megatron_dwm.training.step import train_step, weighting_update
+from megatron_dwm.weighting import DwmPolicy, UniformPolicy, build_policy
+
+_SEED = 1234
+_TRAIN, _VAL = 1, 2
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What every measurement works on: `train` and `val` are this replica's rows."""
+
+    session: Session
+    uniform: UniformPolicy
+    plain: PlainLoop
+    train: Batch
+    val: Batch
+
+    @property
+    def runtime(self) -> Runtime:
+        """Where this process stands."""
+        return self.session.runtime
+
+    def plain_step(self) -> None:
+        """One step of plain Megatron-Core."""
+        self.plain.step()
+
+    def uniform_step(self) -> None:
+        """One LLM step of ours with every weight 1."""
+        train_step(self.session, self.train, self.uniform.weights(self.train))
+
+    def dwm_step(self) -> None:
+        """One LLM step of ours with the weighting model's weights."""
+        train_step(self.session, self.train, self.session.policy.weights(self.train))
+
+    def hypergradient(self, estimator: str = "tangent_probe") -> Hypergradient:
+        """One hypergradient; the LLM is left as it was."""
+        return ESTIMATORS[estimator](self.problem())
+
+    def weighting_update(self) -> None:
+        """One hypergradient and the step of the weighting model that follows from it."""
+        weighting_update(self.session, self.train, self.val, measure_noise=False)
+
+    def problem(self) -> Problem:
+        """The bi-level step, at uniform weights."""
+        return Problem(
+            llm=self.session.llm,
+            optimizer=self.session.optimizer,
+            train_batch=self.train,
+            weights_n=self.uniform.weights(self.train),
+            val_batch=self.val,
+            micro_batch_size=self.session.config.training.micro_batch_size,
+        )
+
+
+@contextmanager
+def opened(settings: Settings) -> Iterator[Runtime]:
+    """The processes, joined for as long as the context lasts."""
+    with bring_up(settings.config().parallel, seed=_SEED) as runtime:
+        yield runtime
+
+
+def build_subject(settings: Settings, runtime: Runtime) -> Subject:
+    """Model, optimiser and batches (collective). No run directory and no data files are needed."""
+    config = settings.config()
+    shape = resolve_shape(config.model)
+    llm = build_llm(
+        shape,
+        config.model,
+        config.parallel,
+        runtime,
+        sequence_length=settings.sequence,
+        seed=_SEED,
+    )
+    optimizer = build_optimizer(config.training, llm, sharded=settings.sharded_optimizer)
+    policy = build_policy(config, runtime, settings.vocab)
+    assert isinstance(policy, DwmPolicy)
+    policy.learned = True  # its weights count from the first step, as after a first update
+    session = Session(
+        config=config,
+        runtime=runtime,
+        llm=llm,
+        optimizer=optimizer,
+        scheduler=build_scheduler(config.training, optimizer),
+        policy=policy,
+        stages=[],
+        data=None,  # type: ignore[arg-type]  # batches are made here, not read
+        weighting_data=None,
+        validation=None,
+        evaluation=None,
+        state=TrainState(),
+    )
+    train, val = (_random_batch(settings, session, number) for number in (_TRAIN, _VAL))
+    plain = PlainLoop(session, train.micro_batches(settings.micro_batch))
+    return Subject(session, UniformPolicy(), plain, train, val)
+
+
+def _random_batch(settings: Settings, session: Session, seed: int) -> Batch:
+    """This replica's rows of a global batch of random tokens, every one of them counted."""
+    size, length = settings.batch, settings.sequence
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(0, settings.vocab, (size, length + 1), generator=generator)
+    whole = Batch(
+        tokens_BS=text[:, :-1].contiguous(),
+        labels_BS=text[:, 1:].contiguous(),
+        loss_mask_BS=torch.ones(size, length),
+        position_ids_BS=torch.arange(length).repeat(size, 1),
+        sample_ids_B=torch.arange(size),
+        document_ids_B=torch.arange(size),
+        domains=("random",) * size,
+    )
+    rows = session.local_rows(size)
+    return whole.rows(rows.start, rows.stop).to(session.runtime.device)

@@ -1,0 +1,59 @@
+"""Markdown tables, and the line that says how to make them again."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks.settings import Settings
+from benchmarks.timing import Ratio
+from megatron_dwm.runtime import Runtime
+
+RATIO_COLUMNS = ("ms (median)", "of", "ratio", "quartiles", "ratio of the fastest", "target")
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; every row has one cell a column."""
+    assert all(len(row) == len(columns) for row in rows)
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def ratio_cells(median_ms: float, of: str, found: Ratio, target: str = "") -> list[str]:
+    """Cells of RATIO_COLUMNS."""
+    return [
+        f"{median_ms:.1f}",
+        of,
+        f"{found.median:.3f}",
+        f"{found.low:.3f} to {found.high:.3f}",
+        f"{found.of_fastest:.3f}",
+        target,
+    ]
+
+
+def heading(settings: Settings, runtime: Runtime, num_parameters: int) -> str:
+    """The command, what it ran on, and how busy the machine was when it began."""
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    return "\n".join(
+        [
+            f"`{command()}`",
+            "",
+            f"{num_parameters / 1e6:.2f}M parameters, {settings.batch * settings.sequence} tokens "
+            f"a step, {settings.precision}, {runtime.world_size} process(es) on "
+            f"{runtime.device.type}, {torch.get_num_threads()} thread(s) each, {settings.repeats} "
+            f"rounds after {settings.warm_up} to warm up, load average {load} (1, 5, 15 min) on "
+            f"{os.cpu_count()} cores. A ratio is the median over rounds of times taken in turn.",
+        ]
+    )
+
+
+def command() -> str:
+    """The command line that made the table."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    prefix = f"OMP_NUM_THREADS={threads} " if threads else ""
+    world_size = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+    program = f"torchrun --nproc-per-node {world_size}" if world_size else "python"
+    return f"{prefix}{program} tools/benchmark.py {' '.join(sys.argv[1:])}"
