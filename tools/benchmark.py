@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
 import warnings
 from typing import NoReturn
 
 from benchmarks.settings import Settings
+
 from megatron_dwm.config.command_line import run_command
 from megatron_dwm.config.errors import UserError
 
@@ -36,20 +38,18 @@ class _Parser(argparse.ArgumentParser):
 
 def main() -> None:
     """Parse the arguments, check the sizes, measure, print."""
-    # Said by Megatron-Core on import, on every machine without its optional packages.
-    warnings.filterwarnings("ignore", message=".*(Apex|apex) (is|are) not installed.*")
-    # Imported here and below, so that --help answers at once.
-    from megatron_dwm.runtime import rank_from_environment, world_size_from_environment
-
     try:
         arguments = _parser().parse_args()
         settings = _settings(arguments)
-        settings.check(world_size_from_environment())
+        settings.check(int(os.environ.get("WORLD_SIZE", "1")))
     except UserError:
-        if rank_from_environment() == 0:
+        if os.environ.get("RANK", "0") == "0":
             raise
         time.sleep(_OTHERS_WAIT_S)
         sys.exit(2)
+    # Said by Megatron-Core on import, on every machine without its optional packages.
+    warnings.filterwarnings("ignore", message=".*(Apex|apex) (is|are) not installed.*")
+    # Imported here, so that --help and mistakes answer at once.
     if arguments.command == "step":
         from benchmarks.steps import measure_steps
 

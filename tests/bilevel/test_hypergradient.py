@@ -143,3 +143,12 @@ def test_halves_of_the_validation_batch_add_up() -> None:
         for ranks in run_ranks("tests.bilevel.workers:halves_add_up", size, cases):
             for found, whole in ranks:
                 assert _relative(found, whole) < LAYOUT_TOLERANCE
+
+
+def test_whole_chain_from_phi_to_validation_loss() -> None:
+    cases = [{"inner": "adam"}, {"inner": "adam", "clip": 0.2, "tied": False}, {"inner": "sgd"}]
+    found = run_ranks("tests.bilevel.workers:chain_and_difference", 1, cases)
+    for case, [(ours, expected)] in zip(cases, found, strict=True):
+        # Double precision's central difference is exact to 1e-6 here; ours is fp32's 1e-5, and
+        # random directions cancel part of it.
+        assert _relative(ours, expected) < 1e-4, case

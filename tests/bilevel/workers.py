@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,11 +14,18 @@ from torch.func import functional_call
 from megatron_dwm.bilevel import ESTIMATORS, Hypergradient, Problem
 from megatron_dwm.bilevel.slots import collect_slots
 from megatron_dwm.bilevel.virtual_step import CLIP_EPSILON, prepare_virtual_step
+from megatron_dwm.config import WeightingConfig
 from megatron_dwm.model import LLM, clear_gradients, forward_backward
 from megatron_dwm.model.objective import token_count, token_mean
-from tests.tiny import MICRO_BATCH, Tiny, tiny
+from megatron_dwm.weighting import DwmPolicy
+from megatron_dwm.weighting.model import WeightingShape, build_weighting_model
+from tests.tiny import MICRO_BATCH, VOCAB_SIZE, Tiny, tiny
 
 TRAIN, VALIDATION = 100, 101
+DIFFERENCE_STEP = 1e-5
+WEIGHTING_SHAPE = WeightingShape(
+    vocab_size=VOCAB_SIZE, hidden_size=16, num_layers=1, num_attention_heads=2, ffn_hidden_size=24
+)
 
 
 def alignments(
@@ -106,37 +114,51 @@ def alignments_and_oracle(inner: str, **layout: Any) -> tuple[Tensor, Tensor]:
 
 
 def _oracle(subject: Tiny, inner: str, clip: float) -> Tensor:
+    weights_n = subject.weights_n.double().requires_grad_()
+    val_loss = _val_loss_after_step(subject, inner, clip)(weights_n)
+    return torch.autograd.grad(val_loss, weights_n)[0]
+
+
+def _val_loss_after_step(subject: Tiny, inner: str, clip: float) -> Callable[[Tensor], Tensor]:
+    """w -> L_val(theta'(w)) in double precision, differentiable in w."""
     module = subject.llm.modules[0]
     moments = _moments_by_name(subject)
     learning_rate = subject.optimizer.param_groups[0]["lr"]
     theta = {n: p.detach().double().requires_grad_() for n, p in module.named_parameters()}
-    train = subject.batch(TRAIN)
+    train, validation = subject.batch(TRAIN), subject.batch(VALIDATION)
     losses = [_losses(module, theta, train.rows(i, i + 1))[0] for i in range(train.size)]
     gradients = [torch.autograd.grad(loss, list(theta.values())) for loss in losses]
-    weights_n = subject.weights_n.double().requires_grad_()
-    mean = [
-        sum(w * g for w, g in zip(weights_n, per_sample, strict=True)) / train.size
-        for per_sample in zip(*gradients, strict=True)
-    ]
-    norm = torch.sqrt(sum((g * g).sum() for g in mean))
-    factor = clip / (norm + CLIP_EPSILON) if clip and norm > clip else 1.0
-    stepped = {}
-    for (name, value), g in zip(theta.items(), mean, strict=True):
-        first, second, step, group = moments[name]
-        decayed = value.detach() * (1 - learning_rate * group["weight_decay"])
-        update = factor * g
-        if inner == "adam":
-            b1, b2 = group["betas"]
-            m = b1 * first.double() + (1 - b1) * update
-            v = b2 * second.double() + (1 - b2) * update**2
-            t = step + 1
-            # The square root has no derivative at 0, where a never-seen token's row stays.
-            root = torch.where(v > 0, torch.where(v > 0, v, 1.0).sqrt(), 0.0)
-            update = (m / (1 - b1**t)) / (root / (1 - b2**t) ** 0.5 + group["eps"])
-        stepped[name] = decayed - learning_rate * update
-    validation = subject.batch(VALIDATION)
-    losses, counts = _losses(module, stepped, validation), validation.loss_mask_BS.sum(dim=1)
-    return torch.autograd.grad((losses * counts).sum() / counts.sum(), weights_n)[0]
+
+    def val_loss(weights_n: Tensor) -> Tensor:
+        mean = [
+            sum(w * g for w, g in zip(weights_n, per_sample, strict=True)) / train.size
+            for per_sample in zip(*gradients, strict=True)
+        ]
+        norm = torch.sqrt(sum((g * g).sum() for g in mean))
+        factor = clip / (norm + CLIP_EPSILON) if clip and norm > clip else 1.0
+        stepped = {
+            name: _textbook_step(value.detach(), factor * g, moments[name], learning_rate, inner)
+            for (name, value), g in zip(theta.items(), mean, strict=True)
+        }
+        counts = validation.loss_mask_BS.sum(dim=1)
+        return (_losses(module, stepped, validation) * counts).sum() / counts.sum()
+
+    return val_loss
+
+
+def _textbook_step(
+    theta: Tensor, update: Tensor, moments: tuple, learning_rate: float, inner: str
+) -> Tensor:
+    first, second, step, group = moments
+    if inner == "adam":
+        b1, b2 = group["betas"]
+        m = b1 * first.double() + (1 - b1) * update
+        v = b2 * second.double() + (1 - b2) * update**2
+        t = step + 1
+        # The square root has no derivative at 0, where a never-seen token's row stays.
+        root = torch.where(v > 0, torch.where(v > 0, v, 1.0).sqrt(), 0.0)
+        update = (m / (1 - b1**t)) / (root / (1 - b2**t) ** 0.5 + group["eps"])
+    return theta * (1 - learning_rate * group["weight_decay"]) - learning_rate * update
 
 
 def _losses(module: torch.nn.Module, theta: dict[str, Tensor], batch: Any) -> Tensor:
@@ -204,3 +226,42 @@ def halves_add_up(**layout: Any) -> tuple[Tensor, Tensor]:
         assert not torch.allclose(found.halves_2n[0], found.halves_2n[1])
         assert abs(found.val_loss - whole.val_loss) < 1e-5
         return found.alignment_n, whole.alignment_n
+
+
+def chain_and_difference(inner: str, **layout: Any) -> tuple[Tensor, Tensor]:
+    """dL_val(theta'(phi))/dphi along random directions: ours from end to end, and central
+    differences of the whole chain in double precision.
+    """
+    with tiny(**layout) as subject:
+        model = build_weighting_model(WEIGHTING_SHAPE, seed=2)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():  # away from uniform weights
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+        model.double()
+        config = WeightingConfig(group="global", standardize=False, clip_grad=0.0)
+        policy = DwmPolicy(model, config, subject.runtime, MICRO_BATCH, learned=True)
+        policy.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # form phi's gradient only
+        train = subject.batch(TRAIN)
+        subject.weights_n = policy.weights(train)
+        val_loss = _val_loss_after_step(subject, inner, layout.get("clip", 1.0))
+        problem = problem_of(subject, inner)
+        found = ESTIMATORS["tangent_probe"](problem)
+        policy.update(train, found.alignment_n.double(), problem.learning_rate)
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        ours, differences = [], []
+        for _ in range(4):
+            direction = [
+                torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                for p in model.parameters()
+            ]
+            pairs = zip(gradients, direction, strict=True)
+            ours.append(float(sum((g * v).sum() for g, v in pairs)))
+            values = []
+            for sign in (1, -2):  # phi + h, then phi - h
+                for parameter, v in zip(model.parameters(), direction, strict=True):
+                    parameter.data += sign * DIFFERENCE_STEP * v
+                values.append(float(val_loss(policy.weights(train))))
+            for parameter, v in zip(model.parameters(), direction, strict=True):
+                parameter.data += DIFFERENCE_STEP * v
+            differences.append((values[0] - values[1]) / (2 * DIFFERENCE_STEP))
+        return torch.tensor(ours), torch.tensor(differences)

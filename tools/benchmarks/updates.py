@@ -106,7 +106,7 @@ def _in_parts(subject: Subject) -> Contestant:
         spent_s[PROBE] += clock.lap()
 
         clear_gradients(llm, optimizer)
-        spent_s[DIRECTION] += clock.lap()
+        spent_s[VIRTUAL] += clock.lap()
         spent_s[SUM] = sum(spent_s[part] for part in PARTS)
         return spent_s
 
