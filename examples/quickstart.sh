@@ -43,9 +43,11 @@ part() {
     printf '%s\t%s\n' "$name" $((SECONDS - start)) >>timings.tsv
 }
 
-train() { # train POLICY LOG: the runs differ in nothing but the policy
+train() { # train POLICY: the runs differ in nothing but the policy
     OMP_NUM_THREADS=1 python -m megatron_dwm.pretrain "$repository/examples/tiny.yaml" \
         --policy.name "$1" --run.dir "runs/$1" --run.seed "$seed" \
+        --data.train data/corpus_text_document --data.tokenizer data/tokenizer.model \
+        --validation.path data/validation.jsonl --evaluation.path data/heldout.jsonl \
         ${STEPS:+--training.steps "$STEPS"}
 }
 
