@@ -5,6 +5,7 @@ Each check is one rule: a predicate over the configuration and the message of it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -70,6 +71,7 @@ def _positive(config: Config) -> Iterator[str]:
         "training.global_batch_size": config.training.global_batch_size,
         "training.micro_batch_size": config.training.micro_batch_size,
         "training.learning_rate": config.training.learning_rate,
+        "training.adam_epsilon": config.training.adam_epsilon,
         "training.log_interval_steps": config.training.log_interval_steps,
         "data.sequence_length": config.data.sequence_length,
         "evaluation.interval_steps": config.evaluation.interval_steps,
@@ -87,7 +89,7 @@ def _positive(config: Config) -> Iterator[str]:
         "weighting.ffn_hidden_size": config.weighting.ffn_hidden_size,
     }
     for key, value in values.items():
-        if value <= 0:
+        if not 0 < value < math.inf:  # also refuses nan
             yield f"{key}: expected a number above 0, got {value}"
     not_negative = {
         "training.clip_grad": config.training.clip_grad,
@@ -98,14 +100,17 @@ def _positive(config: Config) -> Iterator[str]:
         "bilevel.noise_interval_updates": config.bilevel.noise_interval_updates,
         "bilevel.min_signal_to_noise": config.bilevel.min_signal_to_noise,
         "weighting.clip_grad": config.weighting.clip_grad,
+        "weighting.weight_decay": config.weighting.weight_decay,
     }
     for key, value in not_negative.items():
-        if value < 0:
+        if not 0 <= value < math.inf:
             yield f"{key}: expected 0 or more, got {value}"
 
 
 def _fractions(config: Config) -> Iterator[str]:
     values = {
+        "training.adam_beta1": config.training.adam_beta1,
+        "training.adam_beta2": config.training.adam_beta2,
         "training.min_learning_rate_fraction": config.training.min_learning_rate_fraction,
         "training.warmup_fraction": config.training.warmup_fraction,
         "weighting.uniform_floor": config.weighting.uniform_floor,

@@ -35,7 +35,7 @@ def ratio_cells(median_ms: float, of: str, found: Ratio, target: str = "") -> li
 
 
 def heading(settings: Settings, runtime: Runtime, num_parameters: int) -> str:
-    """The command, what it ran on, and how busy the machine was when it began."""
+    """The command, what it ran on, and how busy the machine was by the end."""
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     return "\n".join(
         [
