@@ -73,7 +73,8 @@ def tables(text: str) -> dict[str, dict[str, list[str]]]:
 
 def numbers(cells: list[str]) -> list[float]:
     """Figures of a row of ratios: size, ratio and either end of the spread."""
-    return [float(cells[0]), float(cells[2]), *(float(end) for end in cells[3].split(" to "))]
+    ratio, *_ = cells[2].split(" ± ")
+    return [float(cells[0]), float(ratio), *(float(end) for end in cells[3].split(" to "))]
 
 
 def assert_ratios(rows: dict[str, list[str]], expected: list[str]) -> None:

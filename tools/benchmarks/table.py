@@ -27,7 +27,7 @@ def ratio_cells(median_ms: float, of: str, found: Ratio, target: str = "") -> li
     return [
         f"{median_ms:.1f}",
         of,
-        f"{found.median:.3f}",
+        f"{found.median:.3f} ± {found.error:.3f}",
         f"{found.low:.3f} to {found.high:.3f}",
         f"{found.of_fastest:.3f}",
         target,
@@ -45,7 +45,8 @@ def heading(settings: Settings, runtime: Runtime, num_parameters: int) -> str:
             f"a step, {settings.precision}, {runtime.world_size} process(es) on "
             f"{runtime.device.type}, {torch.get_num_threads()} thread(s) each, {settings.repeats} "
             f"rounds after {settings.warm_up} to warm up, load average {load} (1, 5, 15 min) on "
-            f"{os.cpu_count()} cores. A ratio is the median over rounds of times taken in turn.",
+            f"{os.cpu_count()} cores. A ratio is the median over rounds of "
+            "times taken in turn, with its standard error.",
         ]
     )
 

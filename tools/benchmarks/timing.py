@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 import statistics
 import sys
 import time
@@ -16,6 +18,9 @@ from megatron_dwm.runtime import Runtime
 # One run of a contestant: seconds by the name of what was timed.
 Contestant = Callable[[], dict[str, float]]
 _LINES = 4
+_ORDER_SEED = 0
+# Of a normal sample: sqrt(pi / 2) standard errors of the mean, 1.349 deviations between quartiles.
+_ERROR_OF_MEDIAN = math.sqrt(math.pi / 2) / 1.349
 
 
 @dataclass(frozen=True)
@@ -23,11 +28,13 @@ class Ratio:
     """One thing's time over another's, round by round.
 
     median, low, high: of the ratios of the rounds, with their quartiles.
+    error: standard error of that median, from the quartiles as if the ratios were normal.
     of_fastest: the fastest round of the one over the fastest of the other; other programs can
         only ever slow a round down.
     """
 
     median: float
+    error: float
     low: float
     high: float
     of_fastest: float
@@ -66,11 +73,15 @@ def timed(name: str, call: Callable[[], object], runtime: Runtime) -> Contestant
 def alternate(
     contestants: list[Contestant], *, repeats: int, warm_up: int, shown: bool
 ) -> dict[str, list[float]]:
-    """Seconds of every name in every counted round. The order turns round from round to round."""
+    """Seconds of every name in every counted round.
+
+    The order is drawn anew for every round, for what ran before leaves its mark on caches; every
+    process draws the same.
+    """
     times_s: dict[str, list[float]] = {}
+    order = random.Random(_ORDER_SEED)
     for number in _rounds(repeats + warm_up, shown):
-        first = number % len(contestants)
-        for contestant in contestants[first:] + contestants[:first]:
+        for contestant in order.sample(contestants, len(contestants)):
             for name, seconds in contestant().items():
                 if number >= warm_up:
                     times_s.setdefault(name, []).append(seconds)
@@ -81,7 +92,8 @@ def ratio(times_s: list[float], base_s: list[float]) -> Ratio:
     """Of the rounds' times, in the same order."""
     ratios = sorted(a / b for a, b in zip(times_s, base_s, strict=True))
     low, high = _quartiles(ratios)
-    return Ratio(statistics.median(ratios), low, high, min(times_s) / min(base_s))
+    error = _ERROR_OF_MEDIAN * (high - low) / math.sqrt(len(ratios))
+    return Ratio(statistics.median(ratios), error, low, high, min(times_s) / min(base_s))
 
 
 def _quartiles(values: list[float]) -> tuple[float, float]:
