@@ -9,17 +9,21 @@ from typing import NoReturn
 from megatron_dwm.config.errors import UserError
 
 EXIT_USER_MISTAKE = 2
+EXIT_INTERRUPTED = 130  # the shell's number for Ctrl-C
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Call `main` and leave the process.
 
     A `UserError` becomes one line on stderr and exit code 2. Any other exception keeps its
-    traceback, which Python ends with exit code 1.
+    traceback, which Python ends with exit code 1. Ctrl-C is one line and exit code 130.
     """
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_MISTAKE)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
     sys.exit(0)
