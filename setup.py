@@ -35,7 +35,7 @@ GPU = [
     # projects own these names there): they are detected and used where present.
     "transformer-engine[pytorch]>=2.9,<2.12",
 ]
-DEV = ["pytest>=8,<10", "pytest-timeout>=2.3,<3", "ruff==0.17.6"]
+DEV = ["pytest>=8,<10", "pytest-timeout>=2.3,<3", "pytest-xdist>=3.5,<4", "ruff==0.17.6"]
 
 setup(
     name="megatron-dwm",

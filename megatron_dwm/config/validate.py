@@ -46,6 +46,7 @@ def _problems(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
 
 def _layout_problems(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
     yield from _positive(config)
+    yield from _model(config, shape)
     yield from _fractions(config)
     yield from _layout(config, shape, world_size)
     yield from _pipeline(config, shape, world_size)
@@ -107,6 +108,22 @@ def _positive(config: Config) -> Iterator[str]:
             yield f"{key}: expected 0 or more, got {value}"
 
 
+def _model(config: Config, shape: Heads) -> Iterator[str]:
+    names = ("hidden_size", "num_layers", "num_attention_heads", "num_query_groups")
+    for name in (*names, "ffn_hidden_size", "vocab_size", "rotary_base", "norm_epsilon"):
+        value = getattr(config.model, name)
+        if value is not None and not 0 < value < math.inf:
+            yield f"model.{name}: expected a number above 0, got {value}"
+    if config.model.init_std is not None and not 0 <= config.model.init_std < math.inf:
+        yield f"model.init_std: expected 0 or more, got {config.model.init_std}"
+    if shape.hidden_size % (2 * shape.num_attention_heads):
+        yield (
+            f"model.hidden_size {shape.hidden_size}: expected a multiple of twice "
+            f"model.num_attention_heads, {2 * shape.num_attention_heads}: rotary embeddings turn "
+            "pairs of a head's values"
+        )
+
+
 def _fractions(config: Config) -> Iterator[str]:
     values = {
         "training.adam_beta1": config.training.adam_beta1,
@@ -137,11 +154,6 @@ def _layout(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
     ):
         if value % tensor:
             yield f"parallel.tensor {tensor}: expected to divide {name}, which is {value}"
-    if shape.hidden_size % shape.num_attention_heads:
-        yield (
-            f"model.num_attention_heads {shape.num_attention_heads}: expected to divide "
-            f"model.hidden_size, which is {shape.hidden_size}"
-        )
     if shape.num_attention_heads % shape.num_query_groups:
         yield (
             f"model.num_query_groups {shape.num_query_groups}: expected to divide "
@@ -205,10 +217,10 @@ def _policy(config: Config) -> Iterator[str]:
         yield "validation.path: policy dwm needs the target's text (JSON Lines), got none"
     if weighting.frozen and weighting.load is None:
         yield "weighting.frozen: expected weighting.load to name a weighting model, got none"
-    if weighting.hidden_size % weighting.num_attention_heads:
+    if weighting.hidden_size % (2 * weighting.num_attention_heads):
         yield (
-            f"weighting.num_attention_heads {weighting.num_attention_heads}: expected to divide "
-            f"weighting.hidden_size, which is {weighting.hidden_size}"
+            f"weighting.hidden_size {weighting.hidden_size}: expected a multiple of twice "
+            f"weighting.num_attention_heads, {2 * weighting.num_attention_heads}"
         )
     if weighting.mode == "staged" and weighting.stages > config.training.steps:
         yield (

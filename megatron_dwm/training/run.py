@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from megatron_dwm.training.checkpoint import (
 from megatron_dwm.training.loop import Loop
 from megatron_dwm.training.records import drop_records_after
 from megatron_dwm.training.session import build_session
+from megatron_dwm.training.state import TrainState
 from megatron_dwm.weighting.model import load_weighting_model
 
 # Keys that a resumed run may change; everything else decides what is trained.
@@ -110,8 +112,7 @@ def _check_held_out_text(config: Config, tokenizer: Tokenizer) -> None:
 def _checkpoint_to_resume(config: Config) -> Path | None:
     """The checkpoint to go on from; None to begin. A run's directory is never written over."""
     run_dir = Path(config.run.dir)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"run.dir: {run_dir} is a file; expected a directory")
+    _require_writable(run_dir)
     saved = run_dir / "config.yaml"
     if not saved.is_file():
         if run_dir.is_dir() and any(run_dir.iterdir()):
@@ -126,6 +127,17 @@ def _checkpoint_to_resume(config: Config) -> Path | None:
         )
     _refuse_changes(load_config([str(saved)]), config, saved)
     return newest_checkpoint(run_dir)
+
+
+def _require_writable(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"run.dir: cannot make {run_dir} ({error.strerror}); name another directory"
+        ) from error
+    if not os.access(run_dir, os.W_OK | os.X_OK):
+        raise UserError(f"run.dir: {run_dir} cannot be written; name another directory")
 
 
 def _refuse_changes(old: Config, new: Config, saved: Path) -> None:
@@ -150,7 +162,7 @@ def _flat(config: Config) -> dict[str, Any]:
 def _claim(config: Config, checkpoint: Path | None) -> None:
     """Write the resolved configuration; drop what a resumed run will write again."""
     run_dir = Path(config.run.dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if checkpoint is not None:
-        drop_records_after(run_dir, read_state(checkpoint))
+    # A run that was killed before its first checkpoint begins again, its records too.
+    state = TrainState() if checkpoint is None else read_state(checkpoint)
+    drop_records_after(run_dir, state)
     save_config(config, run_dir / "config.yaml")

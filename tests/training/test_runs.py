@@ -142,6 +142,20 @@ def test_resume_after_a_kill_is_bit_exact(
     assert ordered[0] == ordered[1]
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_again(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    arguments = [*corpus.arguments(), "--training.steps", "2"]
+    arguments += ["--logging.weights_interval_steps", "1"]
+    succeed(tmp_path / "run", *arguments)
+    before = _without_time(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    succeed(tmp_path / "run", *arguments, "--run.resume", "true")
+    assert _without_time(tmp_path / "run") == before
+    weights = ds.dataset(tmp_path / "run" / "weights").to_table().to_pylist()
+    assert len(weights) == 2 * 8
+
+
 def _kill_after_checkpoint(run_dir: Path, arguments: list[str], processes: int) -> None:
     """Start a run and end it with SIGKILL once it has a checkpoint and has gone on from there."""
     launcher = (
