@@ -198,7 +198,9 @@ def _batches(config: Config, world_size: int) -> Iterator[str]:
             f"training.micro_batch_size {training.micro_batch_size} x {replicas} data-parallel "
             f"replicas = {rows}"
         )
-    if config.validation.batch_size is not None and config.validation.batch_size % rows:
+    if config.validation.batch_size is not None and config.validation.batch_size <= 0:
+        yield f"validation.batch_size: expected above 0, got {config.validation.batch_size}"
+    elif config.validation.batch_size is not None and config.validation.batch_size % rows:
         yield (
             f"validation.batch_size {config.validation.batch_size}: expected a multiple of "
             f"training.micro_batch_size x data-parallel replicas = {rows}"

@@ -104,7 +104,8 @@ class Loop:
     ) -> None:
         session, state = self.session, self.session.state
         whole_n = self._gather(weights_n)
-        if not math.isfinite(result.loss) or not bool(torch.isfinite(whole_n).all()):
+        finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+        if not finite or not bool(torch.isfinite(whole_n).all()):
             ids = session.data.ids_of_step(state.step - 1, session.global_batch_size)
             raise FloatingPointError(
                 f"step {state.step}: loss {result.loss}, grad norm {result.grad_norm}; "
@@ -130,6 +131,11 @@ class Loop:
         state, found = self.session.state, result.hypergradient
         weights_n = self._gather(result.update.weights_n)
         alignment_n = self._gather(found.alignment_n)
+        if not math.isfinite(found.val_loss) or not bool(torch.isfinite(alignment_n).all()):
+            raise FloatingPointError(
+                f"weighting update {state.updates}: validation loss {found.val_loss}, "
+                f"gradient norm {found.grad_norm}"
+            )
         self._write(
             stage,
             "weighting",
@@ -164,6 +170,8 @@ class Loop:
 
     def _evaluate(self, stage: Stage) -> None:
         losses = evaluate(self.session)
+        if not all(map(math.isfinite, losses.values())):
+            raise FloatingPointError(f"step {self.session.state.step}: held-out loss {losses}")
         mean = sum(losses.values()) / len(losses)
         self._write(stage, "evaluation", loss=mean, domain_loss=losses)
         step = self.session.state.step

@@ -13,7 +13,7 @@ from megatron_dwm.config.validate import Heads, validate_config
 from megatron_dwm.data import EvaluationSet, ValidationSet
 from megatron_dwm.data.checks import check_data
 from megatron_dwm.model import LlamaShape, resolve_shape
-from megatron_dwm.runtime import bring_up, world_size_from_environment
+from megatron_dwm.runtime import bring_up, rank_from_environment, world_size_from_environment
 from megatron_dwm.tokenizer import Tokenizer, build_tokenizer
 from megatron_dwm.training.checkpoint import (
     load_checkpoint,
@@ -42,12 +42,18 @@ _MAY_CHANGE = {
     "model.recompute",
 }
 _MAY_CHANGE_SECTIONS = ("parallel", "logging", "evaluation")
+# A sharded and a plain optimiser are saved under different names.
+_MAY_NOT_CHANGE = {"parallel.sharded_optimizer"}
 
 
 def run(config: Config) -> None:
     """Train as `config` says. Raises UserError before any process group exists where it can."""
     shape, tokenizer = check(config)
     checkpoint = _checkpoint_to_resume(config)
+    if checkpoint is not None and read_state(checkpoint).step >= config.training.steps:
+        if rank_from_environment() == 0:
+            print(f"{config.run.dir} is at step {read_state(checkpoint).step}: nothing to do")
+        return
     with bring_up(config.parallel, config.run.seed) as runtime:
         if runtime.is_main:
             _claim(config, checkpoint)
@@ -144,7 +150,7 @@ def _refuse_changes(old: Config, new: Config, saved: Path) -> None:
     before, now = _flat(old), _flat(new)
     for key, value in now.items():
         allowed = key in _MAY_CHANGE or key.split(".")[0] in _MAY_CHANGE_SECTIONS
-        if before[key] != value and not allowed:
+        if before[key] != value and (not allowed or key in _MAY_NOT_CHANGE):
             raise UserError(
                 f"{key}: the run in {saved.parent} has {before[key]!r}, now {value!r}; a resumed "
                 "run must keep it, or choose another run.dir"
