@@ -262,6 +262,24 @@ def test_a_run_is_never_written_over(corpus: Corpus, alone: Path, tmp_path: Path
     assert done.returncode == 2 and (foreign / "thesis.txt").read_text() == "mine"
 
 
+def test_a_finished_run_is_left_alone(corpus: Corpus, alone: Path) -> None:
+    before = {name: (alone / name).read_bytes() for name in ("config.yaml", "metrics.jsonl")}
+    held_out = ("--evaluation.path", str(CORPUS / "heldout.jsonl"))
+    again = [*corpus.arguments(), *DWM, *held_out, "--run.resume", "true"]
+    done = pretrain(alone, *again, "--training.steps", "7")
+    assert done.returncode == 0 and "at step 20: nothing to do" in done.stdout
+    sharded = pretrain(alone, *again, "--parallel.sharded_optimizer", "true")
+    assert sharded.returncode == 2 and "parallel.sharded_optimizer" in sharded.stderr
+    assert before == {name: (alone / name).read_bytes() for name in before}
+
+
+def test_numbers_that_go_wrong_stop_the_run(corpus: Corpus, tmp_path: Path) -> None:
+    wild = ("--training.learning_rate", "1e30", "--training.steps", "3")
+    done = pretrain(tmp_path / "run", *corpus.arguments(), *wild)
+    assert done.returncode == 1 and "FloatingPointError" in done.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_a_failing_rank_takes_the_job_down(corpus: Corpus, tmp_path: Path) -> None:
     """Rank 1 raises in the middle of training; the job ends with its traceback, without a hang."""
     program = tmp_path / "program.py"
