@@ -36,6 +36,11 @@ def _files() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
+def _all_files() -> list[Path]:
+    folders = ("tools", "examples", "tests")
+    return _files() + sorted(f for d in folders for f in (REPOSITORY / d).rglob("*.py"))
+
+
 def _imports(file: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -93,7 +98,7 @@ def test_report_never_imports_torch() -> None:
         assert not any(name.split(".")[0] == "torch" for name in _imports(file)), file
 
 
-@pytest.mark.parametrize("file", _files(), ids=lambda f: str(f.relative_to(PACKAGE)))
+@pytest.mark.parametrize("file", _all_files(), ids=lambda f: str(f.relative_to(REPOSITORY)))
 def test_sizes_and_signatures(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     assert len(text.splitlines()) < MAX_FILE_LINES

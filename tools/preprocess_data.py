@@ -23,6 +23,13 @@ def parse_arguments() -> argparse.Namespace:
         "metadata). An empty document keeps its row (0 tokens) and its boundary in the .idx, but "
         "has no sequence and no end of document.",
     )
+    _add_files(parser)
+    _add_behaviour(parser)
+    return parser.parse_args()
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    """What is read and written, and with which tokenizer."""
     add = parser.add_argument
     add(
         "--input",
@@ -54,6 +61,11 @@ def parse_arguments() -> argparse.Namespace:
         metavar="M",
         help="SentencePiece model file",
     )
+
+
+def _add_behaviour(parser: argparse.ArgumentParser) -> None:
+    """How records become documents."""
+    add = parser.add_argument
     add(
         "--json-keys",
         nargs="+",
@@ -84,7 +96,6 @@ def parse_arguments() -> argparse.Namespace:
         help="broken JSON, missing or non-string text, invalid UTF-8: stop, or leave the record "
         "out and list it in P.rejects.jsonl",
     )
-    return parser.parse_args()
 
 
 def report(summary: PreprocessSummary, prefix: str) -> None:
