@@ -134,7 +134,7 @@ class TrainingConfig:
     learning_rate: float = 3e-3
     """peak learning rate"""
     min_learning_rate_fraction: float = 0.1
-    """the cosine ends at this fraction of the peak"""
+    """the cosine ends at this fraction of the peak; 1 keeps the rate constant"""
     warmup_fraction: float = 0.05
     """fraction of the steps over which the learning rate rises linearly"""
     weight_decay: float = 0.1
@@ -176,7 +176,8 @@ class WeightingConfig:
     warmup_steps: int = 50
     """LLM steps with uniform weights before the first update (online)"""
     load: str | None = None
-    """directory of a weighting model (weighting/stage_K of a run) to start from"""
+    """directory of a weighting model (weighting/stage_K of a run) to start from; its sizes replace
+    the four below"""
     frozen: bool = False
     """apply the loaded weighting model without updating it"""
     hidden_size: int = 32
@@ -204,7 +205,7 @@ class WeightingConfig:
     """warn once when the effective sample size of a batch's weights, as a fraction of the batch,
     falls below this"""
     uniform_floor: float = 0.0
-    """part of every weight that stays uniform, 0 to 1"""
+    """part of every weight that stays uniform, 0 to below 1"""
 
 
 @dataclass(frozen=True, kw_only=True)

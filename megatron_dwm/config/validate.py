@@ -128,12 +128,16 @@ def _fractions(config: Config) -> Iterator[str]:
     values = {
         "training.adam_beta1": config.training.adam_beta1,
         "training.adam_beta2": config.training.adam_beta2,
-        "training.min_learning_rate_fraction": config.training.min_learning_rate_fraction,
         "training.warmup_fraction": config.training.warmup_fraction,
         "weighting.uniform_floor": config.weighting.uniform_floor,
         "weighting.warn_effective_sample_size": config.weighting.warn_effective_sample_size,
         "weighting.min_effective_sample_size": config.weighting.min_effective_sample_size,
     }
+    if not 0.0 <= config.training.min_learning_rate_fraction <= 1.0:
+        yield (
+            "training.min_learning_rate_fraction: expected 0 to 1, "
+            f"got {config.training.min_learning_rate_fraction}"
+        )
     for key, value in values.items():
         if not 0.0 <= value < 1.0:
             yield f"{key}: expected a fraction from 0 to below 1, got {value}"

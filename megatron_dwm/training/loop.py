@@ -60,6 +60,7 @@ class Loop:
     def run(self) -> None:
         """Train from where the state stands to the last step (collective)."""
         state = self.session.state
+        self._warn_if_nothing_is_learned()
         for stage in self.session.stages:
             if stage.end_step <= state.step:
                 continue
@@ -69,6 +70,15 @@ class Loop:
             if isinstance(self.session.policy, DwmPolicy) and self._is_last_of_its_number(stage):
                 self._save_weighting(stage)
         self._close()
+
+    def _warn_if_nothing_is_learned(self) -> None:
+        config = self.session.config
+        learns = config.policy.name == "dwm" and not config.weighting.frozen
+        if learns and not any(stage.num_updates for stage in self.session.stages):
+            self._progress.warn(
+                f"policy dwm makes no weighting update in {config.training.steps} steps: lower "
+                "weighting.warmup_steps or train longer"
+            )
 
     def _update_weighting(self, stage: Stage) -> None:
         session, state = self.session, self.session.state
