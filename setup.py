@@ -21,12 +21,12 @@ CORE = [
     "tqdm>=4.66,<5",
     "tensorboard>=2.16,<3",
     "datasets>=3,<6",
+    "safetensors>=0.5,<1",  # model.init_from reads Hugging Face models with it
 ]
 EVAL = [
     "transformers>=5,<6",  # 5.x reads the tokenizer class that exports name
     "lm-eval[hf]>=0.4.13,<0.5",  # TaskManager.load
     "protobuf>=5",  # transformers needs it beside sentencepiece
-    "safetensors>=0.5,<1",
     "tokenizers>=0.21,<1",
 ]
 REPORT = ["matplotlib>=3.8,<4"]

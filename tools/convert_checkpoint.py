@@ -1,18 +1,31 @@
-"""Convert checkpoints: python tools/convert_checkpoint.py to-hf RUN_OR_CHECKPOINT --output DIR."""
+"""Convert models between checkpoints of ours and Hugging Face directories, either way.
+
+python tools/convert_checkpoint.py to-hf RUN_OR_CHECKPOINT --output DIR
+python tools/convert_checkpoint.py from-hf DIR --output CHECKPOINT
+"""
 
 from __future__ import annotations
 
 import argparse
 import warnings
+from pathlib import Path
 
 from megatron_dwm.config.command_line import run_command
 
 _TO_HF = """
-Write a checkpoint as a Hugging Face directory (safetensors, config, tokenizer). The directory gets
-its name only when the exported tokenizer gives training's ids and the exported model's logits are
-within 1e-4 of the largest logit of Megatron-Core's own model. Works for any parallel layout.
-Text is encoded as in training: no beginning of sequence, and "</s>" in a text is plain text.
+Write a checkpoint as a Hugging Face directory (safetensors, config, tokenizer, model card). The
+directory gets its name only when the exported tokenizer gives training's ids and the exported
+model's logits are within 1e-4 of the largest logit of Megatron-Core's own model. Works for any
+parallel layout, one tensor at a time. Text is encoded as in training: no beginning of sequence,
+and "</s>" in a text is plain text.
 """
+_FROM_HF = """
+Write a Llama of Hugging Face's (LlamaForCausalLM: Llama 2, Llama 3, SmolLM2, TinyLlama, ...) as a
+checkpoint, which model.init_from starts from under any parallel layout. (model.init_from takes the
+Hugging Face directory itself too.) The checkpoint gets its name only when Megatron-Core's logits
+are within 1e-4 of the largest logit of transformers'.
+"""
+_SKIP = "do not compare logits; the model card says so (default: compare)"
 
 
 def main() -> None:
@@ -20,6 +33,10 @@ def main() -> None:
     arguments = _parser().parse_args()
     # Megatron-Core warns on import that optional GPU packages are missing.
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    arguments.convert(arguments)
+
+
+def _to_hf(arguments: argparse.Namespace) -> None:
     # Imported here, so that --help answers at once.
     import torch
 
@@ -27,35 +44,71 @@ def main() -> None:
 
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     export = export_to_huggingface(
-        arguments.checkpoint, arguments.output, tokenizer_model=arguments.tokenizer, dtype=dtype
+        arguments.checkpoint,
+        arguments.output,
+        tokenizer_model=arguments.tokenizer,
+        dtype=dtype,
+        skip_check=arguments.skip_check,
     )
     print(
         f"{export.directory}: {str(export.dtype).removeprefix('torch.')} from {export.source}; "
-        f"ids equal on {export.texts_compared} texts, logits within "
-        f"{export.logits_deviation:.1e} of the largest"
+        f"{_ids(export.texts_compared)}, {_logits(export.logits_deviation)}"
     )
+
+
+def _from_hf(arguments: argparse.Namespace) -> None:
+    from megatron_dwm.convert.from_hf import import_from_huggingface
+
+    found = import_from_huggingface(
+        arguments.directory, arguments.output, skip_check=arguments.skip_check
+    )
+    print(
+        f"{found.directory}: {str(found.dtype).removeprefix('torch.')} from {found.source}; "
+        f"{_logits(found.logits_deviation)}"
+    )
+
+
+def _ids(texts_compared: int) -> str:
+    return f"ids equal on {texts_compared} texts" if texts_compared else "tokenizer as it came"
+
+
+def _logits(deviation: float | None) -> str:
+    if deviation is None:
+        return "logits NOT compared (--skip-check)"
+    return f"logits within {deviation:.1e} of the largest"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="{to-hf,from-hf}")
     to_hf = commands.add_parser("to-hf", description=_TO_HF, help="ours to Hugging Face")
+    to_hf.set_defaults(convert=_to_hf)
     to_hf.add_argument(
         "checkpoint",
+        type=Path,
         metavar="RUN_OR_CHECKPOINT",
         help="run directory (its newest checkpoint is taken) or RUN/checkpoints/step_N",
     )
-    to_hf.add_argument("--output", required=True, help="directory to create; must not exist")
     to_hf.add_argument(
         "--tokenizer",
         metavar="M.model",
-        help="SentencePiece model of the run (default: data.tokenizer of its configuration)",
+        help="tokenizer model of the run (default: data.tokenizer of its configuration)",
     )
     to_hf.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         help="type the parameters are kept in (default: the checkpoint's)",
     )
+    from_hf = commands.add_parser("from-hf", description=_FROM_HF, help="Hugging Face to ours")
+    from_hf.set_defaults(convert=_from_hf)
+    from_hf.add_argument("directory", type=Path, metavar="DIR", help="Hugging Face directory")
+    for command in (to_hf, from_hf):
+        command.add_argument(
+            "--output", type=Path, required=True, help="directory to create; must not exist"
+        )
+        command.add_argument("--skip-check", action="store_true", help=_SKIP)
     return parser
 
 

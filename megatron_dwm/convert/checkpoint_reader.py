@@ -1,15 +1,18 @@
 """A saved LLM read tensor by tensor, without building it.
 
-Megatron-Core's `torch_dist` format keeps every tensor whole, whatever the parallel layout that
-saved it: layers stacked along a leading axis, and the gate and up halves of SwiGLU one after the
-other. torch's own reader of that format therefore reads any layout. A read costs the memory of the
-one stacked tensor.
+Megatron-Core's `torch_dist` format names every tensor as a whole, whatever the parallel layout
+that saved it: layers stacked along a leading axis, and the gate and up halves of SwiGLU one after
+the other. torch's own reader of that format therefore reads any layout. A read costs the memory of
+one layer's tensor, and once more that of its largest saved part.
+
+The index of the tensors is a pickle. It is read here with a list of the classes that it may name,
+before anything else of this package or of Megatron-Core reads it: a checkpoint cannot run code.
 """
 
 from __future__ import annotations
 
 import json
-import warnings
+import pickle
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -18,53 +21,119 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from torch.distributed import checkpoint as torch_checkpoint
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_dwm.config import UserError
 from megatron_dwm.model import LlamaShape
 
 MODEL_PREFIX = "model."
+HUGGINGFACE_FILES = "huggingface"
+"""Folder of a converted checkpoint with the files of the model it was converted from."""
+
+_CHECKPOINT = "torch.distributed.checkpoint"
+_MAY_NAME = {
+    "torch": {"Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8"},
+    "torch.serialization": {"_get_layout"},
+    f"{_CHECKPOINT}.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    f"{_CHECKPOINT}.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    f"{_CHECKPOINT}.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    "collections": {"OrderedDict"},
+}
+"""What the index of a checkpoint may name, by module."""
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Only the classes of an index."""
+        if name not in _MAY_NAME.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint does")
+        return super().find_class(module, name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedLLM:
     """A checkpoint directory found complete.
 
-    sequence_length: tokens in a training sample.
-    tokenizer_path: the SentencePiece model that the run's configuration names, if any.
+    config: its config.yaml, the configuration of the run that saved it.
     """
 
     directory: Path
     shape: LlamaShape
-    sequence_length: int
-    tokenizer_path: str | None
+    config: dict[str, Any]
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens in a training sample."""
+        return self.config["data"]["sequence_length"]
+
+    @property
+    def tokenizer_path(self) -> str | None:
+        """The tokenizer that the run's configuration names, if any."""
+        return self.config["data"].get("tokenizer")
 
     @property
     def tensors_directory(self) -> Path:
         """The `torch_dist` directory inside."""
         return self.directory / "llm"
 
+    @property
+    def huggingface_directory(self) -> Path | None:
+        """Tokenizer and other files of the model that `from-hf` converted; None if trained here."""
+        directory = self.directory / HUGGINGFACE_FILES
+        return directory if directory.is_dir() else None
+
     @cached_property
     def _metadata(self) -> Metadata:
-        return torch_checkpoint.FileSystemReader(self.tensors_directory).read_metadata()
+        with (self.tensors_directory / ".metadata").open("rb") as stream:
+            metadata = _IndexUnpickler(stream).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError("it is no index of tensors")
+        return metadata
 
     @property
     def dtype(self) -> torch.dtype:
         """What the model's parameters were saved as."""
         return self._entry("embedding.word_embeddings.weight").properties.dtype
 
-    def read(self, name: str) -> Tensor:
-        """The tensor `name` (without the model's prefix) as saved, on the CPU."""
+    def read(self, name: str, *, rows: int | None = None) -> Tensor:
+        """A parameter that is not of a layer, or its first `rows`, as saved, on the CPU."""
+        size = list(self._entry(name).size)
+        return self.read_box(name, [0] * len(size), [rows or size[0], *size[1:]])
+
+    def read_layer(self, name: str, layer: int) -> Tensor:
+        """The parameter `decoder.layers.{name}` of layer number `layer` (from 0)."""
+        name = f"decoder.layers.{name}"
+        size = self._entry(name).size
+        box = self.read_box(name, [layer, *[0] * (len(size) - 1)], [1, *size[1:]])
+        return box[0]
+
+    def read_box(self, name: str, offsets: list[int], sizes: list[int]) -> Tensor:
+        """Only what was saved of the part of tensor `name` that begins at `offsets`."""
         entry = self._entry(name)
-        key = MODEL_PREFIX + name
-        state = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
-        reader = torch_checkpoint.FileSystemReader(self.tensors_directory)
-        with warnings.catch_warnings():
-            # One process is what is meant here.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            torch_checkpoint.load(state, storage_reader=reader, no_dist=True)
-        return state[key]
+        target = torch.empty(sizes, dtype=entry.properties.dtype)
+        box = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        items = create_read_items_for_chunk_list(MODEL_PREFIX + name, entry, [box])
+        assert sum(item.lengths.numel() for item in items) == target.numel(), name
+        reader = FileSystemReader(self.tensors_directory)
+        reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        reader.read_data(LoadPlan(items), _Into(target)).wait()
+        return target
 
     def _entry(self, name: str) -> TensorStorageMetadata:
         entry = self._metadata.state_dict_metadata.get(MODEL_PREFIX + name)
@@ -76,6 +145,22 @@ class SavedLLM:
         return entry
 
 
+class _Into(DefaultLoadPlanner):
+    """Puts what torch's reader reads into its place in one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """The part of the target that the item fills."""
+        where = zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        return self._target[tuple(slice(start, start + size) for start, size in where)]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Nothing is left to do: the part shares the target's memory."""
+
+
 def open_checkpoint(path: str | Path) -> SavedLLM:
     """The LLM saved at `path`: a checkpoint, or a run directory (its newest checkpoint).
 
@@ -83,16 +168,11 @@ def open_checkpoint(path: str | Path) -> SavedLLM:
     """
     directory = _checkpoint_directory(Path(path))
     shape = _read_shape(directory / "shape.json")
-    configuration = _read_mapping(directory / "config.yaml")
-    data = configuration.get("data") or {}
-    if not isinstance(data.get("sequence_length"), int):
+    config = _read_mapping(directory / "config.yaml")
+    data = config.get("data")
+    if not isinstance(data, dict) or not isinstance(data.get("sequence_length"), int):
         raise UserError(f"{directory / 'config.yaml'}: no data.sequence_length")
-    saved = SavedLLM(
-        directory=directory,
-        shape=shape,
-        sequence_length=data["sequence_length"],
-        tokenizer_path=data.get("tokenizer"),
-    )
+    saved = SavedLLM(directory=directory, shape=shape, config=config)
     _require_complete(saved)
     return saved
 
@@ -116,9 +196,11 @@ def _checkpoint_directory(path: Path) -> Path:
 
 def _read_shape(path: Path) -> LlamaShape:
     values = _read_mapping(path)
-    known = {field.name for field in fields(LlamaShape)}
+    unknown = set(values) - {field.name for field in fields(LlamaShape)}
+    if unknown:
+        raise UserError(f"{path}: {min(unknown)} is not known; a newer version wrote it")
     try:
-        return LlamaShape(**{name: value for name, value in values.items() if name in known})
+        return LlamaShape(**values)
     except TypeError as error:
         raise UserError(f"{path}: does not describe a model: {error}") from None
 

@@ -1,31 +1,30 @@
-"""What an export has to pass before it gets its name: equal ids and equal logits.
+"""What a conversion has to pass before it gets its name: equal ids and equal logits.
 
 The wrong exports that people meet (query rows of the wrong head, gate and up exchanged, padding
 kept, another norm epsilon, a tokenizer that drops a space) all load and run. They are caught only
 by running both models and both tokenizers.
 
-Cost: one forward pass of a few hundred tokens in float32 by transformers and one by Megatron-Core,
-one after the other, each with the whole model in memory (Megatron's with its gradient buffers
-besides: 8 bytes a parameter); and two encodings of the vocabulary.
+Cost: one forward pass of at most `GATE_TOKENS` tokens in float32 by transformers and one by
+Megatron-Core, one after the other, each with one layer in memory; and two encodings of the
+vocabulary.
 """
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_dwm.config import ModelConfig, ParallelConfig, UserError
-from megatron_dwm.convert.checkpoint_reader import MODEL_PREFIX, SavedLLM
+from megatron_dwm.config import UserError
+from megatron_dwm.convert.checkpoint_reader import SavedLLM
 from megatron_dwm.convert.huggingface import encode_with_huggingface, huggingface_logits
-from megatron_dwm.model import build_llm
-from megatron_dwm.runtime import bring_up
+from megatron_dwm.convert.megatron_logits import megatron_logits
+from megatron_dwm.model.huggingface_files import HuggingFaceModel
 from megatron_dwm.tokenizer import Tokenizer
 
+GATE_TOKENS = 256
 LOGITS_TOLERANCE = 1e-4
 """Largest deviation, as a fraction of the largest logit; float32 rounding gives some 1e-6."""
 
@@ -92,76 +91,39 @@ def _texts_of_pieces(tokenizer: Tokenizer) -> list[str]:
 
 
 def require_equal_logits(
-    saved: SavedLLM, tokenizer: Tokenizer, directory: Path, dtype: torch.dtype
+    saved: SavedLLM, source: HuggingFaceModel, tokens_BS: Tensor, dtype: torch.dtype
 ) -> float:
-    """Compare the exported model's logits with Megatron's; the deviation found.
+    """Compare a checkpoint's logits by Megatron-Core with a Hugging Face model's; the deviation.
 
-    `dtype` is what the export keeps parameters in: Megatron's are rounded to it, and both models
-    then compute in float32. The deviation is a fraction of the largest logit. Raises `GateError`
-    above `LOGITS_TOLERANCE`.
+    `dtype` is what the converted model keeps its parameters in: Megatron's are rounded to it, and
+    both models then compute in float32. The deviation is a fraction of the largest logit. Raises
+    `GateError` above `LOGITS_TOLERANCE`.
     """
-    tokens_BS = gate_tokens(tokenizer, saved.sequence_length)
-    found_BSV = huggingface_logits(directory, tokens_BS)
+    found_BSV = huggingface_logits(source, tokens_BS)
     expected_BSV = megatron_logits(saved, tokens_BS, dtype)
     deviation = relative_deviation(found_BSV, expected_BSV)
     # Written so that a NaN fails.
     if not deviation <= LOGITS_TOLERANCE:
         raise GateError(
-            f"the exported model's logits differ from the checkpoint's by {deviation:.1e} of the "
-            f"largest logit (at most {LOGITS_TOLERANCE:.0e} expected); nothing was written"
+            f"the logits of the two models differ by {deviation:.1e} of the largest logit (at most "
+            f"{LOGITS_TOLERANCE:.0e} expected); nothing was written"
         )
     return deviation
 
 
-def gate_tokens(tokenizer: Tokenizer, sequence_length: int) -> Tensor:
-    """[1, S]: real text and awkward texts as training would pack them, S at most 512."""
-    texts = (REAL_TEXT, *AWKWARD_TEXTS)
-    packed = [i for text in texts for i in (*tokenizer.encode(text), tokenizer.eod_id)]
-    return torch.tensor([packed[: min(sequence_length, 512)]])
+def gate_tokens(
+    encode: Callable[[str], list[int]], separator: int | None, context_tokens: int
+) -> Tensor:
+    """[1, S]: real text and awkward texts as training would pack them, S at most GATE_TOKENS.
+
+    separator: token after every text, the end of a document; None for none.
+    """
+    end = [] if separator is None else [separator]
+    packed = [token for text in (REAL_TEXT, *AWKWARD_TEXTS) for token in (*encode(text), *end)]
+    return torch.tensor([packed[: min(context_tokens, GATE_TOKENS)]])
 
 
 def relative_deviation(found: Tensor, expected: Tensor) -> float:
     """Largest difference as a fraction of the largest expected value."""
     assert found.shape == expected.shape, (found.shape, expected.shape)
     return ((found - expected).abs().max() / expected.abs().max()).item()
-
-
-def megatron_logits(saved: SavedLLM, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 logits [B, S, V], padding cut off, of the checkpoint in Megatron's own model.
-
-    Runs in this one process: brings up Megatron's groups and takes them down again. Loads with
-    Megatron's own loader, so that it shares nothing with the export.
-    """
-    parallel = ParallelConfig()
-    with bring_up(parallel, seed=0) as runtime:
-        llm = build_llm(
-            saved.shape,
-            ModelConfig(precision="fp32"),
-            parallel,
-            runtime,
-            sequence_length=saved.sequence_length,
-            seed=0,
-        )
-        (module,) = llm.modules
-        _load(module, saved)
-        logits_BSV = _rounded_forward(module, tokens_BS.to(runtime.device), dtype)
-    return logits_BSV[..., : saved.shape.vocab_size].float().cpu()
-
-
-def _load(module: GPTModel, saved: SavedLLM) -> None:
-    wanted = module.sharded_state_dict(prefix=MODEL_PREFIX)
-    with warnings.catch_warnings():
-        # Megatron-Core 0.16.1 reads through torch's older sharded tensors.
-        warnings.filterwarnings("ignore", message="Please use DTensor", category=FutureWarning)
-        loaded = dist_checkpointing.load(wanted, str(saved.tensors_directory))
-    # What was saved unsharded, the optimiser's step say, comes along unasked.
-    names = [name for name in loaded if name.startswith(MODEL_PREFIX)]
-    module.load_state_dict({name.removeprefix(MODEL_PREFIX): loaded[name] for name in names})
-
-
-@torch.no_grad()
-def _rounded_forward(module: GPTModel, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    for parameter in module.parameters():
-        parameter.copy_(parameter.to(dtype))
-    positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-    return module.eval()(tokens_BS, positions_BS, None)

@@ -1,28 +1,32 @@
-"""What we ask of transformers: write a Llama model, run it, load its tokenizer.
+"""What we ask of transformers: a Llama's configuration, its logits, its tokenizer, samples.
 
-The only file of the package that imports transformers.
+The only file of the package that imports transformers. Nothing is fetched, and no code of a
+directory runs.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from megatron_dwm.config import UserError
 from megatron_dwm.model import LlamaShape
+from megatron_dwm.model.huggingface_files import HuggingFaceModel
 
 try:
     from transformers import (
+        AutoConfig,
         AutoModelForCausalLM,
         AutoTokenizer,
         GenerationConfig,
         LlamaConfig,
-        LlamaForCausalLM,
     )
     from transformers.utils.logging import disable_progress_bar
 except ImportError as error:
@@ -30,13 +34,27 @@ except ImportError as error:
         f"converting needs the extra `eval` ({error}): pip install -e '.[eval]'"
     ) from error
 
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-def llama_config(shape: LlamaShape, *, sequence_length: int, eod_id: int) -> LlamaConfig:
-    """transformers' configuration of a model of this shape.
 
-    The end-of-document token is also the beginning of sequence (see tokenizer_files.py).
+def write_config(
+    shape: LlamaShape,
+    *,
+    context_tokens: int,
+    special_tokens: dict[str, Any],
+    dtype: torch.dtype,
+    directory: Path,
+) -> None:
+    """Write config.json and generation_config.json of a model of this shape.
+
+    special_tokens: ids by the names of `SPECIAL_TOKENS`.
     """
-    return LlamaConfig(
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": shape.rotary_base}
+    if shape.rope_scaling_factor is not None:
+        rope |= {"rope_type": "llama3", "factor": shape.rope_scaling_factor}
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        rope |= {"original_max_position_embeddings": 8192}
+    config = LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.ffn_hidden_size,
@@ -44,72 +62,126 @@ def llama_config(shape: LlamaShape, *, sequence_length: int, eod_id: int) -> Lla
         num_attention_heads=shape.num_attention_heads,
         num_key_value_heads=shape.num_query_groups,
         head_dim=shape.head_size,
-        max_position_embeddings=sequence_length,
+        max_position_embeddings=context_tokens,
         rms_norm_eps=shape.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rotary_base},
+        rope_parameters=rope,
         tie_word_embeddings=shape.tied_embeddings,
         initializer_range=shape.init_std,
-        bos_token_id=eod_id,
-        eos_token_id=eod_id,
         attention_bias=False,
         mlp_bias=False,
+        architectures=["LlamaForCausalLM"],
+        **{"bos_token_id": None, "eos_token_id": None, **special_tokens},
     )
-
-
-def write_model(
-    config: LlamaConfig,
-    tensors: Iterable[tuple[str, Tensor]],
-    dtype: torch.dtype,
-    directory: Path,
-    *,
-    max_shard_size: str = "5GB",
-) -> None:
-    """Write config.json, generation_config.json and model*.safetensors into `directory`.
-
-    `tensors` are all of `LlamaForCausalLM`'s parameters; a missing, unknown or wrongly shaped one
-    raises `RuntimeError`. Holds the whole model once, in `dtype`.
-    """
     config.dtype = dtype
-    _hide_bars_without_terminal()
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(dtype)
-    model.load_state_dict(
-        {name: tensor.to(dtype) for name, tensor in tensors}, strict=True, assign=True
-    )
-    model.tie_weights()
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id
-    )
-    model.save_pretrained(directory, max_shard_size=max_shard_size)
-    _spell_for_older_readers(directory / "config.json", config, dtype)
-    for path in directory.glob("*.safetensors"):  # written readable by their owner alone
-        path.chmod((directory / "config.json").stat().st_mode)
+    config.save_pretrained(directory)
+    GenerationConfig(**special_tokens).save_pretrained(directory)
+    _spell_for_older_readers(directory / "config.json", rope, dtype)
 
 
-def _hide_bars_without_terminal() -> None:
-    if not sys.stderr.isatty():
-        disable_progress_bar()
-
-
-def _spell_for_older_readers(path: Path, config: LlamaConfig, dtype: torch.dtype) -> None:
-    """transformers before version 5 knows these two by other names, and has defaults for them."""
+def _spell_for_older_readers(path: Path, rope: dict[str, Any], dtype: torch.dtype) -> None:
+    """transformers before version 5 knows these by other names, and has defaults for them."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    content["rope_theta"] = config.rope_parameters["rope_theta"]
+    content["rope_theta"] = rope["rope_theta"]
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    content["rope_scaling"] = scaling if rope["rope_type"] != "default" else None
     content["torch_dtype"] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
-def huggingface_logits(directory: Path, tokens_BS: Tensor) -> Tensor:
-    """float32 logits [B, S, V] of the model in `directory`, computed on the CPU in float32."""
-    _hide_bars_without_terminal()
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, local_files_only=True
-    )
-    return model.eval()(input_ids=tokens_BS, use_cache=False).logits
+def huggingface_logits(source: HuggingFaceModel, tokens_BS: Tensor) -> Tensor:
+    """float32 logits [B, S, V] by transformers' own model, computed on the CPU in float32.
+
+    The model is built without memory; every layer's parameters are read when its turn comes and
+    dropped afterwards.
+    """
+    config = AutoConfig.from_pretrained(source.directory, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # Its frequencies are no parameters and are not in the files.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    for prefix, part in _parts(model):
+        part.register_forward_pre_hook(_loader(source, prefix))
+        part.register_forward_hook(_drop)
+    return model(input_ids=tokens_BS, use_cache=False).logits
+
+
+def _parts(model: Module) -> Iterator[tuple[str, Module]]:
+    """What is in memory at one time: a layer, or a parameter outside the layers."""
+    yield "model.embed_tokens.", model.model.embed_tokens
+    for number, layer in enumerate(model.model.layers):
+        yield f"model.layers.{number}.", layer
+    yield "model.norm.", model.model.norm
+    tied = model.config.tie_word_embeddings
+    yield ("model.embed_tokens." if tied else "lm_head."), model.lm_head
+
+
+def _loader(source: HuggingFaceModel, prefix: str) -> Callable[[Module, Any], None]:
+    def load(part: Module, _: Any) -> None:
+        tensors = {name: source.read(prefix + name).float() for name, _ in part.named_parameters()}
+        part.load_state_dict(tensors, strict=True, assign=True)
+
+    return load
+
+
+def _drop(part: Module, *_: Any) -> None:
+    part.to("meta")
 
 
 def encode_with_huggingface(directory: Path, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text by the tokenizer in `directory`, loaded as any user would."""
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    """Ids of each text by the tokenizer in `directory`, loaded as any user would.
+
+    Raises `UserError` if there is no tokenizer that transformers can read.
+    """
+    tokenizer = _load_tokenizer(directory)
     return tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # whatever transformers makes of a missing or broken file
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"{directory}: its tokenizer cannot be read: {reason}") from error
+
+
+def hide_bars_without_terminal() -> None:
+    """No progress bars of transformers in log files."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+
+
+@torch.no_grad()
+def generate_text(
+    directory: Path,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> list[str]:
+    """Each prompt with its continuation; temperature 0 takes the likeliest token every time.
+
+    Prompts are given to the model as its tokenizer encodes them; an empty prompt is the beginning
+    of a document. Samples do not depend on the other prompts.
+    """
+    hide_bars_without_terminal()
+    tokenizer = _load_tokenizer(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
+    choice = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    options = choice if temperature > 0 else {"do_sample": False}
+    texts = []
+    for prompt in prompts:
+        torch.manual_seed(seed)
+        start = tokenizer(prompt)["input_ids"] or [tokenizer.bos_token_id]
+        ids = torch.tensor([start], device=model.device)
+        found = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id,
+            **options,
+        )
+        texts.append(tokenizer.decode(found[0], skip_special_tokens=True))
+    return texts

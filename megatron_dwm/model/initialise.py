@@ -57,7 +57,7 @@ def initialise_parameters(
             source = name.replace("output_layer.weight", "embedding.word_embeddings.weight")
             tied = name != source and getattr(parameter, "shared_embedding", False)
             whole = _draw(parameter, source if tied else name, seed, std, tensor_size)
-            parameter.copy_(_slice_of_rank(whole, parameter, tensor_rank, tensor_size))
+            parameter.copy_(slice_of_rank(whole, parameter, tensor_rank, tensor_size))
 
 
 def _draw(parameter: Parameter, name: str, seed: int, std: float, tensor_size: int) -> Tensor:
@@ -69,7 +69,7 @@ def _draw(parameter: Parameter, name: str, seed: int, std: float, tensor_size: i
     return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
 
 
-def _slice_of_rank(whole: Tensor, parameter: Parameter, rank: int, size: int) -> Tensor:
+def slice_of_rank(whole: Tensor, parameter: Parameter, rank: int, size: int) -> Tensor:
     """This rank's part; a stride of 2 (gate and up of SwiGLU) is split per half, as Megatron's."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return whole

@@ -72,6 +72,7 @@ def transformer_config(
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_size,
         ffn_hidden_size=shape.ffn_hidden_size,
         layernorm_epsilon=shape.norm_epsilon,
         init_method_std=shape.init_std,
@@ -139,17 +140,14 @@ def _build_chunk(
     place = number * runtime.pipeline_size + runtime.pipeline_rank
     num_chunks = parallel.virtual_stages * runtime.pipeline_size
     num_layers = shape.num_layers // num_chunks
-    module = GPTModel(
+    module = build_module(
+        shape,
         config,
-        llama_block_spec(num_layers),
-        vocab_size=shape.padded_vocab_size,
-        max_sequence_length=sequence_length,
-        pre_process=place == 0,
-        post_process=place == num_chunks - 1,
-        share_embeddings_and_output_weights=shape.tied_embeddings,
-        position_embedding_type="rope",
-        rotary_base=shape.rotary_base,
-        vp_stage=number if parallel.virtual_stages > 1 else None,
+        num_layers,
+        sequence_length=sequence_length,
+        is_first=place == 0,
+        is_last=place == num_chunks - 1,
+        virtual_stage=number if parallel.virtual_stages > 1 else None,
     ).to(runtime.device)
     initialise_parameters(
         module,
@@ -161,6 +159,37 @@ def _build_chunk(
         tensor_size=runtime.tensor_size,
     )
     return module
+
+
+def build_module(
+    shape: LlamaShape,
+    config: TransformerConfig,
+    num_layers: int,
+    *,
+    sequence_length: int,
+    is_first: bool,
+    is_last: bool,
+    virtual_stage: int | None = None,
+) -> GPTModel:
+    """Megatron-Core's model with `num_layers` layers, its parameters as Megatron leaves them.
+
+    is_first, is_last: with the input embedding; with the final norm and the output layer.
+    """
+    return GPTModel(
+        config,
+        llama_block_spec(num_layers),
+        vocab_size=shape.padded_vocab_size,
+        max_sequence_length=sequence_length,
+        pre_process=is_first,
+        post_process=is_last,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rotary_base,
+        # Its other constants are Llama 3's: see LlamaShape.rope_scaling_factor.
+        rope_scaling=shape.rope_scaling_factor is not None,
+        rope_scaling_factor=shape.rope_scaling_factor or 1.0,
+        vp_stage=virtual_stage,
+    )
 
 
 def _wrap(

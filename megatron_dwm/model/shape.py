@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
-from megatron_dwm.config import ModelConfig
+from megatron_dwm.config import ModelConfig, UserError
 
 # Megatron-LM's --make-vocab-size-divisible-by. Independent of the tensor-parallel size, so that a
 # model is the same under every layout.
@@ -13,7 +13,12 @@ VOCAB_MULTIPLE = 128
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaShape:
-    """A Llama architecture. `vocab_size` counts the tokenizer's pieces, without padding."""
+    """A Llama architecture. `vocab_size` counts the tokenizer's pieces, without padding.
+
+    head_dim: width of one attention head; None takes hidden_size / num_attention_heads.
+    rope_scaling_factor: Llama 3.1's stretching of the slow rotary frequencies (8 in Llama 3.1, 32
+    in Llama 3.2; low_freq_factor 1, high_freq_factor 4, original context 8192); None for none.
+    """
 
     hidden_size: int
     num_layers: int
@@ -25,11 +30,13 @@ class LlamaShape:
     rotary_base: float = 10000.0
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
+    head_dim: int | None = None
+    rope_scaling_factor: float | None = None
 
     @property
     def head_size(self) -> int:
         """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def padded_vocab_size(self) -> int:
@@ -39,8 +46,8 @@ class LlamaShape:
     def num_parameters(self) -> int:
         """Trainable parameters, padding left out."""
         width, heads = self.hidden_size, self.num_attention_heads
-        qkv_width = (heads + 2 * self.num_query_groups) * self.head_size
-        attention = width * qkv_width + width * width
+        # Queries and the projection back are as wide as all heads, keys and values as all groups.
+        attention = 2 * width * (heads + self.num_query_groups) * self.head_size
         layer = attention + 3 * width * self.ffn_hidden_size + 2 * width
         embeddings = self.vocab_size * width * (1 if self.tied_embeddings else 2)
         return self.num_layers * layer + embeddings + width
@@ -77,20 +84,56 @@ PRESETS: dict[str, LlamaShape] = {
 }
 
 
-def resolve_shape(config: ModelConfig, tokenizer_vocab_size: int | None = None) -> LlamaShape:
+def resolve_shape(
+    config: ModelConfig,
+    tokenizer_vocab_size: int | None = None,
+    *,
+    init_from: LlamaShape | None = None,
+) -> LlamaShape:
     """The preset with every field that the configuration sets put over it.
 
     The vocabulary is the configuration's, else the tokenizer's, else the preset's. A configuration
     that changes the heads but not the query groups asks for plain attention.
+
+    init_from: shape of the model that `model.init_from` names. It is then the run's, and what the
+    configuration asks for (a preset other than the default, every field set) has to agree with it.
+    Raises `UserError` naming the values that differ.
     """
-    names = {field.name for field in fields(LlamaShape)}
-    given = {
-        name: value
-        for name in names
-        if (value := getattr(config, name)) is not None and name != "vocab_size"
-    }
+    given = _given(config)
+    if init_from is not None:
+        _require_agreement(config, given, init_from)
+        return init_from
     if "num_attention_heads" in given and "num_query_groups" not in given:
         given["num_query_groups"] = given["num_attention_heads"]
     preset = PRESETS[config.preset]
-    vocab_size = config.vocab_size or tokenizer_vocab_size or preset.vocab_size
+    vocab_size = given.pop("vocab_size", None) or tokenizer_vocab_size or preset.vocab_size
     return replace(preset, vocab_size=vocab_size, **given)
+
+
+def _given(config: ModelConfig) -> dict[str, int | float | bool]:
+    """The fields of a shape that the configuration sets."""
+    names = {field.name for field in fields(LlamaShape)} & {field.name for field in fields(config)}
+    return {name: value for name in names if (value := getattr(config, name)) is not None}
+
+
+def _require_agreement(
+    config: ModelConfig, given: dict[str, int | float | bool], found: LlamaShape
+) -> None:
+    """init_std only matters to a model that starts afresh, and a preset's vocabulary gives way."""
+    wanted = dict(given)
+    if config.preset != ModelConfig.preset:
+        preset = asdict(PRESETS[config.preset])
+        wanted = {**{k: v for k, v in preset.items() if v is not None}, **given}
+        if config.vocab_size is None:
+            wanted.pop("vocab_size")
+    wanted.pop("init_std", None)
+    differences = [
+        f"{name} {getattr(found, name)} where the run asks for {wanted[name]}"
+        for name in (field.name for field in fields(LlamaShape))
+        if name in wanted and getattr(found, name) != wanted[name]
+    ]
+    if differences:
+        raise UserError(
+            f"model.init_from: {config.init_from} has {', '.join(differences)} (model.preset and "
+            "the keys of model): leave them out or make them equal"
+        )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 
 from megatron_dwm.tokenizer import Tokenizer, build_tokenizer, train_sentencepiece
 from tests.launch import REPOSITORY, run_ranks
+from tests.own_environment import own_environment  # noqa: F401
 
 VOCAB_SIZE = 1000  # padded to 1024
 SEQUENCE_LENGTH = 96
@@ -94,12 +93,3 @@ def checkpoints(
                 logits_BSV=of_ranks[-1],
             )
     return saved
-
-
-@pytest.fixture(autouse=True)
-def own_environment() -> Iterator[None]:
-    """The gate brings up a process group here and leaves its address in the environment."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)

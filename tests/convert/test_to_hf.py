@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,12 +15,11 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_dwm.convert import weights
-from megatron_dwm.convert.checkpoint_reader import open_checkpoint
+from megatron_dwm.convert import to_hf
 from megatron_dwm.convert.gate import LOGITS_TOLERANCE, GateError, relative_deviation
-from megatron_dwm.convert.huggingface import llama_config, write_model
+from megatron_dwm.convert.shards import plan_shards, write_shards
 from megatron_dwm.convert.to_hf import export_to_huggingface
-from megatron_dwm.model import LlamaShape
+from megatron_dwm.model import LlamaShape, layout
 from tests.convert.conftest import LAYOUTS, SEQUENCE_LENGTH, VOCAB_SIZE, Saved
 
 
@@ -96,7 +98,7 @@ def _ungrouped(shape: LlamaShape, qkv_CH: Tensor) -> dict[str, Tensor]:
     """All queries, then all keys, then all values: right only for one query group."""
     width = shape.head_size * shape.num_query_groups
     sizes = [len(qkv_CH) - 2 * width, width, width]
-    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    names = layout.LAYER_TENSORS["self_attention.linear_qkv"].parts
     return dict(zip(names, qkv_CH.split(sizes), strict=True))
 
 
@@ -107,7 +109,7 @@ def _up_first(shape: LlamaShape, fc1_CH: Tensor) -> dict[str, Tensor]:
 
 def _interleaved(shape: LlamaShape, qkv_CH: Tensor) -> dict[str, Tensor]:
     """Rows of a head as rotary embeddings of neighbouring pairs want them."""
-    parts = weights.split_qkv(shape, qkv_CH)
+    parts = layout.split_qkv(shape, qkv_CH)
     for name in ("self_attn.q_proj", "self_attn.k_proj"):
         pairs = parts[name].view(-1, 2, shape.head_size // 2, shape.hidden_size)
         parts[name] = pairs.transpose(1, 2).reshape(parts[name].shape)
@@ -129,25 +131,64 @@ def test_wrong_permutation_is_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(weights._LAYER_TENSORS, source, wrong)
+    right = layout.LAYER_TENSORS[source]
+    monkeypatch.setitem(layout.LAYER_TENSORS, source, replace(right, split=wrong))
+    directory = checkpoints["single-tied-grouped"].directory
     with pytest.raises(GateError, match="of the largest logit"):
-        export_to_huggingface(checkpoints["single-tied-grouped"].directory, tmp_path / "hf")
+        export_to_huggingface(directory, tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
+    # Who insists gets it, and the card says so.
+    export = export_to_huggingface(directory, tmp_path / "hf", skip_check=True)
+    assert export.logits_deviation is None
+    assert "**The comparison of logits was skipped" in (tmp_path / "hf/README.md").read_text()
 
 
-def test_several_files_have_an_index(checkpoints: dict[str, Saved], tmp_path: Path) -> None:
+def test_several_files_have_an_index(
+    checkpoints: dict[str, Saved], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saved = checkpoints["pipeline-untied-full"]
-    opened = open_checkpoint(saved.directory)
-    config = llama_config(opened.shape, sequence_length=SEQUENCE_LENGTH, eod_id=2)
-    tensors = weights.huggingface_tensors(opened.shape, opened.read)
-    write_model(config, tensors, torch.float32, tmp_path, max_shard_size="150KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    assert (tmp_path / "model.safetensors.index.json").is_file()
-    found_BSV = _logits(tmp_path, saved.tokens_BS)
+    small = partial(write_shards, shard_bytes=150_000)
+    monkeypatch.setattr(to_hf, "write_shards", small)
+    export_to_huggingface(saved.directory, tmp_path / "hf")
+    files = sorted(tmp_path.glob("hf/model-*.safetensors"))
+    index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())
+    assert len(files) > 1
+    assert {path.name for path in files} == set(index["weight_map"].values())
+    assert index["metadata"]["total_size"] == sum(
+        tensors.get_tensor(key).nbytes
+        for path in files
+        for tensors in [safe_open(path, "pt")]
+        for key in tensors.keys()  # noqa: SIM118
+    )
+    found_BSV = _logits(tmp_path / "hf", saved.tokens_BS)
     assert relative_deviation(found_BSV, saved.logits_BSV) < LOGITS_TOLERANCE
 
 
-def test_number_of_tensors_is_known(checkpoints: dict[str, Saved]) -> None:
-    opened = open_checkpoint(checkpoints["tensor-tied-full"].directory)
-    pairs = list(weights.huggingface_tensors(opened.shape, opened.read))
-    assert len(pairs) == weights.num_huggingface_tensors(opened.shape)
+def test_shards_hold_what_they_may() -> None:
+    shapes = {"a": (3,), "b": (2,), "c": (40,), "d": (1,), "e": (5,)}
+    assert plan_shards(shapes, torch.float32, 24) == [["a", "b"], ["c"], ["d", "e"]]
+    assert plan_shards(shapes, torch.float32, 4000) == [list(shapes)]
+
+
+def test_model_card_tells_the_run(checkpoints: dict[str, Saved], tmp_path: Path) -> None:
+    run = tmp_path / "my_run"
+    shutil.copytree(checkpoints["single-tied-grouped"].directory, run / "checkpoints/step_00000020")
+    lines = [
+        {"step": 10, "phase": "train", "loss": 7.5},
+        {"step": 20, "phase": "train", "loss": 6.25},
+        {"step": 20, "phase": "evaluation", "domain_loss": {"books": 5.125}},
+        {"step": 30, "phase": "train", "loss": 1.0},
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n{broken")
+    export = export_to_huggingface(run, tmp_path / "hf")
+    card = (tmp_path / "hf/README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for expected in (
+        "# my_run, step 00000020",
+        "| loss | 6.25 |",
+        "| domain_loss: books | 5.125 |",
+        "| policy (who weighs the samples) | uniform |",
+        f"{export.logits_deviation:.1e} of the largest logit",
+        "norm_epsilon: 0.0001",
+    ):
+        assert expected in card, expected

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_dwm.convert.tokenizer_files import write_tokenizer_files
 from megatron_dwm.tokenizer import build_tokenizer, train_sentencepiece
 from tests.launch import REPOSITORY
+from tests.own_environment import own_environment  # noqa: F401
 
 VOCAB_SIZE = 1000
 
@@ -46,15 +46,6 @@ def build_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Pat
         return directory
 
     return build
-
-
-@pytest.fixture(autouse=True)
-def own_environment() -> Iterator[None]:
-    """An evaluation in this process tells the libraries through the environment to stay offline."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,120 @@
+"""A Hugging Face Llama as a checkpoint of ours that has passed the gate.
+
+What is written is what a run writes, the optimiser left out: `llm/` in Megatron-Core's distributed
+format, shape.json and config.yaml. `model.init_from` and `to-hf` read it under any layout. The
+tokenizer's files are carried along. Cost: the model once in memory, on the CPU, and gate.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.models.gpt import GPTModel
+from tqdm import tqdm
+
+from megatron_dwm.config import Config, DataConfig, ModelConfig, ParallelConfig
+from megatron_dwm.config.load import save_config
+from megatron_dwm.convert.carried_files import carry, plain_encoder, special_tokens
+from megatron_dwm.convert.checkpoint_reader import (
+    HUGGINGFACE_FILES,
+    MODEL_PREFIX,
+    open_checkpoint,
+)
+from megatron_dwm.convert.gate import gate_tokens, require_equal_logits
+from megatron_dwm.convert.output import new_directory, require_free
+from megatron_dwm.model.huggingface_files import HuggingFaceModel, open_huggingface
+from megatron_dwm.model.initialise import global_parameter_names
+from megatron_dwm.model.layout import megatron_tensor
+from megatron_dwm.model.llm import build_module, transformer_config
+from megatron_dwm.runtime import bring_up
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """What was written. logits_deviation: fraction of the largest logit; None where skipped."""
+
+    directory: Path
+    source: Path
+    dtype: torch.dtype
+    logits_deviation: float | None
+
+
+def import_from_huggingface(
+    source: str | Path, output: str | Path, *, skip_check: bool = False
+) -> Import:
+    """Write Hugging Face directory `source` as checkpoint directory `output`.
+
+    Parameters keep their type.
+
+    Raises:
+        UserError: `output` exists, or `source` is not a whole Llama that ours can be, or has no
+            tokenizer for the check.
+        GateError: the checkpoint's model computes something else; `output` is then not written.
+    """
+    output = Path(output)
+    require_free(output)
+    model = open_huggingface(Path(source))
+    # Before the long part.
+    encode = None if skip_check else plain_encoder(model.directory)
+    with new_directory(output) as partial:
+        _write(model, partial)
+        deviation = None if encode is None else _compare_logits(model, partial, encode)
+    return Import(
+        directory=output, source=model.directory, dtype=model.dtype, logits_deviation=deviation
+    )
+
+
+def _write(model: HuggingFaceModel, directory: Path) -> None:
+    shape, parallel = model.shape, ParallelConfig()
+    (directory / "llm").mkdir()
+    with bring_up(parallel, seed=0):
+        config = transformer_config(shape, ModelConfig(precision="fp32"), parallel)
+        module = build_module(
+            shape,
+            replace(config, perform_initialization=False, params_dtype=model.dtype),
+            shape.num_layers,
+            sequence_length=model.context_tokens,
+            is_first=True,
+            is_last=True,
+        )
+        _fill(module, model)
+        state = {"model": module.sharded_state_dict(prefix=MODEL_PREFIX)}
+        dist_checkpointing.save(state, str(directory / "llm"))
+    (directory / "shape.json").write_text(json.dumps(asdict(shape)), encoding="utf-8")
+    save_config(_config(model), directory / "config.yaml")
+    carry(model.directory, directory / HUGGINGFACE_FILES)
+
+
+@torch.no_grad()
+def _fill(module: GPTModel, model: HuggingFaceModel) -> None:
+    parameters = list(global_parameter_names(module, 0))
+    if not sys.stderr.isatty():
+        print(f"reading {model.directory}", file=sys.stderr)
+    for name, parameter in tqdm(parameters, unit="tensor", disable=not sys.stderr.isatty()):
+        parameter.copy_(megatron_tensor(model.shape, name, model.read))
+
+
+def _config(model: HuggingFaceModel) -> Config:
+    """The configuration of a run that would have made this model, as far as it is known."""
+    names = {field.name for field in fields(ModelConfig)}
+    shape = {name: value for name, value in asdict(model.shape).items() if name in names}
+    precision = "bf16" if model.dtype == torch.bfloat16 else "fp32"
+    return Config(
+        model=ModelConfig(precision=precision, **shape),
+        data=DataConfig(sequence_length=model.context_tokens),
+    )
+
+
+def _compare_logits(
+    model: HuggingFaceModel, directory: Path, encode: Callable[[str], list[int]]
+) -> float:
+    separator = special_tokens(directory / HUGGINGFACE_FILES).get("eos_token_id")
+    end = separator if isinstance(separator, int) else None
+    tokens_BS = gate_tokens(encode, end, model.context_tokens)
+    return require_equal_logits(open_checkpoint(directory), model, tokens_BS, model.dtype)

@@ -1,0 +1,108 @@
+"""The logits of a checkpoint by Megatron-Core's own model, one layer in memory at a time.
+
+A GPTModel with a single layer runs that layer as often as the model has layers, with the next
+layer's parameters each time. Megatron-Core itself says which part of which saved tensor a parameter
+is (`sharded_state_dict`), so that nothing is shared with the names and layouts that the export
+uses. (Its loader is not used: in one process it insists on whole stacks of layers, and it reads
+pickles.) Cost: one read of the model's tensors and one forward pass in this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+from torch.nn import Module, ModuleList
+
+from megatron_dwm.config import ModelConfig, ParallelConfig
+from megatron_dwm.convert.checkpoint_reader import MODEL_PREFIX, SavedLLM
+from megatron_dwm.model.llm import build_module, transformer_config
+from megatron_dwm.runtime import bring_up
+
+_LAYER = f"{MODEL_PREFIX}decoder.layers."
+
+
+@torch.no_grad()
+def megatron_logits(saved: SavedLLM, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 logits [B, S, V], padding cut off; parameters are rounded to `dtype` first.
+
+    Runs in this one process: brings up Megatron's groups and takes them down again.
+    """
+    parallel = ParallelConfig()
+    with bring_up(parallel, seed=0) as runtime:
+        config = transformer_config(saved.shape, ModelConfig(precision="fp32"), parallel)
+        module = build_module(
+            saved.shape,
+            # Without initialisation no memory is touched before a parameter is read.
+            replace(config, num_layers=1, perform_initialization=False),
+            1,
+            sequence_length=tokens_BS.shape[1],
+            is_first=True,
+            is_last=True,
+        ).to(runtime.device)
+        _read_as_it_goes(module.eval(), saved, dtype)
+        tokens_BS = tokens_BS.to(runtime.device)
+        positions_BS = torch.arange(tokens_BS.shape[1], device=runtime.device)
+        logits_BSV = module(tokens_BS, positions_BS.expand_as(tokens_BS), None)
+    return logits_BSV[..., : saved.shape.vocab_size].float().cpu()
+
+
+def _read_as_it_goes(module: GPTModel, saved: SavedLLM, dtype: torch.dtype) -> None:
+    """Make every part of the one-layer `module` read its parameters just before it runs."""
+    (layer,) = module.decoder.layers
+    whole = module.sharded_state_dict(prefix=MODEL_PREFIX)
+    for prefix, part in (
+        ("embedding.", module.embedding),
+        ("decoder.final_layernorm.", module.decoder.final_layernorm),
+        ("output_layer.", module.output_layer),
+    ):
+        name = MODEL_PREFIX + prefix
+        state = {key: value for key, value in whole.items() if key.startswith(name)}
+        part.register_forward_pre_hook(_reader(saved, name, iter([state]), dtype))
+        # A tied output layer takes the embedding's parameter at the end.
+        if not (saved.shape.tied_embeddings and part is module.embedding):
+            part.register_forward_hook(_drop)
+    states = (_state_of_layer(layer, i, saved.shape.num_layers) for i in count())
+    layer.register_forward_pre_hook(_reader(saved, _LAYER, states, dtype))
+    module.decoder.layers = ModuleList([layer] * saved.shape.num_layers)
+
+
+def _state_of_layer(layer: Module, number: int, num_layers: int) -> ShardedStateDict:
+    """What `layer` would save as layer `number` (from 0) of a whole model."""
+    return layer.sharded_state_dict(_LAYER, ((0, number, num_layers),))
+
+
+def _reader(
+    saved: SavedLLM, prefix: str, states: Iterator[ShardedStateDict], dtype: torch.dtype
+) -> Callable[[Module, Any], None]:
+    def read(part: Module, _: Any) -> None:
+        state = next(states)
+        for name, parameter in part.named_parameters():
+            parameter.copy_(_read(saved, state[prefix + name]).to(dtype))
+
+    return read
+
+
+def _drop(part: Module, *_: Any) -> None:
+    for parameter in part.parameters():
+        parameter.data = parameter.new_empty(0)
+
+
+def _read(saved: SavedLLM, place: ShardedTensor | ShardedTensorFactory) -> Tensor:
+    """What was saved of the place that Megatron-Core gives a parameter."""
+    if isinstance(place, ShardedTensorFactory):  # gate and up are two places of one tensor
+        return place.merge_fn([_read(saved, part) for part in place.build()])
+    leading = [1] * place.prepend_axis_num
+    name = place.key.removeprefix(MODEL_PREFIX)
+    box = saved.read_box(name, list(place.global_offset), [*leading, *place.local_shape])
+    return box.view(place.local_shape)

@@ -1,0 +1,126 @@
+"""The export's README.md: where the model comes from, what it was trained on, what it reached.
+
+Everything is read from the checkpoint and from metrics.jsonl of its run. Cost: one pass over that
+file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_dwm.convert.checkpoint_reader import SavedLLM
+
+_STEP = "step_"
+_PHASES = ("train", "weighting", "evaluation")
+_HEADER = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [llama, megatron_dwm]
+---
+"""
+
+
+def model_card(saved: SavedLLM, *, dtype: str, logits_deviation: float | None) -> str:
+    """The text of the card. logits_deviation: what the gate found; None where it was skipped."""
+    parts = [_HEADER, f"# {_title(saved)}\n", _about(saved, dtype), _check(logits_deviation)]
+    if saved.huggingface_directory is None:
+        parts += [_training(saved.config), _metrics(saved)]
+    config = yaml.safe_dump(saved.config, sort_keys=False, allow_unicode=True)
+    parts.append(f"## The run's whole configuration\n\n```yaml\n{config}```\n")
+    return "\n".join(part for part in parts if part)
+
+
+def _title(saved: SavedLLM) -> str:
+    directory = saved.directory.resolve()
+    if directory.parent.name == "checkpoints":
+        return f"{directory.parent.parent.name}, {directory.name.replace('_', ' ')}"
+    return directory.name
+
+
+def _about(saved: SavedLLM, dtype: str) -> str:
+    shape = saved.shape
+    rows = {
+        "architecture": "LlamaForCausalLM",
+        "parameters": f"{shape.num_parameters():,} ({dtype})",
+        "layers, width, heads, key-value heads": (
+            f"{shape.num_layers}, {shape.hidden_size}, {shape.num_attention_heads}, "
+            f"{shape.num_query_groups}"
+        ),
+        "vocabulary": f"{shape.vocab_size:,} (no padding)",
+        "context": f"{saved.sequence_length:,} tokens",
+        "converted from": f"`{saved.directory}`",
+    }
+    return _table(rows)
+
+
+def _check(deviation: float | None) -> str:
+    if deviation is None:
+        return (
+            "**The comparison of logits was skipped (`--skip-check`).** Nothing shows that this "
+            "model computes what the trained one did.\n"
+        )
+    return (
+        "Before this directory was written, the logits of this model (transformers) and of the "
+        "checkpoint (Megatron-Core) were compared on real text: the largest difference was "
+        f"{deviation:.1e} of the largest logit.\n"
+    )
+
+
+def _training(config: dict[str, Any]) -> str:
+    """What decided the training, in short; the whole configuration follows it."""
+    of = {section: config.get(section) or {} for section in ("training", "data", "policy", "run")}
+    batch = of["training"].get("global_batch_size")
+    rows = {
+        "training data": ", ".join(f"`{entry}`" for entry in of["data"].get("train") or ()),
+        "policy (who weighs the samples)": of["policy"].get("name"),
+        "target text": (config.get("validation") or {}).get("path"),
+        "start": (config.get("model") or {}).get("init_from") or "random parameters",
+        "steps planned": of["training"].get("steps"),
+        "samples a step x tokens a sample": f"{batch} x {of['data'].get('sequence_length')}",
+        "peak learning rate": of["training"].get("learning_rate"),
+        "seed": of["run"].get("seed"),
+    }
+    return "## Training\n\n" + _table({key: value for key, value in rows.items() if value})
+
+
+def _metrics(saved: SavedLLM) -> str:
+    """The last figures of every phase up to the checkpoint's step."""
+    path = saved.directory.resolve().parent.parent / "metrics.jsonl"
+    step = saved.directory.resolve().name.removeprefix(_STEP)
+    if not path.is_file() or not step.isdigit():
+        return ""
+    last = _last_lines(path, int(step))
+    tables = [f"### {phase}\n\n" + _table(_flat(last[phase])) for phase in _PHASES if phase in last]
+    return "\n".join([f"## Metrics at step {int(step)}\n", *tables]) if tables else ""
+
+
+def _last_lines(path: Path, step: int) -> dict[str, dict[str, Any]]:
+    last: dict[str, dict[str, Any]] = {}
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                values = json.loads(line)
+            except ValueError:  # a run that is still writing
+                continue
+            if values.get("step", 0) <= step:
+                last[values.get("phase", "")] = values
+    return last
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}: {name}": inner for name, inner in value.items()}
+        elif key not in ("phase", "stage"):
+            flat[key] = value
+    return {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in flat.items()}
+
+
+def _table(rows: dict[str, Any]) -> str:
+    lines = [f"| {key} | {str(value).replace('|', '/')} |" for key, value in rows.items()]
+    return "\n".join(["| | |", "| --- | --- |", *lines]) + "\n"

@@ -1,0 +1,41 @@
+"""A directory that appears whole or not at all.
+
+A conversion writes into a hidden directory beside the wanted one, which gets its name at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_dwm.config import UserError
+
+
+@contextmanager
+def new_directory(output: Path) -> Iterator[Path]:
+    """A directory to write into, renamed to `output` when the context ends without an exception.
+
+    Raises `UserError` if `output` exists, before and after, or cannot be made.
+    """
+    require_free(output)
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be made ({error.strerror})") from error
+    try:
+        yield partial
+        require_free(output)
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_free(output: Path) -> None:
+    """`UserError` if there is anything at `output`."""
+    if output.exists() or output.is_symlink():
+        raise UserError(f"{output} exists; name another --output or remove it")

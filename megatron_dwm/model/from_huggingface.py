@@ -1,0 +1,33 @@
+"""Parameters of a rank taken from a Hugging Face model, in any parallel layout.
+
+Every rank reads the tensors of its own layers and keeps its slice, cut as initialise.py cuts a
+fresh parameter. Cost: one read of the stage's part of the files a rank, and one whole parameter in
+memory.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_dwm.model.huggingface_files import HuggingFaceModel
+from megatron_dwm.model.initialise import global_parameter_names, slice_of_rank
+from megatron_dwm.model.layout import megatron_tensor
+from megatron_dwm.model.llm import LLM
+
+
+@torch.no_grad()
+def load_huggingface(llm: LLM, source: HuggingFaceModel) -> None:
+    """Copy `source` into the parameters of this rank, in their own precision.
+
+    The LLM has the shape of `source`.
+    """
+    assert llm.shape == source.shape, (llm.shape, source.shape)
+    runtime = llm.runtime
+    num_chunks = runtime.pipeline_size * len(llm.modules)
+    layers = llm.shape.num_layers // num_chunks
+    for number, module in enumerate(llm.modules):
+        first_layer = (number * runtime.pipeline_size + runtime.pipeline_rank) * layers
+        for name, parameter in global_parameter_names(module, first_layer):
+            whole = megatron_tensor(llm.shape, name, source.read)
+            mine = slice_of_rank(whole, parameter, runtime.tensor_rank, runtime.tensor_size)
+            parameter.copy_(mine)
