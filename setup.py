@@ -17,6 +17,10 @@ CORE = [
     "PyYAML>=6,<7",
     "sentencepiece>=0.2.1,<0.3",  # byte-exact ids are checked against 0.2.x
     "pyarrow>=16",  # metadata sidecars and weight records (Parquet)
+    # Exact: a function inside it reads SentencePiece models, and its ids are compared with theirs.
+    "gigatoken==0.10.0",
+    "tokenizers>=0.21,<1",  # tokenizer.json; 0.21 has what transformers 5 needs
+    "orjson>=3.10,<4",  # JSON Lines; what it refuses goes to the standard library
     "zstandard>=0.22,<1",  # .zst corpora
     "tqdm>=4.66,<5",
     "tensorboard>=2.16,<3",
@@ -35,7 +39,13 @@ GPU = [
     # projects own these names there): they are detected and used where present.
     "transformer-engine[pytorch]>=2.9,<2.12",
 ]
-DEV = ["pytest>=8,<10", "pytest-timeout>=2.3,<3", "pytest-xdist>=3.5,<4", "ruff==0.17.6"]
+DEV = [
+    "pytest>=8,<10",
+    "pytest-timeout>=2.3,<3",
+    "pytest-xdist>=3.5,<4",
+    "hypothesis>=6.100,<7",
+    "ruff==0.17.6",
+]
 
 setup(
     name="megatron-dwm",

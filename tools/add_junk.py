@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_dwm.config.command_line import run_command
-from megatron_dwm.preprocess.junk import add_junk
+from megatron_dwm.config.command_line import OneLineParser, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
     """Options of the command."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__ + " Each kind is a domain of its own; all real documents are kept.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -38,6 +37,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """The command."""
     arguments = parse_arguments()
+    from megatron_dwm.preprocess.junk import add_junk
+
     summary = add_junk(
         arguments.input, Path(arguments.output), fraction=arguments.fraction, seed=arguments.seed
     )

@@ -6,64 +6,68 @@ import argparse
 import os
 import signal
 import sys
+from types import FrameType
+from typing import TYPE_CHECKING
 
-from megatron_dwm.config.command_line import run_command
-from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.pipeline import PreprocessSettings, PreprocessSummary, preprocess
-from megatron_dwm.tokenizer import TOKENIZER_KINDS
+from megatron_dwm.config.command_line import OneLineParser, run_command
+
+if TYPE_CHECKING:
+    from megatron_dwm.preprocess.publishing import PreprocessSummary
+    from megatron_dwm.preprocess.settings import PreprocessSettings
+
+_EPILOG = """
+Writes P_KEY_document.bin and .idx, byte for byte what Megatron-LM's tool writes;
+P_KEY_document.meta.parquet: a row a document (source file, record number, tokens, metadata); and
+P.preprocess.json: inputs, options and counts. An empty document keeps its row (0 tokens) and its
+boundary in the .idx, but has no sequence and no end of document. Until all is complete it is in
+P.unfinished/; a run that was interrupted goes on from there with --resume.
+"""
+_MIB = 1 << 20
 
 
 def parse_arguments() -> argparse.Namespace:
     """Options, named as Megatron-LM names them where it has them."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="Writes P_KEY_document.bin and .idx, byte for byte what Megatron-LM's tool writes, "
-        "and P_KEY_document.meta.parquet: a row a document (source file, record number, tokens, "
-        "metadata). An empty document keeps its row (0 tokens) and its boundary in the .idx, but "
-        "has no sequence and no end of document.",
+        epilog=_EPILOG,
     )
     _add_files(parser)
-    _add_behaviour(parser)
+    _add_records(parser)
+    _add_running(parser)
     return parser.parse_args()
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
     """What is read and written, and with which tokenizer."""
-    add = parser.add_argument
+
+    def add(flag: str, metavar: str, text: str, nargs: str | None = None) -> None:
+        parser.add_argument(
+            flag, required=True, default=argparse.SUPPRESS, metavar=metavar, nargs=nargs, help=text
+        )
+
     add(
         "--input",
+        "FILE",
+        "corpora in reading order: JSON Lines (.jsonl, plain or .gz, .zst, .bz2, .xz), .parquet, "
+        ".arrow, a directory or a quoted pattern of such files (read in the order of their "
+        "paths), or hf://DATASET[:split], streamed",
         nargs="+",
-        required=True,
-        default=argparse.SUPPRESS,
-        metavar="FILE",
-        help="JSON Lines files in reading order: .jsonl, .jsonl.gz, .jsonl.zst, .jsonl.bz2, "
-        ".jsonl.xz",
     )
-    add(
-        "--output-prefix",
-        required=True,
-        default=argparse.SUPPRESS,
-        metavar="P",
-        help="beginning of the output files' names",
-    )
+    add("--output-prefix", "P", "beginning of the output files' names")
     add(
         "--tokenizer-type",
-        required=True,
-        default=argparse.SUPPRESS,
-        metavar="T",
-        help=f"one of {', '.join(TOKENIZER_KINDS)}",
+        "T",
+        "SentencePieceTokenizer, Llama2Tokenizer or HuggingFaceTokenizer",
     )
     add(
         "--tokenizer-model",
-        required=True,
-        default=argparse.SUPPRESS,
-        metavar="M",
-        help="SentencePiece model file",
+        "M",
+        "SentencePiece .model; for HuggingFaceTokenizer a tokenizer.json or its directory",
     )
 
 
-def _add_behaviour(parser: argparse.ArgumentParser) -> None:
+def _add_records(parser: argparse.ArgumentParser) -> None:
     """How records become documents."""
     add = parser.add_argument
     add(
@@ -75,11 +79,10 @@ def _add_behaviour(parser: argparse.ArgumentParser) -> None:
     )
     add("--append-eod", action="store_true", help="end every document with the end-of-document id")
     add(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="processes that tokenize; the output is the same for any number",
+        "--pretokenized",
+        action="store_true",
+        help="the keys hold arrays of token ids of this tokenizer (QuRatedPajama: --json-keys "
+        "input_ids)",
     )
     add(
         "--metadata-keys",
@@ -93,30 +96,95 @@ def _add_behaviour(parser: argparse.ArgumentParser) -> None:
         "--on-bad-record",
         choices=["error", "skip"],
         default="error",
-        help="broken JSON, missing or non-string text, invalid UTF-8: stop, or leave the record "
-        "out and list it in P.rejects.jsonl",
+        help="broken JSON, missing or non-string text, invalid UTF-8, a truncated compressed "
+        "file, an over-long line: stop, or leave the record out and list it in P.rejects.jsonl",
+    )
+    add(
+        "--max-record-bytes",
+        type=int,
+        default=32 * _MIB,
+        metavar="N",
+        help="a longer line is a bad record, bytes",
     )
 
 
-def report(summary: PreprocessSummary, prefix: str) -> None:
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    """How the work is done; none of these changes the output."""
+    add = parser.add_argument
+    add(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="threads that tokenize; the output is the same for any number",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on where an interrupted run of the same command stopped; a complete one is left "
+        "as it is",
+    )
+    add(
+        "--checkpoint-seconds",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="work that a kill can cost at most, seconds",
+    )
+    add(
+        "--num-shards",
+        type=int,
+        default=1,
+        metavar="N",
+        help="split the files into N parts of about equal bytes, of which this run does one; "
+        "merge_datasets.py joins them",
+    )
+    add(
+        "--shard",
+        type=int,
+        default=0,
+        metavar="I",
+        help="the part to do, from 0; the output's names begin P-I-of-N",
+    )
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM (how a scheduler ends a job): the first lets the run make a checkpoint."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._take)
+
+    def __call__(self) -> bool:
+        return self.signal_number is not None
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number is not None:
+            raise KeyboardInterrupt  # asked twice: stop at once
+        self.signal_number = number
+
+
+def report(summary: PreprocessSummary) -> None:
     """Print what became of the records."""
+    rejected = sum(summary.rejected.values())
+    if summary.was_complete:
+        print(f"{summary.prefix}: complete already; nothing to do")
     for key, counts in summary.datasets.items():
         print(
-            f"{prefix}_{key}_document: {summary.records} records = {counts.documents} documents "
-            f"+ {counts.empty} empty + {summary.rejected} rejected; {counts.tokens} tokens"
+            f"{summary.prefix}_{key}_document: {summary.records} records = {counts.documents} "
+            f"documents + {counts.empty} empty + {rejected} rejected; {counts.tokens} tokens"
         )
-    if summary.rejected:
-        print(f"rejected records are listed in {summary.rejects_path}")
+    if rejected:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in summary.rejected.items())
+        print(f"rejected: {reasons}; listed in {summary.rejects_path}")
 
 
-def main() -> None:
-    """The command."""
-    arguments = parse_arguments()
-    if arguments.workers < 1:
-        raise UserError(f"--workers {arguments.workers}: at least 1 process is needed")
-    # A scheduler ends jobs with SIGTERM; leaving by an exception removes the temporary files.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    settings = PreprocessSettings(
+def settings_of(arguments: argparse.Namespace) -> PreprocessSettings:
+    """The settings that the options ask for."""
+    from megatron_dwm.preprocess.settings import PreprocessSettings
+
+    return PreprocessSettings(
         inputs=tuple(arguments.input),
         output_prefix=arguments.output_prefix,
         tokenizer_type=arguments.tokenizer_type,
@@ -126,8 +194,33 @@ def main() -> None:
         num_workers=arguments.workers,
         metadata_keys=tuple(arguments.metadata_keys),
         on_bad_record=arguments.on_bad_record,
+        pretokenized=arguments.pretokenized,
+        max_record_bytes=arguments.max_record_bytes,
+        shard=arguments.shard,
+        num_shards=arguments.num_shards,
+        resume=arguments.resume,
+        checkpoint_interval_s=arguments.checkpoint_seconds,
     )
-    report(preprocess(settings), settings.output_prefix)
+
+
+def main() -> None:
+    """The command."""
+    arguments = parse_arguments()
+    # Imported after the arguments are read, and inside `run_command`: --help answers at once, and
+    # Ctrl-C meanwhile is one line.
+    from megatron_dwm.preprocess.pipeline import Stopped, preprocess
+
+    settings = settings_of(arguments)
+    stop = StopRequest()
+    try:
+        report(preprocess(settings, stop))
+    except Stopped:
+        print(
+            f"stopped; what is done is in {settings.prefix}.unfinished: the same command with "
+            "--resume goes on",
+            file=sys.stderr,
+        )
+        sys.exit(130 if stop.signal_number == signal.SIGINT else 1)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_dwm.config.errors import UserError
 
 EXIT_USER_MISTAKE = 2
 EXIT_INTERRUPTED = 130  # the shell's number for Ctrl-C
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that reports a mistake as one line, without the usage; parse inside `run_command`.
+
+    Options may not be abbreviated: a word cut short would change its meaning with a new option.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `UserError`."""
+        raise UserError(f"{message}; see --help")
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

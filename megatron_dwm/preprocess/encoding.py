@@ -1,4 +1,4 @@
-"""One record to token ids and metadata: the work that runs in parallel.
+"""A chunk of records to token ids and sidecar rows: the work that runs in parallel.
 
 Follows Megatron-LM's `tools/preprocess_data.py`, class Encoder: the ids of the text, then the end
 of document if asked for and only if there are ids. Nothing here imports torch.
@@ -6,27 +6,32 @@ of document if asked for and only if there are ids. Nothing here imports torch.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
-from megatron_dwm.preprocess.readers import BadRecord, parse_record, text_of
-from megatron_dwm.preprocess.records import EncodedBatch, EncodedDocument, RecordBatch, Reject
-from megatron_dwm.tokenizer import Tokenizer, build_tokenizer
+from megatron_dwm.preprocess.documents import DocumentSettings, documents_of
+from megatron_dwm.preprocess.metadata import spell_column
+from megatron_dwm.preprocess.records import Chunk, EncodedChunk, EncodedKey
+from megatron_dwm.tokenizer import Engine
 
 _FIRST_VOCABULARY_OF_INT32 = 65500
 
 
+class LostRecords(RuntimeError):
+    """The counts do not add up: a fault of this program, never of the input."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncodeSettings:
-    """All that a worker has to know."""
+    """How documents become ids."""
 
-    tokenizer_kind: str
-    tokenizer_model: str
-    json_keys: tuple[str, ...]
-    metadata_keys: tuple[str, ...]
-    append_eod: bool
+    documents: DocumentSettings
+    dtype: type[np.number]
+    """of the ids in the `.bin`"""
+    eod_id: int | None
+    """id that ends every document; None to leave it out"""
 
 
 def token_dtype(vocab_size: int) -> type[np.number]:
@@ -34,61 +39,42 @@ def token_dtype(vocab_size: int) -> type[np.number]:
     return np.uint16 if vocab_size < _FIRST_VOCABULARY_OF_INT32 else np.int32
 
 
-def encode_batch(settings: EncodeSettings, batch: RecordBatch) -> EncodedBatch:
-    """Documents and rejects of `batch` in its order."""
-    tokenizer = _tokenizer(settings.tokenizer_kind, settings.tokenizer_model)
-    return EncodedBatch(
-        source_file=batch.source_file,
-        consumed_bytes=batch.consumed_bytes,
-        results=[
-            _encode(tokenizer, settings, number, payload)
-            for number, payload in zip(batch.numbers, batch.payloads, strict=True)
-        ],
+def encode_chunk(settings: EncodeSettings, engine: Engine, chunk: Chunk) -> EncodedChunk:
+    """Documents and rejects of `chunk` in its order."""
+    found = documents_of(chunk, settings.documents)
+    if found.num_records != len(found.numbers) + len(found.rejects):
+        raise LostRecords(f"{chunk.source_file}: a record near {chunk.first_record} was lost")
+    columns = [spell_column(values) for values in found.metadata]
+    arrays = [pa.array(found.numbers, pa.int64()), *(column for _, column in columns)]
+    return EncodedChunk(
+        source_file=chunk.source_file,
+        end=chunk.end,
+        consumed_bytes=chunk.consumed_bytes,
+        num_records=found.num_records,
+        keys=[_encode_key(settings, engine, texts) for texts in found.texts],
+        rows=pa.record_batch(arrays, names=draft_columns(len(columns))),
+        kinds=[kind for kind, _ in columns],
+        metadata_seen=found.metadata_seen,
+        rejects=found.rejects,
     )
 
 
-@functools.lru_cache(maxsize=1)
-def _tokenizer(kind: str, model: str) -> Tokenizer:
-    """Built once in each worker process: it reads a file and cannot be sent to one."""
-    return build_tokenizer(kind, model)
+def draft_columns(num_metadata: int) -> list[str]:
+    """Names in the sidecar's draft: user's keys may be anything, also equal to ours."""
+    return ["record", *(f"metadata{i}" for i in range(num_metadata))]
 
 
-def _encode(
-    tokenizer: Tokenizer, settings: EncodeSettings, number: int, payload: bytes
-) -> EncodedDocument | Reject:
-    try:
-        record = parse_record(payload)
-        ids = tuple(_ids(tokenizer, settings, record, key) for key in settings.json_keys)
-    except BadRecord as error:
-        return Reject(number=number, reason=str(error), payload=payload)
-    found = [_look_up(record, key) for key in settings.metadata_keys]
-    return EncodedDocument(
-        number=number,
-        ids=ids,
-        metadata=tuple(value for _, value in found),
-        missing=tuple(not is_there for is_there, _ in found),
-    )
-
-
-def _ids(
-    tokenizer: Tokenizer, settings: EncodeSettings, record: dict[str, object], key: str
-) -> np.ndarray:
-    try:
-        ids = tokenizer.encode(text_of(record, key))
-    except UnicodeEncodeError:
-        raise BadRecord(f'"{key}" holds an unpaired surrogate (\\ud800 to \\udfff)') from None
-    if ids and settings.append_eod:
-        ids.append(tokenizer.eod_id)
-    return np.array(ids, dtype=token_dtype(tokenizer.vocab_size))
-
-
-def _look_up(record: dict[str, object], dotted_key: str) -> tuple[bool, object]:
-    """Whether `dotted_key` is there and its value: the key as it is, else a path of keys."""
-    if dotted_key in record:
-        return True, record[dotted_key]
-    value: object = record
-    for part in dotted_key.split("."):
-        if not isinstance(value, dict) or part not in value:
-            return False, None
-        value = value[part]
-    return True, value
+def _encode_key(settings: EncodeSettings, engine: Engine, texts: list[object]) -> EncodedKey:
+    if settings.documents.pretokenized:
+        ends = np.cumsum([len(ids) for ids in texts], dtype=np.int64)
+        empty = np.zeros(0, settings.dtype)
+        ids = np.concatenate([empty, *(row.astype(settings.dtype) for row in texts)])
+    else:
+        encoded = engine.encode_texts(texts)  # type: ignore[arg-type]
+        ends, ids = encoded.ends, encoded.ids.astype(settings.dtype)
+    lengths = np.diff(ends, prepend=0)
+    if settings.eod_id is not None:
+        has_ids = lengths > 0
+        ids = np.insert(ids, ends[has_ids], settings.eod_id)
+        lengths = lengths + has_ids
+    return EncodedKey(ids=ids.astype(settings.dtype, copy=False), lengths=lengths.astype(np.int32))

@@ -20,14 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.readers import (
-    BadRecord,
-    check_inputs,
-    parse_record,
-    read_batches,
-    text_of,
-)
+from megatron_dwm.preprocess.inputs import find_inputs
+from megatron_dwm.preprocess.parsing import parse_record, text_of
+from megatron_dwm.preprocess.records import BadRecord
 from megatron_dwm.preprocess.staging import StagedFiles
+from megatron_dwm.preprocess.texts import read_lines_of
 
 JUNK_DOMAINS = {
     "shuffled_words": "JunkShuffledWords",
@@ -68,7 +65,7 @@ def add_junk(source: str, output: Path, *, fraction: float, seed: int) -> JunkSu
         raise UserError(f"--fraction {fraction}: expected a number between 0 and 1 (both excluded)")
     if output.suffix != ".jsonl":
         raise UserError(f"{output}: the output is JSON Lines; end its name with .jsonl")
-    check_inputs([source])
+    find_inputs([source])
     with StagedFiles([output]) as staged:
         corpus = _read(source)
         real_bytes = sum(_size_bytes(text) for text in corpus.texts)
@@ -90,14 +87,12 @@ def add_junk(source: str, output: Path, *, fraction: float, seed: int) -> JunkSu
 def _read(source: str) -> _Corpus:
     lines: list[bytes] = []
     texts: list[str] = []
-    for batch in read_batches([source]):
-        for number, payload in zip(batch.numbers, batch.payloads, strict=True):
-            try:
-                texts.append(text_of(parse_record(payload), "text"))
-                _size_bytes(texts[-1])
-            except (BadRecord, UnicodeEncodeError) as error:
-                raise UserError(f"{source}:{number + 1}: {error}") from None
-            lines.append(payload.strip())
+    for where, line in read_lines_of([source]):
+        try:
+            texts.append(text_of(parse_record(line), "text"))
+        except BadRecord as error:
+            raise UserError(f"{where}: {error}") from None
+        lines.append(line.strip())
     if not any(text.split() for text in texts):
         raise UserError(f"{source}: no document has any words to make junk of")
     return _Corpus(lines=lines, texts=texts)

@@ -1,224 +1,262 @@
 """Corpora to indexed datasets with their sidecars: the whole of `tools/preprocess_data.py`.
 
 Reading is sequential, encoding parallel, writing sequential and in input order, so the output does
-not depend on the number of workers. Memory: some batches of records, one row group of each sidecar,
-and the lengths of all documents.
+not depend on the number of workers, the size of chunks or how often the run was interrupted.
+Memory: some chunks, the tokenizers' caches and a row group of the sidecar, whatever the input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack, closing
+import errno
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.preprocess.documents import DocumentSettings
 from megatron_dwm.preprocess.encoding import EncodeSettings, token_dtype
+from megatron_dwm.preprocess.inputs import (
+    Input,
+    ReadSettings,
+    find_inputs,
+    read_inputs,
+    take_shard,
+)
+from megatron_dwm.preprocess.outputs import GrowingOutputs
 from megatron_dwm.preprocess.progress import progress_over
-from megatron_dwm.preprocess.readers import check_inputs, read_batches
-from megatron_dwm.preprocess.records import EncodedBatch, EncodedDocument, RecordBatch, Reject
-from megatron_dwm.preprocess.rejects import RejectsFile
-from megatron_dwm.preprocess.sidecar import OWN_COLUMNS, Sidecar
-from megatron_dwm.preprocess.staging import StagedFiles
+from megatron_dwm.preprocess.publishing import (
+    PreprocessSummary,
+    Targets,
+    complete_run,
+    publish,
+    summary_of,
+)
+from megatron_dwm.preprocess.records import EncodedChunk
+from megatron_dwm.preprocess.run_record import RunRecord
+from megatron_dwm.preprocess.settings import PreprocessSettings
+from megatron_dwm.preprocess.sidecar import SidecarColumns, facts_of
 from megatron_dwm.preprocess.workers import encode_all
-from megatron_dwm.preprocess.writer import DatasetCounts, IndexedWriter
-from megatron_dwm.tokenizer import Tokenizer, build_tokenizer
+from megatron_dwm.preprocess.workspace import Workspace
+from megatron_dwm.tokenizer import Tokenizer, build_tokenizer, choose_engine
+
+_JUDGED_AFTER_RECORDS = 1000
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PreprocessSettings:
-    """What the user asks for; fields are the options of `tools/preprocess_data.py`."""
-
-    inputs: tuple[str, ...]
-    output_prefix: str
-    tokenizer_type: str
-    tokenizer_model: str
-    json_keys: tuple[str, ...] = ("text",)
-    append_eod: bool = False
-    num_workers: int = 1
-    metadata_keys: tuple[str, ...] = ()
-    on_bad_record: Literal["error", "skip"] = "error"
-
-    @property
-    def encoding(self) -> EncodeSettings:
-        """The part that workers need."""
-        return EncodeSettings(
-            tokenizer_kind=self.tokenizer_type,
-            tokenizer_model=self.tokenizer_model,
-            json_keys=self.json_keys,
-            metadata_keys=self.metadata_keys,
-            append_eod=self.append_eod,
-        )
+class Stopped(Exception):
+    """The run was asked to stop and did; it can be resumed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class OutputPaths:
-    """Where one JSON key's dataset goes."""
-
-    sidecar: Path
-    bin: Path
-    idx: Path
-
-    @staticmethod
-    def of(output_prefix: str, key: str) -> OutputPaths:
-        """Megatron-LM's names: PREFIX_KEY_document.bin and .idx."""
-        stem = f"{output_prefix}_{key}_document"
-        return OutputPaths(
-            sidecar=Path(stem + ".meta.parquet"), bin=Path(stem + ".bin"), idx=Path(stem + ".idx")
-        )
+def warn(message: str) -> None:
+    """One line for the user that is no error."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PreprocessSummary:
-    """What became of the records; for every key: records = documents + empty + rejected."""
-
-    records: int
-    rejected: int
-    rejects_path: Path
-    datasets: dict[str, DatasetCounts]
-
-
-def preprocess(settings: PreprocessSettings) -> PreprocessSummary:
+def preprocess(
+    settings: PreprocessSettings, should_stop: Callable[[], bool] = lambda: False
+) -> PreprocessSummary:
     """Write one dataset for each JSON key and say what became of the records.
 
-    Raises `UserError`, having left nothing behind, for a missing or damaged input, an unusable
-    tokenizer, an output that exists, a bad record (unless they are to be skipped), a key that no
-    record has, and a corpus without a single token.
+    `should_stop` is asked after every chunk; when it says so the run makes a checkpoint and raises
+    `Stopped`. Raises `UserError` for a missing or damaged input, an unusable tokenizer, an output
+    that exists, a bad record (unless they are to be skipped), a key that no record has, a corpus
+    without a single token, and a full disk. What was done before the last checkpoint is kept for
+    `resume`.
     """
-    _check_keys(settings)
-    check_inputs(settings.inputs)
+    everything = find_inputs(settings.inputs)
+    inputs = take_shard(everything, settings.shard, settings.num_shards)
     tokenizer = build_tokenizer(settings.tokenizer_type, settings.tokenizer_model)
-    paths = {key: OutputPaths.of(settings.output_prefix, key) for key in settings.json_keys}
-    rejects_path = Path(f"{settings.output_prefix}.rejects.jsonl")
-    # The .idx files last: where one is there, its companions are complete.
-    order = [p.sidecar for p in paths.values()] + [p.bin for p in paths.values()]
-    order += [rejects_path] + [p.idx for p in paths.values()]
-    with StagedFiles(order) as staged, ExitStack() as stack:
-        rejects = RejectsFile(staged.partial(rejects_path))
-        stack.callback(rejects.close)
-        run = _Run(settings, tokenizer, paths, rejects, staged, stack)
-        run.consume()
-        run.finish()
-        staged.publish()
-    return PreprocessSummary(
-        records=run.num_read,
-        rejected=rejects.count,
-        rejects_path=rejects_path,
-        datasets={key: writer.counts for key, writer in run.writers.items()},
-    )
+    record = RunRecord.of(settings, inputs, tokenizer)
+    targets = Targets(prefix=settings.prefix, keys=settings.json_keys)
+    if settings.resume and targets.record.exists():
+        return complete_run(targets, record)
+    with (
+        _disk_errors(settings),
+        Workspace(settings.prefix, record, resume=settings.resume) as workspace,
+    ):
+        if workspace.progress.phase == "reading":
+            targets.refuse_existing()
+            run = _Run(settings, inputs, tokenizer, workspace, should_stop)
+            run.read_all()
+            run.complete()
+        publish(workspace, targets, record)
+        return summary_of(targets, workspace.progress)
 
 
+@contextmanager
+def _disk_errors(settings: PreprocessSettings) -> Iterator[None]:
+    """A full or read-only disk as one clear line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise UserError(
+            f"{settings.prefix}: the output cannot be written ({_words(error)}); nothing has "
+            "its final name yet; make room and run the same command with --resume"
+        ) from None
+
+
+def _words(error: OSError) -> str:
+    return error.strerror or " ".join(str(error).split())
+
+
+@dataclass
 class _Run:
-    """Open writers of one call of `preprocess`."""
+    """One call of `preprocess`, between its inputs and its workspace."""
 
-    def __init__(
-        self,
-        settings: PreprocessSettings,
-        tokenizer: Tokenizer,
-        paths: dict[str, OutputPaths],
-        rejects: RejectsFile,
-        staged: StagedFiles,
-        stack: ExitStack,
-    ) -> None:
-        self._settings = settings
-        self._paths = paths
-        self._staged = staged
-        self._rejects = rejects
-        self.num_read = 0
-        self._key_seen = [False] * len(settings.metadata_keys)
-        self.writers: dict[str, IndexedWriter] = {}
-        self._sidecars: dict[str, Sidecar] = {}
-        facts = _facts(tokenizer, settings)
-        dtype = token_dtype(tokenizer.vocab_size)
-        for key, path in paths.items():
-            self.writers[key] = IndexedWriter(staged.partial(path.bin), dtype)
-            stack.callback(self.writers[key].close)
-            sidecar = Sidecar(staged.partial(path.sidecar), settings.metadata_keys, facts)
-            self._sidecars[key] = sidecar
-            stack.callback(sidecar.close)
+    settings: PreprocessSettings
+    inputs: list[Input]
+    tokenizer: Tokenizer
+    workspace: Workspace
+    should_stop: Callable[[], bool]
 
-    def consume(self) -> None:
-        """Read, encode and write everything."""
-        settings = self._settings
-        total_bytes = sum(Path(path).stat().st_size for path in settings.inputs)
-        batches = self._counted(read_batches(settings.inputs))
-        encoded = encode_all(settings.encoding, batches, num_workers=settings.num_workers)
+    def __post_init__(self) -> None:
+        self._progress = self.workspace.progress
+        self._is_judged = False
+        self._refuse_mixed_modes()
+
+    def read_all(self) -> None:
+        """Read, encode and write everything from the last checkpoint on."""
+        settings = self.settings
+        outputs = GrowingOutputs(
+            self.workspace,
+            settings.json_keys,
+            len(settings.metadata_keys),
+            token_dtype(self.tokenizer.vocab_size),
+        )
+        with closing(outputs):
+            self._read_into(outputs)
+            self._judge_all()
+            outputs.checkpoint()
+            outputs.check_counts()
+
+    def complete(self) -> None:
+        """Write indices and sidecars; from here on only renaming is left."""
+        self._refuse_changed_inputs()
+        outputs = GrowingOutputs(
+            self.workspace,
+            self.settings.json_keys,
+            len(self.settings.metadata_keys),
+            token_dtype(self.tokenizer.vocab_size),
+        )
+        with closing(outputs):
+            outputs.finish(self._columns())
+        self._progress.phase = "publishing"
+        self.workspace.save()
+
+    def _read_into(self, outputs: GrowingOutputs) -> None:
+        settings = self.settings
+        choice = choose_engine(self.tokenizer)
+        if choice.warning is not None and not settings.pretokenized:
+            warn(choice.warning)
+        read = ReadSettings(columns=settings.columns, max_record_bytes=settings.max_record_bytes)
+        chunks = read_inputs(self.inputs, self._progress.position, read)
+        encoded = encode_all(
+            self._encoding(), choice.build, chunks, num_workers=settings.num_workers
+        )
+        last_checkpoint_s = time.monotonic()
         # Closed at once, so that an error does not wait for workers that go on tokenizing.
-        with closing(encoded), progress_over(total_bytes) as progress:
-            for batch in encoded:
-                self._write(batch)
-                progress.advance(batch.consumed_bytes, len(batch.results))
+        with closing(encoded), progress_over(self._bytes_left()) as bar:
+            for chunk in encoded:
+                self._refuse_rejects(chunk)
+                outputs.add(chunk)
+                bar.advance(chunk.consumed_bytes, len(chunk.rows))
+                self._judge_beginning()
+                if self.should_stop():
+                    outputs.checkpoint()
+                    raise Stopped
+                if time.monotonic() - last_checkpoint_s >= settings.checkpoint_interval_s:
+                    outputs.checkpoint()
+                    last_checkpoint_s = time.monotonic()
 
-    def finish(self) -> None:
-        """Check the totals and complete the files under their temporary names."""
-        for key, writer in self.writers.items():
-            counts = writer.counts
-            assert self.num_read == counts.documents + counts.empty + self._rejects.count
-            if counts.tokens == 0:
-                raise UserError(self._why_nothing(key))
-        for key, seen in zip(self._settings.metadata_keys, self._key_seen, strict=True):
-            if not seen:
-                raise UserError(f"--metadata-keys {key}: no record has this key")
-        for key, writer in self.writers.items():
-            writer.finish(self._staged.partial(self._paths[key].idx))
-            self._sidecars[key].finish()
-        self._rejects.close()
+    def _bytes_left(self) -> int:
+        return sum(entry.size_bytes for entry in self.inputs[self._progress.position.input :])
 
-    def _counted(self, batches: Iterable[RecordBatch]) -> Iterable[RecordBatch]:
-        for batch in batches:
-            self.num_read += len(batch.payloads)
-            yield batch
+    def _encoding(self) -> EncodeSettings:
+        settings = self.settings
+        return EncodeSettings(
+            documents=DocumentSettings(
+                json_keys=settings.json_keys,
+                metadata_keys=settings.metadata_keys,
+                max_record_bytes=settings.max_record_bytes,
+                vocab_size=self.tokenizer.vocab_size,
+                pretokenized=settings.pretokenized,
+            ),
+            dtype=token_dtype(self.tokenizer.vocab_size),
+            eod_id=self.tokenizer.eod_id if settings.append_eod else None,
+        )
 
-    def _write(self, batch: EncodedBatch) -> None:
-        for result in batch.results:
-            if isinstance(result, Reject):
-                self._reject(batch.source_file, result)
-            else:
-                self._add(batch.source_file, result)
+    def _columns(self) -> SidecarColumns:
+        return SidecarColumns(
+            metadata_keys=self.settings.metadata_keys,
+            kinds=tuple(self._progress.kinds),
+            source_names=tuple(entry.name for entry in self.inputs),
+            facts=facts_of(
+                self.tokenizer.kind,
+                self.tokenizer.sha256,
+                self.tokenizer.vocab_size,
+                append_eod=self.settings.append_eod,
+            ),
+        )
 
-    def _add(self, source_file: str, document: EncodedDocument) -> None:
-        for i, missing in enumerate(document.missing):
-            self._key_seen[i] |= not missing
-        for key, ids in zip(self._settings.json_keys, document.ids, strict=True):
-            self.writers[key].add(ids)
-            self._sidecars[key].add(source_file, document.number, len(ids), document.metadata)
-
-    def _reject(self, source_file: str, reject: Reject) -> None:
-        if self._settings.on_bad_record == "error":
+    def _refuse_rejects(self, chunk: EncodedChunk) -> None:
+        if self.settings.on_bad_record == "error" and chunk.rejects:
+            reject = min(chunk.rejects, key=lambda reject: reject.number)
             raise UserError(
-                f"{source_file}:{reject.number + 1}: {reject.reason}; mend the record, or pass "
-                "--on-bad-record skip to leave such records out"
+                f"{chunk.source_file}:{reject.number + 1}: {reject.detail}; mend the record, or "
+                "pass --on-bad-record skip to leave such records out"
             )
-        self._rejects.add(source_file, reject)
+
+    def _refuse_mixed_modes(self) -> None:
+        """Skipping may begin with a resume; it may not end with one."""
+        if self.settings.on_bad_record == "error" and self._progress.num_rejected:
+            raise UserError(
+                f"{self.workspace.path}: cannot resume with --on-bad-record error: "
+                f"{self._progress.num_rejected} records have been skipped"
+            )
+
+    def _refuse_changed_inputs(self) -> None:
+        for entry in self.inputs:
+            if not entry.is_hub and find_inputs([entry.name]) != [entry]:
+                self.workspace.remove()
+                raise UserError(f"{entry.name}: changed while it was read; begin again")
+
+    def _judge_beginning(self) -> None:
+        """Stop early, or warn, where a key is in no record of the first thousand."""
+        if self._is_judged or self._progress.records < _JUDGED_AFTER_RECORDS:
+            return
+        self._is_judged = True
+        if self._progress.num_rejected == self._progress.records:
+            self.workspace.remove()
+            raise UserError(
+                f"none of the first {self._progress.records} records is a document; the first: "
+                f"{self._progress.first_reject}"
+            )
+        for key in self._metadata_not_seen():
+            warn(f"--metadata-keys {key}: not in any of the first {self._progress.records} records")
+
+    def _judge_all(self) -> None:
+        """Refuse to write a dataset of nothing."""
+        for key, counts in self._progress.keys.items():
+            if counts.tokens == 0 and self.settings.num_shards == 1:
+                self.workspace.remove()
+                raise UserError(self._why_nothing(key))
+        for key in self._metadata_not_seen():
+            if not self._is_judged and self.settings.num_shards == 1:
+                self.workspace.remove()
+                raise UserError(f"--metadata-keys {key}: no record has this key")
+            warn(f"--metadata-keys {key}: no record has this key; its column is empty")
+
+    def _metadata_not_seen(self) -> list[str]:
+        pairs = zip(self.settings.metadata_keys, self._progress.metadata_seen, strict=True)
+        return [key for key, is_seen in pairs if not is_seen]
 
     def _why_nothing(self, key: str) -> str:
-        where = ", ".join(self._settings.inputs)
-        if self._rejects.count == self.num_read > 0:
-            return f"all {self.num_read} records were rejected; the first: {self._rejects.first}"
+        where = ", ".join(self.settings.inputs)
+        records = self._progress.records
+        if self._progress.num_rejected == records > 0:
+            return f"all {records} records were rejected; the first: {self._progress.first_reject}"
         return f'{where}: no document with any text under "{key}"; nothing to write'
-
-
-def _facts(tokenizer: Tokenizer, settings: PreprocessSettings) -> dict[str, str]:
-    """What a trainer has to check before it reads the ids (schema metadata of the sidecar)."""
-    return {
-        "tokenizer_kind": tokenizer.kind,
-        "tokenizer_sha256": tokenizer.sha256,
-        "vocab_size": str(tokenizer.vocab_size),
-        "append_eod": str(settings.append_eod).lower(),
-    }
-
-
-def _check_keys(settings: PreprocessSettings) -> None:
-    for option, keys in (
-        ("--json-keys", settings.json_keys),
-        ("--metadata-keys", settings.metadata_keys),
-    ):
-        if len(set(keys)) != len(keys):
-            raise UserError(f"{option}: a key is named twice: {' '.join(keys)}")
-    for key in settings.json_keys:
-        if "/" in key:
-            raise UserError(f"--json-keys {key}: a key names output files and cannot hold a slash")
-    for key in settings.metadata_keys:
-        if key in OWN_COLUMNS:
-            raise UserError(f"--metadata-keys {key}: the sidecar has a column of its own so named")

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+
+Reason = Literal[
+    "broken JSON",
+    "missing key",
+    "wrong type",
+    "invalid UTF-8",
+    "truncated compressed stream",
+    "over-long line",
+]
+"""Why a record is no document; the counts at the end are by these."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecordBatch:
-    """Some consecutive records of one file, still as bytes."""
+class BadRecord(Exception):
+    """A record that is no document; its message says why in a few words."""
 
-    source_file: str
-    """path as the user wrote it"""
-    numbers: list[int]
-    """0-based position of each record in its file: the line index for JSON Lines"""
-    payloads: list[bytes]
-    """the records, undecoded"""
-    consumed_bytes: int
-    """bytes of the file (compressed, if it is) read for this batch, for progress"""
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason: Reason = reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,31 +32,88 @@ class Reject:
     """A record that is no document, and why."""
 
     number: int
-    """0-based position in its file"""
-    reason: str
+    """0-based position in its file: the line index for JSON Lines"""
+    reason: Reason
+    detail: str
     """what is wrong, in a few words"""
     payload: bytes
-    """the record"""
+    """the record, or its beginning"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodedDocument:
-    """A record after tokenizing."""
+class Position:
+    """How far the inputs are read; a run resumes from one."""
 
-    number: int
-    """0-based position in its file"""
-    ids: tuple[np.ndarray, ...]
-    """token ids for each of the JSON keys; length 0 for an empty document"""
-    metadata: tuple[object, ...]
-    """JSON value for each of the metadata keys; None where the record has none"""
-    missing: tuple[bool, ...]
-    """for each metadata key whether the record lacks it (a null is not lacking)"""
+    input: int = 0
+    """index of the input"""
+    offset: int = 0
+    """decompressed bytes of it (JSON Lines) or rows (everything else) that are read"""
+    record: int = 0
+    """number of the next record in it"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodedBatch:
-    """What became of the records of a batch, in their order."""
+class Chunk:
+    """Some consecutive records of one input, not yet looked at."""
 
     source_file: str
+    """name of the input, as the sidecar has it"""
+    content: bytes | pa.Table
+    """whole lines, or rows"""
+    first_record: int
+    """number of the first line or row"""
+    end: Position
+    """where the next chunk begins"""
     consumed_bytes: int
-    results: list[EncodedDocument | Reject]
+    """bytes of the file (compressed, if it is) read for this chunk, for progress"""
+    rejects: tuple[Reject, ...] = ()
+    """records after `content` that the reader itself found to be none"""
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the content."""
+        return len(self.content) if isinstance(self.content, bytes) else self.content.nbytes
+
+
+@dataclass(kw_only=True)
+class Documents:
+    """The records of a chunk that are documents, column by column, and those that are not."""
+
+    numbers: list[int] = field(default_factory=list)
+    """0-based position of each document in its file"""
+    texts: list[list[object]]
+    """for each of the JSON keys a text (or an array of ids) a document"""
+    metadata: list[list[object]]
+    """for each of the metadata keys a JSON value a document; None where it has none"""
+    metadata_seen: list[bool]
+    """for each of the metadata keys whether any record has it (a null counts)"""
+    rejects: list[Reject] = field(default_factory=list)
+    num_records: int = 0
+    """records counted before anything was made of them"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedKey:
+    """The documents of a chunk under one JSON key."""
+
+    ids: np.ndarray
+    """all ids one after the other, in the type of the `.bin`"""
+    lengths: np.ndarray
+    """int32 [documents]; 0 for a document without tokens"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedChunk:
+    """What became of the records of a chunk, in their order."""
+
+    source_file: str
+    end: Position
+    consumed_bytes: int
+    num_records: int
+    keys: list[EncodedKey]
+    rows: pa.RecordBatch
+    """a row a document for the sidecar's draft"""
+    kinds: list[str]
+    """for each metadata key what its values are (metadata.py)"""
+    metadata_seen: list[bool]
+    rejects: list[Reject]

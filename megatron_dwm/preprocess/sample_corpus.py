@@ -16,8 +16,10 @@ from pathlib import Path
 
 import zstandard
 
-from megatron_dwm.preprocess.readers import check_inputs, parse_record, read_batches
+from megatron_dwm.preprocess.inputs import find_inputs
+from megatron_dwm.preprocess.parsing import parse_record
 from megatron_dwm.preprocess.staging import StagedFiles
+from megatron_dwm.preprocess.texts import read_lines_of
 
 _ZSTD_LEVEL = 19
 _PASSAGE_CHARACTERS = 2000
@@ -85,12 +87,12 @@ def make_sample_corpus(source: str, lambada: str, output: Path) -> dict[str, tup
     first. Returns (documents, bytes of text) to train on for each domain. Raises `UserError` if an
     input is missing or an output exists.
     """
-    check_inputs([source, lambada])
+    find_inputs([source, lambada])
     names = ("validation.jsonl", "lastword.jsonl", "heldout.jsonl", "train.jsonl.zst")
     paths = {name: output / name for name in names}
     with StagedFiles(list(paths.values())) as staged:
         train, held_out = _split(_rows(source))
-        target = [line for batch in read_batches([lambada]) for line in batch.payloads]
+        target = [line + b"\n" for _, line in read_lines_of([lambada])]
         half = len(target) // 2
         validation, unseen = target[:half], _without_overlap(target[half:], target[:half])
         held_out += [_target_row(line) for line in unseen]
@@ -104,8 +106,8 @@ def make_sample_corpus(source: str, lambada: str, output: Path) -> dict[str, tup
 
 
 def _rows(source: str) -> Iterator[dict]:
-    for batch in read_batches([source]):
-        yield from map(parse_record, batch.payloads)
+    for _, line in read_lines_of([source]):
+        yield parse_record(line)
 
 
 def _split(rows: Iterable[dict]) -> tuple[list[dict], list[dict]]:

@@ -6,107 +6,124 @@ document, which has a row here and a boundary in the `.idx` but no sequence), th
 each metadata key under its dotted name. So sequence `i` of the `.idx` is the `i`-th row with
 `tokens > 0`, and row `d` is document `d`.
 
-A metadata column is int64 or double if all its values are such numbers, else string; what is
-neither string nor null is then spelled as JSON. Only the last row can settle that, so rows go to a
-draft file of strings first, and the typed file is made from it. Memory is one row group.
+Row groups have 65,536 rows whatever the chunks and interruptions were, so the file's bytes depend
+on its content only. Memory is one row group.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-_ROWS_IN_GROUP = 1 << 16
-_INT64_LIMIT = 1 << 63
+from megatron_dwm.preprocess.metadata import Kind, arrow_type
 
-Kind = Literal["none", "int", "float", "string"]
-
+ROWS_IN_GROUP = 1 << 16
 OWN_COLUMNS = ("source_file", "record", "tokens")
 
 
-class Sidecar:
-    """Writes one sidecar; nothing is at `path` before `finish`."""
+@dataclass(frozen=True, kw_only=True)
+class SidecarColumns:
+    """What the sidecar of every key has in common."""
 
-    def __init__(self, path: Path, metadata_keys: Sequence[str], facts: dict[str, str]) -> None:
-        self._path = path
-        self._draft_path = path.with_name(path.name + ".draft")
-        self._keys = tuple(metadata_keys)
-        self._facts = facts
-        self._kinds: list[Kind] = ["none"] * len(self._keys)
-        self._columns: list[list[object]] = self._no_rows()
-        self._draft = pq.ParquetWriter(
-            self._draft_path, self._schema([pa.string()] * len(self._keys))
-        )
+    metadata_keys: tuple[str, ...]
+    kinds: tuple[Kind, ...]
+    source_names: tuple[str, ...]
+    """name of each input"""
+    facts: dict[str, str]
+    """what a trainer has to check before it reads the ids (schema metadata)"""
 
-    def add(self, source_file: str, record: int, tokens: int, metadata: Sequence[object]) -> None:
-        """Append the row of one document."""
-        row: list[object] = [source_file, record, tokens]
-        for i, value in enumerate(metadata):
-            kind, spelling = _spell(value)
-            self._kinds[i] = _join(self._kinds[i], kind)
-            row.append(spelling)
-        for column, value in zip(self._columns, row, strict=True):
-            column.append(value)
-        if len(self._columns[0]) == _ROWS_IN_GROUP:
-            self._flush()
-
-    def finish(self) -> None:
-        """Write the typed file."""
-        self._flush()
-        self._draft.close()
-        types = [_arrow_type(kind) for kind in self._kinds]
-        schema = self._schema(types)
-        with pq.ParquetFile(self._draft_path) as draft, pq.ParquetWriter(self._path, schema) as out:
-            for group in range(draft.num_row_groups):
-                out.write_table(draft.read_row_group(group).cast(schema))
-        self._draft_path.unlink()
-
-    def close(self) -> None:
-        """Give up the draft, if it is still there."""
-        self._draft.close()
-        self._draft_path.unlink(missing_ok=True)
-
-    def _flush(self) -> None:
-        if self._columns[0]:
-            self._draft.write_table(pa.table(self._columns, schema=self._draft.schema))
-        self._columns = self._no_rows()
-
-    def _no_rows(self) -> list[list[object]]:
-        return [[] for _ in range(len(OWN_COLUMNS) + len(self._keys))]
-
-    def _schema(self, metadata_types: Sequence[pa.DataType]) -> pa.Schema:
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the finished file."""
         own = zip(OWN_COLUMNS, (pa.string(), pa.int64(), pa.int64()), strict=True)
-        fields = [*own, *zip(self._keys, metadata_types, strict=True)]
-        return pa.schema(fields, metadata=self._facts)
+        types = (arrow_type(kind) for kind in self.kinds)
+        fields = [*own, *zip(self.metadata_keys, types, strict=True)]
+        return pa.schema(fields, metadata=self.facts)
 
 
-def _spell(value: object) -> tuple[Kind, str | None]:
-    """Kind of a JSON value and how a string column holds it."""
-    if value is None:
-        return "none", None
-    if isinstance(value, str):
-        # A surrogate without its partner has no UTF-8; Parquet strings are UTF-8.
-        return "string", value.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, float):
-        return "float", repr(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return ("int" if -_INT64_LIMIT <= value < _INT64_LIMIT else "string"), str(value)
-    return "string", json.dumps(value)
+def write_sidecar(
+    path: Path,
+    columns: SidecarColumns,
+    drafts: Iterable[pa.RecordBatch],
+    lengths: Iterable[np.ndarray],
+) -> None:
+    """Write the sidecar of one key from its documents' draft rows and numbers of tokens.
+
+    A draft row is: index of the input, record number, spelled metadata.
+    """
+    names = pa.array(columns.source_names, pa.string())
+    tokens = _Rows(lengths)
+
+    def tables() -> Iterator[pa.Table]:
+        for draft in drafts:
+            source, record, *metadata = draft.columns
+            own = [names.take(source), record, pa.array(tokens.take(draft.num_rows))]
+            cells = [*own, *metadata]
+            yield pa.table(
+                [cell.cast(field.type) for cell, field in zip(cells, columns.schema, strict=True)],
+                schema=columns.schema,
+            )
+
+    write_groups(path, columns.schema, tables())
+    assert tokens.is_done(), "a document without a row"
 
 
-def _join(first: Kind, second: Kind) -> Kind:
-    """The narrowest kind that holds both."""
-    if first == second or second == "none":
-        return first
-    if first == "none":
-        return second
-    return "string" if "string" in (first, second) else "float"
+def write_groups(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """Write `tables`, rows in order, in row groups of equal size."""
+    with pq.ParquetWriter(path, schema) as writer:
+        held: list[pa.Table] = []
+        num_held = 0
+        for table in tables:
+            held.append(table)
+            num_held += table.num_rows
+            while num_held >= ROWS_IN_GROUP:
+                joined = pa.concat_tables(held)
+                writer.write_table(joined.slice(0, ROWS_IN_GROUP).combine_chunks())
+                held = [joined.slice(ROWS_IN_GROUP)]
+                num_held -= ROWS_IN_GROUP
+        if num_held:
+            writer.write_table(pa.concat_tables(held).combine_chunks())
 
 
-def _arrow_type(kind: Kind) -> pa.DataType:
-    return {"int": pa.int64(), "float": pa.float64()}.get(kind, pa.string())
+class _Rows:
+    """Numbers that come in blocks of one size and are taken in another."""
+
+    def __init__(self, blocks: Iterable[np.ndarray]) -> None:
+        self._blocks = iter(blocks)
+        self._ready = np.zeros(0, np.int32)
+
+    def take(self, count: int) -> np.ndarray:
+        """The next `count` as int64."""
+        parts = []
+        while count > 0:
+            if not len(self._ready):
+                self._ready = next(self._blocks)
+            part, self._ready = self._ready[:count], self._ready[count:]
+            parts.append(part)
+            count -= len(part)
+        return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
+
+    def is_done(self) -> bool:
+        """Whether all numbers were taken."""
+        return not len(self._ready) and next(self._blocks, None) is None
+
+
+def facts_of(kind: str, sha256: str, vocab_size: int, *, append_eod: bool) -> dict[str, str]:
+    """Which tokenizer made the ids, as the schema's metadata."""
+    return {
+        "tokenizer_kind": kind,
+        "tokenizer_sha256": sha256,
+        "vocab_size": str(vocab_size),
+        "append_eod": str(append_eod).lower(),
+    }
+
+
+def facts_in(schema: pa.Schema, names: Sequence[str]) -> dict[str, str]:
+    """The facts of these names that a sidecar's schema holds."""
+    found = schema.metadata or {}
+    return {name: found.get(name.encode(), b"").decode() for name in names}

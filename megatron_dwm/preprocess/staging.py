@@ -1,7 +1,7 @@
 """Outputs under temporary names until all of them are complete.
 
 A reader never sees half a file, an existing file is never overwritten, and a run that fails leaves
-nothing. (A run that is killed outright leaves `*.partial-PID*` files, which may be removed.)
+nothing. What a run that was killed outright left (`*.partial`) is replaced by the next one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class StagedFiles:
     def partial(self, path: Path) -> Path:
         """Temporary name of `path`, in the same directory."""
         assert path in self._paths
-        return path.with_name(f"{path.name}.partial-{os.getpid()}")
+        return path.with_name(f"{path.name}.partial")
 
     def publish(self) -> None:
         """Rename, in the order of `paths`, all that were written; all of them or none."""

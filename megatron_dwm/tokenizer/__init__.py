@@ -1,10 +1,23 @@
-"""Text to token ids and back: one Protocol, one builder, one trainer.
+"""Text to token ids and back: one Protocol, two builders, one trainer, one fast engine.
 
-tokenizer = build_tokenizer("SentencePieceTokenizer", "corpus.model")
+tokenizer = open_tokenizer("corpus.model")          # or a tokenizer.json, or its directory
 tokenizer.decode(tokenizer.encode("Hello"))
+engine = choose_engine(tokenizer).build()           # the same ids for many texts at once
 """
 
+from megatron_dwm.tokenizer.engine import Engine, EngineChoice, choose_engine
 from megatron_dwm.tokenizer.interface import TOKENIZER_KINDS, Piece, Tokenizer
-from megatron_dwm.tokenizer.sentencepiece_model import build_tokenizer, train_sentencepiece
+from megatron_dwm.tokenizer.opening import build_tokenizer, open_tokenizer
+from megatron_dwm.tokenizer.sentencepiece_model import train_sentencepiece
 
-__all__ = ["TOKENIZER_KINDS", "Piece", "Tokenizer", "build_tokenizer", "train_sentencepiece"]
+__all__ = [
+    "TOKENIZER_KINDS",
+    "Engine",
+    "EngineChoice",
+    "Piece",
+    "Tokenizer",
+    "build_tokenizer",
+    "choose_engine",
+    "open_tokenizer",
+    "train_sentencepiece",
+]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
-TokenizerKind = Literal["SentencePieceTokenizer", "Llama2Tokenizer"]
+TokenizerKind = Literal["SentencePieceTokenizer", "Llama2Tokenizer", "HuggingFaceTokenizer"]
 
 TOKENIZER_KINDS: tuple[str, ...] = get_args(TokenizerKind)
 """Values of `--tokenizer-type`, spelled as Megatron-LM spells them."""
@@ -26,7 +26,7 @@ class Piece:
 
 
 class Tokenizer(Protocol):
-    """A vocabulary with an encoder and a decoder."""
+    """A vocabulary with an encoder and a decoder: the reference that fast engines are held to."""
 
     @property
     def kind(self) -> str:
@@ -39,6 +39,12 @@ class Tokenizer(Protocol):
     @property
     def sha256(self) -> str:
         """Hexadecimal SHA-256 of that file: two tokenizers are the same if it is."""
+
+    @property
+    def content(self) -> bytes:
+        """That file's content. For HuggingFaceTokenizer it is a `tokenizer.json`, which an export
+        copies as it is; for the others a SentencePiece model, which an export writes from
+        `pieces`."""
 
     @property
     def vocab_size(self) -> int:
@@ -64,4 +70,10 @@ class Tokenizer(Protocol):
         """Text of `ids`; control tokens have none."""
 
     def pieces(self) -> list[Piece]:
-        """The whole vocabulary in the order of the ids (for export to other formats)."""
+        """The whole vocabulary in the order of the ids (for export to other formats).
+
+        A `tokenizer.json` does not score its pieces: there `score` is 0.
+        """
+
+    def control_ids(self) -> dict[str, int]:
+        """Spelling and id of every control token, which no text may ever become."""

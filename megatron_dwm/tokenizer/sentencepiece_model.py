@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.tokenizer.interface import TOKENIZER_KINDS, Piece, Tokenizer
+from megatron_dwm.tokenizer.files import read_tokenizer_file
+from megatron_dwm.tokenizer.interface import Piece
 
 # SentencePiece leaves out longer sentences without saying so, hence larger than any line.
 _MAX_LINE_BYTES = 1 << 30
@@ -33,9 +33,10 @@ class SentencePieceModel:
     """A tokenizer read from a SentencePiece model file (see `Tokenizer`)."""
 
     def __init__(self, kind: str, model_path: Path) -> None:
-        content = _read_model_file(model_path)
+        content = read_tokenizer_file(model_path)
         self.kind = kind
         self.model_path = model_path
+        self.content = content
         self.sha256 = hashlib.sha256(content).hexdigest()
         self._processor = _load(content, model_path)
         self.vocab_size: int = self._processor.get_piece_size()
@@ -63,6 +64,11 @@ class SentencePieceModel:
         """The whole vocabulary in the order of the ids."""
         return [self._piece(i) for i in range(self.vocab_size)]
 
+    def control_ids(self) -> dict[str, int]:
+        """Spelling and id of every control piece."""
+        model = self._processor
+        return {model.id_to_piece(i): i for i in range(self.vocab_size) if model.is_control(i)}
+
     def _piece(self, piece_id: int) -> Piece:
         model = self._processor
         if model.is_unknown(piece_id):
@@ -76,35 +82,32 @@ class SentencePieceModel:
         return Piece(text=model.id_to_piece(piece_id), score=model.get_score(piece_id), role=role)
 
 
-def build_tokenizer(kind: str, model: str | Path) -> Tokenizer:
-    """The tokenizer of type `kind` (`--tokenizer-type`) with the vocabulary in file `model`.
-
-    Raises `UserError` for an unknown type, a missing file, or a file that is no SentencePiece
-    model with an end-of-sequence piece.
-    """
-    if kind not in TOKENIZER_KINDS:
-        known = ", ".join(TOKENIZER_KINDS)
-        raise UserError(f"tokenizer type {kind!r} is not known; choose one of {known}")
-    return SentencePieceModel(kind, Path(model))
-
-
-def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, output: str | Path) -> None:
+def train_sentencepiece(
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    output: str | Path,
+    character_coverage: float = 0.99995,
+    on_text_read: Callable[[], None] = lambda: None,
+) -> None:
     """Train a BPE model on `texts` (any number of documents) and write it to file `output`.
 
     Layout and settings are Llama 2's: unk 0, bos 1, eos 2, no padding, bytes at 3..258, digits
     split, a space put before the text, text left as it is, runs of spaces kept and allowed as
     pieces. The same texts give the same file. Documents are cut into lines first, so that no
     piece spans two lines and a line break stays one byte piece, as in Llama 2's vocabulary.
-    Raises `UserError` if the vocabulary does not fit the texts or `output` exists.
+    Characters beyond `character_coverage` of the text become bytes; `on_text_read` is called when
+    reading is over and learning begins. Raises `UserError` if the vocabulary does not fit the texts
+    or `output` exists.
     """
     output = Path(output)
     if output.exists():
         raise UserError(f"{output} exists; name another output file or remove it")
     if not output.parent.is_dir():
         raise UserError(f"{output.parent}: no such directory; create it first")
-    lines = _Lines(texts)
-    content = _train(lines, vocab_size)
-    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
+    lines = _Lines(texts, on_text_read)
+    content = _train(lines, vocab_size, character_coverage)
+    partial = output.with_name(f"{output.name}.partial")
     try:
         partial.write_bytes(content)
         partial.rename(output)
@@ -115,20 +118,22 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, output: str | 
 class _Lines:
     """Lines of texts. SentencePiece flattens an exception of its input to text; keep the real."""
 
-    def __init__(self, texts: Iterable[str]) -> None:
+    def __init__(self, texts: Iterable[str], on_end: Callable[[], None]) -> None:
         self._texts = texts
-        self.error: Exception | None = None
+        self._on_end = on_end
+        self.error: BaseException | None = None
 
     def __iter__(self) -> Iterator[str]:
         try:
             for text in self._texts:
                 yield from (line for line in text.split("\n") if line)
-        except Exception as error:
+            self._on_end()
+        except BaseException as error:
             self.error = error
             raise
 
 
-def _train(lines: _Lines, vocab_size: int) -> bytes:
+def _train(lines: _Lines, vocab_size: int, character_coverage: float) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -146,7 +151,7 @@ def _train(lines: _Lines, vocab_size: int) -> bytes:
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            character_coverage=0.99995,
+            character_coverage=character_coverage,
             max_sentence_length=_MAX_LINE_BYTES,
             num_threads=1,
             minloglevel=_ONLY_ERRORS,
@@ -175,15 +180,6 @@ def _explain(message: str, vocab_size: int) -> str:
     if "sentences_.empty()" in message:
         return "there is no text to train a tokenizer on; every document is empty"
     return "SentencePiece could not train: " + " ".join(message.split())
-
-
-def _read_model_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such tokenizer model file") from None
-    except OSError as error:
-        raise UserError(f"{path}: the tokenizer model cannot be read: {error.strerror}") from None
 
 
 def _load(content: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:

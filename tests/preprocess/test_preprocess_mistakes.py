@@ -77,8 +77,8 @@ def test_bad_records_skipped_and_listed(tmp_path: Path, model: Path, run: Run) -
         ("in.jsonl", 2),
         ("in.jsonl", 4),
     ]
-    assert rejects[0]["first_bytes"] == "nonsense\n"
-    assert rejects[1]["first_bytes"] == '{"text": "\\xff"}\n'
+    assert rejects[0]["first_bytes"] == "nonsense"
+    assert rejects[1]["first_bytes"] == '{"text": "\\xff"}'
     assert "UTF-8" in rejects[1]["reason"]
 
 

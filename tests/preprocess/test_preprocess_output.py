@@ -15,7 +15,8 @@ import pytest
 import zstandard
 
 from megatron_dwm.preprocess.encoding import token_dtype
-from megatron_dwm.preprocess.pipeline import PreprocessSettings, preprocess
+from megatron_dwm.preprocess.pipeline import preprocess
+from megatron_dwm.preprocess.settings import PreprocessSettings
 from megatron_dwm.tokenizer import build_tokenizer
 
 with warnings.catch_warnings():
@@ -60,6 +61,7 @@ def test_golden_bytes_for_any_number_of_workers(
         assert ours == (golden_dir / f"golden_text_document.{suffix}").read_bytes()
     assert (summary.records, summary.datasets["text"].empty) == (312, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "ours.preprocess.json",
         "ours_text_document.bin",
         "ours_text_document.idx",
         "ours_text_document.meta.parquet",

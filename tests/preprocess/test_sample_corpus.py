@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dwm.preprocess.readers import parse_record, read_batches
+from megatron_dwm.preprocess.parsing import parse_record
 from megatron_dwm.preprocess.sample_corpus import domain_of, make_sample_corpus
+from megatron_dwm.preprocess.texts import read_lines_of
 
 PERMITTED = {
     ("janeaustenr", "RedPajamaBook", "austen"),
@@ -25,7 +26,7 @@ DOMAINS = {"austen", "speeches", "python", "web", "github"}
 
 def rows_of(path: Path) -> list[dict]:
     """Rows of a corpus file."""
-    return [parse_record(line) for batch in read_batches([str(path)]) for line in batch.payloads]
+    return [parse_record(line) for _, line in read_lines_of([str(path)])]
 
 
 def word_runs(text: str, length: int) -> set[str]:

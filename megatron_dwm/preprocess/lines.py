@@ -1,0 +1,161 @@
+"""JSON Lines files as chunks of whole lines.
+
+Memory is one chunk and one line: a line longer than the limit is passed over as it streams by,
+counted and reported, not held. A byte-order mark at the start of a file is left out.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron_dwm.preprocess.records import Chunk, Position, Reject
+from megatron_dwm.preprocess.streams import ByteStream, is_damage, open_stream, skip
+
+CHUNK_BYTES = 4 << 20
+"""Decompressed bytes a chunk: smaller ones lose gigatoken's speed, larger ones are only memory."""
+_KEPT_BYTES = 200
+
+
+def read_lines(
+    path: Path, name: str, start: Position, *, max_record_bytes: int, chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[Chunk]:
+    """Chunks of the lines of `path` from `start` on."""
+    with path.open("rb") as raw:
+        stream = open_stream(path, raw)
+        reader = _LineReader(name, raw, stream, start, max_record_bytes, chunk_bytes)
+        if start.offset:
+            skip(stream, start.offset)
+        yield from reader.chunks()
+
+
+@dataclass
+class _LineReader:
+    name: str
+    raw: BinaryIO
+    stream: ByteStream
+    position: Position
+    max_record_bytes: int
+    chunk_bytes: int
+    held: bytearray = field(default_factory=bytearray)
+    """bytes read and not given out: at most a chunk and the beginning of a line"""
+    raw_position: int = 0
+    damage: str | None = None
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Chunks up to the end of the file or its first damage."""
+        self._leave_out_mark()
+        while self._fill():
+            cut = self.held.rfind(b"\n") + 1
+            if cut:
+                yield self._give(cut)
+            elif len(self.held) > self.max_record_bytes:
+                yield self._pass_over()
+        if self.damage is not None:
+            yield self._give_damage()
+        elif len(self.held) > self.max_record_bytes:
+            yield self._pass_over()
+        elif self.held:
+            yield self._give(len(self.held))
+
+    def _leave_out_mark(self) -> None:
+        if self.position.offset == 0:
+            self._read_more(len(codecs.BOM_UTF8))
+            if self.held == codecs.BOM_UTF8:
+                self.held.clear()
+                self.position = self._moved(len(codecs.BOM_UTF8), 0)
+
+    def _fill(self) -> bool:
+        """Read on until there is a chunk; False at the end of the stream."""
+        wanted = len(self.held) + self.chunk_bytes
+        while len(self.held) < wanted:
+            if not self._read_more(wanted - len(self.held)):
+                return False
+        return True
+
+    def _read_more(self, num_bytes: int) -> bool:
+        try:
+            data = self.stream.read(num_bytes)
+        except Exception as error:
+            if not is_damage(error):
+                raise  # the disk, not the content
+            self.damage = str(error)
+            return False
+        self.held += data
+        return bool(data)
+
+    def _give(self, size: int, *rejects: Reject) -> Chunk:
+        content = bytes(memoryview(self.held)[:size])
+        del self.held[:size]
+        first = self.position.record
+        lines = content.count(b"\n") + (0 if content.endswith(b"\n") or not content else 1)
+        self.position = self._moved(size, lines)
+        return Chunk(
+            source_file=self.name,
+            content=content,
+            first_record=first,
+            end=self.position,
+            consumed_bytes=self._consumed(),
+            rejects=rejects,
+        )
+
+    def _pass_over(self) -> Chunk:
+        """An over-long line as a reject, read to its end."""
+        number, size = self.position.record, len(self.held)
+        beginning = bytes(self.held[:_KEPT_BYTES])
+        self.held.clear()
+        while self._read_more(self.chunk_bytes):
+            end = self.held.find(b"\n") + 1
+            size += end or len(self.held)
+            del self.held[: end or len(self.held)]
+            if end:
+                break
+        self.position = self._moved(size, 1)
+        detail = f"line of {size} bytes, more than --max-record-bytes {self.max_record_bytes}"
+        return self._without_content(number, "over-long line", detail, beginning)
+
+    def _give_damage(self) -> Chunk:
+        """The lines before the damage; what follows them is one reject."""
+        cut = self.held.rfind(b"\n") + 1
+        before = self._give(cut)
+        number = self.position.record
+        detail = f"damaged or truncated compressed stream after line {number} ({self.damage})"
+        rest = bytes(self.held[:_KEPT_BYTES])
+        self.position = self._moved(len(self.held), 1)
+        self.held.clear()
+        reject = Reject(
+            number=number, reason="truncated compressed stream", detail=detail, payload=rest
+        )
+        return Chunk(
+            source_file=self.name,
+            content=before.content,
+            first_record=before.first_record,
+            end=self.position,
+            consumed_bytes=before.consumed_bytes,
+            rejects=(reject,),
+        )
+
+    def _without_content(self, number: int, reason: str, detail: str, beginning: bytes) -> Chunk:
+        reject = Reject(number=number, reason=reason, detail=detail, payload=beginning)
+        return Chunk(
+            source_file=self.name,
+            content=b"",
+            first_record=number,
+            end=self.position,
+            consumed_bytes=self._consumed(),
+            rejects=(reject,),
+        )
+
+    def _moved(self, num_bytes: int, lines: int) -> Position:
+        return Position(
+            input=self.position.input,
+            offset=self.position.offset + num_bytes,
+            record=self.position.record + lines,
+        )
+
+    def _consumed(self) -> int:
+        before, self.raw_position = self.raw_position, self.raw.tell()
+        return self.raw_position - before

@@ -1,0 +1,189 @@
+"""The growing files of a run, their checkpoints, and their last forms.
+
+For each JSON key the ids (`.bin`) and the lengths of all documents; for all keys together the draft
+of the sidecar (Arrow, a new file after every checkpoint) and the rejects. Memory: nothing that
+grows with the number of documents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+
+from megatron_dwm.preprocess.encoding import LostRecords, draft_columns
+from megatron_dwm.preprocess.index_file import read_block, write_index
+from megatron_dwm.preprocess.metadata import join_kinds
+from megatron_dwm.preprocess.records import EncodedChunk, EncodedKey, Reject
+from megatron_dwm.preprocess.sidecar import SidecarColumns, write_sidecar
+from megatron_dwm.preprocess.workspace import KeyCounts, Workspace
+
+REJECTS = "rejects.jsonl"
+
+
+def draft_schema(num_metadata: int) -> pa.Schema:
+    """Of the sidecar's draft."""
+    record, *metadata = draft_columns(num_metadata)
+    own = [("input", pa.int32()), (record, pa.int64())]
+    return pa.schema([*own, *((name, pa.string()) for name in metadata)])
+
+
+class GrowingOutputs:
+    """Open files of one run, from its last checkpoint on."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        json_keys: Sequence[str],
+        num_metadata: int,
+        dtype: type[np.number],
+    ) -> None:
+        self._workspace = workspace
+        self._keys = tuple(json_keys)
+        self._dtype = dtype
+        self._schema = draft_schema(num_metadata)
+        progress = workspace.progress
+        progress.keys = progress.keys or {key: KeyCounts() for key in self._keys}
+        progress.kinds = progress.kinds or ["none"] * num_metadata
+        progress.metadata_seen = progress.metadata_seen or [False] * num_metadata
+        names = [REJECTS]
+        for i in range(len(self._keys)):
+            names += [_ids_name(i), _lengths_name(i)]
+        self._files = {name: self._open(name) for name in names}
+        for late in workspace.path.glob("draft-*"):
+            if late not in self._segments():
+                late.unlink()
+        self._draft_file: BinaryIO | None = None
+        self._draft: pa.ipc.RecordBatchStreamWriter | None = None
+
+    def add(self, chunk: EncodedChunk) -> None:
+        """Append the documents and rejects of `chunk`."""
+        progress = self._workspace.progress
+        for i, encoded in enumerate(chunk.keys):
+            self._files[_ids_name(i)].write(encoded.ids.data)
+            self._files[_lengths_name(i)].write(encoded.lengths.data)
+            _count(progress.keys[self._keys[i]], encoded)
+        if chunk.rows.num_rows:
+            sources = pa.array(np.full(chunk.rows.num_rows, chunk.end.input, np.int32))
+            batch = pa.record_batch([sources, *chunk.rows.columns], schema=self._schema)
+            self._open_draft().write_batch(batch)
+        for reject in chunk.rejects:
+            self._add_reject(chunk.source_file, reject)
+        progress.records += chunk.num_records
+        pairs = zip(progress.kinds, chunk.kinds, strict=True)
+        progress.kinds = [join_kinds(a, b) for a, b in pairs]
+        seen = zip(progress.metadata_seen, chunk.metadata_seen, strict=True)
+        progress.metadata_seen = [a or b for a, b in seen]
+        progress.position = chunk.end
+
+    def checkpoint(self) -> None:
+        """Put everything on the disk and say how far it is."""
+        self._close_draft()
+        for name, file in self._files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            self._workspace.progress.file_bytes[name] = file.tell()
+        self._workspace.save()
+
+    def check_counts(self) -> None:
+        """Raises `LostRecords` unless every record read is written, empty or rejected."""
+        progress = self._workspace.progress
+        itemsize = np.dtype(self._dtype).itemsize
+        for i, key in enumerate(self._keys):
+            counts = progress.keys[key]
+            accounted = counts.documents + counts.empty + progress.num_rejected
+            sizes = (self._files[_lengths_name(i)].tell(), self._files[_ids_name(i)].tell())
+            expected = (4 * (counts.documents + counts.empty), itemsize * counts.tokens)
+            if progress.records != accounted or sizes != expected:
+                raise LostRecords(
+                    f'"{key}": {progress.records} records, but {accounted} are accounted for; '
+                    f"files of {sizes} bytes, expected {expected}"
+                )
+
+    def finish(self, columns: SidecarColumns) -> None:
+        """Write index and sidecar of each key in the workspace; the files are complete then."""
+        for i in range(len(self._keys)):
+            lengths_path = self._workspace.file(_lengths_name(i))
+
+            def lengths(path: Path = lengths_path) -> Iterator[np.ndarray]:
+                with path.open("rb") as file:
+                    yield from read_block(file, 0, np.int32, path.stat().st_size // 4)
+
+            write_index(self._workspace.file(f"{i}.idx"), self._dtype, lengths)
+            sidecar = self._workspace.file(f"{i}.meta.parquet")
+            write_sidecar(sidecar, columns, self._drafts(), lengths())
+
+    def close(self) -> None:
+        """Close all files; what a checkpoint does not speak of may be lost (a full disk)."""
+        files = [*self._files.values(), *([self._draft_file] if self._draft_file else [])]
+        for file in files:
+            with contextlib.suppress(OSError):
+                file.close()
+
+    def _open(self, name: str) -> BinaryIO:
+        """The file, cut to what the checkpoint knows of it."""
+        path = self._workspace.file(name)
+        file = path.open("r+b" if path.exists() else "w+b")
+        file.truncate(self._workspace.progress.file_bytes.get(name, 0))
+        file.seek(0, os.SEEK_END)
+        return file
+
+    def _open_draft(self) -> pa.ipc.RecordBatchStreamWriter:
+        if self._draft is None:
+            name = f"draft-{self._workspace.progress.segments:06d}.arrow"
+            self._draft_file = self._workspace.file(name).open("wb")
+            self._draft = pa.ipc.new_stream(self._draft_file, self._schema)
+        return self._draft
+
+    def _close_draft(self) -> None:
+        if self._draft is not None and self._draft_file is not None:
+            self._draft.close()
+            self._draft_file.flush()
+            os.fsync(self._draft_file.fileno())
+            self._draft_file.close()
+            self._draft = self._draft_file = None
+            self._workspace.progress.segments += 1
+
+    def _segments(self) -> list[Path]:
+        count = self._workspace.progress.segments
+        return [self._workspace.file(f"draft-{i:06d}.arrow") for i in range(count)]
+
+    def _drafts(self) -> Iterator[pa.RecordBatch]:
+        for path in self._segments():
+            with path.open("rb") as file, pa.ipc.open_stream(file) as reader:
+                yield from reader
+
+    def _add_reject(self, source_file: str, reject: Reject) -> None:
+        progress = self._workspace.progress
+        if not progress.first_reject:
+            progress.first_reject = f"{source_file}:{reject.number + 1}: {reject.detail}"
+        progress.rejected[reject.reason] = progress.rejected.get(reject.reason, 0) + 1
+        row = {
+            "file": source_file,
+            "line": reject.number + 1,
+            "reason": reject.reason,
+            "detail": reject.detail,
+            "first_bytes": reject.payload.decode("utf-8", "backslashreplace"),
+        }
+        self._files[REJECTS].write(json.dumps(row).encode() + b"\n")
+
+
+def _count(counts: KeyCounts, encoded: EncodedKey) -> None:
+    with_tokens = int(np.count_nonzero(encoded.lengths))
+    counts.documents += with_tokens
+    counts.empty += len(encoded.lengths) - with_tokens
+    counts.tokens += len(encoded.ids)
+
+
+def _ids_name(key_index: int) -> str:
+    return f"{key_index}.bin"
+
+
+def _lengths_name(key_index: int) -> str:
+    return f"{key_index}.lengths"

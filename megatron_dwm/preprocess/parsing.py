@@ -1,0 +1,86 @@
+"""From a line to a JSON object, and from an object to what a key holds.
+
+orjson parses; what it refuses goes to the standard library, which decides (as in Megatron-LM's
+tool, which uses it) and says what is wrong. So NaN, numbers of any length and unpaired surrogates
+outside the text are accepted as there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import orjson
+
+from megatron_dwm.preprocess.records import BadRecord
+
+
+def parse_record(payload: bytes) -> dict[str, object]:
+    """The JSON object that a line holds; `BadRecord` if it does not hold one."""
+    try:
+        record = orjson.loads(payload)
+    except orjson.JSONDecodeError:
+        record = parse_slowly(payload)
+    if not isinstance(record, dict):
+        raise BadRecord("wrong type", f"expected a JSON object, found {json_type(record)}")
+    return record
+
+
+def parse_slowly(payload: bytes) -> object:
+    """As the standard library reads it; `BadRecord` with the place of the fault."""
+    try:
+        return json.loads(payload.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        at = f"invalid UTF-8 at byte {error.start + 1} of the line"
+        raise BadRecord("invalid UTF-8", at) from None
+    except json.JSONDecodeError as error:
+        at = f"broken JSON: {error.msg} at character {error.pos + 1}"
+        raise BadRecord("broken JSON", at) from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
+        raise BadRecord("broken JSON", f"JSON that cannot be read: {error}") from None
+
+
+def text_of(record: dict[str, object], key: str) -> str:
+    """The string under `key`; `BadRecord` if there is none that UTF-8 can hold."""
+    value = value_of(record, key)
+    if not isinstance(value, str):
+        raise BadRecord("wrong type", f'"{key}" is {json_type(value)}, expected a string')
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            detail = f'"{key}" holds an unpaired surrogate (\\ud800 to \\udfff)'
+            raise BadRecord("invalid UTF-8", detail) from None
+    return value
+
+
+def value_of(record: dict[str, object], key: str) -> object:
+    """What is under `key`; `BadRecord` without it."""
+    if key not in record:
+        raise BadRecord("missing key", f'no key "{key}" in the record')
+    return record[key]
+
+
+def json_type(value: object) -> str:
+    """What a JSON value is, in words."""
+    names = {dict: "an object", list: "an array", str: "a string", bool: "true or false"}
+    return "null" if value is None else names.get(type(value), "a number")
+
+
+def look_up(record: dict[str, object], dotted_key: str) -> tuple[bool, object]:
+    """Whether `dotted_key` is there and its value: the key as it is, else a path of keys."""
+    if dotted_key in record:
+        return True, record[dotted_key]
+    value: object = record
+    for part in dotted_key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return False, None
+        value = value[part]
+    return True, value
+
+
+def lines_of(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """Index and content of every line that is not white space alone."""
+    for index, line in enumerate(content.split(b"\n")):
+        if line and not line.isspace():
+            yield index, line

@@ -1,0 +1,93 @@
+"""What a run was made from, so that another run knows whether it may go on with it.
+
+`P.preprocess.json` stays beside the finished output: inputs with size and time of change, options,
+tokenizer, and what became of the records.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dwm.config.errors import UserError
+from megatron_dwm.preprocess.inputs import Input
+from megatron_dwm.preprocess.settings import PreprocessSettings
+from megatron_dwm.tokenizer import Tokenizer
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """Fingerprint of a run: the same record means the same output."""
+
+    inputs: list[dict[str, Any]]
+    options: dict[str, Any]
+    """all that shapes the output; not the workers, nor what happens to bad records"""
+    format: int = _FORMAT
+
+    @staticmethod
+    def of(
+        settings: PreprocessSettings, inputs: Sequence[Input], tokenizer: Tokenizer
+    ) -> RunRecord:
+        """The record of what `settings` ask for now."""
+        return RunRecord(
+            inputs=[asdict(entry) for entry in inputs],
+            options={
+                "--tokenizer-type": tokenizer.kind,
+                "--tokenizer-model (sha256)": tokenizer.sha256,
+                "--json-keys": list(settings.json_keys),
+                "--metadata-keys": list(settings.metadata_keys),
+                "--append-eod": settings.append_eod,
+                "--pretokenized": settings.pretokenized,
+                "--max-record-bytes": settings.max_record_bytes,
+                "--shard": settings.shard,
+                "--num-shards": settings.num_shards,
+            },
+        )
+
+    @staticmethod
+    def read(path: Path) -> RunRecord:
+        """The record in `path`; `UserError` if it is none."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return RunRecord(
+                inputs=content["inputs"], options=content["options"], format=content["format"]
+            )
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}: not the record of a preprocessing run; remove it") from None
+
+    def difference(self, now: RunRecord) -> str | None:
+        """Why `now` is another run than this one, or None."""
+        if self.format != now.format:
+            return "it was written by another version of this program"
+        for name, before in self.options.items():
+            if before != now.options.get(name):
+                return f"{name} was {_spell(before)} and is {_spell(now.options.get(name))}"
+        names_before, names_now = ([entry["name"] for entry in r.inputs] for r in (self, now))
+        if names_before != names_now:
+            return f"the inputs were {_list(names_before)} and are {_list(names_now)}"
+        for before, after in zip(self.inputs, now.inputs, strict=True):
+            if before != after:
+                return f"{before['name']} has changed ({_change(before, after)})"
+        return None
+
+
+def _spell(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(str, value)) or "empty" if isinstance(value, list) else str(value)
+
+
+def _list(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _change(before: dict[str, Any], after: dict[str, Any]) -> str:
+    if before["size_bytes"] != after["size_bytes"]:
+        return f"{before['size_bytes']} bytes before, {after['size_bytes']} now"
+    return "same size, another time of change"

@@ -1,0 +1,144 @@
+"""Parquet and Arrow files as chunks of rows.
+
+Only the columns that are asked for are read. Memory is one row group's pages of them (Parquet) or
+one record batch (Arrow, mapped, not loaded). A row group or batch larger than a chunk is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+
+from megatron_dwm.config.errors import UserError
+from megatron_dwm.preprocess.records import Chunk, Position
+
+CHUNK_BYTES = 4 << 20
+_SMALLEST_ROWS = 16
+_PARQUET_ROWS = 1024
+TABLE_SUFFIXES = (".parquet", ".arrow")
+
+
+def read_table_file(
+    path: Path, name: str, start: Position, *, columns: Sequence[str]
+) -> Iterator[Chunk]:
+    """Chunks of the rows of `path` from row `start.offset` on.
+
+    Raises `UserError` for a file that is not of the format its ending tells, or damaged.
+    """
+    batches = _parquet_batches if path.suffix == ".parquet" else _arrow_batches
+    size_bytes = path.stat().st_size
+    try:
+        yield from table_chunks(batches(path, columns, start.offset), name, start, size_bytes)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        complaint = " ".join(str(error).split())
+        raise UserError(
+            f"{path}: damaged, or no {path.suffix[1:]} file ({complaint}); fetch it again"
+        ) from None
+    except OSError as error:
+        if error.errno is not None:
+            raise  # the disk, not the content
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split())})") from None
+
+
+def table_chunks(
+    batches: tuple[int, Iterator[pa.Table]],
+    name: str,
+    start: Position,
+    size_bytes: int,
+) -> Iterator[Chunk]:
+    """`batches` of rows, of which there are so many in all, as chunks from `start` on."""
+    total_rows, tables = batches
+    row = start.offset
+    for table in tables:
+        for part in _cut(table):
+            first, row = row, row + part.num_rows
+            yield Chunk(
+                source_file=name,
+                content=part,
+                first_record=first,
+                end=Position(input=start.input, offset=row, record=row),
+                consumed_bytes=size_bytes * part.num_rows // max(total_rows, 1),
+            )
+
+
+def _cut(table: pa.Table) -> Iterator[pa.Table]:
+    """Slices of about a chunk each."""
+    bytes_a_row = max(1, table.nbytes // max(1, table.num_rows))
+    rows = max(_SMALLEST_ROWS, CHUNK_BYTES // bytes_a_row)
+    for first in range(0, table.num_rows, rows):
+        yield table.slice(first, rows)
+
+
+def _parquet_batches(
+    path: Path, columns: Sequence[str], start_row: int
+) -> tuple[int, Iterator[pa.Table]]:
+    file = pq.ParquetFile(path, pre_buffer=False)
+    wanted = [name for name in columns if name in file.schema_arrow.names]
+
+    def tables() -> Iterator[pa.Table]:
+        first = 0
+        with file:
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if first + rows > start_row:
+                    yield from _rows_of_group(file, group, wanted, max(0, start_row - first))
+                first += rows
+
+    return file.metadata.num_rows, tables()
+
+
+def _rows_of_group(
+    file: pq.ParquetFile, group: int, columns: Sequence[str], skip: int
+) -> Iterator[pa.Table]:
+    num_rows = file.metadata.row_group(group).num_rows
+    if not columns:  # then every row lacks everything, but it is a row
+        yield _rows_without_columns(num_rows - skip)
+        return
+    for batch in file.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=list(columns)):
+        left = batch.slice(skip)
+        skip = max(0, skip - batch.num_rows)
+        if left.num_rows:
+            yield pa.Table.from_batches([left])
+
+
+def _arrow_batches(
+    path: Path, columns: Sequence[str], start_row: int
+) -> tuple[int, Iterator[pa.Table]]:
+    """Both forms: the file format, and the stream that the `datasets` library caches."""
+    source = pa.memory_map(str(path))
+    try:
+        reader = pa.ipc.open_file(source)
+        batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        total_rows = sum(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
+    except pa.ArrowInvalid:
+        source.seek(0)
+        total_rows = sum(batch.num_rows for batch in pa.ipc.open_stream(source))
+        source.seek(0)
+        batches = iter(pa.ipc.open_stream(source))
+
+    def tables() -> Iterator[pa.Table]:
+        first = 0
+        with source:
+            for batch in batches:
+                left = batch.slice(max(0, start_row - first))
+                first += batch.num_rows
+                if left.num_rows:
+                    yield _select(left, columns)
+
+    return total_rows, tables()
+
+
+def _select(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.Table:
+    wanted = [name for name in columns if name in batch.schema.names]
+    if not wanted:
+        return _rows_without_columns(batch.num_rows)
+    return pa.Table.from_batches([batch]).select(wanted)
+
+
+def _rows_without_columns(num_rows: int) -> pa.Table:
+    """Rows that lack every key asked for; the column is never looked at."""
+    return pa.table({"": pa.nulls(num_rows)})

@@ -1,0 +1,122 @@
+"""Hugging Face `tokenizer.json` files. The only file that imports tokenizers.
+
+Ids are those of `transformers` without special tokens added (Megatron-LM's HuggingFaceTokenizer:
+tokenize, then convert to ids), with one difference that is meant: the spelling of a special token
+in a document is text, as with `split_special_tokens=True`, so that no document can end itself.
+
+The end of a document is the `eos_token` of the `tokenizer_config.json` beside the file; without
+one, a special token with a usual name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from megatron_dwm.config.errors import UserError
+from megatron_dwm.tokenizer.files import read_tokenizer_file
+from megatron_dwm.tokenizer.interface import Piece
+
+FILE_NAME = "tokenizer.json"
+_CONFIG_NAME = "tokenizer_config.json"
+_USUAL_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>")
+_USUAL_BEGINNINGS = ("<s>", "<|begin_of_text|>", "<bos>")
+
+
+class HuggingFaceModel:
+    """A tokenizer read from a `tokenizer.json` or its directory (see `Tokenizer`)."""
+
+    kind = "HuggingFaceTokenizer"
+
+    def __init__(self, path: Path) -> None:
+        self.model_path = path / FILE_NAME if path.is_dir() else path
+        self.content = read_tokenizer_file(self.model_path)
+        self.sha256 = hashlib.sha256(self.content).hexdigest()
+        self._tokenizer = _load(self.content, self.model_path)
+        self._controls = self._control_ids()
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        # Megatron-LM counts the entries; ids may have holes, and every id has to be below.
+        self.vocab_size: int = max(len(vocabulary), 1 + max(vocabulary.values(), default=-1))
+        named = _named_tokens(self.model_path.with_name(_CONFIG_NAME))
+        end = self._named_id(named.get("eos_token"), _USUAL_ENDS)
+        if end is None:
+            raise UserError(
+                f"{self.model_path}: which token ends a document is not known; put a "
+                f'{_CONFIG_NAME} with "eos_token" beside it'
+            )
+        self.eod_id: int = end
+        self.bos_id = self._named_id(named.get("bos_token"), _USUAL_BEGINNINGS)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` without beginning or end; `ValueError` for an unpaired surrogate."""
+        text.encode("utf-8")
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; control tokens have none."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def pieces(self) -> list[Piece]:
+        """The whole vocabulary in the order of the ids; an id without an entry is unused."""
+        pieces = [Piece(text="", score=0.0, role="unused")] * self.vocab_size
+        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        for text, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            role = "control" if text in self._controls else "normal"
+            pieces[i] = Piece(text=text, score=0.0, role="unknown" if text == unknown else role)
+        return pieces
+
+    def control_ids(self) -> dict[str, int]:
+        """Spelling and id of every special token except the unknown one."""
+        return dict(self._controls)
+
+    def _control_ids(self) -> dict[str, int]:
+        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {token.content: i for i, token in added.items() if token.special}
+        return {text: i for text, i in special.items() if text != unknown}
+
+    def _named_id(self, named: str | None, usual: Sequence[str]) -> int | None:
+        if named is not None:
+            token_id = self._tokenizer.token_to_id(named)
+            if token_id is None:
+                raise UserError(
+                    f"{self.model_path.with_name(_CONFIG_NAME)}: {named!r} is no token of the "
+                    f"vocabulary in {self.model_path.name}"
+                )
+            return token_id
+        return next((self._controls[text] for text in usual if text in self._controls), None)
+
+
+def _load(content: bytes, path: Path) -> tokenizers.Tokenizer:
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    except Exception:  # the binding raises bare Exception
+        raise UserError(
+            f"{path}: not a Hugging Face tokenizer (expected a tokenizer.json or a directory "
+            "with one)"
+        ) from None
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _named_tokens(path: Path) -> dict[str, str]:
+    """`eos_token` and `bos_token` of a `tokenizer_config.json`, where it names them."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise UserError(f"{path}: not a JSON file") from None
+    found = {}
+    for name in ("eos_token", "bos_token"):
+        token = config.get(name) if isinstance(config, dict) else None
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            found[name] = token
+    return found
