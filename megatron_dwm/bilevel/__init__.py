@@ -1,6 +1,6 @@
 """The hypergradient of the validation loss: three estimators behind one interface and one dict."""
 
-from megatron_dwm.bilevel.hypergradient import ESTIMATORS
+from megatron_dwm.bilevel.hypergradient import ESTIMATORS, hypergradient
 from megatron_dwm.bilevel.problem import Hypergradient, Problem
 
-__all__ = ["ESTIMATORS", "Hypergradient", "Problem"]
+__all__ = ["ESTIMATORS", "Hypergradient", "Problem", "hypergradient"]

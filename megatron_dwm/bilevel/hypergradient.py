@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_dwm.bilevel.finite_difference import finite_difference
-from megatron_dwm.bilevel.problem import Hypergradient, Problem, mean_over_samples, sum_over_data
+from megatron_dwm.bilevel.problem import Hypergradient, Problem, sum_over_data
 from megatron_dwm.bilevel.tangent_probe import tangent_probe
 from megatron_dwm.bilevel.unroll import unroll
 from megatron_dwm.bilevel.virtual_step import prepare_virtual_step
@@ -42,15 +42,31 @@ def first_order(
     problem: Problem, *, halves: bool = False, inner_products: InnerProducts
 ) -> Hypergradient:
     """The hypergradient from first-order passes; the LLM and its optimiser are left bit for bit as
-    they were, with zeroed gradient buffers.
+    they were, with zeroed gradient buffers. `halves`: see `from_gradient`.
+    """
+    train = weighted(problem.train_batch, problem.weights_n, problem.micro_batch_size)
+    clear_gradients(problem.llm, problem.optimizer)
+    denominator = weighted_denominator(problem.train_batch)
+    forward_backward(problem.llm, train, denominator=denominator)
+    found = from_gradient(problem, halves=halves, inner_products=inner_products)
+    clear_gradients(problem.llm, problem.optimizer)
+    return found
+
+
+def from_gradient(
+    problem: Problem, *, halves: bool = False, inner_products: InnerProducts
+) -> Hypergradient:
+    """The hypergradient where the pass for g(w) has been made: g(w) stands in the gradient buffers,
+    and stands there again afterwards. Two plain training steps.
+
+    theta is the parameters of now and the moments are those of now; theta' is what the optimiser's
+    own `step()` on this g(w) would make of them. If that step is then taken, theta' is where
+    training goes on.
 
     halves: also give the alignments of either half of the validation batch, for one more pass of
     `inner_products`. They add up to the whole's: z is linear in the validation gradient.
     """
     llm, optimizer = problem.llm, problem.optimizer
-    train = weighted(problem.train_batch, problem.weights_n, problem.micro_batch_size)
-    clear_gradients(llm, optimizer)
-    result = forward_backward(llm, train, denominator=weighted_denominator(problem.train_batch))
     step = prepare_virtual_step(llm, optimizer, problem.inner)
     found = []
     for part in _validation_parts(problem, halves):
@@ -61,13 +77,12 @@ def first_order(
         step.restore()
         probe = unit(problem.train_batch, problem.micro_batch_size)
         found.append((loss_and_count, inner_products(llm, probe)))
-    clear_gradients(llm, optimizer)
+    step.give_back()
     losses_and_counts = torch.stack([pair for pair, _ in found])
     parts_Kn = torch.stack([alignment_n for _, alignment_n in found])
     share_K = losses_and_counts[:, 1] / losses_and_counts[:, 1].sum()
     return Hypergradient(
         alignment_n=(share_K[:, None] * parts_Kn).sum(dim=0),
-        train_loss=mean_over_samples(llm, result.sample_losses_n),
         val_loss=float((share_K * losses_and_counts[:, 0]).sum()),
         grad_norm=step.grad_norm,
         halves_2n=parts_Kn if halves else None,
@@ -92,8 +107,23 @@ def _validation_gradient(problem: Problem, batch: TokenBatch) -> Tensor:
     return torch.stack([loss_sum / count, count])
 
 
+INNER_PRODUCTS: dict[str, InnerProducts] = {
+    "tangent_probe": tangent_probe,
+    "finite_difference": finite_difference,
+}
+
+# Each makes its own pass for g(w).
 ESTIMATORS: dict[str, Callable[..., Hypergradient]] = {
-    "tangent_probe": partial(first_order, inner_products=tangent_probe),
-    "finite_difference": partial(first_order, inner_products=finite_difference),
+    **{
+        name: partial(first_order, inner_products=function)
+        for name, function in INNER_PRODUCTS.items()
+    },
     "unroll": unroll,
 }
+
+
+def hypergradient(problem: Problem, estimator: str, *, halves: bool = False) -> Hypergradient:
+    """`from_gradient` by the name of an estimator; unroll makes its own passes and leaves g(w)."""
+    if estimator == "unroll":
+        return unroll(problem, halves=halves)
+    return from_gradient(problem, halves=halves, inner_products=INNER_PRODUCTS[estimator])

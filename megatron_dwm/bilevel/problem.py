@@ -47,13 +47,12 @@ class Hypergradient:
     """What one update of the weighting model learns from.
 
     alignment_n: float32, s_i of this data-parallel rank's samples, alike on its whole replica.
-    train_loss: unweighted mean of l_i(theta).  val_loss: L_val(theta'), mean over tokens.
+    val_loss: L_val(theta'), mean over tokens.
     grad_norm: |g(w)| before clipping.
     halves_2n: float32 [2, n], s_i from either half of the validation batch where it was asked for.
     """
 
     alignment_n: Tensor
-    train_loss: float
     val_loss: float
     grad_norm: float
     halves_2n: Tensor | None = None
@@ -61,13 +60,6 @@ class Hypergradient:
     def weight_gradient_n(self, problem: Problem) -> Tensor:
         """dL_val(theta')/dw_i = -(eta/n) * s_i."""
         return self.alignment_n * (-problem.learning_rate / problem.num_samples)
-
-
-def mean_over_samples(llm: LLM, values_n: Tensor) -> float:
-    """Mean over the samples of every data-parallel rank (each holds as many)."""
-    mean = values_n.float().mean()
-    dist.all_reduce(mean, group=llm.runtime.data_group)
-    return float(mean / llm.runtime.data_size)
 
 
 def sum_over_data(llm: LLM, values: Tensor) -> Tensor:

@@ -43,7 +43,6 @@ def unroll(problem: Problem, *, halves: bool = False) -> Hypergradient:
         (weight_gradient_n,) = torch.autograd.grad(val_loss, weights_n)
     return Hypergradient(
         alignment_n=weight_gradient_n * (-problem.num_samples / problem.learning_rate),
-        train_loss=float(losses_n.detach().mean()),
         val_loss=float(val_loss.detach()),
         grad_norm=float(norm.detach()),
     )

@@ -4,7 +4,8 @@
     z      = d(c*g)/dg^T  J(c*g)  grad L_val(theta')          c: global-norm clipping
 
 The moments are only read. Memory: a copy of g, and in pure fp32 training a copy of theta (in mixed
-precision the fp32 main parameters are that copy). `restore` leaves every bit as it was.
+precision the fp32 main parameters are that copy). `restore` and `give_back` leave every bit as it
+was.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ CLIP_EPSILON = 1e-6
 class VirtualStep:
     """A virtual step, ready to be entered and left.
 
-    gradients: the clipped g, tensor by tensor.
+    gradients: g, tensor by tensor, before clipping.
     parameters: theta of the slots without a main copy, else None.
     grad_norm: |g| before clipping.  clip_factor: c, 1 when clipping is not active.
     """
@@ -53,7 +54,7 @@ class VirtualStep:
     def enter(self) -> None:
         """Write theta' into the model's parameters."""
         for slot, gradient in zip(self.slots, self.gradients, strict=True):
-            slot.model.copy_(stepped_parameter(slot, gradient, self.inner))
+            slot.model.copy_(stepped_parameter(slot, self._clipped(gradient), self.inner))
         self._publish()
 
     @torch.no_grad()
@@ -69,23 +70,30 @@ class VirtualStep:
         self.optimizer.prepare_grads()
         for slot, gradient in zip(self.slots, self.gradients, strict=True):
             if self.inner == "adam":
-                slot.main.grad.mul_(adam_jacobian(gradient, slot.moments()))
+                slot.main.grad.mul_(adam_jacobian(self._clipped(gradient), slot.moments()))
         if self.clip_factor < 1.0:
             self._undo_clipping()
         if is_sharded(self.optimizer):
             gather_gradient_buffers(self.llm)
 
+    @torch.no_grad()
+    def give_back(self) -> None:
+        """Put g back into the gradient buffers, bit for bit, where `direction` left z."""
+        for slot, gradient in zip(self.slots, self.gradients, strict=True):
+            slot.main.grad.copy_(gradient)
+
+    def _clipped(self, gradient: Tensor) -> Tensor:
+        return gradient * self.clip_factor if self.clip_factor < 1.0 else gradient
+
     def _undo_clipping(self) -> None:
         """z <- d(c*g)/dg^T z with c = C/(|g| + epsilon), |g| over the whole model."""
-        # The kept gradients are c*g, so <z, g> = <z, c*g> / c.
-        inner_product = self._inner_product() / self.clip_factor
-        norm = self.grad_norm
-        projection = inner_product / (norm * (norm + CLIP_EPSILON))
-        for slot, clipped in zip(self.slots, self.gradients, strict=True):
-            slot.main.grad.mul_(self.clip_factor).sub_(clipped, alpha=projection)
+        norm, factor = self.grad_norm, self.clip_factor
+        projection = factor * self._inner_product() / (norm * (norm + CLIP_EPSILON))
+        for slot, gradient in zip(self.slots, self.gradients, strict=True):
+            slot.main.grad.mul_(factor).sub_(gradient, alpha=projection)
 
     def _inner_product(self) -> float:
-        """<z, c*g>, every parameter of the model counted once."""
+        """<z, g>, every parameter of the model counted once."""
         total = torch.zeros([], dtype=torch.float64, device=self.llm.runtime.device)
         for slot, gradient in zip(self.slots, self.gradients, strict=True):
             if slot.counted:
@@ -109,13 +117,9 @@ def prepare_virtual_step(
     clip = optimizer.config.clip_grad
     factor = min(1.0, clip / (grad_norm + CLIP_EPSILON)) if clip > 0.0 else 1.0
     slots = collect_slots(optimizer)
-    gradients = [_clipped(slot.main.grad, factor) for slot in slots]
+    gradients = [slot.main.grad.clone() for slot in slots]
     parameters = [None if slot.has_main_copy else slot.main.clone() for slot in slots]
     return VirtualStep(llm, optimizer, inner, slots, gradients, parameters, grad_norm, factor)
-
-
-def _clipped(gradient: Tensor, factor: float) -> Tensor:
-    return gradient * factor if factor < 1.0 else gradient.clone()
 
 
 def stepped_parameter(slot: Slot, gradient: Tensor, inner: InnerOptimizer) -> Tensor:

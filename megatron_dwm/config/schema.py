@@ -14,6 +14,10 @@ Precision = Literal["fp32", "bf16"]
 Preset = Literal["tiny", "llama-370m", "llama-1.3b"]
 
 
+PolicyName = Literal["uniform", "dwm", "domain_mean", "validation_mixing"]
+LEARNING_POLICIES = ("dwm", "domain_mean")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Where a run lives and what makes it repeatable."""
@@ -157,14 +161,27 @@ class TrainingConfig:
 class PolicyConfig:
     """Who decides what a sample weighs."""
 
-    name: Literal["uniform", "dwm"] = "uniform"
-    """uniform weighs all samples alike; dwm learns the weights"""
+    name: PolicyName = "uniform"
+    """uniform weighs all samples alike; dwm learns the weights; two baselines without a model:
+    domain_mean weighs by a running mean of alignments for every domain, validation_mixing puts
+    target passages into the training batch"""
+    domain_decay: float = 0.9
+    """part of a domain's running mean that an update keeps (domain_mean)"""
+    domain_temperature: float = 0.5
+    """divides the domains' means before the softmax (domain_mean)"""
+    mix_fraction: float = 0.1
+    """part of every batch that is target passages (validation_mixing)"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightingConfig:
-    """The weighting model and when it learns (policy dwm)."""
+    """The weighting model and when it learns (policies dwm and domain_mean)."""
 
+    encoder: Literal["own", "llm"] = "own"
+    """own: a small Llama of its own reads the tokens, and can be used with another LLM; llm: it
+    reads what the LLM's forward pass makes of a sample, which costs next to nothing"""
+    early_layer: int = 1
+    """the LLM's layer, from 1, whose pooled output is read beside the final one (encoder llm)"""
     mode: Literal["staged", "online"] = "staged"
     """staged updates at stage boundaries with the LLM frozen; online updates every few steps"""
     stages: int = 5
@@ -175,9 +192,16 @@ class WeightingConfig:
     """LLM steps between two weighting updates (online)"""
     warmup_steps: int = 50
     """LLM steps with uniform weights before the first update (online)"""
+    update_on: Literal["fresh", "training"] = "fresh"
+    """fresh: an update draws a batch of its own and costs three plain steps; training (online): it
+    uses the batch, gradient and weights of the LLM step under way and costs two"""
+    freeze_after: float = 1.0
+    """fraction of training.steps after which the weighting model is no longer updated"""
+    damp_by_noise: bool = False
+    """shorten the updates by the measured reliability of the alignments"""
     load: str | None = None
     """directory of a weighting model (weighting/stage_K of a run) to start from; its sizes replace
-    the four below"""
+    the four below (policy dwm)"""
     frozen: bool = False
     """apply the loaded weighting model without updating it"""
     hidden_size: int = 32
@@ -248,6 +272,11 @@ class Config:
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     bilevel: BilevelConfig = field(default_factory=BilevelConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the policy is updated from hypergradients during the run."""
+        return self.policy.name in LEARNING_POLICIES and not self.weighting.frozen
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the LLM among `world_size` processes."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import Config
+from megatron_dwm.config.validate_policy import policy_problems
 
 
 class Heads(NamedTuple):
@@ -40,7 +41,7 @@ def validate_layout(config: Config, shape: Heads, world_size: int) -> None:
 
 def _problems(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
     yield from _layout_problems(config, shape, world_size)
-    yield from _policy(config)
+    yield from policy_problems(config, shape.num_layers)
     yield from _estimator(config, world_size)
 
 
@@ -56,7 +57,7 @@ def _layout_problems(config: Config, shape: Heads, world_size: int) -> Iterator[
 def _estimator(config: Config, world_size: int) -> Iterator[str]:
     """What the cross-check estimators cannot do exactly; each also refuses by itself."""
     name, advice = config.bilevel.estimator, "use tangent_probe"
-    if config.policy.name != "dwm" or name == "tangent_probe":
+    if not config.learns or name == "tangent_probe":
         return
     if config.model.precision != "fp32":
         yield f"bilevel.estimator {name}: needs model.precision fp32; {advice}"
@@ -64,6 +65,8 @@ def _estimator(config: Config, world_size: int) -> Iterator[str]:
         yield f"bilevel.estimator unroll: runs in one process, got {world_size}; {advice}"
     if name == "unroll" and config.model.recompute != "none":
         yield f"bilevel.estimator unroll: needs model.recompute none; {advice}"
+    if name == "unroll" and config.weighting.damp_by_noise:
+        yield f"weighting.damp_by_noise: estimator unroll measures no noise; {advice}"
 
 
 def _positive(config: Config) -> Iterator[str]:
@@ -88,6 +91,7 @@ def _positive(config: Config) -> Iterator[str]:
         "weighting.num_layers": config.weighting.num_layers,
         "weighting.num_attention_heads": config.weighting.num_attention_heads,
         "weighting.ffn_hidden_size": config.weighting.ffn_hidden_size,
+        "policy.domain_temperature": config.policy.domain_temperature,
     }
     for key, value in values.items():
         if not 0 < value < math.inf:  # also refuses nan
@@ -132,11 +136,18 @@ def _fractions(config: Config) -> Iterator[str]:
         "weighting.uniform_floor": config.weighting.uniform_floor,
         "weighting.warn_effective_sample_size": config.weighting.warn_effective_sample_size,
         "weighting.min_effective_sample_size": config.weighting.min_effective_sample_size,
+        "policy.domain_decay": config.policy.domain_decay,
+        "policy.mix_fraction": config.policy.mix_fraction,
     }
     if not 0.0 <= config.training.min_learning_rate_fraction <= 1.0:
         yield (
             "training.min_learning_rate_fraction: expected 0 to 1, "
             f"got {config.training.min_learning_rate_fraction}"
+        )
+    if not 0.0 < config.weighting.freeze_after <= 1.0:
+        yield (
+            "weighting.freeze_after: expected a fraction of the run above 0, at most 1, "
+            f"got {config.weighting.freeze_after}"
         )
     for key, value in values.items():
         if not 0.0 <= value < 1.0:
@@ -208,33 +219,4 @@ def _batches(config: Config, world_size: int) -> Iterator[str]:
         yield (
             f"validation.batch_size {config.validation.batch_size}: expected a multiple of "
             f"training.micro_batch_size x data-parallel replicas = {rows}"
-        )
-
-
-def _policy(config: Config) -> Iterator[str]:
-    weighting = config.weighting
-    if not config.data.train:
-        yield "data.train: expected at least one prefix of indexed files, got none"
-    if config.data.tokenizer is None:
-        yield "data.tokenizer: expected the tokenizer model that the data was tokenized with"
-    if config.policy.name != "dwm":
-        return
-    if config.validation.path is None and not weighting.frozen:
-        yield "validation.path: policy dwm needs the target's text (JSON Lines), got none"
-    if weighting.frozen and weighting.load is None:
-        yield "weighting.frozen: expected weighting.load to name a weighting model, got none"
-    if weighting.hidden_size % (2 * weighting.num_attention_heads):
-        yield (
-            f"weighting.hidden_size {weighting.hidden_size}: expected a multiple of twice "
-            f"weighting.num_attention_heads, {2 * weighting.num_attention_heads}"
-        )
-    if weighting.mode == "staged" and weighting.stages > config.training.steps:
-        yield (
-            f"weighting.stages {weighting.stages}: expected at most training.steps, "
-            f"which is {config.training.steps}"
-        )
-    if weighting.group == "micro_batch" and config.training.micro_batch_size < 2:
-        yield (
-            "training.micro_batch_size 1: a weighting group of one sample always weighs 1; "
-            "set weighting.group to global or use larger micro-batches"
         )

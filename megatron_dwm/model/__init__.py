@@ -1,14 +1,18 @@
 """Llama on Megatron-Core: shapes, modules, the model of a rank, passes through the schedules."""
 
 from megatron_dwm.model.llm import LLM, build_llm, clear_gradients, unwrap
-from megatron_dwm.model.passes import MicroBatch, PassResult, forward_backward, forward_only
+from megatron_dwm.model.passes import MicroBatch, PassResult, Weigh, forward_backward, forward_only
+from megatron_dwm.model.reading import Features, Reading
 from megatron_dwm.model.shape import LlamaShape, resolve_shape
 
 __all__ = [
     "LLM",
+    "Features",
     "LlamaShape",
     "MicroBatch",
     "PassResult",
+    "Reading",
+    "Weigh",
     "build_llm",
     "clear_gradients",
     "forward_backward",

@@ -3,15 +3,18 @@
 Everything that runs the LLM goes through here: training, the validation pass at the virtual
 parameters, the tangent probe and evaluation. A pass minimises
 
-    sum over samples and tokens of coefficient * token loss / denominator,
+    sum over samples and tokens of coefficient * weight * token loss / denominator,
 
-where the denominator is a float summed over micro-batches and data-parallel ranks. With
-coefficients of 1 these are the operations of Megatron-LM's own per-token loss, bit for bit.
+where the denominator is a float summed over micro-batches and data-parallel ranks. The weights are
+1, or are formed inside the pass from what the LLM has just made of the samples (`weigh`). With
+coefficients and weights of 1 these are the operations of Megatron-LM's own per-token loss, bit for
+bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,9 +27,13 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_dwm.model.llm import LLM
+from megatron_dwm.model.reading import Features, FeatureTap, Reading
 
 # Megatron-Core adds up an integer token count that we do not use: weights make it a float.
 _NO_COUNT = torch.zeros([], dtype=torch.int)
+
+# (index of a micro-batch, what its forward pass made of it) -> weights_B, on the last stage.
+Weigh = Callable[[int, Reading], Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class MicroBatch:
     """What one forward pass reads.
 
     coefficients_BS: float32 factor of every token's loss.
-    loss_mask_BS: float32, 1 where a token's loss counts; for `loss_sums_B` only.
+    loss_mask_BS: float32, 1 where a token's loss counts; for sample losses only.
     """
 
     tokens_BS: Tensor
@@ -44,21 +51,40 @@ class MicroBatch:
     loss_mask_BS: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PassResult:
     """What a pass leaves behind, known on every rank of the replica.
 
     loss_sums_n: float32, every local sample's masked sum of token losses, in order.
     token_counts_n: float32, the tokens in each of those sums.
+    weights_n: float32, the weights that `weigh` gave; None without it.
+    features: what the pass was asked to keep.
     """
 
     loss_sums_n: Tensor
     token_counts_n: Tensor
+    weights_n: Tensor | None = None
+    features: Features | None = None
 
     @property
     def sample_losses_n(self) -> Tensor:
         """Token-mean loss of every local sample; 0 for a sample without a counted token."""
         return self.loss_sums_n / self.token_counts_n.clamp(min=1.0)
+
+    @property
+    def reading(self) -> Reading:
+        """The same as a policy reads it."""
+        return Reading(losses_n=self.sample_losses_n, features=self.features)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pass:
+    """What the functions that Megatron calls have to know."""
+
+    on_micro_batch: Callable[[int], None] | None = None
+    weigh: Weigh | None = None
+    tap: FeatureTap | None = None
+    keeps_features: bool = False
 
 
 def forward_backward(
@@ -67,68 +93,94 @@ def forward_backward(
     *,
     denominator: float | None,
     on_micro_batch: Callable[[int], None] | None = None,
+    weigh: Weigh | None = None,
+    early_layer: int | None = None,
+    keep_features: bool = False,
 ) -> PassResult:
     """Run forward and backward over `micro_batches`; gradients end in the gradient buffers.
 
     denominator: this data-parallel rank's part of the global denominator. None leaves the
         gradients local and unscaled (the tangent probe forms none).
     on_micro_batch: told the index of a micro-batch before its forward and its backward pass.
+    weigh: gives the weights of a micro-batch before its losses are reduced.
+    early_layer: take features, the early ones from this layer (from 1); for `weigh`, and for the
+        result if `keep_features`.
     """
-    return _run(llm, micro_batches, False, denominator, on_micro_batch)
+    tap = None if early_layer is None else FeatureTap(llm, early_layer)
+    what = _Pass(on_micro_batch=on_micro_batch, weigh=weigh, tap=tap, keeps_features=keep_features)
+    return _run(llm, micro_batches, what, forward_only=False, denominator=denominator)
 
 
-def forward_only(llm: LLM, micro_batches: Sequence[MicroBatch]) -> PassResult:
-    """Losses of `micro_batches` without gradients."""
+def forward_only(
+    llm: LLM, micro_batches: Sequence[MicroBatch], *, early_layer: int | None = None
+) -> PassResult:
+    """Losses of `micro_batches` without gradients, and features where `early_layer` is given."""
+    tap = None if early_layer is None else FeatureTap(llm, early_layer)
+    what = _Pass(tap=tap, keeps_features=tap is not None)
     with torch.no_grad():
-        return _run(llm, micro_batches, True, None, None)
+        return _run(llm, micro_batches, what, forward_only=True, denominator=None)
 
 
 def _run(
     llm: LLM,
     micro_batches: Sequence[MicroBatch],
+    what: _Pass,
+    *,
     forward_only: bool,
     denominator: float | None,
-    on_micro_batch: Callable[[int], None] | None,
 ) -> PassResult:
     batch_size, sequence_length = micro_batches[0].tokens_BS.shape
     llm.transformer.finalize_model_grads_func = (
         None if denominator is None else partial(_finalise, llm, denominator)
     )
-    outputs = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, on_micro_batch),
-        data_iterator=[enumerate(micro_batches) for _ in llm.chunks],
-        model=llm.chunks,
-        num_microbatches=len(micro_batches),
-        seq_length=sequence_length,
-        micro_batch_size=batch_size,
-        forward_only=forward_only,
-    )
-    return _collect(llm, micro_batches, outputs)
+    with nullcontext() if what.tap is None else what.tap.attached():
+        outputs = get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, what),
+            data_iterator=[enumerate(micro_batches) for _ in llm.chunks],
+            model=llm.chunks,
+            num_microbatches=len(micro_batches),
+            seq_length=sequence_length,
+            micro_batch_size=batch_size,
+            forward_only=forward_only,
+        )
+    return _collect(llm, micro_batches, what, outputs)
 
 
 def _forward_step(
-    on_micro_batch: Callable[[int], None] | None,
-    iterator: Iterator[tuple[int, MicroBatch]],
-    chunk: Module,
+    what: _Pass, iterator: Iterator[tuple[int, MicroBatch]], chunk: Module
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     """Megatron's forward_step_func."""
     index, batch = next(iterator)
-    if on_micro_batch is not None:
-        on_micro_batch(index)
-    output = chunk(batch.tokens_BS, batch.position_ids_BS, None, labels=batch.labels_BS)
-    if on_micro_batch is not None and output.requires_grad:
+    told = what.on_micro_batch
+    if told is not None:
+        told(index)
+    with nullcontext() if what.tap is None else what.tap.listening(index):
+        output = chunk(batch.tokens_BS, batch.position_ids_BS, None, labels=batch.labels_BS)
+    if told is not None and output.requires_grad:
         # Activation recomputation runs modules again in the backward pass, when another
         # micro-batch may have gone forward since.
-        output.register_hook(lambda _: on_micro_batch(index))
-    return output, partial(_loss, batch)
+        output.register_hook(lambda _: told(index))
+    return output, partial(_loss, what, index, batch)
 
 
-def _loss(batch: MicroBatch, token_losses_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Megatron's loss_func: (sum to differentiate, unused count, what to keep)."""
+def _loss(
+    what: _Pass, index: int, batch: MicroBatch, token_losses_BS: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Megatron's loss_func: (sum to differentiate, unused count, [B, columns] to keep)."""
     losses = token_losses_BS.float()
-    total = torch.sum(losses.view(-1) * batch.coefficients_BS.view(-1))
-    kept_B = (losses.detach() * batch.loss_mask_BS).sum(dim=1)
-    return total, _NO_COUNT, kept_B
+    loss_sums_B = (losses.detach() * batch.loss_mask_BS).sum(dim=1)
+    features = None if what.tap is None else what.tap.of(index)
+    coefficients, columns = batch.coefficients_BS, [loss_sums_B[:, None]]
+    if what.weigh is not None:
+        counts_B = batch.loss_mask_BS.sum(dim=1).clamp(min=1.0)
+        reading = Reading(losses_n=loss_sums_B / counts_B, features=features)
+        weights_B1 = what.weigh(index, reading)[:, None]
+        coefficients = coefficients * weights_B1
+        columns.append(weights_B1)
+    if what.keeps_features and features is not None:
+        columns.append(features.flat())
+    total = torch.sum(losses.view(-1) * coefficients.view(-1))
+    return total, _NO_COUNT, torch.cat(columns, dim=1)
 
 
 def _finalise(
@@ -142,7 +194,22 @@ def _finalise(
         chunk.scale_gradients(1.0 / total)
 
 
-def _collect(llm: LLM, micro_batches: Sequence[MicroBatch], outputs: list[Tensor]) -> PassResult:
+def _collect(
+    llm: LLM, micro_batches: Sequence[MicroBatch], what: _Pass, outputs: list[Tensor]
+) -> PassResult:
+    """Cut the kept columns apart, on every stage."""
     counts_n = torch.cat([batch.loss_mask_BS.sum(dim=1) for batch in micro_batches])
-    losses_n = torch.cat(outputs) if llm.runtime.is_last_stage else torch.empty_like(counts_n)
-    return PassResult(llm.runtime.broadcast_from_last_stage(losses_n), counts_n)
+    first = 1 if what.weigh is None else 2
+    width = 2 * llm.shape.hidden_size if what.keeps_features else 0
+    kept = (
+        torch.cat(outputs)
+        if llm.runtime.is_last_stage
+        else counts_n.new_empty(len(counts_n), first + width)
+    )
+    kept = llm.runtime.broadcast_from_last_stage(kept)
+    return PassResult(
+        loss_sums_n=kept[:, 0],
+        token_counts_n=counts_n,
+        weights_n=None if what.weigh is None else kept[:, 1],
+        features=Features.from_flat(kept[:, first:]) if what.keeps_features else None,
+    )

@@ -28,6 +28,8 @@ class Runtime:
 
     inner_group: the tensor- and pipeline-parallel processes that together hold one LLM replica.
     data_group: the processes that hold the same part of every replica.
+    side_group: the ranks of pipeline_group again, for messages beside the schedule's own; None
+        without pipeline parallelism.
     """
 
     device: torch.device
@@ -45,6 +47,7 @@ class Runtime:
     pipeline_group: Group
     data_group: Group
     inner_group: Group
+    side_group: Group | None
 
     @property
     def is_main(self) -> bool:
@@ -131,7 +134,19 @@ def _describe(device: torch.device) -> Runtime:
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
         inner_group=inner_group,
+        side_group=_side_group(),
     )
+
+
+def _side_group() -> Group | None:
+    """A second group of this rank's pipeline (collective over the world)."""
+    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+    if pipeline_group.size() == 1:
+        return None
+    everyones: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyones, dist.get_process_group_ranks(pipeline_group))
+    mine, _ = dist.new_subgroups_by_enumeration(sorted(map(list, {*map(tuple, everyones)})))
+    return mine
 
 
 def _set_single_process_defaults() -> None:

@@ -27,7 +27,7 @@ from megatron_dwm.runtime import Runtime
 from megatron_dwm.training.session import Session
 from megatron_dwm.training.sharded_adam import create_state, loadable
 from megatron_dwm.training.state import TrainState
-from megatron_dwm.weighting import DwmPolicy
+from megatron_dwm.weighting import LearningPolicy
 
 MODEL_PREFIX = "model."
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -80,7 +80,7 @@ def load_checkpoint(session: Session, directory: Path) -> None:
     rest = torch.load(directory / "training.pt", weights_only=True)
     for name, value in rest["state"].items():
         setattr(session.state, name, value)
-    if isinstance(session.policy, DwmPolicy):
+    if isinstance(session.policy, LearningPolicy):
         session.policy.load_state_dict(rest["policy"])
     session.scheduler.num_steps = 0
     session.scheduler.step(increment=session.state.step)
@@ -126,7 +126,7 @@ def _save_rest(session: Session, directory: Path) -> None:
     torch.save(
         {
             "state": asdict(session.state),
-            "policy": policy.state_dict() if isinstance(policy, DwmPolicy) else None,
+            "policy": policy.state_dict() if isinstance(policy, LearningPolicy) else None,
         },
         directory / "training.pt",
     )

@@ -4,35 +4,43 @@ for stage in stages:
     for _ in range(stage.num_updates):                 # LLM frozen
         weighting update from one exact hypergradient
     for step in stage:                                 # weighting model frozen
-        weights_n = policy.weights(batch)
-        train_step(batch, weights_n)
+        train_step(batch)                              # weights from the policy
+
+With `weighting.update_on training` the last step before a stage makes that stage's update.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dwm.bilevel import Hypergradient
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.training.checkpoint import save_checkpoint
+from megatron_dwm.training.compute import reads_first
 from megatron_dwm.training.progress import Progress
 from megatron_dwm.training.records import MetricsWriter, WeightRecorder, weight_statistics
 from megatron_dwm.training.session import Session
 from megatron_dwm.training.stages import Stage
 from megatron_dwm.training.step import (
+    Lesson,
     StepResult,
     UpdateResult,
     evaluate,
+    signal_to_noise_of,
     train_step,
     weighting_update,
 )
-from megatron_dwm.training.trust import Watch, signal_to_noise
-from megatron_dwm.weighting import DwmPolicy
+from megatron_dwm.training.trust import Watch
+from megatron_dwm.weighting import LearningPolicy
+
+# Rows of a global batch, read where they are needed.
+Rows = Callable[[slice], Batch]
 
 
 class Loop:
@@ -67,39 +75,48 @@ class Loop:
             self._update_weighting(stage)
             while state.step < stage.end_step:
                 self._train(stage)
-            if isinstance(self.session.policy, DwmPolicy) and self._is_last_of_its_number(stage):
+            if self._is_last_of_its_number(stage):
                 self._save_weighting(stage)
         self._close()
 
     def _warn_if_nothing_is_learned(self) -> None:
-        config = self.session.config
-        learns = config.policy.name == "dwm" and not config.weighting.frozen
-        if learns and not any(stage.num_updates for stage in self.session.stages):
+        config, session = self.session.config, self.session
+        if config.learns and not any(stage.num_updates for stage in session.stages):
             self._progress.warn(
-                f"policy dwm makes no weighting update in {config.training.steps} steps: lower "
-                "weighting.warmup_steps or train longer"
+                f"policy {config.policy.name} makes no weighting update in "
+                f"{config.training.steps} steps: lower weighting.warmup_steps, raise "
+                "weighting.freeze_after or train longer"
+            )
+        if reads_first(config, session.global_batch_size // session.runtime.data_size):
+            self._progress.warn(
+                "weighting.group global with weighting.encoder llm and several micro-batches: "
+                "every step reads its batch once more before it weighs it (a third more time); "
+                "weighting.group micro_batch or a larger training.micro_batch_size spares that"
             )
 
     def _update_weighting(self, stage: Stage) -> None:
         session, state = self.session, self.session.state
+        if session.weighting_data is None:
+            return
         while state.step == stage.first_step and state.stage_updates < stage.num_updates:
-            assert session.weighting_data is not None
-            train = session.training_batch(session.weighting_data, state.updates)
-            val = session.validation_batch(state.updates)
-            result = weighting_update(session, train, val, measure_noise=self._measures_noise())
+            train = session.update_batch(state.updates)
+            result = weighting_update(session, train, self._lesson())
             state.updates += 1
             state.stage_updates += 1
-            self._report_update(stage, result)
+            self._report_update(stage, result, partial(session.update_rows, state.updates - 1))
 
     def _train(self, stage: Stage) -> None:
         session, state = self.session, self.session.state
-        batch = session.training_batch(session.data, state.step)
-        weights_n = session.policy.weights(batch)
-        result = train_step(session, batch, weights_n)
+        batch = session.training_batch(state.step)
+        lesson = self._lesson() if self._learns_in_step(stage) else None
+        result = train_step(session, batch, lesson)
         state.step += 1
         state.stage_updates = 0
         state.tokens += session.tokens_per_step
-        self._report_step(stage, batch, weights_n, result)
+        self._report_step(stage, result)
+        if result.update is not None:
+            state.updates += 1
+            self._report_update(stage, result.update, partial(session.step_rows, state.step - 1))
         last = state.step == session.config.training.steps
         if session.evaluation and (
             last or state.step % session.config.evaluation.interval_steps == 0
@@ -109,11 +126,23 @@ class Loop:
         if last or (interval and state.step % interval == 0):
             self._checkpoint()
 
-    def _report_step(
-        self, stage: Stage, batch: Batch, weights_n: Tensor, result: StepResult
-    ) -> None:
+    def _lesson(self) -> Lesson:
+        updates = self.session.state.updates
+        return Lesson(
+            val=self.session.validation_batch(updates), measure_noise=self._measures_noise()
+        )
+
+    def _learns_in_step(self, stage: Stage) -> bool:
+        """Whether the step that comes makes the update of the next stage."""
+        session = self.session
+        if session.config.weighting.update_on != "training":
+            return False
+        border = session.state.step + 1
+        return any(later.first_step == border and later.num_updates for later in session.stages)
+
+    def _report_step(self, stage: Stage, result: StepResult) -> None:
         session, state = self.session, self.session.state
-        whole_n = self._gather(weights_n)
+        whole_n = session.gather(result.weights_n)
         finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
         if not finite or not bool(torch.isfinite(whole_n).all()):
             ids = session.data.ids_of_step(state.step - 1, session.global_batch_size)
@@ -135,12 +164,12 @@ class Loop:
         )
         interval = session.config.logging.weights_interval_steps
         if interval and state.step % interval == 0:
-            self._record_weights(stage, session.data, state.step - 1, whole_n, None)
+            self._record_weights(stage, partial(session.step_rows, state.step - 1), whole_n, None)
 
-    def _report_update(self, stage: Stage, result: UpdateResult) -> None:
+    def _report_update(self, stage: Stage, result: UpdateResult, rows: Rows) -> None:
         state, found = self.session.state, result.hypergradient
-        weights_n = self._gather(result.update.weights_n)
-        alignment_n = self._gather(found.alignment_n)
+        weights_n = self.session.gather(result.update.weights_n)
+        alignment_n = self.session.gather(found.alignment_n)
         if not math.isfinite(found.val_loss) or not bool(torch.isfinite(alignment_n).all()):
             raise FloatingPointError(
                 f"weighting update {state.updates}: validation loss {found.val_loss}, "
@@ -150,7 +179,7 @@ class Loop:
             stage,
             "weighting",
             update=state.updates,
-            loss=found.train_loss,
+            loss=result.train_loss,
             val_loss=found.val_loss,
             grad_norm=found.grad_norm,
             weighting_grad_norm=result.update.grad_norm,
@@ -161,8 +190,7 @@ class Loop:
             **weight_statistics(weights_n),
         )
         if self.session.config.logging.weights_interval_steps:
-            data = self.session.weighting_data
-            self._record_weights(stage, data, state.updates - 1, weights_n, alignment_n)
+            self._record_weights(stage, rows, weights_n, alignment_n)
 
     def _measures_noise(self) -> bool:
         bilevel = self.session.config.bilevel
@@ -174,7 +202,7 @@ class Loop:
         """The measured agreement and signal-to-noise, where they were measured."""
         if found.halves_2n is None:
             return {}
-        agreement, ratio = signal_to_noise(*(self._gather(half_n) for half_n in found.halves_2n))
+        agreement, ratio = signal_to_noise_of(self.session, found.halves_2n)
         self._watch.signal_to_noise(ratio)
         return {"alignment_agreement": agreement, "alignment_signal_to_noise": ratio}
 
@@ -196,32 +224,20 @@ class Loop:
 
     def _save_weighting(self, stage: Stage) -> None:
         policy = self.session.policy
-        assert isinstance(policy, DwmPolicy)
-        if self.session.runtime.is_main:
-            policy.model.save(self.session.run_dir / "weighting" / f"stage_{stage.number}")
+        if self.session.runtime.is_main and isinstance(policy, LearningPolicy):
+            policy.save(self.session.run_dir / "weighting" / f"stage_{stage.number}")
 
     def _is_last_of_its_number(self, stage: Stage) -> bool:
         later = [other for other in self.session.stages if other.first_step >= stage.end_step]
         return all(other.number != stage.number for other in later)
 
     def _record_weights(
-        self, stage: Stage, data: object, number: int, weights_n: Tensor, alignment_n: Tensor | None
+        self, stage: Stage, rows: Rows, weights_n: Tensor, alignment_n: Tensor | None
     ) -> None:
-        """Keep the weights of global batch `number` of `data` (main process only)."""
-        if self._weights is None:
-            return
-        session = self.session
-        batch = data.batch(data.ids_of_step(number, session.global_batch_size))
-        self._weights.add(session.state.step, stage.number, batch, weights_n, alignment_n)
-
-    def _gather(self, values_n: Tensor) -> Tensor:
-        """Values of every replica's samples, in the order of the global batch."""
-        runtime = self.session.runtime
-        if runtime.data_size == 1:
-            return values_n
-        whole = values_n.new_empty(len(values_n) * runtime.data_size)
-        dist.all_gather_into_tensor(whole, values_n.contiguous(), group=runtime.data_group)
-        return whole
+        """Keep the weights of a global batch (main process only)."""
+        if self._weights is not None:
+            step, whole = self.session.state.step, rows(slice(0, self.session.global_batch_size))
+            self._weights.add(step, stage.number, whole, weights_n, alignment_n)
 
     def _write(self, stage: Stage, phase: str, **values: object) -> None:
         if self._metrics is None:
@@ -229,7 +245,12 @@ class Loop:
         self._lap()
         state = self.session.state
         line = {"step": state.step, "stage": stage.number, "phase": phase, **values}
-        self._metrics.write({**line, "tokens": state.tokens, "seconds": round(state.seconds, 3)})
+        counts = {
+            "tokens": state.tokens,
+            "flops": self.session.compute.spent(state),
+            "seconds": round(state.seconds, 3),
+        }
+        self._metrics.write({**line, **counts})
 
     def _lap(self) -> None:
         """Add the time since the last lap to the run's."""

@@ -12,7 +12,9 @@ from megatron_dwm.config.load import load_config, save_config
 from megatron_dwm.config.validate import Heads, validate_config
 from megatron_dwm.data import EvaluationSet, ValidationSet
 from megatron_dwm.data.checks import check_data
-from megatron_dwm.model import LlamaShape, resolve_shape
+from megatron_dwm.model import LLM, LlamaShape, resolve_shape
+from megatron_dwm.model.from_huggingface import load_huggingface
+from megatron_dwm.model.huggingface_files import is_huggingface, open_huggingface
 from megatron_dwm.runtime import bring_up, rank_from_environment, world_size_from_environment
 from megatron_dwm.tokenizer import Tokenizer, build_tokenizer
 from megatron_dwm.training.checkpoint import (
@@ -26,6 +28,7 @@ from megatron_dwm.training.loop import Loop
 from megatron_dwm.training.records import drop_records_after
 from megatron_dwm.training.session import build_session
 from megatron_dwm.training.state import TrainState
+from megatron_dwm.weighting import weighting_shape
 from megatron_dwm.weighting.model import load_weighting_model
 
 # Keys that a resumed run may change; everything else decides what is trained.
@@ -62,7 +65,7 @@ def run(config: Config) -> None:
         if checkpoint is not None:
             load_checkpoint(session, checkpoint)
         elif config.model.init_from is not None:
-            load_parameters(session.llm, Path(config.model.init_from))
+            _start_from(session.llm, Path(config.model.init_from))
             session.optimizer.reload_model_params()
         Loop(session).run()
 
@@ -72,16 +75,19 @@ def check(config: Config) -> tuple[LlamaShape, Tokenizer]:
     if config.data.tokenizer is None:
         raise UserError("data.tokenizer: expected a SentencePiece model, got none")
     tokenizer = build_tokenizer("SentencePieceTokenizer", config.data.tokenizer)
-    shape = resolve_shape(config.model, tokenizer.vocab_size)
+    shape = resolve_shape(
+        config.model, tokenizer.vocab_size, init_from=_shape_to_start_from(config)
+    )
     if shape.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size {shape.vocab_size}: the tokenizer {config.data.tokenizer} has "
-            f"{tokenizer.vocab_size} pieces; leave model.vocab_size empty or raise it"
+            f"{tokenizer.vocab_size} pieces; leave model.vocab_size empty or raise it (with "
+            "model.init_from, name that model's tokenizer)"
         )
     validate_config(config, heads_of(shape), world_size_from_environment())
     check_data(config.data, tokenizer)
     _check_held_out_text(config, tokenizer)
-    _check_models(config, shape, tokenizer)
+    _check_weighting_model(config, shape, tokenizer)
     return shape, tokenizer
 
 
@@ -96,20 +102,33 @@ def heads_of(shape: LlamaShape) -> Heads:
     )
 
 
-def _check_models(config: Config, shape: LlamaShape, tokenizer: Tokenizer) -> None:
-    """What the run starts from has to exist and to fit."""
+def _check_weighting_model(config: Config, shape: LlamaShape, tokenizer: Tokenizer) -> None:
+    """The weighting model that the run starts from has to exist and to fit."""
     if config.policy.name == "dwm" and config.weighting.load is not None:
-        load_weighting_model(Path(config.weighting.load), tokenizer.vocab_size)
-    if config.model.init_from is not None:
-        found = read_shape(Path(config.model.init_from))
-        if found != shape:
-            raise UserError(
-                f"model.init_from: {config.model.init_from} holds {found}, the run asks for {shape}"
-            )
+        expected = weighting_shape(config, shape, tokenizer.vocab_size)
+        load_weighting_model(Path(config.weighting.load), expected)
+
+
+def _shape_to_start_from(config: Config) -> LlamaShape | None:
+    """The shape of the model that the run starts from, which has to be whole; None without one."""
+    if config.model.init_from is None:
+        return None
+    directory = Path(config.model.init_from)
+    if is_huggingface(directory):
+        return open_huggingface(directory).shape
+    return read_shape(directory)
+
+
+def _start_from(llm: LLM, directory: Path) -> None:
+    """Take the parameters of a Hugging Face model or of a checkpoint (collective)."""
+    if is_huggingface(directory):
+        load_huggingface(llm, open_huggingface(directory))
+    else:
+        load_parameters(llm, directory)
 
 
 def _check_held_out_text(config: Config, tokenizer: Tokenizer) -> None:
-    if config.policy.name == "dwm" and not config.weighting.frozen:
+    if config.learns or config.policy.name == "validation_mixing":
         ValidationSet(config.validation, config.data, tokenizer, seed=config.run.seed)
     if config.evaluation.path is not None:
         EvaluationSet(config.evaluation, config.data, tokenizer)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from megatron_dwm.config import Config
 from megatron_dwm.data import EvaluationSet, TrainingData, ValidationSet
@@ -14,10 +16,11 @@ from megatron_dwm.data.batch import Batch
 from megatron_dwm.model import LLM, LlamaShape, build_llm
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.tokenizer import Tokenizer
+from megatron_dwm.training.compute import Compute, compute_of
 from megatron_dwm.training.optimiser import build_optimizer, build_scheduler
 from megatron_dwm.training.stages import Stage, plan_stages
 from megatron_dwm.training.state import TrainState
-from megatron_dwm.weighting import Policy, build_policy
+from megatron_dwm.weighting import Policy, build_policy, weighting_shape
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Session:
     """One run in this process.
 
     weighting_data: the same documents in an order of their own, so that weighting updates never
-    change what the LLM reads. validation, weighting_data: None where the policy does not learn.
+    change what the LLM reads; None where updates draw no batch.  validation: None where the policy
+    reads none.
     """
 
     config: Config
@@ -39,6 +43,7 @@ class Session:
     weighting_data: TrainingData | None
     validation: ValidationSet | None
     evaluation: EvaluationSet | None
+    compute: Compute
     state: TrainState
 
     @property
@@ -61,10 +66,54 @@ class Session:
         share = count // self.runtime.data_size
         return slice(self.runtime.data_rank * share, (self.runtime.data_rank + 1) * share)
 
-    def training_batch(self, data: TrainingData, number: int) -> Batch:
-        """This replica's samples of batch `number` of `data`."""
-        ids = data.ids_of_step(number, self.global_batch_size)
-        return data.batch(ids[self.local_rows(len(ids))]).to(self.runtime.device)
+    @property
+    def num_mixed(self) -> int:
+        """Target passages in every batch (policy validation_mixing)."""
+        if self.config.policy.name != "validation_mixing":
+            return 0
+        return round(self.config.policy.mix_fraction * self.global_batch_size)
+
+    def step_rows(self, number: int, rows: slice) -> Batch:
+        """Rows of the global batch of LLM step `number` (from 0); target passages come last."""
+        ids, border = self.data.ids_of_step(number, self.global_batch_size), self._border
+        corpus = ids[rows.start : min(rows.stop, border)]
+        first, last = (max(0, row - border) for row in (rows.start, rows.stop))
+        if first == last:
+            return self.data.batch(corpus)
+        assert self.validation is not None
+        passages = self.validation.batch(number, self.num_mixed).rows(first, last)
+        return Batch.concatenate([self.data.batch(corpus), passages]) if corpus else passages
+
+    @property
+    def _border(self) -> int:
+        return self.global_batch_size - self.num_mixed
+
+    def training_batch(self, number: int) -> Batch:
+        """This replica's samples of LLM step `number` (from 0)."""
+        return self.step_rows(number, self.local_rows(self.global_batch_size)).to(
+            self.runtime.device
+        )
+
+    def update_rows(self, number: int, rows: slice) -> Batch:
+        """Rows of the global batch that weighting update `number` (from 0) draws."""
+        assert self.weighting_data is not None
+        return self.weighting_data.batch(
+            self.weighting_data.ids_of_step(number, self.global_batch_size)[rows]
+        )
+
+    def update_batch(self, number: int) -> Batch:
+        """This replica's samples of weighting update `number` (from 0)."""
+        return self.update_rows(number, self.local_rows(self.global_batch_size)).to(
+            self.runtime.device
+        )
+
+    def gather(self, values_n: Tensor) -> Tensor:
+        """Values of every replica's samples, in the order of the global batch (collective)."""
+        if self.runtime.data_size == 1:
+            return values_n
+        whole = values_n.new_empty(len(values_n) * self.runtime.data_size)
+        dist.all_gather_into_tensor(whole, values_n.contiguous(), group=self.runtime.data_group)
+        return whole
 
     def validation_batch(self, number: int) -> Batch:
         """This replica's passages of validation batch `number`."""
@@ -90,19 +139,23 @@ def build_session(
     optimizer = build_optimizer(config.training, llm, sharded=config.parallel.sharded_optimizer)
     stages = plan_stages(config)
     num_updates = sum(stage.num_updates for stage in stages)
-    learns = num_updates > 0
+    fresh = num_updates > 0 and config.weighting.update_on == "fresh"
+    reads_target = num_updates > 0 or config.policy.name == "validation_mixing"
     return Session(
         config=config,
         runtime=runtime,
         llm=llm,
         optimizer=optimizer,
         scheduler=build_scheduler(config.training, optimizer),
-        policy=build_policy(config, runtime, tokenizer.vocab_size),
+        policy=build_policy(config, runtime, shape, tokenizer.vocab_size),
         stages=stages,
         data=_stream(config, tokenizer, config.training.steps, "training"),
-        weighting_data=_stream(config, tokenizer, num_updates, "weighting") if learns else None,
-        validation=_validation(config, tokenizer) if learns else None,
+        weighting_data=_stream(config, tokenizer, num_updates, "weighting") if fresh else None,
+        validation=_validation(config, tokenizer) if reads_target else None,
         evaluation=_evaluation(config, tokenizer),
+        compute=compute_of(
+            config, shape, weighting_shape(config, shape, tokenizer.vocab_size), runtime.data_size
+        ),
         state=TrainState(),
     )
 

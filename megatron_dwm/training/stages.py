@@ -6,7 +6,7 @@ many updates each, `online` a block of a few steps with one update each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_dwm.config import Config
 
@@ -27,11 +27,17 @@ class Stage:
 def plan_stages(config: Config) -> list[Stage]:
     """The stages of a run, in order; they cover its steps without a gap."""
     steps, weighting = config.training.steps, config.weighting
-    if config.policy.name != "dwm" or weighting.frozen:
+    if not config.learns:
         return [Stage(number=1, first_step=0, end_step=steps, num_updates=0)]
     if weighting.mode == "online":
-        return _online(steps, weighting.warmup_steps, weighting.interval_steps)
-    return _staged(steps, weighting.stages, weighting.updates_per_stage)
+        stages = _online(steps, weighting.warmup_steps, weighting.interval_steps)
+    else:
+        stages = _staged(steps, weighting.stages, weighting.updates_per_stage)
+    last_step = weighting.freeze_after * steps
+    return [
+        stage if stage.first_step <= last_step else replace(stage, num_updates=0)
+        for stage in stages
+    ]
 
 
 def _staged(steps: int, stages: int, updates: int) -> list[Stage]:

@@ -1,75 +1,169 @@
-"""The three things that a run does: an LLM step, a weighting update, an evaluation."""
+"""The three things that a run does: an LLM step, a weighting update, an evaluation.
+
+A step and an update begin alike, with a pass that leaves the weighted gradient g(w) in the gradient
+buffers. The step hands it to the optimiser; the update finds from it what the weights should have
+been (bilevel/). An update on the training batch does both, in this order: g(w) at theta, the
+hypergradient through the very step that follows, the step. So theta is the parameters before the
+step, the moments are those before the step, and theta' is, bit for bit, the parameters after it;
+the new weighting model speaks from the next step on.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dwm.bilevel import ESTIMATORS, Hypergradient, Problem
+from megatron_dwm.bilevel import Hypergradient, Problem, hypergradient
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.model import clear_gradients, forward_backward, forward_only
-from megatron_dwm.model.objective import token_mean, weighted, weighted_denominator
+from megatron_dwm.model import (
+    PassResult,
+    Reading,
+    clear_gradients,
+    forward_backward,
+    forward_only,
+)
+from megatron_dwm.model.objective import token_mean, unit, weighted, weighted_denominator
 from megatron_dwm.training.session import Session
-from megatron_dwm.weighting import DwmPolicy, WeightingUpdate
+from megatron_dwm.training.trust import signal_to_noise
+from megatron_dwm.weighting import LearningPolicy, WeightingUpdate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class UpdateResult:
+    """One weighting update: what it learned from, and what it did to the weighting model.
+
+    train_loss: mean of the samples' token-mean losses over the global batch, at theta.
+    """
+
+    hypergradient: Hypergradient
+    update: WeightingUpdate
+    train_loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """One LLM step. loss: mean of the samples' token-mean losses over the global batch."""
+    """One LLM step.
+
+    loss: mean of the samples' token-mean losses over the global batch.
+    weights_n: float32, this replica's weights.  update: the weighting update made inside the step.
+    """
 
     loss: float
     weighted_loss: float
     grad_norm: float
     learning_rate: float
+    weights_n: Tensor
+    update: UpdateResult | None = None
 
 
-def train_step(session: Session, batch: Batch, weights_n: Tensor) -> StepResult:
-    """One optimiser step of the LLM on this replica's `batch` with its weights (collective)."""
-    llm, optimizer = session.llm, session.optimizer
-    clear_gradients(llm, optimizer)
-    micro_batches = weighted(batch, weights_n, session.config.training.micro_batch_size)
-    result = forward_backward(llm, micro_batches, denominator=weighted_denominator(batch))
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """What a weighting update learns from besides the training batch.
+
+    val: this replica's passages.  measure_noise: also find the alignments of either half of them.
+    """
+
+    val: Batch
+    measure_noise: bool
+
+
+def train_step(session: Session, batch: Batch, lesson: Lesson | None = None) -> StepResult:
+    """One optimiser step of the LLM on this replica's `batch` (collective).
+
+    lesson: make a weighting update from this step's own gradient; the step itself is the same.
+    """
+    optimizer = session.optimizer
     learning_rate = optimizer.param_groups[0]["lr"]
+    result = weighted_pass(session, batch, keep_reading=lesson is not None)
+    update = None if lesson is None else _learn(session, batch, result, lesson)
     _, grad_norm, _ = optimizer.step()
     session.scheduler.step(increment=1)
-    losses_n = result.sample_losses_n
+    losses_n, weights_n = result.sample_losses_n, result.weights_n
     means = _mean_over_samples(session, torch.stack([losses_n, losses_n * weights_n]))
-    return StepResult(float(means[0]), float(means[1]), float(grad_norm or 0.0), learning_rate)
+    return StepResult(
+        loss=float(means[0]),
+        weighted_loss=float(means[1]),
+        grad_norm=float(grad_norm or 0.0),
+        learning_rate=learning_rate,
+        weights_n=weights_n,
+        update=update,
+    )
 
 
-@dataclass(frozen=True)
-class UpdateResult:
-    """One weighting update: what it learned from, and what it did to the weighting model."""
+def weighting_update(session: Session, train: Batch, lesson: Lesson) -> UpdateResult:
+    """One update on a batch of its own, the LLM frozen (collective)."""
+    result = weighted_pass(session, train, keep_reading=True)
+    update = _learn(session, train, result, lesson)
+    clear_gradients(session.llm, session.optimizer)
+    return update
 
-    hypergradient: Hypergradient
-    update: WeightingUpdate
 
+def weighted_pass(session: Session, batch: Batch, *, keep_reading: bool) -> PassResult:
+    """Leave g(w) in the gradient buffers, with the policy's weights, which come back (collective).
 
-def weighting_update(
-    session: Session, train: Batch, val: Batch, *, measure_noise: bool
-) -> UpdateResult:
-    """One update of the weighting model, the LLM frozen (collective).
-
-    measure_noise: also find the alignments of either half of the validation batch.
+    keep_reading: keep what an update of the policy reads.
     """
-    policy, config = session.policy, session.config
-    assert isinstance(policy, DwmPolicy)
+    llm, policy = session.llm, session.policy
+    size, layer = session.config.training.micro_batch_size, session.config.weighting.early_layer
+    wanted = policy.needs
+    if keep_reading:
+        assert isinstance(policy, LearningPolicy)
+        wanted = wanted | policy.update_needs
+    early_layer = layer if "features" in wanted else None
+    weights_n, weigh = torch.ones(batch.size, device=llm.runtime.device), None
+    if not policy.needs & {"losses", "features"}:
+        weights_n = policy.weights(batch)
+    elif policy.whole_batch and batch.size > size:
+        # Every weight waits for the last micro-batch, and a pipeline cannot hold all of them back:
+        # read first. One forward pass more.
+        first = forward_only(llm, unit(batch, size), early_layer=early_layer)
+        weights_n = policy.weights(batch, first.reading)
+    else:
+        rows = batch.micro_batches(size)
+
+        def weigh(index: int, reading: Reading) -> Tensor:
+            return policy.weights(rows[index], reading)
+
+    clear_gradients(llm, session.optimizer)
+    result = forward_backward(
+        llm,
+        weighted(batch, weights_n, size),
+        denominator=weighted_denominator(batch),
+        weigh=weigh,
+        early_layer=early_layer if keep_reading or weigh is not None else None,
+        keep_features=keep_reading and early_layer is not None,
+    )
+    return result if weigh is not None else replace(result, weights_n=weights_n)
+
+
+def _learn(session: Session, train: Batch, result: PassResult, lesson: Lesson) -> UpdateResult:
+    """One update from g(w), which stands in the gradient buffers before and after."""
+    policy, bilevel = session.policy, session.config.bilevel
+    assert isinstance(policy, LearningPolicy) and result.weights_n is not None
     problem = Problem(
         llm=session.llm,
         optimizer=session.optimizer,
         train_batch=train,
-        weights_n=policy.weights(train),
-        val_batch=val,
-        micro_batch_size=config.training.micro_batch_size,
-        inner=config.bilevel.inner_optimizer,
+        weights_n=result.weights_n,
+        val_batch=lesson.val,
+        micro_batch_size=session.config.training.micro_batch_size,
+        inner=bilevel.inner_optimizer,
     )
-    halves = measure_noise and val.size % 2 == 0
-    result = ESTIMATORS[config.bilevel.estimator](problem, halves=halves)
-    update = policy.update(train, result.alignment_n, problem.learning_rate)
-    return UpdateResult(result, update)
+    halves = lesson.measure_noise and lesson.val.size % 2 == 0
+    found = hypergradient(problem, bilevel.estimator, halves=halves)
+    if found.halves_2n is not None:
+        policy.trust(signal_to_noise_of(session, found.halves_2n)[1])
+    update = policy.update(train, result.reading, found.alignment_n, problem.learning_rate)
+    train_loss = float(_mean_over_samples(session, result.sample_losses_n[None])[0])
+    return UpdateResult(hypergradient=found, update=update, train_loss=train_loss)
+
+
+def signal_to_noise_of(session: Session, halves_2n: Tensor) -> tuple[float, float]:
+    """`signal_to_noise` of the global batch (collective)."""
+    return signal_to_noise(*(session.gather(half_n) for half_n in halves_2n))
 
 
 def evaluate(session: Session) -> dict[str, float]:

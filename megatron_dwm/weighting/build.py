@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_dwm.config import Config
+from megatron_dwm.model import LlamaShape
 from megatron_dwm.runtime import Runtime
+from megatron_dwm.weighting.domain_mean import DomainMeanPolicy
 from megatron_dwm.weighting.dwm import DwmPolicy
 from megatron_dwm.weighting.model import (
     WeightingModel,
@@ -20,18 +22,32 @@ from megatron_dwm.weighting.policy import Policy, UniformPolicy
 _SEED_OFFSET = 7919
 
 
-def build_policy(config: Config, runtime: Runtime, vocab_size: int) -> Policy:
-    """The policy of the run; `vocab_size` is the tokenizer's."""
-    return POLICIES[config.policy.name](config, runtime, vocab_size)
+def build_policy(config: Config, runtime: Runtime, llm: LlamaShape, vocab_size: int) -> Policy:
+    """The policy of the run. llm: the LLM's shape. vocab_size: the tokenizer's."""
+    return POLICIES[config.policy.name](config, runtime, weighting_shape(config, llm, vocab_size))
 
 
-def _uniform(config: Config, runtime: Runtime, vocab_size: int) -> Policy:
+def weighting_shape(config: Config, llm: LlamaShape, vocab_size: int) -> WeightingShape:
+    """The weighting model that the configuration asks for."""
+    weighting = config.weighting
+    return WeightingShape(
+        vocab_size=vocab_size,
+        hidden_size=weighting.hidden_size,
+        num_layers=weighting.num_layers,
+        num_attention_heads=weighting.num_attention_heads,
+        ffn_hidden_size=weighting.ffn_hidden_size,
+        encoder=weighting.encoder,
+        feature_size=llm.hidden_size if weighting.encoder == "llm" else 0,
+    )
+
+
+def _uniform(config: Config, runtime: Runtime, shape: WeightingShape) -> Policy:
     return UniformPolicy()
 
 
-def _dwm(config: Config, runtime: Runtime, vocab_size: int) -> Policy:
+def _dwm(config: Config, runtime: Runtime, shape: WeightingShape) -> Policy:
     return DwmPolicy(
-        _weighting_model(config, vocab_size),
+        _weighting_model(config, shape),
         config.weighting,
         runtime,
         config.training.micro_batch_size,
@@ -39,18 +55,21 @@ def _dwm(config: Config, runtime: Runtime, vocab_size: int) -> Policy:
     )
 
 
-POLICIES: dict[str, Callable[[Config, Runtime, int], Policy]] = {"uniform": _uniform, "dwm": _dwm}
+def _domain_mean(config: Config, runtime: Runtime, shape: WeightingShape) -> Policy:
+    size = config.training.micro_batch_size
+    return DomainMeanPolicy(config.policy, config.weighting, runtime, size)
 
 
-def _weighting_model(config: Config, vocab_size: int) -> WeightingModel:
-    weighting = config.weighting
-    if weighting.load is None:
-        shape = WeightingShape(
-            vocab_size=vocab_size,
-            hidden_size=weighting.hidden_size,
-            num_layers=weighting.num_layers,
-            num_attention_heads=weighting.num_attention_heads,
-            ffn_hidden_size=weighting.ffn_hidden_size,
-        )
+POLICIES: dict[str, Callable[[Config, Runtime, WeightingShape], Policy]] = {
+    "uniform": _uniform,
+    "dwm": _dwm,
+    "domain_mean": _domain_mean,
+    # The passages are in the batch (training/session.py), all at weight 1.
+    "validation_mixing": _uniform,
+}
+
+
+def _weighting_model(config: Config, shape: WeightingShape) -> WeightingModel:
+    if config.weighting.load is None:
         return build_weighting_model(shape, config.run.seed + _SEED_OFFSET)
-    return load_weighting_model(Path(weighting.load), vocab_size)
+    return load_weighting_model(Path(config.weighting.load), shape)

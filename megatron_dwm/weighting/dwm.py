@@ -6,12 +6,13 @@ One update follows the chain rule (METHOD.md, section 2):
 
 as the gradient of -(1/n) sum_i a_i w_i(phi) with a_i held constant. a_i is s_i standardised inside
 the weighting group, or eta * s_i as it stands. The raw scale of s drifts by orders of magnitude
-during training (section 6), so standardising is the default.
+during training (section 6), so standardising is the default. What the LLM has made of a sample does
+not depend on phi, so features are constants here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,24 +22,19 @@ from torch.nn.utils import clip_grad_norm_
 
 from megatron_dwm.config import WeightingConfig
 from megatron_dwm.data.batch import Batch
+from megatron_dwm.model import Reading
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.concentration import weights_from_logits
-from megatron_dwm.weighting.groups import gather_inside_replica, gather_over_data, share_of_rank
+from megatron_dwm.weighting.groups import Grouping, gather_inside_replica, share_of_rank
 from megatron_dwm.weighting.model import WeightingModel
+from megatron_dwm.weighting.policy import NOTHING, Need, WeightingUpdate
+from megatron_dwm.weighting.reliability import Reliability
+from megatron_dwm.weighting.standardise import standardise
 
-
-@dataclass(frozen=True)
-class WeightingUpdate:
-    """One update of the weighting model.
-
-    weights_n: float32, this replica's weights before the update.
-    grad_norm: of the weighting model's gradient, before clipping.
-    cosine: of that gradient to the previous update's; None for the first.
-    """
-
-    weights_n: Tensor
-    grad_norm: float
-    cosine: float | None
+_READS: dict[str, frozenset[Need]] = {
+    "own": frozenset({"tokens"}),
+    "llm": frozenset({"losses", "features"}),
+}
 
 
 class DwmPolicy:
@@ -57,8 +53,9 @@ class DwmPolicy:
         self.model = model.to(runtime.device)
         self.config = config
         self.runtime = runtime
-        self.micro_batch_size = micro_batch_size
+        self.grouping = Grouping(runtime, micro_batch_size, config.group == "global")
         self.learned = learned
+        self.reliability = Reliability()
         self._previous_gradient: Tensor | None = None
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
@@ -67,32 +64,53 @@ class DwmPolicy:
             weight_decay=config.weight_decay,
         )
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Nothing before the first update: weights are 1 until then."""
+        return self.update_needs if self.learned else NOTHING
+
+    @property
+    def update_needs(self) -> frozenset[Need]:
+        """What the weighting model reads."""
+        return _READS[self.model.shape.encoder]
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether the weighting group is the global batch."""
+        return self.grouping.is_global
+
     @torch.no_grad()
-    def weights(self, batch: Batch) -> Tensor:
+    def weights(self, batch: Batch, reading: Reading | None = None) -> Tensor:
         """float32 [n], mean 1 in every weighting group; exactly 1 before the first update."""
         if not self.learned:
             return torch.ones(batch.size, device=self.runtime.device)
-        return self._local(self._group_weights(batch))
+        return self.grouping.local(self._group_weights(batch, reading))
 
-    def update(self, batch: Batch, alignment_n: Tensor, learning_rate: float) -> WeightingUpdate:
-        """One AdamW step of the weighting model towards a lower validation loss.
-
-        batch, alignment_n: this replica's samples and their s_i. learning_rate: the LLM's eta,
-        which matters only where alignments are not standardised.
-        """
-        weights_Gn = self._group_weights(batch)
+    def update(
+        self, batch: Batch, reading: Reading | None, alignment_n: Tensor, learning_rate: float
+    ) -> WeightingUpdate:
+        """One AdamW step of the weighting model towards a lower validation loss."""
+        weights_Gn = self._group_weights(batch, reading)
         advantage_Gn = self._advantage(alignment_n, weights_Gn.detach(), learning_rate)
         num_samples = batch.size * self.runtime.data_size
         objective = -(advantage_Gn * weights_Gn).sum() / num_samples
         self.optimizer.zero_grad()
-        (objective / self._ranks_with_same_groups).backward()
+        (objective / self.grouping.ranks_with_same_groups).backward()
         gradient = self._sum_gradients()
         cosine = self._cosine_to_previous(gradient)
         limit = self.config.clip_grad or float("inf")
         grad_norm = float(clip_grad_norm_(self.model.parameters(), limit))
-        self.optimizer.step()
+        self._step()
         self.learned = True
-        return WeightingUpdate(self._local(weights_Gn.detach()), grad_norm, cosine)
+        return WeightingUpdate(self.grouping.local(weights_Gn.detach()), grad_norm, cosine)
+
+    def trust(self, signal_to_noise: float) -> None:
+        """Take up a measured signal-to-noise; see `weighting.damp_by_noise`."""
+        self.reliability.observe(signal_to_noise)
+
+    def save(self, directory: Path) -> None:
+        """Write the weighting model, for `weighting.load` of another run."""
+        self.model.save(directory)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
@@ -101,6 +119,7 @@ class DwmPolicy:
             "optimizer": self.optimizer.state_dict(),
             "learned": self.learned,
             "previous_gradient": self._previous_gradient,
+            "reliability": self.reliability.value,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -109,48 +128,43 @@ class DwmPolicy:
         self.optimizer.load_state_dict(state["optimizer"])
         self.learned = state["learned"]
         self._previous_gradient = state["previous_gradient"]
+        self.reliability.value = state["reliability"]
 
-    @property
-    def _is_global(self) -> bool:
-        return self.config.group == "global"
-
-    @property
-    def _ranks_with_same_groups(self) -> int:
-        return self.runtime.world_size if self._is_global else self.runtime.inner_size
-
-    def _group_weights(self, batch: Batch) -> Tensor:
+    def _group_weights(self, batch: Batch, reading: Reading | None) -> Tensor:
         """[G, n]: weights of the groups that this rank sees."""
-        share = share_of_rank(batch.size, self.runtime).to(batch.tokens_BS.device)
-        pooled_BD = self.model.pool(batch.tokens_BS[share])
-        pooled_nD = gather_inside_replica(pooled_BD, batch.size, self.runtime)
-        if self._is_global:
-            pooled_nD = gather_over_data(pooled_nD, self.runtime)
-        logits_Gn = self.model.logits(self._in_groups(pooled_nD))
+        if self.model.shape.encoder == "own":
+            pooled_GnD = self.grouping.gather(self._encoded(batch))
+        else:
+            assert reading is not None and reading.features is not None
+            rows_nK = torch.cat([reading.features.flat(), reading.losses_n[:, None]], dim=1)
+            pooled_GnD = self.model.encoder(self.grouping.gather(rows_nK.to(self._dtype)))
         return weights_from_logits(
-            logits_Gn,
+            self.model.logits(pooled_GnD),
             min_effective_sample_size=self.config.min_effective_sample_size,
             uniform_floor=self.config.uniform_floor,
         )
 
-    def _in_groups(self, rows_n: Tensor) -> Tensor:
-        """[n, ...] -> [groups, size of a group, ...]."""
-        size = rows_n.shape[0] if self._is_global else self.micro_batch_size
-        return rows_n.view(-1, size, *rows_n.shape[1:])
+    def _encoded(self, batch: Batch) -> Tensor:
+        """[n, D]: every rank of the inner group encodes its share of the replica's samples."""
+        share = share_of_rank(batch.size, self.runtime).to(batch.tokens_BS.device)
+        pooled_BD = self.model.encoder(batch.tokens_BS[share])
+        return gather_inside_replica(pooled_BD, batch.size, self.runtime)
 
-    def _local(self, weights_Gn: Tensor) -> Tensor:
-        """This replica's weights, [n]."""
-        weights_n = weights_Gn.reshape(-1)
-        if self._is_global:
-            return weights_n.chunk(self.runtime.data_size)[self.runtime.data_rank]
-        return weights_n
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.model.head.weight.dtype
 
     def _advantage(self, alignment_n: Tensor, weights_Gn: Tensor, learning_rate: float) -> Tensor:
-        if self._is_global:
-            alignment_n = gather_over_data(alignment_n, self.runtime)
-        alignment_Gn = self._in_groups(alignment_n)
+        alignment_Gn = self.grouping.gather(alignment_n)
         if not self.config.standardize:
             return alignment_Gn * learning_rate
         return standardise(alignment_Gn, weights_Gn)
+
+    def _step(self) -> None:
+        if self.config.damp_by_noise:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.learning_rate * self.reliability.factor
+        self.optimizer.step()
 
     def _cosine_to_previous(self, gradient: Tensor) -> float | None:
         previous, self._previous_gradient = self._previous_gradient, gradient
@@ -167,10 +181,3 @@ class DwmPolicy:
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
         return flat
-
-
-def standardise(alignment_Gn: Tensor, weights_Gn: Tensor) -> Tensor:
-    """(s - weighted mean of s) / standard deviation of s, per group; 0 where s is constant."""
-    centred_Gn = alignment_Gn - (alignment_Gn * weights_Gn).mean(-1, keepdim=True)
-    deviation_G1 = alignment_Gn.std(-1, keepdim=True, correction=0)
-    return torch.where(deviation_G1 > 0, centred_Gn / deviation_G1, 0.0)

@@ -10,6 +10,7 @@ gathers sum gradients over their group, and the caller sums parameter gradients 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,3 +59,31 @@ def gather_over_data(rows: Tensor, runtime: Runtime) -> Tensor:
     if runtime.data_size == 1:
         return rows
     return GatherRows.apply(rows, runtime.data_group)
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Which samples weigh against each other: those of a micro-batch, or of the global batch."""
+
+    runtime: Runtime
+    micro_batch_size: int
+    is_global: bool
+
+    @property
+    def ranks_with_same_groups(self) -> int:
+        """Ranks that compute the weights of the same groups."""
+        return self.runtime.world_size if self.is_global else self.runtime.inner_size
+
+    def gather(self, rows_n: Tensor) -> Tensor:
+        """This replica's rows [n, ...] -> the groups that it sees, [G, size of a group, ...]."""
+        if self.is_global:
+            rows_n = gather_over_data(rows_n, self.runtime)
+        size = rows_n.shape[0] if self.is_global else self.micro_batch_size
+        return rows_n.view(-1, size, *rows_n.shape[1:])
+
+    def local(self, values_Gn: Tensor) -> Tensor:
+        """This replica's values, [n]: the inverse of `gather`."""
+        values_n = values_Gn.reshape(-1)
+        if self.is_global:
+            return values_n.chunk(self.runtime.data_size)[self.runtime.data_rank]
+        return values_n

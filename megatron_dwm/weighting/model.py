@@ -1,6 +1,8 @@
-"""The weighting model: pooled samples in, one logit a sample out (METHOD.md, sections 1 and 6).
+"""The weighting model: samples in, one logit a sample out (METHOD.md, sections 1 and 6).
 
-    logit_i = head(attention across the group)_i + sample_head(pooled_i)
+    pooled_i = token encoder(tokens_i)                        encoder own: transferable
+             | linear(the LLM's features of sample i)         encoder llm: almost free
+    logit_i  = head(attention across the group)_i + sample_head(pooled_i)
 
 Both heads start at zero, so weights start exactly uniform. The second head, straight from the
 pooled vector, keeps the weights from collapsing back to uniform.
@@ -11,6 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 
 from megatron_dwm.config import UserError
 from megatron_dwm.weighting.encoder import EncoderLayer, TokenEncoder
+from megatron_dwm.weighting.feature_reader import FeatureReader
 
 _SHAPE_FILE = "weighting.json"
 _TENSOR_FILE = "weighting.safetensors"
@@ -25,13 +29,19 @@ _TENSOR_FILE = "weighting.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class WeightingShape:
-    """Architecture of a weighting model."""
+    """Architecture of a weighting model.
+
+    vocab_size: the tokenizer's.  num_layers: of the model's own encoder.
+    feature_size: the LLM's hidden size; 0 for the model's own encoder.
+    """
 
     vocab_size: int
     hidden_size: int
     num_layers: int
     num_attention_heads: int
     ffn_hidden_size: int
+    encoder: Literal["own", "llm"] = "own"
+    feature_size: int = 0
 
 
 class WeightingModel(nn.Module):
@@ -41,19 +51,18 @@ class WeightingModel(nn.Module):
         super().__init__()
         self.shape = shape
         width, heads = shape.hidden_size, shape.num_attention_heads
-        self.encoder = TokenEncoder(
-            shape.vocab_size, width, shape.num_layers, heads, shape.ffn_hidden_size
-        )
+        if shape.encoder == "own":
+            self.encoder: TokenEncoder | FeatureReader = TokenEncoder(
+                shape.vocab_size, width, shape.num_layers, heads, shape.ffn_hidden_size
+            )
+        else:
+            self.encoder = FeatureReader(shape.feature_size, width)
         self.across_samples = EncoderLayer(width, heads, shape.ffn_hidden_size)
         self.head = nn.Linear(width, 1)
         self.sample_head = nn.Linear(width, 1)
         for head in (self.head, self.sample_head):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
-
-    def pool(self, tokens_BS: Tensor) -> Tensor:
-        """int64 [B, S] -> [B, D]; each sample by itself."""
-        return self.encoder(tokens_BS)
 
     def logits(self, pooled_GnD: Tensor) -> Tensor:
         """[G, n, D] -> [G, n]; samples of one group see each other."""
@@ -75,10 +84,10 @@ def build_weighting_model(shape: WeightingShape, seed: int) -> WeightingModel:
         return WeightingModel(shape)
 
 
-def load_weighting_model(directory: Path, vocab_size: int) -> WeightingModel:
-    """A model that `WeightingModel.save` wrote.
+def load_weighting_model(directory: Path, expected: WeightingShape) -> WeightingModel:
+    """A model that `WeightingModel.save` wrote; its inner sizes replace those of `expected`.
 
-    Raises UserError if there is none, or if it reads another vocabulary than `vocab_size` pieces.
+    Raises UserError if there is none, or if it reads something else than `expected` does.
     """
     shape_file, tensor_file = directory / _SHAPE_FILE, directory / _TENSOR_FILE
     for file in (shape_file, tensor_file):
@@ -88,11 +97,26 @@ def load_weighting_model(directory: Path, vocab_size: int) -> WeightingModel:
                 "RUN/weighting/stage_2"
             )
     shape = WeightingShape(**json.loads(shape_file.read_text(encoding="utf-8")))
-    if shape.vocab_size != vocab_size:
-        raise UserError(
-            f"weighting.load: {directory} was trained with a vocabulary of {shape.vocab_size}, "
-            f"the run's tokenizer has {vocab_size}; use the same tokenizer"
-        )
+    _require_same_reading(directory, shape, expected)
     model = WeightingModel(shape)
     model.load_state_dict(load_file(tensor_file))
     return model
+
+
+def _require_same_reading(directory: Path, found: WeightingShape, wanted: WeightingShape) -> None:
+    if found.encoder != wanted.encoder:
+        raise UserError(
+            f"weighting.load: {directory} was trained with weighting.encoder {found.encoder}, the "
+            f"run has {wanted.encoder}; set the same"
+        )
+    if found.encoder == "own" and found.vocab_size != wanted.vocab_size:
+        raise UserError(
+            f"weighting.load: {directory} was trained with a vocabulary of {found.vocab_size}, "
+            f"the run's tokenizer has {wanted.vocab_size}; use the same tokenizer"
+        )
+    if found.encoder == "llm" and found.feature_size != wanted.feature_size:
+        raise UserError(
+            f"weighting.load: {directory} reads features of an LLM of width {found.feature_size}, "
+            f"the run's has {wanted.feature_size}; only weighting.encoder own goes from one LLM "
+            "to another"
+        )

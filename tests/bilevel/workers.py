@@ -246,7 +246,7 @@ def chain_and_difference(inner: str, **layout: Any) -> tuple[Tensor, Tensor]:
         val_loss = _val_loss_after_step(subject, inner, layout.get("clip", 1.0))
         problem = problem_of(subject, inner)
         found = ESTIMATORS["tangent_probe"](problem)
-        policy.update(train, found.alignment_n.double(), problem.learning_rate)
+        policy.update(train, None, found.alignment_n.double(), problem.learning_rate)
         gradients = [parameter.grad.clone() for parameter in model.parameters()]
         ours, differences = [], []
         for _ in range(4):

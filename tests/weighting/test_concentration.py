@@ -10,7 +10,7 @@ from megatron_dwm.weighting.concentration import (
     normalised_entropy,
     weights_from_logits,
 )
-from megatron_dwm.weighting.dwm import standardise
+from megatron_dwm.weighting.standardise import standardise
 
 
 def _logits(groups: int, size: int, scale: float, seed: int = 0) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,15 +80,15 @@ def test_permuting_a_group_permutes_its_logits() -> None:
         parameter.data += 0.1 * torch.randn(parameter.shape)
     tokens = torch.randint(0, VOCAB, (6, LENGTH))
     order = torch.randperm(6)
-    logits = model.logits(model.pool(tokens)[None])
-    permuted = model.logits(model.pool(tokens[order])[None])
+    logits = model.logits(model.encoder(tokens)[None])
+    permuted = model.logits(model.encoder(tokens[order])[None])
     torch.testing.assert_close(permuted, logits[:, order], rtol=1e-5, atol=1e-6)
 
 
 def test_saved_models_come_back(tmp_path: Path) -> None:
     model = build_weighting_model(SHAPE, seed=1)
     model.save(tmp_path / "stage_2")
-    again = load_weighting_model(tmp_path / "stage_2", VOCAB)
+    again = load_weighting_model(tmp_path / "stage_2", SHAPE)
     assert again.shape == model.shape
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
@@ -95,7 +96,7 @@ def test_saved_models_come_back(tmp_path: Path) -> None:
 
 def test_loading_what_is_no_model_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="weighting.load"):
-        load_weighting_model(tmp_path, VOCAB)
+        load_weighting_model(tmp_path, SHAPE)
     build_weighting_model(SHAPE, seed=1).save(tmp_path)
     with pytest.raises(UserError, match=f"{VOCAB}.*{VOCAB + 1}"):
-        load_weighting_model(tmp_path, VOCAB + 1)
+        load_weighting_model(tmp_path, replace(SHAPE, vocab_size=VOCAB + 1))

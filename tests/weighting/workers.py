@@ -56,7 +56,7 @@ def weights_after_updates(
         before = gather(runtime, policy.weights(probe))
         for number in range(updates):
             rows = batch(runtime, number)
-            policy.update(rows, alignment(rows.tokens_BS), learning_rate=1.0)
+            policy.update(rows, None, alignment(rows.tokens_BS), learning_rate=1.0)
         flat = torch.cat([p.detach().reshape(-1) for p in policy.model.parameters()])
         return {
             "before": before,
@@ -111,7 +111,7 @@ def gradient_and_difference(standardize: bool, group: str) -> tuple[Tensor, Tens
         policy.optimizer = torch.optim.SGD(
             model.parameters(), lr=0.0
         )  # keep phi, form its gradient
-        policy.update(rows, signal_n, learning_rate=0.25)
+        policy.update(rows, None, signal_n, learning_rate=0.25)
         found = [
             float(sum((p.grad * v).sum() for p, v in zip(model.parameters(), d, strict=True)))
             for d in directions

@@ -1,19 +1,24 @@
-"""`step`: our LLM step against plain Megatron-Core's, and weighted against uniform."""
+"""`step`: our LLM step against plain Megatron-Core's, weighted against uniform, and in FLOPs."""
 
 from __future__ import annotations
 
 import statistics
+from functools import partial
 
 from benchmarks.settings import Settings
-from benchmarks.subject import Subject, build_subject, opened
+from benchmarks.subject import LLM, OWN, UNIFORM, Subject, build_subject, opened
 from benchmarks.table import RATIO_COLUMNS, heading, markdown, ratio_cells
 from benchmarks.timing import alternate, ratio, timed
 
 PLAIN = "plain Megatron-Core loop"
 CONTROL = "plain loop, again (noise)"
-UNIFORM = "ours, uniform weights"
-DWM = "ours, the weighting model's weights"
+UNIFORM_STEP = "ours, uniform weights"
+LLM_STEP = "ours, weights from the LLM's features"
+OWN_STEP = "ours, weights from an encoder of their own"
+LEARNING_STEP = "the same with an update on the training batch (features)"
+FRESH_UPDATE = "an update on a fresh batch alone (features)"
 UNIFORM_TARGET = "at most 1.010"
+LLM_TARGET = "at most 1.020"
 
 
 def measure_steps(settings: Settings) -> None:
@@ -32,8 +37,11 @@ def _times(subject: Subject, settings: Settings) -> dict[str, list[float]]:
     runs = {
         PLAIN: subject.plain_step,
         CONTROL: subject.plain_step,
-        UNIFORM: subject.uniform_step,
-        DWM: subject.dwm_step,
+        UNIFORM_STEP: partial(subject.step, UNIFORM),
+        LLM_STEP: partial(subject.step, LLM),
+        OWN_STEP: partial(subject.step, OWN),
+        LEARNING_STEP: subject.learning_step,
+        FRESH_UPDATE: partial(subject.weighting_update, LLM),
     }
     return alternate(
         [timed(name, call, subject.runtime) for name, call in runs.items()],
@@ -47,8 +55,11 @@ def _table(times_s: dict[str, list[float]]) -> str:
     compared = [
         (PLAIN, PLAIN, ""),
         (CONTROL, PLAIN, "(1.000)"),
-        (UNIFORM, PLAIN, UNIFORM_TARGET),
-        (DWM, UNIFORM, ""),
+        (UNIFORM_STEP, PLAIN, UNIFORM_TARGET),
+        (LLM_STEP, UNIFORM_STEP, LLM_TARGET),
+        (OWN_STEP, UNIFORM_STEP, ""),
+        (LEARNING_STEP, UNIFORM_STEP, ""),
+        (FRESH_UPDATE, UNIFORM_STEP, ""),
     ]
     rows = [
         [

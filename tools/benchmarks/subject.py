@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from benchmarks.plain_loop import PlainLoop
 from benchmarks.settings import Settings
 from megatron_dwm.bilevel import ESTIMATORS, Hypergradient, Problem
+from megatron_dwm.config import Config
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.model import build_llm, resolve_shape
+from megatron_dwm.model import LlamaShape, build_llm, resolve_shape
 from megatron_dwm.runtime import Runtime, bring_up
+from megatron_dwm.training.compute import compute_of
 from megatron_dwm.training.optimiser import build_optimizer, build_scheduler
 from megatron_dwm.training.session import Session
 from megatron_dwm.training.state import TrainState
-from megatron_dwm.training.step import train_step, weighting_update
-from megatron_dwm.weighting import DwmPolicy, UniformPolicy, build_policy
+from megatron_dwm.training.step import Lesson, train_step, weighting_update
+from megatron_dwm.weighting import DwmPolicy, Policy, UniformPolicy, build_policy, weighting_shape
+
+UNIFORM, OWN, LLM = "uniform", "own", "llm"
+"""names of the policies: uniform weights, and the two values of `weighting.encoder`"""
 
 _SEED = 1234
 _TRAIN, _VAL = 1, 2
@@ -29,7 +34,7 @@ class Subject:
     """What every measurement works on: `train` and `val` are this replica's rows."""
 
     session: Session
-    uniform: UniformPolicy
+    policies: dict[str, Policy]
     plain: PlainLoop
     train: Batch
     val: Batch
@@ -43,21 +48,27 @@ class Subject:
         """One step of plain Megatron-Core."""
         self.plain.step()
 
-    def uniform_step(self) -> None:
-        """One LLM step of ours with every weight 1."""
-        train_step(self.session, self.train, self.uniform.weights(self.train))
-
-    def dwm_step(self) -> None:
-        """One LLM step of ours with the weighting model's weights."""
-        train_step(self.session, self.train, self.session.policy.weights(self.train))
+    def step(self, policy: str) -> None:
+        """One LLM step of ours with the weights of one of `policies`."""
+        train_step(self._with(policy), self.train)
 
     def hypergradient(self, estimator: str = "tangent_probe") -> Hypergradient:
         """One hypergradient; the LLM is left as it was."""
         return ESTIMATORS[estimator](self.problem())
 
-    def weighting_update(self) -> None:
+    def weighting_update(self, policy: str = OWN) -> None:
         """One hypergradient and the step of the weighting model that follows from it."""
-        weighting_update(self.session, self.train, self.val, measure_noise=False)
+        weighting_update(self._with(policy), self.train, self._lesson())
+
+    def learning_step(self, policy: str = LLM) -> None:
+        """One LLM step of ours with a weighting update on its own batch inside."""
+        train_step(self._with(policy), self.train, self._lesson())
+
+    def _with(self, policy: str) -> Session:
+        return replace(self.session, policy=self.policies[policy])
+
+    def _lesson(self) -> Lesson:
+        return Lesson(val=self.val, measure_noise=False)
 
     def problem(self) -> Problem:
         """The bi-level step, at uniform weights."""
@@ -65,7 +76,7 @@ class Subject:
             llm=self.session.llm,
             optimizer=self.session.optimizer,
             train_batch=self.train,
-            weights_n=self.uniform.weights(self.train),
+            weights_n=UniformPolicy().weights(self.train),
             val_batch=self.val,
             micro_batch_size=self.session.config.training.micro_batch_size,
         )
@@ -91,26 +102,38 @@ def build_subject(settings: Settings, runtime: Runtime) -> Subject:
         seed=_SEED,
     )
     optimizer = build_optimizer(config.training, llm, sharded=settings.sharded_optimizer)
-    policy = build_policy(config, runtime, settings.vocab)
-    assert isinstance(policy, DwmPolicy)
-    policy.learned = True  # its weights count from the first step, as after a first update
     session = Session(
         config=config,
         runtime=runtime,
         llm=llm,
         optimizer=optimizer,
         scheduler=build_scheduler(config.training, optimizer),
-        policy=policy,
+        policy=UniformPolicy(),
         stages=[],
         data=None,  # type: ignore[arg-type]  # batches are made here, not read
         weighting_data=None,
         validation=None,
         evaluation=None,
+        compute=compute_of(
+            config, shape, weighting_shape(config, shape, settings.vocab), runtime.data_size
+        ),
         state=TrainState(),
     )
     train, val = (_random_batch(settings, session, number) for number in (_TRAIN, _VAL))
     plain = PlainLoop(session, train.micro_batches(settings.micro_batch))
-    return Subject(session, UniformPolicy(), plain, train, val)
+    return Subject(session, _policies(config, runtime, shape), plain, train, val)
+
+
+def _policies(config: Config, runtime: Runtime, shape: LlamaShape) -> dict[str, Policy]:
+    """Uniform weights, and both weighting models as they are after a first update."""
+    policies: dict[str, Policy] = {UNIFORM: UniformPolicy()}
+    for encoder in (OWN, LLM):
+        changed = replace(config, weighting=replace(config.weighting, encoder=encoder))
+        policy = build_policy(changed, runtime, shape, shape.vocab_size)
+        assert isinstance(policy, DwmPolicy)
+        policy.learned = True
+        policies[encoder] = policy
+    return policies
 
 
 def _random_batch(settings: Settings, session: Session, seed: int) -> Batch:

@@ -1,0 +1,80 @@
+"""Rules about policies and the weighting model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_dwm.config.schema import LEARNING_POLICIES, Config
+
+
+def policy_problems(config: Config, num_layers: int) -> Iterator[str]:
+    """A line for every rule that the run breaks. num_layers: of the LLM."""
+    if not config.data.train:
+        yield "data.train: expected at least one prefix of indexed files, got none"
+    if config.data.tokenizer is None:
+        yield "data.tokenizer: expected the tokenizer model that the data was tokenized with"
+    yield from _validation_text(config)
+    if config.policy.name == "dwm":
+        yield from _weighting_model(config, num_layers)
+    if config.policy.name in LEARNING_POLICIES:
+        yield from _learning(config)
+
+
+def _validation_text(config: Config) -> Iterator[str]:
+    mixes = config.policy.name == "validation_mixing"
+    if (config.learns or mixes) and config.validation.path is None:
+        yield (
+            f"validation.path: policy {config.policy.name} needs the target's text (JSON Lines), "
+            "got none"
+        )
+    batch_size = config.training.global_batch_size
+    if mixes and not 0 < round(config.policy.mix_fraction * batch_size) < batch_size:
+        yield (
+            f"policy.mix_fraction {config.policy.mix_fraction}: expected at least one sample of "
+            f"training.global_batch_size {batch_size}, and not all"
+        )
+
+
+def _weighting_model(config: Config, num_layers: int) -> Iterator[str]:
+    weighting = config.weighting
+    if weighting.frozen and weighting.load is None:
+        yield "weighting.frozen: expected weighting.load to name a weighting model, got none"
+    if weighting.hidden_size % (2 * weighting.num_attention_heads):
+        yield (
+            f"weighting.hidden_size {weighting.hidden_size}: expected a multiple of twice "
+            f"weighting.num_attention_heads, {2 * weighting.num_attention_heads}"
+        )
+    if weighting.encoder == "llm" and not 1 <= weighting.early_layer <= num_layers:
+        yield (
+            f"weighting.early_layer {weighting.early_layer}: expected 1 to the LLM's number of "
+            f"layers, {num_layers}"
+        )
+
+
+def _learning(config: Config) -> Iterator[str]:
+    weighting = config.weighting
+    if weighting.mode == "staged" and weighting.stages > config.training.steps:
+        yield (
+            f"weighting.stages {weighting.stages}: expected at most training.steps, "
+            f"which is {config.training.steps}"
+        )
+    if weighting.group == "micro_batch" and config.training.micro_batch_size < 2:
+        yield (
+            "training.micro_batch_size 1: a weighting group of one sample always weighs 1; "
+            "set weighting.group to global or use larger micro-batches"
+        )
+    if weighting.update_on == "training" and weighting.mode == "staged":
+        yield (
+            "weighting.update_on training: one LLM step gives one update, and weighting.mode "
+            "staged makes many with the LLM frozen; set weighting.mode online"
+        )
+    if weighting.damp_by_noise and not config.bilevel.noise_interval_updates:
+        yield (
+            "weighting.damp_by_noise: expected bilevel.noise_interval_updates above 0, so that "
+            "the noise is measured"
+        )
+    if config.policy.name != "dwm" and (weighting.load is not None or weighting.frozen):
+        yield (
+            f"weighting.load and weighting.frozen: policy {config.policy.name} has no weighting "
+            "model; use policy dwm or leave them out"
+        )

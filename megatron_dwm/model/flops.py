@@ -1,0 +1,23 @@
+"""FLOPs of the LLM by formula: two for every multiply-add of a matrix product.
+
+Products of a token: the layers' weights and the output layer once each; attention's scores and
+values over the S / 2 positions that a causal token sees on average. Norms, activations and
+embedding rows are left out (below 1 %). A backward pass is two forward passes.
+"""
+
+from __future__ import annotations
+
+from megatron_dwm.model.shape import LlamaShape
+
+FORWARD_BACKWARD = 3
+"""forward passes that a forward and a backward pass cost together"""
+
+
+def llm_forward_flops(shape: LlamaShape, samples: int, sequence_length: int) -> float:
+    """FLOPs of one forward pass over `samples` rows of `sequence_length` tokens."""
+    embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
+    norms = (2 * shape.num_layers + 1) * shape.hidden_size
+    weights = shape.num_parameters() - embeddings - norms
+    output = shape.padded_vocab_size * shape.hidden_size
+    attention = shape.num_layers * shape.num_attention_heads * shape.head_size * sequence_length
+    return 2.0 * samples * sequence_length * (weights + output + attention)

@@ -1,0 +1,71 @@
+"""What a run's steps and updates cost in FLOPs, so that methods are compared at equal compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dwm.config import Config
+from megatron_dwm.model import LlamaShape
+from megatron_dwm.model.flops import FORWARD_BACKWARD, llm_forward_flops
+from megatron_dwm.training.state import TrainState
+from megatron_dwm.weighting.flops import weighting_forward_flops
+from megatron_dwm.weighting.model import WeightingShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """FLOPs by part. Evaluation and the measurement of noise are not training and are left out.
+
+    llm_step: forward and backward of one global batch.
+    weights_step: what the policy adds to a step.
+    update: one weighting update, all of it.
+    """
+
+    llm_step: float
+    weights_step: float
+    update: float
+
+    def spent(self, state: TrainState) -> float:
+        """FLOPs of a run so far."""
+        return state.step * (self.llm_step + self.weights_step) + state.updates * self.update
+
+
+def compute_of(
+    config: Config, llm: LlamaShape, weighting: WeightingShape, data_size: int
+) -> Compute:
+    """Costs of a run on `data_size` replicas."""
+    rows, length = config.training.global_batch_size, config.data.sequence_length
+    forward = llm_forward_flops(llm, rows, length)
+    group = _group_size(config)
+    weights = 0.0
+    if config.policy.name == "dwm":
+        weights = weighting_forward_flops(weighting, rows, length, group)
+    first = forward if reads_first(config, rows // data_size) else 0.0
+    validation = llm_forward_flops(llm, config.validation.batch_size or rows, length)
+    probe = FORWARD_BACKWARD * forward
+    update = FORWARD_BACKWARD * (validation + weights) + probe
+    if config.weighting.update_on == "fresh":
+        update += FORWARD_BACKWARD * forward + first + weights
+    return Compute(
+        llm_step=FORWARD_BACKWARD * forward,
+        weights_step=weights + first,
+        update=update if config.learns else 0.0,
+    )
+
+
+def _group_size(config: Config) -> int:
+    training = config.training
+    is_global = config.weighting.group == "global"
+    return training.global_batch_size if is_global else training.micro_batch_size
+
+
+def reads_first(config: Config, local_rows: int) -> bool:
+    """Whether the weights wait for a forward pass of the whole batch (training/step.py): features
+    of several micro-batches are needed before the first weight is known.
+    """
+    return (
+        config.policy.name == "dwm"
+        and config.weighting.encoder == "llm"
+        and config.weighting.group == "global"
+        and local_rows > config.training.micro_batch_size
+    )

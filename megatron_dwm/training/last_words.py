@@ -1,0 +1,63 @@
+"""Last-word accuracy of the model in training, under any parallel layout, without an export.
+
+The figures are lm-evaluation-harness's on the exported model (`acc` and `perplexity` of
+examples/tasks/lastword.yaml), so a run can be watched by what it will be judged by. Cost: one
+forward pass of every passage.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_dwm.data.last_words import LastWords
+from megatron_dwm.model import LLM
+from megatron_dwm.model.predictions import predict
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastWordScore:
+    """accuracy: fraction of passages whose last word's tokens are all the likeliest.
+
+    perplexity: exp of minus the mean log-likelihood of a last word (of all its tokens together).
+    """
+
+    accuracy: float
+    perplexity: float
+    passages: int
+
+
+def last_word_scores(
+    llm: LLM, words: LastWords, *, batch_size: int, micro_batch_size: int
+) -> dict[str, LastWordScore]:
+    """The score of every domain of `words`; a collective call.
+
+    batch_size: rows in one pass over all replicas; micro_batch_size: rows in one forward pass.
+    """
+    sums_3D = torch.zeros(3, len(words.domains), dtype=torch.float64)
+    share = batch_size // llm.runtime.data_size
+    first = llm.runtime.data_rank * share
+    for whole in words.batches(batch_size):
+        batch = whole.rows(first, first + share).to(llm.runtime.device)
+        found = predict(llm, batch, micro_batch_size)
+        asked_BS = batch.loss_mask_BS > 0
+        right_B = (found.is_likeliest_BS | ~asked_BS).all(dim=1)
+        likelihood_B = (found.log_likelihood_BS.double() * asked_BS).sum(dim=1)
+        counts_B = asked_BS.any(dim=1)  # not the rows that fill up the last batch
+        where = torch.tensor([words.domains.index(name) for name in batch.domains])
+        values_3B = torch.stack([right_B & counts_B, likelihood_B, counts_B])
+        sums_3D.index_add_(1, where, values_3B.double().cpu())
+    sums_3D = sums_3D.to(llm.runtime.device)
+    dist.all_reduce(sums_3D, group=llm.runtime.data_group)
+    rows = zip(words.domains, sums_3D.T.tolist(), strict=True)
+    return {
+        name: LastWordScore(
+            accuracy=right / passages,
+            perplexity=math.exp(-likelihood / passages),
+            passages=int(passages),
+        )
+        for name, (right, likelihood, passages) in rows
+    }

@@ -1,0 +1,114 @@
+"""A baseline without a model: a running mean of alignments for every domain label (METHOD.md,
+section 6). What a weighting model that reads the samples has to beat.
+
+    m_d <- decay * m_d + (1 - decay) * mean over the batch's samples of domain d of a_i
+    w   =  the guarded softmax of m_domain(i) / temperature over the weighting group
+
+with a_i the standardised alignments. A domain that has not been seen has m_d = 0, the mean.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_dwm.config import PolicyConfig, WeightingConfig
+from megatron_dwm.data.batch import Batch
+from megatron_dwm.model import Reading
+from megatron_dwm.runtime import Runtime
+from megatron_dwm.weighting.concentration import weights_from_logits
+from megatron_dwm.weighting.groups import Grouping, gather_over_data
+from megatron_dwm.weighting.policy import NOTHING, Need, WeightingUpdate
+from megatron_dwm.weighting.reliability import Reliability
+from megatron_dwm.weighting.standardise import standardise
+
+
+class DomainMeanPolicy:
+    """A number for every domain, the same on every rank."""
+
+    needs: frozenset[Need] = NOTHING
+    update_needs: frozenset[Need] = NOTHING
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        weighting: WeightingConfig,
+        runtime: Runtime,
+        micro_batch_size: int,
+    ) -> None:
+        self.config, self.weighting, self.runtime = config, weighting, runtime
+        self.grouping = Grouping(runtime, micro_batch_size, weighting.group == "global")
+        self.reliability = Reliability()
+        self.means: dict[str, float] = {}
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether the weighting group is the global batch."""
+        return self.grouping.is_global
+
+    @torch.no_grad()
+    def weights(self, batch: Batch, reading: Reading | None = None) -> Tensor:
+        """float32 [n], mean 1 in every weighting group; exactly 1 before the first update."""
+        return self.grouping.local(self._group_weights(batch))
+
+    @torch.no_grad()
+    def update(
+        self, batch: Batch, reading: Reading | None, alignment_n: Tensor, learning_rate: float
+    ) -> WeightingUpdate:
+        """Move the means of the domains of this global batch."""
+        weights_Gn = self._group_weights(batch)
+        advantage_Gn = standardise(self.grouping.gather(alignment_n), weights_Gn)
+        advantage_n = gather_over_data(self.grouping.local(advantage_Gn), self.runtime)
+        by_domain: dict[str, list[float]] = defaultdict(list)
+        for domain, value in zip(self._all_domains(batch), advantage_n.tolist(), strict=True):
+            by_domain[domain].append(value)
+        kept = self._kept()
+        for domain, values in by_domain.items():
+            mean = sum(values) / len(values)
+            self.means[domain] = kept * self.means.get(domain, 0.0) + (1 - kept) * mean
+        return WeightingUpdate(self.grouping.local(weights_Gn))
+
+    def trust(self, signal_to_noise: float) -> None:
+        """Take up a measured signal-to-noise; see `weighting.damp_by_noise`."""
+        self.reliability.observe(signal_to_noise)
+
+    def save(self, directory: Path) -> None:
+        """Write the means as JSON, to be read by people."""
+        directory.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.means, indent=1, sort_keys=True)
+        (directory / "domain_means.json").write_text(text, encoding="utf-8")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs."""
+        return {"means": dict(self.means), "reliability": self.reliability.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state of `state_dict`."""
+        self.means = dict(state["means"])
+        self.reliability.value = state["reliability"]
+
+    def _kept(self) -> float:
+        """The running mean's decay; noisy alignments move it less."""
+        damping = self.reliability.factor if self.weighting.damp_by_noise else 1.0
+        return 1.0 - (1.0 - self.config.domain_decay) * damping
+
+    def _group_weights(self, batch: Batch) -> Tensor:
+        means = [self.means.get(name, 0.0) for name in batch.domains]
+        means_n = torch.tensor(means, dtype=torch.float32, device=self.runtime.device)
+        return weights_from_logits(
+            self.grouping.gather(means_n / self.config.domain_temperature),
+            min_effective_sample_size=self.weighting.min_effective_sample_size,
+            uniform_floor=self.weighting.uniform_floor,
+        )
+
+    def _all_domains(self, batch: Batch) -> list[str]:
+        """Domains of the global batch, in order."""
+        parts: list[tuple[str, ...]] = [()] * self.runtime.data_size
+        dist.all_gather_object(parts, batch.domains, group=self.runtime.data_group)
+        return [name for part in parts for name in part]

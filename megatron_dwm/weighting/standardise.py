@@ -1,0 +1,17 @@
+"""One scale for what drifts by orders of magnitude during training (METHOD.md, section 6)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def standardise(values_Gn: Tensor, weights_Gn: Tensor | None = None) -> Tensor:
+    """(v - weighted mean of v) / standard deviation of v, per group; 0 where v is constant.
+
+    weights_Gn: mean 1; None weighs all alike.
+    """
+    weighted_Gn = values_Gn if weights_Gn is None else values_Gn * weights_Gn
+    centred_Gn = values_Gn - weighted_Gn.mean(-1, keepdim=True)
+    deviation_G1 = values_Gn.std(-1, keepdim=True, correction=0)
+    return torch.where(deviation_G1 > 0, centred_Gn / deviation_G1, 0.0)
