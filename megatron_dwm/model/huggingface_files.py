@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -178,6 +179,10 @@ def _sizes(path: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, "pt") as tensors:
             names = list(tensors.keys())
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+    except UnpicklingError:
+        raise UserError(
+            f"{path}: cannot be read: it holds more than tensors, and could run code"
+        ) from None
     except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be read ({reason}); fetch it again") from None

@@ -14,7 +14,11 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_dwm.config import Config, DataConfig, ModelConfig, ParallelConfig
+from megatron_dwm.data import Batch
 from megatron_dwm.model import build_llm, resolve_shape
+from megatron_dwm.model.from_huggingface import load_huggingface
+from megatron_dwm.model.huggingface_files import open_huggingface
+from megatron_dwm.model.predictions import forward_logits, predict
 from megatron_dwm.runtime import Runtime, bring_up
 
 
@@ -75,6 +79,56 @@ def _logits(module: GPTModel, tokens_BS: Tensor, runtime: Runtime) -> Tensor:
     if not runtime.is_last_stage:
         dist.send(output, dst=runtime.rank + 1)
         return output
+    return _gather(output, runtime)
+
+
+def run_huggingface(
+    directory: str, tokens: list[list[int]], labels: list[list[int]], parallel: dict
+) -> dict[str, Tensor] | None:
+    """Load a Hugging Face model into a layout; what the last stage computes of `tokens` [B, S].
+
+    logits [B, S, V], and what `predict` finds of every label [B, S]. None on earlier stages.
+    """
+    source = open_huggingface(Path(directory))
+    layout = ParallelConfig(**parallel)
+    batch = _batch(torch.tensor(tokens), torch.tensor(labels))
+    with bring_up(layout, 1) as runtime:
+        llm = build_llm(
+            source.shape,
+            ModelConfig(),
+            layout,
+            runtime,
+            sequence_length=batch.tokens_BS.shape[1],
+            seed=3,
+        )
+        load_huggingface(llm, source)
+        parts = [batch.rows(i, i + 1) for i in range(batch.size)]
+        slices = forward_logits(llm, parts, lambda _, logits_BSV: logits_BSV.contiguous())
+        found = predict(llm, batch, micro_batch_size=1)
+        if not runtime.is_last_stage:
+            return None
+        return {
+            "logits": _gather(torch.cat(slices), runtime)[..., : source.shape.vocab_size],
+            "log_likelihood": found.log_likelihood_BS,
+            "is_likeliest": found.is_likeliest_BS,
+        }
+
+
+def _batch(tokens_BS: Tensor, labels_BS: Tensor) -> Batch:
+    size, length = tokens_BS.shape
+    return Batch(
+        tokens_BS=tokens_BS,
+        labels_BS=labels_BS,
+        loss_mask_BS=torch.ones(size, length),
+        position_ids_BS=torch.arange(length).repeat(size, 1),
+        sample_ids_B=torch.arange(size),
+        document_ids_B=torch.arange(size),
+        domains=("d",) * size,
+    )
+
+
+def _gather(output: Tensor, runtime: Runtime) -> Tensor:
+    """Slices of the vocabulary put together."""
     slices = [torch.empty_like(output) for _ in range(runtime.tensor_size)]
     dist.all_gather(slices, output, group=runtime.tensor_group)
     return torch.cat(slices, dim=-1)
