@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.batch import UNKNOWN_DOMAIN, Batch
 from megatron_dwm.data.packing import Rows, row_of_last_word
@@ -24,9 +23,10 @@ class LastWords:
     def __init__(self, path: str, data: DataConfig, tokenizer: Tokenizer) -> None:
         """Read JSON Lines file `path` (`evaluation.path`), with a `text` in every line.
 
+        Passages without a word that could be asked for are left out, be it all of them.
+
         Raises:
-            UserError: the file is missing, empty or broken (with its line), or no passage has a
-                word that could be asked for.
+            UserError: the file is missing, empty or broken (with its line).
         """
         rows, domains = [], []
         for number, passage in enumerate(
@@ -36,9 +36,7 @@ class LastWords:
             if row is not None:
                 rows.append(row)
                 domains.append(passage.domain or UNKNOWN_DOMAIN)
-        if not rows:
-            raise UserError(f"{path} (evaluation.path): no passage has a word after another")
-        self._rows = Rows.stack(rows)
+        self._rows = rows
         self._domain_of_row = domains
         self.domains = sorted(set(domains))
 
@@ -52,4 +50,5 @@ class LastWords:
         for start in range(0, self.num_rows, batch_size):
             ids = range(start, min(start + batch_size, self.num_rows))
             domains = [self._domain_of_row[i] for i in ids]
-            yield self._rows.batch(ids, domains, num_padding=batch_size - len(ids))
+            rows = Rows.stack(self._rows[ids.start : ids.stop])
+            yield rows.batch(range(len(ids)), domains, num_padding=batch_size - len(ids))

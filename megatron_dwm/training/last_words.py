@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_dwm.data.last_words import LastWords
 from megatron_dwm.model import LLM
 from megatron_dwm.model.predictions import predict
+from megatron_dwm.training.session import Session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,31 @@ def last_word_scores(
     return {
         name: LastWordScore(
             accuracy=right / passages,
-            perplexity=math.exp(-likelihood / passages),
+            # A model that has learned nothing may exceed what a float can hold.
+            perplexity=math.exp(min(-likelihood / passages, 700.0)),
             passages=int(passages),
         )
         for name, (right, likelihood, passages) in rows
+    }
+
+
+def last_word_figures(session: Session) -> dict[str, float | dict[str, float]]:
+    """What metrics.jsonl keeps of the held-out passages' last words; a collective call.
+
+    last_word_accuracy is over all passages, domain_last_word_accuracy and
+    domain_last_word_perplexity by domain. Empty where there are no held-out passages.
+    """
+    if session.last_words is None or not session.last_words.num_rows:
+        return {}
+    scores = last_word_scores(
+        session.llm,
+        session.last_words,
+        batch_size=session.global_batch_size,
+        micro_batch_size=session.config.training.micro_batch_size,
+    )
+    right = sum(score.accuracy * score.passages for score in scores.values())
+    return {
+        "last_word_accuracy": right / session.last_words.num_rows,
+        "domain_last_word_accuracy": {name: s.accuracy for name, s in scores.items()},
+        "domain_last_word_perplexity": {name: s.perplexity for name, s in scores.items()},
     }

@@ -23,6 +23,7 @@ from megatron_dwm.bilevel import Hypergradient
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.training.checkpoint import save_checkpoint
 from megatron_dwm.training.compute import reads_first
+from megatron_dwm.training.last_words import last_word_figures
 from megatron_dwm.training.progress import Progress
 from megatron_dwm.training.records import MetricsWriter, WeightRecorder, weight_statistics
 from megatron_dwm.training.session import Session
@@ -211,7 +212,10 @@ class Loop:
         if not all(map(math.isfinite, losses.values())):
             raise FloatingPointError(f"step {self.session.state.step}: held-out loss {losses}")
         mean = sum(losses.values()) / len(losses)
-        self._write(stage, "evaluation", loss=mean, domain_loss=losses)
+        words = last_word_figures(self.session)
+        perplexities = {name: math.exp(min(loss, 700.0)) for name, loss in losses.items()}
+        figures = {"domain_loss": losses, "domain_perplexity": perplexities, **words}
+        self._write(stage, "evaluation", loss=mean, **figures)
         step = self.session.state.step
         text = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         self._progress.note(f"step {step} held-out loss: {text}")

@@ -16,7 +16,7 @@ from megatron_dwm.model import LLM, LlamaShape, resolve_shape
 from megatron_dwm.model.from_huggingface import load_huggingface
 from megatron_dwm.model.huggingface_files import is_huggingface, open_huggingface
 from megatron_dwm.runtime import bring_up, rank_from_environment, world_size_from_environment
-from megatron_dwm.tokenizer import Tokenizer, build_tokenizer
+from megatron_dwm.tokenizer import Tokenizer, open_tokenizer
 from megatron_dwm.training.checkpoint import (
     load_checkpoint,
     load_parameters,
@@ -73,8 +73,8 @@ def run(config: Config) -> None:
 def check(config: Config) -> tuple[LlamaShape, Tokenizer]:
     """Everything about the run that can be wrong without starting it."""
     if config.data.tokenizer is None:
-        raise UserError("data.tokenizer: expected a SentencePiece model, got none")
-    tokenizer = build_tokenizer("SentencePieceTokenizer", config.data.tokenizer)
+        raise UserError("data.tokenizer: expected a tokenizer model, got none")
+    tokenizer = open_tokenizer(config.data.tokenizer)
     shape = resolve_shape(
         config.model, tokenizer.vocab_size, init_from=_shape_to_start_from(config)
     )

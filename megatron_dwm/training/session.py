@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_dwm.config import Config
 from megatron_dwm.data import EvaluationSet, TrainingData, ValidationSet
 from megatron_dwm.data.batch import Batch
+from megatron_dwm.data.last_words import LastWords
 from megatron_dwm.model import LLM, LlamaShape, build_llm
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.tokenizer import Tokenizer
@@ -43,6 +44,7 @@ class Session:
     weighting_data: TrainingData | None
     validation: ValidationSet | None
     evaluation: EvaluationSet | None
+    last_words: LastWords | None
     compute: Compute
     state: TrainState
 
@@ -153,6 +155,7 @@ def build_session(
         weighting_data=_stream(config, tokenizer, num_updates, "weighting") if fresh else None,
         validation=_validation(config, tokenizer) if reads_target else None,
         evaluation=_evaluation(config, tokenizer),
+        last_words=_last_words(config, tokenizer),
         compute=compute_of(
             config, shape, weighting_shape(config, shape, tokenizer.vocab_size), runtime.data_size
         ),
@@ -179,3 +182,8 @@ def _evaluation(config: Config, tokenizer: Tokenizer) -> EvaluationSet | None:
     if config.evaluation.path is None:
         return None
     return EvaluationSet(config.evaluation, config.data, tokenizer)
+
+
+def _last_words(config: Config, tokenizer: Tokenizer) -> LastWords | None:
+    path = config.evaluation.path
+    return None if path is None else LastWords(path, config.data, tokenizer)

