@@ -10,7 +10,7 @@ import argparse
 import warnings
 from pathlib import Path
 
-from megatron_dwm.config.command_line import run_command
+from megatron_dwm.config.command_line import OneLineParser, run_command
 
 _TO_HF = """
 Write a checkpoint as a Hugging Face directory (safetensors, config, tokenizer, model card). The
@@ -78,8 +78,8 @@ def _logits(deviation: float | None) -> str:
     return f"logits within {deviation:.1e} of the largest"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="{to-hf,from-hf}")

@@ -1,9 +1,14 @@
 """Evaluate a Hugging Face model directory with lm-evaluation-harness.
 
+--suite dwm runs ten public tasks (the nine of the papers and LAMBADA) with 0 and with 2 solved
+examples. Their data sets come from the hub, from its cache, or from files of yours (--data-dir).
 --suite local runs the task files in --tasks-dir on data files of yours and fetches nothing; data
-file names in a task file are relative to it. --suite dwm runs ten public tasks (the nine of the
-papers and LAMBADA), whose data sets have to be in the cache or reachable. Prints a table with the
-harness's standard errors.
+file names in a task file are relative to it. Prints a table with the harness's standard errors.
+
+Without network: fill a cache where there is network (HF_HOME=/shared/hf, the same command with
+--limit 1), then run here with the same HF_HOME and HF_HUB_OFFLINE=1. Or keep each task's splits as
+JSON Lines in DIR/TASK/SPLIT.jsonl, such as DIR/sciq/test.jsonl, and give --data-dir DIR.
+docs/evaluation.md has both step by step.
 """
 
 from __future__ import annotations
@@ -13,28 +18,37 @@ from importlib.metadata import version
 from pathlib import Path
 
 from megatron_dwm.config import UserError
-from megatron_dwm.config.command_line import run_command
+from megatron_dwm.config.command_line import OneLineParser, run_command
 from megatron_dwm.evaluation.harness import run_harness
-from megatron_dwm.evaluation.scores import format_table, write_scores
+from megatron_dwm.evaluation.scores import format_table, read_written, write_scores
 from megatron_dwm.evaluation.suites import select_tasks
+
+DEFAULT_SHOTS = {"dwm": [0, 2], "local": [0]}
 
 
 def main() -> None:
     """Parse the arguments, evaluate, print and write."""
     arguments = _parser().parse_args()
     tasks = select_tasks(
-        arguments.suite, tuple(arguments.tasks), arguments.tasks_dir, arguments.data
+        arguments.suite,
+        tuple(arguments.tasks),
+        tasks_dir=arguments.tasks_dir,
+        data=arguments.data,
+        data_dir=arguments.data_dir,
     )
     if arguments.output is not None:
         _require_writable(arguments.output)
+    others = {path.stem: read_written(path, limit=arguments.limit) for path in arguments.compare}
+    if len(others) < len(arguments.compare):
+        raise UserError("--compare: two files have the same name, which heads their columns")
     scores = run_harness(
         arguments.model,
         tasks,
-        num_fewshot=arguments.num_fewshot,
+        num_fewshot=arguments.num_fewshot or DEFAULT_SHOTS[arguments.suite],
         limit=arguments.limit,
         batch_size=arguments.batch_size,
     )
-    print(format_table(scores))
+    print(format_table(scores, others))
     if arguments.output is not None:
         about = {
             "model": str(arguments.model),
@@ -62,8 +76,8 @@ def _at_least(smallest: int) -> type[int]:
     return number  # type: ignore[return-value]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -78,13 +92,18 @@ def _parser() -> argparse.ArgumentParser:
         help="JSON Lines file in place of the local task's own (one task only)",
     )
     add(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="read the tasks of --suite dwm from DIR/TASK/SPLIT.jsonl and fetch nothing",
+    )
+    add(
         "--num-fewshot",
         type=_at_least(0),
         nargs="+",
-        default=[0],
         metavar="N",
         help="solved examples before each question; several numbers run one after the other "
-        "(default: 0)",
+        "(default: 0 2 for --suite dwm, 0 for local)",
     )
     add("--limit", type=_at_least(1), metavar="N", help="first examples of a task (default: all)")
     add(
@@ -93,6 +112,14 @@ def _parser() -> argparse.ArgumentParser:
         default=8,
         metavar="N",
         help="questions in one forward pass (default: 8)",
+    )
+    add(
+        "--compare",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE.json",
+        help="scores that --output wrote for other models; their columns stand beside",
     )
     add("--output", type=Path, metavar="FILE.json", help="also write the scores here")
     return parser

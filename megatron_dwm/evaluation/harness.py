@@ -18,6 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.config import UserError
+from megatron_dwm.evaluation.data_files import (
+    dataset_of,
+    hub_is_reachable,
+    missing_data,
+    with_own_files,
+)
 from megatron_dwm.evaluation.scores import Score
 from megatron_dwm.evaluation.suites import BundledTasks, LocalTasks, require_known
 
@@ -53,7 +59,7 @@ def run_harness(
         UserError: no model in the directory, an unknown or broken task, or its data is missing.
     """
     _require_model(model)
-    _prepare_environment(offline=isinstance(tasks, LocalTasks))
+    _prepare_environment(offline=_stays_offline(tasks))
     try:
         from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
@@ -68,9 +74,9 @@ def run_harness(
         specs = _local_specs(tasks, manager)
     else:
         manager = TaskManager()
-        specs = list(tasks.names)
+        specs = _bundled_specs(tasks, manager, few_shot=max(num_fewshot) > 0)
     # Before the model, which may take long to load.
-    _load_tasks(manager, specs)
+    _require_data(manager, specs, tasks)
     # Asked for a device it does not know, it takes the GPU if there is one; its default insists.
     language_model = HFLM(pretrained=str(model), device="auto", batch_size=batch_size)
     _hide_bars_without_terminal(language_model)
@@ -95,6 +101,15 @@ def _require_model(model: Path) -> None:
             f"--model {model}: not a Hugging Face model directory (config.json and "
             "*.safetensors); make one with tools/convert_checkpoint.py to-hf"
         )
+
+
+def _stays_offline(tasks: BundledTasks | LocalTasks) -> bool:
+    if isinstance(tasks, LocalTasks) or tasks.data_dir is not None:
+        return True
+    if os.environ.get("HF_HUB_OFFLINE") or hub_is_reachable():
+        return False
+    print("the Hugging Face hub does not answer: only cached data sets are used", file=sys.stderr)
+    return True
 
 
 def _prepare_environment(*, offline: bool) -> None:
@@ -207,6 +222,49 @@ def _absolute(files: Any, entry: Any) -> Any:
     return str(path)
 
 
+def _bundled_specs(
+    tasks: BundledTasks, manager: Any, *, few_shot: bool
+) -> list[str | dict[str, Any]]:
+    """The tasks' names, or with files of the user's own their whole configurations."""
+    if tasks.data_dir is None:
+        return list(tasks.names)
+    specs: list[str | dict[str, Any]] = []
+    missing = {}
+    for name in tasks.names:
+        try:
+            specs.append(with_own_files(_spec(manager, name), tasks.data_dir, few_shot=few_shot))
+        except FileNotFoundError as error:
+            missing[name] = str(error)
+    if missing:
+        raise missing_data(missing, tasks.data_dir)
+    return specs
+
+
+def _spec(manager: Any, name: str) -> dict[str, Any]:
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    return load_yaml(manager.task_index[name].yaml_path)
+
+
+def _require_data(
+    manager: Any, specs: Sequence[str | dict[str, Any]], tasks: BundledTasks | LocalTasks
+) -> None:
+    """Load every task once; all bundled ones whose data are missing are named together."""
+    missing = {}
+    for spec in specs:
+        try:
+            _load_tasks(manager, [spec])
+        except UserError as error:
+            if isinstance(spec, dict):
+                raise
+            cause = error.__cause__
+            # Without a connection that is the reason; any other has to be told.
+            reason = "" if isinstance(cause, OSError) else f" ({_one_line(cause)[:120]})"
+            missing[spec] = dataset_of(_spec(manager, spec)) + reason
+    if missing:
+        raise missing_data(missing, None)
+
+
 def _load_tasks(manager: Any, specs: Sequence[str | dict[str, Any]]) -> dict[str, Any]:
     """The harness's tasks by name."""
     loaded: dict[str, Any] = {}
@@ -234,13 +292,10 @@ def _tasks_with_shots(tasks: dict[str, Any], shots: int) -> dict[str, Any]:
 
 
 def _explain(spec: str | dict[str, Any], error: Exception) -> str:
-    if isinstance(spec, dict):
-        files = spec.get("dataset_kwargs", {}).get("data_files")
-        return f"task {spec['task']} (data {files}) cannot be loaded: {_one_line(error)}"
-    return (
-        f"task {spec}: its data set is not here ({_one_line(error)}); run the command once on a "
-        "machine with network and the same HF_HOME, whose cache then serves offline machines"
-    )
+    if isinstance(spec, str):
+        return f"task {spec} cannot be loaded: {_one_line(error)}"
+    files = spec.get("dataset_kwargs", {}).get("data_files")
+    return f"task {spec['task']} (data {files}) cannot be loaded: {_one_line(error)}"
 
 
 def _one_line(error: Exception) -> str:

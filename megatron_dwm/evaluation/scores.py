@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_dwm.config import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,35 +28,58 @@ class Score:
     num_examples: int
 
 
-_HEADINGS = ("task", "shots", "metric", "better", "value", "std. error", "examples")
+_TEXT_HEADINGS = ("task", "shots", "metric", "better")
 
 
-def format_table(scores: Sequence[Score]) -> str:
-    """The scores as lines of text, one a score, under headings."""
-    rows = [_HEADINGS, *(_row(score) for score in scores)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
-    rule = tuple("-" * width for width in widths)
-    lines = [_join(row, widths) for row in (rows[0], rule, *rows[1:])]
-    return "\n".join(lines)
+def format_table(
+    scores: Sequence[Score], others: Mapping[str, Sequence[Score]] | None = None
+) -> str:
+    """The scores as lines of text, one a score, under headings.
+
+    others: scores of other models by name; each gets columns of its own beside ours, with the
+        difference (ours minus theirs). Figures of theirs that ours have not are left out.
+    """
+    rows = [[*_labels(score), *_figures(score), str(score.num_examples)] for score in scores]
+    headings = [*_TEXT_HEADINGS, "value", "std. error", "examples"]
+    for name, theirs in (others or {}).items():
+        found = {_key(score): score for score in theirs}
+        headings += [name, "std. error", "difference"]
+        for row, score in zip(rows, scores, strict=True):
+            row += _against(score, found.get(_key(score)))
+    return _aligned([headings, *rows])
 
 
-def _row(score: Score) -> tuple[str, ...]:
+def _labels(score: Score) -> list[str]:
+    better = "higher" if score.higher_is_better else "lower"
+    return [score.task, str(score.num_fewshot), score.metric, better]
+
+
+def _figures(score: Score) -> list[str]:
     error = score.standard_error
-    return (
-        score.task,
-        str(score.num_fewshot),
-        score.metric,
-        "higher" if score.higher_is_better else "lower",
-        f"{score.value:.4f}",
-        "-" if error is None else f"{error:.4f}",
-        str(score.num_examples),
-    )
+    return [f"{score.value:.4f}", "-" if error is None else f"{error:.4f}"]
+
+
+def _against(score: Score, other: Score | None) -> list[str]:
+    if other is None:
+        return ["-", "-", "-"]
+    return [*_figures(other), f"{score.value - other.value:+.4f}"]
+
+
+def _key(score: Score) -> tuple[str, int, str]:
+    return score.task, score.num_fewshot, score.metric
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join(_join(line, widths) for line in lines)
 
 
 def _join(row: Sequence[str], widths: Sequence[int]) -> str:
-    text = [cell.ljust(width) for cell, width in zip(row[:4], widths[:4], strict=True)]
-    figures = [cell.rjust(width) for cell, width in zip(row[4:], widths[4:], strict=True)]
-    return "  ".join([*text, *figures])
+    text = len(_TEXT_HEADINGS)
+    words = [cell.ljust(width) for cell, width in zip(row[:text], widths[:text], strict=True)]
+    figures = [cell.rjust(width) for cell, width in zip(row[text:], widths[text:], strict=True)]
+    return "  ".join([*words, *figures])
 
 
 def write_scores(path: Path, scores: Sequence[Score], about: dict[str, Any]) -> None:
@@ -63,3 +88,23 @@ def write_scores(path: Path, scores: Sequence[Score], about: dict[str, Any]) -> 
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     partial.rename(path)
+
+
+def read_written(path: Path, *, limit: int | None) -> list[Score]:
+    """The scores in a file of `write_scores`, to compare with ours.
+
+    Raises `UserError` if it is no such file, or was made with another `--limit` than ours.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        scores = [Score(**score) for score in content["scores"]]
+    except OSError as error:
+        raise UserError(f"--compare {path}: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"--compare {path}: not a file that --output wrote") from None
+    if content.get("limit") != limit:
+        raise UserError(
+            f"--compare {path}: made with --limit {content.get('limit')}, not {limit}; the same "
+            "questions are needed"
+        )
+    return scores

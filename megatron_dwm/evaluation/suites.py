@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dwm.config import UserError
+from megatron_dwm.evaluation.data_files import require_splits
 
 DWM_SUITE = (
     "sciq",
@@ -24,9 +25,13 @@ DWM_SUITE = (
 
 @dataclass(frozen=True, kw_only=True)
 class BundledTasks:
-    """Tasks that the harness brings, whose data sets it fetches or finds in its cache."""
+    """Tasks that the harness brings, whose data sets it fetches or finds in its cache.
+
+    data_dir: directory with their data instead (see data_files.py); nothing is fetched.
+    """
 
     names: tuple[str, ...]
+    data_dir: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +48,17 @@ class LocalTasks:
 
 
 def select_tasks(
-    suite: str, names: tuple[str, ...], tasks_dir: Path | None, data: Path | None
+    suite: str,
+    names: tuple[str, ...],
+    *,
+    tasks_dir: Path | None,
+    data: Path | None,
+    data_dir: Path | None,
 ) -> BundledTasks | LocalTasks:
     """The tasks that the command line asks for; `UserError` if it contradicts itself."""
     if suite == "local":
+        if data_dir is not None:
+            raise UserError("--data-dir belongs to --suite dwm; --suite local has --data")
         if tasks_dir is None:
             raise UserError("--suite local needs --tasks-dir: a directory of task files (.yaml)")
         if not tasks_dir.is_dir():
@@ -59,7 +71,9 @@ def select_tasks(
     if tasks_dir is not None or data is not None:
         raise UserError(f"--tasks-dir and --data belong to --suite local, not to {suite}")
     require_known(names, DWM_SUITE, f"suite {suite}")
-    return BundledTasks(names=names or DWM_SUITE)
+    if data_dir is not None:
+        require_splits(data_dir, names or DWM_SUITE)
+    return BundledTasks(names=names or DWM_SUITE, data_dir=data_dir)
 
 
 def require_known(names: tuple[str, ...], known: tuple[str, ...], where: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_dwm.convert.tokenizer_files import write_tokenizer_files
-from megatron_dwm.tokenizer import build_tokenizer, train_sentencepiece
+from megatron_dwm.tokenizer import Tokenizer, build_tokenizer, train_sentencepiece
 from tests.launch import REPOSITORY
 from tests.own_environment import own_environment  # noqa: F401
 
@@ -19,12 +19,19 @@ VOCAB_SIZE = 1000
 
 
 @pytest.fixture(scope="session")
-def build_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """Makes a Hugging Face directory whose context has the given number of tokens."""
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     lines = (REPOSITORY / "examples/corpus/validation.jsonl").read_text(encoding="utf-8")
     texts = [json.loads(line)["text"] for line in lines.splitlines()]
     vocabulary = tmp_path_factory.mktemp("tokenizer") / "small.model"
     train_sentencepiece(texts, vocab_size=VOCAB_SIZE, output=vocabulary)
+    return build_tokenizer("SentencePieceTokenizer", vocabulary)
+
+
+@pytest.fixture(scope="session")
+def build_model(
+    small_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], Path]:
+    """Makes a Hugging Face directory whose context has the given number of tokens."""
 
     def build(context_tokens: int) -> Path:
         directory = tmp_path_factory.mktemp("model")
@@ -41,8 +48,7 @@ def build_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Pat
             eos_token_id=2,
         )
         LlamaForCausalLM(config).save_pretrained(directory)
-        tokenizer = build_tokenizer("SentencePieceTokenizer", vocabulary)
-        write_tokenizer_files(tokenizer, context_tokens, directory)
+        write_tokenizer_files(small_tokenizer, context_tokens, directory)
         return directory
 
     return build

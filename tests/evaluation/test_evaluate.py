@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -89,11 +90,12 @@ def test_questions_longer_than_the_model_are_told(
     assert "5 questions with 0 shots are longer than the model's context" in done.stderr
 
 
-def test_bundled_suite_without_its_data(model: Path, tmp_path: Path) -> None:
-    done = _evaluate("--model", model, "--suite", "dwm", "--tasks", "sciq", home=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: task sciq: its data set is not here")
-    assert done.stderr.count("\n") == 1
+def test_missing_data_are_listed(model: Path, tmp_path: Path) -> None:
+    done = _evaluate(
+        "--model", model, "--suite", "dwm", "--tasks", "sciq", "arc_easy", home=tmp_path
+    )
+    _assert_mistake(done, "(sciq: allenai/sciq; arc_easy: allenai/ai2_arc ARC-Easy)")
+    assert f"HF_HOME={tmp_path}" in done.stderr
 
 
 def _task_file(directory: Path, text: str) -> Path:
@@ -102,22 +104,34 @@ def _task_file(directory: Path, text: str) -> Path:
     return directory
 
 
-def test_mistakes_before_anything_is_loaded(model: Path, tmp_path: Path) -> None:
+def test_mistakes_before_anything_is_loaded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     kept = tmp_path / "kept.json"
     kept.write_text("mine")
     local = ["--model", model, "--suite", "local"]
     cases = {
         "--tasks-dir": local,
-        "no such directory": [*local, "--tasks-dir", tmp_path / "gone"],
+        "--tasks-dir /": [*local, "--tasks-dir", "/nowhere"],
         "no such file": [*local, "--tasks-dir", TASKS, "--data", tmp_path / "gone"],
         "exists": [*local, "--tasks-dir", TASKS, "--output", kept],
         "no directory": [*local, "--tasks-dir", TASKS, "--output", tmp_path / "gone/x.json"],
         "not a task of suite dwm": ["--model", model, "--suite", "dwm", "--tasks", "nothing"],
         "not a Hugging Face": ["--model", tmp_path, *local[2:], "--tasks-dir", TASKS],
         "belong to --suite local": ["--model", model, "--suite", "dwm", "--data", kept],
+        "no such directory": ["--model", model, "--suite", "dwm", "--data-dir", tmp_path / "gone"],
+        "no folder of a task": ["--model", model, "--suite", "dwm", "--data-dir", tmp_path],
+        "--data-dir belongs": [*local, "--tasks-dir", TASKS, "--data-dir", tmp_path],
+        "not a file that --output wrote": [*local, "--tasks-dir", TASKS, "--compare", kept],
+        "--limit: invalid": [*local, "--tasks-dir", TASKS, "--limit", "few"],
     }
     for named, arguments in cases.items():
-        _assert_mistake(_evaluate(*arguments, home=tmp_path), named)
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(TOOL), run_name="__main__")
+        stderr = capsys.readouterr().err
+        assert stop.value.code == 2 and named in stderr
+        assert stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
     assert kept.read_text() == "mine"
 
 

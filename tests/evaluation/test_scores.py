@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from megatron_dwm.config import UserError
 from megatron_dwm.evaluation.harness import read_scores
-from megatron_dwm.evaluation.scores import Score, format_table, write_scores
+from megatron_dwm.evaluation.scores import Score, format_table, read_written, write_scores
 
 RESULTS = {
     "results": {
@@ -46,6 +50,24 @@ def test_table_lines_up() -> None:
     assert len({len(line) for line in lines}) == 1
     assert lines[2].split() == ["quiz", "2", "acc", "higher", "0.5000", "0.1250", "7"]
     assert lines[3].split()[5] == "-"
+
+
+def test_other_models_stand_beside() -> None:
+    ours = read_scores(RESULTS)
+    theirs = [replace(ours[0], value=0.75, standard_error=0.25)]
+    lines = format_table(ours, {"uniform": theirs}).splitlines()
+    assert lines[0].split()[-4:] == ["uniform", "std.", "error", "difference"]
+    assert lines[2].split()[-3:] == ["0.7500", "0.2500", "-0.2500"]
+    assert lines[3].split()[-3:] == ["-", "-", "-"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_written_scores_are_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    write_scores(path, read_scores(RESULTS), {"limit": 7})
+    assert read_written(path, limit=7) == read_scores(RESULTS)
+    with pytest.raises(UserError, match="made with --limit 7, not None"):
+        read_written(path, limit=None)
 
 
 def test_written_scores_say_where_they_are_from(tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""Where the public tasks' data lie: in Hugging Face's cache, or in a directory of one's own.
+
+A directory for `--data-dir` has a folder a task with a JSON Lines file a split, the rows as the
+data set has them: DIR/sciq/test.jsonl, DIR/sciq/train.jsonl. Nothing is fetched then.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from megatron_dwm.config import UserError
+
+_SPLITS = ("training_split", "validation_split", "test_split")
+_PROXIES = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+_ANSWER_S = 5.0
+
+
+def with_own_files(spec: Mapping[str, Any], directory: Path, *, few_shot: bool) -> dict[str, Any]:
+    """The task `spec` reading its splits from `directory`.
+
+    few_shot: whether solved examples are asked for, which come from the training split.
+    Raises `FileNotFoundError` with the files that are missing.
+    """
+    names = {key: spec[key] for key in _SPLITS if spec.get(key)}
+    files = {
+        name: (directory / spec["task"] / f"{name}.jsonl").resolve() for name in names.values()
+    }
+    asked = names.get("test_split") or names["validation_split"]
+    needed = {asked, names["training_split"]} if few_shot and "training_split" in names else {asked}
+    missing = [str(files[name]) for name in sorted(needed) if not files[name].is_file()]
+    if missing:
+        raise FileNotFoundError(", ".join(missing))
+    present = {name: str(path) for name, path in files.items() if path.is_file()}
+    absent = {key: None for key, name in names.items() if name not in present}
+    kwargs = {"data_files": present}
+    return {
+        **spec,
+        **absent,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": kwargs,
+    }
+
+
+def dataset_of(spec: Mapping[str, Any]) -> str:
+    """A task's data set as `datasets.load_dataset` takes it."""
+    name = spec.get("dataset_name")
+    return f"{spec['dataset_path']} {name}" if name else str(spec["dataset_path"])
+
+
+def missing_data(missing: Mapping[str, str], directory: Path | None) -> UserError:
+    """The error that lists what is missing, by task, and says how to get it."""
+    listed = "; ".join(f"{task}: {what}" for task, what in missing.items())
+    if directory is not None:
+        return UserError(
+            f"--data-dir {directory} lacks the data of {len(missing)} tasks ({listed}); write each "
+            "split as JSON Lines with datasets.load_dataset(...)[SPLIT].to_json(FILE) where there "
+            "is network"
+        )
+    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    return UserError(
+        f"the data sets of {len(missing)} tasks are neither in the cache (HF_HOME={home}) nor "
+        f"reachable ({listed}); run the same command with --limit 1 where there is network, with "
+        "HF_HOME on a shared disk, then here with that HF_HOME and HF_HUB_OFFLINE=1; or keep them "
+        "as JSON Lines (--data-dir)"
+    )
+
+
+def hub_is_reachable() -> bool:
+    """Whether the hub answers; asked once, because its libraries retry for half a minute a task.
+
+    Behind a proxy this process cannot tell, and leaves it to them.
+    """
+    if any(os.environ.get(name) for name in _PROXIES):
+        return True
+    hub = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        port = hub.port or (80 if hub.scheme == "http" else 443)
+        socket.create_connection((hub.hostname or "", port), timeout=_ANSWER_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def require_splits(directory: Path, names: Sequence[str]) -> None:
+    """`UserError` if `--data-dir` is no directory, or holds none of the tasks."""
+    if not directory.is_dir():
+        raise UserError(f"--data-dir {directory}: no such directory")
+    if not any((directory / name).is_dir() for name in names):
+        raise UserError(
+            f"--data-dir {directory}: no folder of a task in it; expected {directory / names[0]} "
+            "with test.jsonl and train.jsonl"
+        )
