@@ -93,7 +93,7 @@ def _parser() -> OneLineParser:
     )
     to_hf.add_argument(
         "--tokenizer",
-        metavar="M.model",
+        metavar="MODEL",
         help="tokenizer model of the run (default: data.tokenizer of its configuration)",
     )
     to_hf.add_argument(

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_dwm.config import UserError
 from megatron_dwm.convert.huggingface import SPECIAL_TOKENS
-from megatron_dwm.tokenizer import build_tokenizer
+from megatron_dwm.tokenizer import open_tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -55,18 +55,9 @@ def plain_encoder(directory: Path) -> Callable[[str], list[int]]:
 
     Raises `UserError` if there is neither a tokenizer.json nor a tokenizer.model, or it is broken.
     """
-    path = directory / "tokenizer.json"
-    if path.is_file():
-        # Of the extra `eval`, which huggingface.py asks for.
-        from tokenizers import Tokenizer
-
-        try:
-            fast = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
-        return lambda text: fast.encode(text, add_special_tokens=False).ids
-    if (directory / "tokenizer.model").is_file():
-        return build_tokenizer("SentencePieceTokenizer", directory / "tokenizer.model").encode
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (directory / name).is_file():
+            return open_tokenizer(directory / name).encode
     raise UserError(
         f"{directory}: no tokenizer.json and no tokenizer.model, which the comparison of logits "
         "needs; put the model's tokenizer there, or convert without the check (--skip-check)"

@@ -80,7 +80,8 @@ def require_equal_ids(tokenizer: Tokenizer, directory: Path) -> int:
             raise UserError(
                 f"{tokenizer.model_path}: cannot be written as a Hugging Face tokenizer with the "
                 f"same ids (text {text[:40]!r} gives {ids[:12]} instead of {expected[:12]}); "
-                "only BPE models laid out as Llama 2's can: train one with train_tokenizer.py"
+                "of SentencePiece's only BPE models laid out as Llama 2's can: train one with "
+                "train_tokenizer.py"
             )
     return len(texts)
 

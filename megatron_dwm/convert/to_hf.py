@@ -29,7 +29,7 @@ from megatron_dwm.convert.tokenizer_files import write_tokenizer_files
 from megatron_dwm.convert.weights import huggingface_tensors
 from megatron_dwm.model.huggingface_files import open_huggingface
 from megatron_dwm.model.layout import huggingface_shapes
-from megatron_dwm.tokenizer import Tokenizer, build_tokenizer
+from megatron_dwm.tokenizer import Tokenizer, open_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,14 +122,14 @@ def _open_tokenizer(saved: SavedLLM, given: str | Path | None) -> Tokenizer:
     configured = saved.tokenizer_path
     if given is None and configured is None:
         raise UserError(f"{saved.directory}: its config.yaml names no data.tokenizer; --tokenizer")
-    if given is None and not Path(configured).is_file():
+    if given is None and not Path(configured).exists():
         raise UserError(
             f"{configured}: no such file (data.tokenizer in {saved.directory / 'config.yaml'}); "
-            "name the SentencePiece model with --tokenizer"
+            "name the tokenizer model with --tokenizer"
         )
-    tokenizer = build_tokenizer("SentencePieceTokenizer", given or configured)
-    if given is not None and configured is not None and Path(configured).is_file():
-        trained_with = build_tokenizer("SentencePieceTokenizer", configured)
+    tokenizer = open_tokenizer(given or configured)
+    if given is not None and configured is not None and Path(configured).exists():
+        trained_with = open_tokenizer(configured)
         if trained_with.sha256 != tokenizer.sha256:
             raise UserError(f"--tokenizer {given} is not the run's tokenizer {configured}")
     if tokenizer.vocab_size > saved.shape.vocab_size:

@@ -1,7 +1,8 @@
-"""A SentencePiece BPE model as the files of a Hugging Face tokenizer that gives the same ids.
+"""A tokenizer of ours as the files of a Hugging Face tokenizer that gives the same ids.
 
-transformers' own reading of a SentencePiece model does not keep the ids (leading and double
-spaces differ), so `tokenizer.json` is written here:
+A tokenizer.json stays what it is, but for the step that adds special tokens around a text: training
+has none there. A SentencePiece BPE model is written anew: transformers' own reading of one does not
+keep the ids (leading and double spaces differ).
 
 * Merges. SentencePiece joins the neighbours whose union has the best score; Hugging Face goes
   through a list of pairs. The list holds every pair of pieces whose union is a piece, best score
@@ -16,8 +17,8 @@ spaces differ), so `tokenizer.json` is written here:
   token is therefore named as the beginning of sequence too (as in GPT-2): an evaluation or a
   generation that needs something before the first token uses it. Encoding adds neither.
 
-Covers BPE models with the layout of Llama 2 (with or without byte pieces). For any other model the
-gate (gate.py) finds ids that differ. Cost: some seconds for 32,000 pieces.
+Of SentencePiece, covers BPE models with the layout of Llama 2 (with or without byte pieces). For
+any other model the gate (gate.py) finds ids that differ. Cost: some seconds for 32,000 pieces.
 """
 
 from __future__ import annotations
@@ -37,12 +38,23 @@ _CONTROL_ROLES = ("control", "unknown")
 def write_tokenizer_files(tokenizer: Tokenizer, sequence_length: int, directory: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json into `directory`."""
     pieces = tokenizer.pieces()
+    is_huggingface = tokenizer.kind == "HuggingFaceTokenizer"
     for name, content in {
-        "tokenizer.json": tokenizer_json(pieces),
+        "tokenizer.json": (
+            _without_added_tokens(tokenizer.model_path)
+            if is_huggingface
+            else tokenizer_json(pieces)
+        ),
         "tokenizer_config.json": tokenizer_config(pieces, tokenizer.eod_id, sequence_length),
     }.items():
         text = json.dumps(content, ensure_ascii=False, indent=1)
         (directory / name).write_text(text + "\n", encoding="utf-8")
+
+
+def _without_added_tokens(path: Path) -> dict[str, Any]:
+    """A tokenizer.json that adds nothing before or after a text, and cuts and fills nothing."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {**content, "post_processor": None, "truncation": None, "padding": None}
 
 
 def merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
 import zstandard
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_dwm.config import UserError
 from megatron_dwm.convert.gate import AWKWARD_TEXTS, require_equal_ids
 from megatron_dwm.convert.tokenizer_files import write_tokenizer_files
-from megatron_dwm.tokenizer import Tokenizer, build_tokenizer
+from megatron_dwm.tokenizer import Tokenizer, build_tokenizer, open_tokenizer
 from tests.launch import REPOSITORY
 
 SHARED = REPOSITORY.parent / "shared/data"
@@ -89,5 +90,34 @@ def test_gate_refuses_a_tokenizer_it_cannot_express(texts: list[str], tmp_path: 
     (tmp_path / "unigram.model").write_bytes(model.getvalue())
     tokenizer = build_tokenizer("SentencePieceTokenizer", tmp_path / "unigram.model")
     write_tokenizer_files(tokenizer, 512, tmp_path)
-    with pytest.raises(UserError, match="only BPE models"):
+    with pytest.raises(UserError, match="only BPE models laid out"):
         require_equal_ids(tokenizer, tmp_path)
+
+
+def test_a_tokenizer_json_keeps_its_ids(texts: list[str], tmp_path: Path) -> None:
+    """Byte-level BPE that puts a token before every text, as Llama 3's does."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
+    )
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = open_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "export").mkdir()
+    write_tokenizer_files(tokenizer, 512, tmp_path / "export")
+    require_equal_ids(tokenizer, tmp_path / "export")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "export")
+    for text in (*texts[:20], "a<|end_of_text|>b"):
+        ids = exported(text).input_ids
+        assert ids == bpe.encode(text, add_special_tokens=False).ids or "<|" in text
+        assert not {0, 1} & set(ids)
+        assert exported.decode(ids) == text
+    assert exported.eos_token_id == exported.bos_token_id == 1

@@ -1,0 +1,90 @@
+"""Sample text from a Hugging Face model directory, through transformers.
+
+python tools/generate.py --model DIR --prompt "Once upon a time" "The river"
+
+Prints each prompt with its continuation. A prompt is given to the model as training would have
+encoded it; an empty one ("") is the beginning of a document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+
+from megatron_dwm.config import UserError
+from megatron_dwm.config.command_line import OneLineParser, run_command
+
+
+def main() -> None:
+    """Parse the arguments, sample, print."""
+    arguments = _parser().parse_args()
+    if not (arguments.model / "config.json").is_file():
+        raise UserError(
+            f"--model {arguments.model}: not a Hugging Face model directory (config.json); make "
+            "one with tools/convert_checkpoint.py to-hf"
+        )
+    if not 0.0 < arguments.top_p <= 1.0:
+        raise UserError(f"--top-p {arguments.top_p}: expected above 0, at most 1")
+    # Megatron-Core warns on import that optional GPU packages are missing.
+    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    # Imported here, so that --help and mistakes answer at once.
+    from megatron_dwm.convert.huggingface import generate_text
+
+    texts = generate_text(
+        arguments.model,
+        arguments.prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    for number, text in enumerate(texts, start=1):
+        print(f"--- {number}\n{text}")
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="Hugging Face directory")
+    add("--prompt", nargs="+", required=True, metavar="TEXT", help="one sample for each")
+    add(
+        "--max-new-tokens",
+        type=_number(int, 1),
+        default=64,
+        metavar="N",
+        help="longest continuation in tokens (default: 64)",
+    )
+    add(
+        "--temperature",
+        type=_number(float, 0),
+        default=0.8,
+        metavar="T",
+        help="divides the logits; 0 always takes the likeliest token (default: 0.8)",
+    )
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample among the likeliest tokens that together have this probability (default: 1)",
+    )
+    add("--seed", type=_number(int, 0), default=1234, metavar="N", help="(default: 1234)")
+    return parser
+
+
+def _number(kind: type, smallest: int) -> type:
+    def number(text: str) -> float:
+        value = kind(text)
+        if not smallest <= value < float("inf"):
+            raise ValueError
+        return value
+
+    number.__name__ = f"number from {smallest}"
+    return number  # type: ignore[return-value]
+
+
+if __name__ == "__main__":
+    run_command(main)
