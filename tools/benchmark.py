@@ -1,4 +1,4 @@
-"""Measure what weighting costs: python tools/benchmark.py {step,hypergradient} [sizes].
+"""Measure what weighting costs: python tools/benchmark.py {step,hypergradient,convert} ...
 
 Every figure is a ratio of two things timed in turn in one run, on random tokens. Run it plainly for
 one process, or with torchrun for several. Set OMP_NUM_THREADS to fix the threads of a process.
@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import NoReturn
 
 from benchmarks.settings import Settings
@@ -27,6 +28,7 @@ One weighting update's hypergradient against a plain training step: time, whole 
 memory (one process); messages sent (several processes). The validation batch is as large as the
 training batch.
 """
+_CONVERT = "to-hf against copying the checkpoint's files; its peak memory."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,6 +42,9 @@ def main() -> None:
     """Parse the arguments, check the sizes, measure, print."""
     try:
         arguments = _parser().parse_args()
+        if arguments.command == "convert":
+            _measure_conversion(arguments)
+            return
         settings = _settings(arguments)
         settings.check(int(os.environ.get("WORLD_SIZE", "1")))
     except UserError:
@@ -60,6 +65,14 @@ def main() -> None:
         measure_updates(settings, memory_repeats=arguments.memory_repeats)
 
 
+def _measure_conversion(arguments: argparse.Namespace) -> None:
+    from benchmarks.convert import measure_conversion
+
+    measure_conversion(
+        preset=arguments.preset, checkpoint=arguments.checkpoint, rounds=arguments.rounds
+    )
+
+
 def _settings(arguments: argparse.Namespace) -> Settings:
     values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Settings)}
     if values["query_groups"] is None:
@@ -69,7 +82,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{step,hypergradient}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (("step", _STEP), ("hypergradient", _HYPERGRADIENT)):
         command = commands.add_parser(name, help=text.split(":")[0].strip(), description=text)
         _add_sizes(command)
@@ -82,6 +95,24 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="N",
                 help="processes started for each peak of memory; 0 leaves memory out (default: 3)",
             )
+    convert = commands.add_parser("convert", help=_CONVERT, description=_CONVERT)
+    presets = ("tiny", "llama-370m", "llama-1.3b")
+    convert.add_argument(
+        "--preset",
+        choices=presets,
+        default="llama-370m",
+        help="shape of the random model (default: llama-370m)",
+    )
+    convert.add_argument(
+        "--checkpoint", type=Path, metavar="RUN_OR_CHECKPOINT", help="measure this one instead"
+    )
+    convert.add_argument(
+        "--rounds",
+        type=_from(1),
+        default=3,
+        metavar="N",
+        help="copies and conversions (default: 3)",
+    )
     return parser
 
 

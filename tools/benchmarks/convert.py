@@ -1,0 +1,127 @@
+"""to-hf against copying the checkpoint's files, and its peak memory against what it may use.
+
+A checkpoint of random parameters without an optimiser is the hardest case: all that is copied has
+to be converted. Every round copies the files and then converts them, in a process each, from a warm
+file cache; the conversion's time has everything in it, its start and both models' logits too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from statistics import median
+
+from megatron.core import dist_checkpointing
+
+from benchmarks.table import command, markdown
+from megatron_dwm.config import Config, DataConfig, ModelConfig, ParallelConfig
+from megatron_dwm.config.load import save_config
+from megatron_dwm.convert.checkpoint_reader import MODEL_PREFIX, open_checkpoint
+from megatron_dwm.model import LlamaShape
+from megatron_dwm.model.layout import huggingface_shapes
+from megatron_dwm.model.llm import build_module, transformer_config
+from megatron_dwm.model.shape import PRESETS
+from megatron_dwm.runtime import bring_up
+from megatron_dwm.tokenizer import train_sentencepiece
+
+_ROOT = Path(__file__).parent.parent.parent
+_SEQUENCE_LENGTH = 1024
+_VOCABULARY = 1000
+
+
+@dataclass(frozen=True)
+class _Run:
+    seconds: float
+    peak_bytes: int
+
+
+def measure_conversion(*, preset: str, checkpoint: Path | None, rounds: int) -> None:
+    """Print the table for a random model of `preset`, or for a checkpoint of the user's."""
+    environment = dict(os.environ)  # making a model here leaves a process group's address in it
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        given = checkpoint is not None
+        source = checkpoint if given else _random_checkpoint(PRESETS[preset], scratch)
+        saved = open_checkpoint(source)
+        tool = [sys.executable, str(_ROOT / "tools/convert_checkpoint.py"), "to-hf"]
+        convert = [*tool, str(saved.directory), "--output", str(scratch / "hf")]
+        copies, conversions = [], []
+        for _ in range(rounds):
+            copy = ["cp", "-r", str(saved.directory), str(scratch / "copy")]
+            copies.append(_run(copy, environment))
+            conversions.append(_run(convert, environment))
+            shutil.rmtree(scratch / "copy")
+            shutil.rmtree(scratch / "hf")
+        size_bytes = sum(f.stat().st_size for f in saved.directory.rglob("*") if f.is_file())
+        _print(saved.shape, saved.dtype.itemsize, size_bytes, copies, conversions)
+
+
+def _random_checkpoint(shape: LlamaShape, scratch: Path) -> Path:
+    directory, tokenizer = scratch / "checkpoint", scratch / "tokenizer.model"
+    (directory / "llm").mkdir(parents=True)
+    lines = (_ROOT / "examples/corpus/validation.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    train_sentencepiece(texts, vocab_size=_VOCABULARY, output=tokenizer)
+    parallel = ParallelConfig()
+    with bring_up(parallel, seed=0):
+        config = transformer_config(shape, ModelConfig(), parallel)
+        module = build_module(
+            shape,
+            config,
+            shape.num_layers,
+            sequence_length=_SEQUENCE_LENGTH,
+            is_first=True,
+            is_last=True,
+        )
+        state = {"model": module.sharded_state_dict(prefix=MODEL_PREFIX)}
+        dist_checkpointing.save(state, str(directory / "llm"))
+    data = DataConfig(tokenizer=str(tokenizer), sequence_length=_SEQUENCE_LENGTH)
+    save_config(Config(data=data), directory / "config.yaml")
+    (directory / "shape.json").write_text(json.dumps(asdict(shape)), encoding="utf-8")
+    return directory
+
+
+def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> _Run:
+    """Wall-clock and peak resident memory of a process; its failure is ours."""
+    start = time.monotonic()
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, env=environment)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), arguments)
+    return _Run(time.monotonic() - start, usage.ru_maxrss * 1024)
+
+
+def _print(
+    shape: LlamaShape,
+    item_bytes: int,
+    size_bytes: int,
+    copies: Sequence[_Run],
+    conversions: Sequence[_Run],
+) -> None:
+    largest_bytes = item_bytes * max(prod(size) for size in huggingface_shapes(shape).values())
+    allowed_bytes = 4 * largest_bytes + 10**9
+    copy_s = median(run.seconds for run in copies)
+    convert_s = median(run.seconds for run in conversions)
+    peak_bytes = max(run.peak_bytes for run in conversions)
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    print(f"`{command()}`\n")
+    print(
+        f"{shape.num_parameters() / 1e6:.0f}M parameters, checkpoint of {size_bytes / 1e9:.2f} GB, "
+        f"median of {len(copies)} rounds, load average {load} (1, 5, 15 min) on "
+        f"{os.cpu_count()} cores.\n"
+    )
+    rows = [
+        ["copy the files, s", f"{copy_s:.1f}", ""],
+        ["to-hf, s", f"{convert_s:.1f}", f"{2 * copy_s:.1f}"],
+        ["to-hf, peak memory, GB", f"{peak_bytes / 1e9:.2f}", f"{allowed_bytes / 1e9:.2f}"],
+    ]
+    print(markdown(["", "measured", "target"], rows))
