@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dwm.config import UserError
+from megatron_dwm.evaluation.data_files import with_own_files
 from megatron_dwm.evaluation.harness import run_harness
 from megatron_dwm.evaluation.suites import DWM_SUITE, BundledTasks
 from tests.evaluation.public_data import ROWS, write_public_data
@@ -35,7 +36,19 @@ def test_missing_files_are_listed(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lacks the data of 2 tasks") as raised:
         run_harness(model, tasks, num_fewshot=[0, 2], limit=None, batch_size=8)
     assert f"sciq: {tmp_path / 'sciq/train.jsonl'}; piqa: " in str(raised.value)
-    # Solved examples are all that the training split is for.
-    tasks = BundledTasks(names=("sciq",), data_dir=tmp_path)
-    [score, _] = run_harness(model, tasks, num_fewshot=[0], limit=2, batch_size=8)
-    assert (score.task, score.num_examples) == ("sciq", 2)
+
+
+def test_solved_examples_are_all_that_training_rows_are_for(tmp_path: Path) -> None:
+    write_public_data(tmp_path)
+    (tmp_path / "sciq/train.jsonl").unlink()
+    spec = {
+        "task": "sciq",
+        "dataset_path": "allenai/sciq",
+        "training_split": "train",
+        "test_split": "test",
+    }
+    found = with_own_files(spec, tmp_path, few_shot=False)
+    assert found["training_split"] is None
+    assert found["dataset_kwargs"] == {"data_files": {"test": str(tmp_path / "sciq/test.jsonl")}}
+    with pytest.raises(FileNotFoundError, match="sciq/train.jsonl"):
+        with_own_files(spec, tmp_path, few_shot=True)
