@@ -1,0 +1,107 @@
+"""A run that starts from public weights starts with exactly their model."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from megatron_dwm.config import ModelConfig, UserError
+from megatron_dwm.convert.from_hf import import_from_huggingface
+from megatron_dwm.convert.tokenizer_files import write_tokenizer_files
+from megatron_dwm.model import resolve_shape
+from megatron_dwm.model.huggingface_files import open_huggingface
+from megatron_dwm.tokenizer import Tokenizer
+from tests.convert.families import VOCAB_SIZE, write_llama
+from tests.launch import REPOSITORY
+from tests.own_environment import kept_environment
+from tests.training.runs import metrics, succeed
+
+SEQUENCE_LENGTH = 64
+PASSAGES = 12
+
+
+@pytest.fixture(scope="module")
+def public(small_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = write_llama(
+        tmp_path_factory.mktemp("public"), tie_word_embeddings=True, initializer_range=0.05
+    )
+    write_tokenizer_files(small_tokenizer, 256, directory)
+    return directory
+
+
+@torch.no_grad()
+def _last_word_perplexity(directory: Path, texts: list[str]) -> float:
+    model = LlamaForCausalLM.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    total = 0.0
+    for text in texts:
+        ids = tokenizer.encode(text)
+        start = len(tokenizer.encode(text.rpartition(" ")[0]))
+        scores_SV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        word = torch.tensor(ids[start:])
+        total += scores_SV[start - 1 : -1].gather(1, word[:, None]).sum().item()
+    return math.exp(-total / len(texts))
+
+
+def test_runs_start_from_public_weights(public: Path, texts: list[str], tmp_path: Path) -> None:
+    corpus = REPOSITORY / "examples/corpus/validation.jsonl"
+    command = [sys.executable, REPOSITORY / "tools/preprocess_data.py", "--input", corpus]
+    command += ["--output-prefix", tmp_path / "data", "--append-eod"]
+    command += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", public]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    short = [" ".join(text.split()[-12:]) for text in texts[:PASSAGES]]
+    lines = [json.dumps({"text": text, "domain": "short"}) for text in short]
+    (tmp_path / "heldout.jsonl").write_text("\n".join(lines))
+    with kept_environment():
+        import_from_huggingface(public, tmp_path / "ours")
+    arguments = [
+        *("--data.train", str(tmp_path / "data_text_document"), "--data.domain_key", "domain"),
+        *("--data.tokenizer", str(public), "--data.sequence_length", str(SEQUENCE_LENGTH)),
+        *("--evaluation.path", str(tmp_path / "heldout.jsonl")),
+        *("--training.global_batch_size", "8", "--training.micro_batch_size", "4"),
+        # So small that the evaluation after the step sees the model as it came.
+        *("--training.steps", "1", "--training.learning_rate", "1e-12"),
+        *("--logging.tensorboard", "false"),
+    ]
+    succeed(tmp_path / "one", *arguments, "--model.init_from", str(public))
+    both = ("--model.init_from", str(tmp_path / "ours"), "--parallel.tensor", "2")
+    succeed(tmp_path / "two", *arguments, *both, processes=2)
+    expected = _last_word_perplexity(public, short)
+    [one], [two] = (metrics(tmp_path / name, "evaluation") for name in ("one", "two"))
+    for line in (one, two):
+        found = line["domain_last_word_perplexity"]["short"]
+        assert found == pytest.approx(expected, rel=1e-4)
+        assert line["domain_perplexity"]["short"] == pytest.approx(math.exp(line["loss"]))
+    [one], [two] = (metrics(tmp_path / name, "train") for name in ("one", "two"))
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+
+
+def test_the_shape_is_that_of_the_public_model(public: Path) -> None:
+    found = open_huggingface(public).shape
+    config = ModelConfig(init_from=str(public), hidden_size=64, init_std=0.5)
+    assert resolve_shape(config, 900, init_from=found) == found
+    assert found.vocab_size == VOCAB_SIZE
+
+
+def test_only_what_differs_is_named(public: Path) -> None:
+    found = open_huggingface(public).shape
+    config = ModelConfig(init_from=str(public), hidden_size=32, num_layers=4, norm_epsilon=1e-3)
+    with pytest.raises(UserError) as raised:
+        resolve_shape(config, init_from=found)
+    assert str(raised.value) == (
+        f"model.init_from: {public} has hidden_size 64 where the run asks for 32, norm_epsilon "
+        "1e-06 where the run asks for 0.001 (model.preset and the keys of model): leave them out "
+        "or make them equal"
+    )
+    config = ModelConfig(init_from=str(public), preset="llama-370m")
+    with pytest.raises(UserError, match="hidden_size 64 where the run asks for 1024") as raised:
+        resolve_shape(config, init_from=found)
+    assert "num_query_groups 2 where" in str(raised.value)
+    assert "vocab_size" not in str(raised.value)
