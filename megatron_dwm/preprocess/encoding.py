@@ -47,6 +47,7 @@ def encode_chunk(settings: EncodeSettings, engine: Engine, chunk: Chunk) -> Enco
     columns = [spell_column(values) for values in found.metadata]
     arrays = [pa.array(found.numbers, pa.int64()), *(column for _, column in columns)]
     return EncodedChunk(
+        source=chunk.source,
         source_file=chunk.source_file,
         end=chunk.end,
         consumed_bytes=chunk.consumed_bytes,

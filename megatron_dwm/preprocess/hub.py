@@ -30,7 +30,9 @@ def split_name(name: str) -> tuple[str, str]:
     return dataset, split or "train"
 
 
-def read_hub(name: str, start: Position, *, columns: Sequence[str]) -> Iterator[Chunk]:
+def read_hub(
+    name: str, start: Position, *, columns: Sequence[str], chunk_bytes: int
+) -> Iterator[Chunk]:
     """Chunks of the rows of data set `name` from row `start.offset` on.
 
     Raises `UserError` if it cannot be opened.
@@ -48,7 +50,7 @@ def read_hub(name: str, start: Position, *, columns: Sequence[str]) -> Iterator[
         yield from dataset.with_format("arrow").iter(batch_size=_ROWS)
 
     # How many rows there are is not known before the end; progress shows documents only.
-    yield from table_chunks((1, tables()), name, start, 0)
+    yield from table_chunks((1, tables()), name, start, size_bytes=0, chunk_bytes=chunk_bytes)
 
 
 def _open(name: str) -> IterableDataset:

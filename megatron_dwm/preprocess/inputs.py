@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.preprocess.hub import HUB_PREFIX, split_name
-from megatron_dwm.preprocess.lines import read_lines
+from megatron_dwm.preprocess.lines import CHUNK_BYTES, read_lines
 from megatron_dwm.preprocess.records import Chunk, Position
 from megatron_dwm.preprocess.streams import COMPRESSIONS
 from megatron_dwm.preprocess.tables import TABLE_SUFFIXES, read_table_file
@@ -51,6 +51,8 @@ class ReadSettings:
     """top-level columns that tables are reduced to"""
     max_record_bytes: int
     """longest line"""
+    chunk_bytes: int = CHUNK_BYTES
+    """decompressed bytes a chunk of lines or rows"""
 
 
 def find_inputs(names: Sequence[str]) -> list[Input]:
@@ -99,10 +101,20 @@ def read_input(entry: Input, start: Position, settings: ReadSettings) -> Iterato
     if entry.is_hub:
         from megatron_dwm.preprocess.hub import read_hub
 
-        return read_hub(entry.name, start, columns=settings.columns)
+        return read_hub(
+            entry.name, start, columns=settings.columns, chunk_bytes=settings.chunk_bytes
+        )
     if path.suffix in TABLE_SUFFIXES:
-        return read_table_file(path, entry.name, start, columns=settings.columns)
-    return read_lines(path, entry.name, start, max_record_bytes=settings.max_record_bytes)
+        return read_table_file(
+            path, entry.name, start, columns=settings.columns, chunk_bytes=settings.chunk_bytes
+        )
+    return read_lines(
+        path,
+        entry.name,
+        start,
+        max_record_bytes=settings.max_record_bytes,
+        chunk_bytes=settings.chunk_bytes,
+    )
 
 
 def read_inputs(

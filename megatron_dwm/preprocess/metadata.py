@@ -44,6 +44,8 @@ def _spell(value: object) -> tuple[Kind, str | None]:
     if value is None:
         return "none", None
     if isinstance(value, str):
+        if value.isascii():
+            return "string", value
         # A surrogate without its partner has no UTF-8; Parquet strings are UTF-8.
         return "string", value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, float):

@@ -70,7 +70,7 @@ class GrowingOutputs:
             self._files[_lengths_name(i)].write(encoded.lengths.data)
             _count(progress.keys[self._keys[i]], encoded)
         if chunk.rows.num_rows:
-            sources = pa.array(np.full(chunk.rows.num_rows, chunk.end.input, np.int32))
+            sources = pa.array(np.full(chunk.rows.num_rows, chunk.source, np.int32))
             batch = pa.record_batch([sources, *chunk.rows.columns], schema=self._schema)
             self._open_draft().write_batch(batch)
         for reject in chunk.rejects:

@@ -152,7 +152,11 @@ class _Run:
         choice = choose_engine(self.tokenizer)
         if choice.warning is not None and not settings.pretokenized:
             warn(choice.warning)
-        read = ReadSettings(columns=settings.columns, max_record_bytes=settings.max_record_bytes)
+        read = ReadSettings(
+            columns=settings.columns,
+            max_record_bytes=settings.max_record_bytes,
+            chunk_bytes=settings.chunk_bytes,
+        )
         chunks = read_inputs(self.inputs, self._progress.position, read)
         encoded = encode_all(
             self._encoding(), choice.build, chunks, num_workers=settings.num_workers

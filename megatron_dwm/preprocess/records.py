@@ -56,8 +56,10 @@ class Position:
 class Chunk:
     """Some consecutive records of one input, not yet looked at."""
 
+    source: int
+    """index of the input"""
     source_file: str
-    """name of the input, as the sidecar has it"""
+    """its name, as the sidecar has it"""
     content: bytes | pa.Table
     """whole lines, or rows"""
     first_record: int
@@ -106,6 +108,7 @@ class EncodedKey:
 class EncodedChunk:
     """What became of the records of a chunk, in their order."""
 
+    source: int
     source_file: str
     end: Position
     consumed_bytes: int

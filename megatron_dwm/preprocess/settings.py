@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.preprocess.lines import CHUNK_BYTES
 from megatron_dwm.preprocess.sidecar import OWN_COLUMNS
 
 MAX_RECORD_BYTES = 32 << 20
@@ -15,7 +16,7 @@ CHECKPOINT_INTERVAL_S = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSettings:
-    """Fields are the options of `tools/preprocess_data.py`."""
+    """Fields are the options of `tools/preprocess_data.py`, and the size of a chunk."""
 
     inputs: tuple[str, ...]
     output_prefix: str
@@ -32,6 +33,7 @@ class PreprocessSettings:
     num_shards: int = 1
     resume: bool = False
     checkpoint_interval_s: float = CHECKPOINT_INTERVAL_S
+    chunk_bytes: int = CHUNK_BYTES
 
     def __post_init__(self) -> None:
         """Raises `UserError` for keys that cannot be and numbers out of range."""

@@ -54,10 +54,21 @@ class _ZstdReader:
         return bytes(taken)
 
 
+class _SteppedReader:
+    """One step of a library's reader at a time: a long `read` loses what comes before damage."""
+
+    def __init__(self, stream: gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile) -> None:
+        self._stream = stream
+
+    def read(self, size: int, /) -> bytes:
+        """Up to `size` bytes; none at the end."""
+        return self._stream.read1(size)
+
+
 _DECOMPRESSORS: dict[str, Callable[[BinaryIO], ByteStream]] = {
-    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
-    ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
+    ".gz": lambda raw: _SteppedReader(gzip.GzipFile(fileobj=raw)),
+    ".bz2": lambda raw: _SteppedReader(bz2.BZ2File(raw)),
+    ".xz": lambda raw: _SteppedReader(lzma.LZMAFile(raw)),  # noqa: SIM115
     ".zst": _ZstdReader,
 }
 

@@ -16,14 +16,12 @@ import pyarrow.parquet as pq
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.preprocess.records import Chunk, Position
 
-CHUNK_BYTES = 4 << 20
-_SMALLEST_ROWS = 16
-_PARQUET_ROWS = 1024
+_PARQUET_ROWS = 2048
 TABLE_SUFFIXES = (".parquet", ".arrow")
 
 
 def read_table_file(
-    path: Path, name: str, start: Position, *, columns: Sequence[str]
+    path: Path, name: str, start: Position, *, columns: Sequence[str], chunk_bytes: int
 ) -> Iterator[Chunk]:
     """Chunks of the rows of `path` from row `start.offset` on.
 
@@ -32,7 +30,8 @@ def read_table_file(
     batches = _parquet_batches if path.suffix == ".parquet" else _arrow_batches
     size_bytes = path.stat().st_size
     try:
-        yield from table_chunks(batches(path, columns, start.offset), name, start, size_bytes)
+        found = batches(path, columns, start.offset)
+        yield from table_chunks(found, name, start, size_bytes=size_bytes, chunk_bytes=chunk_bytes)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         complaint = " ".join(str(error).split())
         raise UserError(
@@ -48,15 +47,18 @@ def table_chunks(
     batches: tuple[int, Iterator[pa.Table]],
     name: str,
     start: Position,
+    *,
     size_bytes: int,
+    chunk_bytes: int,
 ) -> Iterator[Chunk]:
     """`batches` of rows, of which there are so many in all, as chunks from `start` on."""
     total_rows, tables = batches
     row = start.offset
     for table in tables:
-        for part in _cut(table):
+        for part in _cut(table, chunk_bytes):
             first, row = row, row + part.num_rows
             yield Chunk(
+                source=start.input,
                 source_file=name,
                 content=part,
                 first_record=first,
@@ -65,10 +67,10 @@ def table_chunks(
             )
 
 
-def _cut(table: pa.Table) -> Iterator[pa.Table]:
+def _cut(table: pa.Table, chunk_bytes: int) -> Iterator[pa.Table]:
     """Slices of about a chunk each."""
     bytes_a_row = max(1, table.nbytes // max(1, table.num_rows))
-    rows = max(_SMALLEST_ROWS, CHUNK_BYTES // bytes_a_row)
+    rows = max(1, chunk_bytes // bytes_a_row)
     for first in range(0, table.num_rows, rows):
         yield table.slice(first, rows)
 

@@ -46,7 +46,7 @@ AWKWARD_TEXTS = (
     "def f(x):\n    return x ** 2  # \u2202f/\u2202x\n\n\n",
     'https://example.org/a?b=c&d=%20#e  <div class="x">&nbsp;</div>',
 )
-_PIECES_TRIED = 2048
+_PIECES_TRIED = 1024
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,299 @@
+"""Several indexed datasets into one, in the order given, with their sidecars.
+
+The `.bin` files are copied by the kernel (copy_file_range, else sendfile), the `.idx` arrays and
+the sidecars in blocks. Memory is one block and one row group, whatever the sizes. The result is
+what one run over all inputs writes, byte for byte, if the sidecars' columns have the same types.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_dwm.config.errors import UserError
+from megatron_dwm.preprocess.index_file import (
+    IndexHeader,
+    read_block,
+    read_header,
+    write_index,
+)
+from megatron_dwm.preprocess.settings import OutputPaths
+from megatron_dwm.preprocess.sidecar import write_groups
+from megatron_dwm.preprocess.staging import StagedFiles
+
+_COPY_BYTES = 1 << 26
+_SHARD_NAME = re.compile(r"^(?P<before>.*)-(?P<shard>\d{5})-of-(?P<shards>\d{5})(?P<after>_.*)$")
+_FALL_BACK = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSummary:
+    """What the merged dataset holds."""
+
+    documents: int
+    """empty ones too"""
+    sequences: int
+    tokens: int
+    has_sidecar: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """One of the datasets to merge."""
+
+    paths: OutputPaths
+    header: IndexHeader
+
+
+def merge_datasets(
+    prefixes: Sequence[str],
+    output_prefix: str,
+    advance: Callable[[int, int], None] = lambda *_: None,
+) -> MergeSummary:
+    """Write `output_prefix`.bin, .idx and .meta.parquet from the datasets `prefixes`.
+
+    A prefix may be spelled with the `.idx` or `.bin` at its end. `advance` is told the bytes copied
+    and the documents of each. Raises `UserError` for a missing or damaged dataset, one named twice,
+    different token types or tokenizers, sidecars of some only, shards that are not all there, and
+    an output that exists.
+    """
+    names = [_stem(prefix) for prefix in prefixes]
+    _check_names(names)
+    parts = [_open_part(name) for name in names]
+    _check_types(parts)
+    sidecars = _sidecars(parts)
+    target = OutputPaths.of(output_prefix)
+    order = [target.sidecar, target.bin, target.idx]
+    try:
+        with StagedFiles(order) as staged:
+            _copy_ids(parts, staged.partial(target.bin), advance)
+            if sidecars:
+                _merge_sidecars(sidecars, staged.partial(target.sidecar))
+            header = _merge_indices(parts, staged.partial(target.idx))
+            staged.publish()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        words = error.strerror or str(error)
+        raise UserError(f"{output_prefix}: the output cannot be written ({words})") from None
+    return MergeSummary(
+        documents=header.num_documents,
+        sequences=header.num_sequences,
+        tokens=target.bin.stat().st_size // np.dtype(header.dtype).itemsize,
+        has_sidecar=bool(sidecars),
+    )
+
+
+def total_bytes(prefixes: Sequence[str]) -> int:
+    """Bytes of the `.bin` files that are there."""
+    bins = [OutputPaths.of(_stem(prefix)).bin for prefix in prefixes]
+    return sum(path.stat().st_size for path in bins if path.is_file())
+
+
+def _stem(prefix: str) -> str:
+    for ending in (".idx", ".bin"):
+        if prefix.endswith(ending):
+            return prefix.removesuffix(ending)
+    return prefix
+
+
+def _check_names(names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{name}: named twice; its documents would be in the result twice")
+    matches = [found for found in map(_SHARD_NAME.match, names) if found is not None]
+    for match in matches:
+        family = [m for m in matches if _family(m) == _family(match)]
+        shards = [int(m["shard"]) for m in family]
+        if shards != list(range(int(match["shards"]))):
+            raise UserError(
+                f"{match[0]}: one of {int(match['shards'])} shards, of which "
+                f"{', '.join(map(str, shards))} are given; give all of them, in order"
+            )
+
+
+def _family(match: re.Match[str]) -> tuple[str, str, str]:
+    return match["before"], match["shards"], match["after"]
+
+
+def _open_part(name: str) -> _Part:
+    paths = OutputPaths.of(name)
+    for path in (paths.idx, paths.bin):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; --input takes prefixes, as P_text_document")
+    header = read_header(paths.idx)
+    expected = _num_tokens(paths.idx, header) * np.dtype(header.dtype).itemsize
+    if paths.bin.stat().st_size != expected:
+        raise UserError(
+            f"{paths.bin}: {paths.bin.stat().st_size} bytes, but its .idx speaks of {expected}; "
+            "it is damaged"
+        )
+    return _Part(paths=paths, header=header)
+
+
+def _num_tokens(idx: Path, header: IndexHeader) -> int:
+    with idx.open("rb") as file:
+        blocks = read_block(file, header.lengths_at, np.int32, header.num_sequences)
+        return sum(int(block.sum(dtype=np.int64)) for block in blocks)
+
+
+def _check_types(parts: Sequence[_Part]) -> None:
+    first = parts[0]
+    for part in parts[1:]:
+        if part.header.dtype is not first.header.dtype:
+            raise UserError(
+                f"{part.paths.idx}: tokens of type {part.header.dtype.__name__}, but "
+                f"{first.paths.idx} has {first.header.dtype.__name__}; they were made with "
+                "different tokenizers"
+            )
+
+
+def _sidecars(parts: Sequence[_Part]) -> list[Path]:
+    """The sidecars, of all datasets or of none; `UserError` if they do not go together."""
+    there = [part.paths.sidecar for part in parts if part.paths.sidecar.exists()]
+    if there and len(there) < len(parts):
+        lacking = next(p.paths.sidecar for p in parts if not p.paths.sidecar.exists())
+        raise UserError(f"{lacking}: no such file, but {there[0]} exists; give all or none")
+    schemas = [pq.read_schema(path) for path in there]
+    for path, schema in zip(there, schemas, strict=True):
+        if schema.metadata != schemas[0].metadata:
+            raise UserError(
+                f"{path}: another tokenizer or --append-eod than {there[0]} "
+                f"({_difference(schemas[0], schema)}); such ids cannot be mixed"
+            )
+        if schema.names != schemas[0].names:
+            raise UserError(
+                f"{path}: columns {', '.join(schema.names)}, but {there[0]} has "
+                f"{', '.join(schemas[0].names)}"
+            )
+    for part, path in zip(parts, there, strict=False):
+        rows = pq.read_metadata(path).num_rows
+        if rows != part.header.num_documents:
+            raise UserError(
+                f"{path}: {rows} rows for {part.header.num_documents} documents; it is damaged"
+            )
+    return there
+
+
+def _difference(first: pa.Schema, second: pa.Schema) -> str:
+    before, after = (schema.metadata or {} for schema in (first, second))
+    keys = sorted({*before, *after})
+    named = [key.decode() for key in keys if before.get(key) != after.get(key)]
+    return ", ".join(named)
+
+
+def _copy_ids(parts: Sequence[_Part], output: Path, advance: Callable[[int, int], None]) -> None:
+    with output.open("wb", buffering=0) as target:
+        for part in parts:
+            with part.paths.bin.open("rb", buffering=0) as source:
+                for copied in _copy(source, target):
+                    advance(copied, 0)
+            advance(0, part.header.num_documents)
+
+
+def _copy(source: BinaryIO, target: BinaryIO) -> Iterator[int]:
+    """Copy all of `source` to the end of `target`; sizes of the pieces."""
+    left = os.fstat(source.fileno()).st_size
+    copy = _copy_in_kernel
+    while left > 0:
+        try:
+            copied = copy(source, target, min(left, _COPY_BYTES))
+        except OSError as error:
+            if copy is not _copy_in_kernel or error.errno not in _FALL_BACK:
+                raise
+            copy = _send  # between file systems, or one that cannot
+            continue
+        if copied == 0:
+            raise UserError(f"{source.name}: became shorter while it was read")
+        left -= copied
+        yield copied
+
+
+def _copy_in_kernel(source: BinaryIO, target: BinaryIO, num_bytes: int) -> int:
+    return os.copy_file_range(source.fileno(), target.fileno(), num_bytes)
+
+
+def _send(source: BinaryIO, target: BinaryIO, num_bytes: int) -> int:
+    return os.sendfile(target.fileno(), source.fileno(), None, num_bytes)
+
+
+def _merge_indices(parts: Sequence[_Part], output: Path) -> IndexHeader:
+    def lengths() -> Iterator[np.ndarray]:
+        for part in parts:
+            yield from _document_lengths(part)
+
+    return write_index(output, parts[0].header.dtype, lengths)
+
+
+def _document_lengths(part: _Part) -> Iterator[np.ndarray]:
+    """Length of every document, 0 for an empty one: the boundaries say which are."""
+    header = part.header
+    with part.paths.idx.open("rb") as boundaries_file, part.paths.idx.open("rb") as lengths_file:
+        before = 0
+        at = header.documents_at + 8
+        for ends in read_block(boundaries_file, at, np.int64, header.num_documents):
+            counts = np.diff(ends, prepend=before)
+            if counts.min() < 0 or counts.max() > 1:
+                raise UserError(
+                    f"{part.paths.idx}: documents of several sequences (--split-sentences)"
+                )
+            taken = int(ends[-1]) - before
+            at_length = header.lengths_at + 4 * before
+            blocks = list(read_block(lengths_file, at_length, np.int32, taken))
+            lengths = np.zeros(len(counts), np.int32)
+            lengths[counts == 1] = np.concatenate([np.zeros(0, np.int32), *blocks])
+            before = int(ends[-1])
+            yield lengths
+
+
+def _merge_sidecars(paths: Sequence[Path], output: Path) -> None:
+    schema = _common_schema(paths)
+
+    def tables() -> Iterator[pa.Table]:
+        for path in paths:
+            with pq.ParquetFile(path) as file:
+                for group in range(file.num_row_groups):
+                    yield file.read_row_group(group).cast(schema)
+
+    write_groups(output, schema, tables())
+
+
+def _common_schema(paths: Sequence[Path]) -> pa.Schema:
+    """Column types that hold every part's values, as one run over all would choose them."""
+    schemas = [pq.read_schema(path) for path in paths]
+    fields = []
+    for i, field in enumerate(schemas[0]):
+        types = {
+            schema.field(i).type
+            for schema, path in zip(schemas, paths, strict=True)
+            if not _is_all_null(path, i)
+        }
+        fields.append(pa.field(field.name, _widest(types)))
+    return pa.schema(fields, metadata=schemas[0].metadata)
+
+
+def _is_all_null(path: Path, column: int) -> bool:
+    """Whether a column of strings has no value: then it says nothing about its type."""
+    metadata = pq.read_metadata(path)
+    nulls = 0
+    for group in range(metadata.num_row_groups):
+        statistics = metadata.row_group(group).column(column).statistics
+        if statistics is None or not statistics.has_null_count:
+            return False
+        nulls += statistics.null_count
+    return nulls == metadata.num_rows
+
+
+def _widest(types: set[pa.DataType]) -> pa.DataType:
+    if pa.string() in types or not types:
+        return pa.string()
+    return pa.float64() if pa.float64() in types else pa.int64()
