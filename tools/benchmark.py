@@ -1,4 +1,4 @@
-"""Measure what weighting costs: python tools/benchmark.py {step,hypergradient,convert} ...
+"""Measure what things cost: tools/benchmark.py {step,hypergradient,convert,preprocess} ...
 
 Every figure is a ratio of two things timed in turn in one run, on random tokens. Run it plainly for
 one process, or with torchrun for several. Set OMP_NUM_THREADS to fix the threads of a process.
@@ -28,6 +28,7 @@ One weighting update's hypergradient against a plain training step: time, whole 
 memory (one process); messages sent (several processes). The validation batch is as large as the
 training batch.
 """
+_PREPROCESS = "Preprocessing against gigatoken alone and a pool of SentencePiece workers; merge."
 _CONVERT = "to-hf against copying the checkpoint's files; its peak memory."
 
 
@@ -44,6 +45,9 @@ def main() -> None:
         arguments = _parser().parse_args()
         if arguments.command == "convert":
             _measure_conversion(arguments)
+            return
+        if arguments.command == "preprocess":
+            _measure_preprocessing(arguments)
             return
         settings = _settings(arguments)
         settings.check(int(os.environ.get("WORLD_SIZE", "1")))
@@ -70,6 +74,22 @@ def _measure_conversion(arguments: argparse.Namespace) -> None:
 
     measure_conversion(
         preset=arguments.preset, checkpoint=arguments.checkpoint, rounds=arguments.rounds
+    )
+
+
+def _measure_preprocessing(arguments: argparse.Namespace) -> None:
+    for path in (arguments.input, arguments.tokenizer_model):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+    from benchmarks.preprocess import measure_preprocessing
+
+    measure_preprocessing(
+        arguments.input,
+        arguments.tokenizer_model,
+        size_mb=arguments.size_mb,
+        rounds=arguments.rounds,
+        workers=arguments.workers,
+        pool_mb=arguments.pool_mb,
     )
 
 
@@ -113,7 +133,23 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="copies and conversions (default: 3)",
     )
+    _add_preprocess(commands)
     return parser
+
+
+def _add_preprocess(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("preprocess", help=_PREPROCESS, description=_PREPROCESS)
+    add = command.add_argument
+    add("--input", type=Path, required=True, metavar="FILE", help="JSON Lines to repeat")
+    add("--tokenizer-model", type=Path, required=True, metavar="M", help="SentencePiece model")
+    for flag, default, text in (
+        ("--size-mb", 300, "MB (1024^2) that the input is repeated to"),
+        ("--pool-mb", 30, "MB (1024^2) of it for the pool of workers"),
+        ("--rounds", 5, "times that everything is measured, in turn"),
+        ("--workers", 2, "threads, or processes of the pool"),
+    ):
+        text = f"{text} (default: {default})"
+        add(flag, type=_from(1), default=default, metavar="N", help=text)
 
 
 def _add_sizes(parser: argparse.ArgumentParser) -> None:

@@ -37,6 +37,7 @@ class HuggingFaceModel:
         self.content = read_tokenizer_file(self.model_path)
         self.sha256 = hashlib.sha256(self.content).hexdigest()
         self._tokenizer = _load(self.content, self.model_path)
+        self._unknown = _unknown_token(self.content)
         self._controls = self._control_ids()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         # Megatron-LM counts the entries; ids may have holes, and every id has to be below.
@@ -63,10 +64,11 @@ class HuggingFaceModel:
     def pieces(self) -> list[Piece]:
         """The whole vocabulary in the order of the ids; an id without an entry is unused."""
         pieces = [Piece(text="", score=0.0, role="unused")] * self.vocab_size
-        unknown = getattr(self._tokenizer.model, "unk_token", None)
         for text, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
             role = "control" if text in self._controls else "normal"
-            pieces[i] = Piece(text=text, score=0.0, role="unknown" if text == unknown else role)
+            pieces[i] = Piece(
+                text=text, score=0.0, role="unknown" if text == self._unknown else role
+            )
         return pieces
 
     def control_ids(self) -> dict[str, int]:
@@ -74,10 +76,9 @@ class HuggingFaceModel:
         return dict(self._controls)
 
     def _control_ids(self) -> dict[str, int]:
-        unknown = getattr(self._tokenizer.model, "unk_token", None)
         added = self._tokenizer.get_added_tokens_decoder()
         special = {token.content: i for i, token in added.items() if token.special}
-        return {text: i for text, i in special.items() if text != unknown}
+        return {text: i for text, i in special.items() if text != self._unknown}
 
     def _named_id(self, named: str | None, usual: Sequence[str]) -> int | None:
         if named is not None:
@@ -103,6 +104,14 @@ def _load(content: bytes, path: Path) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _unknown_token(content: bytes) -> str | None:
+    """Spelling of the token for what the vocabulary cannot spell; Unigram names it by its id."""
+    model = json.loads(content).get("model", {})
+    if model.get("type") == "Unigram" and model.get("unk_id") is not None:
+        return model["vocab"][model["unk_id"]][0]
+    return model.get("unk_token")
 
 
 def _named_tokens(path: Path) -> dict[str, str]:
