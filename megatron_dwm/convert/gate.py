@@ -24,7 +24,7 @@ from megatron_dwm.convert.megatron_logits import megatron_logits
 from megatron_dwm.model.huggingface_files import HuggingFaceModel
 from megatron_dwm.tokenizer import Tokenizer
 
-GATE_TOKENS = 256
+GATE_TOKENS = 128
 LOGITS_TOLERANCE = 1e-4
 """Largest deviation, as a fraction of the largest logit; float32 rounding gives some 1e-6."""
 

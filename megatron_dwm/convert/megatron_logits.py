@@ -68,13 +68,20 @@ def _read_as_it_goes(module: GPTModel, saved: SavedLLM, dtype: torch.dtype) -> N
     ):
         name = MODEL_PREFIX + prefix
         state = {key: value for key, value in whole.items() if key.startswith(name)}
-        part.register_forward_pre_hook(_reader(saved, name, iter([state]), dtype))
+        part.register_forward_pre_hook(_reader(saved, name, _once(state), dtype))
         # A tied output layer takes the embedding's parameter at the end.
         if not (saved.shape.tied_embeddings and part is module.embedding):
             part.register_forward_hook(_drop)
     states = (_state_of_layer(layer, i, saved.shape.num_layers) for i in count())
     layer.register_forward_pre_hook(_reader(saved, _LAYER, states, dtype))
     module.decoder.layers = ModuleList([layer] * saved.shape.num_layers)
+
+
+def _once(state: ShardedStateDict) -> Iterator[ShardedStateDict]:
+    """`state`, whose tensors are then no longer held."""
+    waiting = [state]
+    while waiting:
+        yield waiting.pop()
 
 
 def _state_of_layer(layer: Module, number: int, num_layers: int) -> ShardedStateDict:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from megatron_dwm.convert.checkpoint_reader import SavedLLM
@@ -24,7 +25,13 @@ def huggingface_tensors(saved: SavedLLM) -> Iterator[tuple[str, Tensor]]:
         for source, kind in LAYER_TENSORS.items():
             tensor = saved.read_layer(f"{source}.weight", layer)
             for name, part in kind.split(shape, tensor).items():
-                yield f"model.layers.{layer}.{name}.weight", part.clone()
+                yield f"model.layers.{layer}.{name}.weight", _own(part)
     yield WHOLE_TENSORS[FINAL_NORM], saved.read(FINAL_NORM)
     if not shape.tied_embeddings:
         yield WHOLE_TENSORS[OUTPUT], saved.read(OUTPUT, rows=shape.vocab_size)
+
+
+def _own(part: Tensor) -> Tensor:
+    """`part` in memory that holds nothing else; most are already."""
+    alone = part.is_contiguous() and part.untyped_storage().nbytes() == part.nbytes
+    return part if alone else part.clone(memory_format=torch.contiguous_format)

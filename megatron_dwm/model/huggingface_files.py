@@ -53,12 +53,12 @@ class HuggingFaceModel:
     files: Mapping[str, Path]
 
     def read(self, name: str) -> Tensor:
-        """The tensor Hugging Face calls `name`, on the CPU, in memory of its own."""
+        """The tensor Hugging Face calls `name`, on the CPU; it may be the file's own pages."""
         path = self.files[name]
         if path.suffix == ".bin":
-            return _open_bin(path)[name].clone()
+            return _open_bin(path)[name]
         with safe_open(path, "pt") as tensors:
-            return tensors.get_tensor(name).clone()
+            return tensors.get_tensor(name)
 
     @property
     def dtype(self) -> torch.dtype:
