@@ -116,7 +116,11 @@ def _shape_to_start_from(config: Config) -> LlamaShape | None:
     directory = Path(config.model.init_from)
     if is_huggingface(directory):
         return open_huggingface(directory).shape
-    return read_shape(directory)
+    shape = read_shape(directory)
+    index = directory / "llm" / ".metadata"
+    if not index.is_file():
+        raise UserError(f"model.init_from: {index} is missing; the checkpoint is incomplete")
+    return shape
 
 
 def _start_from(llm: LLM, directory: Path) -> None:

@@ -6,18 +6,20 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from megatron_dwm.config import ModelConfig, UserError
+from megatron_dwm.config import Config, DataConfig, ModelConfig, UserError
 from megatron_dwm.convert.from_hf import import_from_huggingface
 from megatron_dwm.convert.tokenizer_files import write_tokenizer_files
 from megatron_dwm.model import resolve_shape
 from megatron_dwm.model.huggingface_files import open_huggingface
 from megatron_dwm.tokenizer import Tokenizer
+from megatron_dwm.training.run import check
 from tests.convert.families import VOCAB_SIZE, write_llama
 from tests.launch import REPOSITORY
 from tests.own_environment import kept_environment
@@ -105,3 +107,17 @@ def test_only_what_differs_is_named(public: Path) -> None:
         resolve_shape(config, init_from=found)
     assert "num_query_groups 2 where" in str(raised.value)
     assert "vocab_size" not in str(raised.value)
+
+
+def test_half_a_model_is_refused_before_anything_starts(public: Path, tmp_path: Path) -> None:
+    (tmp_path / "half").mkdir()
+    cases = {"half": "llm/.metadata is missing", "nowhere": "shape.json is missing"}
+    found = open_huggingface(public).shape
+    (tmp_path / "half/shape.json").write_text(json.dumps(asdict(found)))
+    for name, message in cases.items():
+        config = Config(
+            model=ModelConfig(init_from=str(tmp_path / name)),
+            data=DataConfig(tokenizer=str(public)),
+        )
+        with pytest.raises(UserError, match=message):
+            check(config)
