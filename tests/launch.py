@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -32,7 +33,10 @@ def run_ranks(
     """For every case, what `module:function(**case)` returned in every rank, in rank order."""
     with tempfile.TemporaryDirectory() as folder:
         # A rendezvous address of its own for every case: the last one's may still be in use.
-        numbered = [{"port": _free_port(), "arguments": case} for case in cases]
+        ports = _free_ports(len(cases))
+        numbered = [
+            {"port": port, "arguments": case} for port, case in zip(ports, cases, strict=True)
+        ]
         ranks = [
             _start(function, numbered, rank, world_size, Path(folder)) for rank in range(world_size)
         ]
@@ -41,10 +45,18 @@ def run_ranks(
         return [list(ranks) for ranks in zip(*results, strict=True)]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _free_ports(count: int) -> list[int]:
+    """Different ports below those that the system hands out: those may be taken by a connection of
+    an earlier case before they are listened on.
+    """
+    found: list[int] = []
+    for port in random.Random().sample(range(10_000, 30_000), 10 * count):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                found.append(port)
+        if len(found) == count:
+            break
+    return found
 
 
 def _start(

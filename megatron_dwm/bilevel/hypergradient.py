@@ -90,12 +90,14 @@ def from_gradient(
 
 
 def _validation_parts(problem: Problem, halves: bool) -> list[TokenBatch]:
-    """The validation batch, whole or in two halves of this rank's rows."""
+    """The validation batch, whole or in two halves: its even and its odd rows, which are the same
+    under every layout that gives each rank an even number of rows.
+    """
     rows = problem.val_batch.tokens_BS.shape[0]
     if not halves:
         return [problem.val_batch]
     assert rows % 2 == 0, "an odd batch has no halves"
-    return [problem.val_batch.rows(0, rows // 2), problem.val_batch.rows(rows // 2, rows)]
+    return [problem.val_batch.rows(0, rows, 2), problem.val_batch.rows(1, rows, 2)]
 
 
 def _validation_gradient(problem: Problem, batch: TokenBatch) -> Tensor:

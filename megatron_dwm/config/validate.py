@@ -207,6 +207,13 @@ def _batches(config: Config, world_size: int) -> Iterator[str]:
     training = config.training
     replicas = config.data_parallel_size(world_size)
     rows = training.micro_batch_size * replicas
+    passages = config.validation.batch_size or training.global_batch_size
+    if config.weighting.damp_by_noise and passages % (2 * replicas):
+        yield (
+            f"weighting.damp_by_noise: expected a multiple of 2 x {replicas} data-parallel "
+            f"replicas passages in validation.batch_size, got {passages}: noise is measured "
+            "between halves"
+        )
     if training.global_batch_size % rows:
         yield (
             f"training.global_batch_size {training.global_batch_size}: expected a multiple of "

@@ -39,13 +39,13 @@ class Batch:
         """Rows in the batch (B)."""
         return self.tokens_BS.shape[0]
 
-    def rows(self, start: int, stop: int) -> Batch:
-        """The rows `start` to `stop - 1` as a batch that shares memory with this one."""
+    def rows(self, start: int, stop: int, step: int = 1) -> Batch:
+        """Every `step`-th of the rows `start` to `stop - 1`, sharing memory with this batch."""
         assert 0 <= start <= stop <= self.size, (start, stop, self.size)
         return replace(
             self,
-            **{name: getattr(self, name)[start:stop] for name in _tensor_names()},
-            domains=self.domains[start:stop],
+            **{name: getattr(self, name)[start:stop:step] for name in _tensor_names()},
+            domains=self.domains[start:stop:step],
         )
 
     def to(self, device: torch.device | str) -> Batch:

@@ -23,8 +23,8 @@ class TokenBatch(Protocol):
     loss_mask_BS: Tensor
     position_ids_BS: Tensor
 
-    def rows(self, start: int, stop: int) -> TokenBatch:
-        """The rows `start` to `stop - 1`."""
+    def rows(self, start: int, stop: int, step: int = 1) -> TokenBatch:
+        """Every `step`-th of the rows `start` to `stop - 1`."""
         ...
 
 

@@ -179,7 +179,7 @@ def _loss(
         columns.append(weights_B1)
     if what.keeps_features and features is not None:
         columns.append(features.flat())
-    total = torch.sum(losses.view(-1) * coefficients.view(-1))
+    total = torch.sum(losses.view(-1) * coefficients.reshape(-1))
     return total, _NO_COUNT, torch.cat(columns, dim=1)
 
 

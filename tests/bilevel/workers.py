@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from megatron_dwm.bilevel import ESTIMATORS, Hypergradient, Problem
 from megatron_dwm.bilevel.slots import collect_slots
 from megatron_dwm.bilevel.virtual_step import CLIP_EPSILON, prepare_virtual_step
 from megatron_dwm.config import WeightingConfig
-from megatron_dwm.model import LLM, clear_gradients, forward_backward
-from megatron_dwm.model.objective import token_count, token_mean
+from megatron_dwm.model import LLM, clear_gradients, forward_backward, forward_only
+from megatron_dwm.model.objective import token_count, token_mean, unit
 from megatron_dwm.weighting import DwmPolicy
 from megatron_dwm.weighting.model import WeightingShape, build_weighting_model
 from tests.tiny import MICRO_BATCH, VOCAB_SIZE, Tiny, tiny
@@ -228,12 +229,14 @@ def halves_add_up(**layout: Any) -> tuple[Tensor, Tensor]:
         return found.alignment_n, whole.alignment_n
 
 
-def chain_and_difference(inner: str, **layout: Any) -> tuple[Tensor, Tensor]:
+def chain_and_difference(inner: str, encoder: str = "own", **layout: Any) -> tuple[Tensor, Tensor]:
     """dL_val(theta'(phi))/dphi along random directions: ours from end to end, and central
     differences of the whole chain in double precision.
     """
     with tiny(**layout) as subject:
-        model = build_weighting_model(WEIGHTING_SHAPE, seed=2)
+        width = subject.llm.shape.hidden_size
+        shape = replace(WEIGHTING_SHAPE, encoder=encoder, feature_size=width)
+        model = build_weighting_model(shape, seed=2)
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():  # away from uniform weights
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
@@ -242,11 +245,13 @@ def chain_and_difference(inner: str, **layout: Any) -> tuple[Tensor, Tensor]:
         policy = DwmPolicy(model, config, subject.runtime, MICRO_BATCH, learned=True)
         policy.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # form phi's gradient only
         train = subject.batch(TRAIN)
-        subject.weights_n = policy.weights(train)
+        passes = unit(train, MICRO_BATCH)
+        reading = forward_only(subject.llm, passes, early_layer=1).reading
+        subject.weights_n = policy.weights(train, reading)
         val_loss = _val_loss_after_step(subject, inner, layout.get("clip", 1.0))
         problem = problem_of(subject, inner)
         found = ESTIMATORS["tangent_probe"](problem)
-        policy.update(train, None, found.alignment_n.double(), problem.learning_rate)
+        policy.update(train, reading, found.alignment_n.double(), problem.learning_rate)
         gradients = [parameter.grad.clone() for parameter in model.parameters()]
         ours, differences = [], []
         for _ in range(4):
@@ -260,7 +265,7 @@ def chain_and_difference(inner: str, **layout: Any) -> tuple[Tensor, Tensor]:
             for sign in (1, -2):  # phi + h, then phi - h
                 for parameter, v in zip(model.parameters(), direction, strict=True):
                     parameter.data += sign * DIFFERENCE_STEP * v
-                values.append(float(val_loss(policy.weights(train))))
+                values.append(float(val_loss(policy.weights(train, reading))))
             for parameter, v in zip(model.parameters(), direction, strict=True):
                 parameter.data += DIFFERENCE_STEP * v
             differences.append((values[0] - values[1]) / (2 * DIFFERENCE_STEP))

@@ -99,6 +99,8 @@ SHAPE = Heads(
     num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2, padded_vocab_size=1024
 )
 DWM = ["--policy.name", "dwm", "--validation.path", "v"]
+MIXING = ["--policy.name", "validation_mixing", "--validation.path", "v"]
+LOAD = ["--validation.path", "v", "--weighting.load", "w"]
 MICRO = ["--training.micro_batch_size", "4"]
 GOOD = ["--data.train", "a", "--data.tokenizer", "t"]
 
@@ -127,6 +129,24 @@ def test_a_good_configuration_passes() -> None:
         (["--weighting.uniform_floor", "1.0"], 1, "weighting.uniform_floor"),
         (["--training.clip_grad=-1"], 1, "training.clip_grad"),
         (["--validation.batch_size", "7"], 1, "validation.batch_size"),
+        ([*DWM, "--weighting.update_on", "training"], 1, "weighting.mode online"),
+        ([*DWM, "--weighting.encoder", "llm", "--weighting.early_layer", "3"], 1, "early_layer"),
+        ([*DWM, "--weighting.freeze_after", "0"], 1, "freeze_after"),
+        (
+            [*DWM, "--weighting.damp_by_noise", "true", "--bilevel.noise_interval_updates", "0"],
+            1,
+            "noise_interval_updates",
+        ),
+        (
+            [*DWM, "--weighting.damp_by_noise", "true", "--training.micro_batch_size", "1"],
+            32,
+            "validation.batch_size",
+        ),
+        (["--policy.name", "domain_mean"], 1, "validation.path"),
+        (["--policy.name", "validation_mixing"], 1, "validation.path"),
+        ([*MIXING, "--policy.mix_fraction", "0.01"], 1, "policy.mix_fraction"),
+        ([*MIXING, "--policy.mix_fraction", "0.99"], 1, "policy.mix_fraction"),
+        (["--policy.name", "domain_mean", *LOAD], 1, "weighting.load"),
         ([*DWM, "--bilevel.estimator", "unroll", *MICRO], 2, "one process"),
         ([*DWM, "--bilevel.estimator", "unroll", "--model.recompute", "full"], 1, "recompute"),
         (

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow.dataset as ds
@@ -20,7 +17,15 @@ from megatron_dwm.config import UserError
 from megatron_dwm.config.load import load_config
 from megatron_dwm.training.run import run
 from tests.training.conftest import CORPUS, Corpus
-from tests.training.runs import LIMIT_S, REPOSITORY, metrics, pretrain, succeed
+from tests.training.runs import (
+    LIMIT_S,
+    REPOSITORY,
+    kill_after_checkpoint,
+    metrics,
+    pretrain,
+    succeed,
+    without_time,
+)
 
 DWM = ("--policy.name", "dwm")
 # Sums in another order are 1e-7 apart; 20 steps of Adam at 3e-3 may multiply that.
@@ -117,11 +122,6 @@ def test_stages_begin_with_their_updates(corpus: Corpus, tmp_path: Path) -> None
     }
 
 
-def _without_time(run_dir: Path) -> list[dict]:
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
-
-
 @pytest.mark.parametrize(
     ("processes", "layout"),
     [(1, []), (2, ["--parallel.sharded_optimizer", "true"]), (2, ["--model.precision", "bf16"])],
@@ -133,9 +133,9 @@ def test_resume_after_a_kill_is_bit_exact(
     arguments = [*corpus.arguments(), *DWM, *layout, "--training.checkpoint_interval_steps", "6"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     succeed(whole, *arguments, processes=processes)
-    _kill_after_checkpoint(killed, arguments, processes)
+    kill_after_checkpoint(killed, arguments, processes)
     succeed(killed, *arguments, "--run.resume", "true", processes=processes)
-    assert _without_time(killed) == _without_time(whole)
+    assert without_time(killed) == without_time(whole)
     tables = [ds.dataset(d / "weights").to_table().to_pylist() for d in (whole, killed)]
     key = ("step", "sample_id")
     ordered = [sorted(rows, key=lambda row: tuple(row[k] for k in key)) for rows in tables]
@@ -148,44 +148,12 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(
     arguments = [*corpus.arguments(), "--training.steps", "2"]
     arguments += ["--logging.weights_interval_steps", "1"]
     succeed(tmp_path / "run", *arguments)
-    before = _without_time(tmp_path / "run")
+    before = without_time(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     succeed(tmp_path / "run", *arguments, "--run.resume", "true")
-    assert _without_time(tmp_path / "run") == before
+    assert without_time(tmp_path / "run") == before
     weights = ds.dataset(tmp_path / "run" / "weights").to_table().to_pylist()
     assert len(weights) == 2 * 8
-
-
-def _kill_after_checkpoint(run_dir: Path, arguments: list[str], processes: int) -> None:
-    """Start a run and end it with SIGKILL once it has a checkpoint and has gone on from there."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        if processes > 1
-        else []
-    )
-    command = [sys.executable, *launcher, "-m", "megatron_dwm.pretrain", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, "--run.dir", str(run_dir)],
-        cwd=REPOSITORY,
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + LIMIT_S
-    while process.poll() is None and time.monotonic() < deadline:
-        if (run_dir / "checkpoints" / "step_00000006").is_dir() and _steps(run_dir) >= 8:
-            break
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert 8 <= _steps(run_dir) < 20, "the kill came too late to test anything"
-
-
-def _steps(run_dir: Path) -> int:
-    file = run_dir / "metrics.jsonl"
-    return file.read_text().count('"phase": "train"') if file.is_file() else 0
 
 
 def test_a_checkpoint_loads_under_another_layout(corpus: Corpus, tmp_path: Path) -> None:

@@ -66,6 +66,19 @@ def weights_after_updates(
         }
 
 
+def moved_by_an_update(damp: bool, signal_to_noise: float) -> Tensor:
+    """How far one update moves phi."""
+    with bring_up(ParallelConfig(), seed=0) as runtime:
+        model = build_weighting_model(SHAPE, seed=3)
+        before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        config = WeightingConfig(damp_by_noise=damp, learning_rate=1e-3)
+        policy = DwmPolicy(model, config, runtime, micro_batch_size=3)
+        policy.trust(signal_to_noise)
+        rows = batch(runtime, 1)
+        policy.update(rows, None, alignment(rows.tokens_BS), learning_rate=1.0)
+        return torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+
+
 def gather(runtime: Runtime, rows_n: Tensor) -> Tensor:
     """Rows of every replica in global order."""
     whole = rows_n.new_empty(len(rows_n) * runtime.data_size)

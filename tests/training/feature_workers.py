@@ -1,0 +1,106 @@
+"""What the ranks of the tests of weights from the LLM's features run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dwm.bilevel import ESTIMATORS, Problem
+from megatron_dwm.bilevel.slots import collect_slots
+from megatron_dwm.model import forward_only
+from megatron_dwm.model.objective import token_mean, unit
+from megatron_dwm.training.step import Lesson, train_step, weighted_pass, weighting_update
+from tests.tiny import MICRO_BATCH, Tiny, tiny
+from tests.training.sessions import session_of
+
+TRAIN, VALIDATION, NEXT = 100, 101, 102
+
+
+def steps_and_updates(
+    group: str, update_on: str, micro_batch: int = MICRO_BATCH, **layout: Any
+) -> dict[str, Tensor]:
+    """A step with an update, then a step with what was learned: weights, losses, phi, theta."""
+    with tiny(**layout) as subject:
+        session = session_of(subject, micro_batch, encoder="llm", group=group)
+        lesson = Lesson(val=subject.batch(VALIDATION), measure_noise=False)
+        if update_on == "fresh":
+            update = weighting_update(session, subject.batch(TRAIN), lesson)
+            first = train_step(session, subject.batch(TRAIN))
+        else:
+            first = train_step(session, subject.batch(TRAIN), lesson)
+            update = first.update
+        second = train_step(session, subject.batch(NEXT))
+        phi = [p.detach().flatten() for p in session.policy.model.parameters()]
+        return {
+            "first weights": session.gather(first.weights_n),
+            "alignments": session.gather(update.hypergradient.alignment_n),
+            "phi": torch.cat(phi),
+            "second weights": session.gather(second.weights_n),
+            "losses": torch.tensor([first.loss, second.loss, update.train_loss]),
+            "gradient norms": torch.tensor([first.grad_norm, second.grad_norm]),
+        }
+
+
+def features_and_by_hand(early_layer: int, **layout: Any) -> list[tuple[Tensor, Tensor]]:
+    """Features and losses of a pass, and the same from the model's layers called one by one."""
+    with tiny(layers=4, **layout) as subject, torch.no_grad():
+        batch = subject.batch(TRAIN)
+        result = forward_only(subject.llm, unit(batch, MICRO_BATCH), early_layer=early_layer)
+        [model] = subject.llm.modules
+        hidden = model.embedding(batch.tokens_BS, batch.position_ids_BS)
+        rotary = model.rotary_pos_emb(batch.tokens_BS.shape[1])
+        outputs = []
+        for layer in model.decoder.layers:
+            hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=rotary)
+            outputs.append(hidden.mean(dim=0))
+        final = model.decoder.final_layernorm(hidden).mean(dim=0)
+        features = result.features
+        return [(features.early_nD, outputs[early_layer - 1]), (features.final_nD, final)]
+
+
+def state_after_step(learns: bool, **layout: Any) -> tuple[list[Tensor], list[float]]:
+    """The state after a step with or without a weighting update inside; and, where there was one,
+    the L_val(theta') that it found and the validation loss at the parameters after the step.
+    """
+    with tiny(**layout) as subject:
+        val = subject.batch(VALIDATION)
+        session = session_of(subject, MICRO_BATCH, encoder="llm", group="micro_batch")
+        lesson = Lesson(val=val, measure_noise=False) if learns else None
+        update = train_step(session, subject.batch(TRAIN), lesson).update
+        if update is None:
+            return _state(subject), []
+        after = forward_only(subject.llm, token_mean(val, MICRO_BATCH))
+        loss_sum = session.gather(after.loss_sums_n).double().sum()
+        count = session.gather(after.token_counts_n).double().sum()
+        return _state(subject), [update.hypergradient.val_loss, float(loss_sum / count)]
+
+
+def _state(subject: Tiny) -> list[Tensor]:
+    """Parameters, main parameters, moments and step counters of this rank."""
+    slots = collect_slots(subject.optimizer)
+    state = [torch.as_tensor(value) for slot in slots for value in slot.state.values()]
+    parameters = [*subject.llm.parameters(), *(slot.main for slot in slots)]
+    return [tensor.detach().clone() for tensor in [*parameters, *state]]
+
+
+def lesson_and_separate(**layout: Any) -> tuple[Tensor, Tensor]:
+    """Alignments found inside a step, and by a separate hypergradient at the state before it, which
+    the tests of bilevel/ hold against double precision.
+    """
+    with tiny(**layout) as subject:
+        session = session_of(subject, MICRO_BATCH, encoder="llm", group="micro_batch")
+        weights_n = weighted_pass(session, subject.batch(TRAIN), keep_reading=False).weights_n
+        problem = Problem(
+            llm=subject.llm,
+            optimizer=subject.optimizer,
+            train_batch=subject.batch(TRAIN),
+            weights_n=weights_n,
+            val_batch=subject.batch(VALIDATION),
+            micro_batch_size=MICRO_BATCH,
+        )
+        separate = ESTIMATORS["tangent_probe"](problem).alignment_n
+        lesson = Lesson(val=subject.batch(VALIDATION), measure_noise=False)
+        update = train_step(session, subject.batch(TRAIN), lesson).update
+        return update.hypergradient.alignment_n, separate
