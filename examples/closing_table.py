@@ -1,6 +1,7 @@
 """The quickstart's closing table:   python examples/closing_table.py WORKDIR
 
-Compares WORKDIR/runs/dwm with WORKDIR/runs/uniform at equal steps and data order.
+Compares WORKDIR/runs/dwm (weights from the LLM's features) and WORKDIR/runs/dwm_own (from an
+encoder of their own) with WORKDIR/runs/uniform at equal steps and data order.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from megatron_dwm.config.command_line import run_command
 from megatron_dwm.report.run_files import read_metrics
 from megatron_dwm.report.tables import held_out_loss, mean_weight_by_domain
 
-RUNS = ("uniform", "dwm")
+RUNS = ("uniform", "dwm", "dwm_own")
+EXPORTED = ("uniform", "dwm")
 # Long enough to hold samples of the rare domains, short enough to say "at the end".
 LAST_STEPS = 200
 JUNK = ("shuffled_words", "random_words", "random_characters")
@@ -37,19 +39,23 @@ def _print_losses(workdir: Path, metrics: dict[str, list[dict]]) -> None:
         name: {domain: series.value[-1] for domain, series in held_out_loss(lines).items()}
         for name, lines in metrics.items()
     }
-    scores = {name: _scores(workdir / "export" / f"{name}.json") for name in RUNS}
-    print(f"{'held-out loss, nats a token':32}{'uniform':>10}{'dwm':>10}{'change':>10}")
+    scores = {name: _scores(workdir / "export" / f"{name}.json") for name in EXPORTED}
+    names = "".join(f"{name:>10}{'change':>10}" for name in RUNS[1:])
+    print(f"{'held-out loss, nats a token':32}{RUNS[0]:>10}{names}")
     ordered = sorted(final["dwm"], key=lambda domain: (domain != "target", domain))
     for domain in ordered:
         label = "target (unseen half)" if domain == "target" else domain
-        _row(label, final["uniform"][domain], final["dwm"][domain])
+        _row(label, [final[name][domain] for name in RUNS])
     print("\nlast words of the target's unseen half (lm-evaluation-harness)")
     for metric in scores["dwm"]:
-        _row(metric, scores["uniform"][metric], scores["dwm"][metric])
+        _row(metric, [scores[name][metric] for name in EXPORTED])
 
 
-def _row(label: str, uniform: float, dwm: float) -> None:
-    print(f"{'  ' + label:32}{uniform:10.4g}{dwm:10.4g}{dwm - uniform:+10.3g}")
+def _row(label: str, values: list[float]) -> None:
+    """The baseline's value, then every other run's and its change."""
+    base, *others = values
+    cells = "".join(f"{value:10.4g}{value - base:+10.3g}" for value in others)
+    print(f"{'  ' + label:32}{base:10.4g}{cells}")
 
 
 def _scores(file: Path) -> dict[str, float]:
@@ -68,13 +74,14 @@ def _print_weights(workdir: Path, metrics: list[dict]) -> None:
 
 
 def _print_times(workdir: Path, metrics: dict[str, list[dict]]) -> None:
-    print("\ntime, seconds (both trainings run side by side where there are two cores)")
+    print("\ntime, seconds (trainings run side by side where there are two cores)")
     for line in (workdir / "timings.tsv").read_text(encoding="utf-8").splitlines():
         name, seconds = line.split("\t")
         print(f"{'  ' + name:32}{seconds:>10}")
     for name in RUNS:
         steps = [line for line in metrics[name] if line["phase"] == "train"]
-        print(f"{'    of it: ' + name:32}{steps[-1]['seconds']:10.0f}   {len(steps)} steps")
+        cost = f"{len(steps)} steps, {steps[-1]['flops'] / 1e12:.2f} TFLOP"
+        print(f"{'    of it: ' + name:32}{steps[-1]['seconds']:10.0f}   {cost}")
 
 
 def _print_files(workdir: Path) -> None:
@@ -82,7 +89,7 @@ def _print_files(workdir: Path) -> None:
     for path, what in (
         ("runs/dwm/report", "pictures: weights by domain, loss"),
         ("runs/dwm", "the run: metrics.jsonl, weights/, checkpoints/, weighting/, tensorboard/"),
-        ("runs/uniform", "its baseline"),
+        ("runs/dwm_own, runs/uniform", "the runs to compare with"),
         ("export/dwm", "the model for transformers"),
     ):
         print(f"  {workdir / path}  {what}")

@@ -2,36 +2,31 @@
 # The whole main job on one CPU, from raw text to a scored model:   bash examples/quickstart.sh [WORKDIR]
 #
 # Makes .venv if it is missing; trains a tokenizer; mixes the sample corpus with as much junk;
-# preprocesses it; trains the model of examples/tiny.yaml with learned weights and, on the same data
-# in the same order, with uniform weights; exports both to Hugging Face; scores both on last words;
-# prints a table. WORKDIR (default ./quickstart_run) must be new or empty. SEED (default 1234) and
-# STEPS (default: examples/tiny.yaml's) may be set in the environment.
+# preprocesses it; trains the model of examples/tiny.yaml three times on the same data in the same
+# order: with weights learned from the LLM's own features (dwm), with weights from an encoder of
+# their own, the paper's form (dwm_own), and with uniform weights; exports the first and the last to
+# Hugging Face; scores both on last words; prints a table. WORKDIR (default ./quickstart_run) must be
+# new or empty. SEED (default 1234) and STEPS (default: examples/tiny.yaml's) may be set in the
+# environment.
 set -euo pipefail
 
-repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+. "$(dirname "${BASH_SOURCE[0]}")/parts.sh"
 workdir="${1:-quickstart_run}"
 seed="${SEED:-1234}"
-corpus="$repository/examples/corpus"
 
 case "$workdir" in
 -h | --help)
-    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+    show_help "${BASH_SOURCE[0]}"
     exit 0
     ;;
 esac
-if [ -e "$workdir" ] && { [ ! -d "$workdir" ] || [ -n "$(ls -A "$workdir")" ]; }; then
-    echo "error: $workdir exists and is not empty; name another WORKDIR" >&2
-    exit 2
-fi
+require_new "$workdir"
 
 . "$repository/tools/environment.sh" eval,report
 
 mkdir -p "$workdir/data" "$workdir/runs" "$workdir/export"
 cd "$workdir"
 workdir="$PWD"
-tools="$repository/tools"
-# glibc otherwise gives every large tensor's memory back to the system and asks for it again.
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000 MALLOC_TOP_PAD_=200000000
 
 # part NAME COMMAND...: run a part of the job and keep its wall-clock for the closing table.
 part() {
@@ -43,28 +38,29 @@ part() {
     printf '%s\t%s\n' "$name" $((SECONDS - start)) >>timings.tsv
 }
 
-train() { # train POLICY: the runs differ in nothing but the policy
-    OMP_NUM_THREADS=1 python -m megatron_dwm.pretrain "$repository/examples/tiny.yaml" \
-        --policy.name "$1" --run.dir "runs/$1" --run.seed "$seed" \
-        --data.train data/corpus_text_document --data.tokenizer data/tokenizer.model \
-        --validation.path data/validation.jsonl --evaluation.path data/heldout.jsonl \
-        ${STEPS:+--training.steps "$STEPS"}
+train_dwm() { train data runs/dwm "$seed"; }
+
+# The runs to compare with, one after the other.
+train_others() {
+    train data runs/uniform "$seed" --policy.name uniform
+    train data runs/dwm_own "$seed" --weighting.encoder own --weighting.update_on fresh
 }
 
-# Side by side where there are two cores; the baseline's output goes to a file.
-train_both() {
+# Side by side where there are two cores; the others' output goes to a file.
+train_all() {
     if [ "$(nproc)" -lt 2 ]; then
-        train uniform
-        train dwm
+        train_dwm
+        train_others
         return
     fi
-    train uniform >runs/uniform.log 2>&1 &
-    local baseline=$!
-    trap 'kill '"$baseline"' 2>/dev/null || true' EXIT
-    train dwm
-    if ! wait "$baseline"; then
-        tail -n 20 runs/uniform.log >&2
-        echo "error: the uniform run failed, see $workdir/runs/uniform.log" >&2
+    (set -e; train_others) >runs/others.log 2>&1 &
+    local others=$!
+    trap 'kill '"$others"' 2>/dev/null || true' EXIT
+    train_dwm
+    echo "waiting for the runs to compare with: $workdir/runs/others.log"
+    if ! wait "$others"; then
+        tail -n 20 runs/others.log >&2
+        echo "error: a run to compare with failed, see $workdir/runs/others.log" >&2
         exit 1
     fi
     trap - EXIT
@@ -85,17 +81,12 @@ evaluate_both() {
 }
 
 cp "$corpus/validation.jsonl" "$corpus/heldout.jsonl" data/
-part tokenizer python "$tools/train_tokenizer.py" \
-    --input "$corpus/train.jsonl.zst" --vocab-size 1024 --output data/tokenizer.model
-part junk python "$tools/add_junk.py" \
-    --input "$corpus/train.jsonl.zst" --output data/corpus.jsonl --fraction 0.5 --seed "$seed"
-part preprocessing python "$tools/preprocess_data.py" \
-    --input data/corpus.jsonl --output-prefix data/corpus \
-    --tokenizer-type SentencePieceTokenizer --tokenizer-model data/tokenizer.model \
-    --append-eod --metadata-keys domain --workers "$(nproc)"
-part training train_both
+part tokenizer train_tokenizer data
+part junk add_junk data "$seed"
+part preprocessing preprocess data
+part training train_all
 part export export_both
 part evaluation evaluate_both
-part report python "$tools/report.py" runs/dwm --compare runs/uniform
+part report python "$tools/report.py" runs/dwm --compare runs/dwm_own runs/uniform
 echo
 python "$repository/examples/closing_table.py" "$workdir"

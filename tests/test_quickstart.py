@@ -30,6 +30,7 @@ def test_quickstart_from_raw_text_to_table(tmp_path: Path) -> None:
         "data/corpus_text_document.meta.parquet",
         "runs/dwm/report/weight_by_domain.png",
         "runs/uniform/metrics.jsonl",
+        "runs/dwm_own/metrics.jsonl",
         "export/dwm/model.safetensors",
         "export/uniform.json",
     ):

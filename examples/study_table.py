@@ -1,0 +1,116 @@
+"""The table of examples/study.sh:   python examples/study_table.py WORKDIR
+
+Mean and standard deviation over the seeds, at equal steps, of METHOD.SEED in WORKDIR.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_dwm.config import UserError
+from megatron_dwm.config.command_line import run_command
+from megatron_dwm.report.run_files import read_metrics
+from megatron_dwm.report.tables import held_out_loss
+
+BASE = "uniform"
+LAST_STEPS = 200
+
+Lines = list[dict[str, Any]]
+
+
+def main() -> None:
+    """Print the study's table, Markdown."""
+    if len(sys.argv) != 2:
+        raise UserError("expected one argument, the study's WORKDIR")
+    runs = _runs(Path(sys.argv[1]))
+    if BASE not in runs:
+        raise UserError(f"{sys.argv[1]}: no finished run of {BASE} to compare with")
+    domains = sorted(
+        _final(next(iter(runs[BASE].values()))), key=lambda name: (name != "target", name)
+    )
+    columns = [
+        *domains,
+        "effective sample size",
+        "seconds",
+        "TFLOP",
+        "uniform's end reached at step",
+    ]
+    print("| | seeds | " + " | ".join(columns) + " |")
+    print("| --- " * (len(columns) + 2) + "|")
+    for method, by_seed in runs.items():
+        cells = [_cell(method, by_seed, runs[BASE], domain) for domain in domains]
+        print(
+            f"| {method} | {len(by_seed)} | " + " | ".join([*cells, *_costs(by_seed, runs)]) + " |"
+        )
+
+
+def _runs(workdir: Path) -> dict[str, dict[str, Lines]]:
+    """method -> seed -> lines of a run, uniform first."""
+    found: dict[str, dict[str, Lines]] = {}
+    for directory in sorted(
+        workdir.glob("*.*"), key=lambda path: (not path.name.startswith(BASE), path)
+    ):
+        if (directory / "metrics.jsonl").is_file():
+            method, seed = directory.name.rsplit(".", 1)
+            lines = read_metrics(directory)
+            if lines and lines[-1]["step"] == _planned_steps(directory):
+                found.setdefault(method, {})[seed] = lines
+    return found
+
+
+def _planned_steps(directory: Path) -> int:
+    config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+    return config["training"]["steps"]
+
+
+def _final(lines: Lines) -> dict[str, float]:
+    return {name: series.value[-1] for name, series in held_out_loss(lines).items()}
+
+
+def _cell(method: str, by_seed: dict[str, Lines], base: dict[str, Lines], domain: str) -> str:
+    """The loss of the baseline; of every other method the change against it, seed by seed."""
+    if method == BASE:
+        return _spread([_final(lines)[domain] for lines in by_seed.values()], ".3f")
+    changes = [_final(by_seed[seed])[domain] - _final(base[seed])[domain] for seed in by_seed]
+    return _spread(changes, "+.3f")
+
+
+def _costs(by_seed: dict[str, Lines], runs: dict[str, dict[str, Lines]]) -> list[str]:
+    train = {
+        seed: [line for line in lines if line["phase"] == "train"]
+        for seed, lines in by_seed.items()
+    }
+    sizes = [
+        statistics.mean(line["weight_effective_sample_size"] for line in lines[-LAST_STEPS:])
+        for lines in train.values()
+    ]
+    return [
+        _spread(sizes, ".2f"),
+        _spread([lines[-1]["seconds"] for lines in train.values()], ".0f"),
+        _spread([lines[-1]["flops"] / 1e12 for lines in train.values()], ".2f"),
+        ", ".join(_reached(by_seed[seed], runs[BASE][seed]) for seed in sorted(by_seed)),
+    ]
+
+
+def _reached(lines: Lines, base: Lines) -> str:
+    """The first evaluation at which the target's loss is no more than the baseline's last."""
+    goal = _final(base)["target"]
+    series = held_out_loss(lines)["target"]
+    steps = [
+        int(step) for step, loss in zip(series.step, series.value, strict=True) if loss <= goal
+    ]
+    return str(steps[0]) if steps else "never"
+
+
+def _spread(values: list[float], form: str) -> str:
+    mean = format(statistics.mean(values), form)
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):{form.lstrip('+')}}"
+
+
+if __name__ == "__main__":
+    run_command(main)
