@@ -57,12 +57,13 @@ class ParallelConfig:
 class ModelConfig:
     """The LLM; a field left empty takes the preset's value."""
 
-    preset: Preset = "tiny"
-    """shape to start from"""
+    preset: Preset | None = None
+    """shape to start from; empty takes model.init_from's, else tiny"""
     precision: Precision = "fp32"
     """arithmetic of parameters and activations; bf16 keeps fp32 main parameters"""
     init_from: str | None = None
-    """checkpoint directory of an earlier run whose LLM parameters to start from"""
+    """where the LLM's parameters come from: a Hugging Face directory (LlamaForCausalLM), or a
+    checkpoint of an earlier run; the model then has that one's shape"""
     hidden_size: int | None = None
     """width of the residual stream"""
     num_layers: int | None = None
@@ -94,7 +95,7 @@ class DataConfig:
     train: list[str | float] = field(default_factory=list)
     """prefixes of indexed files, or weights and prefixes in turn, as Megatron's --data-path"""
     tokenizer: str | None = None
-    """SentencePiece model the data was tokenized with"""
+    """what the data was tokenized with: a SentencePiece model or a tokenizer.json"""
     sequence_length: int = 1024
     """tokens in a training sample"""
     domain_key: str = "meta.redpajama_set_name"

@@ -96,7 +96,7 @@ def resolve_shape(
     that changes the heads but not the query groups asks for plain attention.
 
     init_from: shape of the model that `model.init_from` names. It is then the run's, and what the
-    configuration asks for (a preset other than the default, every field set) has to agree with it.
+    configuration asks for (its preset, every field set) has to agree with it.
     Raises `UserError` naming the values that differ.
     """
     given = _given(config)
@@ -105,7 +105,7 @@ def resolve_shape(
         return init_from
     if "num_attention_heads" in given and "num_query_groups" not in given:
         given["num_query_groups"] = given["num_attention_heads"]
-    preset = PRESETS[config.preset]
+    preset = PRESETS[config.preset or "tiny"]
     vocab_size = given.pop("vocab_size", None) or tokenizer_vocab_size or preset.vocab_size
     return replace(preset, vocab_size=vocab_size, **given)
 
@@ -121,7 +121,7 @@ def _require_agreement(
 ) -> None:
     """init_std only matters to a model that starts afresh, and a preset's vocabulary gives way."""
     wanted = dict(given)
-    if config.preset != ModelConfig.preset:
+    if config.preset is not None:
         preset = asdict(PRESETS[config.preset])
         wanted = {**{k: v for k, v in preset.items() if v is not None}, **given}
         if config.vocab_size is None:
