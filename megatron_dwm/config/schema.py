@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Precision = Literal["fp32", "bf16"]
-Preset = Literal["tiny", "llama-370m", "llama-1.3b"]
+Preset = Literal["tiny", "llama-370m", "llama-1.3b", "llama-2-7b", "llama-3-70b", "llama-3.1-405b"]
 
 
 PolicyName = Literal["uniform", "dwm", "domain_mean", "validation_mixing"]

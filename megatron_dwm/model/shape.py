@@ -81,6 +81,35 @@ PRESETS: dict[str, LlamaShape] = {
         ffn_hidden_size=5504,
         vocab_size=32000,
     ),
+    # Touvron et al. 2023.
+    "llama-2-7b": LlamaShape(
+        hidden_size=4096,
+        num_layers=32,
+        num_attention_heads=32,
+        num_query_groups=32,
+        ffn_hidden_size=11008,
+        vocab_size=32000,
+    ),
+    # Grattafiori et al. 2024, table 3; 3.1 stretches the rotary frequencies for its 128k context.
+    "llama-3-70b": LlamaShape(
+        hidden_size=8192,
+        num_layers=80,
+        num_attention_heads=64,
+        num_query_groups=8,
+        ffn_hidden_size=28672,
+        vocab_size=128256,
+        rotary_base=500000.0,
+    ),
+    "llama-3.1-405b": LlamaShape(
+        hidden_size=16384,
+        num_layers=126,
+        num_attention_heads=128,
+        num_query_groups=8,
+        ffn_hidden_size=53248,
+        vocab_size=128256,
+        rotary_base=500000.0,
+        rope_scaling_factor=8.0,
+    ),
 }
 
 
