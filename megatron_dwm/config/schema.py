@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp8"]
+Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 Preset = Literal["tiny", "llama-370m", "llama-1.3b", "llama-2-7b", "llama-3-70b", "llama-3.1-405b"]
 
 
@@ -27,7 +28,10 @@ class RunConfig:
     seed: int = 1234
     """seed of parameters, data order and validation order"""
     resume: bool = False
-    """go on from the newest checkpoint in run.dir (start afresh if there is none)"""
+    """go on from the newest whole checkpoint in run.dir (start afresh if there is none)"""
+    allow_changed: list[str] = field(default_factory=list)
+    """keys that a resumed run may change against the rule, one by one by name (data.train also
+    allows files with other content); docs/robustness.md has the rule"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +64,16 @@ class ModelConfig:
     preset: Preset | None = None
     """shape to start from; empty takes model.init_from's, else tiny"""
     precision: Precision = "fp32"
-    """arithmetic of parameters and activations; bf16 keeps fp32 main parameters"""
+    """arithmetic of parameters and activations; bf16 keeps fp32 main parameters; fp8 is bf16 with
+    the layers' matrix products in FP8 (Transformer Engine on a GPU)"""
+    fp8_recipe: Fp8Recipe = "tensorwise"
+    """how FP8 scales are found: from the maxima of earlier steps (delayed), of the tensor itself
+    (tensorwise), of blocks of 128 (blockwise, Hopper on) or of 32 values (mxfp8, Blackwell on)"""
+    fp8_first_last_bf16: bool = False
+    """keep the first and the last layer out of FP8 (not with fp8_recipe delayed)"""
+    fp8_emulation: bool = False
+    """FP8 numerics in the layers' matrix products without Transformer Engine, on a CPU too; slower
+    than the products they stand for (fp8_recipe tensorwise)"""
     init_from: str | None = None
     """where the LLM's parameters come from: a Hugging Face directory (LlamaForCausalLM), or a
     checkpoint of an earlier run; the model then has that one's shape"""
@@ -86,6 +99,11 @@ class ModelConfig:
     """standard deviation of the normal initialisation"""
     recompute: Literal["none", "selective", "full"] = "none"
     """recompute activations in the backward pass: nothing, core attention, or whole layers"""
+
+    @property
+    def uses_fp8(self) -> bool:
+        """Whether the layers' matrix products are asked for in FP8, emulated or not."""
+        return self.precision == "fp8" or self.fp8_emulation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +172,18 @@ class TrainingConfig:
     """epsilon of Adam"""
     checkpoint_interval_steps: int = 500
     """steps between checkpoints; the last step always writes one; 0 writes only that"""
+    checkpoint_async: bool = False
+    """write checkpoints beside training, which stands still only for a copy to host memory"""
+    keep_last: int = 0
+    """checkpoints that are kept, the newest; 0 keeps all"""
+    keep_every: int = 0
+    """checkpoints at multiples of this many steps are kept besides; 0 keeps none besides"""
+    max_skipped_steps: int = 5
+    """steps in a row that are skipped because their loss or gradient norm is not finite; one more
+    stops the run"""
+    spike_factor: float = 0.0
+    """a loss above this many times its running mean takes the run back to the last checkpoint and
+    passes over the batch; 0 switches it off"""
     log_interval_steps: int = 10
     """steps between lines on the terminal when it is not interactive"""
 
@@ -259,6 +289,21 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfilingConfig:
+    """Where the time of a few steps goes (docs/planning.md)."""
+
+    tool: Literal["none", "torch", "nvtx", "dlprof"] = "none"
+    """torch: traces in run.dir/profile, on a CPU too; nvtx: ranges for Nsight Systems; dlprof:
+    NVIDIA's DLProf, where it is installed"""
+    first_step: int = 10
+    """first step that is profiled, from 1, with the weighting updates before it"""
+    last_step: int = 12
+    """last step that is profiled"""
+    ranks: list[int] = field(default_factory=lambda: [0])
+    """ranks that profile"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run."""
 
@@ -273,6 +318,7 @@ class Config:
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     bilevel: BilevelConfig = field(default_factory=BilevelConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
     @property
     def learns(self) -> bool:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import Config
 from megatron_dwm.config.validate_policy import policy_problems
+from megatron_dwm.config.validate_profiling import profiling_problems
 
 
 class Heads(NamedTuple):
@@ -43,11 +44,13 @@ def _problems(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
     yield from _layout_problems(config, shape, world_size)
     yield from policy_problems(config, shape.num_layers)
     yield from _estimator(config, world_size)
+    yield from profiling_problems(config, world_size)
 
 
 def _layout_problems(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
     yield from _positive(config)
     yield from _model(config, shape)
+    yield from _fp8(config, shape)
     yield from _fractions(config)
     yield from _layout(config, shape, world_size)
     yield from _pipeline(config, shape, world_size)
@@ -59,8 +62,8 @@ def _estimator(config: Config, world_size: int) -> Iterator[str]:
     name, advice = config.bilevel.estimator, "use tangent_probe"
     if not config.learns or name == "tangent_probe":
         return
-    if config.model.precision != "fp32":
-        yield f"bilevel.estimator {name}: needs model.precision fp32; {advice}"
+    if config.model.precision != "fp32" or config.model.fp8_emulation:
+        yield f"bilevel.estimator {name}: needs model.precision fp32 without FP8; {advice}"
     if name == "unroll" and world_size > 1:
         yield f"bilevel.estimator unroll: runs in one process, got {world_size}; {advice}"
     if name == "unroll" and config.model.recompute != "none":
@@ -100,6 +103,10 @@ def _positive(config: Config) -> Iterator[str]:
         "training.clip_grad": config.training.clip_grad,
         "training.weight_decay": config.training.weight_decay,
         "training.checkpoint_interval_steps": config.training.checkpoint_interval_steps,
+        "training.keep_last": config.training.keep_last,
+        "training.keep_every": config.training.keep_every,
+        "training.max_skipped_steps": config.training.max_skipped_steps,
+        "training.spike_factor": config.training.spike_factor,
         "logging.weights_interval_steps": config.logging.weights_interval_steps,
         "weighting.warmup_steps": config.weighting.warmup_steps,
         "bilevel.noise_interval_updates": config.bilevel.noise_interval_updates,
@@ -126,6 +133,45 @@ def _model(config: Config, shape: Heads) -> Iterator[str]:
             f"model.num_attention_heads, {2 * shape.num_attention_heads}: rotary embeddings turn "
             "pairs of a head's values"
         )
+
+
+def _fp8(config: Config, shape: Heads) -> Iterator[str]:
+    model = config.model
+    if model.fp8_first_last_bf16 and not model.uses_fp8:
+        yield "model.fp8_first_last_bf16: expected model.precision fp8 or model.fp8_emulation true"
+    if model.fp8_first_last_bf16 and model.fp8_recipe == "delayed":
+        yield (
+            "model.fp8_first_last_bf16: not with model.fp8_recipe delayed, whose maxima are "
+            "collected over all layers at once; use tensorwise, blockwise or mxfp8"
+        )
+    if model.fp8_emulation and model.fp8_recipe != "tensorwise":
+        yield (
+            f"model.fp8_recipe {model.fp8_recipe}: model.fp8_emulation has tensorwise only; leave "
+            "out one of the two"
+        )
+    if model.fp8_recipe != "tensorwise" and not model.uses_fp8:
+        yield f"model.fp8_recipe {model.fp8_recipe}: expected model.precision fp8"
+    if model.precision == "fp8" and not model.fp8_emulation:
+        yield from _fp8_sizes(config, shape)
+
+
+# Transformer Engine's products need every dimension in multiples of these.
+_FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+
+
+def _fp8_sizes(config: Config, shape: Heads) -> Iterator[str]:
+    multiple = _FP8_MULTIPLES[config.model.fp8_recipe]
+    tokens = config.training.micro_batch_size * config.data.sequence_length
+    sizes = {
+        "model.hidden_size / parallel.tensor": shape.hidden_size // config.parallel.tensor,
+        "training.micro_batch_size x data.sequence_length": tokens,
+    }
+    for what, size in sizes.items():
+        if size % multiple:
+            yield (
+                f"model.precision fp8: expected {what} to be a multiple of {multiple} "
+                f"(model.fp8_recipe {config.model.fp8_recipe}), got {size}"
+            )
 
 
 def _fractions(config: Config) -> Iterator[str]:

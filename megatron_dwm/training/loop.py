@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_dwm.bilevel import Hypergradient
 from megatron_dwm.data.batch import Batch
+from megatron_dwm.runtime.profiling import Window, phase
 from megatron_dwm.training.checkpoint import save_checkpoint
 from megatron_dwm.training.compute import reads_first
 from megatron_dwm.training.last_words import last_word_figures
@@ -64,6 +65,7 @@ class Loop:
             interval_steps=config.training.log_interval_steps,
         )
         self._watch = Watch(config, warn=self._progress.warn)
+        self._window = Window(config.profiling, session.run_dir / "profile", runtime.rank)
         self._clock_s = time.monotonic()
 
     def run(self) -> None:
@@ -73,8 +75,10 @@ class Loop:
         for stage in self.session.stages:
             if stage.end_step <= state.step:
                 continue
+            self._window.before_step(state.step + 1)
             self._update_weighting(stage)
             while state.step < stage.end_step:
+                self._window.before_step(state.step + 1)
                 self._train(stage)
             if self._is_last_of_its_number(stage):
                 self._save_weighting(stage)
@@ -101,7 +105,8 @@ class Loop:
             return
         while state.step == stage.first_step and state.stage_updates < stage.num_updates:
             train = session.update_batch(state.updates)
-            result = weighting_update(session, train, self._lesson())
+            with phase("weighting update"):
+                result = weighting_update(session, train, self._lesson())
             state.updates += 1
             state.stage_updates += 1
             self._report_update(stage, result, partial(session.update_rows, state.updates - 1))
@@ -110,7 +115,8 @@ class Loop:
         session, state = self.session, self.session.state
         batch = session.training_batch(state.step)
         lesson = self._lesson() if self._learns_in_step(stage) else None
-        result = train_step(session, batch, lesson)
+        with phase("step"):
+            result = train_step(session, batch, lesson)
         state.step += 1
         state.stage_updates = 0
         state.tokens += session.tokens_per_step
@@ -208,7 +214,8 @@ class Loop:
         return {"alignment_agreement": agreement, "alignment_signal_to_noise": ratio}
 
     def _evaluate(self, stage: Stage) -> None:
-        losses = evaluate(self.session)
+        with phase("evaluation"):
+            losses = evaluate(self.session)
         if not all(map(math.isfinite, losses.values())):
             raise FloatingPointError(f"step {self.session.state.step}: held-out loss {losses}")
         mean = sum(losses.values()) / len(losses)
@@ -224,7 +231,8 @@ class Loop:
         if self._weights is not None:
             self._weights.flush()
         self._lap()
-        save_checkpoint(self.session)
+        with phase("checkpoint"):
+            save_checkpoint(self.session)
 
     def _save_weighting(self, stage: Stage) -> None:
         policy = self.session.policy
@@ -263,6 +271,7 @@ class Loop:
         self._clock_s = now_s
 
     def _close(self) -> None:
+        self._window.close()
         self._progress.close()
         if self._metrics is not None:
             self._metrics.close()

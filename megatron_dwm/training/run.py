@@ -16,6 +16,7 @@ from megatron_dwm.model import LLM, LlamaShape, resolve_shape
 from megatron_dwm.model.from_huggingface import load_huggingface
 from megatron_dwm.model.huggingface_files import is_huggingface, open_huggingface
 from megatron_dwm.runtime import bring_up, rank_from_environment, world_size_from_environment
+from megatron_dwm.runtime.profiling import check_profiling
 from megatron_dwm.tokenizer import Tokenizer, open_tokenizer
 from megatron_dwm.training.checkpoint import (
     load_checkpoint,
@@ -44,7 +45,7 @@ _MAY_CHANGE = {
     "data.cache_dir",
     "model.recompute",
 }
-_MAY_CHANGE_SECTIONS = ("parallel", "logging", "evaluation")
+_MAY_CHANGE_SECTIONS = ("parallel", "logging", "evaluation", "profiling")
 # A sharded and a plain optimiser are saved under different names.
 _MAY_NOT_CHANGE = {"parallel.sharded_optimizer"}
 
@@ -85,6 +86,7 @@ def check(config: Config) -> tuple[LlamaShape, Tokenizer]:
             "model.init_from, name that model's tokenizer)"
         )
     validate_config(config, heads_of(shape), world_size_from_environment())
+    check_profiling(config.profiling)
     check_data(config.data, tokenizer)
     _check_held_out_text(config, tokenizer)
     _check_weighting_model(config, shape, tokenizer)

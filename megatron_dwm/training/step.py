@@ -26,6 +26,7 @@ from megatron_dwm.model import (
     forward_only,
 )
 from megatron_dwm.model.objective import token_mean, unit, weighted, weighted_denominator
+from megatron_dwm.runtime.profiling import phase
 from megatron_dwm.training.session import Session
 from megatron_dwm.training.trust import signal_to_noise
 from megatron_dwm.weighting import LearningPolicy, WeightingUpdate
@@ -77,9 +78,11 @@ def train_step(session: Session, batch: Batch, lesson: Lesson | None = None) -> 
     """
     optimizer = session.optimizer
     learning_rate = optimizer.param_groups[0]["lr"]
-    result = weighted_pass(session, batch, keep_reading=lesson is not None)
+    with phase("weighted gradient"):
+        result = weighted_pass(session, batch, keep_reading=lesson is not None)
     update = None if lesson is None else _learn(session, batch, result, lesson)
-    _, grad_norm, _ = optimizer.step()
+    with phase("optimizer step"):
+        _, grad_norm, _ = optimizer.step()
     session.scheduler.step(increment=1)
     losses_n, weights_n = result.sample_losses_n, result.weights_n
     means = _mean_over_samples(session, torch.stack([losses_n, losses_n * weights_n]))
@@ -95,7 +98,8 @@ def train_step(session: Session, batch: Batch, lesson: Lesson | None = None) -> 
 
 def weighting_update(session: Session, train: Batch, lesson: Lesson) -> UpdateResult:
     """One update on a batch of its own, the LLM frozen (collective)."""
-    result = weighted_pass(session, train, keep_reading=True)
+    with phase("weighted gradient"):
+        result = weighted_pass(session, train, keep_reading=True)
     update = _learn(session, train, result, lesson)
     clear_gradients(session.llm, session.optimizer)
     return update
@@ -153,10 +157,12 @@ def _learn(session: Session, train: Batch, result: PassResult, lesson: Lesson) -
         inner=bilevel.inner_optimizer,
     )
     halves = lesson.measure_noise and lesson.val.size % 2 == 0
-    found = hypergradient(problem, bilevel.estimator, halves=halves)
+    with phase("hypergradient"):
+        found = hypergradient(problem, bilevel.estimator, halves=halves)
     if found.halves_2n is not None:
         policy.trust(signal_to_noise_of(session, found.halves_2n)[1])
-    update = policy.update(train, result.reading, found.alignment_n, problem.learning_rate)
+    with phase("weighting model"):
+        update = policy.update(train, result.reading, found.alignment_n, problem.learning_rate)
     train_loss = float(_mean_over_samples(session, result.sample_losses_n[None])[0])
     return UpdateResult(hypergradient=found, update=update, train_loss=train_loss)
 
