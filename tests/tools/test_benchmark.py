@@ -19,7 +19,10 @@ STEP_ROWS = [
     "plain Megatron-Core loop",
     "plain loop, again (noise)",
     "ours, uniform weights",
-    "ours, the weighting model's weights",
+    "ours, weights from the LLM's features",
+    "ours, weights from an encoder of their own",
+    "ours, with an update on the training batch (features)",
+    "an update on a fresh batch alone (features)",
 ]
 PARTS = [
     "part: gradient pass",

@@ -114,6 +114,7 @@ def build_subject(settings: Settings, runtime: Runtime) -> Subject:
         weighting_data=None,
         validation=None,
         evaluation=None,
+        last_words=None,
         compute=compute_of(
             config, shape, weighting_shape(config, shape, settings.vocab), runtime.data_size
         ),
