@@ -39,7 +39,8 @@ one_run() { # one_run METHOD SEED
     local run="$workdir/$1.$2"
     echo "$(date +%H:%M:%S) $1, seed $2: $run.log"
     # shellcheck disable=SC2046  # options are words
-    train "$workdir/data.$2" "$run" "$2" --run.resume true $(options_of "$1") >"$run.log" 2>&1 || {
+    train "$workdir/data.$2" "$run" "$2" --run.resume true --training.micro_batch_size 32 \
+        --weighting.group global $(options_of "$1") >"$run.log" 2>&1 || {
         tail -n 20 "$run.log" >&2
         return 1
     }
