@@ -13,11 +13,10 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import NoReturn
 
 from benchmarks.settings import Settings
 
-from megatron_dwm.config.command_line import run_command
+from megatron_dwm.config.command_line import OneLineParser, run_command
 from megatron_dwm.config.errors import UserError
 
 # torchrun ends the other processes as soon as one leaves; the others let the main one speak first.
@@ -30,13 +29,6 @@ training batch.
 """
 _PREPROCESS = "Preprocessing against gigatoken alone and a pool of SentencePiece workers; merge."
 _CONVERT = "to-hf against copying the checkpoint's files; its peak memory."
-
-
-class _Parser(argparse.ArgumentParser):
-    """Ends on a mistake with one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
 
 
 def main() -> None:
@@ -101,7 +93,9 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (("step", _STEP), ("hypergradient", _HYPERGRADIENT)):
         command = commands.add_parser(name, help=text.split(":")[0].strip(), description=text)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_dwm.config.command_line import run_command
+from megatron_dwm.config.command_line import OneLineParser, run_command
 from megatron_dwm.preprocess.sample_corpus import make_sample_corpus
 
 
 def parse_arguments() -> argparse.Namespace:
     """Options of the command."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from megatron_dwm.config.command_line import run_command
+from megatron_dwm.config.command_line import OneLineParser, run_command
 from megatron_dwm.report.run_report import write_report
 
 
 def main() -> None:
     """Write RUN_DIR/report/weight_by_domain.png and loss.png and print their paths."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__,
         epilog="Writes RUN_DIR/report/weight_by_domain.png and RUN_DIR/report/loss.png. "
         "Steps are optimiser steps, losses nats a token, and a weight of 1 is uniform.",
