@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "weighting": {"config", "runtime", "model", "data"},
     "bilevel": {"runtime", "model", "data"},
     "training": {"config", "tokenizer", "runtime", "model", "data", "weighting", "bilevel"},
+    "planning": {"config", "model", "weighting", "training.compute", "training.stages"},
     "preprocess": {"config", "tokenizer"},
     "convert": {"config", "tokenizer", "runtime", "model", "training.checkpoint"},
     "evaluation": {"config", "tokenizer", "convert"},
@@ -91,6 +92,11 @@ def test_only_runtime_knows_parallel_state_and_cuda() -> None:
         assert "parallel_state" not in text.replace("megatron.core.parallel_state", ""), file
         assert not any("parallel_state" in name for name in _imports(file)), file
         assert "torch.cuda." not in text, file
+
+
+def test_planning_starts_nothing() -> None:
+    for file in (PACKAGE / "planning").glob("*.py"):
+        assert not any(name.split(".")[0] == "torch" for name in _imports(file)), file
 
 
 def test_report_never_imports_torch() -> None:

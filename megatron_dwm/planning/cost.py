@@ -1,0 +1,102 @@
+"""FLOPs of a run by part, the share of weighting, and the time at a stated utilisation.
+
+Counted by model/flops.py, weighting/flops.py and training/compute.py; recomputation is added here,
+because it is work of the machine but not of the model. Utilisation is of the peak of the precision
+that a part runs in: the weighting model runs in fp32, which on a GPU is 10 to 30 times slower than
+bf16, so its share of the time is larger than its share of the FLOPs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dwm.config import Config
+from megatron_dwm.model import LlamaShape
+from megatron_dwm.model.flops import FORWARD_BACKWARD, llm_forward_flops
+from megatron_dwm.planning.hardware import Gpu
+from megatron_dwm.training.compute import compute_of, reads_first
+from megatron_dwm.training.stages import plan_stages
+from megatron_dwm.weighting.model import WeightingShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """FLOPs of the whole machine a step; parts of updates are means over the run's steps.
+
+    llm: forward and backward.  recompute: again, in the backward pass.
+    weighing: the weighting model on every batch, in fp32.  reading: a forward pass of the LLM that
+    it waits for.  updates: the LLM's passes of weighting updates.  learning: the weighting model's
+    own, in fp32.
+    """
+
+    llm: float
+    recompute: float
+    weighing: float
+    reading: float
+    updates: float
+    learning: float
+    num_updates: int
+
+    @property
+    def weighting(self) -> float:
+        """What is there only for the weights."""
+        return self.weighing + self.reading + self.updates + self.learning
+
+    @property
+    def share(self) -> float:
+        """Of weighting, against the plain run."""
+        return self.weighting / (self.llm + self.recompute)
+
+    def step_s(self, gpu: Gpu, gpus: int, precision: str, mfu: float) -> float:
+        """Seconds of a step, the mean over the run."""
+        return self._time(gpu, gpus, precision, mfu, plain=False)
+
+    def time_share(self, gpu: Gpu, precision: str) -> float:
+        """Of weighting, in time against the plain run."""
+        whole, plain = (self._time(gpu, 1, precision, 1.0, plain=flag) for flag in (False, True))
+        return whole / plain - 1.0
+
+    def _time(self, gpu: Gpu, gpus: int, precision: str, mfu: float, *, plain: bool) -> float:
+        llm = self.llm + self.recompute
+        fp32 = 0.0
+        if not plain:
+            llm += self.reading + self.updates
+            fp32 = self.weighing + self.learning
+        seconds = llm / gpu.peak_flops(precision) + fp32 / gpu.peak_flops("fp32")
+        return seconds / (gpus * mfu)
+
+
+def cost_of(config: Config, shape: LlamaShape, weighting: WeightingShape, replicas: int) -> Cost:
+    """Of a run on `replicas` copies of the LLM."""
+    compute = compute_of(config, shape, weighting, replicas)
+    rows = config.training.global_batch_size
+    forward = compute.llm_step / FORWARD_BACKWARD
+    reading = forward if reads_first(config, rows // replicas) else 0.0
+    weighing = compute.weights_step - reading
+    recompute = _recompute_flops(config, shape)
+    fresh = config.weighting.update_on == "fresh"
+    # Of one update: the weighting model forward and backward, on a fresh batch forward once more.
+    learning = weighing * (FORWARD_BACKWARD + fresh)
+    validation = (config.validation.batch_size or rows) / rows
+    passes = compute.update - learning + recompute * (1 + validation + fresh)
+    num_updates = sum(stage.num_updates for stage in plan_stages(config))
+    a_step = num_updates / config.training.steps
+    return Cost(
+        llm=compute.llm_step,
+        recompute=recompute,
+        weighing=weighing,
+        reading=reading,
+        updates=a_step * passes,
+        learning=a_step * learning,
+        num_updates=num_updates,
+    )
+
+
+def _recompute_flops(config: Config, shape: LlamaShape) -> float:
+    """Forward FLOPs that the backward pass of one step repeats."""
+    rows, length = config.training.global_batch_size, config.data.sequence_length
+    attention = 2.0 * rows * length * shape.num_layers * shape.num_attention_heads
+    attention *= shape.head_size * length
+    output = 2.0 * rows * length * shape.padded_vocab_size * shape.hidden_size
+    layers = llm_forward_flops(shape, rows, length) - output
+    return {"none": 0.0, "selective": attention, "full": layers}[config.model.recompute]

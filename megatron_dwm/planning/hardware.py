@@ -1,0 +1,77 @@
+"""What the GPUs have: memory, and dense peak FLOPs a second by precision (without sparsity).
+
+Sources: NVIDIA's data sheets of A100 (SXM), H100 (SXM), H200 (SXM) and DGX B200. Gigabytes are
+decimal, as sold, which is a little below what the driver shows. fp32 is without TF32: torch leaves
+that off unless told otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dwm.config import UserError
+
+_GB = 10**9
+_TERA = 10**12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One GPU. fp8_flops is None where the hardware has no FP8 products."""
+
+    name: str
+    memory_bytes: int
+    fp32_flops: float
+    bf16_flops: float
+    fp8_flops: float | None
+
+    def peak_flops(self, precision: str) -> float:
+        """FLOPs a second at most. Raises UserError for a precision that the GPU lacks."""
+        peaks = {"fp32": self.fp32_flops, "bf16": self.bf16_flops, "fp8": self.fp8_flops}
+        peak = peaks[precision]
+        if peak is None:
+            raise UserError(f"model.precision {precision}: {self.name} has no FP8; use bf16")
+        return peak
+
+
+GPUS: dict[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu(
+            name="a100-40gb",
+            memory_bytes=40 * _GB,
+            fp32_flops=19.5 * _TERA,
+            bf16_flops=312 * _TERA,
+            fp8_flops=None,
+        ),
+        Gpu(
+            name="a100-80gb",
+            memory_bytes=80 * _GB,
+            fp32_flops=19.5 * _TERA,
+            bf16_flops=312 * _TERA,
+            fp8_flops=None,
+        ),
+        Gpu(
+            name="h100-80gb",
+            memory_bytes=80 * _GB,
+            fp32_flops=67 * _TERA,
+            bf16_flops=989.4 * _TERA,
+            fp8_flops=1978.9 * _TERA,
+        ),
+        Gpu(
+            name="h200-141gb",
+            memory_bytes=141 * _GB,
+            fp32_flops=67 * _TERA,
+            bf16_flops=989.4 * _TERA,
+            fp8_flops=1978.9 * _TERA,
+        ),
+        Gpu(
+            # 192 GB on the package; a DGX B200 gives 1,440 GB to eight.
+            name="b200-192gb",
+            memory_bytes=180 * _GB,
+            fp32_flops=75 * _TERA,
+            bf16_flops=2250 * _TERA,
+            fp8_flops=4500 * _TERA,
+        ),
+    )
+}

@@ -1,0 +1,167 @@
+"""Memory of one rank by part, and the largest of the moments that a run passes through.
+
+    always    weights, gradient buffers, optimiser state, FP8 copies, weighting model
+    step      + activations + what the backward pass works on
+    update    the same + the virtual step's copies (bilevel/virtual_step.py): g, and theta where no
+              fp32 main parameters are that copy
+    weighting + activations of the weighting model, when the LLM's are gone
+
+Bytes a parameter of the first three are those that Megatron-LM's documentation states for fp32
+gradients: 16, or 8 + 8/d sharded, in fp32; 18, or 6 + 12/d, in bf16. Fused Adam is assumed on a
+GPU; torch's own would keep temporary copies of everything there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from megatron_dwm.config import Config
+from megatron_dwm.model import LlamaShape
+from megatron_dwm.planning.activations import (
+    encoder_bytes,
+    head_bytes,
+    kernels_of,
+    layer_bytes,
+)
+from megatron_dwm.planning.placement import RankParameters, layers_in_flight, rank_parameters
+from megatron_dwm.weighting.model import WeightingShape
+
+_FP32 = 4
+_MOMENTS = 2 * _FP32
+# AdamW's two moments, the parameters, and the gradient, the sum and the last update's gradient.
+_WEIGHTING_BYTES = _MOMENTS + 4 * _FP32
+# Both orientations of a weight in FP8; mxfp8 has a scale for every 32 values.
+_FP8_COPIES = {"delayed": 2.0, "tensorwise": 2.0, "blockwise": 2.0, "mxfp8": 2.0 * 33 / 32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one rank of a stage. The first five parts are always there."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    fp8_copies: float
+    weighting_model: float
+    activations: float
+    working: float
+    virtual_step: float
+    weighting_activations: float
+
+    @property
+    def always(self) -> float:
+        """What is there from the first step to the last."""
+        return (
+            self.weights + self.gradients + self.optimizer + self.fp8_copies + self.weighting_model
+        )
+
+    @property
+    def step(self) -> float:
+        """Peak of an LLM step."""
+        return self.always + self.activations + self.working
+
+    @property
+    def update(self) -> float:
+        """Peak of a weighting update; of a step where nothing is learned."""
+        return max(self.step + self.virtual_step, self.always + self.weighting_activations)
+
+    def rows(self) -> dict[str, float]:
+        """Bytes by part and the two peaks."""
+        return {**asdict(self), "step": self.step, "update": self.update}
+
+
+def stage_memory(
+    config: Config,
+    shape: LlamaShape,
+    weighting: WeightingShape | None,
+    *,
+    world_size: int,
+    stage: int,
+    on_gpu: bool,
+) -> Memory:
+    """Of one rank of pipeline stage `stage`. weighting: None without a weighting model."""
+    found = rank_parameters(shape, config.parallel, stage)
+    replicas = config.data_parallel_size(world_size)
+    shards = replicas if config.parallel.sharded_optimizer else 1
+    kernels = kernels_of(config, on_gpu=on_gpu)
+    mixed = config.model.precision != "fp32"
+    state = (_MOMENTS + (_FP32 if mixed else 0)) * found.total / shards
+    copies = (1 if mixed else 2) * _FP32 * found.total / shards
+    weighs = weighting is not None
+    return Memory(
+        weights=kernels.value_bytes * found.total,
+        gradients=_FP32 * found.total,
+        optimizer=state,
+        fp8_copies=_fp8_copies(config, found),
+        weighting_model=_WEIGHTING_BYTES * weighting_parameters(weighting) if weighs else 0.0,
+        activations=_activations(config, shape, world_size, stage, on_gpu),
+        working=_working(config, shape, found, on_gpu),
+        virtual_step=copies if config.learns else 0.0,
+        weighting_activations=_weighting_activations(config, weighting, world_size),
+    )
+
+
+def weighting_parameters(shape: WeightingShape | None) -> int:
+    """Parameters of the weighting model."""
+    if shape is None:
+        return 0
+    width = shape.hidden_size
+    layer = 4 * width * width + 3 * width * shape.ffn_hidden_size + 2 * width
+    heads = 2 * (width + 1)
+    if shape.encoder == "own":
+        reading = shape.vocab_size * width + shape.num_layers * layer + width
+    else:
+        # Two pooled states of the LLM and the loss, with a bias.
+        reading = (2 * shape.feature_size + 2) * width
+    return reading + layer + heads
+
+
+def _fp8_copies(config: Config, found: RankParameters) -> float:
+    """Transformer Engine keeps a layer's weights in FP8 between micro-batches."""
+    if config.model.precision != "fp8" or config.model.fp8_emulation:
+        return 0.0
+    return _FP8_COPIES[config.model.fp8_recipe] * found.matrices
+
+
+def _activations(
+    config: Config, shape: LlamaShape, world_size: int, stage: int, on_gpu: bool
+) -> float:
+    """All micro-batches under way; with full recomputation also the layer that is run again."""
+    kernels = kernels_of(config, on_gpu=on_gpu)
+    tokens = config.training.micro_batch_size * config.data.sequence_length
+    micro_batches = config.num_microbatches(world_size)
+    layers = layers_in_flight(config, shape.num_layers, micro_batches, stage)
+    kept = layers * layer_bytes(shape, config, kernels)
+    if config.model.recompute == "full":
+        kept += layer_bytes(shape, config, kernels, recompute="none")
+    if stage == config.parallel.pipeline - 1:
+        kept += head_bytes(shape, config, kernels)
+    return tokens * kept
+
+
+def _working(config: Config, shape: LlamaShape, found: RankParameters, on_gpu: bool) -> float:
+    """What the backward pass works on: the gradient of the logits (a bf16 copy beside fp32), or of
+    a feed-forward block, and one weight's gradient on its way into the buffer.
+    """
+    kernels, tensor = kernels_of(config, on_gpu=on_gpu), config.parallel.tensor
+    tokens = config.training.micro_batch_size * config.data.sequence_length
+    head = shape.padded_vocab_size if found.output or found.embedding else 0
+    block = 4 * shape.ffn_hidden_size
+    return kernels.value_bytes * (tokens * max(head, block) / tensor + found.largest)
+
+
+def _weighting_activations(
+    config: Config, weighting: WeightingShape | None, world_size: int
+) -> float:
+    """An update reads all of the replica's samples at once, shared out over its ranks."""
+    if weighting is None or weighting.encoder != "own" or not config.learns:
+        return 0.0
+    rows = config.training.global_batch_size // config.data_parallel_size(world_size)
+    share = -(-rows // config.parallel.model_size)
+    a_token = encoder_bytes(
+        weighting.hidden_size,
+        weighting.ffn_hidden_size,
+        weighting.num_attention_heads,
+        weighting.num_layers,
+    )
+    return share * config.data.sequence_length * a_token

@@ -1,0 +1,67 @@
+"""Which parameters one rank of a pipeline stage holds, and how often a stage works at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dwm.config import Config, ParallelConfig
+from megatron_dwm.model import LlamaShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankParameters:
+    """Parameters of one rank.
+
+    matrices: of the layers, split over the tensor-parallel group.  norms: replicated in it.
+    embedding, output: rows of the padded vocabulary; 0 on a stage without them.
+    largest: the largest single tensor.
+    """
+
+    matrices: int
+    norms: int
+    embedding: int
+    output: int
+    largest: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.matrices + self.norms + self.embedding + self.output
+
+
+def rank_parameters(shape: LlamaShape, parallel: ParallelConfig, stage: int) -> RankParameters:
+    """Of one rank of pipeline stage `stage` (from 0)."""
+    layers = shape.num_layers // parallel.pipeline
+    is_first, is_last = stage == 0, stage == parallel.pipeline - 1
+    width, inner = shape.hidden_size, shape.ffn_hidden_size
+    heads = shape.num_attention_heads + 2 * shape.num_query_groups
+    qkv = width * heads * shape.head_size
+    projection = width * shape.num_attention_heads * shape.head_size
+    vocabulary = shape.padded_vocab_size * width // parallel.tensor
+    # Tied: the only stage shares one tensor, the last of several holds a copy.
+    has_output = is_last and not (shape.tied_embeddings and is_first)
+    layer = qkv + projection + 3 * width * inner
+    largest = max(qkv, 2 * width * inner) // parallel.tensor
+    return RankParameters(
+        matrices=layers * layer // parallel.tensor,
+        norms=(2 * layers + is_last) * width,
+        embedding=vocabulary if is_first else 0,
+        output=vocabulary if has_output else 0,
+        largest=max(largest, vocabulary) if is_first or is_last else largest,
+    )
+
+
+def layers_in_flight(config: Config, num_layers: int, micro_batches: int, stage: int) -> float:
+    """Layers times micro-batches whose activations a stage holds at most.
+
+    1F1B: stage i of p has p - i micro-batches under way. Interleaved with v chunks: the warm-up of
+    2 (p - i - 1) + (v - 1) p chunks and one more, each of L / (p v) layers; for the first stage
+    that is L (1 + (p - 1) / (p v)) (Korthikanti et al. 2022, section 4.2.3).
+    """
+    pipeline, chunks = config.parallel.pipeline, config.parallel.virtual_stages
+    if chunks == 1:
+        under_way = min(micro_batches, pipeline - stage)
+    else:
+        warm_up = 2 * (pipeline - stage - 1) + (chunks - 1) * pipeline
+        under_way = min(micro_batches * chunks, warm_up + 1)
+    return under_way * num_layers / (pipeline * chunks)

@@ -1,0 +1,178 @@
+"""A plan: memory, FLOPs, messages and time of a run that has not been started."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dwm.config import Config, UserError
+from megatron_dwm.config.validate import Heads, validate_config
+from megatron_dwm.model import LlamaShape, resolve_shape
+from megatron_dwm.model.huggingface_files import is_huggingface, open_huggingface
+from megatron_dwm.planning.cost import Cost, cost_of
+from megatron_dwm.planning.hardware import Gpu
+from megatron_dwm.planning.memory import Memory, stage_memory
+from megatron_dwm.planning.traffic import Traffic, traffic_of
+from megatron_dwm.weighting import weighting_shape
+
+# Of a GPU's memory: CUDA context, NCCL's and cuBLAS's buffers, fragmentation. A guess: no GPU was
+# at hand to measure it.
+RESERVE = 0.08
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run on `gpus` GPUs needs.
+
+    stages: memory of a rank of every pipeline stage.  bubble: part of a pipeline's time that its
+    first stage waits, (p - 1) / (v m), which a measured utilisation includes.
+    """
+
+    config: Config
+    shape: LlamaShape
+    gpu: Gpu
+    gpus: int
+    mfu: float
+    stages: list[Memory]
+    cost: Cost
+    traffic: list[Traffic]
+    bubble: float
+
+    @property
+    def fullest(self) -> int:
+        """The stage that needs the most memory."""
+        return max(range(len(self.stages)), key=lambda stage: self.stages[stage].update)
+
+    @property
+    def needed_bytes(self) -> float:
+        """Of the fullest rank at the worst moment."""
+        return self.stages[self.fullest].update
+
+    @property
+    def usable_bytes(self) -> float:
+        """Of one GPU."""
+        return (1.0 - RESERVE) * self.gpu.memory_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether it does."""
+        return self.needed_bytes <= self.usable_bytes
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step with its part of the updates."""
+        return self.cost.step_s(self.gpu, self.gpus, self.config.model.precision, self.mfu)
+
+    @property
+    def tokens_a_step(self) -> int:
+        """Tokens of a global batch."""
+        return self.config.training.global_batch_size * self.config.data.sequence_length
+
+    @property
+    def time_share(self) -> float:
+        """Of weighting, in time against the plain run."""
+        return self.cost.time_share(self.gpu, self.config.model.precision)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as numbers: bytes, FLOPs, seconds, fractions."""
+        return {
+            "gpu": self.gpu.name,
+            "gpus": self.gpus,
+            "parameters": self.shape.num_parameters(),
+            "fits": self.fits,
+            "needed_bytes": self.needed_bytes,
+            "usable_bytes": self.usable_bytes,
+            "fullest_stage": self.fullest,
+            "memory_bytes": [stage.rows() for stage in self.stages],
+            "flops": asdict(self.cost),
+            "weighting_share_flops": self.cost.share,
+            "weighting_share_time": self.time_share,
+            "traffic_bytes": [asdict(line) for line in self.traffic],
+            "mfu": self.mfu,
+            "bubble": self.bubble,
+            "step_s": self.step_s,
+            "run_s": self.step_s * self.config.training.steps,
+            "tokens_per_s_per_gpu": self.tokens_a_step / self.step_s / self.gpus,
+            "advice": advice(self),
+        }
+
+
+def make_plan(config: Config, gpu: Gpu, *, gpus: int, mfu: float) -> Plan:
+    """The plan; no file of the run is read but a Hugging Face model's sizes.
+
+    Raises UserError for a run that pretrain would refuse, its files left aside.
+    """
+    if not 0.0 < mfu <= 1.0:
+        raise UserError(f"--mfu: expected a fraction above 0, at most 1, got {mfu}")
+    shape = _shape(config)
+    validate_config(config, _heads(shape), gpus)
+    gpu.peak_flops(config.model.precision)
+    weighting = weighting_shape(config, shape, shape.vocab_size)
+    weighs = weighting if config.policy.name == "dwm" else None
+    pipeline = config.parallel.pipeline
+    schedule = config.num_microbatches(gpus) * config.parallel.virtual_stages
+    return Plan(
+        config=config,
+        shape=shape,
+        gpu=gpu,
+        gpus=gpus,
+        mfu=mfu,
+        stages=[
+            stage_memory(config, shape, weighs, world_size=gpus, stage=stage, on_gpu=True)
+            for stage in range(pipeline)
+        ],
+        cost=cost_of(config, shape, weighting, config.data_parallel_size(gpus)),
+        traffic=traffic_of(config, shape, weighs, gpus),
+        bubble=(pipeline - 1) / schedule,
+    )
+
+
+def advice(plan: Plan) -> list[str]:
+    """What to change where it does not fit, the largest part first; empty where it fits."""
+    if plan.fits:
+        return []
+    config, worst = plan.config, plan.stages[plan.fullest]
+    found: list[tuple[float, str]] = []
+    if not config.parallel.sharded_optimizer and config.data_parallel_size(plan.gpus) > 1:
+        saved = worst.optimizer + worst.virtual_step
+        found.append((saved, "parallel.sharded_optimizer true"))
+    if config.model.recompute != "full":
+        found.append((worst.activations, "model.recompute full, or a smaller micro-batch"))
+    if not config.parallel.sequence and config.parallel.tensor > 1:
+        found.append((worst.activations / 2, "parallel.sequence true"))
+    if worst.weighting_activations + worst.always >= worst.update:
+        found.append(
+            (
+                worst.weighting_activations,
+                "a smaller weighting model, weighting.encoder llm, or more replicas: an update "
+                "reads all samples of a replica at once",
+            )
+        )
+    found.append((worst.weights + worst.gradients, "larger parallel.tensor or parallel.pipeline"))
+    return [what for _, what in sorted(found, key=lambda pair: -pair[0])]
+
+
+def _shape(config: Config) -> LlamaShape:
+    """The run's; the vocabulary is the preset's where the configuration leaves it to a tokenizer,
+    which need not exist yet.
+    """
+    start = config.model.init_from
+    if start is None:
+        return resolve_shape(config.model)
+    if not is_huggingface(Path(start)):
+        raise UserError(
+            f"model.init_from: {start} is no Hugging Face model; a plan reads no checkpoints, so "
+            "leave it out and give the model's sizes"
+        )
+    return resolve_shape(config.model, init_from=open_huggingface(Path(start)).shape)
+
+
+def _heads(shape: LlamaShape) -> Heads:
+    return Heads(
+        shape.num_layers,
+        shape.hidden_size,
+        shape.num_attention_heads,
+        shape.num_query_groups,
+        shape.padded_vocab_size,
+    )

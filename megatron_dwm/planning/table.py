@@ -1,0 +1,117 @@
+"""A plan in words and columns for a terminal."""
+
+from __future__ import annotations
+
+from megatron_dwm.planning.plan import RESERVE, Plan, advice
+
+_GB = 1e9
+_PARTS = {
+    "weights": "weights",
+    "gradients": "gradient buffers (fp32)",
+    "optimizer": "optimiser state",
+    "fp8_copies": "FP8 copies of weights",
+    "weighting_model": "weighting model, its optimiser",
+    "activations": "activations",
+    "working": "backward pass at work",
+    "virtual_step": "virtual step's copies (update)",
+    "weighting_activations": "weighting model's activations",
+    "step": "peak of a step",
+    "update": "peak with weighting updates",
+}
+_FLOPS = {
+    "llm": "LLM forward and backward",
+    "recompute": "recomputation",
+    "weighing": "weighting model on every batch",
+    "reading": "reading the batch first",
+    "updates": "updates: passes of the LLM",
+    "learning": "updates: weighting model",
+}
+
+
+def plan_text(plan: Plan) -> str:
+    """The whole plan."""
+    blocks = [_heading(plan), _memory(plan), _flops(plan), _traffic(plan), _time(plan)]
+    return "\n\n".join([*blocks, _verdict(plan)])
+
+
+def _heading(plan: Plan) -> str:
+    config, parallel = plan.config, plan.config.parallel
+    replicas = config.data_parallel_size(plan.gpus)
+    return (
+        f"{plan.shape.num_parameters():,} parameters, {config.model.precision}, vocabulary "
+        f"{plan.shape.vocab_size:,}\n"
+        f"{plan.gpus} x {plan.gpu.name}: tensor {parallel.tensor} x pipeline {parallel.pipeline} "
+        f"x data {replicas}; {config.num_microbatches(plan.gpus)} micro-batches of "
+        f"{config.training.micro_batch_size} x {config.data.sequence_length:,} tokens a step and "
+        f"replica; {plan.tokens_a_step:,} tokens a step\n"
+        f"policy {config.policy.name}, {plan.cost.num_updates:,} weighting updates in "
+        f"{config.training.steps:,} steps"
+    )
+
+
+def _memory(plan: Plan) -> str:
+    """The first, the fullest and the last stage."""
+    shown = sorted({0, plan.fullest, len(plan.stages) - 1})
+    rows = [["GB a rank", *(f"stage {stage}" for stage in shown)]]
+    for key, label in _PARTS.items():
+        values = [plan.stages[stage].rows()[key] for stage in shown]
+        if any(values):
+            rows.append([label, *(f"{value / _GB:.2f}" for value in values)])
+    return _columns(rows)
+
+
+def _flops(plan: Plan) -> str:
+    cost = plan.cost
+    whole = cost.llm + cost.recompute + cost.weighting
+    rows = [["FLOPs a step", "TFLOP", "%"]]
+    for key, label in _FLOPS.items():
+        value = getattr(cost, key)
+        if value:
+            rows.append([label, f"{value / 1e12:,.1f}", f"{100 * value / whole:.2f}"])
+    return _columns(rows)
+
+
+def _traffic(plan: Plan) -> str:
+    rows = [["MB a rank on the link", "ranks", "a step", "by a ring", "an update", "by a ring"]]
+    for line in plan.traffic:
+        if line.step or line.update:
+            values = (line.step, line.step_wire, line.update, line.update_wire)
+            cells = (f"{value / 1e6:,.1f}" for value in values)
+            rows.append([line.link, str(line.ranks), *cells])
+    return _columns(rows) if len(rows) > 1 else "No messages: one process."
+
+
+def _time(plan: Plan) -> str:
+    step_s, steps = plan.step_s, plan.config.training.steps
+    rate = plan.tokens_a_step / step_s / plan.gpus
+    lines = [
+        f"Weighting costs {100 * plan.cost.share:.2f} % more FLOPs and {100 * plan.time_share:.2f} "
+        "% more time than plain training.",
+        f"At {100 * plan.mfu:.0f} % of the peak: {step_s:.3g} s a step, {rate:,.0f} tokens a "
+        f"second and GPU, {step_s * steps / 3600:,.1f} h for {steps:,} steps "
+        f"({step_s * steps * plan.gpus / 3600:,.0f} GPU hours).",
+    ]
+    if plan.bubble:
+        lines.append(f"Pipeline bubble: {100 * plan.bubble:.1f} % of a step's work.")
+    return "\n".join(lines)
+
+
+def _verdict(plan: Plan) -> str:
+    sizes = (
+        f"{plan.needed_bytes / _GB:.1f} GB needed on stage {plan.fullest}, "
+        f"{plan.usable_bytes / _GB:.1f} of {plan.gpu.memory_bytes / _GB:.0f} usable "
+        f"({100 * RESERVE:.0f} % kept back)"
+    )
+    if plan.fits:
+        return f"fits: {sizes}"
+    return "\n".join([f"does not fit: {sizes}", *(f"  try {what}" for what in advice(plan))])
+
+
+def _columns(rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        first = row[0].ljust(widths[0])
+        rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        lines.append("  ".join([first, *rest]).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,58 @@
+"""What a run will need, before anything is started: memory, FLOPs, messages, time, and if it fits.
+
+The configuration is that of pretrain, dotted options included; the files that it names need not
+exist. How the numbers come about, and what they were held to: docs/planning.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+
+from megatron_dwm.config import UserError
+from megatron_dwm.config.command_line import OneLineParser, run_command
+from megatron_dwm.config.load import load_config
+
+_GPU_NAMES = ("a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb", "b200-192gb")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        description=__doc__,
+        usage="plan.py CONFIG.yaml --gpus N --gpu NAME [--mfu F] [--json] "
+        "[--section.key value ...]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="CONFIG.yaml and --section.key are those of `python -m megatron_dwm.pretrain "
+        "--help`. GB are 10^9 bytes. Exits 0 whether or not the run fits.",
+    )
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the job")
+    parser.add_argument("--gpu", choices=_GPU_NAMES, required=True, help="what they are")
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        default=0.4,
+        metavar="F",
+        help="part of the peak FLOPs that the run is expected to reach",
+    )
+    parser.add_argument("--json", action="store_true", help="print numbers as JSON")
+    return parser
+
+
+def main() -> None:
+    """Print the plan."""
+    options, rest = _parser().parse_known_args()
+    if options.gpus < 1:
+        raise UserError(f"--gpus: expected 1 or more, got {options.gpus}")
+    config = load_config(rest, "plan.py")
+    # Said by Megatron-Core on import, on every machine without these optional packages.
+    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    from megatron_dwm.planning import GPUS, make_plan  # noqa: PLC0415
+    from megatron_dwm.planning.table import plan_text  # noqa: PLC0415
+
+    plan = make_plan(config, GPUS[options.gpu], gpus=options.gpus, mfu=options.mfu)
+    print(json.dumps(plan.to_json(), indent=2) if options.json else plan_text(plan))
+
+
+if __name__ == "__main__":
+    run_command(main)
