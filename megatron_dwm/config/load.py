@@ -22,7 +22,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import Config
 
-_LIST_KEYS = ("--data.train",)
+_LIST_KEYS = ("--data.train", "--run.allow_changed")
 
 
 def known_keys() -> list[str]:

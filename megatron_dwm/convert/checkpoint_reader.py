@@ -5,14 +5,12 @@ that saved it: layers stacked along a leading axis, and the gate and up halves o
 the other. torch's own reader of that format therefore reads any layout. A read costs the memory of
 one layer's tensor, and once more that of its largest saved part.
 
-The index of the tensors is a pickle. It is read here with a list of the classes that it may name,
-before anything else of this package or of Megatron-Core reads it: a checkpoint cannot run code.
+The index of the tensors is a pickle, read by model/saved_index.py: a checkpoint cannot run code.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -32,38 +30,11 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_dwm.config import UserError
 from megatron_dwm.model import LlamaShape
+from megatron_dwm.model.saved_index import read_index
 
 MODEL_PREFIX = "model."
 HUGGINGFACE_FILES = "huggingface"
 """Folder of a converted checkpoint with the files of the model it was converted from."""
-
-_CHECKPOINT = "torch.distributed.checkpoint"
-_MAY_NAME = {
-    "torch": {"Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8"},
-    "torch.serialization": {"_get_layout"},
-    f"{_CHECKPOINT}.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    f"{_CHECKPOINT}.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    f"{_CHECKPOINT}.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
-    "collections": {"OrderedDict"},
-}
-"""What the index of a checkpoint may name, by module."""
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        """Only the classes of an index."""
-        if name not in _MAY_NAME.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint does")
-        return super().find_class(module, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +71,7 @@ class SavedLLM:
 
     @cached_property
     def _metadata(self) -> Metadata:
-        with (self.tensors_directory / ".metadata").open("rb") as stream:
-            metadata = _IndexUnpickler(stream).load()
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError("it is no index of tensors")
-        return metadata
+        return read_index(self.tensors_directory)
 
     @property
     def dtype(self) -> torch.dtype:

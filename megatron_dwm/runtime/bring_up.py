@@ -86,7 +86,7 @@ def bring_up(config: ParallelConfig, seed: int) -> Iterator[Runtime]:
     never end, so the process leaves with its traceback and the launcher ends the others.
     """
     _quiet_upstream()
-    _set_single_process_defaults()
+    set_here = _set_single_process_defaults()
     on_gpu = torch.cuda.is_available()
     mode = None if on_gpu else redirect_cuda_to_cpu()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
@@ -114,6 +114,8 @@ def bring_up(config: ParallelConfig, seed: int) -> Iterator[Runtime]:
     finally:
         if mode is not None:
             mode.__exit__(None, None, None)
+        for name in set_here:
+            del os.environ[name]
 
 
 def _describe(device: torch.device) -> Runtime:
@@ -149,19 +151,22 @@ def _side_group() -> Group | None:
     return mine
 
 
-def _set_single_process_defaults() -> None:
+def _set_single_process_defaults() -> list[str]:
+    """Make a process started without torchrun a job of one; what was set in the environment."""
     if "RANK" in os.environ:
-        return
+        return []
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ.update(
-        RANK="0",
-        LOCAL_RANK="0",
-        WORLD_SIZE="1",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    values = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    os.environ.update(values)
+    return list(values)
 
 
 def _quiet_upstream() -> None:

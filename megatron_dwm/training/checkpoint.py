@@ -1,22 +1,26 @@
 """Checkpoints: Megatron-Core's distributed format for the LLM, one small file for the rest.
 
-    checkpoints/step_00000500/llm/         parameters and optimiser, any layout can load them
-    checkpoints/step_00000500/training.pt  counters, weighting model and its optimiser
+    checkpoints/step_00000500/llm/           parameters and optimiser, any layout can load them
+    checkpoints/step_00000500/training.pt    weighting model and its optimiser, random generators
     checkpoints/step_00000500/config.yaml, shape.json   what is needed to read it alone
+    checkpoints/step_00000500/manifest.json  counters, and size and checksum of every other file
 
-A checkpoint is written under a temporary name and renamed when it is whole.
+It is written under a temporary name and renamed when it is whole, the manifest last. Inside a
+weighting phase the name ends in `_update_` and the number of the phase's updates.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.gpt import GPTModel
 
@@ -24,71 +28,130 @@ from megatron_dwm.config import UserError
 from megatron_dwm.config.load import save_config
 from megatron_dwm.model import LLM, LlamaShape
 from megatron_dwm.runtime import Runtime
+from megatron_dwm.runtime.random_state import random_state, restore_random_state
+from megatron_dwm.training.manifest import (
+    FileRecord,
+    Manifest,
+    checkpoint_dir,
+    publish,
+    read_manifest,
+    record_file,
+    write_manifest,
+)
 from megatron_dwm.training.session import Session
 from megatron_dwm.training.sharded_adam import create_state, loadable
-from megatron_dwm.training.state import TrainState
+from megatron_dwm.training.sharded_files import ShardedFiles, agree, load_sharded, try_write
 from megatron_dwm.weighting import LearningPolicy
 
 MODEL_PREFIX = "model."
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+_REST = ("training.pt", "config.yaml", "shape.json")
 
 
-def checkpoint_dir(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step lives."""
-    return run_dir / "checkpoints" / f"step_{step:08d}"
+class CheckpointSave:
+    """A checkpoint on its way to the disk; making one is collective.
 
+    Raises SaveError, on every rank alike, where the disk does.
+    """
 
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The whole checkpoint with the highest step, or None."""
-    found = sorted((run_dir / "checkpoints").glob("step_????????"))
-    return found[-1] if found else None
+    def __init__(
+        self, session: Session, fingerprint: dict[str, str], *, background: bool = False
+    ) -> None:
+        """Take the state of this moment; with `background` as a copy that a thread writes."""
+        self._session, self._fingerprint = session, fingerprint
+        self._state = replace(session.state, passed_over=list(session.state.passed_over))
+        self.directory = checkpoint_dir(session.run_dir, self._state)
+        self._partial = self.directory.with_name(f"{self.directory.name}.partial")
+        self._make_directory()
+        self._files = ShardedFiles(
+            _sharded_state(session, is_loading=False), self._partial / "llm", copy=background
+        )
+        self._rest = _rest_of_state(session)
+        self._failure: str | None = None
+        self._thread: Thread | None = None
+        if background:
+            self._rest = copy.deepcopy(self._rest)
+            self._thread = Thread(target=self._write, name="checkpoint")
+            self._thread.start()
+        else:
+            self._write()
 
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank has written its files."""
+        return self._thread is None or not self._thread.is_alive()
 
-def save_checkpoint(session: Session) -> Path:
-    """Write everything that a resumed run needs (collective); the directory comes back."""
-    final = checkpoint_dir(session.run_dir, session.state.step)
-    partial = final.with_suffix(".partial")
-    runtime = session.runtime
-    if runtime.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "llm").mkdir(parents=True)
-    runtime.barrier()
-    dist_checkpointing.save(
-        _sharded_state(session, is_loading=False),
-        str(partial / "llm"),
-        validate_access_integrity=True,
-    )
-    if runtime.is_main:
-        _save_rest(session, partial)
-        # A checkpoint of the same step is older than this one: it was resumed from.
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    runtime.barrier()
-    return final
+    def finish(self) -> Path:
+        """Wait for the files and give the checkpoint its name (collective); the directory."""
+        if self._thread is not None:
+            self._thread.join()
+        records = self._files.finish(self._failure)
+        failure = None
+        if self._session.runtime.is_main:
+            try:
+                self._publish(records)
+            except OSError as error:
+                failure = str(error)
+        agree(failure)
+        return self.directory
+
+    def discard(self) -> None:
+        """Remove what was written of a failed save."""
+        if self._session.runtime.is_main:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _make_directory(self) -> None:
+        failure = None
+        if self._session.runtime.is_main:
+            try:
+                shutil.rmtree(self._partial, ignore_errors=True)
+                (self._partial / "llm").mkdir(parents=True)
+            except OSError as error:
+                failure = str(error)
+        agree(failure)
+
+    def _write(self) -> None:
+        self._failure = try_write(self._files)
+        if self._session.runtime.is_main and self._failure is None:
+            try:
+                _write_rest(self._session, self._rest, self._partial)
+            except (OSError, RuntimeError) as error:
+                self._failure = str(error)
+
+    def _publish(self, of_llm: dict[str, FileRecord]) -> None:
+        files = {f"llm/{name}": record for name, record in sorted(of_llm.items())}
+        files |= {name: record_file(self._partial / name) for name in _REST}
+        manifest = Manifest(state=self._state, fingerprint=self._fingerprint, files=files)
+        write_manifest(self._partial, manifest)
+        publish(self._partial, self.directory)
 
 
 def load_checkpoint(session: Session, directory: Path) -> None:
-    """Take up a run where `directory` left it (collective); any layout can load."""
+    """Take up a run where `directory` left it (collective); any layout can load.
+
+    The files have been verified (resume.py); none of them is trusted.
+    """
     create_state(session.llm, session.optimizer)
-    loaded = dist_checkpointing.load(
-        _sharded_state(session, is_loading=True), str(directory / "llm")
-    )
+    loaded = load_sharded(_sharded_state(session, is_loading=True), directory / "llm")
     for name, module in _named_chunks(session.llm):
         module.load_state_dict(loaded[name])
     with loadable(session.optimizer):
         session.optimizer.load_state_dict(loaded["optimizer"])
     rest = torch.load(directory / "training.pt", weights_only=True)
-    for name, value in rest["state"].items():
+    for name, value in asdict(read_manifest(directory).state).items():
         setattr(session.state, name, value)
     if isinstance(session.policy, LearningPolicy):
         session.policy.load_state_dict(rest["policy"])
     session.scheduler.num_steps = 0
     session.scheduler.step(increment=session.state.step)
+    # Another number of ranks has other generators; they begin as the seed says.
+    if len(rest["random"]) == session.runtime.world_size:
+        restore_random_state(rest["random"][session.runtime.rank])
 
 
 def load_parameters(llm: LLM, directory: Path) -> None:
     """Only the LLM's parameters of a checkpoint (`model.init_from`); collective."""
-    loaded = dist_checkpointing.load(_sharded_model(llm), str(directory / "llm"))
+    loaded = load_sharded(_sharded_model(llm), directory / "llm")
     for name, module in _named_chunks(llm):
         module.load_state_dict(loaded[name])
 
@@ -121,22 +184,21 @@ def _metadata(runtime: Runtime) -> dict[str, Any]:
     return {**_SHARDING, "dp_cp_group": runtime.data_group}
 
 
-def _save_rest(session: Session, directory: Path) -> None:
-    policy = session.policy
-    torch.save(
-        {
-            "state": asdict(session.state),
-            "policy": policy.state_dict() if isinstance(policy, LearningPolicy) else None,
-        },
-        directory / "training.pt",
-    )
+def _rest_of_state(session: Session) -> dict[str, Any]:
+    """What is no part of the LLM (collective); whole on the main process only."""
+    runtime, policy = session.runtime, session.policy
+    generators: list[Any] | None = [None] * runtime.world_size if runtime.is_main else None
+    dist.gather_object(random_state(), generators)
+    return {
+        "policy": policy.state_dict() if isinstance(policy, LearningPolicy) else None,
+        "random": generators,
+    }
+
+
+def _write_rest(session: Session, rest: dict[str, Any], directory: Path) -> None:
+    torch.save(rest, directory / "training.pt")
     save_config(session.config, directory / "config.yaml")
     (directory / "shape.json").write_text(json.dumps(asdict(session.llm.shape)), encoding="utf-8")
-
-
-def read_state(directory: Path) -> TrainState:
-    """Only the counters of a checkpoint."""
-    return TrainState(**torch.load(directory / "training.pt", weights_only=True)["state"])
 
 
 def read_shape(directory: Path) -> LlamaShape:

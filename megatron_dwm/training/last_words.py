@@ -8,6 +8,7 @@ forward pass of every passage.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,11 +33,17 @@ class LastWordScore:
 
 
 def last_word_scores(
-    llm: LLM, words: LastWords, *, batch_size: int, micro_batch_size: int
+    llm: LLM,
+    words: LastWords,
+    *,
+    batch_size: int,
+    micro_batch_size: int,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, LastWordScore]:
     """The score of every domain of `words`; a collective call.
 
     batch_size: rows in one pass over all replicas; micro_batch_size: rows in one forward pass.
+    between: called after every batch.
     """
     sums_3D = torch.zeros(3, len(words.domains), dtype=torch.float64)
     share = batch_size // llm.runtime.data_size
@@ -51,6 +58,7 @@ def last_word_scores(
         where = torch.tensor([words.domains.index(name) for name in batch.domains])
         values_3B = torch.stack([right_B & counts_B, likelihood_B, counts_B])
         sums_3D.index_add_(1, where, values_3B.double().cpu())
+        between()
     sums_3D = sums_3D.to(llm.runtime.device)
     dist.all_reduce(sums_3D, group=llm.runtime.data_group)
     rows = zip(words.domains, sums_3D.T.tolist(), strict=True)
@@ -65,7 +73,9 @@ def last_word_scores(
     }
 
 
-def last_word_figures(session: Session) -> dict[str, float | dict[str, float]]:
+def last_word_figures(
+    session: Session, between: Callable[[], None]
+) -> dict[str, float | dict[str, float]]:
     """What metrics.jsonl keeps of the held-out passages' last words; a collective call.
 
     last_word_accuracy is over all passages, domain_last_word_accuracy and
@@ -78,6 +88,7 @@ def last_word_figures(session: Session) -> dict[str, float | dict[str, float]]:
         session.last_words,
         batch_size=session.global_batch_size,
         micro_batch_size=session.config.training.micro_batch_size,
+        between=between,
     )
     right = sum(score.accuracy * score.passages for score in scores.values())
     return {

@@ -7,93 +7,123 @@ for stage in stages:
         train_step(batch)                              # weights from the policy
 
 With `weighting.update_on training` the last step before a stage makes that stage's update.
+
+Wherever the state stands between two of these things, the run can be stopped, saved and taken up
+again: requests are polled after every step and update, and between the batches of an evaluation.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
+import sys
 from functools import partial
+from pathlib import Path
+from typing import NoReturn
 
-import torch
-from torch import Tensor
-
-from megatron_dwm.bilevel import Hypergradient
-from megatron_dwm.data.batch import Batch
+from megatron_dwm.config import Config
 from megatron_dwm.runtime.profiling import Window, phase
-from megatron_dwm.training.checkpoint import save_checkpoint
+from megatron_dwm.runtime.stop import Request, StopPoll
+from megatron_dwm.training.checkpoint import load_checkpoint
 from megatron_dwm.training.compute import reads_first
+from megatron_dwm.training.guard import LossSpike, running_mean
 from megatron_dwm.training.last_words import last_word_figures
-from megatron_dwm.training.progress import Progress
-from megatron_dwm.training.records import MetricsWriter, WeightRecorder, weight_statistics
+from megatron_dwm.training.reporter import Reporter, Rows
+from megatron_dwm.training.saving import Saver
 from megatron_dwm.training.session import Session
 from megatron_dwm.training.stages import Stage
+from megatron_dwm.training.state import TrainState
 from megatron_dwm.training.step import (
     Lesson,
-    StepResult,
     UpdateResult,
     evaluate,
-    signal_to_noise_of,
     train_step,
     weighting_update,
 )
-from megatron_dwm.training.trust import Watch
 from megatron_dwm.weighting import LearningPolicy
 
-# Rows of a global batch, read where they are needed.
-Rows = Callable[[slice], Batch]
+
+class _Stopped(Exception):
+    """The run is to end here."""
+
+
+class _TakenBack(Exception):
+    """The state is an earlier one again."""
+
+
+def is_finished(config: Config, state: TrainState) -> bool:
+    """Whether a run at `state` has nothing left to do."""
+    if state.step != config.training.steps:
+        return state.step > config.training.steps
+    return config.evaluation.path is None or state.evaluated_step == state.step
 
 
 class Loop:
-    """A session in motion: the loop, and what it reports on the way."""
+    """A session in motion."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(
+        self,
+        session: Session,
+        stop: StopPoll,
+        fingerprint: dict[str, str],
+        newest: Path | None,
+    ) -> None:
+        """newest: the checkpoint that the session was taken up from, if any."""
         self.session = session
-        config, runtime = session.config, session.runtime
-        self._metrics = (
-            MetricsWriter(session.run_dir, tensorboard=config.logging.tensorboard)
-            if runtime.is_main
-            else None
-        )
-        self._weights = WeightRecorder(session.run_dir) if runtime.is_main else None
-        self._progress = Progress(
-            shown=runtime.is_main,
-            first_step=session.state.step,
-            steps=config.training.steps,
-            tokens_per_step=session.tokens_per_step,
-            interval_steps=config.training.log_interval_steps,
-        )
-        self._watch = Watch(config, warn=self._progress.warn)
-        self._window = Window(config.profiling, session.run_dir / "profile", runtime.rank)
-        self._clock_s = time.monotonic()
+        self._report = Reporter(session)
+        self._saver = Saver(session, fingerprint, newest, self._report.progress.warn)
+        self._stop = stop
+        self._wants_save = False
+        runtime = session.runtime
+        self._window = Window(session.config.profiling, session.run_dir / "profile", runtime.rank)
 
     def run(self) -> None:
-        """Train from where the state stands to the last step (collective)."""
-        state = self.session.state
+        """Train from where the state stands to the last step, or until asked to stop (collective).
+
+        Leaves the process with 1 if the state at the end cannot be saved.
+        """
         self._warn_if_nothing_is_learned()
-        for stage in self.session.stages:
-            if stage.end_step <= state.step:
-                continue
-            self._window.before_step(state.step + 1)
-            self._update_weighting(stage)
-            while state.step < stage.end_step:
+        try:
+            while not self._runs_through():
+                pass
+        except _Stopped:
+            self._report.progress.note(
+                f"stopped at step {self.session.state.step} ({self._stop.reason}); go on with "
+                "--run.resume true"
+            )
+        self._window.close()
+        saved = self._saves_the_end()
+        self._report.close()
+        if not saved:
+            sys.exit(1)
+
+    def _runs_through(self) -> bool:
+        """All stages from where the state stands; False if a spike of the loss took it back."""
+        state = self.session.state
+        try:
+            self._poll()
+            self._evaluate_if_due()
+            for stage in self.session.stages:
+                if stage.end_step <= state.step:
+                    continue
                 self._window.before_step(state.step + 1)
-                self._train(stage)
-            if self._is_last_of_its_number(stage):
-                self._save_weighting(stage)
-        self._close()
+                self._update_weighting(stage)
+                while state.step < stage.end_step:
+                    self._window.before_step(state.step + 1)
+                    self._train(stage)
+        except _TakenBack:
+            return False
+        return True
 
     def _warn_if_nothing_is_learned(self) -> None:
         config, session = self.session.config, self.session
         if config.learns and not any(stage.num_updates for stage in session.stages):
-            self._progress.warn(
+            self._report.progress.warn(
                 f"policy {config.policy.name} makes no weighting update in "
                 f"{config.training.steps} steps: lower weighting.warmup_steps, raise "
                 "weighting.freeze_after or train longer"
             )
         if reads_first(config, session.global_batch_size // session.runtime.data_size):
-            self._progress.warn(
+            self._report.progress.warn(
                 "weighting.group global with weighting.encoder llm and several micro-batches: "
                 "every step reads its batch once more before it weighs it (a third more time); "
                 "weighting.group micro_batch or a larger training.micro_batch_size spares that"
@@ -109,29 +139,87 @@ class Loop:
                 result = weighting_update(session, train, self._lesson())
             state.updates += 1
             state.stage_updates += 1
-            self._report_update(stage, result, partial(session.update_rows, state.updates - 1))
+            rows = partial(session.update_rows, state.updates - 1)
+            self._report_update(stage, result, rows)
+            self._poll()
 
     def _train(self, stage: Stage) -> None:
         session, state = self.session, self.session.state
-        batch = session.training_batch(state.step)
-        lesson = self._lesson() if self._learns_in_step(stage) else None
-        with phase("step"):
-            result = train_step(session, batch, lesson)
-        state.step += 1
-        state.stage_updates = 0
-        state.tokens += session.tokens_per_step
-        self._report_step(stage, result)
-        if result.update is not None:
-            state.updates += 1
-            self._report_update(stage, result.update, partial(session.step_rows, state.step - 1))
-        last = state.step == session.config.training.steps
-        if session.evaluation and (
-            last or state.step % session.config.evaluation.interval_steps == 0
-        ):
-            self._evaluate(stage)
+        if state.step + 1 in state.passed_over:
+            session.scheduler.step(increment=1)
+            self._skip(stage, "its loss was a spike")
+        else:
+            self._step(stage)
+        if state.step == stage.end_step and self._is_last_of_its_number(stage):
+            self._save_weighting(stage)
+        self._evaluate_if_due()
         interval = session.config.training.checkpoint_interval_steps
-        if last or (interval and state.step % interval == 0):
-            self._checkpoint()
+        if interval and state.step % interval == 0:
+            self._wants_save = True
+        self._poll()
+
+    def _step(self, stage: Stage) -> None:
+        """One step, taken or, if its numbers are not finite, skipped."""
+        session, state = self.session, self.session.state
+        lesson = self._lesson() if self._learns_in_step(stage) else None
+        try:
+            with phase("step"):
+                batch = session.training_batch(state.step)
+                result = train_step(session, batch, lesson, self._largest_loss())
+        except LossSpike as spike:
+            self._take_back(spike)
+        if not result.is_finite:
+            state.skipped_in_a_row += 1
+            self._skip(stage, f"loss {result.loss}, gradient norm {result.grad_norm}")
+            return
+        state.step, state.stage_updates, state.skipped_in_a_row = state.step + 1, 0, 0
+        state.tokens += session.tokens_per_step
+        state.mean_loss = running_mean(state.mean_loss, result.loss)
+        self._report.step(stage, result)
+        if lesson is not None:
+            state.updates += 1
+            rows = partial(session.step_rows, state.step - 1)
+            self._report_update(stage, result.update, rows)
+
+    def _skip(self, stage: Stage, reason: str) -> None:
+        """Count the step that comes as done without having taken it."""
+        session, state = self.session, self.session.state
+        ids = session.data.ids_of_step(state.step, session.global_batch_size)
+        state.step, state.stage_updates, state.skipped = state.step + 1, 0, state.skipped + 1
+        self._report.skipped(stage, reason, ids)
+        if state.skipped_in_a_row > session.config.training.max_skipped_steps:
+            raise FloatingPointError(
+                f"step {state.step}: {reason}; {state.skipped_in_a_row} steps in a row were not "
+                f"finite (training.max_skipped_steps {session.config.training.max_skipped_steps}); "
+                f"samples {ids.start} to {ids.stop - 1}"
+            )
+
+    def _report_update(self, stage: Stage, result: UpdateResult | None, rows: Rows) -> None:
+        if result is None:
+            self._report.skipped_update(stage)
+        else:
+            self._report.update(stage, result, rows)
+
+    def _largest_loss(self) -> float | None:
+        """The loss above which a batch is a spike; None where none is."""
+        factor, mean = self.session.config.training.spike_factor, self.session.state.mean_loss
+        return factor * mean if factor and mean is not None else None
+
+    def _take_back(self, spike: LossSpike) -> NoReturn:
+        """Return to the last checkpoint, to pass over this batch when its turn comes again."""
+        session, number = self.session, self.session.state.step + 1
+        passed_over = sorted({*session.state.passed_over, number})
+        self._saver.finish()
+        if self._saver.newest is not None:
+            load_checkpoint(session, self._saver.newest)
+            self._report.back_to_state()
+            session.runtime.barrier()
+        session.state.passed_over = passed_over
+        self._report.progress.warn(
+            f"step {number}: {spike}, a spike; back to step {session.state.step}, and its batch "
+            "is passed over"
+        )
+        raise _TakenBack
 
     def _lesson(self) -> Lesson:
         updates = self.session.state.updates
@@ -147,131 +235,71 @@ class Loop:
         border = session.state.step + 1
         return any(later.first_step == border and later.num_updates for later in session.stages)
 
-    def _report_step(self, stage: Stage, result: StepResult) -> None:
-        session, state = self.session, self.session.state
-        whole_n = session.gather(result.weights_n)
-        finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
-        if not finite or not bool(torch.isfinite(whole_n).all()):
-            ids = session.data.ids_of_step(state.step - 1, session.global_batch_size)
-            raise FloatingPointError(
-                f"step {state.step}: loss {result.loss}, grad norm {result.grad_norm}; "
-                f"samples {ids.start} to {ids.stop - 1}"
-            )
-        self._progress.step(state.step, stage.number, result)
-        statistics = weight_statistics(whole_n)
-        self._watch.effective_sample_size(statistics["weight_effective_sample_size"])
-        self._write(
-            stage,
-            "train",
-            loss=result.loss,
-            weighted_loss=result.weighted_loss,
-            lr=result.learning_rate,
-            grad_norm=result.grad_norm,
-            **statistics,
-        )
-        interval = session.config.logging.weights_interval_steps
-        if interval and state.step % interval == 0:
-            self._record_weights(stage, partial(session.step_rows, state.step - 1), whole_n, None)
-
-    def _report_update(self, stage: Stage, result: UpdateResult, rows: Rows) -> None:
-        state, found = self.session.state, result.hypergradient
-        weights_n = self.session.gather(result.update.weights_n)
-        alignment_n = self.session.gather(found.alignment_n)
-        if not math.isfinite(found.val_loss) or not bool(torch.isfinite(alignment_n).all()):
-            raise FloatingPointError(
-                f"weighting update {state.updates}: validation loss {found.val_loss}, "
-                f"gradient norm {found.grad_norm}"
-            )
-        self._write(
-            stage,
-            "weighting",
-            update=state.updates,
-            loss=result.train_loss,
-            val_loss=found.val_loss,
-            grad_norm=found.grad_norm,
-            weighting_grad_norm=result.update.grad_norm,
-            weighting_gradient_cosine=result.update.cosine,
-            alignment_mean=float(alignment_n.mean()),
-            alignment_std=float(alignment_n.std(correction=0)),
-            **self._noise(found),
-            **weight_statistics(weights_n),
-        )
-        if self.session.config.logging.weights_interval_steps:
-            self._record_weights(stage, rows, weights_n, alignment_n)
-
     def _measures_noise(self) -> bool:
         bilevel = self.session.config.bilevel
         if not bilevel.noise_interval_updates or bilevel.estimator == "unroll":
             return False
         return self.session.state.updates % bilevel.noise_interval_updates == 0
 
-    def _noise(self, found: Hypergradient) -> dict[str, float]:
-        """The measured agreement and signal-to-noise, where they were measured."""
-        if found.halves_2n is None:
-            return {}
-        agreement, ratio = signal_to_noise_of(self.session, found.halves_2n)
-        self._watch.signal_to_noise(ratio)
-        return {"alignment_agreement": agreement, "alignment_signal_to_noise": ratio}
-
-    def _evaluate(self, stage: Stage) -> None:
+    def _evaluate_if_due(self) -> None:
+        """Held-out losses, once for a step; a stop in between leaves them to the resumed run."""
+        session, state = self.session, self.session.state
+        config = session.config
+        last = state.step == config.training.steps
+        due = last or state.step % config.evaluation.interval_steps == 0
+        if session.evaluation is None or not due or state.evaluated_step >= state.step:
+            return
         with phase("evaluation"):
-            losses = evaluate(self.session)
+            losses = evaluate(session, self._poll_inside)
+            words = last_word_figures(session, self._poll_inside)
         if not all(map(math.isfinite, losses.values())):
-            raise FloatingPointError(f"step {self.session.state.step}: held-out loss {losses}")
-        mean = sum(losses.values()) / len(losses)
-        words = last_word_figures(self.session)
-        perplexities = {name: math.exp(min(loss, 700.0)) for name, loss in losses.items()}
-        figures = {"domain_loss": losses, "domain_perplexity": perplexities, **words}
-        self._write(stage, "evaluation", loss=mean, **figures)
-        step = self.session.state.step
-        text = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-        self._progress.note(f"step {step} held-out loss: {text}")
+            raise FloatingPointError(f"step {state.step}: held-out loss {losses}")
+        state.evaluated_step = state.step
+        self._report.evaluation(self._stage_of_last_step(), losses, words)
 
-    def _checkpoint(self) -> None:
-        if self._weights is not None:
-            self._weights.flush()
-        self._lap()
+    def _stage_of_last_step(self) -> Stage:
+        step = self.session.state.step
+        return next(s for s in self.session.stages if s.first_step < step <= s.end_step)
+
+    def _poll(self) -> None:
+        """Do what is asked for; the state stands between two steps or updates."""
+        request = self._stop.poll()
+        self._saver.finish_if_written()
+        if request is Request.STOP:
+            raise _Stopped
+        self._wants_save |= request is Request.SAVE
+        # In the middle of trouble the last good checkpoint stays the newest.
+        if self._wants_save and not self.session.state.skipped_in_a_row:
+            self._wants_save = False
+            self._save(wait=False)
+
+    def _poll_inside(self) -> None:
+        """Only a stop counts inside an evaluation."""
+        request = self._stop.poll()
+        if request is Request.STOP:
+            raise _Stopped
+        self._wants_save |= request is Request.SAVE
+
+    def _save(self, *, wait: bool) -> bool:
+        self._report.flush()
         with phase("checkpoint"):
-            save_checkpoint(self.session)
+            return self._saver.save(wait=wait)
+
+    def _saves_the_end(self) -> bool:
+        """Whether the newest checkpoint has the state at the end, written now if need be."""
+        self._saver.finish()
+        return self._saver.is_current or self._save(wait=True)
 
     def _save_weighting(self, stage: Stage) -> None:
         policy = self.session.policy
-        if self.session.runtime.is_main and isinstance(policy, LearningPolicy):
-            policy.save(self.session.run_dir / "weighting" / f"stage_{stage.number}")
+        if not self.session.runtime.is_main or not isinstance(policy, LearningPolicy):
+            return
+        directory = self.session.run_dir / "weighting" / f"stage_{stage.number}"
+        try:
+            policy.save(directory)
+        except OSError as error:
+            self._report.progress.warn(f"{directory} could not be written: {error}")
 
     def _is_last_of_its_number(self, stage: Stage) -> bool:
         later = [other for other in self.session.stages if other.first_step >= stage.end_step]
         return all(other.number != stage.number for other in later)
-
-    def _record_weights(
-        self, stage: Stage, rows: Rows, weights_n: Tensor, alignment_n: Tensor | None
-    ) -> None:
-        """Keep the weights of a global batch (main process only)."""
-        if self._weights is not None:
-            step, whole = self.session.state.step, rows(slice(0, self.session.global_batch_size))
-            self._weights.add(step, stage.number, whole, weights_n, alignment_n)
-
-    def _write(self, stage: Stage, phase: str, **values: object) -> None:
-        if self._metrics is None:
-            return
-        self._lap()
-        state = self.session.state
-        line = {"step": state.step, "stage": stage.number, "phase": phase, **values}
-        counts = {
-            "tokens": state.tokens,
-            "flops": self.session.compute.spent(state),
-            "seconds": round(state.seconds, 3),
-        }
-        self._metrics.write({**line, **counts})
-
-    def _lap(self) -> None:
-        """Add the time since the last lap to the run's."""
-        now_s = time.monotonic()
-        self.session.state.seconds += now_s - self._clock_s
-        self._clock_s = now_s
-
-    def _close(self) -> None:
-        self._window.close()
-        self._progress.close()
-        if self._metrics is not None:
-            self._metrics.close()

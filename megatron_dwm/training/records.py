@@ -7,7 +7,8 @@ step appears once.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ _WEIGHT_SCHEMA = pa.schema(
     ]
 )
 
+_UPDATES = b"updates"
+"""key of a Parquet file's metadata: weighting updates made when it was written"""
+_STEP_PHASES = ("train", "skipped")
+
 
 def weight_statistics(weights_n: Tensor) -> dict[str, float]:
     """Statistics of a global batch's weights; size and entropy are fractions of the largest."""
@@ -46,21 +51,39 @@ def weight_statistics(weights_n: Tensor) -> dict[str, float]:
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl, one object a line, and to TensorBoard."""
+    """Appends to metrics.jsonl, one object a line, and to TensorBoard.
 
-    def __init__(self, run_dir: Path, *, tensorboard: bool) -> None:
+    What a full disk does not take is kept, and written when there is room again.
+    """
+
+    def __init__(self, run_dir: Path, *, tensorboard: bool, warn: Callable[[str], None]) -> None:
         self._path = run_dir / "metrics.jsonl"
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = self._path.open("ab", buffering=0)
+        self._pending = b""
+        self._warn = warn
         self._board = SummaryWriter(str(run_dir / "tensorboard")) if tensorboard else None
 
     def write(self, line: dict[str, Any]) -> None:
         """Write one line; its `phase` and `step` name the TensorBoard series and abscissa."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        had_room = not self._pending
+        self._pending += (json.dumps(line) + "\n").encode()
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            if had_room:
+                self._warn(f"{self._path}: {error.strerror}; lines are kept until there is room")
         if self._board is None:
             return
         for name, value in _scalars(line).items():
             self._board.add_scalar(f"{line['phase']}/{name}", value, line["step"])
+
+    def reopen_at(self, state: TrainState) -> None:
+        """Forget what comes after `state`."""
+        self._file.close()
+        self._pending = b""
+        drop_records_after(self._path.parent, state)
+        self._file = self._path.open("ab", buffering=0)
 
     def close(self) -> None:
         """Close both files."""
@@ -107,16 +130,24 @@ class WeightRecorder:
         self._tables.append(pa.Table.from_arrays(arrays, schema=_WEIGHT_SCHEMA))
         self._steps.append(step)
 
-    def flush(self) -> None:
-        """Write what was kept since the last call as one file."""
+    def forget(self) -> None:
+        """Drop what has not been written."""
+        self._tables, self._steps = [], []
+
+    def flush(self, updates: int) -> None:
+        """Write what was kept since the last call as one file, marked with the updates so far.
+
+        Raises OSError if the disk refuses; everything is then still kept.
+        """
         if not self._tables:
             return
         self._dir.mkdir(exist_ok=True)
         name = f"steps_{self._steps[0]:08d}_{self._steps[-1]:08d}.parquet"
         partial = self._dir / f".{name}.partial"
-        pq.write_table(pa.concat_tables(self._tables).unify_dictionaries(), partial)
+        table = pa.concat_tables(self._tables).unify_dictionaries()
+        pq.write_table(table.replace_schema_metadata({_UPDATES: str(updates)}), partial)
         partial.rename(self._dir / _free_name(self._dir, name))
-        self._tables, self._steps = [], []
+        self.forget()
 
 
 def _free_name(directory: Path, name: str) -> str:
@@ -126,30 +157,47 @@ def _free_name(directory: Path, name: str) -> str:
     return next(candidate for candidate in names if not (directory / candidate).exists())
 
 
-def drop_records_after(run_dir: Path, state: TrainState) -> None:
-    """Remove lines and weight records that a checkpoint's state does not know of."""
+def drop_records_after(run_dir: Path, state: TrainState) -> int:
+    """Remove lines and weight records that a checkpoint's state does not know of.
+
+    How many of its steps metrics.jsonl does not have comes back.
+    """
     metrics = run_dir / "metrics.jsonl"
+    steps: set[int] = set()
     if metrics.is_file():
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _known(line, state)]
+        lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [(line, record) for line in lines if (record := _known(line, state)) is not None]
         partial = metrics.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial.write_text("".join(f"{line}\n" for line, _ in kept), encoding="utf-8")
         partial.rename(metrics)
+        steps = {record["step"] for _, record in kept if record["phase"] in _STEP_PHASES}
     for file in _weight_files(run_dir):
         _, first, last = file.stem.split("_")[:3]
-        if int(last) > state.step or int(first) > state.step:
+        beyond = int(last) > state.step or int(first) > state.step
+        if beyond or _updates_of(file) > state.updates:
             file.unlink()
+    return state.step - len(steps)
 
 
 def _weight_files(run_dir: Path) -> Sequence[Path]:
     return sorted((run_dir / "weights").glob("steps_*.parquet"))
 
 
-def _known(line: str, state: TrainState) -> bool:
+def _updates_of(file: Path) -> int:
+    """Updates made when the file was written; one that cannot be read is of no use."""
+    try:
+        return int((pq.read_schema(file).metadata or {}).get(_UPDATES, b"0"))
+    except (OSError, pa.ArrowInvalid):
+        return sys.maxsize
+
+
+def _known(line: str, state: TrainState) -> dict[str, Any] | None:
+    """The record of a line, or None if a checkpoint's state does not know of it."""
     try:
         record = json.loads(line)
     except ValueError:  # the process died while it wrote this line
-        return False
-    if record["phase"] == "weighting":
-        return record["update"] <= state.updates
-    return record["step"] <= state.step
+        return None
+    if "update" in record:
+        return record if record["update"] <= state.updates else None
+    limit = state.evaluated_step if record["phase"] == "evaluation" else state.step
+    return record if record["step"] <= limit else None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.load import load_config, save_config
@@ -17,58 +18,52 @@ from megatron_dwm.model.from_huggingface import load_huggingface
 from megatron_dwm.model.huggingface_files import is_huggingface, open_huggingface
 from megatron_dwm.runtime import bring_up, rank_from_environment, world_size_from_environment
 from megatron_dwm.runtime.profiling import check_profiling
+from megatron_dwm.runtime.stop import StopPoll, stop_signals
 from megatron_dwm.tokenizer import Tokenizer, open_tokenizer
 from megatron_dwm.training.checkpoint import (
     load_checkpoint,
     load_parameters,
-    newest_checkpoint,
     read_shape,
-    read_state,
 )
-from megatron_dwm.training.loop import Loop
+from megatron_dwm.training.fingerprint import fingerprint, refuse_changed_files, refuse_changes
+from megatron_dwm.training.loop import Loop, is_finished
+from megatron_dwm.training.manifest import read_manifest, require_whole
 from megatron_dwm.training.records import drop_records_after
+from megatron_dwm.training.resume import newest_whole_checkpoint
+from megatron_dwm.training.run_lock import LOCK, only_job
 from megatron_dwm.training.session import build_session
 from megatron_dwm.training.state import TrainState
 from megatron_dwm.weighting import weighting_shape
 from megatron_dwm.weighting.model import load_weighting_model
 
-# Keys that a resumed run may change; everything else decides what is trained.
-_MAY_CHANGE = {
-    "run.dir",
-    "run.resume",
-    "training.learning_rate",
-    "training.min_learning_rate_fraction",
-    "training.checkpoint_interval_steps",
-    "training.log_interval_steps",
-    "training.steps",
-    "training.micro_batch_size",
-    "data.cache_dir",
-    "model.recompute",
-}
-_MAY_CHANGE_SECTIONS = ("parallel", "logging", "evaluation", "profiling")
-# A sharded and a plain optimiser are saved under different names.
-_MAY_NOT_CHANGE = {"parallel.sharded_optimizer"}
-
 
 def run(config: Config) -> None:
     """Train as `config` says. Raises UserError before any process group exists where it can."""
     shape, tokenizer = check(config)
-    checkpoint = _checkpoint_to_resume(config)
-    if checkpoint is not None and read_state(checkpoint).step >= config.training.steps:
-        if rank_from_environment() == 0:
-            print(f"{config.run.dir} is at step {read_state(checkpoint).step}: nothing to do")
-        return
-    with bring_up(config.parallel, config.run.seed) as runtime:
+    run_dir = Path(config.run.dir)
+    resumes = _resumes(config)
+    with (
+        stop_signals() as told,
+        _claimed(run_dir),
+        bring_up(config.parallel, config.run.seed) as runtime,
+    ):
+        newest = newest_whole_checkpoint(run_dir, runtime) if resumes else None
+        marks = fingerprint(config, shape)
+        state = _state_to_resume(config, newest, marks)
+        if is_finished(config, state):
+            if runtime.is_main:
+                print(f"{run_dir} is at step {state.step}: nothing to do")
+            return
         if runtime.is_main:
-            _claim(config, checkpoint)
+            _take_up(config, state)
         runtime.barrier()
         session = build_session(config, runtime, shape, tokenizer)
-        if checkpoint is not None:
-            load_checkpoint(session, checkpoint)
+        if newest is not None:
+            load_checkpoint(session, newest)
         elif config.model.init_from is not None:
             _start_from(session.llm, Path(config.model.init_from))
             session.optimizer.reload_model_params()
-        Loop(session).run()
+        Loop(session, StopPoll(runtime, run_dir, told), marks, newest).run()
 
 
 def check(config: Config) -> tuple[LlamaShape, Tokenizer]:
@@ -122,6 +117,7 @@ def _shape_to_start_from(config: Config) -> LlamaShape | None:
     index = directory / "llm" / ".metadata"
     if not index.is_file():
         raise UserError(f"model.init_from: {index} is missing; the checkpoint is incomplete")
+    require_whole(directory, "model.init_from")
     return shape
 
 
@@ -140,24 +136,24 @@ def _check_held_out_text(config: Config, tokenizer: Tokenizer) -> None:
         EvaluationSet(config.evaluation, config.data, tokenizer)
 
 
-def _checkpoint_to_resume(config: Config) -> Path | None:
-    """The checkpoint to go on from; None to begin. A run's directory is never written over."""
+def _resumes(config: Config) -> bool:
+    """Whether the directory holds a run to go on with. A run is never written over."""
     run_dir = Path(config.run.dir)
     _require_writable(run_dir)
     saved = run_dir / "config.yaml"
     if not saved.is_file():
-        if run_dir.is_dir() and any(run_dir.iterdir()):
+        if any(entry.name != LOCK for entry in run_dir.iterdir()):
             raise UserError(
                 f"run.dir: {run_dir} is not empty and holds no run; choose another directory"
             )
-        return None
+        return False
     if not config.run.resume:
         raise UserError(
             f"run.dir: {run_dir} already holds a run; choose another directory, or go on with "
             "--run.resume true"
         )
-    _refuse_changes(load_config([str(saved)]), config, saved)
-    return newest_checkpoint(run_dir)
+    refuse_changes(load_config([str(saved)]), config, run_dir)
+    return True
 
 
 def _require_writable(run_dir: Path) -> None:
@@ -171,29 +167,34 @@ def _require_writable(run_dir: Path) -> None:
         raise UserError(f"run.dir: {run_dir} cannot be written; name another directory")
 
 
-def _refuse_changes(old: Config, new: Config, saved: Path) -> None:
-    before, now = _flat(old), _flat(new)
-    for key, value in now.items():
-        allowed = key in _MAY_CHANGE or key.split(".")[0] in _MAY_CHANGE_SECTIONS
-        if before[key] != value and (not allowed or key in _MAY_NOT_CHANGE):
-            raise UserError(
-                f"{key}: the run in {saved.parent} has {before[key]!r}, now {value!r}; a resumed "
-                "run must keep it, or choose another run.dir"
-            )
+@contextmanager
+def _claimed(run_dir: Path) -> Iterator[None]:
+    """The main process holds the directory for the job."""
+    with only_job(run_dir) if rank_from_environment() == 0 else nullcontext():
+        yield
 
 
-def _flat(config: Config) -> dict[str, Any]:
-    return {
-        f"{section}.{key}": value
-        for section, values in dataclasses.asdict(config).items()
-        for key, value in values.items()
-    }
+def _state_to_resume(config: Config, newest: Path | None, marks: dict[str, str]) -> TrainState:
+    """The counters to go on from. Raises UserError if what the run depends on has changed.
+
+    A run that was killed before its first checkpoint begins again.
+    """
+    if newest is None:
+        return TrainState()
+    manifest = read_manifest(newest)
+    refuse_changed_files(manifest.fingerprint, marks, config)
+    return manifest.state
 
 
-def _claim(config: Config, checkpoint: Path | None) -> None:
+def _take_up(config: Config, state: TrainState) -> None:
     """Write the resolved configuration; drop what a resumed run will write again."""
     run_dir = Path(config.run.dir)
-    # A run that was killed before its first checkpoint begins again, its records too.
-    state = TrainState() if checkpoint is None else read_state(checkpoint)
-    drop_records_after(run_dir, state)
+    missing = drop_records_after(run_dir, state)
+    if missing:
+        print(
+            f"warning: {run_dir / 'metrics.jsonl'} lacks {missing} of the {state.step} steps up to "
+            "the checkpoint: it was removed or cut short, and they are not made up",
+            file=sys.stderr,
+            flush=True,
+        )
     save_config(config, run_dir / "config.yaml")

@@ -10,6 +10,8 @@ the new weighting model speaks from the next step on.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +29,7 @@ from megatron_dwm.model import (
 )
 from megatron_dwm.model.objective import token_mean, unit, weighted, weighted_denominator
 from megatron_dwm.runtime.profiling import phase
+from megatron_dwm.training.guard import LossSpike, require_sound_weights, step_if_finite
 from megatron_dwm.training.session import Session
 from megatron_dwm.training.trust import signal_to_noise
 from megatron_dwm.weighting import LearningPolicy, WeightingUpdate
@@ -59,6 +62,11 @@ class StepResult:
     weights_n: Tensor
     update: UpdateResult | None = None
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step was taken."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
@@ -71,33 +79,48 @@ class Lesson:
     measure_noise: bool
 
 
-def train_step(session: Session, batch: Batch, lesson: Lesson | None = None) -> StepResult:
+def train_step(
+    session: Session,
+    batch: Batch,
+    lesson: Lesson | None = None,
+    largest_loss: float | None = None,
+) -> StepResult:
     """One optimiser step of the LLM on this replica's `batch` (collective).
 
     lesson: make a weighting update from this step's own gradient; the step itself is the same.
+    largest_loss: above it the batch is a spike.
+
+    Nothing is changed but the learning rate's schedule where loss or gradient norm are not finite.
+    Raises LossSpike before anything is changed; FloatingPointError for weights that are no weights.
     """
-    optimizer = session.optimizer
-    learning_rate = optimizer.param_groups[0]["lr"]
+    learning_rate = session.optimizer.param_groups[0]["lr"]
     with phase("weighted gradient"):
         result = weighted_pass(session, batch, keep_reading=lesson is not None)
-    update = None if lesson is None else _learn(session, batch, result, lesson)
-    with phase("optimizer step"):
-        _, grad_norm, _ = optimizer.step()
-    session.scheduler.step(increment=1)
     losses_n, weights_n = result.sample_losses_n, result.weights_n
-    means = _mean_over_samples(session, torch.stack([losses_n, losses_n * weights_n]))
+    wrong_n = ~(torch.isfinite(weights_n) & (weights_n >= 0))
+    rows = [losses_n, losses_n * weights_n, weights_n, wrong_n.to(losses_n.dtype)]
+    loss, weighted_loss, weight, wrong = _mean_over_samples(session, torch.stack(rows)).tolist()
+    if largest_loss is not None and loss > largest_loss:
+        raise LossSpike(loss, largest_loss)
+    update, grad_norm = None, math.nan
+    if math.isfinite(loss):
+        require_sound_weights(weight, wrong)
+        update = None if lesson is None else _learn(session, batch, result, lesson)
+        with phase("optimizer step"):
+            grad_norm = step_if_finite(session.optimizer)
+    session.scheduler.step(increment=1)
     return StepResult(
-        loss=float(means[0]),
-        weighted_loss=float(means[1]),
-        grad_norm=float(grad_norm or 0.0),
+        loss=loss,
+        weighted_loss=weighted_loss,
+        grad_norm=grad_norm,
         learning_rate=learning_rate,
         weights_n=weights_n,
         update=update,
     )
 
 
-def weighting_update(session: Session, train: Batch, lesson: Lesson) -> UpdateResult:
-    """One update on a batch of its own, the LLM frozen (collective)."""
+def weighting_update(session: Session, train: Batch, lesson: Lesson) -> UpdateResult | None:
+    """One update on a batch of its own, the LLM frozen (collective); None if left out."""
     with phase("weighted gradient"):
         result = weighted_pass(session, train, keep_reading=True)
     update = _learn(session, train, result, lesson)
@@ -143,8 +166,13 @@ def weighted_pass(session: Session, batch: Batch, *, keep_reading: bool) -> Pass
     return result if weigh is not None else replace(result, weights_n=weights_n)
 
 
-def _learn(session: Session, train: Batch, result: PassResult, lesson: Lesson) -> UpdateResult:
-    """One update from g(w), which stands in the gradient buffers before and after."""
+def _learn(
+    session: Session, train: Batch, result: PassResult, lesson: Lesson
+) -> UpdateResult | None:
+    """One update from g(w), which stands in the gradient buffers before and after.
+
+    None, and nothing is learned, where what it would learn from is not finite.
+    """
     policy, bilevel = session.policy, session.config.bilevel
     assert isinstance(policy, LearningPolicy) and result.weights_n is not None
     problem = Problem(
@@ -159,6 +187,8 @@ def _learn(session: Session, train: Batch, result: PassResult, lesson: Lesson) -
     halves = lesson.measure_noise and lesson.val.size % 2 == 0
     with phase("hypergradient"):
         found = hypergradient(problem, bilevel.estimator, halves=halves)
+    if not _is_finite_everywhere(session, found):
+        return None
     if found.halves_2n is not None:
         policy.trust(signal_to_noise_of(session, found.halves_2n)[1])
     with phase("weighting model"):
@@ -167,13 +197,24 @@ def _learn(session: Session, train: Batch, result: PassResult, lesson: Lesson) -
     return UpdateResult(hypergradient=found, update=update, train_loss=train_loss)
 
 
+def _is_finite_everywhere(session: Session, found: Hypergradient) -> bool:
+    """Whether every replica's alignments and the validation loss are finite (collective)."""
+    finite = torch.isfinite(found.alignment_n).all() & math.isfinite(found.val_loss)
+    answer = finite.to(torch.int32)
+    dist.all_reduce(answer, op=dist.ReduceOp.MIN)
+    return bool(answer)
+
+
 def signal_to_noise_of(session: Session, halves_2n: Tensor) -> tuple[float, float]:
     """`signal_to_noise` of the global batch (collective)."""
     return signal_to_noise(*(session.gather(half_n) for half_n in halves_2n))
 
 
-def evaluate(session: Session) -> dict[str, float]:
-    """Token-mean loss of every domain of the held-out set (collective)."""
+def evaluate(session: Session, between: Callable[[], None]) -> dict[str, float]:
+    """Token-mean loss of every domain of the held-out set (collective).
+
+    between: called after every batch.
+    """
     assert session.evaluation is not None
     domains = session.evaluation.domains
     sums = torch.zeros(2, len(domains), dtype=torch.float64)
@@ -185,6 +226,7 @@ def evaluate(session: Session) -> dict[str, float]:
         where = torch.tensor([_index(domains, name) for name in batch.domains])
         sums[0].index_add_(0, where, result.loss_sums_n.double().cpu())
         sums[1].index_add_(0, where, result.token_counts_n.double().cpu())
+        between()
     sums = sums.to(session.runtime.device)
     dist.all_reduce(sums, group=session.runtime.data_group)
     return dict(zip(domains, (sums[0] / sums[1]).tolist(), strict=True))

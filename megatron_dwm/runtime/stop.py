@@ -1,0 +1,101 @@
+"""Requests to stop or to save, seen by every process at the same place of the loop.
+
+SIGTERM, SIGUSR1 and SIGUSR2, or a file `stop` in the run directory, ask for a checkpoint and the
+end of the run; a file `save` asks for a checkpoint. A signal may reach one process only, so every
+poll is one all-reduce of four bytes over the world (none in one process), and two look-ups of file
+names in the main process. A file is removed when it has been seen.
+
+A second signal ends the process at once. Launchers and Slurm both deliver the first one, so that
+what comes within `REPEAT_S` of it counts as the same.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from megatron_dwm.runtime.bring_up import Runtime
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+REPEAT_S = 2.0
+
+
+class Request(IntEnum):
+    """What is asked of the run; the larger one counts."""
+
+    NONE = 0
+    SAVE = 1
+    STOP = 2
+
+
+class StopSignals:
+    """What this process has been told."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._first_s = 0.0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Take note of a signal; a second one gets its default action, which ends the process."""
+        now_s = time.monotonic()
+        if self.received is not None and now_s - self._first_s > REPEAT_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif self.received is None:
+            self.received, self._first_s = signal.Signals(number), now_s
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopSignals]:
+    """Signals are noted, not obeyed, for as long as the context lasts (main thread only)."""
+    told = StopSignals()
+    before = {number: signal.signal(number, told) for number in SIGNALS}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class StopPoll:
+    """The same answer in every process."""
+
+    def __init__(self, runtime: Runtime, run_dir: Path, told: StopSignals) -> None:
+        self._runtime = runtime
+        self._run_dir = run_dir
+        self._told = told
+        self._answer = torch.zeros(1, dtype=torch.int32, device=runtime.device)
+
+    def poll(self) -> Request:
+        """What has been asked for since the last poll; STOP by a signal stays (collective)."""
+        mine = Request.NONE if self._told.received is None else Request.STOP
+        if self._runtime.is_main:
+            mine = max(mine, self._from_files())
+        if self._runtime.world_size == 1:
+            return mine
+        self._answer.fill_(int(mine))
+        dist.all_reduce(self._answer, op=dist.ReduceOp.MAX)
+        return Request(int(self._answer))
+
+    @property
+    def reason(self) -> str:
+        """Why the run stops, as far as this process knows."""
+        return self._told.received.name if self._told.received else "stop"
+
+    def _from_files(self) -> Request:
+        found = Request.NONE
+        for name, request in (("save", Request.SAVE), ("stop", Request.STOP)):
+            file = self._run_dir / name
+            if file.exists():
+                file.unlink()
+                found = request
+        return found

@@ -1,0 +1,131 @@
+"""What a run depends on, written down, so that a resumed run can refuse what has changed.
+
+Configuration keys are compared one by one; the files behind them by a digest of their bytes. Of a
+file above 16 MiB only 256 blocks of 64 KiB at even distances are read, the first and the last among
+them, and the size: a file that was swapped or made anew is noticed, one altered byte may not be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_dwm.config import Config, UserError
+from megatron_dwm.data.prefixes import parse_blend
+from megatron_dwm.model import LlamaShape
+
+_BLOCK_BYTES = 1 << 16
+_NUM_BLOCKS = 256
+
+# Keys that a resumed run may change; everything else decides what is trained.
+MAY_CHANGE = {
+    "run.dir",
+    "run.resume",
+    "run.allow_changed",
+    "training.learning_rate",
+    "training.min_learning_rate_fraction",
+    "training.checkpoint_interval_steps",
+    "training.checkpoint_async",
+    "training.keep_last",
+    "training.keep_every",
+    "training.max_skipped_steps",
+    "training.spike_factor",
+    "training.log_interval_steps",
+    "training.steps",
+    "training.micro_batch_size",
+    "data.cache_dir",
+    "model.recompute",
+}
+MAY_CHANGE_SECTIONS = ("parallel", "logging", "evaluation", "profiling")
+# A sharded and a plain optimiser are saved under different names.
+_MAY_NOT_CHANGE = {"parallel.sharded_optimizer"}
+
+
+def fingerprint(config: Config, shape: LlamaShape) -> dict[str, str]:
+    """What the run's results depend on besides its configuration, by the key that names it."""
+    marks = {"model": json.dumps(dataclasses.asdict(shape), sort_keys=True)}
+    for key, paths in _files_by_key(config):
+        marks[key] = _digest(paths)
+    return marks
+
+
+def refuse_changes(old: Config, new: Config, where: Path) -> None:
+    """Raise UserError for the first key that a resumed run changes and may not."""
+    before, now = _flat(old), _flat(new)
+    for key, value in now.items():
+        allowed = key in MAY_CHANGE or key.split(".")[0] in MAY_CHANGE_SECTIONS
+        allowed = (allowed or key in new.run.allow_changed) and key not in _MAY_NOT_CHANGE
+        if before[key] != value and not allowed:
+            override = "" if key in _MAY_NOT_CHANGE else f", or allow it with {_allow(key)}"
+            raise UserError(
+                f"{key}: the run in {where} has {before[key]!r}, now {value!r}; a resumed run "
+                f"must keep it; choose another run.dir{override}"
+            )
+
+
+def refuse_changed_files(old: dict[str, str], new: dict[str, str], config: Config) -> None:
+    """Raise UserError for the first key behind which something else lies than when it was saved."""
+    for key in sorted(old.keys() | new.keys()):
+        before, now = old.get(key, "nothing"), new.get(key, "nothing")
+        if before != now and key not in config.run.allow_changed:
+            remedy = f"or allow it with {_allow(key)}" if "." in key else "or choose another run"
+            raise UserError(
+                f"{key}: the content has changed since the checkpoint: it was {before}, now "
+                f"{now}; a resumed run must keep it; put it back, {remedy}"
+            )
+
+
+def _allow(key: str) -> str:
+    return f"--run.allow_changed {key}"
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return {
+        f"{section}.{key}": value
+        for section, values in dataclasses.asdict(config).items()
+        for key, value in values.items()
+    }
+
+
+def _files_by_key(config: Config) -> Iterator[tuple[str, list[Path]]]:
+    prefixes = [part.prefix for part in parse_blend(config.data.train)]
+    yield "data.train", [Path(f"{prefix}.{end}") for prefix in prefixes for end in ("bin", "idx")]
+    if config.data.tokenizer is not None:
+        yield "data.tokenizer", _tokenizer_files(Path(config.data.tokenizer))
+    if config.validation.path is not None and (
+        config.learns or config.policy.name == "validation_mixing"
+    ):
+        yield "validation.path", [Path(config.validation.path)]
+
+
+def _tokenizer_files(path: Path) -> list[Path]:
+    """The file, or the files of a directory that say how text becomes ids."""
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.iterdir() if file.name.startswith("tokenizer"))
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    """A few hexadecimal digits and the number of bytes."""
+    digest, total_bytes = hashlib.sha256(), 0
+    for path in paths:
+        size_bytes = path.stat().st_size
+        total_bytes += size_bytes
+        digest.update(size_bytes.to_bytes(8, "big"))
+        with path.open("rb") as stream:
+            for start in _starts(size_bytes):
+                stream.seek(start)
+                digest.update(stream.read(_BLOCK_BYTES))
+    return f"{digest.hexdigest()[:16]} ({total_bytes} bytes)"
+
+
+def _starts(size_bytes: int) -> Iterable[int]:
+    """Where blocks begin: everywhere in a small file, at even distances in a large one."""
+    if size_bytes <= _BLOCK_BYTES * _NUM_BLOCKS:
+        return range(0, size_bytes, _BLOCK_BYTES)
+    last = size_bytes - _BLOCK_BYTES
+    return [last * number // (_NUM_BLOCKS - 1) for number in range(_NUM_BLOCKS)]

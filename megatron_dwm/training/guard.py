@@ -1,0 +1,70 @@
+"""Numbers that go wrong: what is checked before a step changes anything.
+
+The mean loss of the batch and the gradient norm are known to all ranks alike before the optimiser
+moves, so that a step can be left out everywhere at once. Cost: nothing beyond what a step reports.
+"""
+
+from __future__ import annotations
+
+import math
+
+from megatron.core.optimizer import ChainedOptimizer
+
+# Weights are fp32 sums of a softmax; a wrong normalisation is far beyond this.
+_MEAN_TOLERANCE = 1e-3
+_MEMORY = 0.98
+
+
+class LossSpike(Exception):
+    """The loss of a batch is far above its running mean; nothing has been changed."""
+
+    def __init__(self, loss: float, limit: float) -> None:
+        super().__init__(f"loss {loss:.4g} above {limit:.4g}")
+
+
+class _NotFinite(Exception):
+    pass
+
+
+def step_if_finite(optimizer: ChainedOptimizer) -> float:
+    """One optimiser step; the gradient norm comes back, and if it is not finite nothing was done.
+
+    ChainedOptimizer.step (megatron/core/optimizer/optimizer.py) asks `get_grad_norm` before it
+    clips or steps, and does not look at the answer: here it is looked at.
+    """
+    upstream = optimizer.get_grad_norm
+    found = float("nan")
+
+    def checked() -> float:
+        nonlocal found
+        norm = upstream()
+        found = float(norm or 0.0)
+        if not math.isfinite(found):
+            raise _NotFinite
+        return norm
+
+    optimizer.get_grad_norm = checked
+    try:
+        optimizer.step()
+    except _NotFinite:
+        pass
+    finally:
+        del optimizer.get_grad_norm
+    return found
+
+
+def require_sound_weights(mean: float, wrong: float) -> None:
+    """mean: of a global batch's weights. wrong: fraction of them not finite or negative.
+
+    Raises FloatingPointError unless they are finite, non-negative and of mean 1.
+    """
+    if wrong or not abs(mean - 1.0) <= _MEAN_TOLERANCE:
+        raise FloatingPointError(
+            f"the policy's weights must be finite, non-negative and of mean 1: {wrong:.1%} are "
+            f"not finite or negative, the mean is {mean}"
+        )
+
+
+def running_mean(mean: float | None, loss: float) -> float:
+    """The mean that a spike is measured by, over about the last 50 steps."""
+    return loss if mean is None else _MEMORY * mean + (1.0 - _MEMORY) * loss

@@ -1,0 +1,182 @@
+"""What makes a directory a checkpoint: manifest.json, with the size and checksum of every file.
+
+It is written last, under another name, and renamed; then the directory is. A checkpoint without it
+does not exist. Checksums are CRC-32: they are against decay and truncation, not against people, and
+zlib's runs at several GB/s, so that a save is not slowed by them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dwm.config import UserError
+from megatron_dwm.training.state import TrainState
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_NAME = re.compile(r"step_(\d{8,})(?:_update_(\d{8,}))?")
+_BLOCK_BYTES = 1 << 24
+REPLACED = ".replaced"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """One file of a checkpoint. crc32: eight hexadecimal digits."""
+
+    bytes: int
+    crc32: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """state: the counters. fingerprint: what the run depends on, by key. files: by path inside."""
+
+    state: TrainState
+    fingerprint: dict[str, str]
+    files: dict[str, FileRecord]
+
+
+def checkpoint_dir(run_dir: Path, state: TrainState) -> Path:
+    """Where the checkpoint of a state lives; inside a weighting phase its updates are counted."""
+    name = f"step_{state.step:08d}"
+    if state.stage_updates:
+        name += f"_update_{state.stage_updates:08d}"
+    return run_dir / "checkpoints" / name
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Directories named as checkpoints, oldest first; whether they are whole is another matter."""
+    found = (run_dir / "checkpoints").glob("step_*")
+    return sorted((path for path in found if _order(path) is not None), key=_order)
+
+
+def _order(path: Path) -> tuple[int, int] | None:
+    match = _NAME.fullmatch(path.name)
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
+def record_file(path: Path) -> FileRecord:
+    """Size and checksum of a file, read once through."""
+    checksum, size_bytes = 0, 0
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            checksum, size_bytes = zlib.crc32(block, checksum), size_bytes + len(block)
+    return FileRecord(bytes=size_bytes, crc32=f"{checksum:08x}")
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write `directory`/manifest.json; it is there whole or not at all."""
+    content = {"format": _FORMAT, **asdict(manifest)}
+    text = json.dumps({**content, "crc32": _own_checksum(content)}, indent=1)
+    partial = directory / f"{MANIFEST}.partial"
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.rename(directory / MANIFEST)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint. Raises ValueError that names the file and what is wrong."""
+    file = directory / MANIFEST
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        claimed = content.pop("crc32")
+        known = content.pop("format")
+        if claimed != _own_checksum({"format": known, **content}):
+            raise ValueError("checksum differs")
+        return Manifest(
+            state=TrainState(**content["state"]),
+            fingerprint=content["fingerprint"],
+            files={name: FileRecord(**record) for name, record in content["files"].items()},
+        )
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{MANIFEST} is damaged ({error})") from None
+
+
+def _own_checksum(content: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+
+
+def find_damage(directory: Path, files: Iterable[tuple[str, FileRecord]]) -> str | None:
+    """The first of these files that is not as the manifest says, and how; None if all are."""
+    for name, expected in files:
+        path = directory / name
+        try:
+            size_bytes = path.stat().st_size
+            if size_bytes != expected.bytes:
+                return f"{name} has {size_bytes} bytes instead of {expected.bytes}"
+            if record_file(path).crc32 != expected.crc32:
+                return f"{name} has another checksum"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def require_whole(directory: Path, key: str) -> None:
+    """Check a checkpoint that a user names; converted ones have no manifest and pass.
+
+    Raises UserError naming the file.
+    """
+    if not (directory / MANIFEST).exists():
+        return
+    try:
+        damage = find_damage(directory, read_manifest(directory).files.items())
+    except ValueError as error:
+        damage = str(error)
+    if damage is not None:
+        raise UserError(f"{key}: {directory} is damaged: {damage}; name another checkpoint")
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a whole checkpoint its name; one of the same name is older and gives way.
+
+    Between the two renames the older one is still there under another name: `tidy` brings it back.
+    """
+    replaced = final.with_name(final.name + REPLACED)
+    if final.exists():
+        final.rename(replaced)
+    partial.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def tidy(run_dir: Path) -> None:
+    """Remove what a killed save left behind; bring back what it was about to replace."""
+    folder = run_dir / "checkpoints"
+    for partial in folder.glob("step_*.partial"):
+        shutil.rmtree(partial)
+    for replaced in folder.glob(f"step_*{REPLACED}"):
+        final = replaced.with_name(replaced.name.removesuffix(REPLACED))
+        if final.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(final)
+
+
+def set_aside(directory: Path) -> None:
+    """Rename a damaged checkpoint, so that it is neither loaded nor counted again."""
+    target = directory.with_name(f"{directory.name}.damaged")
+    shutil.rmtree(target, ignore_errors=True)
+    directory.rename(target)
+
+
+def remove_old(run_dir: Path, *, keep_last: int, keep_every: int) -> None:
+    """Keep the newest `keep_last` checkpoints, and those at multiples of `keep_every` steps."""
+    if not keep_last:
+        return
+    for directory in list_checkpoints(run_dir)[:-keep_last]:
+        step, update = _order(directory) or (0, 0)
+        if not (keep_every and step % keep_every == 0 and update == 0):
+            shutil.rmtree(directory)

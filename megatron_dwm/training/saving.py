@@ -1,0 +1,105 @@
+"""When a run's checkpoints are finished, how many are kept, and what a failed one means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_dwm.training.checkpoint import CheckpointSave
+from megatron_dwm.training.manifest import remove_old
+from megatron_dwm.training.session import Session
+from megatron_dwm.training.sharded_files import SaveError
+
+
+class Saver:
+    """Writes checkpoints, one at a time; every method is collective.
+
+    newest: the newest whole checkpoint of the run; None before the first.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        fingerprint: dict[str, str],
+        newest: Path | None,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.newest = newest
+        self._session, self._fingerprint, self._warn = session, fingerprint, warn
+        self._under_way: CheckpointSave | None = None
+        self._saved = self._mark() if newest is not None else None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the newest checkpoint has everything up to now."""
+        return self._under_way is None and self._saved == self._mark()
+
+    def save(self, *, wait: bool = True) -> bool:
+        """Write a checkpoint of this moment; False, and a warning, if the disk refuses it.
+
+        wait: it is to be whole when this returns; otherwise, with training.checkpoint_async, as
+        soon as a thread has written it.
+        """
+        self.finish()
+        background = self._session.config.training.checkpoint_async and not wait
+        mark = self._mark()
+        try:
+            self._under_way = CheckpointSave(
+                self._session, self._fingerprint, background=background
+            )
+        except SaveError as error:
+            self._refused(error)
+            return False
+        if background:
+            self._saved = mark
+            return True
+        if not self.finish():
+            return False
+        self._saved = mark
+        return True
+
+    def finish_if_written(self) -> None:
+        """Give a checkpoint its name once every rank has written its part."""
+        if self._under_way is None:
+            return
+        writing = torch.tensor([int(not self._under_way.is_written)], dtype=torch.int32)
+        writing = writing.to(self._session.runtime.device)
+        if self._session.runtime.world_size > 1:
+            dist.all_reduce(writing, op=dist.ReduceOp.MAX)
+        if not int(writing):
+            self.finish()
+
+    def finish(self) -> bool:
+        """Wait for the checkpoint under way; False if it failed."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is None:
+            return True
+        try:
+            self.newest = under_way.finish()
+        except SaveError as error:
+            under_way.discard()
+            self._saved = None
+            self._refused(error)
+            return False
+        if self._session.runtime.is_main:
+            training = self._session.config.training
+            remove_old(
+                self._session.run_dir,
+                keep_last=training.keep_last,
+                keep_every=training.keep_every,
+            )
+        return True
+
+    def _refused(self, error: SaveError) -> None:
+        kept = f"{self.newest.name} is whole" if self.newest else "there is none yet"
+        self._warn(
+            f"the checkpoint at step {self._session.state.step} could not be written: {error}; "
+            f"the one before it: {kept}; make room, training goes on"
+        )
+
+    def _mark(self) -> tuple[int, int, int]:
+        state = self._session.state
+        return state.step, state.stage_updates, state.evaluated_step
