@@ -47,7 +47,7 @@ class Tiny:
             document_ids_B=torch.arange(SAMPLES),
             domains=("d",) * SAMPLES,
         )
-        return whole.rows(*self._rows())
+        return whole.rows(*self._rows()).to(self.runtime.device)
 
     def _rows(self) -> tuple[int, int]:
         share = SAMPLES // self.runtime.data_size
@@ -77,6 +77,9 @@ def tiny(
     sequence: bool = False,
     sharded: bool = False,
     precision: str = "fp32",
+    fp8_emulation: bool = False,
+    fp8_recipe: str = "tensorwise",
+    fp8_first_last_bf16: bool = False,
     recompute: str = "none",
     clip: float = 1.0,
     tied: bool = True,
@@ -94,6 +97,9 @@ def tiny(
     )
     model = ModelConfig(
         precision=precision,
+        fp8_emulation=fp8_emulation,
+        fp8_recipe=fp8_recipe,
+        fp8_first_last_bf16=fp8_first_last_bf16,
         recompute=recompute,
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
@@ -116,6 +122,7 @@ def tiny(
         optimizer = build_optimizer(training, llm, sharded=sharded)
         share = SAMPLES // runtime.data_size
         weights_n = torch.linspace(0.2, 1.8, SAMPLES).split(share)[runtime.data_rank]
+        weights_n = weights_n.to(runtime.device)
         subject = Tiny(runtime, llm, optimizer, build_scheduler(training, optimizer), weights_n)
         subject.train(steps)
         yield subject

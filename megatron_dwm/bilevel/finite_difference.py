@@ -25,13 +25,13 @@ _ATTEMPTS = 12
 def finite_difference(llm: LLM, micro_batches: list[MicroBatch]) -> Tensor:
     """float32 [n]: <z, grad l_i> of every local sample, with z in the gradient buffers.
 
-    Raises ValueError for a model below fp32.
+    Raises ValueError for a model below fp32, or in FP8.
     """
     parameters = llm.parameters()
-    if any(parameter.dtype != torch.float32 for parameter in parameters):
+    if llm.is_quantised or any(parameter.dtype != torch.float32 for parameter in parameters):
         raise ValueError(
             "bilevel.estimator finite_difference: parameters below fp32 cannot hold the "
-            "perturbation; use tangent_probe or model.precision fp32"
+            "perturbation, and FP8 rounds it away; use tangent_probe or model.precision fp32"
         )
     kept = [parameter.clone() for parameter in parameters]
     directions = [parameter.main_grad for parameter in parameters]

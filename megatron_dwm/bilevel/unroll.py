@@ -55,8 +55,10 @@ def _refuse(problem: Problem, halves: bool) -> None:
             "bilevel.estimator unroll: runs in one process (autograd does not record "
             f"Megatron's collectives), got {runtime.world_size}; use tangent_probe"
         )
-    if problem.llm.transformer.params_dtype != torch.float32:
-        raise ValueError("bilevel.estimator unroll: needs model.precision fp32; use tangent_probe")
+    if problem.llm.is_quantised or problem.llm.transformer.params_dtype != torch.float32:
+        raise ValueError(
+            "bilevel.estimator unroll: needs model.precision fp32 without FP8; use tangent_probe"
+        )
     if problem.llm.transformer.recompute_granularity is not None:
         raise ValueError(
             "bilevel.estimator unroll: recomputation has no second derivative; set "

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
+from torch.nn import Module
 
 from megatron_dwm.bilevel.adam import adam_jacobian, adam_step
 from megatron_dwm.bilevel.problem import InnerOptimizer
@@ -26,7 +27,8 @@ from megatron_dwm.bilevel.slots import (
     gather_parameters,
     is_sharded,
 )
-from megatron_dwm.model import LLM
+from megatron_dwm.model import LLM, invalidate_weight_caches
+from megatron_dwm.model.transformer_engine import read_scaling_state, write_scaling_state
 
 # megatron.core.optimizer.clip_grads.clip_grad_by_total_norm_fp32 divides by the norm plus this.
 CLIP_EPSILON = 1e-6
@@ -39,6 +41,7 @@ class VirtualStep:
     gradients: g, tensor by tensor, before clipping.
     parameters: theta of the slots without a main copy, else None.
     grad_norm: |g| before clipping.  clip_factor: c, 1 when clipping is not active.
+    scaling_state: what the delayed FP8 recipe carries from step to step; empty without it.
     """
 
     llm: LLM
@@ -49,6 +52,7 @@ class VirtualStep:
     parameters: list[Tensor | None]
     grad_norm: float
     clip_factor: float
+    scaling_state: dict[Module, Tensor]
 
     @torch.no_grad()
     def enter(self) -> None:
@@ -78,9 +82,12 @@ class VirtualStep:
 
     @torch.no_grad()
     def give_back(self) -> None:
-        """Put g back into the gradient buffers, bit for bit, where `direction` left z."""
+        """Put g back into the gradient buffers, bit for bit, where `direction` left z; and the FP8
+        scales that the passes since have moved on.
+        """
         for slot, gradient in zip(self.slots, self.gradients, strict=True):
             slot.main.grad.copy_(gradient)
+        write_scaling_state(self.scaling_state)
 
     def _clipped(self, gradient: Tensor) -> Tensor:
         return gradient * self.clip_factor if self.clip_factor < 1.0 else gradient
@@ -105,6 +112,7 @@ class VirtualStep:
     def _publish(self) -> None:
         if is_sharded(self.optimizer):
             gather_parameters(self.llm)
+        invalidate_weight_caches(self.llm)
 
 
 @torch.no_grad()
@@ -119,7 +127,23 @@ def prepare_virtual_step(
     slots = collect_slots(optimizer)
     gradients = [slot.main.grad.clone() for slot in slots]
     parameters = [None if slot.has_main_copy else slot.main.clone() for slot in slots]
-    return VirtualStep(llm, optimizer, inner, slots, gradients, parameters, grad_norm, factor)
+    return VirtualStep(
+        llm,
+        optimizer,
+        inner,
+        slots,
+        gradients,
+        parameters,
+        grad_norm,
+        factor,
+        _scaling_state(llm),
+    )
+
+
+def _scaling_state(llm: LLM) -> dict[Module, Tensor]:
+    config = llm.transformer
+    delayed = config.fp8 is not None and config.fp8_recipe == "delayed"
+    return read_scaling_state(llm.modules) if delayed else {}
 
 
 def stepped_parameter(slot: Slot, gradient: Tensor, inner: InnerOptimizer) -> Tensor:

@@ -1,6 +1,12 @@
 """Llama on Megatron-Core: shapes, modules, the model of a rank, passes through the schedules."""
 
-from megatron_dwm.model.llm import LLM, build_llm, clear_gradients, unwrap
+from megatron_dwm.model.llm import (
+    LLM,
+    build_llm,
+    clear_gradients,
+    invalidate_weight_caches,
+    unwrap,
+)
 from megatron_dwm.model.passes import MicroBatch, PassResult, Weigh, forward_backward, forward_only
 from megatron_dwm.model.reading import Features, Reading
 from megatron_dwm.model.shape import LlamaShape, resolve_shape
@@ -17,6 +23,7 @@ __all__ = [
     "clear_gradients",
     "forward_backward",
     "forward_only",
+    "invalidate_weight_caches",
     "resolve_shape",
     "unwrap",
 ]

@@ -17,15 +17,20 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from megatron_dwm.model.transformer_engine import unfused_name
+
 
 def global_parameter_names(module: Module, first_layer: int) -> Iterable[tuple[str, Parameter]]:
-    """(name, parameter) of a pipeline stage whose layer 0 is layer `first_layer` of the model."""
+    """(name, parameter) of a pipeline stage whose layer 0 is layer `first_layer` of the model.
+
+    Names are those of the unfused spec, whichever spec the model was built from.
+    """
     for name, parameter in module.named_parameters():
         yield (
             re.sub(
                 r"decoder\.layers\.(\d+)\.",
                 lambda match: f"decoder.layers.{int(match[1]) + first_layer}.",
-                name,
+                unfused_name(name),
             ),
             parameter,
         )

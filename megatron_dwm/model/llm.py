@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -10,14 +11,25 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import Module, Parameter
 
 from megatron_dwm.config import ModelConfig, ParallelConfig
 from megatron_dwm.model.initialise import initialise_parameters
+from megatron_dwm.model.layers import (
+    LayerChoice,
+    LayerKind,
+    choose_layers,
+    emulated_layers,
+    fp8_fields,
+    parameter_dtype,
+)
 from megatron_dwm.model.modules import llama_block_spec
 from megatron_dwm.model.shape import LlamaShape
+from megatron_dwm.model.transformer_engine import transformer_engine_block_spec
 from megatron_dwm.runtime import Runtime
+from megatron_dwm.runtime.fused import gradient_accumulation_is_fused
 
 
 @dataclass(frozen=True)
@@ -25,12 +37,19 @@ class LLM:
     """One rank's part of the LLM.
 
     chunks: Megatron's data-parallel wrappers, one a model chunk of this rank.
+    layer_kind: whose layers they are made of.
     """
 
     chunks: list[DistributedDataParallel]
     transformer: TransformerConfig
     shape: LlamaShape
     runtime: Runtime
+    layer_kind: LayerKind = "local"
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the layers multiply in FP8, emulated or not."""
+        return self.layer_kind == "emulated_fp8" or self.transformer.fp8 is not None
 
     @property
     def modules(self) -> list[GPTModel]:
@@ -52,6 +71,16 @@ def clear_gradients(llm: LLM, optimizer: MegatronOptimizer) -> None:
     optimizer.zero_grad()
 
 
+def invalidate_weight_caches(llm: LLM) -> None:
+    """After parameters changed outside the optimiser.
+
+    Transformer Engine quantises a weight at the first micro-batch of a step and keeps that. Its
+    modules are told to quantise again; without FP8 there is nothing to tell.
+    """
+    for chunk in llm.chunks:
+        chunk.set_is_first_microbatch()
+
+
 def unwrap(module: Module) -> GPTModel:
     """The GPTModel inside Megatron's wrappers."""
     while not isinstance(module, GPTModel):
@@ -60,11 +89,18 @@ def unwrap(module: Module) -> GPTModel:
 
 
 def transformer_config(
-    shape: LlamaShape, model: ModelConfig, parallel: ParallelConfig
+    shape: LlamaShape,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    layer_kind: LayerKind = "local",
+    *,
+    fused_gradients: bool = False,
 ) -> TransformerConfig:
-    """Megatron-Core's configuration of the model."""
-    bf16 = model.precision == "bf16"
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    """Megatron-Core's configuration of the model.
+
+    fused_gradients: weight gradients are added to the gradient buffers by the product itself.
+    """
+    dtype = parameter_dtype(model)
     virtual_stages = parallel.virtual_stages if parallel.virtual_stages > 1 else None
     recompute = model.recompute == "full"
     return TransformerConfig(
@@ -92,13 +128,13 @@ def transformer_config(
         sequence_parallel=parallel.sequence,
         pipeline_dtype=dtype,
         params_dtype=dtype,
-        bf16=bf16,
+        bf16=dtype == torch.bfloat16,
         recompute_granularity=None if model.recompute == "none" else model.recompute,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
         # Losses are summed over samples; passes.py divides once, by a float denominator.
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fused_gradients,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -106,6 +142,7 @@ def transformer_config(
         # Freeing an output while gloo still sends it corrupts gradients silently; the interleaved
         # schedule does not wait for its sends.
         deallocate_pipeline_outputs=virtual_stages is None,
+        **(fp8_fields(model) if layer_kind == "transformer_engine" else {}),
     )
 
 
@@ -118,47 +155,88 @@ def build_llm(
     sequence_length: int,
     seed: int,
 ) -> LLM:
-    """The LLM of this rank, initialised from `seed` alike under every layout."""
-    config = transformer_config(shape, model, parallel)
-    chunks = [
-        _build_chunk(shape, config, parallel, runtime, number, sequence_length, seed)
-        for number in range(parallel.virtual_stages)
-    ]
-    return LLM([_wrap(chunk, config, parallel) for chunk in chunks], config, shape, runtime)
+    """The LLM of this rank, initialised from `seed` alike under every layout.
 
-
-def _build_chunk(
-    shape: LlamaShape,
-    config: TransformerConfig,
-    parallel: ParallelConfig,
-    runtime: Runtime,
-    number: int,
-    sequence_length: int,
-    seed: int,
-) -> GPTModel:
-    """Model chunk `number` of this pipeline stage: chunk 0 of every stage comes before chunk 1."""
-    place = number * runtime.pipeline_size + runtime.pipeline_rank
-    num_chunks = parallel.virtual_stages * runtime.pipeline_size
-    num_layers = shape.num_layers // num_chunks
-    module = build_module(
+    Says on stderr, once, why the layers are not those that the configuration asks for.
+    """
+    choice = choose_layers(model, runtime.device)
+    _announce(choice, model, runtime)
+    config = transformer_config(
         shape,
-        config,
-        num_layers,
-        sequence_length=sequence_length,
-        is_first=place == 0,
-        is_last=place == num_chunks - 1,
-        virtual_stage=number if parallel.virtual_stages > 1 else None,
-    ).to(runtime.device)
+        model,
+        parallel,
+        choice.kind,
+        fused_gradients=gradient_accumulation_is_fused() and choice.kind != "emulated_fp8",
+    )
+    chunks = []
+    for number in range(parallel.virtual_stages):
+        place = _Place.of_chunk(number, shape, parallel, runtime)
+        chunk = build_module(
+            shape,
+            config,
+            place.num_layers,
+            sequence_length=sequence_length,
+            is_first=place.is_first,
+            is_last=place.is_last,
+            virtual_stage=number if parallel.virtual_stages > 1 else None,
+            block_spec=_block_spec(shape, model, choice.kind, place),
+        ).to(runtime.device)
+        _initialise(chunk, shape, place, runtime, seed)
+        chunks.append(_wrap(chunk, config, parallel))
+    return LLM(chunks, config, shape, runtime, choice.kind)
+
+
+def _announce(choice: LayerChoice, model: ModelConfig, runtime: Runtime) -> None:
+    line = choice.message(model)
+    if line is not None and runtime.is_main:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a model chunk stands among the model's layers."""
+
+    first_layer: int
+    num_layers: int
+    is_first: bool
+    is_last: bool
+
+    @staticmethod
+    def of_chunk(
+        number: int, shape: LlamaShape, parallel: ParallelConfig, runtime: Runtime
+    ) -> _Place:
+        """Chunk `number` of this pipeline stage: chunk 0 of every stage comes before chunk 1."""
+        place = number * runtime.pipeline_size + runtime.pipeline_rank
+        num_chunks = parallel.virtual_stages * runtime.pipeline_size
+        num_layers = shape.num_layers // num_chunks
+        return _Place(place * num_layers, num_layers, place == 0, place == num_chunks - 1)
+
+
+def _block_spec(
+    shape: LlamaShape, model: ModelConfig, kind: LayerKind, place: _Place
+) -> TransformerBlockSubmodules:
+    if kind == "transformer_engine":
+        return transformer_engine_block_spec(place.num_layers)
+    if kind == "local":
+        return llama_block_spec(place.num_layers)
+    emulated = emulated_layers(
+        model, first=place.first_layer, count=place.num_layers, total=shape.num_layers
+    )
+    return llama_block_spec(place.num_layers, emulated)
+
+
+def _initialise(
+    module: GPTModel, shape: LlamaShape, place: _Place, runtime: Runtime, seed: int
+) -> None:
     initialise_parameters(
         module,
-        first_layer=place * num_layers,
+        first_layer=place.first_layer,
         num_layers=shape.num_layers,
         init_std=shape.init_std,
         seed=seed,
         tensor_rank=runtime.tensor_rank,
         tensor_size=runtime.tensor_size,
     )
-    return module
 
 
 def build_module(
@@ -170,14 +248,16 @@ def build_module(
     is_first: bool,
     is_last: bool,
     virtual_stage: int | None = None,
+    block_spec: TransformerBlockSubmodules | None = None,
 ) -> GPTModel:
     """Megatron-Core's model with `num_layers` layers, its parameters as Megatron leaves them.
 
     is_first, is_last: with the input embedding; with the final norm and the output layer.
+    block_spec: its layers; Megatron-Core's own without it.
     """
     return GPTModel(
         config,
-        llama_block_spec(num_layers),
+        block_spec or llama_block_spec(num_layers),
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=sequence_length,
         pre_process=is_first,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 from torch import Tensor
+
+from megatron_dwm.model.fp8_emulation import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 
 
 class RMSNorm(torch.nn.Module):
@@ -74,25 +77,32 @@ class ScaledDotProductAttention(torch.nn.Module):
         return out_BHSd.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
 
 
-def llama_block_spec(num_layers: int) -> TransformerBlockSubmodules:
+def llama_block_spec(
+    num_layers: int, fp8_layers: Collection[int] = ()
+) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage, unfused: norm, attention, norm, SwiGLU; a final norm.
 
-    `num_layers` counts this stage's layers.
+    `num_layers` counts this stage's layers; those in `fp8_layers` (from 0) multiply in emulated
+    FP8.
     """
+    plain = _layer_spec(ColumnParallelLinear, RowParallelLinear)
+    emulated = _layer_spec(Fp8ColumnParallelLinear, Fp8RowParallelLinear)
+    layers = [emulated if number in fp8_layers else plain for number in range(num_layers)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _layer_spec(column: type[ColumnParallelLinear], row: type[RowParallelLinear]) -> ModuleSpec:
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=column,
             core_attention=ScaledDotProductAttention,
-            linear_proj=RowParallelLinear,
+            linear_proj=row,
         ),
     )
-    mlp = ModuleSpec(
-        module=MLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-    )
-    layer = ModuleSpec(
+    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row))
+    return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
@@ -103,4 +113,3 @@ def llama_block_spec(num_layers: int) -> TransformerBlockSubmodules:
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_dwm.runtime.fused import apex_finding, fused_pieces
+
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "sentencepiece", "lm-eval")
 _SHARED_MEMORY = Path("/dev/shm")
 _GIB = 2**30
@@ -25,7 +27,8 @@ def describe_machine() -> list[tuple[str, str]]:
     return [
         ("python", platform.python_version()),
         *((name, _version(name)) for name in _PACKAGES),
-        ("NVIDIA apex", _apex()),
+        ("NVIDIA apex", apex_finding()),
+        *fused_pieces(),
         ("devices", _devices()),
         ("bf16", _bf16()),
         ("fp8", _fp8()),
@@ -42,15 +45,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _apex() -> str:
-    """The name on the package index belongs to another project: look for NVIDIA's own modules."""
-    if importlib.util.find_spec("amp_C") and importlib.util.find_spec("apex"):
-        return "installed: fused kernels"
-    if importlib.util.find_spec("apex"):
-        return "a package of that name is installed, but not NVIDIA's"
-    return "not installed: Megatron-Core uses torch's optimiser and norms"
 
 
 def _devices() -> str:

@@ -52,7 +52,13 @@ def _checkable(config: Config, world_size: int) -> Config:
         training=dataclasses.replace(
             config.training, micro_batch_size=_MICRO_BATCH, global_batch_size=rows
         ),
-        model=dataclasses.replace(config.model, precision="fp32"),
+        model=dataclasses.replace(
+            config.model,
+            precision="fp32",
+            fp8_emulation=False,
+            fp8_recipe="tensorwise",
+            fp8_first_last_bf16=False,
+        ),
         validation=dataclasses.replace(config.validation, batch_size=None),
     )
 

@@ -1,0 +1,125 @@
+"""FP8 linear layers without Transformer Engine: per-tensor current scaling on any device.
+
+With Q4 rounding to e4m3 (activations, weights) and Q5 to e5m2 (output gradients), each scaled so
+that the tensor's largest magnitude is the format's largest value, a layer y = x W^T computes
+
+    y  = Q4(x) Q4(W)^T      dx = Q5(dy) Q4(W)      dW = Q5(dy)^T Q4(x)
+
+through torch._scaled_mm, whose CPU kernel gives the product of the dequantised tensors. Rounding
+passes gradients straight through. Parameters, their main copies and everything between the layers
+keep their precision. Under tensor parallelism the largest magnitude is taken over the group, so a
+layer computes with the same quantised values under every layout. Cost: a product, plus two passes
+over each operand; the saved input is one byte a value.
+
+The classes are Megatron-Core's with the one function replaced in which they multiply.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+ACTIVATIONS = torch.float8_e4m3fn
+GRADIENTS = torch.float8_e5m2
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A tensor in FP8: values * scale is what it stands for. scale: float32, one value."""
+
+    values: Tensor
+    scale: Tensor
+
+    def dequantised(self) -> Tensor:
+        """float32, shaped like the values."""
+        return self.values.float() * self.scale
+
+
+def quantise(tensor: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None) -> Quantised:
+    """`tensor` in FP8, scaled to its largest magnitude over `group` (collective); None is alone."""
+    largest = tensor.detach().abs().amax().float()
+    if group is not None and group.size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    limit = torch.finfo(dtype).max
+    scale = torch.where(largest > 0, largest / limit, 1.0)
+    # Rounding the quotient can leave the format by one bit, which the cast would turn into nan.
+    values = (tensor.detach().float() / scale).clamp(-limit, limit).to(dtype)
+    return Quantised(values, scale)
+
+
+def _product(left_NK: Quantised, right_KM: Quantised, dtype: torch.dtype) -> Tensor:
+    """[N, M] in `dtype`. The layouts are those that CUDA's kernel asks for, too."""
+    return torch._scaled_mm(
+        left_NK.values.contiguous(),
+        right_KM.values.t().contiguous().t(),
+        left_NK.scale,
+        right_KM.scale,
+        out_dtype=dtype,
+    )
+
+
+def _transposed(tensor: Quantised) -> Quantised:
+    return Quantised(tensor.values.t(), tensor.scale)
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T in FP8; the gradient passes both roundings straight through."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input_SBD: Tensor, weight_CD: Tensor, group: dist.ProcessGroup, sum_input: bool
+    ) -> Tensor:
+        kept = quantise(input_SBD.flatten(0, 1), ACTIVATIONS, group)
+        weight = quantise(weight_CD, ACTIVATIONS, group)
+        ctx.save_for_backward(kept.values, kept.scale, weight.values, weight.scale)
+        ctx.group, ctx.sum_input, ctx.weight_dtype = group, sum_input, weight_CD.dtype
+        output = _product(kept, _transposed(weight), input_SBD.dtype)
+        return output.view(*input_SBD.shape[:2], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_SBC: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        tensors = ctx.saved_tensors
+        kept, weight = Quantised(*tensors[:2]), Quantised(*tensors[2:])
+        gradient = quantise(gradient_SBC.flatten(0, 1), GRADIENTS, ctx.group)
+        input_gradient = _product(gradient, weight, gradient_SBC.dtype)
+        if ctx.sum_input:
+            dist.all_reduce(input_gradient, group=ctx.group)
+        weight_gradient = None
+        if ctx.needs_input_grad[1]:
+            weight_gradient = _product(_transposed(gradient), kept, ctx.weight_dtype)
+        return input_gradient.view(*gradient_SBC.shape[:2], -1), weight_gradient, None, None
+
+
+class Fp8ColumnParallelLinear(ColumnParallelLinear):
+    """Megatron-Core's column-parallel layer with its product in FP8."""
+
+    def _forward_impl(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: None,
+        *,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        **_: Any,
+    ) -> Tensor:
+        assert bias is None, "Llama's layers have no bias"
+        if sequence_parallel:
+            input = gather_from_sequence_parallel_region(
+                input, tensor_parallel_output_grad=True, group=self.tp_group
+            )
+        return _Linear.apply(input, weight, self.tp_group, allreduce_dgrad)
+
+
+class Fp8RowParallelLinear(RowParallelLinear):
+    """Megatron-Core's row-parallel layer with its product in FP8."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, bias: None, **_: Any) -> Tensor:
+        assert bias is None, "Llama's layers have no bias"
+        return _Linear.apply(input, weight, self.tp_group, False)

@@ -1,0 +1,109 @@
+"""Transformer Engine's layers through Megatron-Core; the one file that knows them.
+
+Nothing here has run on a GPU. Names, arguments and attributes are checked against the real
+packages by tests/signatures. Transformer Engine is imported inside the functions that need it:
+without a GPU it cannot even be loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import Module
+
+from megatron_dwm.config import ModelConfig
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+# What Megatron-Core 0.16.1 declares.
+FIRST_VERSION, END_VERSION = (2, 9), (2, 12)
+
+# Megatron-Core's names of the fused layers' norm scales, and those of the unfused spec, under
+# which parameters are initialised, saved and converted.
+UNFUSED_NAMES = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
+
+def missing_for(model: ModelConfig, device: torch.device) -> str | None:
+    """Why Transformer Engine cannot run `model` on `device`; None if it can."""
+    if device.type != "cuda":
+        return "there is no GPU"
+    try:
+        version = importlib.metadata.version("transformer-engine")
+    except importlib.metadata.PackageNotFoundError:
+        return "transformer-engine is not installed (the extra 'gpu' names it)"
+    if not version_fits(version):
+        return f"transformer-engine is {version}, Megatron-Core takes 2.9 to below 2.12"
+    try:
+        import transformer_engine.pytorch as te  # noqa: PLC0415
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"transformer-engine {version} cannot be loaded ({str(error).splitlines()[0]})"
+    if model.precision != "fp8":
+        return None
+    available = {
+        "delayed": te.is_fp8_available,
+        "tensorwise": te.is_fp8_available,
+        "blockwise": te.is_fp8_block_scaling_available,
+        "mxfp8": te.is_mxfp8_available,
+    }
+    fits, reason = available[model.fp8_recipe](return_reason=True)
+    return None if fits else f"model.fp8_recipe {model.fp8_recipe}: {reason}"
+
+
+def version_fits(version: str) -> bool:
+    """Whether Megatron-Core takes that release, such as '2.11.0' or '2.9.0+70f53666'."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return FIRST_VERSION <= (major, minor) < END_VERSION
+
+
+def transformer_engine_block_spec(num_layers: int) -> TransformerBlockSubmodules:
+    """Megatron-Core's spec of a stage with `num_layers` Transformer Engine layers.
+
+    The norm scales are saved under the names of the unfused spec, so that checkpoints do not
+    depend on whose layers wrote them.
+    """
+    from megatron.core.extensions.transformer_engine import TENorm  # noqa: PLC0415
+    from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: PLC0415
+        get_gpt_layer_with_transformer_engine_spec,
+    )
+    from megatron.core.transformer.transformer_block import (  # noqa: PLC0415
+        TransformerBlockSubmodules,
+    )
+
+    layer = get_gpt_layer_with_transformer_engine_spec()
+    layer.submodules.sharded_state_dict_keys_map = dict(UNFUSED_NAMES)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
+
+
+def unfused_name(name: str) -> str:
+    """A parameter's name as the unfused spec calls it; other names are their own."""
+    for fused, unfused in UNFUSED_NAMES.items():
+        name = name.replace(fused, unfused)
+    return name
+
+
+def read_scaling_state(modules: Iterable[Module]) -> dict[Module, torch.Tensor]:
+    """The scales and maxima that the delayed recipe carries from step to step, a layer at a time.
+
+    Every FP8 pass moves them on; they are what a pass that must leave no trace has to put back.
+    The other recipes keep nothing, and no other layer has such a state.
+    """
+    states = {
+        module: module.get_extra_state()
+        for model in modules
+        for module in model.modules()
+        if hasattr(module, "fp8_meta")
+    }
+    return {module: state for module, state in states.items() if state.numel()}
+
+
+def write_scaling_state(states: dict[Module, torch.Tensor]) -> None:
+    """Put back what `read_scaling_state` gave."""
+    for module, state in states.items():
+        module.set_extra_state(state)

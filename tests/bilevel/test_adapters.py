@@ -1,0 +1,187 @@
+"""The tangents of module classes in double precision, Transformer Engine's among them.
+
+Each is compared with autograd's per-sample gradient of a plain torch module that computes the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from megatron_dwm.bilevel.adapters import (
+    ADAPTERS,
+    WITHOUT_PARAMETERS,
+    Place,
+    adapter_for,
+    embedding_tangent,
+)
+
+SEQUENCE, BATCH, WIDTH, OUT = 5, 3, 8, 6
+EPSILON = 1e-3
+ALONE = Place(sequence_parallel=False, tensor_rank=0, group=None)
+TE = "megatron.core.extensions.transformer_engine."
+FUSED = TE + "TELayerNormColumnParallelLinear"
+TE_NORM = "transformer_engine.pytorch.module.rmsnorm.RMSNorm"
+
+
+def _draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+class Fused(Module):
+    """What Transformer Engine's LayerNormLinear computes with RMSNorm, with its attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalization, self.zero_centered_gamma, self.eps = "RMSNorm", False, EPSILON
+        self.layer_norm_weight = Parameter(_draw(WIDTH))
+        self.weight = Parameter(_draw(OUT, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[S, B, WIDTH] -> [S, B, OUT]."""
+        rms = (x.square().mean(dim=-1, keepdim=True) + self.eps).sqrt()
+        return (self.layer_norm_weight * x / rms) @ self.weight.t()
+
+
+class Norm(Module):
+    """Its RMSNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zero_centered_gamma, self.eps = False, EPSILON
+        self.weight = Parameter(_draw(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[S, B, WIDTH] -> the same."""
+        return self.weight * x / (x.square().mean(dim=-1, keepdim=True) + self.eps).sqrt()
+
+
+class Linear(Module):
+    """Its Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = Parameter(_draw(OUT, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[S, B, WIDTH] -> [S, B, OUT]."""
+        return x @ self.weight.t()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A module with z in its gradient buffers, an input and an output gradient."""
+
+    module: Module
+    x_SBD: Tensor
+    gradient_SBC: Tensor
+
+    def expected(self) -> Tensor:
+        """[B]: <z, gradient of sample b's own loss>, one autograd pass a sample."""
+        found = []
+        for b in range(BATCH):
+            loss = (self.module(self.x_SBD)[:, b] * self.gradient_SBC[:, b]).sum()
+            parameters = list(self.module.parameters())
+            gradients = torch.autograd.grad(loss, parameters)
+            pairs = zip(gradients, parameters, strict=True)
+            found.append(sum((g * p.main_grad).sum() for g, p in pairs))
+        return torch.stack(found)
+
+
+def _case(kind: type[Module]) -> Case:
+    torch.manual_seed(3)
+    module = kind()
+    for parameter in module.parameters():
+        parameter.main_grad = _draw(*parameter.shape)
+    x_SBD = _draw(SEQUENCE, BATCH, WIDTH)
+    return Case(module, x_SBD, _draw(*module(x_SBD).shape))
+
+
+def _tangent(name: str, case: Case, module: Module | None = None) -> Tensor:
+    form = ADAPTERS[name].form(module or case.module, {}, ALONE)
+    return form(case.gradient_SBC, case.x_SBD)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (FUSED, Fused),
+        (TE_NORM, Norm),
+        (TE + "TEColumnParallelLinear", Linear),
+        (TE + "TERowParallelLinear", Linear),
+    ],
+)
+def test_tangent_is_autograds_per_sample_gradient(name: str, kind: type[Module]) -> None:
+    case = _case(kind)
+    torch.testing.assert_close(_tangent(name, case), case.expected(), rtol=1e-12, atol=1e-12)
+
+
+def test_fused_tangent_is_the_central_difference() -> None:
+    case, h = _case(Fused), 1e-6
+    theta = [p.detach().clone() for p in case.module.parameters()]
+    values = []
+    for step in (h, -h):
+        with torch.no_grad():
+            for parameter, value in zip(case.module.parameters(), theta, strict=True):
+                parameter.copy_(value + step * parameter.main_grad)
+            values.append((case.module(case.x_SBD) * case.gradient_SBC).sum(dim=(0, 2)))
+            for parameter, value in zip(case.module.parameters(), theta, strict=True):
+                parameter.copy_(value)
+    expected = (values[0] - values[1]) / (2 * h)
+    torch.testing.assert_close(_tangent(FUSED, case), expected, rtol=1e-7, atol=1e-7)
+
+
+def test_partial_sums_of_a_split_fused_layer_add_up() -> None:
+    """Column parallel: a rank has some rows of the weight, their output, and the whole gain."""
+    case = _case(Fused)
+    total = torch.zeros(BATCH, dtype=torch.float64)
+    for rows in (slice(0, 2), slice(2, OUT)):
+        part = Fused()
+        for name in ("weight", "layer_norm_weight"):
+            whole = getattr(case.module, name)
+            cut = rows if name == "weight" else slice(None)
+            mine = Parameter(whole.detach()[cut])
+            mine.main_grad = whole.main_grad[cut]
+            setattr(part, name, mine)
+        rank = Case(part, case.x_SBD, case.gradient_SBC[..., rows])
+        total += _tangent(FUSED, rank)
+    torch.testing.assert_close(total, case.expected(), rtol=1e-12, atol=1e-12)
+
+
+def test_embedding_tangent_is_autograds() -> None:
+    torch.manual_seed(4)
+    table, z = _draw(10, WIDTH).requires_grad_(), _draw(10, WIDTH)
+    tokens_BS = torch.randint(10, (BATCH, SEQUENCE))
+    gradient = _draw(BATCH, SEQUENCE, WIDTH)
+    expected = [
+        (torch.autograd.grad((F.embedding(t, table) * g).sum(), table)[0] * z).sum()
+        for t, g in zip(tokens_BS, gradient, strict=True)
+    ]
+    parts = [embedding_tangent(gradient, tokens_BS, z[a:b], a, b) for a, b in ((0, 4), (4, 10))]
+    torch.testing.assert_close(sum(parts), torch.stack(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_unknown_class_with_parameters_is_an_error() -> None:
+    with pytest.raises(NotImplementedError, match="no adapter for .*Fused"):
+        adapter_for(Fused())
+
+
+def test_subclass_of_a_known_class_is_unknown() -> None:
+    assert adapter_for(torch.nn.Identity()) is None
+    known = {f"{__name__}.Norm": ADAPTERS[TE_NORM]}
+
+    class Changed(Norm):
+        pass
+
+    assert adapter_for(Norm(), known) is ADAPTERS[TE_NORM]
+    with pytest.raises(NotImplementedError):
+        adapter_for(Changed(), known)
+
+
+def test_no_class_is_named_twice() -> None:
+    assert not set(WITHOUT_PARAMETERS) & set(ADAPTERS)
