@@ -1,4 +1,4 @@
-"""Measure what things cost: tools/benchmark.py {step,hypergradient,convert,preprocess} ...
+"""Measure what things cost: tools/benchmark.py COMMAND ..., see --help.
 
 Every figure is a ratio of two things timed in turn in one run, on random tokens. Run it plainly for
 one process, or with torchrun for several. Set OMP_NUM_THREADS to fix the threads of a process.
@@ -27,6 +27,7 @@ One weighting update's hypergradient against a plain training step: time, whole 
 memory (one process); messages sent (several processes). The validation batch is as large as the
 training batch.
 """
+_CHECKPOINT = "A checkpoint, and an asynchronous one, against torch.save of the same tensors."
 _PREPROCESS = "Preprocessing against gigatoken alone and a pool of SentencePiece workers; merge."
 _CONVERT = "to-hf against copying the checkpoint's files; its peak memory."
 
@@ -55,6 +56,10 @@ def main() -> None:
         from benchmarks.steps import measure_steps
 
         measure_steps(settings)
+    elif arguments.command == "checkpoint":
+        from benchmarks.checkpoint import measure_checkpoints
+
+        measure_checkpoints(settings)
     else:
         from benchmarks.updates import measure_updates
 
@@ -97,7 +102,11 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in (("step", _STEP), ("hypergradient", _HYPERGRADIENT)):
+    for name, text in (
+        ("step", _STEP),
+        ("hypergradient", _HYPERGRADIENT),
+        ("checkpoint", _CHECKPOINT),
+    ):
         command = commands.add_parser(name, help=text.split(":")[0].strip(), description=text)
         _add_sizes(command)
         _add_layout(command)

@@ -40,7 +40,13 @@ from megatron_dwm.training.manifest import (
 )
 from megatron_dwm.training.session import Session
 from megatron_dwm.training.sharded_adam import create_state, loadable
-from megatron_dwm.training.sharded_files import ShardedFiles, agree, load_sharded, try_write
+from megatron_dwm.training.sharded_files import (
+    ShardedFiles,
+    agree,
+    data_only,
+    load_sharded,
+    try_write,
+)
 from megatron_dwm.weighting import LearningPolicy
 
 MODEL_PREFIX = "model."
@@ -137,7 +143,8 @@ def load_checkpoint(session: Session, directory: Path) -> None:
         module.load_state_dict(loaded[name])
     with loadable(session.optimizer):
         session.optimizer.load_state_dict(loaded["optimizer"])
-    rest = torch.load(directory / "training.pt", weights_only=True)
+    with data_only(directory / "training.pt"):
+        rest = torch.load(directory / "training.pt", weights_only=True)
     for name, value in asdict(read_manifest(directory).state).items():
         setattr(session.state, name, value)
     if isinstance(session.policy, LearningPolicy):

@@ -16,6 +16,7 @@ for as long as Megatron-Core's reader runs: it asks for `weights_only=False`
 from __future__ import annotations
 
 import os
+import pickle
 import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_dwm.config import UserError
 from megatron_dwm.model.saved_index import read_index
 from megatron_dwm.training.manifest import FileRecord, record_file
 
@@ -173,11 +175,24 @@ def _raise_first(failures: list[str | None]) -> None:
 def load_sharded(state: ShardedStateDict, directory: Path) -> StateDict:
     """What `state` asks for, from a directory that need not be trusted (collective).
 
-    Raises pickle.UnpicklingError if a file in it names code.
+    Raises UserError if a file in it names code.
     """
-    read_index(directory)
-    with _weights_only():
+    with data_only(directory), _weights_only():
+        read_index(directory)
         return dist_checkpointing.load(state, str(directory))
+
+
+@contextmanager
+def data_only(path: Path) -> Iterator[None]:
+    """A restricted unpickler's refusal becomes one line that names `path`."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        reason = str(error).replace("\n", " ")[:200]
+        raise UserError(
+            f"{path}: it holds something else than data, and nothing of it was run; take a "
+            f"checkpoint from whom you trust ({reason})"
+        ) from error
 
 
 @contextmanager
