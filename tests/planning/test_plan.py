@@ -1,0 +1,141 @@
+"""The command: what it prints, that parts add up, and that mistakes are one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_dwm.config import Config, TrainingConfig, UserError
+from megatron_dwm.planning import GPUS, Plan, make_plan
+from megatron_dwm.planning.table import plan_text
+from tests.planning.runs import configured
+
+REPOSITORY = Path(__file__).parent.parent.parent
+H100 = GPUS["h100-80gb"]
+LARGE = {
+    "preset": "llama-1.3b",
+    "precision": "bf16",
+    "hidden_size": None,
+    "num_layers": None,
+    "num_attention_heads": None,
+    "num_query_groups": None,
+    "ffn_hidden_size": None,
+    "vocab_size": None,
+    "tied_embeddings": None,
+}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "tools/plan.py", *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def planned(config: Config, gpus: int = 8) -> Plan:
+    return make_plan(config, H100, gpus=gpus, mfu=0.4)
+
+
+def large(**options: object) -> Config:
+    return configured(model=LARGE, length=1024, batch=512, micro_batch=4, **options)
+
+
+def test_tiny_yaml_without_its_data() -> None:
+    done = run("examples/tiny.yaml", "--gpus", "2", "--gpu", "a100-40gb", "--parallel.tensor", "2")
+    assert done.returncode == 0, done.stderr
+    assert "2 x a100-40gb: tensor 2 x pipeline 1 x data 1" in done.stdout
+    assert "\nfits: " in done.stdout
+
+
+def test_json_has_the_same_numbers() -> None:
+    arguments = ["examples/tiny.yaml", "--gpus", "1", "--gpu", "h200-141gb", "--json"]
+    done = run(*arguments, "--mfu", "0.2")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["fits"] is True and found["gpu"] == "h200-141gb"
+    flops = found["flops"]
+    llm = flops["llm"] + flops["recompute"] + flops["reading"] + flops["updates"]
+    fp32 = flops["weighing"] + flops["learning"]
+    # examples/tiny.yaml is fp32, so one peak counts for all.
+    assert found["step_s"] == pytest.approx((llm + fp32) / (0.2 * 67e12))
+    memory = found["memory_bytes"][0]
+    parts = ("weights", "gradients", "optimizer", "weighting_model", "activations", "working")
+    assert memory["step"] == pytest.approx(sum(memory[part] for part in parts))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        (["missing.yaml"], "missing.yaml: no such configuration file"),
+        (["examples/tiny.yaml", "--gpus", "0"], "--gpus: expected 1 or more, got 0"),
+        (["examples/tiny.yaml", "--mfu", "40"], "--mfu: expected a fraction above 0, at most 1"),
+        (["examples/tiny.yaml", "--gpu", "h100"], "argument --gpu: invalid choice: 'h100'"),
+        (["examples/tiny.yaml", "--model.layers", "3"], "unknown key 'model.layers'"),
+        (["examples/tiny.yaml", "--parallel.tensor", "3"], "parallel.tensor 3 x"),
+    ],
+)
+def test_mistakes_are_one_line(mistake: list[str], said: str) -> None:
+    done = run("--gpus", "2", "--gpu", "h100-80gb", *mistake)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert said in done.stderr and not done.stdout
+
+
+def test_help_names_every_gpu() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in GPUS)
+
+
+def test_fp8_needs_hardware() -> None:
+    config = large()
+    config = replace(config, model=replace(config.model, precision="fp8"))
+    with pytest.raises(UserError, match="a100-80gb has no FP8"):
+        make_plan(config, GPUS["a100-80gb"], gpus=8, mfu=0.4)
+    assert planned(config).stages[0].fp8_copies > planned(config).stages[0].weights * 0.8
+
+
+def test_a_model_that_does_not_fit_says_what_to_change() -> None:
+    config = replace(large(), training=TrainingConfig(global_batch_size=512, micro_batch_size=32))
+    assert not planned(config).fits
+    text = plan_text(planned(config))
+    assert "does not fit: " in text and "try model.recompute full" in text
+    changed = replace(config, model=replace(config.model, recompute="full"))
+    assert planned(changed).fits and "\nfits: " in plan_text(planned(changed))
+
+
+def test_a_weighting_model_of_370m_reads_all_samples_of_a_replica_at_once() -> None:
+    sizes = {"hidden_size": 1024, "num_layers": 24, "num_attention_heads": 16}
+    weighting = {**sizes, "ffn_hidden_size": 2816}
+    one, eight = (planned(large(policy="dwm", weighting=weighting), gpus) for gpus in (1, 8))
+    first, shared = (plan.stages[0].weighting_activations for plan in (one, eight))
+    assert first == pytest.approx(8 * shared)
+    assert not one.fits and any("weighting.encoder llm" in line for line in one.to_json()["advice"])
+
+
+def test_uniform_weights_cost_nothing_and_updates_on_training_less_than_fresh() -> None:
+    online = {"mode": "online", "encoder": "llm"}
+    plain = planned(large())
+    fresh = planned(large(policy="dwm", weighting=online))
+    inside = planned(large(policy="dwm", weighting={**online, "update_on": "training"}))
+    assert plain.cost.share == 0.0 and plain.stages[0].virtual_step == 0.0
+    # An update every ten steps: three plain steps, or two.
+    rate = fresh.cost.num_updates / 1000
+    assert fresh.cost.share == pytest.approx(3 * rate, rel=0.01)
+    assert inside.cost.share == pytest.approx(2 * rate, rel=0.01)
+
+
+def test_recomputation_is_a_forward_pass_more() -> None:
+    config = large()
+    full = replace(config, model=replace(config.model, recompute="full"))
+    more = planned(full).step_s / planned(config).step_s
+    assert 1.30 < more < 4 / 3  # all but the output layer
