@@ -48,6 +48,7 @@ def traffic_of(
     # Forward and backward passes of an update: g of its own batch, validation, probe.
     passes = learns * (3 if fresh else 2)
     tensor, pipeline = _tensor(config, shape, world_size), _pipeline(config, shape, world_size)
+    probe = _probe_gathers(config, shape, world_size)
     size, replicas = config.parallel.tensor, config.data_parallel_size(world_size)
     reduce, gather = _data(config, shape, replicas)
     # The probe forms no gradient; sharded, theta' and theta are gathered, and z.
@@ -59,7 +60,7 @@ def traffic_of(
     one_way = (replicas - 1) / replicas
     reduce_factor = one_way if sharded else 2 * one_way
     return [
-        _line("tensor", size, tensor, passes * tensor, tensor_factor),
+        _line("tensor", size, tensor, passes * tensor + learns * probe, tensor_factor),
         _line("pipeline", config.parallel.pipeline, pipeline, passes * pipeline, 1.0),
         Traffic(
             link="data",
@@ -106,6 +107,16 @@ def _tensor(config: Config, shape: LlamaShape, world_size: int) -> float:
     tokens = config.training.micro_batch_size * config.data.sequence_length
     hidden = (layers * a_layer + output + embedding) * _hidden_bytes(config, shape)
     return config.num_microbatches(world_size) * (hidden + tokens * _CROSS_ENTROPY)
+
+
+def _probe_gathers(config: Config, shape: LlamaShape, world_size: int) -> float:
+    """Under sequence parallelism the probe gathers the inputs of column-parallel products, as a
+    weight gradient does, and the output gradients of row-parallel ones, two more a layer.
+    """
+    if config.parallel.tensor == 1 or not config.parallel.sequence:
+        return 0.0
+    layers = shape.num_layers // config.parallel.pipeline
+    return config.num_microbatches(world_size) * 2 * layers * _hidden_bytes(config, shape)
 
 
 def _pipeline(config: Config, shape: LlamaShape, world_size: int) -> float:
