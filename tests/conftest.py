@@ -12,3 +12,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="also run the tests that fetch a public model (93 MB)",
     )
+    parser.addoption("--long", action="store_true", help="also run the long mode of tests")
+    parser.addoption("--fault-table", metavar="FILE", help="write what faults were survived")

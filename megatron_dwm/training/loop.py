@@ -271,7 +271,8 @@ class Loop:
         # In the middle of trouble the last good checkpoint stays the newest.
         if self._wants_save and not self.session.state.skipped_in_a_row:
             self._wants_save = False
-            self._save(wait=False)
+            if not self._saver.is_current:
+                self._save(wait=False)
 
     def _poll_inside(self) -> None:
         """Only a stop counts inside an evaluation."""

@@ -34,8 +34,13 @@ class Saver:
 
     @property
     def is_current(self) -> bool:
-        """Whether the newest checkpoint has everything up to now."""
-        return self._under_way is None and self._saved == self._mark()
+        """Whether the newest checkpoint has everything up to now.
+
+        Before the first step there is nothing to keep, and Adam has no state to be saved.
+        """
+        state = self._session.state
+        nothing_yet = state.step == state.skipped
+        return self._under_way is None and (nothing_yet or self._saved == self._mark())
 
     def save(self, *, wait: bool = True) -> bool:
         """Write a checkpoint of this moment; False, and a warning, if the disk refuses it.

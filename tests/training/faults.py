@@ -1,0 +1,122 @@
+"""Faults that are put into one rank of a run, at an exact place of the loop.
+
+Each replaces one function by one that does the damage and then calls it. Ranks and steps are those
+of the order; what is injected is the real thing: a signal of the kernel, a NaN in the batch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_dwm.training import loop, sharded_files
+from megatron_dwm.training.session import Session
+
+_PLACES: dict[str, tuple[Any, str]] = {
+    "training": (loop, "train_step"),
+    "weighting": (loop, "weighting_update"),
+    "evaluation": (loop, "evaluate"),
+    "checkpoint": (sharded_files.ShardedFiles, "write"),
+}
+
+
+def _before(place: str, call: int, act: Callable[[], None]) -> None:
+    """Call `act` before call number `call` (from 1) of a place."""
+    owner, name = _PLACES[place]
+    upstream, count = getattr(owner, name), 0
+
+    def with_fault(*args: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == call:
+            act()
+        return upstream(*args, **options)
+
+    setattr(owner, name, with_fault)
+
+
+def send_signal(*, place: str, call: int, number: int, rank: int) -> None:
+    """The rank gets signal `number` when it comes to a place."""
+    if int(os.environ["RANK"]) == rank:
+        _before(place, call, lambda: os.kill(os.getpid(), number))
+
+
+def two_signals(*, place: str, call: int, apart_s: float) -> None:
+    """SIGTERM, and another one while the same call still runs."""
+
+    def act() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(apart_s)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    _before(place, call, act)
+
+
+def touch(*, place: str, call: int, file: str) -> None:
+    """A user makes a file."""
+    _before(place, call, lambda: Path(file).touch())
+
+
+def nan_batches(*, steps: list[int], rank: int) -> None:
+    """The loss mask of these steps (from 1) holds a NaN on one rank."""
+    _change_batches(steps, rank, float("nan"))
+
+
+def spike_batches(*, steps: list[int]) -> None:
+    """The labels of these steps (from 1) are not what follows in the text."""
+    upstream = Session.training_batch
+
+    def shuffled(session: Session, number: int) -> Any:
+        batch = upstream(session, number)
+        if number + 1 not in steps:
+            return batch
+        return replace(batch, labels_BS=(batch.labels_BS * 7 + 131) % 512)
+
+    Session.training_batch = shuffled
+
+
+def _change_batches(steps: list[int], rank: int, value: float) -> None:
+    upstream = Session.training_batch
+
+    def changed(session: Session, number: int) -> Any:
+        batch = upstream(session, number)
+        if number + 1 not in steps or session.runtime.rank != rank:
+            return batch
+        mask_BS = batch.loss_mask_BS.clone()
+        mask_BS[0, 0] = value
+        return replace(batch, loss_mask_BS=mask_BS)
+
+    Session.training_batch = changed
+
+
+def wrong_weights(*, step: int, value: float) -> None:
+    """The policy gives a weight that is none."""
+    from megatron_dwm.weighting.policy import UniformPolicy
+
+    upstream, count = UniformPolicy.weights, 0
+
+    def wrong(self: UniformPolicy, batch: Any, reading: Any = None) -> Any:
+        nonlocal count
+        count += 1
+        weights_n = upstream(self, batch, reading)
+        if count == step:
+            weights_n[0] = value
+        return weights_n
+
+    UniformPolicy.weights = wrong
+
+
+def slow_steps(*, seconds: float) -> None:
+    """Every step takes at least so long, so that something can happen to it."""
+    upstream = loop.train_step
+
+    def slow(*args: Any, **options: Any) -> Any:
+        time.sleep(seconds)
+        return upstream(*args, **options)
+
+    loop.train_step = slow

@@ -1,0 +1,289 @@
+"""Resuming: bit for bit under every policy, under another layout, never with something else.
+
+And files from elsewhere: what a checkpoint holds is data, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dwm.training.manifest import (
+    FileRecord,
+    Manifest,
+    checkpoint_dir,
+    list_checkpoints,
+    publish,
+    read_manifest,
+    record_file,
+    remove_old,
+    tidy,
+    write_manifest,
+)
+from megatron_dwm.training.state import TrainState
+from tests.training.conftest import CORPUS, Corpus
+from tests.training.forked import Server
+from tests.training.runs import metrics
+from tests.training.test_faults import RESUME, assert_same
+
+# Sums in another order are 1e-7 apart; a few steps of Adam may multiply that.
+LAYOUT_TOLERANCE = 1e-5
+STAGED = ["--weighting.mode", "staged", "--weighting.stages", "2"]
+POLICIES = {
+    "uniform": ["--policy.name", "uniform"],
+    "own": ["--policy.name", "dwm", *STAGED, "--weighting.updates_per_stage", "3"],
+    "llm": ["--policy.name", "dwm", "--weighting.encoder", "llm"],
+    "training": [
+        *("--policy.name", "dwm", "--weighting.encoder", "llm"),
+        *("--weighting.update_on", "training"),
+    ],
+    "domain_mean": ["--policy.name", "domain_mean"],
+    "validation_mixing": ["--policy.name", "validation_mixing", "--policy.mix_fraction", "0.25"],
+}
+# The call at which the run is stopped: inside a phase, or right after an update.
+STOPPED_AT = {"own": ("weighting", 2), "llm": ("weighting", 1)}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    found = Server(tmp_path_factory.mktemp("logs"))
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_resume_is_bit_exact_under_every_policy(
+    server: Server, corpus: Corpus, tmp_path: Path, name: str
+) -> None:
+    """Stopped by a signal and gone on, against one run; async saves on the way."""
+    arguments = [*corpus.arguments(), *POLICIES[name], "--training.steps", "10"]
+    arguments += ["--logging.weights_interval_steps", "2"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    server.succeed(whole, arguments)
+    place, call = STOPPED_AT.get(name, ("training", 6))
+    stop = {"name": "send_signal", "place": place, "call": call, "number": 15, "rank": 0}
+    server.succeed(resumed, arguments, fault=stop)
+    state = read_manifest(list_checkpoints(resumed)[-1]).state
+    assert state.step < 10 and (state.stage_updates == call) == (place == "weighting")
+    server.succeed(resumed, [*arguments, *RESUME, "--training.checkpoint_async", "true"])
+    assert_same(resumed, whole)
+
+
+def test_sharded_state_moves_between_layouts(
+    server: Server, corpus: Corpus, tmp_path: Path
+) -> None:
+    """TP 2 x DP 2 to PP 2 and back, the optimiser sharded wherever there are replicas."""
+    arguments = [*corpus.arguments(), "--policy.name", "dwm", "--training.steps", "12"]
+    arguments += ["--parallel.sharded_optimizer", "true"]
+    wide, deep = ["--parallel.tensor", "2"], ["--parallel.pipeline", "2"]
+    server.succeed(tmp_path / "alone", arguments)
+    expected = metrics(tmp_path / "alone", "train")
+    run_dir = tmp_path / "run"
+    stop = {"name": "send_signal", "place": "training", "number": 15, "rank": 0}
+    server.succeed(run_dir, [*arguments, *wide], ranks=4, fault={**stop, "call": 4})
+    server.succeed(run_dir, [*arguments, *RESUME, *deep], ranks=2, fault={**stop, "call": 4})
+    server.succeed(run_dir, [*arguments, *RESUME, *wide], ranks=4)
+    lines = metrics(run_dir, "train")
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    for line, other in zip(lines, expected, strict=True):
+        assert abs(line["loss"] - other["loss"]) < LAYOUT_TOLERANCE, line["step"]
+        assert abs(line["grad_norm"] - other["grad_norm"]) < 1e-3, line["step"]
+
+
+@pytest.fixture(scope="module")
+def stopped(
+    server: Server, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[str], Path]:
+    """(run, its arguments, folder of its own copies of data, tokenizer and target)."""
+    folder = tmp_path_factory.mktemp("stopped")
+    for end in ("bin", "idx", "meta.parquet"):
+        shutil.copy(f"{corpus.prefix}.{end}", folder / f"data.{end}")
+    shutil.copy(corpus.tokenizer, folder / "tokenizer.model")
+    shutil.copy(CORPUS / "validation.jsonl", folder / "validation.jsonl")
+    arguments = [*corpus.arguments(), "--policy.name", "dwm", "--training.steps", "2"]
+    arguments += ["--data.train", str(folder / "data")]
+    arguments += ["--data.tokenizer", str(folder / "tokenizer.model")]
+    arguments += ["--validation.path", str(folder / "validation.jsonl")]
+    server.succeed(folder / "run", arguments)
+    return folder / "run", [*arguments, *RESUME, "--training.steps", "3"], folder
+
+
+CHANGED_KEYS = [
+    ("run.seed", "1234", "4321"),
+    ("model.num_layers", "None", "2"),
+    ("policy.name", "dwm", "uniform"),
+    ("training.global_batch_size", "8", "16"),
+    ("data.sequence_length", "32", "16"),
+]
+
+
+@pytest.mark.parametrize(("key", "before", "now"), CHANGED_KEYS, ids=str)
+def test_changed_keys_are_refused_with_both_values(
+    server: Server, stopped: tuple[Path, list[str], Path], key: str, before: str, now: str
+) -> None:
+    run_dir, arguments, _ = stopped
+    job = server.run(run_dir, [*arguments, f"--{key}", now])
+    assert job.codes == [2], job.text
+    [line] = [line for line in job.text.splitlines() if line.startswith("error: ")]
+    assert key in line and before in line and now in line and "--run.allow_changed" in line
+
+
+def _other_tokens(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+
+
+def _another_line(file: Path) -> None:
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[1:]) + "\n")
+
+
+CHANGED_FILES: list[tuple[str, str, Callable[[Path], None]]] = [
+    ("data.train", "data.bin", _other_tokens),
+    ("validation.path", "validation.jsonl", _another_line),
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "change"), CHANGED_FILES, ids=lambda value: str(value)[:16]
+)
+def test_changed_files_are_refused_and_can_be_allowed(
+    server: Server,
+    stopped: tuple[Path, list[str], Path],
+    tmp_path: Path,
+    key: str,
+    name: str,
+    change: Callable[[Path], None],
+) -> None:
+    """The same size, the same path, other content."""
+    origin, arguments, folder = stopped
+    run_dir = tmp_path / "run"
+    shutil.copytree(origin, run_dir)
+    before = (folder / name).read_bytes()
+    stamp = (folder / name).stat()
+    try:
+        change(folder / name)
+        os.utime(folder / name, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        job = server.run(run_dir, arguments)
+        assert job.codes == [2], job.text
+        [line] = [line for line in job.text.splitlines() if line.startswith("error: ")]
+        assert key in line and line.count("bytes)") == 2
+        other = "run.seed" if key == "data.train" else "data.train"
+        assert server.run(run_dir, [*arguments, "--run.allow_changed", other]).codes == [2]
+        server.succeed(run_dir, [*arguments, "--run.allow_changed", key])
+    finally:
+        (folder / name).write_bytes(before)
+
+
+def test_what_may_change_does(
+    server: Server, stopped: tuple[Path, list[str], Path], tmp_path: Path
+) -> None:
+    """And a metrics.jsonl that is gone is noticed."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(stopped[0], run_dir)
+    (run_dir / "metrics.jsonl").unlink()
+    changes = ["--training.learning_rate", "0.001", "--training.micro_batch_size", "8"]
+    job = server.succeed(run_dir, [*stopped[1], *changes])
+    assert "lacks 2 of the 2 steps" in job.text and "Traceback" not in job.text
+    [line] = metrics(run_dir, "train")
+    assert line["step"] == 3
+
+
+class _Payload:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self._command = f"touch {marker}"
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (self._command,)
+
+
+@pytest.mark.parametrize("name", ["llm/.metadata", "llm/common.pt", "training.pt"])
+@pytest.mark.parametrize("use", ["resume", "init_from"])
+def test_a_harmful_checkpoint_runs_nothing(
+    server: Server,
+    corpus: Corpus,
+    stopped: tuple[Path, list[str], Path],
+    tmp_path: Path,
+    name: str,
+    use: str,
+) -> None:
+    """Its manifest fits, as one who means harm would see to."""
+    if (name, use) == ("training.pt", "init_from"):
+        pytest.skip("init_from does not read it")
+    run_dir, marker = tmp_path / "run", tmp_path / "marker"
+    shutil.copytree(stopped[0], run_dir)
+    checkpoint = list_checkpoints(run_dir)[-1]
+    payload = _Payload(marker)
+    if name.endswith(".pt"):
+        torch.save({"model": payload, "state": payload}, checkpoint / name)
+    else:
+        (checkpoint / name).write_bytes(pickle.dumps(payload))
+    manifest = read_manifest(checkpoint)
+    files = {**manifest.files, name: record_file(checkpoint / name)}
+    write_manifest(checkpoint, replace(manifest, files=files))
+    assert pickle.loads(pickle.dumps(_Payload(tmp_path / "proof"))) == 0
+    assert (tmp_path / "proof").exists(), "the payload does what it says"
+    if use == "resume":
+        job = server.run(run_dir, stopped[1])
+    else:
+        init = ["--model.init_from", str(checkpoint), "--training.steps", "1"]
+        job = server.run(tmp_path / "new", [*corpus.arguments(), *init])
+    assert job.codes == [2] and not marker.exists(), job.text
+    [line] = [line for line in job.text.splitlines() if line.startswith("error: ")]
+    assert str(checkpoint) in line and "Traceback" not in job.text
+
+
+def _checkpoint(run_dir: Path, step: int, updates: int = 0) -> Path:
+    state = TrainState(step=step, stage_updates=updates, mean_loss=0.1 + 0.2)
+    directory = checkpoint_dir(run_dir, state)
+    directory.mkdir(parents=True)
+    (directory / "file").write_bytes(b"123456789")
+    # The check value of CRC-32 for these nine bytes, as its specifications give it.
+    record = FileRecord(bytes=9, crc32="cbf43926")
+    assert record_file(directory / "file") == record and zlib.crc32(b"123456789") == 0xCBF43926
+    write_manifest(directory, Manifest(state=state, fingerprint={"a": "b"}, files={"file": record}))
+    assert read_manifest(directory).state == state
+    return directory
+
+
+def test_which_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8, 10):
+        _checkpoint(tmp_path, step)
+    _checkpoint(tmp_path, 8, updates=3)
+    remove_old(tmp_path, keep_last=0, keep_every=0)
+    assert len(list_checkpoints(tmp_path)) == 6
+    remove_old(tmp_path, keep_last=2, keep_every=4)
+    names = [path.name for path in list_checkpoints(tmp_path)]
+    assert names == ["step_00000004", "step_00000008", "step_00000008_update_00000003"] + [
+        "step_00000010"
+    ]
+    remove_old(tmp_path, keep_last=1, keep_every=0)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000010"]
+
+
+def test_a_replaced_checkpoint_is_there_until_the_new_one_is(tmp_path: Path) -> None:
+    """Whatever a kill leaves between the renames, the next start finds one of the two."""
+    final = _checkpoint(tmp_path, 5)
+    partial = final.with_name(final.name + ".partial")
+    shutil.copytree(final, partial)
+    (partial / "newer").touch()
+    shutil.copytree(tmp_path, tmp_path.with_name("killed"))
+    publish(partial, final)
+    assert (final / "newer").exists() and [p.name for p in final.parent.iterdir()] == [final.name]
+    killed = tmp_path.with_name("killed") / "checkpoints"
+    (killed / final.name).rename(killed / f"{final.name}.replaced")
+    tidy(killed.parent)
+    assert [p.name for p in killed.iterdir()] == [final.name]
+    assert not (killed / final.name / "newer").exists()
