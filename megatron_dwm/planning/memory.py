@@ -92,7 +92,7 @@ def stage_memory(
         weights=kernels.value_bytes * found.total,
         gradients=_FP32 * found.total,
         optimizer=state,
-        fp8_copies=_fp8_copies(config, found),
+        fp8_copies=_fp8_copies(config, shape, found, stage),
         weighting_model=_WEIGHTING_BYTES * weighting_parameters(weighting) if weighs else 0.0,
         activations=_activations(config, shape, world_size, stage, on_gpu),
         working=_working(config, shape, found, on_gpu),
@@ -116,11 +116,15 @@ def weighting_parameters(shape: WeightingShape | None) -> int:
     return reading + layer + heads
 
 
-def _fp8_copies(config: Config, found: RankParameters) -> float:
+def _fp8_copies(config: Config, shape: LlamaShape, found: RankParameters, stage: int) -> float:
     """Transformer Engine keeps a layer's weights in FP8 between micro-batches."""
-    if config.model.precision != "fp8" or config.model.fp8_emulation:
+    if config.model.precision != "fp8":
         return 0.0
-    return _FP8_COPIES[config.model.fp8_recipe] * found.matrices
+    layers = shape.num_layers // config.parallel.pipeline
+    ends = (stage == 0) + (stage == config.parallel.pipeline - 1)
+    plain = ends if config.model.fp8_first_last_bf16 else 0
+    share = max(0, layers - plain) / layers
+    return _FP8_COPIES[config.model.fp8_recipe] * share * found.matrices
 
 
 def _activations(

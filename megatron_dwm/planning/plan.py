@@ -105,6 +105,8 @@ def make_plan(config: Config, gpu: Gpu, *, gpus: int, mfu: float) -> Plan:
     """
     if not 0.0 < mfu <= 1.0:
         raise UserError(f"--mfu: expected a fraction above 0, at most 1, got {mfu}")
+    if config.model.fp8_emulation:
+        raise UserError("model.fp8_emulation: a plan is of a GPU's own layers; leave it out")
     shape = _shape(config)
     validate_config(config, _heads(shape), gpus)
     gpu.peak_flops(config.model.precision)

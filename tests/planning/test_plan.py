@@ -101,7 +101,14 @@ def test_fp8_needs_hardware() -> None:
     config = replace(config, model=replace(config.model, precision="fp8"))
     with pytest.raises(UserError, match="a100-80gb has no FP8"):
         make_plan(config, GPUS["a100-80gb"], gpus=8, mfu=0.4)
-    assert planned(config).stages[0].fp8_copies > planned(config).stages[0].weights * 0.8
+    # A byte for either orientation of every weight of the layers, of 24 or, ends in bf16, 22.
+    copies = planned(config).stages[0].fp8_copies
+    assert copies == 2 * 24 * (4 * 2048**2 + 3 * 2048 * 5504)
+    plain_ends = replace(config, model=replace(config.model, fp8_first_last_bf16=True))
+    assert planned(plain_ends).stages[0].fp8_copies == pytest.approx(copies * 22 / 24)
+    emulated = replace(config, model=replace(config.model, fp8_emulation=True))
+    with pytest.raises(UserError, match="model.fp8_emulation: a plan is of"):
+        planned(emulated)
 
 
 def test_a_model_that_does_not_fit_says_what_to_change() -> None:
