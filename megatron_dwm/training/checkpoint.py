@@ -41,10 +41,13 @@ from megatron_dwm.training.manifest import (
 from megatron_dwm.training.session import Session
 from megatron_dwm.training.sharded_adam import create_state, loadable
 from megatron_dwm.training.sharded_files import (
+    DISK_ERRORS,
     ShardedFiles,
     agree,
     data_only,
     load_sharded,
+    reason,
+    save_object,
     try_write,
 )
 from megatron_dwm.weighting import LearningPolicy
@@ -97,7 +100,7 @@ class CheckpointSave:
             try:
                 self._publish(records)
             except OSError as error:
-                failure = str(error)
+                failure = reason(error)
         agree(failure)
         return self.directory
 
@@ -113,7 +116,7 @@ class CheckpointSave:
                 shutil.rmtree(self._partial, ignore_errors=True)
                 (self._partial / "llm").mkdir(parents=True)
             except OSError as error:
-                failure = str(error)
+                failure = reason(error)
         agree(failure)
 
     def _write(self) -> None:
@@ -121,8 +124,8 @@ class CheckpointSave:
         if self._session.runtime.is_main and self._failure is None:
             try:
                 _write_rest(self._session, self._rest, self._partial)
-            except (OSError, RuntimeError) as error:
-                self._failure = str(error)
+            except DISK_ERRORS as error:
+                self._failure = reason(error)
 
     def _publish(self, of_llm: dict[str, FileRecord]) -> None:
         files = {f"llm/{name}": record for name, record in sorted(of_llm.items())}
@@ -203,7 +206,7 @@ def _rest_of_state(session: Session) -> dict[str, Any]:
 
 
 def _write_rest(session: Session, rest: dict[str, Any], directory: Path) -> None:
-    torch.save(rest, directory / "training.pt")
+    save_object(rest, directory / "training.pt")
     save_config(session.config, directory / "config.yaml")
     (directory / "shape.json").write_text(json.dumps(asdict(session.llm.shape)), encoding="utf-8")
 

@@ -49,7 +49,7 @@ from megatron_dwm.training.manifest import FileRecord, record_file
 
 _BACKEND, _VERSION = "torch_dist", 1
 # What a full or failing disk raises; torch's own writer makes a RuntimeError of it.
-_DISK_ERRORS = (OSError, RuntimeError)
+DISK_ERRORS = (OSError, RuntimeError)
 
 
 class SaveError(RuntimeError):
@@ -114,11 +114,11 @@ class ShardedFiles:
             )
             _, results = done.get_nowait()
             if isinstance(results, Exception):
-                raise OSError(str(results)) from results
+                raise RuntimeError(str(results)) from results
             self._results += results
             self._records[bucket[1]] = record_file(self._directory / bucket[1])
         if dist.get_rank() == 0:
-            torch.save(self._common, self._directory / COMMON_STATE_FNAME)
+            save_object(self._common, self._directory / COMMON_STATE_FNAME)
 
     def finish(self, failure: str | None) -> dict[str, FileRecord]:
         """The index (collective). The records of all files come back, on rank 0 only.
@@ -135,8 +135,8 @@ class ShardedFiles:
                 self._write_index([part[1] for part in parts])
                 for name in (".metadata", "metadata.json", COMMON_STATE_FNAME):
                     records[name] = record_file(self._directory / name)
-            except _DISK_ERRORS as error:
-                failure = str(error)
+            except DISK_ERRORS as error:
+                failure = reason(error)
         agree(failure)
         return records
 
@@ -150,9 +150,25 @@ def try_write(files: ShardedFiles) -> str | None:
     """`files.write`; what went wrong, or None."""
     try:
         files.write()
-    except _DISK_ERRORS as error:
-        return str(error)
+    except DISK_ERRORS as error:
+        return reason(error)
     return None
+
+
+def save_object(value: Any, path: Path) -> None:
+    """torch.save through a stream of Python's, which says what the disk says."""
+    with path.open("wb") as stream:
+        torch.save(value, stream)
+
+
+def reason(error: BaseException) -> str:
+    """What the disk said; torch's own writer speaks of positions in its archive instead."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error)
 
 
 def agree(failure: str | None) -> None:

@@ -216,28 +216,26 @@ def _flip(file: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
-    "flipped bit in a shard": (_flip, "llm/__1_0.distcp", "has another checksum"),
+    "flipped bit in a shard": (_flip, "llm/__0_0.distcp", "has another checksum"),
     "deleted shard": (Path.unlink, "llm/__0_0.distcp", "is missing"),
-    "file cut short": (lambda f: f.write_bytes(f.read_bytes()[:99]), "training.pt", "99 bytes"),
-    "flipped bit in the manifest": (_flip, "manifest.json", "is damaged"),
+    "file cut short": (lambda f: f.write_bytes(f.read_bytes()[:99]), "training.pt", "has 99 bytes"),
 }
 
 
 def test_damage_is_named_and_the_one_before_is_taken(
     server: Server, arguments: list[str], undisturbed: Path, table: Table, tmp_path: Path
 ) -> None:
-    """Four checkpoints, damaged one by one from the newest: each resume falls back further."""
+    """Checkpoints are damaged one by one from the newest: each resume falls back further."""
     run_dir = tmp_path / "run"
     shutil.copytree(undisturbed, run_dir)
-    for name, (damage, file, said) in list(DAMAGES.items())[:3]:
+    for name, (damage, file, said) in DAMAGES.items():
         newest = list_checkpoints(run_dir)[-1]
         damage(newest / file)
         before = len(list_checkpoints(run_dir))
         # It goes on for no step, so that the next damage meets the checkpoint before.
         stop = {"name": "send_signal", "place": "training", "call": 1, "number": 15, "rank": 0}
         job = server.succeed(run_dir, [*arguments, *RESUME], ranks=2, fault=stop)
-        assert f"{file} {said}" in " ".join(job.text.split()) or said in job.text, job.text
-        assert newest.name in job.text and file in job.text
+        assert f"{file} {said}" in job.text and newest.name in job.text, job.text
         assert (newest.with_name(f"{newest.name}.damaged")).is_dir()
         assert len(list_checkpoints(run_dir)) == before  # one set aside, one at the stop
         shutil.rmtree(list_checkpoints(run_dir)[-1])
@@ -276,7 +274,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(
     mine = [*arguments, "--training.checkpoint_async", background, "--data.cache_dir"]
     mine += [str(tmp_path / "cache"), "--training.checkpoint_interval_steps", "1"]
     job = server.run(run_dir, mine, ranks=2)
-    assert job.codes == [1, 1] and "could not be written" in job.text, job.text
+    assert job.codes == [1, 1] and "could not be written: No space left" in job.text, job.text
     assert "Traceback" not in job.text
     whole = list_checkpoints(run_dir)
     assert 0 < len(whole) < STEPS and not list(run_dir.glob("checkpoints/*.partial"))

@@ -49,6 +49,7 @@ POLICIES = {
     "domain_mean": ["--policy.name", "domain_mean"],
     "validation_mixing": ["--policy.name", "validation_mixing", "--policy.mix_fraction", "0.25"],
 }
+LAYOUTS = {"own": ["--parallel.pipeline", "2"], "llm": ["--parallel.tensor", "2"]}
 # The call at which the run is stopped: inside a phase, or right after an update.
 STOPPED_AT = {"own": ("weighting", 2), "llm": ("weighting", 1)}
 
@@ -67,14 +68,17 @@ def test_resume_is_bit_exact_under_every_policy(
     """Stopped by a signal and gone on, against one run; async saves on the way."""
     arguments = [*corpus.arguments(), *POLICIES[name], "--training.steps", "10"]
     arguments += ["--logging.weights_interval_steps", "2"]
+    arguments += LAYOUTS.get(name, [])
+    ranks = 2 if name in LAYOUTS else 1
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    server.succeed(whole, arguments)
+    server.succeed(whole, arguments, ranks=ranks)
     place, call = STOPPED_AT.get(name, ("training", 6))
     stop = {"name": "send_signal", "place": place, "call": call, "number": 15, "rank": 0}
-    server.succeed(resumed, arguments, fault=stop)
+    server.succeed(resumed, arguments, ranks=ranks, fault=stop)
     state = read_manifest(list_checkpoints(resumed)[-1]).state
     assert state.step < 10 and (state.stage_updates == call) == (place == "weighting")
-    server.succeed(resumed, [*arguments, *RESUME, "--training.checkpoint_async", "true"])
+    go_on = [*arguments, *RESUME, "--training.checkpoint_async", "true"]
+    server.succeed(resumed, go_on, ranks=ranks)
     assert_same(resumed, whole)
 
 
