@@ -1,0 +1,12 @@
+"""The signature tests run only when they are asked for."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def asked_for(request: pytest.FixtureRequest) -> None:
+    """Skip without `-m signatures`: they need packages that nothing else needs."""
+    if "signatures" not in request.config.getoption("-m"):
+        pytest.skip("asked for with -m signatures, after tests/signatures/prepare.sh")

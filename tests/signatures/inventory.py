@@ -1,0 +1,118 @@
+"""What the real Transformer Engine and Megatron-Core's extension for it offer, as JSON on stdout.
+
+Run by the signature tests with the interpreter of .venv-signatures. Transformer Engine's compiled
+module cannot be had without CUDA: a module that has every name stands for it, so that the Python
+files can be imported. No layer can be built this way; classes, signatures and sources can be read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import json
+import os
+import sys
+import types
+import warnings
+from typing import Any
+
+RECIPES = ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling")
+EXTENSION = "megatron.core.extensions.transformer_engine"
+
+
+class _AnyName(type):
+    """A class whose every attribute is another such class."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        setattr(cls, name, _AnyName(name, (), {}))
+        return getattr(cls, name)
+
+
+def _stand_in_for_the_compiled_module() -> None:
+    os.environ["NVTE_PROJECT_BUILDING"] = "1"
+    names: Any = _AnyName("names", (), {})
+    module = types.ModuleType("transformer_engine_torch")
+    module.__getattr__ = lambda name: getattr(names, name)  # type: ignore[attr-defined]
+    sys.modules[module.__name__] = module
+    common = importlib.import_module("transformer_engine.common")
+    common.load_framework_extension = lambda _: None
+
+
+def _class(name: str) -> dict[str, Any]:
+    module, _, attribute = name.rpartition(".")
+    found = getattr(importlib.import_module(module), attribute, None)
+    if found is None:
+        return {}
+    packages = ("transformer_engine.", "megatron.")
+    modules = {base.__module__ for base in found.__mro__ if base.__module__.startswith(packages)}
+    return {
+        "name": f"{found.__module__}.{found.__qualname__}",
+        "forward": list(inspect.signature(found.forward).parameters),
+        "init": list(inspect.signature(found.__init__).parameters),
+        "members": dir(found),
+        # Attributes are set in constructors, which need a GPU to run: they are read in the source.
+        "source": "".join(inspect.getsource(sys.modules[name]) for name in sorted(modules)),
+    }
+
+
+def _parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def main() -> None:
+    """Print everything that the tests ask about."""
+    warnings.simplefilter("ignore")
+    _stand_in_for_the_compiled_module()
+    te = importlib.import_module("transformer_engine.pytorch")
+    recipe = importlib.import_module("transformer_engine.common.recipe")
+    extension = importlib.import_module(EXTENSION)
+    specs = importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
+    layer = specs.get_gpt_layer_with_transformer_engine_spec()
+    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    ours = importlib.import_module("megatron_dwm.model.transformer_engine")
+    table = importlib.import_module("megatron_dwm.bilevel.adapters")
+    block = ours.transformer_engine_block_spec(2)
+    produced = [
+        attention.linear_qkv,
+        attention.core_attention,
+        attention.linear_proj,
+        mlp.linear_fc1,
+        mlp.linear_fc2,
+        te.RMSNorm,
+    ]
+    inventory = {
+        "version": importlib.metadata.version("transformer-engine"),
+        "has_te": extension.HAVE_TE,
+        "produced": [f"{kind.__module__}.{kind.__qualname__}" for kind in produced],
+        "classes": {
+            name: _class(name)
+            for name in (*table.ADAPTERS, *table.WITHOUT_PARAMETERS)
+            if not name.startswith("megatron_dwm.")
+        },
+        "norm_source": inspect.getsource(extension.TENorm),
+        "checks": {
+            name: _parameters(getattr(te, name))
+            for name in (
+                "is_fp8_available",
+                "is_mxfp8_available",
+                "is_fp8_block_scaling_available",
+                "fp8_autocast",
+            )
+        },
+        "recipes": {name: _parameters(getattr(recipe, name)) for name in RECIPES},
+        "block": {
+            "layers": len(block.layer_specs),
+            "norm": block.layer_norm.__qualname__,
+            "keys": block.layer_specs[0].submodules.sharded_state_dict_keys_map,
+        },
+        "adam": importlib.import_module("megatron.core.optimizer").Adam.__module__,
+        "adam_source": inspect.getsource(te.optimizers.FusedAdam),
+    }
+    json.dump(inventory, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

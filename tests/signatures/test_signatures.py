@@ -1,0 +1,134 @@
+"""Every name, argument and attribute of Transformer Engine that our code touches exists.
+
+    bash tests/signatures/prepare.sh [VERSION] && bash tests/run.sh -m signatures
+
+The real package and Megatron-Core's extension are read in an environment of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_dwm.bilevel.adapters import ADAPTERS, WITHOUT_PARAMETERS
+from megatron_dwm.model.transformer_engine import UNFUSED_NAMES, version_fits
+
+REPOSITORY = Path(__file__).parent.parent.parent
+PYTHON = REPOSITORY / ".venv-signatures" / "bin" / "python"
+TE = "megatron.core.extensions.transformer_engine."
+LINEARS = [TE + "TEColumnParallelLinear", TE + "TERowParallelLinear"]
+FUSED = TE + "TELayerNormColumnParallelLinear"
+NORM = "transformer_engine.pytorch.module.rmsnorm.RMSNorm"
+
+pytestmark = pytest.mark.signatures
+
+
+@pytest.fixture(scope="module")
+def inventory() -> dict[str, Any]:
+    if not PYTHON.is_file():
+        pytest.skip("no .venv-signatures: bash tests/signatures/prepare.sh makes it")
+    done = subprocess.run(
+        [PYTHON, "-W", "ignore", "-m", "tests.signatures.inventory"],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_package_is_one_that_megatron_core_takes(inventory: dict[str, Any]) -> None:
+    assert version_fits(inventory["version"])
+    assert inventory["has_te"]
+
+
+def test_every_class_of_the_spec_is_in_the_table(inventory: dict[str, Any]) -> None:
+    assert len(inventory["produced"]) == 6
+    for name in inventory["produced"]:
+        assert name in ADAPTERS or name in WITHOUT_PARAMETERS, name
+
+
+def test_every_class_of_the_table_exists_under_its_own_name(inventory: dict[str, Any]) -> None:
+    assert set(inventory["classes"]) >= {*LINEARS, FUSED, NORM}
+    for name, found in inventory["classes"].items():
+        assert found.get("name") == name
+
+
+@pytest.mark.parametrize("name", [*LINEARS, FUSED, NORM])
+def test_inputs_have_the_names_that_adapters_read(inventory: dict[str, Any], name: str) -> None:
+    assert inventory["classes"][name]["forward"][1] == ADAPTERS[name].input_name
+
+
+def test_attributes_that_adapters_read_are_set(inventory: dict[str, Any]) -> None:
+    for name, attributes in {
+        FUSED: ("normalization", "zero_centered_gamma", "eps"),
+        NORM: ("zero_centered_gamma", "eps", "weight"),
+    }.items():
+        for attribute in attributes:
+            assert f"self.{attribute}" in inventory["classes"][name]["source"], (name, attribute)
+    assert '"layer_norm_weight"' in inventory["classes"][FUSED]["source"]
+
+
+def test_layers_keep_quantised_weights_under_the_flag_that_we_raise(
+    inventory: dict[str, Any],
+) -> None:
+    for name in (*LINEARS, FUSED):
+        source = inventory["classes"][name]["source"]
+        assert "self.is_first_microbatch = True" in source
+        assert "update_workspace = is_first_microbatch is None or is_first_microbatch" in source
+
+
+def test_frozen_weights_form_no_gradient(inventory: dict[str, Any]) -> None:
+    """The probe freezes the parameters, and z stands in the buffers that gradients would go to."""
+    for name in (*LINEARS, FUSED):
+        assert "ctx.requires_wgrad = weight.requires_grad" in inventory["classes"][name]["source"]
+
+
+def test_delayed_scales_can_be_read_and_put_back(inventory: dict[str, Any]) -> None:
+    for name in (*LINEARS, FUSED):
+        found = inventory["classes"][name]
+        assert {"get_extra_state", "set_extra_state"} <= set(found["members"])
+        for part in ('self.fp8_meta["scaling_fwd"].amax_history', 'state["scale_bwd"]'):
+            assert part in found["source"]
+
+
+def test_fused_weights_say_how_they_are_split(inventory: dict[str, Any]) -> None:
+    """Initialisation cuts gate and up apart by the stride that the layer was built with."""
+    assert "stride" in inventory["classes"][FUSED]["init"]
+    assert "'partition_stride', stride" in inventory["classes"][FUSED]["source"]
+    assert "tensor=getattr(self, weight)" in inventory["classes"][FUSED]["source"]
+
+
+def test_norm_is_built_for_rms_norm(inventory: dict[str, Any]) -> None:
+    assert "te.pytorch.RMSNorm(" in inventory["norm_source"]
+
+
+def test_checks_of_the_device_give_reasons(inventory: dict[str, Any]) -> None:
+    for name in ("is_fp8_available", "is_mxfp8_available", "is_fp8_block_scaling_available"):
+        assert inventory["checks"][name] == ["return_reason"]
+    assert {"enabled", "fp8_recipe", "fp8_group"} <= set(inventory["checks"]["fp8_autocast"])
+
+
+def test_recipes_take_the_formats_that_we_set(inventory: dict[str, Any]) -> None:
+    assert len(inventory["recipes"]) == 4
+    for name, parameters in inventory["recipes"].items():
+        assert "fp8_format" in parameters, name
+    assert {"amax_history_len", "amax_compute_algo"} <= set(inventory["recipes"]["DelayedScaling"])
+
+
+def test_our_block_is_made_of_it(inventory: dict[str, Any]) -> None:
+    block = inventory["block"]
+    assert (block["layers"], block["norm"], block["keys"]) == (2, "TENorm", UNFUSED_NAMES)
+
+
+def test_adam_is_fused_and_keeps_what_the_virtual_step_reads(inventory: dict[str, Any]) -> None:
+    assert inventory["adam"].startswith("transformer_engine.")
+    for name in ('"exp_avg"', '"exp_avg_sq"', 'group["step"]'):
+        assert name in inventory["adam_source"], name
