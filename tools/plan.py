@@ -44,6 +44,8 @@ def main() -> None:
     options, rest = _parser().parse_known_args()
     if options.gpus < 1:
         raise UserError(f"--gpus: expected 1 or more, got {options.gpus}")
+    if not 0.0 < options.mfu <= 1.0:
+        raise UserError(f"--mfu: expected a fraction above 0, at most 1, got {options.mfu}")
     config = load_config(rest, "plan.py")
     # Said by Megatron-Core on import, on every machine without these optional packages.
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")

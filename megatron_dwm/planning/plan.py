@@ -99,12 +99,10 @@ class Plan:
 
 
 def make_plan(config: Config, gpu: Gpu, *, gpus: int, mfu: float) -> Plan:
-    """The plan; no file of the run is read but a Hugging Face model's sizes.
+    """The plan; no file of the run is read but a Hugging Face model's sizes. mfu: part of the peak.
 
     Raises UserError for a run that pretrain would refuse, its files left aside.
     """
-    if not 0.0 < mfu <= 1.0:
-        raise UserError(f"--mfu: expected a fraction above 0, at most 1, got {mfu}")
     if config.model.fp8_emulation:
         raise UserError("model.fp8_emulation: a plan is of a GPU's own layers; leave it out")
     shape = _shape(config)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,6 +21,9 @@ from megatron_dwm.weighting.model import WeightingModel
 from tests.launch import REPOSITORY, run_ranks
 from tests.planning.runs import configured
 
+# (number of processes, measurement, options) -> what every rank measured.
+Found = Callable[[int, str, dict[str, Any]], list[Any]]
+
 BF16 = {"precision": "bf16"}
 HOLDINGS: dict[int, list[dict[str, Any]]] = {
     1: [{}, {"model": BF16}, {"model": {"tied_embeddings": True}}],
@@ -31,6 +35,40 @@ HOLDINGS: dict[int, list[dict[str, Any]]] = {
 }
 
 
+KEPT: dict[int, list[dict[str, Any]]] = {
+    1: [
+        {"model": {**precision, "recompute": recompute}}
+        for precision in ({}, BF16)
+        for recompute in ("none", "selective", "full")
+    ],
+    2: [
+        {"tensor": 2},
+        {"tensor": 2, "sequence": True},
+        {"tensor": 2, "sequence": True, "model": BF16},
+    ],
+}
+
+
+def layers(case: dict[str, Any], count: int) -> dict[str, Any]:
+    return {**case, "model": {**case.get("model", {}), "num_layers": count}}
+
+
+@pytest.fixture(scope="module")
+def found() -> Found:
+    """What every rank measured, by number of processes, measurement and options."""
+    results: dict[str, list[Any]] = {}
+    for world_size in (1, 2):
+        cases = [("holdings", options) for options in HOLDINGS[world_size]]
+        cases += [("kept", layers(case, count)) for case in KEPT[world_size] for count in (1, 2)]
+        if world_size == 2:
+            cases += [("sent", {**SETTINGS, **layout}) for layout in LAYOUTS.values()]
+        arguments = [{"what": what, "options": options} for what, options in cases]
+        ranks = run_ranks("tests.planning.workers:measured", world_size, arguments)
+        for (what, options), measured in zip(cases, ranks, strict=True):
+            results[json.dumps([world_size, what, options])] = measured
+    return lambda *case: results[json.dumps(case)]
+
+
 def planned(options: dict[str, Any], world_size: int) -> Memory:
     config = configured(**options)
     shape = resolve_shape(config.model)
@@ -38,11 +76,9 @@ def planned(options: dict[str, Any], world_size: int) -> Memory:
 
 
 @pytest.mark.parametrize("world_size", HOLDINGS)
-def test_weights_gradients_and_optimiser(world_size: int) -> None:
-    cases = HOLDINGS[world_size]
-    for options, ranks in zip(
-        cases, run_ranks("tests.planning.workers:holdings", world_size, cases), strict=True
-    ):
+def test_weights_gradients_and_optimiser(world_size: int, found: Found) -> None:
+    for options in HOLDINGS[world_size]:
+        ranks = found(world_size, "holdings", options)
         config, plan = configured(**options), planned(options, world_size)
         parameters = rank_parameters(resolve_shape(config.model), config.parallel, 0).total
         for held in ranks:
@@ -54,46 +90,19 @@ def test_weights_gradients_and_optimiser(world_size: int) -> None:
         assert optimizer == pytest.approx(plan.optimizer, rel=1e-3), options
 
 
-SPLIT = [
-    {"tensor": 2},
-    {"tensor": 2, "sequence": True},
-    {"tensor": 2, "sequence": True, "model": BF16},
-]
-
-
-@pytest.mark.parametrize(
-    ("world_size", "cases"),
-    [
-        (
-            1,
-            [
-                {"model": {**precision, "recompute": recompute}}
-                for precision in ({}, BF16)
-                for recompute in ("none", "selective", "full")
-            ],
-        ),
-        (2, SPLIT),
-    ],
-)
-def test_activations_are_what_autograd_keeps(world_size: int, cases: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("world_size", KEPT)
+def test_activations_are_what_autograd_keeps(world_size: int, found: Found) -> None:
     """One and two layers: their difference is a layer, the rest is the head."""
-    both = [
-        {**case, "model": {**case.get("model", {}), "num_layers": layers}}
-        for case in cases
-        for layers in (1, 2)
-    ]
-    ranks = run_ranks("tests.planning.workers:kept", world_size, both)
-    for number, case in enumerate(cases):
+    for case in KEPT[world_size]:
         config = configured(**case)
         shape, kernels = resolve_shape(config.model), kernels_of(config, on_gpu=False)
         tokens = config.training.micro_batch_size * config.data.sequence_length
-        one, two = ranks[2 * number][0], ranks[2 * number + 1][0]
+        one, two = (found(world_size, "kept", layers(case, count))[0] for count in (1, 2))
         # A recomputed part keeps the state of the random numbers too.
         assert (two - one) / tokens == pytest.approx(layer_bytes(shape, config, kernels), abs=1)
         # Inputs of the pass, the embedding's mask and the angles of the rotation, whatever is left.
-        assert (2 * one - two) / tokens == pytest.approx(
-            head_bytes(shape, config, kernels), rel=0.05
-        )
+        rest = head_bytes(shape, config, kernels)
+        assert (2 * one - two) / tokens == pytest.approx(rest, rel=0.05), case
 
 
 SETTINGS = {
@@ -125,11 +134,10 @@ LAYOUTS = {
 }
 
 
-def test_messages_are_what_torch_distributed_is_handed() -> None:
-    cases = [{**SETTINGS, **layout} for layout in LAYOUTS.values()]
-    found = run_ranks("tests.planning.workers:sent", 2, cases)
-    for (name, layout), ranks in zip(LAYOUTS.items(), found, strict=True):
+def test_messages_are_what_torch_distributed_is_handed(found: Found) -> None:
+    for name, layout in LAYOUTS.items():
         settings = {**SETTINGS, **layout}
+        ranks = found(2, "sent", settings)
         config = configured(
             model={
                 "hidden_size": 64,
@@ -178,9 +186,13 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("kind", "peak"), [("plain training step", "step"), ("hypergradient (tangent probe)", "update")]
+    ("kind", "peak", "precision"),
+    [
+        ("plain training step", "step", "fp32"),
+        ("hypergradient (tangent probe)", "update", "fp32"),
+        ("hypergradient (tangent probe)", "update", "bf16"),
+    ],
 )
 def test_peak_memory_on_a_cpu(kind: str, peak: str, precision: str) -> None:
     """Within 15 %: 22 MB in fp32 and 34 MB in bf16 are the libraries' own, at any size. Every large

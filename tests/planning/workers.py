@@ -25,6 +25,11 @@ from benchmarks.settings import Settings  # noqa: E402
 from benchmarks.subject import build_subject, opened  # noqa: E402
 
 
+def measured(what: str, options: dict[str, Any]) -> Any:
+    """One start of the processes serves every measurement."""
+    return {"holdings": holdings, "kept": kept, "sent": sent}[what](**options)
+
+
 def holdings(**options: Any) -> dict[str, int]:
     """Bytes of weights, gradient buffers and optimiser state after a step, counted."""
     config = configured(**options)
