@@ -17,7 +17,7 @@ norm) is counted on one rank, or on all where each holds another part of the seq
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 
-from megatron_dwm.bilevel.adapters import Adapter, Place, Tangent, adapter_for
+from megatron_dwm.bilevel.adapters import ADAPTERS, Adapter, Place, Tangent, adapter_for
 from megatron_dwm.model import LLM, MicroBatch, forward_backward
 
 
@@ -46,7 +46,9 @@ class _Samples:
         return self.alignment_n[self.first : self.first + self.micro_batch_size]
 
 
-def tangent_probe(llm: LLM, micro_batches: list[MicroBatch]) -> Tensor:
+def tangent_probe(
+    llm: LLM, micro_batches: list[MicroBatch], adapters: Mapping[str, Adapter] = ADAPTERS
+) -> Tensor:
     """float32 [n]: <z, grad l_i> of every local sample, with z in the gradient buffers.
 
     `micro_batches` carry the unit objective. Costs one plain training step and one all-reduce of n
@@ -55,7 +57,7 @@ def tangent_probe(llm: LLM, micro_batches: list[MicroBatch]) -> Tensor:
     size = micro_batches[0].tokens_BS.shape[0]
     zeros_n = torch.zeros(len(micro_batches) * size, device=llm.runtime.device)
     samples = _Samples(zeros_n.requires_grad_(), size)
-    with _frozen(llm), _hooked(llm, samples):
+    with _frozen(llm), _hooked(llm, samples, adapters):
         forward_backward(llm, micro_batches, denominator=None, on_micro_batch=samples.enter)
     alignment_n = samples.alignment_n.grad
     dist.all_reduce(alignment_n, group=llm.runtime.inner_group)
@@ -75,21 +77,23 @@ def _frozen(llm: LLM) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked(llm: LLM, samples: _Samples) -> Iterator[None]:
+def _hooked(llm: LLM, samples: _Samples, adapters: Mapping[str, Adapter]) -> Iterator[None]:
     with ExitStack() as stack:
         for model in llm.modules:
             for module in model.modules():
-                if hook := _hook_for(module, llm, samples):
+                if hook := _hook_for(module, llm, samples, adapters):
                     handle = module.register_forward_hook(hook, with_kwargs=True)
                     stack.callback(handle.remove)
         yield
 
 
-def _hook_for(module: Module, llm: LLM, samples: _Samples) -> _Hook | None:
+def _hook_for(
+    module: Module, llm: LLM, samples: _Samples, adapters: Mapping[str, Adapter]
+) -> _Hook | None:
     """The hook of a module that uses a parameter; None for one that only holds others, or whose
     value another rank counts.
     """
-    adapter = adapter_for(module)
+    adapter = adapter_for(module, adapters)
     if adapter is None:
         return None
     place = Place(

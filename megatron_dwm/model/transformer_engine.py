@@ -43,7 +43,8 @@ def missing_for(model: ModelConfig, device: torch.device) -> str | None:
     try:
         import transformer_engine.pytorch as te  # noqa: PLC0415
     except (ImportError, OSError, RuntimeError) as error:
-        return f"transformer-engine {version} cannot be loaded ({str(error).splitlines()[0]})"
+        first_line = str(error).partition("\n")[0]
+        return f"transformer-engine {version} cannot be loaded ({first_line})"
     if model.precision != "fp8":
         return None
     available = {

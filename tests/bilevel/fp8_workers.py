@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn import Module
 
 from megatron_dwm.bilevel import ESTIMATORS
+from megatron_dwm.bilevel.adapters import ADAPTERS
 from megatron_dwm.bilevel.slots import collect_slots
 from megatron_dwm.bilevel.tangent_probe import tangent_probe
 from megatron_dwm.bilevel.virtual_step import prepare_virtual_step
@@ -89,6 +90,24 @@ def probe_and_layer_gradients(**layout: Any) -> tuple[float, float]:
         forward_backward(subject.llm, unit(batch, MICRO_BATCH), denominator=1.0)
         pairs = zip(z, subject.llm.parameters(), strict=True)
         return float(probed), float(sum((a * p.main_grad).sum() for a, p in pairs))
+
+
+def rounded_and_unrounded_tangents() -> tuple[Tensor, Tensor]:
+    """Alignments in a quantised model: with the rounding of the weight gradient's product, and
+    without it, as on Transformer Engine's layers, whose tangents are formed in plain arithmetic.
+    """
+    with tiny(fp8_emulation=True, steps=40) as subject:
+        _leave_validation_gradient(subject)
+        passes = unit(subject.batch(TRAIN), MICRO_BATCH)
+        plain = {
+            f"{kind.__module__}.{kind.__qualname__}": ADAPTERS[
+                f"{base.__module__}.{base.__qualname__}"
+            ]
+            for kind in EMULATED
+            for base in kind.__bases__
+        }
+        rounded = tangent_probe(subject.llm, passes)
+        return rounded, tangent_probe(subject.llm, passes, {**ADAPTERS, **plain})
 
 
 def probe_and_differences(fp8_emulation: bool) -> tuple[Tensor, list[Tensor]]:

@@ -71,6 +71,13 @@ def test_alignments_in_fp8_rank_the_samples_as_in_fp32() -> None:
     assert float(torch.corrcoef(torch.stack([exact, quantised]))[0, 1]) > 0.95
 
 
+def test_unrounded_tangents_are_near_the_rounded_ones() -> None:
+    """Transformer Engine's layers do not show what they rounded; the tangent does without."""
+    [[(rounded, plain)]] = run_ranks(WORKERS + "rounded_and_unrounded_tangents", 1, [{}])
+    assert not torch.equal(rounded, plain)
+    assert _relative(plain, rounded) < 0.1
+
+
 def test_nothing_is_left_behind() -> None:
     cases = [{"fp8_emulation": True}, {"fp8_emulation": True, "precision": "bf16", "clip": 0.2}]
     for [parts] in run_ranks("tests.bilevel.workers:everything_restored", 1, cases):

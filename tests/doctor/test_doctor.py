@@ -40,7 +40,17 @@ def _doctor(*arguments: str, processes: int = 1, program: str = "") -> subproces
 def test_reports_and_agrees(arguments: list[str], processes: int) -> None:
     done = _doctor(*arguments, "--data.sequence_length", "32", processes=processes)
     assert done.returncode == 0, done.stdout + done.stderr
-    for word in ("torch", "NVIDIA apex", "bf16", "fp8", "open files", "shared memory", "layout"):
+    for word in (
+        "torch",
+        "NVIDIA apex",
+        "Adam",
+        "gradient fusion",
+        "bf16",
+        "fp8",
+        "open files",
+        "shared memory",
+        "layout",
+    ):
         assert word in done.stdout
     assert "agrees with finite_difference" in done.stdout
     assert ("agrees with unroll" in done.stdout) == (processes == 1)
