@@ -25,7 +25,7 @@ checkpoint, which model.init_from starts from under any parallel layout. (model.
 Hugging Face directory itself too.) The checkpoint gets its name only when Megatron-Core's logits
 are within 1e-4 of the largest logit of transformers'.
 """
-_SKIP = "do not compare logits; the model card says so (default: compare)"
+_SKIP = "do not compare logits; the model card of to-hf says so (default: compare)"
 
 
 def main() -> None:

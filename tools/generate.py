@@ -71,7 +71,13 @@ def _parser() -> OneLineParser:
         metavar="P",
         help="sample among the likeliest tokens that together have this probability (default: 1)",
     )
-    add("--seed", type=_number(int, 0), default=1234, metavar="N", help="(default: 1234)")
+    add(
+        "--seed",
+        type=_number(int, 0),
+        default=1234,
+        metavar="N",
+        help="of the random choice (default: 1234)",
+    )
     return parser
 
 

@@ -129,7 +129,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=30.0,
         metavar="S",
-        help="work that a kill can cost at most, seconds",
+        help="seconds between checkpoints, which are made at the end of a chunk (8 MB of input)",
     )
     add(
         "--num-shards",

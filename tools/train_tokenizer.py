@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         metavar="N",
         help="train on the first N bytes of text; 100 MB take some minutes and 1 to 2 GB of "
-        "memory (default: all of it)",
+        "memory; empty takes all of it",
     )
     add(
         "--character-coverage",

@@ -201,7 +201,7 @@ class PolicyConfig:
     domain_temperature: float = 0.5
     """divides the domains' means before the softmax (domain_mean)"""
     mix_fraction: float = 0.1
-    """part of every batch that is target passages (validation_mixing)"""
+    """part of every batch that is target passages, rounded to whole samples (validation_mixing)"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,13 @@ def policy_problems(config: Config, num_layers: int) -> Iterator[str]:
     if config.data.tokenizer is None:
         yield "data.tokenizer: expected the tokenizer model that the data was tokenized with"
     yield from _validation_text(config)
+    if config.policy.name != "dwm" and (
+        config.weighting.load is not None or config.weighting.frozen
+    ):
+        yield (
+            f"weighting.load and weighting.frozen: policy {config.policy.name} has no weighting "
+            "model; use policy dwm or leave them out"
+        )
     if config.policy.name == "dwm":
         yield from _weighting_model(config, num_layers)
     if config.policy.name in LEARNING_POLICIES:
@@ -72,9 +79,4 @@ def _learning(config: Config) -> Iterator[str]:
         yield (
             "weighting.damp_by_noise: expected bilevel.noise_interval_updates above 0, so that "
             "the noise is measured"
-        )
-    if config.policy.name != "dwm" and (weighting.load is not None or weighting.frozen):
-        yield (
-            f"weighting.load and weighting.frozen: policy {config.policy.name} has no weighting "
-            "model; use policy dwm or leave them out"
         )

@@ -58,11 +58,25 @@ class ReadSettings:
 def find_inputs(names: Sequence[str]) -> list[Input]:
     """The inputs that `names` stand for, in reading order.
 
-    Raises `UserError` for a name without a readable file of a known format.
+    Raises `UserError` for a name without a readable file of a known format, and for a file that is
+    named twice: overlapping patterns, or links.
     """
     found = [_look_at(path) for name in names for path in _expand(name)]
     assert found or not names
+    _require_different(found)
     return found
+
+
+def _require_different(inputs: Sequence[Input]) -> None:
+    names: dict[str, str] = {}
+    for entry in inputs:
+        real = entry.name if entry.is_hub else os.path.realpath(entry.name)
+        if real in names:
+            raise UserError(
+                f"{entry.name}: the same input as {names[real]}; its documents would be in the "
+                "dataset twice: name it once"
+            )
+        names[real] = entry.name
 
 
 def take_shard(inputs: Sequence[Input], shard: int, num_shards: int) -> list[Input]:

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_dwm.preprocess.records import Chunk, Position, Reject
-from megatron_dwm.preprocess.streams import ByteStream, is_damage, open_stream, skip
+from megatron_dwm.preprocess.streams import (
+    ByteStream,
+    begins_as_named,
+    is_damage,
+    open_stream,
+    skip,
+)
 
 CHUNK_BYTES = 8 << 20
 """Decompressed bytes a chunk: a call of gigatoken costs some 5 ms besides its bytes."""
@@ -27,7 +33,9 @@ def read_lines(
     with path.open("rb") as raw:
         stream = open_stream(path, raw)
         reader = _LineReader(name, raw, stream, start, max_record_bytes, chunk_bytes)
-        if start.offset:
+        if not begins_as_named(path, raw):
+            reader.damage = f"not a {path.suffix} file, as its ending says"
+        elif start.offset:
             skip(stream, start.offset)
         yield from reader.chunks()
 
@@ -62,7 +70,7 @@ class _LineReader:
             yield self._give(len(self.held))
 
     def _leave_out_mark(self) -> None:
-        if self.position.offset == 0:
+        if self.position.offset == 0 and self.damage is None:
             self._read_more(len(codecs.BOM_UTF8))
             if self.held == codecs.BOM_UTF8:
                 self.held.clear()
@@ -70,6 +78,8 @@ class _LineReader:
 
     def _fill(self) -> bool:
         """Read on until there is a chunk; False at the end of the stream."""
+        if self.damage is not None:  # a reader that has failed may go on from anywhere
+            return False
         wanted = len(self.held) + self.chunk_bytes
         while len(self.held) < wanted:
             if not self._read_more(wanted - len(self.held)):

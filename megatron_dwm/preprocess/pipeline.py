@@ -240,7 +240,10 @@ class _Run:
                 f"{self._progress.first_reject}"
             )
         for key in self._metadata_not_seen():
-            warn(f"--metadata-keys {key}: not in any of the first {self._progress.records} records")
+            warn(
+                f"--metadata-keys {key}: not in any of the first {self._progress.records} records; "
+                "its column stays empty where no record has it"
+            )
 
     def _judge_all(self) -> None:
         """Refuse to write a dataset of nothing."""
@@ -248,11 +251,9 @@ class _Run:
             if counts.tokens == 0 and self.settings.num_shards == 1:
                 self.workspace.remove()
                 raise UserError(self._why_nothing(key))
-        for key in self._metadata_not_seen():
-            if not self._is_judged and self.settings.num_shards == 1:
-                self.workspace.remove()
-                raise UserError(f"--metadata-keys {key}: no record has this key")
-            warn(f"--metadata-keys {key}: no record has this key; its column is empty")
+        if not self._is_judged:  # what was said of the first thousand is not said again
+            for key in self._metadata_not_seen():
+                warn(f"--metadata-keys {key}: no record has this key; its column is empty")
 
     def _metadata_not_seen(self) -> list[str]:
         pairs = zip(self.settings.metadata_keys, self._progress.metadata_seen, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -44,8 +45,10 @@ class PreprocessSettings:
             raise UserError(f"--max-record-bytes {self.max_record_bytes}: expected 1 or more")
         if self.num_shards < 1:
             raise UserError(f"--num-shards {self.num_shards}: expected 1 or more")
-        if not self.checkpoint_interval_s >= 0:
-            raise UserError("--checkpoint-seconds: expected 0 or more")
+        if not 0 <= self.checkpoint_interval_s < math.inf:
+            raise UserError(
+                f"--checkpoint-seconds {self.checkpoint_interval_s}: expected 0 or more"
+            )
 
     @property
     def prefix(self) -> str:

@@ -18,10 +18,27 @@ from typing import BinaryIO, Protocol
 import zstandard
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+# First bytes. A Zstandard file may begin with a frame to skip: 16 magic numbers of its own.
+_MAGIC: dict[str, tuple[bytes, ...]] = {
+    ".gz": (b"\x1f\x8b",),
+    ".zst": (b"\x28\xb5\x2f\xfd", *(bytes((n, 0x2A, 0x4D, 0x18)) for n in range(0x50, 0x60))),
+    ".bz2": (b"BZh",),
+    ".xz": (b"\xfd7zXZ\x00",),
+}
 
 _ZSTD_READ_BYTES = 1 << 17
 _ZSTD_LARGEST_WINDOW_BYTES = 1 << 31  # what `zstd --long=31` writes
 _DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
+
+
+def begins_as_named(path: Path, raw: BinaryIO) -> bool:
+    """Whether the first bytes are those of the compression that the ending tells; `raw` is at the
+    start of the file before and after.
+    """
+    first = raw.read(8)
+    raw.seek(0)
+    magics = _MAGIC.get(path.suffix, ())
+    return not magics or not first or any(first[: len(m)] == m[: len(first)] for m in magics)
 
 
 class ByteStream(Protocol):

@@ -17,6 +17,7 @@ from megatron_dwm.config.errors import UserError
 from megatron_dwm.preprocess.records import Chunk, Position
 
 _PARQUET_ROWS = 2048
+_ARROW_MAGIC = b"ARROW1"
 TABLE_SUFFIXES = (".parquet", ".arrow")
 
 
@@ -40,7 +41,8 @@ def read_table_file(
     except OSError as error:
         if error.errno is not None:
             raise  # the disk, not the content
-        raise UserError(f"{path}: damaged ({' '.join(str(error).split())})") from None
+        complaint = " ".join(str(error).split())
+        raise UserError(f"{path}: damaged ({complaint}); fetch it again") from None
 
 
 def table_chunks(
@@ -112,12 +114,13 @@ def _arrow_batches(
 ) -> tuple[int, Iterator[pa.Table]]:
     """Both forms: the file format, and the stream that the `datasets` library caches."""
     source = pa.memory_map(str(path))
-    try:
+    is_file_format = source.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC
+    source.seek(0)
+    if is_file_format:
         reader = pa.ipc.open_file(source)
         batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         total_rows = sum(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
-    except pa.ArrowInvalid:
-        source.seek(0)
+    else:
         total_rows = sum(batch.num_rows for batch in pa.ipc.open_stream(source))
         source.seek(0)
         batches = iter(pa.ipc.open_stream(source))

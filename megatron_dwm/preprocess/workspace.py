@@ -104,17 +104,17 @@ class Workspace:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _take_up(self, record: RunRecord, *, resume: bool) -> Progress:
+        if not resume and (self.path / _RECORD).exists():
+            raise UserError(
+                f"{self.path}: a run was interrupted; pass --resume to go on with it, or remove "
+                "this directory to begin again"
+            )
         if not self.has_checkpoint:  # nothing here is of any use
             for file in self.path.iterdir():
                 if file.name != "lock":
                     file.unlink()
             _write_json(self.path / _RECORD, asdict(record))
             return Progress()
-        if not resume:
-            raise UserError(
-                f"{self.path}: a run was interrupted; pass --resume to go on with it, or remove "
-                "this directory to begin again"
-            )
         why = RunRecord.read(self.path / _RECORD).difference(record)
         if why is not None:
             raise UserError(

@@ -14,20 +14,25 @@ from megatron_dwm.weighting.model import WeightingShape
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """FLOPs by part. Evaluation and the measurement of noise are not training and are left out.
+    """FLOPs by part; evaluation is not training and is left out.
 
     llm_step: forward and backward of one global batch.
     weights_step: what the policy adds to a step.
-    update: one weighting update, all of it.
+    update: one weighting update, all of it but noise.
+    noise: one measurement of signal-to-noise, made in every `noise_interval`-th update (0: none).
     """
 
     llm_step: float
     weights_step: float
     update: float
+    noise: float
+    noise_interval: int
 
     def spent(self, state: TrainState) -> float:
         """FLOPs of a run so far."""
-        return state.step * (self.llm_step + self.weights_step) + state.updates * self.update
+        steps = state.step * (self.llm_step + self.weights_step)
+        measurements = -(-state.updates // self.noise_interval) if self.noise_interval else 0
+        return steps + state.updates * self.update + measurements * self.noise
 
 
 def compute_of(
@@ -50,7 +55,14 @@ def compute_of(
         llm_step=FORWARD_BACKWARD * forward,
         weights_step=weights + first,
         update=update if config.learns else 0.0,
+        noise=probe,
+        noise_interval=_noise_interval(config),
     )
+
+
+def _noise_interval(config: Config) -> int:
+    bilevel = config.bilevel
+    return 0 if bilevel.estimator == "unroll" else bilevel.noise_interval_updates
 
 
 def _group_size(config: Config) -> int:

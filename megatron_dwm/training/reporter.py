@@ -65,7 +65,8 @@ class Reporter:
             **statistics,
         )
         interval = session.config.logging.weights_interval_steps
-        if interval and state.step % interval == 0:
+        if interval and state.step % interval == 0 and result.update is None:
+            # An update inside the step records the same weights, with alignments.
             self._record_weights(stage, partial(session.step_rows, state.step - 1), whole_n, None)
 
     def update(self, stage: Stage, result: UpdateResult, rows: Rows) -> None:

@@ -89,7 +89,25 @@ def test_key_that_no_record_has(tmp_path: Path, model: Path, run: Run) -> None:
     result = preprocess(run, source, model, "--json-keys", "body", "--on-bad-record", "skip")
     assert_refused(result, tmp_path, before, "all 3 records were rejected", 'no key "body"')
     result = preprocess(run, source, model, "--metadata-keys", "meta.score")
-    assert_refused(result, tmp_path, before, "--metadata-keys meta.score", "no record")
+    assert result.returncode == 0
+    [warning] = result.stderr.splitlines()
+    assert "--metadata-keys meta.score: no record has this key" in warning
+
+
+def test_a_file_is_read_once(tmp_path: Path, model: Path, run: Run) -> None:
+    source, alias = tmp_path / "in.jsonl", tmp_path / "alias.jsonl"
+    source.write_bytes(GOOD * 3)
+    alias.symlink_to(source)
+    before = {source, alias}
+    for names in ([source, source], [source, alias], [tmp_path]):
+        result = preprocess(run, names[0], model, "--input", *map(str, names))
+        assert_refused(result, tmp_path, before, "in.jsonl", "the same input")
+
+
+def test_false_endings_are_named(tmp_path: Path, model: Path, run: Run) -> None:
+    plain = tmp_path / "plain.jsonl.gz"
+    plain.write_bytes(GOOD)
+    assert_refused(preprocess(run, plain, model), tmp_path, {plain}, "not a .gz file")
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b'{"text": ""}\n'])

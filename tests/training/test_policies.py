@@ -122,5 +122,7 @@ def test_flops_add_up(alone: dict[str, Path]) -> None:
     train = metrics(alone["training"], "train")
     # Two micro-batches of one group: read first, a forward pass more; the head is 0.05 % of it.
     assert train[1]["flops"] == pytest.approx(2 * 4 * forward, rel=2e-3)
-    # An update on the training batch adds the validation pass and the probe.
-    assert train[5]["flops"] - train[4]["flops"] == pytest.approx((4 + 6) * forward, rel=2e-3)
+    # An update on the training batch adds the validation pass and the probe; every tenth, of which
+    # the first is one, a second probe.
+    assert train[5]["flops"] - train[4]["flops"] == pytest.approx((4 + 9) * forward, rel=2e-3)
+    assert train[8]["flops"] - train[7]["flops"] == pytest.approx((4 + 6) * forward, rel=2e-3)
