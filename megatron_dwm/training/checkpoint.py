@@ -64,16 +64,27 @@ class CheckpointSave:
     """
 
     def __init__(
-        self, session: Session, fingerprint: dict[str, str], *, background: bool = False
+        self,
+        session: Session,
+        fingerprint: dict[str, str],
+        *,
+        background: bool = False,
+        check: bool = True,
     ) -> None:
-        """Take the state of this moment; with `background` as a copy that a thread writes."""
+        """Take the state of this moment; with `background` as a copy that a thread writes.
+
+        check: the plan, which is the same for every save of a run.
+        """
         self._session, self._fingerprint = session, fingerprint
         self._state = replace(session.state, passed_over=list(session.state.passed_over))
         self.directory = checkpoint_dir(session.run_dir, self._state)
         self._partial = self.directory.with_name(f"{self.directory.name}.partial")
         self._make_directory()
         self._files = ShardedFiles(
-            _sharded_state(session, is_loading=False), self._partial / "llm", copy=background
+            _sharded_state(session, is_loading=False),
+            self._partial / "llm",
+            copy=background,
+            check=check,
         )
         self._rest = _rest_of_state(session)
         self._failure: str | None = None

@@ -30,6 +30,7 @@ class Saver:
         self.newest = newest
         self._session, self._fingerprint, self._warn = session, fingerprint, warn
         self._under_way: CheckpointSave | None = None
+        self._is_first = True
         self._saved = self._mark() if newest is not None else None
 
     @property
@@ -53,11 +54,12 @@ class Saver:
         mark = self._mark()
         try:
             self._under_way = CheckpointSave(
-                self._session, self._fingerprint, background=background
+                self._session, self._fingerprint, background=background, check=self._is_first
             )
         except SaveError as error:
             self._refused(error)
             return False
+        self._is_first = False
         if background:
             self._saved = mark
             return True

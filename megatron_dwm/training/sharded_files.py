@@ -19,6 +19,7 @@ import os
 import pickle
 import queue
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,14 +84,25 @@ class _Planner(TorchDistSaveShardedStrategy):
 class ShardedFiles:
     """One save of a sharded state into a directory."""
 
-    def __init__(self, state: ShardedStateDict, directory: Path, *, copy: bool) -> None:
-        """Plan (collective). copy: also take a copy in host memory, that training may go on."""
+    def __init__(
+        self, state: ShardedStateDict, directory: Path, *, copy: bool, check: bool
+    ) -> None:
+        """Plan (collective). copy: also take a copy in host memory, that training may go on.
+
+        check: that the ranks' parts cover every tensor once; a layout need not be checked twice.
+        """
         self._directory = directory
         self._planner, common = _Planner(), _KeptCommon()
         # Answers filesystem_async.py, `_get_write_results_queue`: a process for a queue.
         filesystem_async._results_queue = queue.Queue()
         with _common_strategy(common):
-            dist_checkpointing.save(state, str(directory), self._planner, async_sharded_save=True)
+            dist_checkpointing.save(
+                state,
+                str(directory),
+                self._planner,
+                validate_access_integrity=check,
+                async_sharded_save=True,
+            )
         self._common = _copied(common.kept) if copy else common.kept
         assert self._planner.writer is not None
         self._buckets = self._planner.writer.preload_tensors(
@@ -110,13 +122,13 @@ class ShardedFiles:
             counted: queue.Queue[int] = queue.Queue()
             counted.put(number)
             filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-                transforms, number, bucket, done, counted, True
+                transforms, number, bucket, done, counted, False
             )
             _, results = done.get_nowait()
             if isinstance(results, Exception):
                 raise RuntimeError(str(results)) from results
             self._results += results
-            self._records[bucket[1]] = record_file(self._directory / bucket[1])
+            self._records[bucket[1]] = _forced_record(self._directory / bucket[1])
         if dist.get_rank() == 0:
             save_object(self._common, self._directory / COMMON_STATE_FNAME)
 
@@ -144,6 +156,14 @@ class ShardedFiles:
         assert self._planner.writer is not None
         self._planner.writer.finish(self._planner.index, results)
         save_config(CheckpointingConfig(_BACKEND, _VERSION), str(self._directory))
+
+
+def _forced_record(path: Path) -> FileRecord:
+    """The record of a file, found while the disk takes it."""
+    with path.open("rb") as stream, ThreadPoolExecutor(1) as pool:
+        record = pool.submit(record_file, path)
+        os.fsync(stream.fileno())
+        return record.result()
 
 
 def try_write(files: ShardedFiles) -> str | None:

@@ -2,8 +2,8 @@
 
 Every save of ours ends with checksums, a manifest and a rename, and its files are forced to the
 disk; torch.save is measured without and with that. The plan of a save is checked once in a run, so
-not here. An asynchronous save holds training up for what
-is timed here; its writing is then waited for outside the clock.
+not here. An asynchronous save holds training up for what is timed here; its writing is then waited
+for outside the clock.
 """
 
 from __future__ import annotations
