@@ -1,0 +1,73 @@
+"""A model whose norms are fused with the linear layers behind them, as Transformer Engine's are, in
+plain torch: the same places, names and attributes, on a CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+
+from megatron_dwm.bilevel.adapters import ADAPTERS
+from megatron_dwm.bilevel.tangent_probe import tangent_probe
+from megatron_dwm.model import llm as llm_module
+from megatron_dwm.model import modules
+from megatron_dwm.model.objective import unit
+from megatron_dwm.model.transformer_engine import UNFUSED_NAMES
+from tests.bilevel.fp8_workers import _leave_validation_gradient
+from tests.bilevel.workers import TRAIN
+from tests.tiny import MICRO_BATCH, Tiny, tiny
+
+FUSED = "megatron.core.extensions.transformer_engine.TELayerNormColumnParallelLinear"
+
+
+class NormColumnLinear(ColumnParallelLinear):
+    """RMSNorm and a column-parallel layer in one module."""
+
+    def __init__(self, input_size: int, output_size: int, **options: Any) -> None:
+        super().__init__(input_size, output_size, **options)
+        config = options["config"]
+        self.normalization, self.zero_centered_gamma = "RMSNorm", False
+        self.eps = config.layernorm_epsilon
+        self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size))
+        self.layer_norm_weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """[S, B, D] -> [S, B, C / tensor size]."""
+        gain = self.layer_norm_weight
+        return super().forward(F.rms_norm(x, gain.shape, gain, self.eps))
+
+
+def fused_block_spec(num_layers: int, _: object = ()) -> TransformerBlockSubmodules:
+    """The spec's layers with the norms moved into the layers behind them."""
+    spec = modules.llama_block_spec(num_layers)
+    for layer in spec.layer_specs:
+        parts = layer.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
+        parts.self_attention.submodules.linear_qkv = NormColumnLinear
+        parts.mlp.submodules.linear_fc1 = NormColumnLinear
+        parts.sharded_state_dict_keys_map = dict(UNFUSED_NAMES)
+    return spec
+
+
+def alignments_and_names(fused: bool, **layout: Any) -> tuple[Tensor, list[str]]:
+    """(alignments, names in a checkpoint) of the fused or the unfused model."""
+    if fused:  # this process ends with the cases of one layout, the unfused ones first
+        llm_module.llama_block_spec = fused_block_spec
+    with tiny(**layout) as subject:
+        return _alignments_and_names(subject)
+
+
+def _alignments_and_names(subject: Tiny) -> tuple[Tensor, list[str]]:
+    _leave_validation_gradient(subject)
+    name = f"{NormColumnLinear.__module__}.{NormColumnLinear.__qualname__}"
+    adapters = {**ADAPTERS, name: ADAPTERS[FUSED]}
+    found = tangent_probe(subject.llm, unit(subject.batch(TRAIN), MICRO_BATCH), adapters)
+    saved = subject.llm.modules[0].sharded_state_dict()
+    keys = {part.key for part in saved.values() if "_extra_state" not in part.key}
+    return found, sorted(keys)
