@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import shutil
 import warnings
 from pathlib import Path
 
@@ -71,7 +72,11 @@ def test_golden_bytes_for_any_number_of_workers(
 def test_many_batches_in_order_whatever_the_workers(
     tmp_path: Path, corpus_dir: Path, model: Path
 ) -> None:
-    inputs = [corpus_dir / "validation.jsonl", corpus_dir / "heldout.jsonl"] * 3
+    inputs = []
+    for number in range(3):  # a file is read once, so copies of it stand for many
+        for name in ("validation.jsonl", "heldout.jsonl"):
+            inputs.append(tmp_path / f"{number}_{name}")
+            shutil.copy(corpus_dir / name, inputs[-1])
     for workers in (1, 2):
         preprocess(settings_for(inputs, tmp_path / f"w{workers}", model, num_workers=workers))
     for suffix in ("bin", "idx", "meta.parquet"):

@@ -27,7 +27,8 @@ LAYOUTS = [
     ({"tensor": 2, "pipeline": 2, "sequence": True}, 4),
     ({"tensor": 2, "sharded": True}, 4),
 ]
-MODES = [(group, on) for group in ("micro_batch", "global") for on in ("fresh", "training")]
+# Each group and each kind of update once under every layout.
+MODES = [("micro_batch", "fresh"), ("global", "training")]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_layouts_agree(results: dict, group: str, update_on: str, number: int) -
 
 def test_groups_differ(results: dict) -> None:
     per_micro_batch = results["micro_batch", "fresh", -1]["first weights"]
-    over_all = results["global", "fresh", -1]["first weights"]
+    over_all = results["global", "training", -1]["first weights"]
     torch.testing.assert_close(per_micro_batch.view(-1, 2).mean(1), torch.ones(SAMPLES // 2))
     torch.testing.assert_close(over_all.mean(), torch.ones([]))
     assert not torch.allclose(per_micro_batch, over_all, atol=1e-2)

@@ -1,4 +1,4 @@
-"""Whole runs of the policies beside the paper's: layouts, resume, when and from what they learn."""
+"""Whole runs of the policies beside the paper's: layouts, when and from what they learn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pyarrow.dataset as ds
 import pytest
 
 from tests.training.conftest import Corpus
-from tests.training.runs import kill_after_checkpoint, metrics, succeed, without_time
+from tests.training.runs import metrics, succeed
 
 # Sums in another order are 1e-7 apart; 20 steps of Adam at 3e-3 may multiply that.
 LAYOUT_TOLERANCE = 1e-5
@@ -49,23 +49,6 @@ def test_layouts_train_alike(
         assert len(ours) == len(expected)
         for line, other in zip(ours, expected, strict=True):
             assert abs(line["loss"] - other["loss"]) < LAYOUT_TOLERANCE, (phase, line["step"])
-
-
-@pytest.mark.parametrize(
-    ("name", "layout", "processes"),
-    [("training", ["--parallel.pipeline", "2"], 2), ("domain_mean", [], 1)],
-    ids=str,
-)
-def test_resume_after_a_kill_is_bit_exact(
-    corpus: Corpus, tmp_path: Path, name: str, layout: list[str], processes: int
-) -> None:
-    arguments = [*corpus.arguments(), *POLICIES[name], *layout]
-    arguments += ["--training.checkpoint_interval_steps", "6"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    succeed(whole, *arguments, processes=processes)
-    kill_after_checkpoint(killed, arguments, processes)
-    succeed(killed, *arguments, "--run.resume", "true", processes=processes)
-    assert without_time(killed) == without_time(whole)
 
 
 def test_updates_on_the_training_batch_come_inside_its_step(alone: dict[str, Path]) -> None:
