@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,8 +21,8 @@ from torch import Tensor
 
 from benchmarks.settings import Settings
 from benchmarks.subject import UNIFORM, Subject, build_subject, opened
-from benchmarks.table import RATIO_COLUMNS, heading, markdown, ratio_cells
-from benchmarks.timing import Clock, Contestant, alternate, ratio, timed
+from benchmarks.table import heading, ratio_table
+from benchmarks.timing import Clock, Contestant, alternate, timed
 from megatron_dwm.config import RunConfig
 from megatron_dwm.training.checkpoint import CheckpointSave
 from megatron_dwm.training.session import Session
@@ -132,16 +131,4 @@ def _table(times_s: dict[str, list[float]]) -> str:
         (STALL, COPY, "at most 1.000"),
         (STALL, SAVE, ""),
     ]
-    rows = [
-        [
-            name,
-            *ratio_cells(
-                1e3 * statistics.median(times_s[name]),
-                base,
-                ratio(times_s[name], times_s[base]),
-                target,
-            ),
-        ]
-        for name, base, target in compared
-    ]
-    return markdown(("one save", *RATIO_COLUMNS), rows)
+    return ratio_table("one save", times_s, compared)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from functools import partial
 
 from benchmarks.settings import Settings
 from benchmarks.subject import LLM, OWN, UNIFORM, Subject, build_subject, opened
-from benchmarks.table import RATIO_COLUMNS, heading, markdown, ratio_cells
-from benchmarks.timing import alternate, ratio, timed
+from benchmarks.table import heading, ratio_table
+from benchmarks.timing import alternate, timed
 
 PLAIN = "plain Megatron-Core loop"
 CONTROL = "plain loop, again (noise)"
@@ -61,16 +60,4 @@ def _table(times_s: dict[str, list[float]]) -> str:
         (LEARNING_STEP, UNIFORM_STEP, ""),
         (FRESH_UPDATE, UNIFORM_STEP, ""),
     ]
-    rows = [
-        [
-            name,
-            *ratio_cells(
-                1e3 * statistics.median(times_s[name]),
-                base,
-                ratio(times_s[name], times_s[base]),
-                target,
-            ),
-        ]
-        for name, base, target in compared
-    ]
-    return markdown(("one step", *RATIO_COLUMNS), rows)
+    return ratio_table("one step", times_s, compared)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from benchmarks.settings import Settings
-from benchmarks.timing import Ratio
+from benchmarks.timing import Ratio, ratio
 from megatron_dwm.runtime import Runtime
 
+# (name of a measurement, name of the one it is divided by, what is aimed at)
+Comparison = tuple[str, str, str]
 RATIO_COLUMNS = ("ms (median)", "of", "ratio", "quartiles", "ratio of the fastest", "target")
 
 
@@ -22,7 +25,7 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def ratio_cells(median_ms: float, of: str, found: Ratio, target: str = "") -> list[str]:
+def _ratio_cells(median_ms: float, of: str, found: Ratio, target: str = "") -> list[str]:
     """Cells of RATIO_COLUMNS."""
     return [
         f"{median_ms:.1f}",
@@ -32,6 +35,25 @@ def ratio_cells(median_ms: float, of: str, found: Ratio, target: str = "") -> li
         f"{found.of_fastest:.3f}",
         target,
     ]
+
+
+def ratio_table(
+    first_column: str, times_s: Mapping[str, Sequence[float]], compared: Iterable[Comparison]
+) -> str:
+    """A row for every comparison of two of `times_s`, which were taken in turn."""
+    rows = [
+        [
+            name,
+            *_ratio_cells(
+                1e3 * statistics.median(times_s[name]),
+                base,
+                ratio(times_s[name], times_s[base]),
+                target,
+            ),
+        ]
+        for name, base, target in compared
+    ]
+    return markdown((first_column, *RATIO_COLUMNS), rows)
 
 
 def heading(settings: Settings, runtime: Runtime, num_parameters: int) -> str:

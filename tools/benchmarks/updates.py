@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
-
 from benchmarks.collectives import collectives_table
 from benchmarks.memory import memory_table
 from benchmarks.settings import Settings
 from benchmarks.subject import Subject, build_subject, opened
-from benchmarks.table import RATIO_COLUMNS, heading, markdown, ratio_cells
-from benchmarks.timing import Clock, Contestant, alternate, ratio, timed
+from benchmarks.table import heading, ratio_table
+from benchmarks.timing import Clock, Contestant, alternate, timed
 from megatron_dwm.bilevel.problem import sum_over_data
 from megatron_dwm.bilevel.tangent_probe import tangent_probe
 from megatron_dwm.bilevel.virtual_step import prepare_virtual_step
@@ -26,6 +24,7 @@ PLAIN = "plain training step"
 UPDATE = "hypergradient (tangent probe)"
 WHOLE = "weighting update (with the weighting model's own step)"
 UNROLL = "hypergradient (unroll)"
+AGAINST = "unroll against tangent probe"
 GRADIENT = "part: gradient pass"
 VIRTUAL = "part: virtual step and restore"
 VALIDATION = "part: validation pass"
@@ -115,21 +114,9 @@ def _in_parts(subject: Subject) -> Contestant:
 
 def _table(times_s: dict[str, list[float]]) -> str:
     names = [PLAIN, UPDATE, WHOLE, *PARTS, SUM]
-    compared = [(name, name, PLAIN, UPDATE_TARGET if name == UPDATE else "") for name in names]
+    compared = [(name, PLAIN, UPDATE_TARGET if name == UPDATE else "") for name in names]
     if UNROLL in times_s:
-        compared.append((UNROLL, UNROLL, PLAIN, ""))
-        compared.append(("unroll against tangent probe", UNROLL, UPDATE, UNROLL_TARGET))
-    rows = [
-        [
-            label,
-            *ratio_cells(
-                1e3 * statistics.median(times_s[name]),
-                base,
-                ratio(times_s[name], times_s[base]),
-                target,
-            ),
-        ]
-        for label, name, base, target in compared
-    ]
-    table = markdown(("one of", *RATIO_COLUMNS), rows)
+        times_s = {**times_s, AGAINST: times_s[UNROLL]}
+        compared += [(UNROLL, PLAIN, ""), (AGAINST, UPDATE, UNROLL_TARGET)]
+    table = ratio_table("one of", times_s, compared)
     return table if UNROLL in times_s else table + "\n\nUnroll: only in one process and fp32."
