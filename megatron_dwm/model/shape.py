@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 
 from megatron_dwm.config import ModelConfig, UserError
+from megatron_dwm.config.validate import Heads
 
 # Megatron-LM's --make-vocab-size-divisible-by. Independent of the tensor-parallel size, so that a
 # model is the same under every layout.
@@ -51,6 +52,17 @@ class LlamaShape:
         layer = attention + 3 * width * self.ffn_hidden_size + 2 * width
         embeddings = self.vocab_size * width * (1 if self.tied_embeddings else 2)
         return self.num_layers * layer + embeddings + width
+
+
+def heads_of(shape: LlamaShape) -> Heads:
+    """The sizes that have to divide over processes."""
+    return Heads(
+        shape.num_layers,
+        shape.hidden_size,
+        shape.num_attention_heads,
+        shape.num_query_groups,
+        shape.padded_vocab_size,
+    )
 
 
 PRESETS: dict[str, LlamaShape] = {

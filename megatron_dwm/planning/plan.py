@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.config import Config, UserError
-from megatron_dwm.config.validate import Heads, validate_config
+from megatron_dwm.config.validate import validate_config
 from megatron_dwm.model import LlamaShape, resolve_shape
 from megatron_dwm.model.huggingface_files import is_huggingface, open_huggingface
+from megatron_dwm.model.shape import heads_of
 from megatron_dwm.planning.cost import Cost, cost_of
 from megatron_dwm.planning.hardware import Gpu
 from megatron_dwm.planning.memory import Memory, stage_memory
@@ -106,7 +107,7 @@ def make_plan(config: Config, gpu: Gpu, *, gpus: int, mfu: float) -> Plan:
     if config.model.fp8_emulation:
         raise UserError("model.fp8_emulation: a plan is of a GPU's own layers; leave it out")
     shape = _shape(config)
-    validate_config(config, _heads(shape), gpus)
+    validate_config(config, heads_of(shape), gpus)
     gpu.peak_flops(config.model.precision)
     weighting = weighting_shape(config, shape, shape.vocab_size)
     weighs = weighting if config.policy.name == "dwm" else None
@@ -166,13 +167,3 @@ def _shape(config: Config) -> LlamaShape:
             "leave it out and give the model's sizes"
         )
     return resolve_shape(config.model, init_from=open_huggingface(Path(start)).shape)
-
-
-def _heads(shape: LlamaShape) -> Heads:
-    return Heads(
-        shape.num_layers,
-        shape.hidden_size,
-        shape.num_attention_heads,
-        shape.num_query_groups,
-        shape.padded_vocab_size,
-    )

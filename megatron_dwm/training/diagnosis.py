@@ -20,10 +20,10 @@ from megatron_dwm.config.validate import validate_layout
 from megatron_dwm.data import Batch
 from megatron_dwm.model import LLM, build_llm, clear_gradients, forward_backward, resolve_shape
 from megatron_dwm.model.objective import weighted, weighted_denominator
+from megatron_dwm.model.shape import heads_of
 from megatron_dwm.runtime import Runtime, bring_up, world_size_from_environment
 from megatron_dwm.runtime.machine import describe_machine
 from megatron_dwm.training.optimiser import build_optimizer, build_scheduler
-from megatron_dwm.training.run import heads_of
 
 # A central difference in fp32 is right to about 2e-3 of the largest alignment
 # (bilevel/finite_difference.py); the unroll adds up the same numbers in another order.

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.load import load_config, save_config
-from megatron_dwm.config.validate import Heads, validate_config
+from megatron_dwm.config.validate import validate_config
 from megatron_dwm.data import EvaluationSet, ValidationSet
 from megatron_dwm.data.checks import check_data
 from megatron_dwm.model import LLM, LlamaShape, resolve_shape
 from megatron_dwm.model.from_huggingface import load_huggingface
 from megatron_dwm.model.huggingface_files import is_huggingface, open_huggingface
+from megatron_dwm.model.shape import heads_of
 from megatron_dwm.runtime import bring_up, rank_from_environment, world_size_from_environment
 from megatron_dwm.runtime.profiling import check_profiling
 from megatron_dwm.runtime.stop import StopPoll, stop_signals
@@ -86,17 +87,6 @@ def check(config: Config) -> tuple[LlamaShape, Tokenizer]:
     _check_held_out_text(config, tokenizer)
     _check_weighting_model(config, shape, tokenizer)
     return shape, tokenizer
-
-
-def heads_of(shape: LlamaShape) -> Heads:
-    """The sizes that have to divide over processes."""
-    return Heads(
-        shape.num_layers,
-        shape.hidden_size,
-        shape.num_attention_heads,
-        shape.num_query_groups,
-        shape.padded_vocab_size,
-    )
 
 
 def _check_weighting_model(config: Config, shape: LlamaShape, tokenizer: Tokenizer) -> None:
