@@ -38,6 +38,7 @@ from megatron_dwm.training.manifest import (
     record_file,
     write_manifest,
 )
+from megatron_dwm.training.optimiser_state import filled, saved_step, under_saved_names
 from megatron_dwm.training.session import Session
 from megatron_dwm.training.sharded_adam import create_state, loadable
 from megatron_dwm.training.sharded_files import (
@@ -48,6 +49,7 @@ from megatron_dwm.training.sharded_files import (
     load_sharded,
     reason,
     save_object,
+    saved_names,
     try_write,
 )
 from megatron_dwm.weighting import LearningPolicy
@@ -152,11 +154,8 @@ def load_checkpoint(session: Session, directory: Path) -> None:
     The files have been verified (resume.py); none of them is trusted.
     """
     create_state(session.llm, session.optimizer)
-    loaded = load_sharded(_sharded_state(session, is_loading=True), directory / "llm")
-    for name, module in _named_chunks(session.llm):
-        module.load_state_dict(loaded[name])
-    with loadable(session.optimizer):
-        session.optimizer.load_state_dict(loaded["optimizer"])
+    load_parameters(session.llm, directory)
+    _load_optimiser(session, directory / "llm")
     with data_only(directory / "training.pt"):
         rest = torch.load(directory / "training.pt", weights_only=True)
     for name, value in asdict(read_manifest(directory).state).items():
@@ -168,6 +167,19 @@ def load_checkpoint(session: Session, directory: Path) -> None:
     # Another number of ranks has other generators; they begin as the seed says.
     if len(rest["random"]) == session.runtime.world_size:
         restore_random_state(rest["random"][session.runtime.rank])
+
+
+def _load_optimiser(session: Session, directory: Path) -> None:
+    """Adam's state, whichever of the two kinds of optimiser saved it and takes it up.
+
+    Apart from the parameters, since a sharded optimiser may ask for those again.
+    """
+    wanted = _sharded_state(session, is_loading=True)["optimizer"]
+    optimizer = under_saved_names(wanted, saved_names(directory))
+    loaded = load_sharded({"asked": optimizer}, directory)
+    with loadable(session.optimizer):
+        step = saved_step(loaded["optimizer"])
+        session.optimizer.load_state_dict(filled(optimizer, loaded["asked"], step))
 
 
 def load_parameters(llm: LLM, directory: Path) -> None:

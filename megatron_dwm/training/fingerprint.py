@@ -41,8 +41,6 @@ MAY_CHANGE = {
     "model.recompute",
 }
 MAY_CHANGE_SECTIONS = ("parallel", "logging", "evaluation", "profiling")
-# A sharded and a plain optimiser are saved under different names.
-_MAY_NOT_CHANGE = {"parallel.sharded_optimizer"}
 
 
 def fingerprint(config: Config, shape: LlamaShape) -> dict[str, str]:
@@ -57,13 +55,10 @@ def refuse_changes(old: Config, new: Config, where: Path) -> None:
     """Raise UserError for the first key that a resumed run changes and may not."""
     before, now = _flat(old), _flat(new)
     for key, value in now.items():
-        allowed = key in MAY_CHANGE or key.split(".")[0] in MAY_CHANGE_SECTIONS
-        allowed = (allowed or key in new.run.allow_changed) and key not in _MAY_NOT_CHANGE
-        if before[key] != value and not allowed:
-            override = "" if key in _MAY_NOT_CHANGE else f", or allow it with {_allow(key)}"
+        if before[key] != value and not _may_change(key, new):
             raise UserError(
                 f"{key}: the run in {where} has {before[key]!r}, now {value!r}; a resumed run "
-                f"must keep it; choose another run.dir{override}"
+                f"must keep it; choose another run.dir, or allow it with {_allow(key)}"
             )
 
 
@@ -77,6 +72,15 @@ def refuse_changed_files(old: dict[str, str], new: dict[str, str], config: Confi
                 f"{key}: the content has changed since the checkpoint: it was {before}, now "
                 f"{now}; a resumed run must keep it; put it back, {remedy}"
             )
+
+
+def _may_change(key: str, config: Config) -> bool:
+    if key in config.run.allow_changed:
+        return True
+    if key == "training.micro_batch_size" and config.learns:
+        # Weights are normalised over the group: another one is another method.
+        return config.weighting.group != "micro_batch"
+    return key in MAY_CHANGE or key.split(".")[0] in MAY_CHANGE_SECTIONS
 
 
 def _allow(key: str) -> str:

@@ -218,6 +218,15 @@ def load_sharded(state: ShardedStateDict, directory: Path) -> StateDict:
         return dist_checkpointing.load(state, str(directory))
 
 
+def saved_names(directory: Path) -> set[str]:
+    """The names of the tensors in a directory that need not be trusted.
+
+    Raises UserError if its index names code.
+    """
+    with data_only(directory):
+        return set(read_index(directory).state_dict_metadata)
+
+
 @contextmanager
 def data_only(path: Path) -> Iterator[None]:
     """A restricted unpickler's refusal becomes one line that names `path`."""
