@@ -92,10 +92,15 @@ def head_bytes(shape: LlamaShape, config: Config, kernels: Kernels) -> float:
     return norm + softmax + _INDICES
 
 
-def encoder_bytes(width: int, inner: int, heads: int, layers: int) -> float:
-    """Bytes a token that the weighting model's own encoder keeps (fp32, torch's own modules)."""
-    unfused = Kernels(value_bytes=_FP32, fused=False)
-    norm = norm_bytes(width, 1, unfused)
-    # Three projections, two of them rotated, attention's output; gate, up, silu, product.
-    layer = 2 * norm + _FP32 * (6 * width + heads + 4 * inner)
-    return layers * layer + norm
+def encoder_bytes(width: int, inner: int, heads: int, layers: int, value_bytes: int) -> float:
+    """Bytes a token that the weighting model's own encoder keeps (torch's own modules).
+
+    value_bytes: of what its products read and make; the residual stream is fp32.
+    """
+    kernels = Kernels(value_bytes=value_bytes, fused=False)
+    # Three projections, two of them rotated, attention's output in its own order and in the next
+    # product's; gate, up, silu, product.
+    products = value_bytes * (7 * width + 4 * inner) + _FP32 * heads
+    # No product reads the last norm.
+    last = norm_bytes(width, 1, kernels) - value_bytes * width
+    return layers * (2 * norm_bytes(width, 1, kernels) + products) + last

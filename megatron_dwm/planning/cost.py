@@ -2,8 +2,9 @@
 
 Counted by model/flops.py, weighting/flops.py and training/compute.py; recomputation is added here,
 because it is work of the machine but not of the model. Utilisation is of the peak of the precision
-that a part runs in: the weighting model runs in fp32, which on a GPU is 10 to 30 times slower than
-bf16, so its share of the time is larger than its share of the FLOPs.
+that a part runs in. That of the weighting model is bf16 for its own encoder where the LLM's is not
+fp32 (weighting/encoding.py), else fp32, which on a GPU is 10 to 30 times slower; so its share of
+the time can be larger than its share of the FLOPs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from megatron_dwm.config import Config
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.model.flops import FORWARD_BACKWARD, llm_forward_flops
 from megatron_dwm.planning.hardware import Gpu
-from megatron_dwm.training.compute import compute_of, reads_first
+from megatron_dwm.training.compute import compute_of, encodes_in_chunks, reads_first
 from megatron_dwm.training.stages import plan_stages
 from megatron_dwm.weighting.model import WeightingShape
 
@@ -24,9 +25,9 @@ class Cost:
     """FLOPs of the whole machine a step; parts of updates are means over the run's steps.
 
     llm: forward and backward.  recompute: again, in the backward pass.
-    weighing: the weighting model on every batch, in fp32.  reading: a forward pass of the LLM that
-    it waits for.  updates: the LLM's passes of weighting updates.  learning: the weighting model's
-    own, in fp32.
+    weighing: the weighting model on every batch.  reading: a forward pass of the LLM that it waits
+    for.  updates: the LLM's passes of weighting updates.  learning: the weighting model's own.
+    weighting_precision: what the weighting model multiplies in.
     """
 
     llm: float
@@ -36,6 +37,7 @@ class Cost:
     updates: float
     learning: float
     num_updates: int
+    weighting_precision: str
 
     @property
     def weighting(self) -> float:
@@ -58,11 +60,12 @@ class Cost:
 
     def _time(self, gpu: Gpu, gpus: int, precision: str, mfu: float, *, plain: bool) -> float:
         llm = self.llm + self.recompute
-        fp32 = 0.0
+        weighting = 0.0
         if not plain:
             llm += self.reading + self.updates
-            fp32 = self.weighing + self.learning
-        seconds = llm / gpu.peak_flops(precision) + fp32 / gpu.peak_flops("fp32")
+            weighting = self.weighing + self.learning
+        seconds = llm / gpu.peak_flops(precision)
+        seconds += weighting / gpu.peak_flops(self.weighting_precision)
         return seconds / (gpus * mfu)
 
 
@@ -75,8 +78,10 @@ def cost_of(config: Config, shape: LlamaShape, weighting: WeightingShape, replic
     weighing = compute.weights_step - reading
     recompute = _recompute_flops(config, shape)
     fresh = config.weighting.update_on == "fresh"
-    # Of one update: the weighting model forward and backward, on a fresh batch forward once more.
-    learning = weighing * (FORWARD_BACKWARD + fresh)
+    # Of one update: the weighting model forward and backward, on a fresh batch forward once more,
+    # and forward again where it goes through the samples in chunks.
+    again = encodes_in_chunks(config, rows // replicas)
+    learning = weighing * (FORWARD_BACKWARD + fresh + again)
     validation = (config.validation.batch_size or rows) / rows
     passes = compute.update - learning + recompute * (1 + validation + fresh)
     num_updates = sum(stage.num_updates for stage in plan_stages(config))
@@ -89,7 +94,13 @@ def cost_of(config: Config, shape: LlamaShape, weighting: WeightingShape, replic
         updates=a_step * passes,
         learning=a_step * learning,
         num_updates=num_updates,
+        weighting_precision=_weighting_precision(config),
     )
+
+
+def _weighting_precision(config: Config) -> str:
+    in_bf16 = config.weighting.encoder == "own" and config.model.precision != "fp32"
+    return "bf16" if in_bf16 else "fp32"
 
 
 def _recompute_flops(config: Config, shape: LlamaShape) -> float:

@@ -4,7 +4,8 @@
     step      + activations + what the backward pass works on
     update    the same + the virtual step's copies (bilevel/virtual_step.py): g, and theta where no
               fp32 main parameters are that copy
-    weighting + activations of the weighting model, when the LLM's are gone
+    weighting + activations of the weighting model, when the LLM's are gone: of one micro-batch, as
+              weighting/encoding.py goes through a replica's samples
 
 Bytes a parameter of the first three are those that Megatron-LM's documentation states for fp32
 gradients: 16, or 8 + 8/d sharded, in fp32; 18, or 6 + 12/d, in bf16. Fused Adam is assumed on a
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from megatron_dwm.config import Config
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.planning.activations import (
+    Kernels,
     encoder_bytes,
     head_bytes,
     kernels_of,
@@ -97,7 +99,7 @@ def stage_memory(
         activations=_activations(config, shape, world_size, stage, on_gpu),
         working=_working(config, shape, found, on_gpu),
         virtual_step=copies if config.learns else 0.0,
-        weighting_activations=_weighting_activations(config, weighting, world_size),
+        weighting_activations=_weighting_activations(config, weighting, world_size, kernels),
     )
 
 
@@ -155,17 +157,19 @@ def _working(config: Config, shape: LlamaShape, found: RankParameters, on_gpu: b
 
 
 def _weighting_activations(
-    config: Config, weighting: WeightingShape | None, world_size: int
+    config: Config, weighting: WeightingShape | None, world_size: int, kernels: Kernels
 ) -> float:
-    """An update reads all of the replica's samples at once, shared out over its ranks."""
+    """What the encoder keeps of a micro-batch and works on: the gradient of a feed-forward block,
+    the largest weight's gradient, and where its products are in bf16 copies of its matrices.
+    """
     if weighting is None or weighting.encoder != "own" or not config.learns:
         return 0.0
     rows = config.training.global_batch_size // config.data_parallel_size(world_size)
     share = -(-rows // config.parallel.model_size)
-    a_token = encoder_bytes(
-        weighting.hidden_size,
-        weighting.ffn_hidden_size,
-        weighting.num_attention_heads,
-        weighting.num_layers,
-    )
-    return share * config.data.sequence_length * a_token
+    tokens = min(share, config.training.micro_batch_size) * config.data.sequence_length
+    width, inner = weighting.hidden_size, weighting.ffn_hidden_size
+    layers, value = weighting.num_layers, kernels.value_bytes
+    kept = encoder_bytes(width, inner, weighting.num_attention_heads, layers, value)
+    largest = _FP32 * width * max(weighting.vocab_size, 2 * inner)
+    copies = value * layers * (4 * width + 3 * inner) * width if value < _FP32 else 0
+    return tokens * (kept + value * 4 * inner) + largest + copies

@@ -146,8 +146,8 @@ def advice(plan: Plan) -> list[str]:
         found.append(
             (
                 worst.weighting_activations,
-                "a smaller weighting model, weighting.encoder llm, or more replicas: an update "
-                "reads all samples of a replica at once",
+                "weighting.encoder llm, a smaller weighting model, or a smaller micro-batch, which "
+                "its encoder goes by",
             )
         )
     found.append((worst.weights + worst.gradients, "larger parallel.tensor or parallel.pipeline"))

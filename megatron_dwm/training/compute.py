@@ -48,7 +48,8 @@ def compute_of(
     first = forward if reads_first(config, rows // data_size) else 0.0
     validation = llm_forward_flops(llm, config.validation.batch_size or rows, length)
     probe = FORWARD_BACKWARD * forward
-    update = FORWARD_BACKWARD * (validation + weights) + probe
+    again = weights if encodes_in_chunks(config, rows // data_size) else 0.0
+    update = FORWARD_BACKWARD * (validation + weights) + again + probe
     if config.weighting.update_on == "fresh":
         update += FORWARD_BACKWARD * forward + first + weights
     return Compute(
@@ -69,6 +70,18 @@ def _group_size(config: Config) -> int:
     training = config.training
     is_global = config.weighting.group == "global"
     return training.global_batch_size if is_global else training.micro_batch_size
+
+
+def encodes_in_chunks(config: Config, local_rows: int) -> bool:
+    """Whether an update's encoder goes through a rank's share of the rows in several chunks, and so
+    runs forward twice (weighting/encoding.py).
+    """
+    share = -(-local_rows // config.parallel.model_size)
+    return (
+        config.policy.name == "dwm"
+        and config.weighting.encoder == "own"
+        and share > config.training.micro_batch_size
+    )
 
 
 def reads_first(config: Config, local_rows: int) -> bool:

@@ -52,6 +52,7 @@ def _dwm(config: Config, runtime: Runtime, shape: WeightingShape) -> Policy:
         runtime,
         config.training.micro_batch_size,
         learned=config.weighting.load is not None,
+        bf16=config.model.precision != "fp32",
     )
 
 

@@ -25,6 +25,7 @@ from megatron_dwm.data.batch import Batch
 from megatron_dwm.model import Reading
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.concentration import weights_from_logits
+from megatron_dwm.weighting.encoding import encode
 from megatron_dwm.weighting.groups import Grouping, gather_inside_replica, share_of_rank
 from megatron_dwm.weighting.model import WeightingModel
 from megatron_dwm.weighting.policy import NOTHING, Need, WeightingUpdate
@@ -48,9 +49,14 @@ class DwmPolicy:
         micro_batch_size: int,
         *,
         learned: bool = False,
+        bf16: bool = False,
     ) -> None:
-        """`learned`: the model has been trained before, so its weights count from the start."""
+        """learned: the model has been trained before, so its weights count from the start.
+
+        bf16: the model's own encoder multiplies in bf16; see encoding.py.
+        """
         self.model = model.to(runtime.device)
+        self.bf16 = bf16
         self.config = config
         self.runtime = runtime
         self.grouping = Grouping(runtime, micro_batch_size, config.group == "global")
@@ -147,7 +153,12 @@ class DwmPolicy:
     def _encoded(self, batch: Batch) -> Tensor:
         """[n, D]: every rank of the inner group encodes its share of the replica's samples."""
         share = share_of_rank(batch.size, self.runtime).to(batch.tokens_BS.device)
-        pooled_BD = self.model.encoder(batch.tokens_BS[share])
+        pooled_BD = encode(
+            self.model.encoder,
+            batch.tokens_BS[share],
+            self.grouping.micro_batch_size,
+            bf16=self.bf16,
+        )
         return gather_inside_replica(pooled_BD, batch.size, self.runtime)
 
     @property

@@ -120,13 +120,26 @@ def test_a_model_that_does_not_fit_says_what_to_change() -> None:
     assert planned(changed).fits and "\nfits: " in plan_text(planned(changed))
 
 
-def test_a_weighting_model_of_370m_reads_all_samples_of_a_replica_at_once() -> None:
+def test_a_weighting_model_of_370m_goes_through_its_samples_by_micro_batches() -> None:
     sizes = {"hidden_size": 1024, "num_layers": 24, "num_attention_heads": 16}
     weighting = {**sizes, "ffn_hidden_size": 2816}
-    one, eight = (planned(large(policy="dwm", weighting=weighting), gpus) for gpus in (1, 8))
+    config = large(policy="dwm", weighting=weighting)
+    one, eight = (planned(config, gpus) for gpus in (1, 8))
     first, shared = (plan.stages[0].weighting_activations for plan in (one, eight))
-    assert first == pytest.approx(8 * shared)
-    assert not one.fits and any("weighting.encoder llm" in line for line in one.to_json()["advice"])
+    assert first == shared and one.fits
+    huge = {"hidden_size": 4096, "num_layers": 32, "num_attention_heads": 32}
+    too_large = planned(large(policy="dwm", weighting={**huge, "ffn_hidden_size": 11008}))
+    assert any("weighting.encoder llm" in line for line in too_large.to_json()["advice"])
+
+
+def test_an_encoder_multiplies_in_bf16_beside_a_bf16_llm() -> None:
+    """Its time is its FLOPs over the peak of what it multiplies in."""
+    own, llm = (planned(large(policy="dwm", weighting={"encoder": e})) for e in ("own", "llm"))
+    for plan, peak in ((own, 989e12), (llm, 67e12)):
+        cost = plan.cost
+        weighting = (cost.weighing + cost.learning) / peak
+        rest = (cost.llm + cost.recompute + cost.reading + cost.updates) / 989e12
+        assert plan.step_s == pytest.approx((weighting + rest) / (8 * 0.4), rel=1e-3)
 
 
 def test_uniform_weights_cost_nothing_and_updates_on_training_less_than_fresh() -> None:

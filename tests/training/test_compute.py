@@ -13,11 +13,11 @@ from megatron_dwm.weighting import weighting_shape
 LARGE = PRESETS["llama-1.3b"]
 
 
-def _compute(**weighting: object) -> Compute:
-    """1.3B, 4M tokens a step, one replica; micro-batches of 16."""
+def _compute(micro_batch: int = 16, **weighting: object) -> Compute:
+    """1.3B, 4M tokens a step, one replica."""
     config = Config(
         data=DataConfig(sequence_length=1024),
-        training=TrainingConfig(global_batch_size=4096, micro_batch_size=16),
+        training=TrainingConfig(global_batch_size=4096, micro_batch_size=micro_batch),
         policy=PolicyConfig(name="dwm"),
         weighting=WeightingConfig(**weighting),
     )
@@ -52,6 +52,14 @@ def test_a_370m_encoder_costs_the_papers_nine_percent() -> None:
         ffn_hidden_size=shape.ffn_hidden_size,
     )
     assert spent.weights_step / spent.llm_step == pytest.approx(0.0926, rel=0.1)
+
+
+def test_an_encoder_in_chunks_runs_forward_once_more() -> None:
+    """4,096 rows of one replica by sixteens, and by 4,096; the LLM's passes are the same."""
+    in_chunks, at_once = (
+        _compute(micro_batch=size, encoder="own", group="global") for size in (16, 4096)
+    )
+    assert in_chunks.update - at_once.update == pytest.approx(in_chunks.weights_step, rel=1e-2)
 
 
 def test_updates_are_three_steps_or_two() -> None:

@@ -20,11 +20,12 @@ SHAPE = WeightingShape(
 )
 
 
-def batch(runtime: Runtime, number: int) -> Batch:
-    """This replica's rows of a global batch that is the same under every layout."""
+def batch(runtime: Runtime, number: int, *, whole: bool = False) -> Batch:
+    """This replica's rows of a global batch that is the same under every layout, or all of it."""
     generator = torch.Generator().manual_seed(number)
     tokens = torch.randint(0, VOCAB, (SAMPLES, LENGTH), generator=generator)
-    share = SAMPLES // runtime.data_size
+    share = SAMPLES if whole else SAMPLES // runtime.data_size
+    first = 0 if whole else runtime.data_rank * share
     return Batch(
         tokens_BS=tokens,
         labels_BS=tokens,
@@ -33,7 +34,7 @@ def batch(runtime: Runtime, number: int) -> Batch:
         sample_ids_B=torch.arange(SAMPLES),
         document_ids_B=torch.arange(SAMPLES),
         domains=("d",) * SAMPLES,
-    ).rows(runtime.data_rank * share, (runtime.data_rank + 1) * share)
+    ).rows(first, first + share)
 
 
 def alignment(tokens_BS: Tensor) -> Tensor:

@@ -1,0 +1,92 @@
+"""The plan of the weighting model's own encoder against the encoder itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from megatron_dwm.model import resolve_shape
+from megatron_dwm.planning.activations import encoder_bytes
+from megatron_dwm.planning.memory import stage_memory
+from megatron_dwm.weighting import weighting_shape
+from megatron_dwm.weighting.encoder import TokenEncoder
+from megatron_dwm.weighting.encoding import encode
+from tests.launch import REPOSITORY
+from tests.planning.runs import configured
+
+LENGTH = 16
+
+
+def _kept(encoder: TokenEncoder, rows: int, *, bf16: bool) -> int:
+    """Bytes of the different tensors that autograd keeps of `rows` samples, parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
+    found: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        encode(encoder, torch.zeros(rows, LENGTH, dtype=torch.int64), rows, bf16=bf16)
+    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_activations_are_what_autograd_keeps(bf16: bool) -> None:
+    width, heads, inner = 64, 4, 176
+    for layers in (1, 3):
+        encoder = TokenEncoder(100, width, layers, heads, inner)
+        two, four = (_kept(encoder, rows, bf16=bf16) for rows in (2, 4))
+        expected = encoder_bytes(width, inner, heads, layers, 2 if bf16 else 4)
+        # 8 more: the token's id. Copies of the weights in bf16 are there once.
+        assert (four - two) / (2 * LENGTH) == pytest.approx(expected + 8, abs=1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_peak_memory_of_an_update_on_a_cpu(precision: str) -> None:
+    """16 samples by twos: within 15 %. All at once they would take eight times the activations,
+    which are two fifths of the whole already. The libraries' own memory is at most 25 MB.
+    """
+    options: dict[str, Any] = {
+        "model": {"precision": precision, "vocab_size": 2048},
+        "weighting": {
+            "encoder": "own",
+            "hidden_size": 256,
+            "num_layers": 6,
+            "num_attention_heads": 8,
+            "ffn_hidden_size": 704,
+        },
+        "policy": "dwm",
+        "length": 512,
+        "batch": 16,
+    }
+    child = subprocess.run(
+        [sys.executable, "-m", "tests.planning.weighting_memory", json.dumps(options)],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(REPOSITORY),
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+        },
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    config = configured(**options)
+    shape = resolve_shape(config.model)
+    weighting = weighting_shape(config, shape, shape.vocab_size)
+    plan = stage_memory(config, shape, weighting, world_size=1, stage=0, on_gpu=False)
+    expected = plan.weighting_model + plan.weighting_activations
+    assert plan.weighting_activations > 0.4 * expected
+    assert int(child.stdout.split()[-1]) == pytest.approx(expected, rel=0.15)
