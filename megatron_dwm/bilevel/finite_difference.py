@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dwm.model import LLM, MicroBatch, forward_only
+from megatron_dwm.runtime.profiling import phase
 
 # The largest change of a sample's loss, relative to the mean loss, that h is chosen for. Rounding
 # (6e-8 of a loss) leaves an error of 1e-3; at 1e-3 the truncation error is 1e-1 along Adam's z, at
@@ -21,6 +22,7 @@ FIRST_RELATIVE_STEP = 1e-3
 _ATTEMPTS = 12
 
 
+@phase("finite difference")
 @torch.no_grad()
 def finite_difference(llm: LLM, micro_batches: list[MicroBatch]) -> Tensor:
     """float32 [n]: <z, grad l_i> of every local sample, with z in the gradient buffers.

@@ -33,6 +33,7 @@ from megatron_dwm.model.objective import (
     weighted,
     weighted_denominator,
 )
+from megatron_dwm.runtime.profiling import phase
 
 # (llm with z in its gradient buffers, micro-batches of the unit objective) -> <z, grad l_i>, [n]
 InnerProducts = Callable[[LLM, list[MicroBatch]], Tensor]
@@ -67,17 +68,23 @@ def from_gradient(
     `inner_products`. They add up to the whole's: z is linear in the validation gradient.
     """
     llm, optimizer = problem.llm, problem.optimizer
-    step = prepare_virtual_step(llm, optimizer, problem.inner)
+    with phase("virtual step"):
+        step = prepare_virtual_step(llm, optimizer, problem.inner)
     found = []
     for part in _validation_parts(problem, halves):
-        step.enter()
-        clear_gradients(llm, optimizer)
-        loss_and_count = _validation_gradient(problem, part)
-        step.direction()
-        step.restore()
+        with phase("virtual step"):
+            step.enter()
+        with phase("validation gradient"):
+            clear_gradients(llm, optimizer)
+            loss_and_count = _validation_gradient(problem, part)
+        with phase("direction"):
+            step.direction()
+        with phase("restore"):
+            step.restore()
         probe = unit(problem.train_batch, problem.micro_batch_size)
         found.append((loss_and_count, inner_products(llm, probe)))
-    step.give_back()
+    with phase("restore"):
+        step.give_back()
     losses_and_counts = torch.stack([pair for pair, _ in found])
     parts_Kn = torch.stack([alignment_n for _, alignment_n in found])
     share_K = losses_and_counts[:, 1] / losses_and_counts[:, 1].sum()

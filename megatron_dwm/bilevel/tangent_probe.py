@@ -29,6 +29,7 @@ from torch.nn import Module
 
 from megatron_dwm.bilevel.adapters import ADAPTERS, Adapter, Place, Tangent, adapter_for
 from megatron_dwm.model import LLM, MicroBatch, forward_backward
+from megatron_dwm.runtime.profiling import phase
 
 
 @dataclass
@@ -57,7 +58,7 @@ def tangent_probe(
     size = micro_batches[0].tokens_BS.shape[0]
     zeros_n = torch.zeros(len(micro_batches) * size, device=llm.runtime.device)
     samples = _Samples(zeros_n.requires_grad_(), size)
-    with _frozen(llm), _hooked(llm, samples, adapters):
+    with phase("tangent probe"), _frozen(llm), _hooked(llm, samples, adapters):
         forward_backward(llm, micro_batches, denominator=None, on_micro_batch=samples.enter)
     alignment_n = samples.alignment_n.grad
     dist.all_reduce(alignment_n, group=llm.runtime.inner_group)

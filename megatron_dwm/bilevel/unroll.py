@@ -19,10 +19,12 @@ from megatron_dwm.bilevel.slots import Slot, collect_slots
 from megatron_dwm.bilevel.virtual_step import CLIP_EPSILON
 from megatron_dwm.model.modules import RMSNorm
 from megatron_dwm.model.objective import TokenBatch
+from megatron_dwm.runtime.profiling import phase
 
 Parameters = dict[str, Tensor]
 
 
+@phase("unroll")
 def unroll(problem: Problem, *, halves: bool = False) -> Hypergradient:
     """The hypergradient of one process's samples; the LLM is left as it was.
 

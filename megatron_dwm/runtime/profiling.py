@@ -32,6 +32,13 @@ Phase = Literal[
     "optimizer step",
     "weighting update",
     "hypergradient",
+    "virtual step",
+    "validation gradient",
+    "direction",
+    "restore",
+    "tangent probe",
+    "finite difference",
+    "unroll",
     "weighting model",
     "evaluation",
     "checkpoint",
@@ -39,7 +46,7 @@ Phase = Literal[
 
 
 def phase(name: Phase) -> record_function:
-    """A context whose range carries `name` in every tool."""
+    """A context, or a function's decorator, whose range carries `name` in every tool."""
     return record_function(name)
 
 
