@@ -75,9 +75,10 @@ def layer_bytes(
         attention += _FP32 * heads / tensor  # the softmax's denominators
     # Cosines and sines, one of each for queries and keys, shared by a micro-batch.
     rotation = 4 * value * shape.head_size / config.training.micro_batch_size
-    # Gate and up projection, silu of the gate, the up projection plus an offset of zero; then what
-    # the down projection reads.
-    feed_forward = (4 * value + kernels.product_input_bytes) * inner / tensor
+    # Gate and up projection; unfused also silu of the gate, and the up projection plus an offset of
+    # zero; then what the down projection reads.
+    gated = 2 if kernels.fused else 4
+    feed_forward = (gated * value + kernels.product_input_bytes) * inner / tensor
     norms = 2 * norm_bytes(shape.hidden_size / part, 1 / part, kernels)
     return norms + attention + rotation + feed_forward
 

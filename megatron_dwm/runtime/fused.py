@@ -47,7 +47,15 @@ def fused_pieces() -> list[tuple[str, str]]:
             "gradient fusion",
             "active, NVIDIA apex" if fused else f"plain: needs a GPU and {GRADIENT_ACCUMULATION}",
         ),
+        ("SwiGLU", _swiglu()),
     ]
+
+
+def _swiglu() -> str:
+    """Megatron-Core's own kernel; which layers have it, model/llm.py says."""
+    if torch.cuda.is_available() and _installed("transformer_engine"):
+        return "fused in Transformer Engine's layers, torch.compile"
+    return "plain: needs a GPU and Transformer Engine"
 
 
 def _origin(module: str) -> str:

@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_dwm.bilevel.adapters import ADAPTERS
 from megatron_dwm.bilevel.tangent_probe import tangent_probe
@@ -71,3 +72,39 @@ def _alignments_and_names(subject: Tiny) -> tuple[Tensor, list[str]]:
     saved = subject.llm.modules[0].sharded_state_dict()
     keys = {part.key for part in saved.values() if "_extra_state" not in part.key}
     return found, sorted(keys)
+
+
+def with_swiglu_fused(**layout: Any) -> dict[str, tuple[Any, Any]]:
+    """Unfused and fused: alignments, training gradients, and bytes that autograd keeps of a forward
+    pass. Megatron-Core's own function; torch.compile, which makes a kernel of it on a GPU, is told
+    to leave it as it is.
+    """
+    torch.compiler.set_stance("force_eager")
+    with tiny(**layout) as subject:
+        found = []
+        for fused in (False, True):
+            subject.llm.transformer.bias_activation_fusion = fused
+            subject.gradient(TRAIN)
+            gradients = torch.cat([p.main_grad.flatten() for p in subject.llm.parameters()])
+            _leave_validation_gradient(subject)
+            alignments = tangent_probe(subject.llm, unit(subject.batch(TRAIN), MICRO_BATCH))
+            found.append((alignments, gradients, _kept_bytes(subject)))
+        names = ("alignments", "gradients", "kept")
+        return dict(zip(names, zip(*found, strict=True), strict=True))
+
+
+def _kept_bytes(subject: Tiny) -> int:
+    found: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch = subject.batch(TRAIN).rows(0, MICRO_BATCH)
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = subject.llm.chunks[0](
+            batch.tokens_BS, batch.position_ids_BS, None, labels=batch.labels_BS
+        )
+    assert loss.requires_grad
+    return sum(found.values())

@@ -1,8 +1,11 @@
-"""The adapter of fused norm and linear layers inside a whole model, under tensor parallelism."""
+"""Fused pieces inside a whole model, under tensor parallelism: norm and linear layer, SwiGLU."""
 
 from __future__ import annotations
 
+import torch
+
 from tests.launch import run_ranks
+from tests.tiny import MICRO_BATCH, SEQUENCE_LENGTH
 
 CASES = [
     ({}, 1),
@@ -21,3 +24,23 @@ def test_fused_model_has_the_alignments_and_names_of_the_unfused_one() -> None:
             assert float(difference) < 1e-4, case
             assert fused_names == unfused_names
             assert any(name.endswith("pre_mlp_layernorm.weight") for name in fused_names)
+
+
+def test_fused_swiglu_has_the_alignments_and_gradients_of_the_unfused_one() -> None:
+    for world_size, tensor in ((1, {}), (2, {"tensor": 2})):
+        cases = [{**tensor, "recompute": how} for how in ("none", "full")]
+        found = run_ranks("tests.bilevel.fused_workers:with_swiglu_fused", world_size, cases)
+        for case, ranks in zip(cases, found, strict=True):
+            for rank in ranks:
+                for name in ("alignments", "gradients"):
+                    unfused, fused = rank[name]
+                    scale = float(unfused.abs().max())
+                    torch.testing.assert_close(fused, unfused, rtol=0, atol=1e-6 * scale)
+                    assert not torch.equal(fused, unfused), (case, name)
+                if case["recompute"] == "none":
+                    unfused_bytes, fused_bytes = rank["kept"]
+                    # silu of the gate and the offset up projection: 2 x 64 values of 4 bytes a
+                    # token in either layer, as planning/activations.py counts.
+                    values = 2 * 64 * 2 // world_size
+                    expected = 4 * values * MICRO_BATCH * SEQUENCE_LENGTH
+                    assert unfused_bytes - fused_bytes == expected

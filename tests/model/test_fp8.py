@@ -141,8 +141,9 @@ def test_recipes_in_megatron_cores_configuration() -> None:
         assert (config.fp8, config.fp8_recipe) == (form, recipe)
         assert (config.fp8_amax_history_len, config.fp8_amax_compute_algo) == (history, algorithm)
         assert config.bf16 and config.params_dtype == torch.bfloat16 and not config.fp8_param
-        assert not config.first_last_layers_bf16
-        assert transformer_config(shape, model, ParallelConfig(), "local").fp8 is None
+        assert not config.first_last_layers_bf16 and config.bias_activation_fusion
+        local = transformer_config(shape, model, ParallelConfig(), "local")
+        assert local.fp8 is None and not local.bias_activation_fusion
     model = dataclasses.replace(model, fp8_first_last_bf16=True)
     config = transformer_config(shape, model, ParallelConfig(), "transformer_engine")
     assert config.first_last_layers_bf16

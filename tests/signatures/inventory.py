@@ -71,6 +71,8 @@ def main() -> None:
     extension = importlib.import_module(EXTENSION)
     specs = importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     layer = specs.get_gpt_layer_with_transformer_engine_spec()
+    block_of_mlp = layer.submodules.mlp.module
+    swiglu = importlib.import_module("megatron.core.fusions.fused_bias_swiglu")
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
     ours = importlib.import_module("megatron_dwm.model.transformer_engine")
     table = importlib.import_module("megatron_dwm.bilevel.adapters")
@@ -92,6 +94,10 @@ def main() -> None:
             for name in (*table.ADAPTERS, *table.WITHOUT_PARAMETERS)
             if not name.startswith("megatron_dwm.")
         },
+        "mlp": f"{block_of_mlp.__module__}.{block_of_mlp.__qualname__}",
+        "mlp_source": inspect.getsource(block_of_mlp.forward),
+        "swiglu": _parameters(swiglu.bias_swiglu_impl),
+        "swiglu_source": inspect.getsource(swiglu.SwiGLUFunction),
         "norm_source": inspect.getsource(extension.TENorm),
         "checks": {
             name: _parameters(getattr(te, name))

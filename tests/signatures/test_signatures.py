@@ -106,6 +106,15 @@ def test_fused_weights_say_how_they_are_split(inventory: dict[str, Any]) -> None
     assert "tensor=getattr(self, weight)" in inventory["classes"][FUSED]["source"]
 
 
+def test_swiglu_is_fused_by_megatron_cores_own_function(inventory: dict[str, Any]) -> None:
+    """It keeps its input only, and its backward is a function of the output gradient and that."""
+    assert inventory["mlp"] == "megatron.core.transformer.mlp.MLP"
+    assert "self.config.bias_activation_fusion" in inventory["mlp_source"]
+    assert "bias_swiglu_impl(" in inventory["mlp_source"]
+    assert inventory["swiglu"][:2] == ["input", "bias"]
+    assert "swiglu_back(grad_output, input)" in inventory["swiglu_source"]
+
+
 def test_norm_is_built_for_rms_norm(inventory: dict[str, Any]) -> None:
     assert "te.pytorch.RMSNorm(" in inventory["norm_source"]
 
