@@ -56,10 +56,11 @@ def load_config(arguments: Sequence[str], prog: str = "megatron_dwm.pretrain") -
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration; `load_config([path])` gives it back."""
-    path.write_text(
-        yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True),
-        encoding="utf-8",
-    )
+    dumper = getattr(
+        yaml, "CSafeDumper", yaml.SafeDumper
+    )  # in C where it is built, ten times faster
+    text = yaml.dump(dataclasses.asdict(config), Dumper=dumper, sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def _parser(prog: str) -> ArgumentParser:

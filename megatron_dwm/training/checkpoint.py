@@ -52,6 +52,7 @@ from megatron_dwm.training.sharded_files import (
     saved_names,
     try_write,
 )
+from megatron_dwm.training.sharded_plan import SavePlan
 from megatron_dwm.weighting import LearningPolicy
 
 MODEL_PREFIX = "model."
@@ -70,12 +71,12 @@ class CheckpointSave:
         session: Session,
         fingerprint: dict[str, str],
         *,
+        plan: SavePlan,
         background: bool = False,
-        check: bool = True,
     ) -> None:
         """Take the state of this moment; with `background` as a copy that a thread writes.
 
-        check: the plan, which is the same for every save of a run.
+        plan: one for all saves of a session.
         """
         self._session, self._fingerprint = session, fingerprint
         self._state = replace(session.state, passed_over=list(session.state.passed_over))
@@ -85,8 +86,8 @@ class CheckpointSave:
         self._files = ShardedFiles(
             _sharded_state(session, is_loading=False),
             self._partial / "llm",
+            plan,
             copy=background,
-            check=check,
         )
         self._rest = _rest_of_state(session)
         self._failure: str | None = None
@@ -221,7 +222,10 @@ def _rest_of_state(session: Session) -> dict[str, Any]:
     """What is no part of the LLM (collective); whole on the main process only."""
     runtime, policy = session.runtime, session.policy
     generators: list[Any] | None = [None] * runtime.world_size if runtime.is_main else None
-    dist.gather_object(random_state(), generators)
+    if runtime.world_size == 1:
+        generators = [random_state()]
+    else:
+        dist.gather_object(random_state(), generators)
     return {
         "policy": policy.state_dict() if isinstance(policy, LearningPolicy) else None,
         "random": generators,

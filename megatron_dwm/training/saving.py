@@ -12,6 +12,7 @@ from megatron_dwm.training.checkpoint import CheckpointSave
 from megatron_dwm.training.manifest import remove_old
 from megatron_dwm.training.session import Session
 from megatron_dwm.training.sharded_files import SaveError
+from megatron_dwm.training.sharded_plan import SavePlan
 
 
 class Saver:
@@ -30,7 +31,7 @@ class Saver:
         self.newest = newest
         self._session, self._fingerprint, self._warn = session, fingerprint, warn
         self._under_way: CheckpointSave | None = None
-        self._is_first = True
+        self._plan = SavePlan()
         self._saved = self._mark() if newest is not None else None
 
     @property
@@ -54,12 +55,11 @@ class Saver:
         mark = self._mark()
         try:
             self._under_way = CheckpointSave(
-                self._session, self._fingerprint, background=background, check=self._is_first
+                self._session, self._fingerprint, plan=self._plan, background=background
             )
         except SaveError as error:
             self._refused(error)
             return False
-        self._is_first = False
         if background:
             self._saved = mark
             return True

@@ -29,26 +29,16 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.base import (
-    StrategyAction,
-    get_default_strategy,
-    register_default_strategy,
-)
-from megatron.core.dist_checkpointing.strategies.common import (
-    COMMON_STATE_FNAME,
-    TorchCommonSaveStrategy,
-)
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from torch.distributed.checkpoint.metadata import Metadata
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from torch import Tensor
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_dwm.config import UserError
 from megatron_dwm.model.saved_index import read_index
 from megatron_dwm.training.manifest import FileRecord, record_file
+from megatron_dwm.training.sharded_plan import BACKEND, VERSION, RankFile, SavePlan
 
-_BACKEND, _VERSION = "torch_dist", 1
 # What a full or failing disk raises; torch's own writer makes a RuntimeError of it.
 DISK_ERRORS = (OSError, RuntimeError)
 
@@ -57,78 +47,32 @@ class SaveError(RuntimeError):
     """A checkpoint could not be written; raised on every rank, with the first rank's reason."""
 
 
-class _KeptCommon(TorchCommonSaveStrategy):
-    """Keeps what is not a tensor for `write`, instead of writing it while the others go on."""
-
-    def __init__(self) -> None:
-        super().__init__("torch", _VERSION)
-        self.kept: StateDict = {}
-
-    def save_common(self, common_state_dict: StateDict, checkpoint_dir: str | Path) -> None:
-        self.kept = common_state_dict
-
-
-class _Planner(TorchDistSaveShardedStrategy):
-    """Plans as its base class; what it would hand to other processes is kept here."""
-
-    def __init__(self) -> None:
-        super().__init__(_BACKEND, _VERSION, thread_count=1)
-        self.writer: filesystem_async.FileSystemWriterAsync | None = None
-        self.index: Metadata | None = None
-
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
-        self.writer, self.index = writer, save_state_dict_ret[1]
-        return AsyncRequest(None, (), [])
-
-
 class ShardedFiles:
     """One save of a sharded state into a directory."""
 
     def __init__(
-        self, state: ShardedStateDict, directory: Path, *, copy: bool, check: bool
+        self,
+        state: ShardedStateDict,
+        directory: Path,
+        plan: SavePlan,
+        *,
+        copy: bool,
     ) -> None:
-        """Plan (collective). copy: also take a copy in host memory, that training may go on.
-
-        check: that the ranks' parts cover every tensor once; a layout need not be checked twice.
-        """
+        """Plan (collective). copy: also take a copy in host memory, that training may go on."""
         self._directory = directory
-        self._planner, common = _Planner(), _KeptCommon()
-        # Answers filesystem_async.py, `_get_write_results_queue`: a process for a queue.
-        filesystem_async._results_queue = queue.Queue()
-        with _common_strategy(common):
-            dist_checkpointing.save(
-                state,
-                str(directory),
-                self._planner,
-                validate_access_integrity=check,
-                async_sharded_save=True,
-            )
-        self._common = _copied(common.kept) if copy else common.kept
-        assert self._planner.writer is not None
-        self._buckets = self._planner.writer.preload_tensors(
-            self._planner.writer.write_buckets or [], non_blocking=False
-        )
+        self._planned = plan.of(state, directory)
+        self._files, self._common = self._planned.files, self._planned.common
         if copy:
-            self._buckets = [_copied_bucket(bucket) for bucket in self._buckets]
+            self._files, self._common = plan.copied(self._files), _copied(self._common)
+        self._writer = FileSystemWriterAsync(directory, thread_count=1)
         self._results: list[WriteResult] = []
         self._records: dict[str, FileRecord] = {}
 
     def write(self) -> None:
         """Write this rank's files. Raises OSError or RuntimeError."""
-        writer = self._planner.writer
-        transforms = [writer.transforms] if hasattr(writer, "transforms") else []
-        for number, bucket in enumerate(self._buckets):
-            done: queue.Queue[Any] = queue.Queue()
-            counted: queue.Queue[int] = queue.Queue()
-            counted.put(number)
-            filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-                transforms, number, bucket, done, counted, False
-            )
-            _, results = done.get_nowait()
-            if isinstance(results, Exception):
-                raise RuntimeError(str(results)) from results
-            self._results += results
-            self._records[bucket[1]] = _forced_record(self._directory / bucket[1])
+        for file in self._files:
+            self._results += _written(self._writer, file, self._directory / file.name)
+            self._records[file.name] = _forced_record(self._directory / file.name)
         if dist.get_rank() == 0:
             save_object(self._common, self._directory / COMMON_STATE_FNAME)
 
@@ -137,8 +81,7 @@ class ShardedFiles:
 
         failure: what went wrong in this rank's `write`. Raises SaveError if anything did anywhere.
         """
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (failure, self._results, self._records))
+        parts = _everyones((failure, self._results, self._records))
         _raise_first([part[0] for part in parts])
         records = {name: record for part in parts for name, record in part[2].items()}
         failure = None
@@ -153,9 +96,41 @@ class ShardedFiles:
         return records
 
     def _write_index(self, results: list[list[WriteResult]]) -> None:
-        assert self._planner.writer is not None
-        self._planner.writer.finish(self._planner.index, results)
-        save_config(CheckpointingConfig(_BACKEND, _VERSION), str(self._directory))
+        self._writer.finish(self._planned.index, results)
+        save_config(CheckpointingConfig(BACKEND, VERSION), str(self._directory))
+
+
+def _written(writer: FileSystemWriterAsync, file: RankFile, path: Path) -> list[WriteResult]:
+    """Write one file with Megatron-Core's function, which speaks through queues."""
+    done: queue.Queue[Any] = queue.Queue()
+    counted: queue.Queue[int] = queue.Queue()
+    counted.put(0)
+    tensors = [(item, _alone(tensor.cpu())) for item, tensor in file.tensors]
+    transforms = [writer.transforms] if hasattr(writer, "transforms") else []
+    with _without_inner_checksums():
+        FileSystemWriterAsync.write_preloaded_data(
+            transforms, 0, (str(path), file.name, (file.objects, tensors)), done, counted, False
+        )
+    _, results = done.get_nowait()
+    if isinstance(results, Exception):
+        raise RuntimeError(str(results)) from results
+    return results
+
+
+@contextmanager
+def _without_inner_checksums() -> Iterator[None]:
+    """torch.save puts one into every archive, a third of its time; the manifest has the file's."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """A part of another tensor as one of its own: torch.save would write the whole of the other."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _forced_record(path: Path) -> FileRecord:
@@ -193,11 +168,16 @@ def reason(error: BaseException) -> str:
 
 def agree(failure: str | None) -> None:
     """Raise SaveError on every rank if one of them has a failure (collective)."""
-    failures = [failure]
+    _raise_first(_everyones(failure))
+
+
+def _everyones(value: Any) -> list[Any]:
+    """What every rank gives, in their order (collective)."""
+    values = [value]
     if dist.get_world_size() > 1:
-        failures = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, failure)
-    _raise_first(failures)
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
 
 
 def _raise_first(failures: list[str | None]) -> None:
@@ -255,17 +235,6 @@ def _weights_only() -> Iterator[None]:
             os.environ[name] = before
 
 
-@contextmanager
-def _common_strategy(strategy: TorchCommonSaveStrategy) -> Iterator[None]:
-    """dist_checkpointing.save takes this one from its registry only."""
-    before = get_default_strategy(StrategyAction.SAVE_COMMON, "torch", _VERSION)
-    register_default_strategy(StrategyAction.SAVE_COMMON, "torch", _VERSION, strategy)
-    try:
-        yield
-    finally:
-        register_default_strategy(StrategyAction.SAVE_COMMON, "torch", _VERSION, before)
-
-
 def _copied(value: Any) -> Any:
     """Nested lists and dicts with the tensors copied."""
     if isinstance(value, torch.Tensor):
@@ -275,9 +244,3 @@ def _copied(value: Any) -> Any:
     if isinstance(value, list):
         return [_copied(item) for item in value]
     return value
-
-
-def _copied_bucket(bucket: Any) -> Any:
-    """Tensors on the CPU are training's own: it goes on to change them."""
-    path, name, (texts, tensors) = bucket
-    return path, name, (texts, [(item, tensor.clone()) for item, tensor in tensors])

@@ -27,7 +27,8 @@ from megatron_dwm.model import (
     forward_backward,
     forward_only,
 )
-from megatron_dwm.model.objective import token_mean, unit, weighted, weighted_denominator
+from megatron_dwm.model.objective import unit, weighted, weighted_denominator
+from megatron_dwm.model.predictions import predict
 from megatron_dwm.runtime.profiling import phase
 from megatron_dwm.training.guard import LossSpike, require_sound_weights, step_if_finite
 from megatron_dwm.training.session import Session
@@ -211,7 +212,8 @@ def signal_to_noise_of(session: Session, halves_2n: Tensor) -> tuple[float, floa
 
 
 def evaluate(session: Session, between: Callable[[], None]) -> dict[str, float]:
-    """Token-mean loss of every domain of the held-out set (collective).
+    """Token-mean loss of every domain of the held-out set (collective): the exported model's, which
+    has no rows that pad the vocabulary.
 
     between: called after every batch.
     """
@@ -221,11 +223,11 @@ def evaluate(session: Session, between: Callable[[], None]) -> dict[str, float]:
     rows = session.local_rows(session.global_batch_size)
     for whole in session.evaluation.batches(session.global_batch_size):
         batch = whole.rows(rows.start, rows.stop).to(session.runtime.device)
-        micro_batches = token_mean(batch, session.config.training.micro_batch_size)
-        result = forward_only(session.llm, micro_batches)
+        found = predict(session.llm, batch, session.config.training.micro_batch_size)
+        losses_n = -(found.log_likelihood_BS * batch.loss_mask_BS).double().sum(dim=1)
         where = torch.tensor([_index(domains, name) for name in batch.domains])
-        sums[0].index_add_(0, where, result.loss_sums_n.double().cpu())
-        sums[1].index_add_(0, where, result.token_counts_n.double().cpu())
+        sums[0].index_add_(0, where, losses_n.cpu())
+        sums[1].index_add_(0, where, batch.loss_mask_BS.double().sum(dim=1).cpu())
         between()
     sums = sums.to(session.runtime.device)
     dist.all_reduce(sums, group=session.runtime.data_group)

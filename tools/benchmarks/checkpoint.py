@@ -26,6 +26,7 @@ from benchmarks.timing import Clock, Contestant, alternate, timed
 from megatron_dwm.config import RunConfig
 from megatron_dwm.training.checkpoint import CheckpointSave
 from megatron_dwm.training.session import Session
+from megatron_dwm.training.sharded_plan import SavePlan
 
 PLAIN = "torch.save of the same tensors"
 FORCED = "torch.save, forced to the disk"
@@ -56,13 +57,14 @@ def _times(
     tensors = _tensors(subject.session)
     config = replace(subject.session.config, run=RunConfig(dir=str(folder)))
     session = replace(subject.session, config=config)
+    plan = SavePlan()
     plain = folder / f"plain_{runtime.rank}.pt"
     contestants = [
         timed(PLAIN, lambda: torch.save(tensors, plain), runtime),
         timed(FORCED, lambda: _forced(tensors, plain), runtime),
         timed(COPY, lambda: [tensor.cpu().clone() for tensor in tensors], runtime),
-        timed(SAVE, lambda: CheckpointSave(_next(session), {}, check=False).finish(), runtime),
-        _stall(session),
+        timed(SAVE, lambda: CheckpointSave(_next(session), {}, plan=plan).finish(), runtime),
+        _stall(session, plan),
     ]
     contestants = [_then_emptied(run, folder / "checkpoints") for run in contestants]
     times_s = alternate(
@@ -98,11 +100,11 @@ def _next(session: Session) -> Session:
     return session
 
 
-def _stall(session: Session) -> Contestant:
+def _stall(session: Session, plan: SavePlan) -> Contestant:
     def run() -> dict[str, float]:
         session.runtime.barrier()
         clock = Clock(session.runtime.device)
-        under_way = CheckpointSave(_next(session), {}, background=True, check=False)
+        under_way = CheckpointSave(_next(session), {}, plan=plan, background=True)
         held_up_s = clock.lap()
         under_way.finish()
         return {STALL: held_up_s}
