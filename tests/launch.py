@@ -1,9 +1,9 @@
 """Real multi-process tests from plain pytest: every rank is a process of its own, over gloo.
 
 run_ranks("tests.bilevel.workers:probe", 4, [{"tensor": 2, "pipeline": 2}]) calls
-`probe(tensor=2, pipeline=2)` in four processes and gives back what each returned. Starting a
-process takes seconds, so one start serves many cases. A rank that fails, or a run past its time
-limit, ends the others and fails the test with that rank's output.
+`probe(tensor=2, pipeline=2)` in four processes and gives back what each returned; they are forks of
+tests/forking's server. A rank that fails, or a run past its time limit, ends the others and fails
+the test with that rank's output.
 """
 
 from __future__ import annotations
@@ -11,20 +11,18 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import random
-import socket
-import subprocess
+import signal
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-REPOSITORY = Path(__file__).parent.parent
-_POLL_S = 0.05
+from tests.forking.client import REPOSITORY, fork_server, free_ports, rank_environments
+
+__all__ = ["REPOSITORY", "run_ranks"]
 
 
 def run_ranks(
@@ -33,72 +31,33 @@ def run_ranks(
     """For every case, what `module:function(**case)` returned in every rank, in rank order."""
     with tempfile.TemporaryDirectory() as folder:
         # A rendezvous address of its own for every case: the last one's may still be in use.
-        ports = _free_ports(len(cases))
+        ports = free_ports(len(cases))
         numbered = [
             {"port": port, "arguments": case} for port, case in zip(ports, cases, strict=True)
         ]
-        ranks = [
-            _start(function, numbered, rank, world_size, Path(folder)) for rank in range(world_size)
-        ]
-        _wait(ranks, Path(folder), limit_s)
+        _run(function, json.dumps(numbered), world_size, Path(folder), limit_s)
         results = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
         return [list(ranks) for ranks in zip(*results, strict=True)]
 
 
-def _free_ports(count: int) -> list[int]:
-    """Different ports below those that the system hands out: those may be taken by a connection of
-    an earlier case before they are listened on.
-    """
-    found: list[int] = []
-    for port in random.Random().sample(range(10_000, 30_000), 10 * count):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                found.append(port)
-        if len(found) == count:
-            break
-    return found
-
-
-def _start(
-    function: str, cases: list[dict], rank: int, world_size: int, folder: Path
-) -> subprocess.Popen:
-    environment = {
-        **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    command = [sys.executable, "-m", "tests.launch", function, json.dumps(cases)]
-    with (folder / f"{rank}.log").open("w") as log:
-        return subprocess.Popen(
-            [*command, str(folder / f"{rank}.pt")],
-            env=environment,
-            cwd=REPOSITORY,
+def _run(function: str, cases: str, world_size: int, folder: Path, limit_s: float) -> None:
+    server = fork_server()
+    logs = [folder / f"{rank}.log" for rank in range(world_size)]
+    pids = [
+        server.start(
+            ["-m", "tests.launch", function, cases, str(folder / f"{rank}.pt")],
             stdout=log,
-            stderr=subprocess.STDOUT,
+            stderr=log,
+            environment={**of_rank, "PYTHONWARNINGS": "ignore"},
         )
-
-
-def _wait(ranks: list[subprocess.Popen], folder: Path, limit_s: float) -> None:
-    deadline = time.monotonic() + limit_s
-    try:
-        while any(process.poll() is None for process in ranks):
-            failed = [rank for rank, process in enumerate(ranks) if process.poll()]
-            if failed or time.monotonic() > deadline:
-                break
-            time.sleep(_POLL_S)
-        bad = [rank for rank, process in enumerate(ranks) if process.poll() != 0]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
+        for rank, (log, of_rank) in enumerate(zip(logs, rank_environments(world_size), strict=True))
+    ]
+    codes = server.wait(pids, limit_s).codes
+    bad = [rank for rank, code in enumerate(codes) if code]
     if bad:
-        failed = [rank for rank in bad if ranks[rank].returncode != -9] or bad
-        log = (folder / f"{failed[0]}.log").read_text()
-        pytest.fail(f"rank {failed[0]} of {len(ranks)} failed or ran over {limit_s} s:\n{log}")
+        first = next((rank for rank in bad if codes[rank] != -signal.SIGKILL), bad[0])
+        text = logs[first].read_text()
+        pytest.fail(f"rank {first} of {world_size} failed or ran over {limit_s} s:\n{text}")
 
 
 def _main() -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +18,7 @@ from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.stream import TrainingData
+from tests.forking.client import run_python
 
 SEQUENCE_LENGTH = 96
 
@@ -206,6 +204,7 @@ import sys, torch, torch.distributed as dist
 from pathlib import Path
 from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.stream import TrainingData
+from tests.forking.client import run_python
 prefix, cache, out = sys.argv[1:]
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -223,16 +222,7 @@ torch.save(data.batch(ids).tokens_BS, f"{out}.{rank}")
 def run_ranks(world: int, tmp_path: Path, *arguments: str) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc-per-node={world}", str(program), *arguments),
-        ],
-        check=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-    )
+    run_python([str(program), *arguments], ranks=world).check_returncode()
 
 
 def test_processes_share_the_cache_and_read_alike(corpus: str, tmp_path: Path) -> None:

@@ -9,16 +9,19 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent.parent
-LIMIT_S = 150
+from tests.forking.client import LIMIT_S, REPOSITORY, run_python
 
 
-def _doctor(*arguments: str, processes: int = 1, program: str = "") -> subprocess.CompletedProcess:
+def _doctor(
+    *arguments: str, processes: int = 1, fresh: bool = False
+) -> subprocess.CompletedProcess:
+    """fresh: in a fresh interpreter or under torchrun, as users start it, instead of in forks."""
+    command = ["-m", "megatron_dwm.doctor", *arguments]
+    if not fresh:
+        return run_python(command, ranks=processes)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    target = [program] if program else ["-m", "megatron_dwm.doctor"]
-    command = [sys.executable, *(launcher if processes > 1 else []), *target, *arguments]
     return subprocess.run(
-        command,
+        [sys.executable, *(launcher if processes > 1 else []), *command],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -28,17 +31,18 @@ def _doctor(*arguments: str, processes: int = 1, program: str = "") -> subproces
 
 
 @pytest.mark.parametrize(
-    ("arguments", "processes"),
+    ("arguments", "processes", "fresh"),
     [
-        ([], 1),
-        (["examples/tiny.yaml", "--parallel.tensor", "2", "--parallel.sequence", "true"], 2),
-        (["--parallel.pipeline", "2", "--bilevel.inner_optimizer", "sgd"], 2),
-        (["--parallel.tensor", "2", "--parallel.pipeline", "2"], 4),
+        ([], 1, True),
+        (["examples/tiny.yaml", "--parallel.tensor", "2", "--parallel.sequence", "true"], 2, True),
+        (["--parallel.pipeline", "2", "--bilevel.inner_optimizer", "sgd"], 2, False),
+        (["--parallel.tensor", "2", "--parallel.pipeline", "2"], 4, False),
     ],
     ids=str,
 )
-def test_reports_and_agrees(arguments: list[str], processes: int) -> None:
-    done = _doctor(*arguments, "--data.sequence_length", "32", processes=processes)
+def test_reports_and_agrees(arguments: list[str], processes: int, fresh: bool) -> None:
+    length = ("--data.sequence_length", "32")
+    done = _doctor(*arguments, *length, processes=processes, fresh=fresh)
     assert done.returncode == 0, done.stdout + done.stderr
     for word in (
         "torch",
@@ -70,13 +74,13 @@ def test_a_wrong_hypergradient_is_found(tmp_path: Path) -> None:
         "sys.argv = ['doctor', *sys.argv[1:]]\n"
         "runpy.run_module('megatron_dwm.doctor', run_name='__main__')\n"
     )
-    done = _doctor("--data.sequence_length", "32", program=str(program))
+    done = run_python([str(program), "--data.sequence_length", "32"])
     assert done.returncode == 1, done.stdout + done.stderr
     assert "DISAGREES WITH finite_difference" in done.stdout
 
 
 def test_mistakes_are_one_line() -> None:
-    done = _doctor("--parallel.tensor", "3")
+    done = _doctor("--parallel.tensor", "3", fresh=True)
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert line.startswith("error: parallel.tensor 3")

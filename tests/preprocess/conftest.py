@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forking.client import run_python
+
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -51,7 +53,17 @@ def model(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def run() -> Run:
-    """Runs a script of tools/ as a user would."""
+    """Runs a script of tools/ with a user's arguments."""
+
+    def run_tool(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return run_python([f"tools/{tool}", *map(str, arguments)])
+
+    return run_tool
+
+
+@pytest.fixture(scope="session")
+def run_fresh() -> Run:
+    """The same in a fresh interpreter, as users do: it costs a second."""
 
     def run_tool(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, f"tools/{tool}", *map(str, arguments)]

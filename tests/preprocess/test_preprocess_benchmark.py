@@ -10,9 +10,9 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 ROWS = ["ours", "ours, zstd", "gigatoken alone", "pool of workers", "merge", "cat"]
 
 
-def test_rows(corpus_dir: Path, model: Path, run: Run) -> None:
+def test_rows(corpus_dir: Path, model: Path, run_fresh: Run) -> None:
     options = "--size-mb 1 --pool-mb 1 --rounds 1 --workers 2".split()
-    done = run(
+    done = run_fresh(
         "benchmark.py", "preprocess", "--input", corpus_dir / "train.jsonl.zst",
         "--tokenizer-model", model, *options,
     )  # fmt: skip

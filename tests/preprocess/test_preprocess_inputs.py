@@ -179,7 +179,7 @@ def test_key_that_is_missing_is_said_after_a_thousand_records(tmp_path: Path, mo
 
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 5])
 def test_shards_merge_to_the_whole(
-    tmp_path: Path, rows: list[dict], model: Path, num_shards: int, run: Run
+    tmp_path: Path, rows: list[dict], model: Path, num_shards: int, run_fresh: Run
 ) -> None:
     cuts = [0, 2, 40, 55, 56, 90]
     for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False)):
@@ -197,7 +197,7 @@ def test_shards_merge_to_the_whole(
             )
         )
     parts = sorted(str(path) for path in tmp_path.glob("s*_text_document.idx"))
-    done = run("merge_datasets.py", "--input", *parts, "--output-prefix", tmp_path / "m")
+    done = run_fresh("merge_datasets.py", "--input", *parts, "--output-prefix", tmp_path / "m")
     assert done.returncode == 0, done.stderr
     for suffix in SUFFIXES:
         whole = (tmp_path / f"p_text_document.{suffix}").read_bytes()

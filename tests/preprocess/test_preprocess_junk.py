@@ -72,12 +72,12 @@ def test_kinds_are_what_they_are_called(tmp_path: Path, corpus_dir: Path) -> Non
     assert len(strange) > 0.5 * len(words["random_characters"])
 
 
-def test_seed_decides(tmp_path: Path, corpus_dir: Path, run: Run) -> None:
+def test_seed_decides(tmp_path: Path, corpus_dir: Path, run: Run, run_fresh: Run) -> None:
     source = corpus_dir / "validation.jsonl"
     outputs = []
-    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+    for name, seed, start in (("a", "1", run), ("b", "1", run_fresh), ("c", "2", run)):
         output = tmp_path / f"{name}.jsonl"
-        result = run("add_junk.py", "--input", source, "--output", output, "--seed", seed)
+        result = start("add_junk.py", "--input", source, "--output", output, "--seed", seed)
         assert result.returncode == 0, result.stderr
         outputs.append(output.read_bytes())
     assert outputs[0] == outputs[1] != outputs[2]

@@ -6,11 +6,11 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent.parent
+from tests.forking.client import REPOSITORY, run_python
+
 TINY = (
     "--layers 2 --hidden 32 --heads 4 --ffn 64 --vocab 256 --sequence 16 --batch 4 --micro-batch 2 "
     "--repeats 2 --warm-up 1"
@@ -43,13 +43,14 @@ MEMORY_ROWS = ["plain training step", "hypergradient (tangent probe)", *UNROLL_R
 MESSAGES = "torch.distributed, over all processes"
 
 
-def run(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable]
-    if processes > 1:
-        program += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        program += [str(processes)]
+def run(*arguments: str, processes: int | None = None) -> subprocess.CompletedProcess[str]:
+    return run_python(["tools/benchmark.py", *arguments], ranks=processes, limit_s=300)
+
+
+def run_fresh(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """As users do, in a fresh interpreter."""
     return subprocess.run(
-        [*program, "tools/benchmark.py", *arguments],
+        [sys.executable, "tools/benchmark.py", *arguments],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -87,7 +88,7 @@ def assert_ratios(rows: dict[str, list[str]], expected: list[str]) -> None:
 
 
 def test_step() -> None:
-    done = run("step", *TINY)
+    done = run_fresh("step", *TINY)
     assert done.returncode == 0, done.stderr
     assert f"tools/benchmark.py step {' '.join(TINY)}`" in done.stdout
     assert_ratios(tables(done.stdout)["one step"], STEP_ROWS)

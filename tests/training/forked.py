@@ -1,9 +1,9 @@
 """Runs of several processes that start in a moment, to be killed, stopped and damaged by tests.
 
-A server process imports everything once; every rank is a fork of it that calls `pretrain` with the
-arguments of a user. So a rank costs what it trains, not the seconds of its imports.
+Every rank is a fork of tests/forking's server and calls `pretrain` with the arguments of a user,
+after it has prepared the fault that the test wants.
 
-    python -m tests.training.forked     reads one JSON order a line, answers with one JSON line
+    python -m tests.training.forked FAULT [pretrain's arguments]     FAULT is JSON, or null
 """
 
 from __future__ import annotations
@@ -12,17 +12,13 @@ import importlib
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-REPOSITORY = Path(__file__).parent.parent.parent
+from tests.forking.client import fork_server, rank_environments
+
 LIMIT_S = 240.0
-_POLL_S = 0.005
 
 
 @dataclass
@@ -31,12 +27,11 @@ class Job:
 
     pids: list[int]
     log: Path
-    server: Server
-    codes: list[int | None] = field(default_factory=list)
+    codes: list[int] = field(default_factory=list)
 
-    def wait(self) -> list[int | None]:
+    def wait(self) -> list[int]:
         """Wait for the end of all; as torchrun does, end the others when one fails."""
-        self.codes = self.server.order({"wait": self.pids})
+        self.codes = fork_server().wait(self.pids, LIMIT_S).codes
         return self.codes
 
     def kill(self) -> None:
@@ -52,35 +47,29 @@ class Job:
 
 
 class Server:
-    """The process that forks."""
+    """Starts runs; their output goes to files of the folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._count = folder, 0
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.training.forked"],
-            cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def order(self, order: dict[str, Any]) -> Any:
-        """The server's answer to one order."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        self._folder = folder
+        self._jobs: list[Job] = []
 
     def start(
         self, run_dir: Path, arguments: list[str], *, ranks: int = 1, fault: dict | None = None
     ) -> Job:
         """Start a run. fault: the `name` of a function of faults.py, and its arguments."""
-        self._count += 1
-        log = self._folder / f"{self._count}.log"
-        argv = [*arguments, "--run.dir", str(run_dir)]
-        order = {"argv": argv, "ranks": ranks, "log": str(log), "fault": fault}
-        return Job(self.order(order), log, self)
+        log = self._folder / f"{len(self._jobs)}.log"
+        command = ["-m", "tests.training.forked", json.dumps(fault), *arguments]
+        pids = [
+            fork_server().start(
+                [*command, "--run.dir", str(run_dir)],
+                stdout=log,
+                stderr=log,
+                environment={**of_rank, "PYTHONWARNINGS": "ignore"},
+            )
+            for of_rank in rank_environments(ranks)
+        ]
+        self._jobs.append(Job(pids, log))
+        return self._jobs[-1]
 
     def run(
         self, run_dir: Path, arguments: list[str], *, ranks: int = 1, fault: dict | None = None
@@ -99,81 +88,22 @@ class Server:
         return job
 
     def close(self) -> None:
-        """End the server."""
-        self._process.kill()
-        self._process.wait()
-
-
-def _fork_rank(order: dict[str, Any], rank: int, port: int) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(order["ranks"]),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    with Path(order["log"]).open("a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os._exit(_pretrain(order))
-
-
-def _pretrain(order: dict[str, Any]) -> int:
-    """Call pretrain as its command line does; its exit code."""
-    from megatron_dwm.pretrain import main
-
-    sys.argv = ["pretrain", *order["argv"]]
-    try:
-        if order["fault"]:
-            arguments = dict(order["fault"])
-            name = arguments.pop("name")
-            getattr(importlib.import_module("tests.training.faults"), name)(**arguments)
-        main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        return 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    return 0
-
-
-def _wait(pids: list[int]) -> list[int | None]:
-    codes: dict[int, int] = {}
-    deadline = time.monotonic() + LIMIT_S
-    while len(codes) < len(pids):
-        for pid in pids:
-            if pid not in codes:
-                found, status = os.waitpid(pid, os.WNOHANG)
-                if found:
-                    codes[pid] = os.waitstatus_to_exitcode(status)
-        if any(codes.values()) or time.monotonic() > deadline:
-            time.sleep(0.5)  # the others may be about to say the same
-            for pid in pids:
-                if pid not in codes:
-                    os.kill(pid, signal.SIGKILL)
-        time.sleep(_POLL_S)
-    return [codes[pid] for pid in pids]
+        """End what still runs."""
+        for job in self._jobs:
+            if not job.codes:
+                job.kill()
 
 
 def _main() -> None:
-    importlib.import_module("megatron_dwm.training.run")
-    for line in sys.stdin:
-        order = json.loads(line)
-        if "wait" in order:
-            answer = _wait(order["wait"])
-        else:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            answer = [_fork_rank(order, rank, port) for rank in range(order["ranks"])]
-        print(json.dumps(answer), flush=True)
+    fault, *arguments = sys.argv[1:]
+    prepared = json.loads(fault)
+    if prepared:
+        name = prepared.pop("name")
+        getattr(importlib.import_module("tests.training.faults"), name)(**prepared)
+    from megatron_dwm.pretrain import main
+
+    sys.argv = ["pretrain", *arguments]
+    main()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Starting pretrain as users do, and reading what it leaves."""
+"""Starting pretrain with a user's arguments, and reading what it leaves."""
 
 from __future__ import annotations
 
@@ -11,28 +11,43 @@ import time
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parent.parent.parent
+from tests.forking.client import REPOSITORY, fork_server, rank_environments, run_python
+
 LIMIT_S = 150
 
 
-def pretrain(run_dir: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
-    """Run `megatron_dwm.pretrain` in one process, or under torchrun."""
-    launcher = (
-        [sys.executable]
-        if processes == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        + ["--nproc-per-node", str(processes)]
-    )
-    command = [*launcher, "-m", "megatron_dwm.pretrain", "--run.dir", str(run_dir), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+def pretrain(
+    run_dir: Path, *arguments: str, processes: int = 1, fresh: bool = False
+) -> subprocess.CompletedProcess:
+    """Run `megatron_dwm.pretrain` in one process or several.
+
+    fresh: as users do, in a fresh interpreter or under torchrun, instead of in forks.
+    """
+    command = ["-m", "megatron_dwm.pretrain", "--run.dir", str(run_dir), *arguments]
+    environment = {"PYTHONWARNINGS": "ignore"}
+    if not fresh:
+        ranks = processes if processes > 1 else None
+        return run_python(command, environment=environment, ranks=ranks, limit_s=LIMIT_S)
     return subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=LIMIT_S
+        [*_launcher(processes), *command],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
     )
 
 
-def succeed(run_dir: Path, *arguments: str, processes: int = 1) -> None:
+def _launcher(processes: int) -> list[str]:
+    if processes == 1:
+        return [sys.executable]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, "--nproc-per-node", str(processes)]
+
+
+def succeed(run_dir: Path, *arguments: str, processes: int = 1, fresh: bool = False) -> None:
     """Run and fail the test with the output if it does not succeed."""
-    done = pretrain(run_dir, *arguments, processes=processes)
+    done = pretrain(run_dir, *arguments, processes=processes, fresh=fresh)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -49,29 +64,24 @@ def without_time(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def kill_after_checkpoint(run_dir: Path, arguments: list[str], processes: int) -> None:
-    """Start a run and end it with SIGKILL once it has a checkpoint and has gone on from there."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        if processes > 1
-        else []
-    )
-    command = [sys.executable, *launcher, "-m", "megatron_dwm.pretrain", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, "--run.dir", str(run_dir)],
-        cwd=REPOSITORY,
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    """Start a run and end every rank with SIGKILL once it has gone on from a checkpoint.
+
+    Not under torchrun: it starts its workers in sessions of their own, and they outlive its kill.
+    """
+    command = ["-m", "megatron_dwm.pretrain", *arguments, "--run.dir", str(run_dir)]
+    server, log = fork_server(), run_dir.with_suffix(".log")
+    pids = [
+        server.start(command, stdout=log, stderr=log, environment=of_rank)
+        for of_rank in rank_environments(processes)
+    ]
     deadline = time.monotonic() + LIMIT_S
-    while process.poll() is None and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
         if (run_dir / "checkpoints" / "step_00000006").is_dir() and _steps(run_dir) >= 8:
             break
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert server.wait(pids, LIMIT_S).codes == [-signal.SIGKILL] * processes, log.read_text()
     assert 8 <= _steps(run_dir) < 20, "the kill came too late to test anything"
 
 

@@ -16,10 +16,10 @@ import yaml
 from megatron_dwm.config import UserError
 from megatron_dwm.config.load import load_config
 from megatron_dwm.training.run import run
+from tests.forking.client import REPOSITORY, run_python
 from tests.training.conftest import CORPUS, Corpus
 from tests.training.runs import (
     LIMIT_S,
-    REPOSITORY,
     kill_after_checkpoint,
     metrics,
     pretrain,
@@ -37,26 +37,27 @@ def alone(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of one process with learned weights and held-out evaluation."""
     run_dir = tmp_path_factory.mktemp("alone") / "run"
     held_out = ("--evaluation.path", str(CORPUS / "heldout.jsonl"))
-    succeed(run_dir, *corpus.arguments(), *DWM, *held_out, "--evaluation.interval_steps", "20")
+    held_out += ("--evaluation.interval_steps", "20")
+    succeed(run_dir, *corpus.arguments(), *DWM, *held_out, fresh=True)
     return run_dir
 
 
 @pytest.mark.parametrize(
-    "layout",
+    ("layout", "torchrun"),
     [
-        ["--parallel.tensor", "2"],
-        ["--parallel.pipeline", "2"],
-        [],
-        ["--parallel.sharded_optimizer", "true"],
-        ["--parallel.tensor", "2", "--parallel.sequence", "true", "--model.recompute", "full"],
+        (["--parallel.tensor", "2"], False),
+        (["--parallel.pipeline", "2"], False),
+        ([], False),
+        (["--parallel.sharded_optimizer", "true"], False),
+        ("--parallel.tensor 2 --parallel.sequence true --model.recompute full".split(), True),
     ],
     ids=str,
 )
 def test_layouts_train_alike(
-    corpus: Corpus, alone: Path, tmp_path: Path, layout: list[str]
+    corpus: Corpus, alone: Path, tmp_path: Path, layout: list[str], torchrun: bool
 ) -> None:
     run_dir = tmp_path / "run"
-    succeed(run_dir, *corpus.arguments(), *DWM, *layout, processes=2)
+    succeed(run_dir, *corpus.arguments(), *DWM, *layout, processes=2, fresh=torchrun)
     for phase in ("train", "weighting"):
         ours, expected = metrics(run_dir, phase), metrics(alone, phase)
         assert len(ours) == len(expected) > 0
@@ -197,7 +198,8 @@ def test_mistakes_are_one_line_before_any_process_group(
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_mistake_on_the_command_line(corpus: Corpus, tmp_path: Path, processes: int) -> None:
     wrong = ("--training.steps", "0")
-    done = pretrain(tmp_path / "run", *corpus.arguments(), *wrong, processes=processes)
+    arguments = [*corpus.arguments(), *wrong]
+    done = pretrain(tmp_path / "run", *arguments, processes=processes, fresh=True)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "training.steps" in errors[0]
     assert not (tmp_path / "run").exists()
@@ -207,9 +209,8 @@ def test_a_mistake_on_the_command_line(corpus: Corpus, tmp_path: Path, processes
 
 def test_another_tokenizer_is_refused(corpus: Corpus, tmp_path: Path) -> None:
     other = tmp_path / "other.model"
-    tool = [sys.executable, str(REPOSITORY / "tools" / "train_tokenizer.py")]
     text = ["--input", str(CORPUS / "validation.jsonl"), "--vocab-size", "400"]
-    subprocess.run([*tool, *text, "--output", str(other)], check=True, capture_output=True)
+    run_python(["tools/train_tokenizer.py", *text, "--output", str(other)]).check_returncode()
     done = pretrain(tmp_path / "run", *corpus.arguments(), "--data.tokenizer", str(other))
     assert done.returncode == 2
     assert "512" in done.stderr and "400" in done.stderr and len(done.stderr.splitlines()) == 1
@@ -236,8 +237,6 @@ def test_a_finished_run_is_left_alone(corpus: Corpus, alone: Path) -> None:
     again = [*corpus.arguments(), *DWM, *held_out, "--run.resume", "true"]
     done = pretrain(alone, *again, "--training.steps", "7")
     assert done.returncode == 0 and "at step 20: nothing to do" in done.stdout
-    sharded = pretrain(alone, *again, "--parallel.sharded_optimizer", "true")
-    assert sharded.returncode == 2 and "parallel.sharded_optimizer" in sharded.stderr
     assert before == {name: (alone / name).read_bytes() for name in before}
 
 

@@ -1,0 +1,177 @@
+"""Python processes that start in a moment: forks of one server for every pytest process.
+
+    done = run_python(["tools/report.py", "RUN"])               # as subprocess.run gives it back
+    done = run_python(["-m", "megatron_dwm.pretrain"], ranks=2)  # as two ranks of one job
+
+A start costs some milliseconds instead of the seconds of the imports. A few tests of every command
+start it in a fresh interpreter or under torchrun, which is what users do.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parent.parent.parent
+LIMIT_S = 150.0
+# What runs and preprocessing import sooner or later; pyarrow, gigatoken and torch's optimisers ask
+# for those of the second line. Left out is what reads the environment when it is imported:
+# huggingface_hub and what stands on it.
+PRELOADED = (
+    *("megatron_dwm.training.run", "megatron_dwm.preprocess.pipeline", "pytest"),
+    *("pandas", "awkward", "scipy.optimize"),
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Exit codes in the order of the processes, negative for a signal; over: past the limit."""
+
+    codes: list[int]
+    over: bool
+
+
+class ForkServer:
+    """The server's process; use `fork_server()`."""
+
+    def __init__(self, modules: Sequence[str] = PRELOADED) -> None:
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.forking.server", *modules],
+            cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for pytest, which ends this one
+        )
+        atexit.register(self.close)
+
+    @property
+    def pid(self) -> int:
+        """Of the server itself."""
+        return self._process.pid
+
+    def start(
+        self,
+        command: list[str],
+        *,
+        stdout: Path,
+        stderr: Path,
+        environment: Mapping[str, str] | None = None,
+        cwd: Path = REPOSITORY,
+    ) -> int:
+        """`python COMMAND` in a new process; its id. environment: what differs from this one's."""
+        order = {
+            "command": command,
+            "environment": {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+            "cwd": str(cwd),
+            "stdout": str(stdout),
+            "stderr": str(stderr),
+        }
+        return self._order(order)
+
+    def wait(self, pids: list[int], limit_s: float) -> Ended:
+        """Wait for processes of one job; when one fails the others are ended, as by torchrun."""
+        return Ended(**self._order({"wait": pids, "limit_s": limit_s}))
+
+    def close(self) -> None:
+        """End the server and all that it has started."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+        atexit.unregister(self.close)
+
+    def _order(self, order: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BaseException:  # a time limit, Ctrl-C: the answer would be read for another's
+            fork_server.cache_clear()
+            self.close()
+            raise
+        if not answer:
+            fork_server.cache_clear()
+            self._log.seek(0)
+            raise RuntimeError(f"the fork server has ended:\n{self._log.read()}")
+        return json.loads(answer)
+
+
+@functools.cache
+def fork_server() -> ForkServer:
+    """The one of this pytest process; it starts with the first test that needs it."""
+    return ForkServer()
+
+
+def run_python(
+    command: list[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    cwd: Path = REPOSITORY,
+    ranks: int | None = None,
+    limit_s: float = LIMIT_S,
+) -> subprocess.CompletedProcess[str]:
+    """`python COMMAND` to its end, as `subprocess.run(..., capture_output=True, text=True)`.
+
+    ranks: as so many ranks of one job, whose output comes together; the exit code is the first
+    rank's that failed by itself. Raises `subprocess.TimeoutExpired`.
+    """
+    server = fork_server()
+    given = [{}] if ranks is None else rank_environments(ranks)
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        pids = [
+            server.start(
+                command,
+                stdout=out,
+                stderr=err,
+                environment={**(environment or {}), **of_rank},
+                cwd=cwd,
+            )
+            for of_rank in given
+        ]
+        ended = server.wait(pids, limit_s)
+        texts = [path.read_text() if path.exists() else "" for path in (out, err)]
+    if ended.over:
+        raise subprocess.TimeoutExpired(command, limit_s, *texts)
+    failed = [code for code in ended.codes if code]
+    code = next((code for code in failed if code != -9), failed[0] if failed else 0)
+    return subprocess.CompletedProcess(command, code, *texts)
+
+
+def rank_environments(ranks: int, port: int | None = None) -> list[dict[str, str]]:
+    """What torchrun gives every rank of a job on one machine."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_ports(1)[0])}
+    sizes = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    return [
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), **sizes, **address} for rank in range(ranks)
+    ]
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports below those that the system hands out: those may be taken by a connection of
+    an earlier case before they are listened on.
+    """
+    found: list[int] = []
+    for port in random.Random().sample(range(10_000, 30_000), 10 * count):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                found.append(port)
+        if len(found) == count:
+            break
+    return found
