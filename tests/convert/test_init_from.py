@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from megatron_dwm.model.huggingface_files import open_huggingface
 from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.training.run import check
 from tests.convert.families import VOCAB_SIZE, write_llama
-from tests.launch import REPOSITORY
+from tests.forking.client import REPOSITORY, run_python
 from tests.own_environment import kept_environment
 from tests.training.runs import metrics, succeed
 
@@ -54,10 +52,10 @@ def _last_word_perplexity(directory: Path, texts: list[str]) -> float:
 
 def test_runs_start_from_public_weights(public: Path, texts: list[str], tmp_path: Path) -> None:
     corpus = REPOSITORY / "examples/corpus/validation.jsonl"
-    command = [sys.executable, REPOSITORY / "tools/preprocess_data.py", "--input", corpus]
+    command = ["tools/preprocess_data.py", "--input", corpus]
     command += ["--output-prefix", tmp_path / "data", "--append-eod"]
     command += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", public]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    run_python(list(map(str, command))).check_returncode()
     short = [" ".join(text.split()[-12:]) for text in texts[:PASSAGES]]
     lines = [json.dumps({"text": text, "domain": "short"}) for text in short]
     (tmp_path / "heldout.jsonl").write_text("\n".join(lines))

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_dwm.config import UserError
 from megatron_dwm.evaluation.harness import run_harness
 from megatron_dwm.evaluation.suites import LocalTasks
-from tests.launch import REPOSITORY
+from tests.forking.client import REPOSITORY, run_python
 
 TOOL = REPOSITORY / "tools/evaluate.py"
 TASKS = REPOSITORY / "examples/tasks"
@@ -26,14 +26,19 @@ SHARED_LAST_WORDS = REPOSITORY.parent / "shared/data/lambada_style.jsonl"
 SAMPLE_LAST_WORDS = REPOSITORY / "examples/corpus/lastword.jsonl"
 
 
-def _evaluate(*arguments: object, home: Path) -> subprocess.CompletedProcess:
-    """Run the command with a cache of its own and without network."""
-    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+def _evaluate(
+    *arguments: object, home: Path, fresh: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run the command with a cache of its own and without network.
+
+    fresh: in a fresh interpreter, as users do, instead of in a fork.
+    """
+    own = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    command = [str(TOOL), *map(str, arguments)]
+    if not fresh:
+        return run_python(command, environment=own)
     return subprocess.run(
-        [sys.executable, TOOL, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
+        [sys.executable, *command], capture_output=True, text=True, env={**os.environ, **own}
     )
 
 
@@ -64,7 +69,8 @@ def test_last_word_is_plain_transformers(data: Path, model: Path, tmp_path: Path
     # The sample file is what the task names by itself.
     if data == SHARED_LAST_WORDS:
         options += ["--data", data, "--num-fewshot", 0, 2]
-    done = _evaluate("--model", model, *options, "--output", output, home=tmp_path)
+    options += ["--output", output]
+    done = _evaluate("--model", model, *options, home=tmp_path, fresh=data == SAMPLE_LAST_WORDS)
     assert done.returncode == 0, done.stderr
     written = json.loads(output.read_text())
     scores = {(s["num_fewshot"], s["metric"]): s for s in written["scores"]}
