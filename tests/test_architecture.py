@@ -23,7 +23,9 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"config", "tokenizer", "runtime", "model", "data", "weighting", "bilevel"},
     "planning": {"config", "model", "weighting", "training.compute", "training.stages"},
     "preprocess": {"config", "tokenizer"},
-    "convert": {"config", "tokenizer", "runtime", "model", "training.checkpoint"},
+    "convert": {
+        *("config", "tokenizer", "runtime", "model", "training.checkpoint", "training.manifest")
+    },
     "evaluation": {"config", "tokenizer", "convert"},
     "report": {"config"},
 }

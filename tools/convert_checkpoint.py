@@ -89,7 +89,7 @@ def _parser() -> OneLineParser:
         "checkpoint",
         type=Path,
         metavar="RUN_OR_CHECKPOINT",
-        help="run directory (its newest checkpoint is taken) or RUN/checkpoints/step_N",
+        help="run directory (its newest whole checkpoint is taken) or RUN/checkpoints/step_N",
     )
     to_hf.add_argument(
         "--tokenizer",

@@ -126,17 +126,20 @@ def find_damage(directory: Path, files: Iterable[tuple[str, FileRecord]]) -> str
     return None
 
 
+def damage_of(directory: Path) -> str | None:
+    """What is wrong with a checkpoint of a run, if anything; every file of it is read."""
+    try:
+        return find_damage(directory, read_manifest(directory).files.items())
+    except ValueError as error:
+        return str(error)
+
+
 def require_whole(directory: Path, key: str) -> None:
     """Check a checkpoint that a user names; converted ones have no manifest and pass.
 
     Raises UserError naming the file.
     """
-    if not (directory / MANIFEST).exists():
-        return
-    try:
-        damage = find_damage(directory, read_manifest(directory).files.items())
-    except ValueError as error:
-        damage = str(error)
+    damage = damage_of(directory) if (directory / MANIFEST).exists() else None
     if damage is not None:
         raise UserError(f"{key}: {directory} is damaged: {damage}; name another checkpoint")
 

@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_dwm.config import UserError
 from megatron_dwm.convert.checkpoint_reader import open_checkpoint
 from megatron_dwm.tokenizer import train_sentencepiece
+from megatron_dwm.training.manifest import Manifest, record_file, write_manifest
+from megatron_dwm.training.state import TrainState
 from tests.convert.conftest import Saved
 from tests.launch import REPOSITORY
 
@@ -118,10 +121,35 @@ def test_tokenizer_of_another_run(
     assert "is not the run's tokenizer" in stderr
 
 
+def _run_of(source: Path, run_dir: Path, names: list[str]) -> list[Path]:
+    """Checkpoints of a run, made of one that has no manifest."""
+    folder = run_dir / "checkpoints"
+    for name in names:
+        shutil.copytree(source, folder / name)
+        within = [f for f in (folder / name).rglob("*") if f.is_file()]
+        files = {str(f.relative_to(folder / name)): record_file(f) for f in within}
+        write_manifest(folder / name, Manifest(state=TrainState(), fingerprint={}, files=files))
+    return [folder / name for name in names]
+
+
 def test_run_directory_means_its_newest_whole_checkpoint(
-    checkpoints: dict[str, Saved], tmp_path: Path
+    checkpoints: dict[str, Saved], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     source = checkpoints["single-tied-grouped"].directory
-    for name in ("step_00000002", "step_00000010", "step_00000011.partial"):
-        shutil.copytree(source, tmp_path / "checkpoints" / name)
-    assert open_checkpoint(tmp_path).directory.name == "step_00000010"
+    names = ["step_00000002", "step_00000010", "step_00000010_update_00000003"]
+    first, second, third = _run_of(source, tmp_path, names)
+    shutil.copytree(source, tmp_path / "checkpoints" / "step_00000011.partial")
+    assert open_checkpoint(tmp_path).directory == third
+    (third / "manifest.json").unlink()
+    data = max((second / "llm").glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    assert open_checkpoint(tmp_path).directory == first
+    warnings = capsys.readouterr().err.splitlines()
+    assert "manifest.json is missing" in warnings[0] and f"{data.name} has another" in warnings[1]
+    with pytest.raises(UserError, match=f"{data.name} has another checksum"):
+        open_checkpoint(second)
+    (first / "shape.json").write_text("{}")
+    with pytest.raises(UserError, match="none of its checkpoints is whole"):
+        open_checkpoint(tmp_path)
