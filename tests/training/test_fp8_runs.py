@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-from tests.training.conftest import Corpus
+import pytest
+
+from tests.training.conftest import REPOSITORY, Corpus
 from tests.training.runs import metrics, pretrain, succeed
 
 DWM = ("--policy.name", "dwm")
@@ -30,3 +35,35 @@ def test_fp8_without_a_gpu_says_why_it_is_bf16(corpus: Corpus, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     [line] = [line for line in done.stderr.splitlines() if "model.precision fp8" in line]
     assert "there is no GPU" in line and "--model.fp8_emulation true" in line
+
+
+def compare(checkpoint: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "examples/fp8_alignments.py", str(checkpoint), *options],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_alignments_of_a_run_are_compared_with_fp8s(corpus: Corpus, tmp_path: Path) -> None:
+    succeed(tmp_path / "run", *corpus.arguments(), *DWM)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000020"
+    done = compare(checkpoint, "--batches", "3")
+    assert done.returncode == 0, done.stderr
+    *rows, mean = [
+        [float(word) for word in line.replace("|", " ").split()]
+        for line in done.stdout.splitlines()
+        if line.strip()[0] in "-0123456789"
+    ]
+    assert len(rows) == 3
+    for correlation, of_ranks, error, _ in rows:
+        # Rounding is seen, and does not hide the signal (tests/bilevel/test_fp8.py).
+        assert 0.9 < correlation <= 1 and 0.8 < of_ranks <= 1 and 0.001 < error < 0.5, rows
+    for column, of_rows in zip(mean, zip(*rows, strict=True), strict=True):
+        assert column == pytest.approx(sum(of_rows) / 3, abs=2e-4)
+    mistake = compare(checkpoint, "--batches", "21")
+    assert mistake.returncode == 2 and len(mistake.stderr.splitlines()) == 1, mistake.stderr
+    assert "--batches: expected 1 to 20" in mistake.stderr
