@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from megatron_dwm.tokenizer import Tokenizer, build_tokenizer, train_sentencepiece
+from megatron_dwm.training.manifest import Manifest, record_file, write_manifest
+from megatron_dwm.training.state import TrainState
 from tests.launch import REPOSITORY, run_ranks
 from tests.own_environment import own_environment  # noqa: F401
 
@@ -45,6 +48,17 @@ class Saved:
     directory: Path
     tokens_BS: torch.Tensor
     logits_BSV: torch.Tensor
+
+
+def make_run(source: Path, run_dir: Path, names: list[str]) -> list[Path]:
+    """Checkpoints of a run, made of one that has no manifest."""
+    folder = run_dir / "checkpoints"
+    for name in names:
+        shutil.copytree(source, folder / name)
+        within = [f for f in (folder / name).rglob("*") if f.is_file()]
+        files = {str(f.relative_to(folder / name)): record_file(f) for f in within}
+        write_manifest(folder / name, Manifest(state=TrainState(), fingerprint={}, files=files))
+    return [folder / name for name in names]
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,7 @@ import yaml
 from megatron_dwm.config import UserError
 from megatron_dwm.convert.checkpoint_reader import open_checkpoint
 from megatron_dwm.tokenizer import train_sentencepiece
-from megatron_dwm.training.manifest import Manifest, record_file, write_manifest
-from megatron_dwm.training.state import TrainState
-from tests.convert.conftest import Saved
+from tests.convert.conftest import Saved, make_run
 from tests.launch import REPOSITORY
 
 TOOL = REPOSITORY / "tools/convert_checkpoint.py"
@@ -121,23 +119,12 @@ def test_tokenizer_of_another_run(
     assert "is not the run's tokenizer" in stderr
 
 
-def _run_of(source: Path, run_dir: Path, names: list[str]) -> list[Path]:
-    """Checkpoints of a run, made of one that has no manifest."""
-    folder = run_dir / "checkpoints"
-    for name in names:
-        shutil.copytree(source, folder / name)
-        within = [f for f in (folder / name).rglob("*") if f.is_file()]
-        files = {str(f.relative_to(folder / name)): record_file(f) for f in within}
-        write_manifest(folder / name, Manifest(state=TrainState(), fingerprint={}, files=files))
-    return [folder / name for name in names]
-
-
 def test_run_directory_means_its_newest_whole_checkpoint(
     checkpoints: dict[str, Saved], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     source = checkpoints["single-tied-grouped"].directory
     names = ["step_00000002", "step_00000010", "step_00000010_update_00000003"]
-    first, second, third = _run_of(source, tmp_path, names)
+    first, second, third = make_run(source, tmp_path, names)
     shutil.copytree(source, tmp_path / "checkpoints" / "step_00000011.partial")
     assert open_checkpoint(tmp_path).directory == third
     (third / "manifest.json").unlink()

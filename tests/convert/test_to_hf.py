@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -20,7 +19,7 @@ from megatron_dwm.convert.gate import LOGITS_TOLERANCE, GateError, relative_devi
 from megatron_dwm.convert.shards import plan_shards, write_shards
 from megatron_dwm.convert.to_hf import export_to_huggingface
 from megatron_dwm.model import LlamaShape, layout
-from tests.convert.conftest import LAYOUTS, SEQUENCE_LENGTH, VOCAB_SIZE, Saved
+from tests.convert.conftest import LAYOUTS, SEQUENCE_LENGTH, VOCAB_SIZE, Saved, make_run
 
 
 @torch.no_grad()
@@ -172,7 +171,7 @@ def test_shards_hold_what_they_may() -> None:
 
 def test_model_card_tells_the_run(checkpoints: dict[str, Saved], tmp_path: Path) -> None:
     run = tmp_path / "my_run"
-    shutil.copytree(checkpoints["single-tied-grouped"].directory, run / "checkpoints/step_00000020")
+    make_run(checkpoints["single-tied-grouped"].directory, run, ["step_00000020"])
     lines = [
         {"step": 10, "phase": "train", "loss": 7.5},
         {"step": 20, "phase": "train", "loss": 6.25},
