@@ -50,7 +50,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
             if raw.strip():
                 record = _record(raw, f"{path} line {number}")
                 # Several weighting updates share a step; each is kept.
-                update = number if record["phase"] == "weighting" else 0
+                update = number if record["phase"] in ("weighting", "skipped_update") else 0
                 latest[record["phase"], record["step"], update] = record
     if not latest:
         raise UserError(f"{path} has no finished line yet: wait for the run's first step")

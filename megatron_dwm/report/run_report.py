@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.report.figures import draw_losses, draw_weight_by_domain
@@ -11,6 +13,7 @@ from megatron_dwm.report.run_files import read_metrics, read_weights
 from megatron_dwm.report.tables import (
     first_steps_of_stages,
     held_out_loss,
+    skipped,
     training_loss,
     weight_by_domain_over_steps,
 )
@@ -35,6 +38,7 @@ def write_report(
     names = run_names([run_dir, *compare])
     metrics = dict(zip(names, (read_metrics(path) for path in (run_dir, *compare)), strict=True))
     weights = read_weights(run_dir)
+    _say_what_is_missing(metrics)
     held_out = {name: held_out_loss(lines) for name, lines in metrics.items()}
     known = sorted({domain for by_domain in held_out.values() for domain in by_domain})
     target = _target(target_domain, known)
@@ -50,6 +54,13 @@ def write_report(
     training = {name: training_loss(lines) for name, lines in metrics.items()}
     draw_losses(loss_png, training, held_out, target)
     return [weight_png, loss_png]
+
+
+def _say_what_is_missing(metrics: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+    """A step that was skipped has no loss to draw: a gap in a curve has a reason."""
+    for name, lines in metrics.items():
+        for reason, count in skipped(lines).items():
+            print(f"{name}: skipped {count} times: {reason}", file=sys.stderr)
 
 
 def _target(wanted: str | None, known: Sequence[str]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,13 @@ def training_loss(metrics: Sequence[dict[str, Any]], max_bins: int = 200) -> Ser
         return _series([])
     chunks = np.array_split(np.array(pairs, dtype=np.float64), num_bins)
     return _series([tuple(chunk.mean(axis=0)) for chunk in chunks])
+
+
+def skipped(metrics: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """How many steps and weighting updates were skipped, and why: count by "what: reason"."""
+    names = {"skipped": "step", "skipped_update": "weighting update"}
+    found = [r for r in metrics if r["phase"] in names]
+    return dict(Counter(f"{names[r['phase']]}: {r.get('reason', 'unknown')}" for r in found))
 
 
 def held_out_loss(metrics: Sequence[dict[str, Any]]) -> dict[str, Series]:

@@ -57,6 +57,25 @@ def test_mean_weight_by_domain_over_the_last_steps(
     assert mean_weight_by_domain(run, 1) == pytest.approx(mean_by_domain(last), rel=1e-6)
 
 
+def test_skipped_steps_are_told(
+    make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = make_run(tmp_path / "run")
+    lines = [
+        {"step": 1001, "phase": "skipped", "reason": "the loss is nan"},
+        {"step": 1002, "phase": "skipped", "reason": "the loss is nan"},
+        {"step": 1002, "phase": "skipped_update", "reason": "an alignment is inf", "update": 7},
+        {"step": 1002, "phase": "skipped_update", "reason": "an alignment is inf", "update": 8},
+    ]
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.writelines(json.dumps(line) + "\n" for line in lines)
+    write_report(run)
+    assert capsys.readouterr().err.splitlines() == [
+        "run: skipped 2 times: step: the loss is nan",
+        "run: skipped 2 times: weighting update: an alignment is inf",
+    ]
+
+
 def test_bins_hold_the_mean_of_their_steps(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     rows = rows_of(run)
