@@ -52,7 +52,7 @@ def test_activations_are_what_autograd_keeps(bf16: bool) -> None:
 
 
 def test_peak_memory_of_an_update_on_a_cpu() -> None:
-    """16 samples by twos: within 15 %. All at once they would take eight times the activations,
+    """Six samples by twos: within 15 %. All at once they would take three times the activations,
     which are two fifths of the whole already. The libraries' own memory is at most 25 MB.
     """
     options: dict[str, Any] = {
@@ -66,7 +66,7 @@ def test_peak_memory_of_an_update_on_a_cpu() -> None:
         },
         "policy": "dwm",
         "length": 512,
-        "batch": 16,
+        "batch": 6,
     }
     child = subprocess.run(
         [sys.executable, "-m", "tests.planning.weighting_memory", json.dumps(options)],
