@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.forking.client import LIMIT_S, REPOSITORY, run_python
+from tests.forking.client import run_python
 
 
-def _doctor(
-    *arguments: str, processes: int = 1, fresh: bool = False
-) -> subprocess.CompletedProcess:
-    """fresh: in a fresh interpreter or under torchrun, as users start it, instead of in forks."""
+def _doctor(*arguments: str, fresh: bool, processes: int = 1) -> subprocess.CompletedProcess[str]:
     command = ["-m", "megatron_dwm.doctor", *arguments]
-    if not fresh:
-        return run_python(command, ranks=processes)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), *command],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-    )
+    return run_python(command, ranks=processes if processes > 1 else None, fresh=fresh)
 
 
 @pytest.mark.parametrize(

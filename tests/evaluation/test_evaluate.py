@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import runpy
 import subprocess
 import sys
@@ -29,17 +28,9 @@ SAMPLE_LAST_WORDS = REPOSITORY / "examples/corpus/lastword.jsonl"
 def _evaluate(
     *arguments: object, home: Path, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command with a cache of its own and without network.
-
-    fresh: in a fresh interpreter, as users do, instead of in a fork.
-    """
+    """Run the command with a cache of its own and without network."""
     own = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    command = [str(TOOL), *map(str, arguments)]
-    if not fresh:
-        return run_python(command, environment=own)
-    return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env={**os.environ, **own}
-    )
+    return run_python([str(TOOL), *map(str, arguments)], environment=own, fresh=fresh)
 
 
 @torch.no_grad()

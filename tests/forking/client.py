@@ -4,12 +4,13 @@
     done = run_python(["-m", "megatron_dwm.pretrain"], ranks=2)  # as two ranks of one job
 
 A start costs some milliseconds instead of the seconds of the imports. A few tests of every command
-start it in a fresh interpreter or under torchrun, which is what users do.
+say `fresh=True` and start it as users do: in a fresh interpreter, ranks under torchrun.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -25,6 +26,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parent.parent.parent
 LIMIT_S = 150.0
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 # What runs and preprocessing import sooner or later; pyarrow, gigatoken and torch's optimisers ask
 # for those of the second line. Left out is what reads the environment when it is imported:
 # huggingface_hub and what stands on it.
@@ -60,6 +62,11 @@ class ForkServer:
         atexit.register(self.close)
 
     @property
+    def has_ended(self) -> bool:
+        """Whether it takes no more orders."""
+        return self._process.poll() is not None
+
+    @property
     def pid(self) -> int:
         """Of the server itself."""
         return self._process.pid
@@ -72,10 +79,12 @@ class ForkServer:
         stderr: Path,
         environment: Mapping[str, str] | None = None,
         cwd: Path = REPOSITORY,
+        fresh: bool = False,
     ) -> int:
         """`python COMMAND` in a new process; its id. environment: what differs from this one's."""
         order = {
             "command": command,
+            "fresh": fresh,
             "environment": {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
             "cwd": str(cwd),
             "stdout": str(stdout),
@@ -90,7 +99,8 @@ class ForkServer:
     def close(self) -> None:
         """End the server and all that it has started."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended before its last order
+            self._process.stdin.close()
         self._process.stdout.close()
         self._process.wait()
         atexit.unregister(self.close)
@@ -102,19 +112,24 @@ class ForkServer:
             self._process.stdin.flush()
             answer = self._process.stdout.readline()
         except BaseException:  # a time limit, Ctrl-C: the answer would be read for another's
-            fork_server.cache_clear()
             self.close()
             raise
         if not answer:
-            fork_server.cache_clear()
+            self.close()
             self._log.seek(0)
             raise RuntimeError(f"the fork server has ended:\n{self._log.read()}")
         return json.loads(answer)
 
 
-@functools.cache
 def fork_server() -> ForkServer:
     """The one of this pytest process; it starts with the first test that needs it."""
+    if _started().has_ended:
+        _started.cache_clear()
+    return _started()
+
+
+@functools.cache
+def _started() -> ForkServer:
     return ForkServer()
 
 
@@ -124,15 +139,20 @@ def run_python(
     environment: Mapping[str, str] | None = None,
     cwd: Path = REPOSITORY,
     ranks: int | None = None,
+    fresh: bool = False,
     limit_s: float = LIMIT_S,
 ) -> subprocess.CompletedProcess[str]:
     """`python COMMAND` to its end, as `subprocess.run(..., capture_output=True, text=True)`.
 
     ranks: as so many ranks of one job, whose output comes together; the exit code is the first
-    rank's that failed by itself. Raises `subprocess.TimeoutExpired`.
+    rank's that failed by itself. fresh: in a fresh interpreter, ranks under torchrun. Raises
+    `subprocess.TimeoutExpired`.
     """
-    server = fork_server()
-    given = [{}] if ranks is None else rank_environments(ranks)
+    server, given = fork_server(), [{}]
+    if ranks and fresh:
+        command = [*TORCHRUN, "--nproc-per-node", str(ranks), *command]
+    elif ranks:
+        given = rank_environments(ranks)
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         pids = [
@@ -142,6 +162,7 @@ def run_python(
                 stderr=err,
                 environment={**(environment or {}), **of_rank},
                 cwd=cwd,
+                fresh=fresh,
             )
             for of_rank in given
         ]

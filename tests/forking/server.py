@@ -3,7 +3,8 @@
     python -m tests.forking.server MODULE ...     imports the modules that there are, then reads one
                                                   JSON order a line and answers with one JSON line
 
-    {"command": [...], "environment": {...}, "cwd": ..., "stdout": ..., "stderr": ...}  ->  pid
+    {"command": [...], "environment": {...}, "cwd": ..., "stdout": ..., "stderr": ..., "fresh": ...}
+                                                  ->  pid
     {"wait": [pid, ...], "limit_s": ...}          ->  {"codes": [...], "over": past the limit?}
 
 It has no process group, no threads of its own and computes nothing, so that a fork of it is like a
@@ -128,7 +129,8 @@ def _main() -> None:
         from tests.forking import child
 
         child.enter(order, order["parent"])
-        child.run(order["command"]) if forks else child.become_fresh(order["command"])
+        begin = child.run if forks and not order["fresh"] else child.become_fresh
+        begin(order["command"])
 
 
 if __name__ == "__main__":

@@ -58,6 +58,16 @@ def test_a_module_sees_what_it_does_in_a_fresh_interpreter() -> None:
     assert forked.stdout == expected.stdout
 
 
+def test_a_fresh_interpreter_is_one(tmp_path: Path) -> None:
+    command = [str(REPOSITORY / PROGRAM), "modules"]
+    asked, expected = (
+        run_python(command, environment=OWN, cwd=tmp_path, fresh=True),
+        fresh(command, tmp_path),
+    )
+    assert asked.stdout == expected.stdout and "False" in asked.stdout.splitlines()
+    assert "True" in run_python(command).stdout.splitlines()
+
+
 def test_forks_draw_different_numbers() -> None:
     first, second = (run_python([PROGRAM, "draws"]).stdout.splitlines()[1] for _ in range(2))
     pairs = zip(json.loads(first), json.loads(second), strict=True)

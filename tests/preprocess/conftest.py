@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,10 +64,6 @@ def run_fresh() -> Run:
     """The same in a fresh interpreter, as users do: it costs a second."""
 
     def run_tool(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, f"tools/{tool}", *map(str, arguments)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
+        return run_python([f"tools/{tool}", *map(str, arguments)], fresh=True)
 
     return run_tool

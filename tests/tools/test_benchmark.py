@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
-import sys
 
 import pytest
 
-from tests.forking.client import REPOSITORY, run_python
+from tests.forking.client import run_python
 
 TINY = (
     "--layers 2 --hidden 32 --heads 4 --ffn 64 --vocab 256 --sequence 16 --batch 4 --micro-batch 2 "
@@ -43,21 +41,11 @@ MEMORY_ROWS = ["plain training step", "hypergradient (tangent probe)", *UNROLL_R
 MESSAGES = "torch.distributed, over all processes"
 
 
-def run(*arguments: str, processes: int | None = None) -> subprocess.CompletedProcess[str]:
-    return run_python(["tools/benchmark.py", *arguments], ranks=processes, limit_s=300)
-
-
-def run_fresh(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """As users do, in a fresh interpreter."""
-    return subprocess.run(
-        [sys.executable, "tools/benchmark.py", *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def run(
+    *arguments: str, processes: int | None = None, fresh: bool = False
+) -> subprocess.CompletedProcess[str]:
+    command = ["tools/benchmark.py", *arguments]
+    return run_python(command, ranks=processes, fresh=fresh, limit_s=300)
 
 
 def tables(text: str) -> dict[str, dict[str, list[str]]]:
@@ -88,7 +76,7 @@ def assert_ratios(rows: dict[str, list[str]], expected: list[str]) -> None:
 
 
 def test_step() -> None:
-    done = run_fresh("step", *TINY)
+    done = run("step", *TINY, fresh=True)
     assert done.returncode == 0, done.stderr
     assert f"tools/benchmark.py step {' '.join(TINY)}`" in done.stdout
     assert_ratios(tables(done.stdout)["one step"], STEP_ROWS)

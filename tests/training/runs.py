@@ -6,12 +6,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from tests.forking.client import REPOSITORY, fork_server, rank_environments, run_python
+from tests.forking.client import fork_server, rank_environments, run_python
 
 LIMIT_S = 150
 
@@ -23,26 +22,13 @@ def pretrain(
 
     fresh: as users do, in a fresh interpreter or under torchrun, instead of in forks.
     """
-    command = ["-m", "megatron_dwm.pretrain", "--run.dir", str(run_dir), *arguments]
-    environment = {"PYTHONWARNINGS": "ignore"}
-    if not fresh:
-        ranks = processes if processes > 1 else None
-        return run_python(command, environment=environment, ranks=ranks, limit_s=LIMIT_S)
-    return subprocess.run(
-        [*_launcher(processes), *command],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
+    return run_python(
+        ["-m", "megatron_dwm.pretrain", "--run.dir", str(run_dir), *arguments],
+        environment={"PYTHONWARNINGS": "ignore"},
+        ranks=processes if processes > 1 else None,
+        fresh=fresh,
+        limit_s=LIMIT_S,
     )
-
-
-def _launcher(processes: int) -> list[str]:
-    if processes == 1:
-        return [sys.executable]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*torchrun, "--nproc-per-node", str(processes)]
 
 
 def succeed(run_dir: Path, *arguments: str, processes: int = 1, fresh: bool = False) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.dataset as ds
@@ -16,10 +13,9 @@ import yaml
 from megatron_dwm.config import UserError
 from megatron_dwm.config.load import load_config
 from megatron_dwm.training.run import run
-from tests.forking.client import REPOSITORY, run_python
+from tests.forking.client import run_python
 from tests.training.conftest import CORPUS, Corpus
 from tests.training.runs import (
-    LIMIT_S,
     kill_after_checkpoint,
     metrics,
     pretrain,
@@ -262,15 +258,7 @@ def test_a_failing_rank_takes_the_job_down(corpus: Corpus, tmp_path: Path) -> No
         "sys.argv = ['pretrain', *sys.argv[1:]]\n"
         "runpy.run_module('megatron_dwm.pretrain', run_name='__main__')\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(program), *corpus.arguments()]
-    done = subprocess.run(
-        [*command, "--run.dir", str(tmp_path / "run")],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command = [str(program), *corpus.arguments(), "--run.dir", str(tmp_path / "run")]
+    done = run_python(command, ranks=2, fresh=True)
     assert done.returncode == 1
     assert "the cable was pulled" in done.stderr and "Traceback" in done.stderr
