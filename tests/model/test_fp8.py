@@ -194,21 +194,26 @@ def test_contradictions_are_mistakes(model: dict, words: str) -> None:
         validate_layout(Config(model=ModelConfig(**model)), heads, 1)
 
 
-APEX_PROGRAM = "from megatron_dwm.runtime.fused import apex_finding; print(apex_finding())"
+APEX_PROGRAM = """
+import importlib, pathlib, sys
+from megatron_dwm.runtime.fused import apex_finding
+folder = pathlib.Path(sys.argv[1])
+print(apex_finding())
+for file in ("apex/__init__.py", "amp_C.py"):
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_text("")
+    importlib.invalidate_caches()
+    print(apex_finding())
+"""
 
 
 def test_another_package_named_apex_is_not_nvidias(tmp_path: Path) -> None:
     """The package index's project of that name is a package without NVIDIA's compiled modules."""
-
-    def finding() -> str:
-        environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
-        command = [sys.executable, "-W", "ignore", "-c", APEX_PROGRAM]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    assert finding() == "not installed"
-    (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").write_text("")
-    assert finding() == "a package of that name is installed, but not NVIDIA's"
-    (tmp_path / "amp_C.py").write_text("")
-    assert finding() == "installed"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
+    command = [sys.executable, "-W", "ignore", "-c", APEX_PROGRAM, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "not installed",
+        "a package of that name is installed, but not NVIDIA's",
+        "installed",
+    ]

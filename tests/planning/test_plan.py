@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 from megatron_dwm.config import Config, TrainingConfig, UserError
 from megatron_dwm.planning import GPUS, Plan, make_plan
 from megatron_dwm.planning.table import plan_text
+from tests.forking.client import run_python
 from tests.planning.runs import configured
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -31,15 +30,9 @@ LARGE = {
 }
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "tools/plan.py", *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def run(*arguments: str, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    quiet = {"PYTHONWARNINGS": "ignore"}
+    return run_python(["tools/plan.py", *arguments], environment=quiet, fresh=fresh)
 
 
 def planned(config: Config, gpus: int = 8) -> Plan:
@@ -59,7 +52,7 @@ def test_tiny_yaml_without_its_data() -> None:
 
 def test_json_has_the_same_numbers() -> None:
     arguments = ["examples/tiny.yaml", "--gpus", "1", "--gpu", "h200-141gb", "--json"]
-    done = run(*arguments, "--mfu", "0.2")
+    done = run(*arguments, "--mfu", "0.2", fresh=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["fits"] is True and found["gpu"] == "h200-141gb"

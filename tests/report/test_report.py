@@ -24,6 +24,7 @@ from megatron_dwm.report.tables import (
     training_loss,
     weight_by_domain_over_steps,
 )
+from tests.forking.client import run_python
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,9 +41,8 @@ def mean_by_domain(rows: list[dict]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in groups.items()}
 
 
-def report(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/report.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+def report(*arguments: str | Path, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    return run_python(["tools/report.py", *map(str, arguments)], fresh=fresh)
 
 
 def test_mean_weight_by_domain_over_the_last_steps(
@@ -166,7 +166,7 @@ def test_labels_are_spread_in_order() -> None:
 
 def test_command_writes_both_pictures(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    done = report(run)
+    done = report(run, fresh=True)
     assert done.returncode == 0 and done.stderr == ""
     expected = [run / "report" / "weight_by_domain.png", run / "report" / "loss.png"]
     assert done.stdout.split() == [str(path) for path in expected]
