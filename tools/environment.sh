@@ -22,8 +22,9 @@ _find_python() {
 }
 
 _install() {
-    local stamp_text stamp="$_venv/.installed"
-    stamp_text="$1 $(cksum <"$_repository/setup.py")"
+    # A stamp for every set of extras: the tests and the quickstart take turns.
+    local stamp_text stamp="$_venv/.installed-${1//,/-}"
+    stamp_text="$(cksum <"$_repository/setup.py")"
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$stamp_text" ]; then
         return 0
     fi
