@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -46,11 +47,11 @@ class _Run:
 
 def measure_conversion(*, preset: str, checkpoint: Path | None, rounds: int) -> None:
     """Print the table for a random model of `preset`, or for a checkpoint of the user's."""
-    environment = dict(os.environ)  # making a model here leaves a process group's address in it
+    environment = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         given = checkpoint is not None
-        source = checkpoint if given else _random_checkpoint(PRESETS[preset], scratch)
+        source = checkpoint if given else _made_elsewhere(PRESETS[preset], scratch)
         saved = open_checkpoint(source)
         tool = [sys.executable, str(_ROOT / "tools/convert_checkpoint.py"), "to-hf"]
         convert = [*tool, str(saved.directory), "--output", str(scratch / "hf")]
@@ -65,8 +66,22 @@ def measure_conversion(*, preset: str, checkpoint: Path | None, rounds: int) -> 
         _print(saved.shape, saved.dtype.itemsize, size_bytes, copies, conversions)
 
 
-def _random_checkpoint(shape: LlamaShape, scratch: Path) -> Path:
-    directory, tokenizer = scratch / "checkpoint", scratch / "tokenizer.model"
+def _made_elsewhere(shape: LlamaShape, scratch: Path) -> Path:
+    """A random model's checkpoint, from a process of its own.
+
+    Linux counts what a process held when it started another one as that one's peak, too.
+    """
+    directory = scratch / "checkpoint"
+    maker = get_context("spawn").Process(target=_random_checkpoint, args=(shape, directory))
+    maker.start()
+    maker.join()
+    if maker.exitcode:
+        raise RuntimeError(f"making a random checkpoint ended with {maker.exitcode}")
+    return directory
+
+
+def _random_checkpoint(shape: LlamaShape, directory: Path) -> None:
+    tokenizer = directory.parent / "tokenizer.model"
     (directory / "llm").mkdir(parents=True)
     lines = (_ROOT / "examples/corpus/validation.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
@@ -87,7 +102,6 @@ def _random_checkpoint(shape: LlamaShape, scratch: Path) -> Path:
     data = DataConfig(tokenizer=str(tokenizer), sequence_length=_SEQUENCE_LENGTH)
     save_config(Config(data=data), directory / "config.yaml")
     (directory / "shape.json").write_text(json.dumps(asdict(shape)), encoding="utf-8")
-    return directory
 
 
 def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> _Run:
