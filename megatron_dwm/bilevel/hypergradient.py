@@ -12,7 +12,6 @@ Cost with the tangent probe: three plain training steps.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -109,7 +108,7 @@ def _validation_parts(problem: Problem, halves: bool) -> list[TokenBatch]:
 
 def _validation_gradient(problem: Problem, batch: TokenBatch) -> Tensor:
     """Leave grad L_val in the gradient buffers; float64 [L_val, tokens], over all ranks."""
-    size = math.gcd(batch.tokens_BS.shape[0], problem.micro_batch_size)
+    size = _micro_batch_rows(problem.llm, batch.tokens_BS.shape[0], problem.micro_batch_size)
     result = forward_backward(problem.llm, token_mean(batch, size), denominator=token_count(batch))
     sums = torch.stack([result.loss_sums_n.double().sum(), result.token_counts_n.double().sum()])
     loss_sum, count = sum_over_data(problem.llm, sums)
@@ -120,6 +119,20 @@ INNER_PRODUCTS: dict[str, InnerProducts] = {
     "tangent_probe": tangent_probe,
     "finite_difference": finite_difference,
 }
+
+
+def _micro_batch_rows(llm: LLM, rows: int, largest: int) -> int:
+    """Rows of the largest micro-batch that shares `rows` out evenly.
+
+    Interleaved stages want a multiple of the pipeline's length of micro-batches. Raises ValueError
+    where there are fewer rows than that.
+    """
+    multiple = llm.runtime.pipeline_size if len(llm.chunks) > 1 else 1
+    sizes = [size for size in range(1, largest + 1) if rows % (size * multiple) == 0]
+    if not sizes:
+        raise ValueError(f"{rows} validation rows are no multiple of {multiple} pipeline stages")
+    return max(sizes)
+
 
 # Each makes its own pass for g(w).
 ESTIMATORS: dict[str, Callable[..., Hypergradient]] = {

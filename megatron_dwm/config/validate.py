@@ -23,6 +23,7 @@ class Heads(NamedTuple):
     num_attention_heads: int
     num_query_groups: int
     padded_vocab_size: int
+    ffn_hidden_size: int
 
 
 def validate_config(config: Config, shape: Heads, world_size: int) -> None:
@@ -144,6 +145,11 @@ def _fp8(config: Config, shape: Heads) -> Iterator[str]:
             "model.fp8_first_last_bf16: not with model.fp8_recipe delayed, whose maxima are "
             "collected over all layers at once; use tensorwise, blockwise or mxfp8"
         )
+    if model.fp8_first_last_bf16 and shape.num_layers <= 2:
+        yield (
+            f"model.fp8_first_last_bf16: expected more than 2 layers, got {shape.num_layers}: "
+            "nothing would be left in FP8"
+        )
     if model.fp8_emulation and model.fp8_recipe != "tensorwise":
         yield (
             f"model.fp8_recipe {model.fp8_recipe}: model.fp8_emulation has tensorwise only; leave "
@@ -164,6 +170,7 @@ def _fp8_sizes(config: Config, shape: Heads) -> Iterator[str]:
     tokens = config.training.micro_batch_size * config.data.sequence_length
     sizes = {
         "model.hidden_size / parallel.tensor": shape.hidden_size // config.parallel.tensor,
+        "model.ffn_hidden_size / parallel.tensor": shape.ffn_hidden_size // config.parallel.tensor,
         "training.micro_batch_size x data.sequence_length": tokens,
     }
     for what, size in sizes.items():
@@ -212,6 +219,7 @@ def _layout(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
         ("model.num_attention_heads", shape.num_attention_heads),
         ("model.num_query_groups", shape.num_query_groups),
         ("the padded vocabulary", shape.padded_vocab_size),
+        ("model.ffn_hidden_size", shape.ffn_hidden_size),
     ):
         if value % tensor:
             yield f"parallel.tensor {tensor}: expected to divide {name}, which is {value}"
@@ -247,6 +255,21 @@ def _pipeline(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
                 f"micro-batches, got {config.num_microbatches(world_size)}; change "
                 "training.global_batch_size or training.micro_batch_size"
             )
+        yield from _interleaved_passages(config, world_size)
+
+
+def _interleaved_passages(config: Config, world_size: int) -> Iterator[str]:
+    """Validation batches, and the halves that noise is measured between, go through all stages."""
+    halves = 2 if config.bilevel.noise_interval_updates else 1
+    multiple = halves * config.parallel.pipeline * config.data_parallel_size(world_size)
+    passages = config.validation.batch_size or config.training.global_batch_size
+    if config.learns and passages % multiple:
+        why = " in either half, between which noise is measured" if halves == 2 else ""
+        yield (
+            f"parallel.virtual_stages: expected a multiple of {multiple} passages in "
+            f"validation.batch_size, got {passages}: parallel.pipeline {config.parallel.pipeline} "
+            f"on every data-parallel replica{why}"
+        )
 
 
 def _batches(config: Config, world_size: int) -> Iterator[str]:

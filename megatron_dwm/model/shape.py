@@ -62,6 +62,7 @@ def heads_of(shape: LlamaShape) -> Heads:
         shape.num_attention_heads,
         shape.num_query_groups,
         shape.padded_vocab_size,
+        shape.ffn_hidden_size,
     )
 
 

@@ -139,8 +139,10 @@ def test_estimators_refuse_what_they_cannot_do() -> None:
 
 def test_halves_of_the_validation_batch_add_up() -> None:
     cases = [{}, {"clip": 0.2, "recompute": "full"}]
-    for size in (1, 2):
-        for ranks in run_ranks("tests.bilevel.workers:halves_add_up", size, cases):
+    # A half of four samples is two micro-batches; training's micro-batch of four would make one.
+    interleaved = [{"pipeline": 2, "virtual_stages": 2, "micro_batch": 4}]
+    for size, these in ((1, cases), (2, cases), (2, interleaved)):
+        for ranks in run_ranks("tests.bilevel.workers:halves_add_up", size, these):
             for found, whole in ranks:
                 # Three numbers, each with a layout's rounding: either half's, and the whole's.
                 assert _relative(found, whole) < 3 * LAYOUT_TOLERANCE

@@ -218,11 +218,12 @@ def unroll_and_probe(inner: str, **layout: Any) -> tuple[Tensor, Tensor, Tensor]
         )
 
 
-def halves_add_up(**layout: Any) -> tuple[Tensor, Tensor]:
+def halves_add_up(micro_batch: int = MICRO_BATCH, **layout: Any) -> tuple[Tensor, Tensor]:
     """Alignments of the whole validation batch: at once, and as its halves' weighted sum."""
     with tiny(**layout) as subject:
-        whole = _hypergradient(subject, "adam")
-        found = _hypergradient(subject, "adam", halves=True)
+        problem = replace(problem_of(subject), micro_batch_size=micro_batch)
+        whole = ESTIMATORS["tangent_probe"](problem)
+        found = ESTIMATORS["tangent_probe"](problem, halves=True)
         assert found.halves_2n is not None and found.halves_2n.shape == (2, len(whole.alignment_n))
         assert not torch.allclose(found.halves_2n[0], found.halves_2n[1])
         assert abs(found.val_loss - whole.val_loss) < 1e-5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,12 @@ def test_mistakes_on_the_command_line_are_one_line(arguments: list[str], words: 
 
 
 SHAPE = Heads(
-    num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2, padded_vocab_size=1024
+    num_layers=2,
+    hidden_size=64,
+    num_attention_heads=4,
+    num_query_groups=2,
+    padded_vocab_size=1024,
+    ffn_hidden_size=176,
 )
 DWM = ["--policy.name", "dwm", "--validation.path", "v"]
 MIXING = ["--policy.name", "validation_mixing", "--validation.path", "v"]
@@ -161,6 +167,26 @@ def test_impossible_combinations_are_named(
 ) -> None:
     with pytest.raises(UserError, match=word):
         validate_config(load_config([*GOOD, *arguments]), SHAPE, world_size)
+
+
+@pytest.mark.parametrize(
+    ("passages", "more", "passes"),
+    [
+        (8, [], True),
+        (4, [], False),
+        (4, ["--bilevel.noise_interval_updates", "0"], True),
+        (4, ["--policy.name", "uniform"], True),
+    ],
+)
+def test_interleaved_stages_want_a_passage_each(
+    passages: int, more: list[str], passes: bool
+) -> None:
+    """Two replicas of two stages, and halves of the batch between which noise is measured."""
+    layout = ["--parallel.pipeline", "2", "--parallel.virtual_stages", "2"]
+    sizes = ["--training.micro_batch_size", "2", "--validation.batch_size", str(passages)]
+    config = load_config([*GOOD, *DWM, *layout, *sizes, *more])
+    with nullcontext() if passes else pytest.raises(UserError, match="validation.batch_size"):
+        validate_config(config, SHAPE._replace(num_layers=4), 4)
 
 
 def test_missing_data_is_named() -> None:
