@@ -1,86 +1,152 @@
-"""What FP8 does to the weighting's signal:   python examples/fp8_alignments.py CHECKPOINT
+"""What FP8 does to the weighting's signal:   python examples/fp8_alignments.py RUN_OR_CHECKPOINT
 
-CHECKPOINT is a directory such as RUN/checkpoints/step_400. The samples' alignments with the
-validation passages (all weights 1) are found twice at that very state, parameters and moments, and
-on the same batches: in the run's own precision, and with the layers' products in emulated FP8.
-Printed are the correlation of the two, of values and of ranks, and as a yardstick that between the
-alignments with one half of the passages and those with the other half, in the run's precision:
-noise that the weighting lives with anyway. One process, on a CPU too; nothing is written.
+RUN_OR_CHECKPOINT is a run's directory, whose newest whole checkpoint is taken, or a directory such
+as RUN/checkpoints/step_00000400. The samples' alignments with the validation passages (all weights
+1) are found twice at that very state, parameters and moments, and on the same batches: in the run's
+unquantised precision (bf16 for a run in FP8, else fp32 or bf16 as the run is), and with the layers'
+products in emulated FP8, one scale a tensor. Printed are the correlation of the two, of values and
+of ranks, and as a yardstick that between the alignments with one half of the passages and those
+with the other half, unquantised: noise that the weighting lives with anyway. One process, on a CPU
+too; the run's parallel layout, profiling and logging play no part, and nothing of it is changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from megatron_dwm.bilevel import ESTIMATORS, Hypergradient, Problem
-from megatron_dwm.config import Config, ParallelConfig, UserError
+from megatron_dwm.config import (
+    Config,
+    EvaluationConfig,
+    LoggingConfig,
+    ParallelConfig,
+    ProfilingConfig,
+    UserError,
+)
 from megatron_dwm.config.command_line import OneLineParser, run_command
 from megatron_dwm.config.load import load_config
-from megatron_dwm.runtime import Runtime, bring_up
-from megatron_dwm.training.checkpoint import load_checkpoint
-from megatron_dwm.training.run import check
-from megatron_dwm.training.session import Session, build_session
+
+if TYPE_CHECKING:  # heavy: --help and mistakes are answered before torch and Megatron-Core load
+    from torch import Tensor
+
+    from megatron_dwm.bilevel import Hypergradient, Problem
+    from megatron_dwm.runtime import Runtime
+    from megatron_dwm.training.session import Session
 
 
 def main() -> None:
     """Print a line a batch and their means."""
     arguments = _parser().parse_args()
-    config = _config_of(arguments.checkpoint)
-    if not 1 <= arguments.batches <= config.training.steps:
-        raise UserError(
-            f"--batches: expected 1 to {config.training.steps}, the steps of the run, got "
-            f"{arguments.batches}"
-        )
-    with bring_up(config.parallel, config.run.seed) as runtime:
+    _quiet_upstream()
+    from megatron_dwm.runtime import bring_up, world_size_from_environment
+    from megatron_dwm.training.manifest import named_checkpoint
+
+    if world_size_from_environment() > 1:
+        raise UserError("this is for one process; start it with python, without torchrun")
+    checkpoint = named_checkpoint(arguments.checkpoint)
+    of_run = _config_of(checkpoint)
+    unquantised = _unquantised(of_run, arguments.batches)
+    pair = (unquantised, _in_fp8(unquantised, of_run))
+    with bring_up(unquantised.parallel, unquantised.run.seed) as runtime:
         exact, quantised = (
-            list(_hypergradients(config, runtime, arguments, fp8_emulation=fp8))
-            for fp8 in (False, True)
+            list(_hypergradients(config, runtime, checkpoint, arguments.batches)) for config in pair
         )
-    _print_table(exact, quantised)
+    _print_table(unquantised.model.precision, exact, quantised)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
+    parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=Path)
     parser.add_argument(
         "--batches", metavar="N", type=int, default=8, help="global batches to average over (8)"
     )
     return parser
 
 
+def _quiet_upstream() -> None:
+    """What Megatron-Core says on import without optional packages, and torch about its names."""
+    warnings.filterwarnings("ignore", message=".*(Apex|apex) (is|are) not installed.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron_dwm\.runtime\.cpu")
+
+
 def _config_of(checkpoint: Path) -> Config:
-    saved = checkpoint / "config.yaml"
-    if not saved.is_file():
-        raise UserError(
-            f"{saved} is missing; expected a directory such as RUN/checkpoints/step_400"
-        )
-    config = load_config([str(saved)])
+    """The run's. Raises UserError for what is no checkpoint of a run that learns."""
+    for name in ("config.yaml", "manifest.json"):
+        if not (checkpoint / name).is_file():
+            raise UserError(
+                f"{checkpoint / name} is missing; expected a run, or a checkpoint that it saved"
+            )
+    config = load_config([str(checkpoint / "config.yaml")])
     if not config.learns:
-        raise UserError(f"{saved}: policy.name {config.policy.name} has no alignments")
-    return replace(config, parallel=ParallelConfig())
+        raise UserError(f"{checkpoint}: policy.name {config.policy.name} has no alignments")
+    return config
+
+
+def _unquantised(config: Config, batches: int) -> Config:
+    """Without FP8, in one process, and without what only a run needs."""
+    if not 1 <= batches <= config.training.steps:
+        raise UserError(
+            f"--batches: expected 1 to {config.training.steps}, the steps of the run, got {batches}"
+        )
+    passages = config.validation.batch_size or config.training.global_batch_size
+    if passages % 2:
+        raise UserError(
+            f"the run reads {passages} validation passages at a time, which have no halves; "
+            "take a run with an even number"
+        )
+    model = replace(
+        config.model,
+        precision="fp32" if config.model.precision == "fp32" else "bf16",
+        fp8_recipe="tensorwise",
+        fp8_emulation=False,
+        fp8_first_last_bf16=False,
+    )
+    return replace(
+        config,
+        model=model,
+        bilevel=replace(config.bilevel, estimator="tangent_probe"),
+        parallel=ParallelConfig(),
+        evaluation=EvaluationConfig(),
+        logging=LoggingConfig(),
+        profiling=ProfilingConfig(),
+    )
+
+
+def _in_fp8(unquantised: Config, of_run: Config) -> Config:
+    """The same in emulated FP8, in the layers that the run would have in FP8."""
+    ends = of_run.model.fp8_first_last_bf16
+    model = replace(unquantised.model, fp8_emulation=True, fp8_first_last_bf16=ends)
+    return replace(unquantised, model=model)
 
 
 def _hypergradients(
-    config: Config, runtime: Runtime, arguments: argparse.Namespace, *, fp8_emulation: bool
+    config: Config, runtime: Runtime, checkpoint: Path, batches: int
 ) -> Iterator[Hypergradient]:
     """One a batch, from the checkpoint's step on; passages in halves."""
-    config = replace(config, model=replace(config.model, fp8_emulation=fp8_emulation))
+    from megatron_dwm.bilevel import ESTIMATORS
+    from megatron_dwm.training.checkpoint import load_checkpoint
+    from megatron_dwm.training.run import check
+    from megatron_dwm.training.session import build_session
+
     session = build_session(config, runtime, *check(config))
-    load_checkpoint(session, arguments.checkpoint)
-    first = min(session.state.step, config.training.steps - arguments.batches)
-    for number in range(first, first + arguments.batches):
+    load_checkpoint(session, checkpoint)
+    first = min(session.state.step, config.training.steps - batches)
+    for number in range(first, first + batches):
         yield ESTIMATORS["tangent_probe"](_problem(session, number), halves=True)
 
 
 def _problem(session: Session, number: int) -> Problem:
+    import torch
+
+    from megatron_dwm.bilevel import Problem
+
     train = session.training_batch(number)
     return Problem(
         llm=session.llm,
@@ -93,8 +159,11 @@ def _problem(session: Session, number: int) -> Problem:
     )
 
 
-def _print_table(exact: list[Hypergradient], quantised: list[Hypergradient]) -> None:
-    print("FP8 against the run's precision        | one half of the passages against the other")
+def _print_table(
+    precision: str, exact: list[Hypergradient], quantised: list[Hypergradient]
+) -> None:
+    title = f"{precision} against emulated FP8"
+    print(f"{title:39}| {precision}: one half of the passages against the other")
     print("correlation  of ranks  relative error  | correlation")
     rows = []
     for one, other in zip(exact, quantised, strict=True):
@@ -110,7 +179,7 @@ def _print_table(exact: list[Hypergradient], quantised: list[Hypergradient]) -> 
         )
         print(_line(rows[-1]))
     print("mean")
-    print(_line(torch.tensor(rows).mean(dim=0).tolist()))
+    print(_line([sum(column) / len(rows) for column in zip(*rows, strict=True)]))
 
 
 def _line(row: list[float]) -> str:
@@ -118,6 +187,8 @@ def _line(row: list[float]) -> str:
 
 
 def _correlation(a_n: Tensor, b_n: Tensor) -> float:
+    import torch
+
     return float(torch.corrcoef(torch.stack([a_n, b_n]).double())[0, 1])
 
 

@@ -1,7 +1,8 @@
 """What a run will need, before anything is started: memory, FLOPs, messages, time, and if it fits.
 
 The configuration is that of pretrain, dotted options included; the files that it names need not
-exist. How the numbers come about, and what they were held to: docs/planning.md.
+exist, but for a model to start from (model.init_from, weighting.load). How the numbers come about,
+and what they were held to: docs/planning.md.
 """
 
 from __future__ import annotations

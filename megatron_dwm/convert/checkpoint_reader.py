@@ -11,7 +11,6 @@ The index of the tensors is a pickle, read by model/saved_index.py: a checkpoint
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +31,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_dwm.config import UserError
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.model.saved_index import read_index
-from megatron_dwm.training.manifest import damage_of, list_checkpoints, require_whole
+from megatron_dwm.training.manifest import named_checkpoint
 
 MODEL_PREFIX = "model."
 HUGGINGFACE_FILES = "huggingface"
@@ -137,7 +136,7 @@ def open_checkpoint(path: str | Path) -> SavedLLM:
     checkpoint has none. Raises `UserError` if there is no checkpoint, or a file of it is missing,
     broken or cut short.
     """
-    directory = _checkpoint_directory(Path(path))
+    directory = named_checkpoint(Path(path))
     shape = _read_shape(directory / "shape.json")
     config = _read_mapping(directory / "config.yaml")
     data = config.get("data")
@@ -146,29 +145,6 @@ def open_checkpoint(path: str | Path) -> SavedLLM:
     saved = SavedLLM(directory=directory, shape=shape, config=config)
     _require_complete(saved)
     return saved
-
-
-def _checkpoint_directory(path: Path) -> Path:
-    if not path.is_dir():
-        raise UserError(f"{path}: no such directory; give a run directory or a checkpoint in it")
-    if (path / "llm").exists() or (path / "shape.json").exists():
-        require_whole(path, "checkpoint")
-        return path
-    found = list_checkpoints(path)
-    if not found:
-        raise UserError(
-            f"{path}: not a checkpoint (no llm/ and shape.json) nor a run with checkpoints/step_*"
-        )
-    return _newest_whole(path, found)
-
-
-def _newest_whole(run_dir: Path, oldest_first: list[Path]) -> Path:
-    for directory in reversed(oldest_first):
-        damage = damage_of(directory)
-        if damage is None:
-            return directory
-        print(f"warning: {directory} is damaged: {damage}; taking the one before", file=sys.stderr)
-    raise UserError(f"{run_dir}: none of its checkpoints is whole; bring back a copy of one")
 
 
 def _read_shape(path: Path) -> LlamaShape:

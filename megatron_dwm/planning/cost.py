@@ -26,7 +26,8 @@ class Cost:
 
     llm: forward and backward.  recompute: again, in the backward pass.
     weighing: the weighting model on every batch.  reading: a forward pass of the LLM that it waits
-    for.  updates: the LLM's passes of weighting updates.  learning: the weighting model's own.
+    for.  updates: the LLM's passes of weighting updates.  noise: one more of them in every
+    bilevel.noise_interval_updates-th update.  learning: the weighting model's own.
     weighting_precision: what the weighting model multiplies in.
     """
 
@@ -35,6 +36,7 @@ class Cost:
     weighing: float
     reading: float
     updates: float
+    noise: float
     learning: float
     num_updates: int
     weighting_precision: str
@@ -42,7 +44,7 @@ class Cost:
     @property
     def weighting(self) -> float:
         """What is there only for the weights."""
-        return self.weighing + self.reading + self.updates + self.learning
+        return self.weighing + self.reading + self.updates + self.noise + self.learning
 
     @property
     def share(self) -> float:
@@ -62,7 +64,7 @@ class Cost:
         llm = self.llm + self.recompute
         weighting = 0.0
         if not plain:
-            llm += self.reading + self.updates
+            llm += self.reading + self.updates + self.noise
             weighting = self.weighing + self.learning
         seconds = llm / gpu.peak_flops(precision)
         seconds += weighting / gpu.peak_flops(self.weighting_precision)
@@ -85,14 +87,15 @@ def cost_of(config: Config, shape: LlamaShape, weighting: WeightingShape, replic
     validation = (config.validation.batch_size or rows) / rows
     passes = compute.update - learning + recompute * (1 + validation + fresh)
     num_updates = sum(stage.num_updates for stage in plan_stages(config))
-    a_step = num_updates / config.training.steps
+    steps = config.training.steps
     return Cost(
         llm=compute.llm_step,
         recompute=recompute,
         weighing=weighing,
         reading=reading,
-        updates=a_step * passes,
-        learning=a_step * learning,
+        updates=num_updates * passes / steps,
+        noise=compute.measurements(num_updates) * (compute.noise + recompute) / steps,
+        learning=num_updates * learning / steps,
         num_updates=num_updates,
         weighting_precision=_weighting_precision(config),
     )

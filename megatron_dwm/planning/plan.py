@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,11 @@ from megatron_dwm.planning.hardware import Gpu
 from megatron_dwm.planning.memory import Memory, stage_memory
 from megatron_dwm.planning.traffic import Traffic, traffic_of
 from megatron_dwm.weighting import weighting_shape
+from megatron_dwm.weighting.model import (
+    WeightingShape,
+    read_weighting_shape,
+    require_same_reading,
+)
 
 # Of a GPU's memory: CUDA context, NCCL's and cuBLAS's buffers, fragmentation. A guess: no GPU was
 # at hand to measure it.
@@ -100,16 +105,18 @@ class Plan:
 
 
 def make_plan(config: Config, gpu: Gpu, *, gpus: int, mfu: float) -> Plan:
-    """The plan; no file of the run is read but a Hugging Face model's sizes. mfu: part of the peak.
+    """The plan; mfu: part of the peak. No file of the run is read but the sizes of a Hugging Face
+    model and of a weighting model to start from.
 
     Raises UserError for a run that pretrain would refuse, its files left aside.
     """
     if config.model.fp8_emulation:
         raise UserError("model.fp8_emulation: a plan is of a GPU's own layers; leave it out")
     shape = _shape(config)
+    _require_whole_replicas(config, gpus)
     validate_config(config, heads_of(shape), gpus)
-    gpu.peak_flops(config.model.precision)
-    weighting = weighting_shape(config, shape, shape.vocab_size)
+    gpu.require(config.model)
+    weighting = _weighting_shape(config, shape)
     weighs = weighting if config.policy.name == "dwm" else None
     pipeline = config.parallel.pipeline
     schedule = config.num_microbatches(gpus) * config.parallel.virtual_stages
@@ -152,6 +159,30 @@ def advice(plan: Plan) -> list[str]:
         )
     found.append((worst.weights + worst.gradients, "larger parallel.tensor or parallel.pipeline"))
     return [what for _, what in sorted(found, key=lambda pair: -pair[0])]
+
+
+def _require_whole_replicas(config: Config, gpus: int) -> None:
+    """The rule of config/validate.py in this command's words."""
+    parallel = config.parallel
+    if parallel.model_size > 0 and gpus % parallel.model_size:
+        raise UserError(
+            f"parallel.tensor {parallel.tensor} x parallel.pipeline {parallel.pipeline}: expected "
+            f"to divide --gpus, which is {gpus}; give a multiple of {parallel.model_size}"
+        )
+
+
+def _weighting_shape(config: Config, shape: LlamaShape) -> WeightingShape:
+    """The weighting model's; that of `weighting.load`, where the run starts from one.
+
+    Vocabularies are not compared: the tokenizer that says the run's need not exist yet.
+    """
+    wanted = weighting_shape(config, shape, shape.vocab_size)
+    if config.policy.name != "dwm" or config.weighting.load is None:
+        return wanted
+    directory = Path(config.weighting.load)
+    found = read_weighting_shape(directory)
+    require_same_reading(directory, found, replace(wanted, vocab_size=found.vocab_size))
+    return found
 
 
 def _shape(config: Config) -> LlamaShape:

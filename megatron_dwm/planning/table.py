@@ -1,10 +1,13 @@
-"""A plan in words and columns for a terminal."""
+"""A plan in words and columns for a terminal; every table in the unit of its largest value."""
 
 from __future__ import annotations
 
 from megatron_dwm.planning.plan import RESERVE, Plan, advice
 
 _GB = 1e9
+_BYTES = {"GB": _GB, "MB": 1e6, "kB": 1e3}
+_OPERATIONS = {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}
+_SECONDS = {"h": 3600.0, "min": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}
 _PARTS = {
     "weights": "weights",
     "gradients": "gradient buffers (fp32)",
@@ -24,6 +27,7 @@ _FLOPS = {
     "weighing": "weighting model on every batch",
     "reading": "reading the batch first",
     "updates": "updates: passes of the LLM",
+    "noise": "updates: signal-to-noise",
     "learning": "updates: weighting model",
 }
 
@@ -52,44 +56,52 @@ def _heading(plan: Plan) -> str:
 def _memory(plan: Plan) -> str:
     """The first, the fullest and the last stage."""
     shown = sorted({0, plan.fullest, len(plan.stages) - 1})
-    rows = [["GB a rank", *(f"stage {stage}" for stage in shown)]]
+    unit, size = _unit(_BYTES, max(plan.stages[stage].update for stage in shown))
+    rows = [[f"{unit} a rank", *(f"stage {stage}" for stage in shown)]]
     for key, label in _PARTS.items():
         values = [plan.stages[stage].rows()[key] for stage in shown]
         if any(values):
-            rows.append([label, *(f"{value / _GB:.2f}" for value in values)])
+            rows.append([label, *(f"{value / size:.2f}" for value in values)])
     return _columns(rows)
 
 
 def _flops(plan: Plan) -> str:
     cost = plan.cost
     whole = cost.llm + cost.recompute + cost.weighting
-    rows = [["FLOPs a step", "TFLOP", "%"]]
+    unit, size = _unit(_OPERATIONS, whole)
+    rows = [["FLOPs a step", unit, "%"]]
     for key, label in _FLOPS.items():
         value = getattr(cost, key)
         if value:
-            rows.append([label, f"{value / 1e12:,.1f}", f"{100 * value / whole:.2f}"])
+            rows.append([label, f"{value / size:,.1f}", f"{100 * value / whole:.2f}"])
     return _columns(rows)
 
 
 def _traffic(plan: Plan) -> str:
-    rows = [["MB a rank on the link", "ranks", "a step", "by a ring", "an update", "by a ring"]]
-    for line in plan.traffic:
-        if line.step or line.update:
-            values = (line.step, line.step_wire, line.update, line.update_wire)
-            cells = (f"{value / 1e6:,.1f}" for value in values)
-            rows.append([line.link, str(line.ranks), *cells])
-    return _columns(rows) if len(rows) > 1 else "No messages: one process."
+    used = [line for line in plan.traffic if line.step or line.update]
+    if not used:
+        return "No messages: one process."
+    unit, size = _unit(_BYTES, max(max(line.step_wire, line.update_wire) for line in used))
+    head = [f"{unit} a rank on the link", "ranks", "a step", "by a ring", "an update", "by a ring"]
+    rows = [head]
+    for line in used:
+        values = (line.step, line.step_wire, line.update, line.update_wire)
+        cells = (f"{value / size:,.1f}" for value in values)
+        rows.append([line.link, str(line.ranks), *cells])
+    return _columns(rows)
 
 
 def _time(plan: Plan) -> str:
     step_s, steps = plan.step_s, plan.config.training.steps
+    gpu_hours = step_s * steps * plan.gpus / 3600
+    hours = f"{gpu_hours:,.1f}" if gpu_hours >= 0.1 else "below 0.1"
     rate = plan.tokens_a_step / step_s / plan.gpus
     lines = [
         f"Weighting costs {100 * plan.cost.share:.2f} % more FLOPs and {100 * plan.time_share:.2f} "
         "% more time than plain training.",
-        f"At {100 * plan.mfu:.0f} % of the peak: {step_s:.3g} s a step, {rate:,.0f} tokens a "
-        f"second and GPU, {step_s * steps / 3600:,.1f} h for {steps:,} steps "
-        f"({step_s * steps * plan.gpus / 3600:,.0f} GPU hours).",
+        f"At {100 * plan.mfu:.0f} % of the peak: {_duration(step_s)} a step, {rate:,.0f} tokens "
+        f"a second and GPU, {_duration(step_s * steps)} for {steps:,} steps "
+        f"({hours} GPU hours).",
     ]
     if plan.bubble:
         lines.append(f"Pipeline bubble: {100 * plan.bubble:.1f} % of a step's work.")
@@ -97,14 +109,26 @@ def _time(plan: Plan) -> str:
 
 
 def _verdict(plan: Plan) -> str:
+    unit, size = _unit(_BYTES, plan.needed_bytes)
     sizes = (
-        f"{plan.needed_bytes / _GB:.1f} GB needed on stage {plan.fullest}, "
-        f"{plan.usable_bytes / _GB:.1f} of {plan.gpu.memory_bytes / _GB:.0f} usable "
+        f"{plan.needed_bytes / size:.1f} {unit} needed on stage {plan.fullest}, "
+        f"{plan.usable_bytes / _GB:.1f} of {plan.gpu.memory_bytes / _GB:.0f} GB usable "
         f"({100 * RESERVE:.0f} % kept back)"
     )
     if plan.fits:
         return f"fits: {sizes}"
     return "\n".join([f"does not fit: {sizes}", *(f"  try {what}" for what in advice(plan))])
+
+
+def _unit(units: dict[str, float], largest: float) -> tuple[str, float]:
+    """The largest unit that `largest` has at least one of, else the smallest; its size."""
+    fitting = (pair for pair in units.items() if largest >= pair[1])
+    return next(fitting, list(units.items())[-1])
+
+
+def _duration(seconds: float) -> str:
+    unit, size = _unit(_SECONDS, seconds)
+    return f"{seconds / size:,.1f} {unit}"
 
 
 def _columns(rows: list[list[str]]) -> str:

@@ -31,8 +31,12 @@ class Compute:
     def spent(self, state: TrainState) -> float:
         """FLOPs of a run so far."""
         steps = state.step * (self.llm_step + self.weights_step)
-        measurements = -(-state.updates // self.noise_interval) if self.noise_interval else 0
-        return steps + state.updates * self.update + measurements * self.noise
+        noise = self.measurements(state.updates) * self.noise
+        return steps + state.updates * self.update + noise
+
+    def measurements(self, updates: int) -> int:
+        """Of signal-to-noise in so many updates: in the first, and in every interval-th after."""
+        return -(-updates // self.noise_interval) if self.noise_interval else 0
 
 
 def compute_of(

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -101,8 +102,10 @@ def read_manifest(directory: Path) -> Manifest:
         )
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{MANIFEST} is damaged ({error})") from None
+    except OSError as error:
+        raise ValueError(f"{MANIFEST} cannot be read ({error.strerror})") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{MANIFEST} is damaged: it is not as it was written") from None
 
 
 def _own_checksum(content: dict[str, Any]) -> str:
@@ -142,6 +145,29 @@ def require_whole(directory: Path, key: str) -> None:
     damage = damage_of(directory) if (directory / MANIFEST).exists() else None
     if damage is not None:
         raise UserError(f"{key}: {directory} is damaged: {damage}; name another checkpoint")
+
+
+def named_checkpoint(path: Path) -> Path:
+    """The whole checkpoint that a user names: `path` itself, or the newest whole one of a run.
+
+    A damaged one of a run is named on stderr and left alone. Raises UserError if there is none.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory; give a run directory or a checkpoint in it")
+    if (path / "llm").exists() or (path / "shape.json").exists():
+        require_whole(path, "checkpoint")
+        return path
+    found = list_checkpoints(path)
+    if not found:
+        raise UserError(
+            f"{path}: not a checkpoint (no llm/ and shape.json) nor a run with checkpoints/step_*"
+        )
+    for directory in reversed(found):
+        damage = damage_of(directory)
+        if damage is None:
+            return directory
+        print(f"warning: {directory} is damaged: {damage}; taking the one before", file=sys.stderr)
+    raise UserError(f"{path}: none of its checkpoints is whole; bring back a copy of one")
 
 
 def publish(partial: Path, final: Path) -> None:

@@ -89,6 +89,15 @@ def load_weighting_model(directory: Path, expected: WeightingShape) -> Weighting
 
     Raises UserError if there is none, or if it reads something else than `expected` does.
     """
+    shape = read_weighting_shape(directory)
+    require_same_reading(directory, shape, expected)
+    model = WeightingModel(shape)
+    model.load_state_dict(load_file(directory / _TENSOR_FILE))
+    return model
+
+
+def read_weighting_shape(directory: Path) -> WeightingShape:
+    """What `WeightingModel.save` wrote there. Raises UserError for a missing or damaged file."""
     shape_file, tensor_file = directory / _SHAPE_FILE, directory / _TENSOR_FILE
     for file in (shape_file, tensor_file):
         if not file.is_file():
@@ -96,14 +105,17 @@ def load_weighting_model(directory: Path, expected: WeightingShape) -> Weighting
                 f"weighting.load: {file} is missing; expected a directory such as "
                 "RUN/weighting/stage_2"
             )
-    shape = WeightingShape(**json.loads(shape_file.read_text(encoding="utf-8")))
-    _require_same_reading(directory, shape, expected)
-    model = WeightingModel(shape)
-    model.load_state_dict(load_file(tensor_file))
-    return model
+    try:
+        return WeightingShape(**json.loads(shape_file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"weighting.load: {shape_file} does not describe a weighting model ({error}); bring "
+            "back a copy of it"
+        ) from None
 
 
-def _require_same_reading(directory: Path, found: WeightingShape, wanted: WeightingShape) -> None:
+def require_same_reading(directory: Path, found: WeightingShape, wanted: WeightingShape) -> None:
+    """Raises UserError where the model found in `directory` reads something else than the run."""
     if found.encoder != wanted.encoder:
         raise UserError(
             f"weighting.load: {directory} was trained with weighting.encoder {found.encoder}, the "

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_dwm.config import Config, TrainingConfig, UserError
+from megatron_dwm.config import BilevelConfig, Config, TrainingConfig, UserError
 from megatron_dwm.planning import GPUS, Plan, make_plan
 from megatron_dwm.planning.table import plan_text
+from megatron_dwm.weighting.model import WeightingModel, WeightingShape
 from tests.forking.client import run_python
 from tests.planning.runs import configured
 
@@ -57,7 +60,7 @@ def test_json_has_the_same_numbers() -> None:
     found = json.loads(done.stdout)
     assert found["fits"] is True and found["gpu"] == "h200-141gb"
     flops = found["flops"]
-    llm = flops["llm"] + flops["recompute"] + flops["reading"] + flops["updates"]
+    llm = sum(flops[part] for part in ("llm", "recompute", "reading", "updates", "noise"))
     fp32 = flops["weighing"] + flops["learning"]
     # examples/tiny.yaml is fp32, so one peak counts for all.
     assert found["step_s"] == pytest.approx((llm + fp32) / (0.2 * 67e12))
@@ -74,7 +77,11 @@ def test_json_has_the_same_numbers() -> None:
         (["examples/tiny.yaml", "--mfu", "40"], "--mfu: expected a fraction above 0, at most 1"),
         (["examples/tiny.yaml", "--gpu", "h100"], "argument --gpu: invalid choice: 'h100'"),
         (["examples/tiny.yaml", "--model.layers", "3"], "unknown key 'model.layers'"),
-        (["examples/tiny.yaml", "--parallel.tensor", "3"], "parallel.tensor 3 x"),
+        (
+            ["examples/tiny.yaml", "--parallel.tensor", "3"],
+            "parallel.tensor 3 x parallel.pipeline 1: expected to divide --gpus, which is 2; give",
+        ),
+        (["examples/tiny.yaml", "--weighting.load", "gone"], "weighting.load: gone/weighting.json"),
     ],
 )
 def test_mistakes_are_one_line(mistake: list[str], said: str) -> None:
@@ -87,6 +94,36 @@ def test_help_names_every_gpu() -> None:
     done = run("--help")
     assert done.returncode == 0
     assert all(name in done.stdout for name in GPUS)
+
+
+def test_the_documented_example_works_as_written() -> None:
+    text = (REPOSITORY / "docs" / "planning.md").read_text()
+    [command] = re.findall(r"^python (tools/plan\.py examples/(?:.*\\\n)*.*)$", text, re.MULTILINE)
+    done = run(*shlex.split(command.replace("\\\n", " "))[1:])
+    assert done.returncode == 0, done.stderr
+    assert "1,345,423,360 parameters, bf16" in done.stdout
+    assert "64 x h100-80gb: tensor 1 x pipeline 1 x data 64" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus"),
+    [
+        ("tensorwise", ["h100-80gb", "h200-141gb", "b200-192gb"]),
+        ("delayed", ["h100-80gb", "h200-141gb", "b200-192gb"]),
+        ("blockwise", ["h100-80gb", "h200-141gb", "b200-192gb"]),
+        ("mxfp8", ["b200-192gb"]),
+    ],
+)
+def test_a_recipe_is_planned_where_the_gpu_has_it(recipe: str, gpus: list[str]) -> None:
+    """As Transformer Engine checks compute capabilities: 8.9, 9.0 and, for mxfp8, 10.0 on."""
+    config = large()
+    config = replace(config, model=replace(config.model, precision="fp8", fp8_recipe=recipe))
+    for gpu in GPUS.values():
+        if gpu.name in gpus:
+            assert make_plan(config, gpu, gpus=8, mfu=0.4).fits
+            continue
+        with pytest.raises(UserError, match=f"(fp8_recipe|precision).*{gpu.name} has"):
+            make_plan(config, gpu, gpus=8, mfu=0.4)
 
 
 def test_fp8_needs_hardware() -> None:
@@ -131,7 +168,7 @@ def test_an_encoder_multiplies_in_bf16_beside_a_bf16_llm() -> None:
     for plan, peak in ((own, 989e12), (llm, 67e12)):
         cost = plan.cost
         weighting = (cost.weighing + cost.learning) / peak
-        rest = (cost.llm + cost.recompute + cost.reading + cost.updates) / 989e12
+        rest = (cost.llm + cost.recompute + cost.reading + cost.updates + cost.noise) / 989e12
         assert plan.step_s == pytest.approx((weighting + rest) / (8 * 0.4), rel=1e-3)
 
 
@@ -141,10 +178,68 @@ def test_uniform_weights_cost_nothing_and_updates_on_training_less_than_fresh() 
     fresh = planned(large(policy="dwm", weighting=online))
     inside = planned(large(policy="dwm", weighting={**online, "update_on": "training"}))
     assert plain.cost.share == 0.0 and plain.stages[0].virtual_step == 0.0
-    # An update every ten steps: three plain steps, or two.
+    # An update every ten steps: three plain steps, or two, and one for noise in every tenth.
     rate = fresh.cost.num_updates / 1000
-    assert fresh.cost.share == pytest.approx(3 * rate, rel=0.01)
-    assert inside.cost.share == pytest.approx(2 * rate, rel=0.01)
+    assert fresh.cost.share == pytest.approx(3.1 * rate, rel=0.01)
+    assert inside.cost.share == pytest.approx(2.1 * rate, rel=0.01)
+
+
+@pytest.mark.parametrize(("recompute", "forward_passes"), [("none", 3), ("full", 4)])
+def test_a_measurement_of_noise_is_one_more_pass(recompute: str, forward_passes: int) -> None:
+    """Against none: of a forward and a backward pass, recomputed layers forward once more."""
+    config = large(policy="dwm", weighting={"mode": "online", "encoder": "llm"})
+    config = replace(config, model=replace(config.model, recompute=recompute))
+    never, always, third = (
+        planned(replace(config, bilevel=BilevelConfig(noise_interval_updates=every)))
+        for every in (0, 1, 3)
+    )
+    updates, steps = never.cost.num_updates, config.training.steps
+    # The output layer is not recomputed: 5 % of this model.
+    a_pass = forward_passes * never.cost.llm / 3
+    more_s = (always.step_s - never.step_s) * (8 * 0.4 * H100.bf16_flops)
+    assert more_s == pytest.approx(a_pass * updates / steps, rel=0.02)
+    measured = len(range(0, updates, 3))
+    assert third.cost.noise == pytest.approx(always.cost.noise * measured / updates)
+    assert never.cost.noise == 0.0 and "signal-to-noise" not in plan_text(never)
+    assert "signal-to-noise" in plan_text(always)
+
+
+def test_a_weighting_model_to_start_from_has_its_own_sizes(tmp_path: Path) -> None:
+    shape = WeightingShape(
+        vocab_size=300, hidden_size=64, num_layers=3, num_attention_heads=4, ffn_hidden_size=96
+    )
+    model = WeightingModel(shape)
+    model.save(tmp_path)
+    start = planned(large(policy="dwm", weighting={"load": str(tmp_path)}))
+    count = sum(value.numel() for value in model.parameters())
+    per_parameter = 24  # fp32 value, gradient, sum, last gradient, two moments
+    assert start.stages[0].weighting_model == per_parameter * count
+    with pytest.raises(UserError, match="weighting.load: .* trained with weighting.encoder own"):
+        planned(large(policy="dwm", weighting={"load": str(tmp_path), "encoder": "llm"}))
+    (tmp_path / "weighting.json").write_text("{")
+    with pytest.raises(UserError, match="weighting.json does not describe a weighting model"):
+        planned(large(policy="dwm", weighting={"load": str(tmp_path)}))
+
+
+def test_tables_take_the_unit_of_what_they_hold() -> None:
+    """A plan of a tiny run has numbers, too: those of the JSON in the units that the text names."""
+    plan = planned(configured(policy="dwm", weighting={"mode": "online"}, tensor=2), gpus=2)
+    sizes = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "MFLOP": 1e6, "GFLOP": 1e9, "TFLOP": 1e12}
+    lines = plan_text(plan).splitlines()
+    for title in ("a rank  ", "FLOPs a step", "on the link"):
+        [at] = [number for number, line in enumerate(lines) if title in line]
+        table = lines[at : lines.index("", at)]
+        # Columns end together: no number is wider than its column.
+        assert len({len(line) for line in table}) == 1, table
+    [peak] = [line.split() for line in lines if line.startswith("peak with weighting updates")]
+    [unit] = [line.split()[0] for line in lines if " a rank  " in line]
+    assert float(peak[-1]) >= 1
+    assert float(peak[-1]) * sizes[unit] == pytest.approx(plan.needed_bytes, abs=sizes[unit] / 200)
+    [unit] = [line.split()[-2] for line in lines if line.startswith("FLOPs a step")]
+    [llm] = [line.split()[-2] for line in lines if line.startswith("LLM forward")]
+    assert float(llm) >= 1
+    assert float(llm) * sizes[unit] == pytest.approx(plan.cost.llm, abs=sizes[unit] / 20)
+    assert "GB a rank" in plan_text(planned(large()))
 
 
 def test_recomputation_is_a_forward_pass_more() -> None:

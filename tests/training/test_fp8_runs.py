@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
-import os
+import shutil
 import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from tests.training.conftest import REPOSITORY, Corpus
+from megatron_dwm.config import (
+    BilevelConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    PolicyConfig,
+    ProfilingConfig,
+    ValidationConfig,
+)
+from megatron_dwm.config.validate import validate_config
+from megatron_dwm.model import resolve_shape
+from megatron_dwm.model.shape import heads_of
+from tests.forking.client import REPOSITORY, run_python
+from tests.training.conftest import Corpus
 from tests.training.runs import metrics, pretrain, succeed
 
+SCRIPT = "examples/fp8_alignments.py"
 DWM = ("--policy.name", "dwm")
+# One step's trace: what the run profiles is no business of the script's.
+PROFILED = ("--profiling.tool", "torch", "--profiling.ranks", "[0,1]")
+STEPS = ("--profiling.first_step", "1", "--profiling.last_step", "1")
 
 
-def test_the_bi_level_loop_runs_in_emulated_fp8(corpus: Corpus, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def emulated(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As users start it: bf16 parameters, FP8 products, tensor parallel, learned weights."""
-    emulated = ("--model.precision", "fp8", "--model.fp8_emulation", "true")
-    layout = ("--parallel.tensor", "2")
-    run_dir = tmp_path / "run"
-    succeed(run_dir, *corpus.arguments(), *DWM, *emulated, *layout, processes=2)
-    losses = [line["loss"] for line in metrics(run_dir, "train")]
+    run_dir = tmp_path_factory.mktemp("fp8") / "run"
+    fp8 = ("--model.precision", "fp8", "--model.fp8_emulation", "true")
+    options = (*DWM, *fp8, *PROFILED, *STEPS, "--parallel.tensor", "2")
+    succeed(run_dir, *corpus.arguments(), *options, processes=2)
+    return run_dir
+
+
+def test_the_bi_level_loop_runs_in_emulated_fp8(emulated: Path) -> None:
+    losses = [line["loss"] for line in metrics(emulated, "train")]
     assert len(losses) == 20 and losses[-1] < losses[0] - 0.3
-    updates = metrics(run_dir, "weighting")
+    updates = metrics(emulated, "weighting")
     assert updates and all(math.isfinite(line["val_loss"]) for line in updates)
-    assert metrics(run_dir, "train")[-1]["weight_std"] > 0
+    assert metrics(emulated, "train")[-1]["weight_std"] > 0
 
 
 def test_fp8_without_a_gpu_says_why_it_is_bf16(corpus: Corpus, tmp_path: Path) -> None:
@@ -37,22 +61,22 @@ def test_fp8_without_a_gpu_says_why_it_is_bf16(corpus: Corpus, tmp_path: Path) -
     assert "there is no GPU" in line and "--model.fp8_emulation true" in line
 
 
-def compare(checkpoint: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "examples/fp8_alignments.py", str(checkpoint), *options],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def compare(source: Path, *options: str, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    return run_python([SCRIPT, str(source), *options], fresh=fresh)
 
 
-def test_alignments_of_a_run_are_compared_with_fp8s(corpus: Corpus, tmp_path: Path) -> None:
-    succeed(tmp_path / "run", *corpus.arguments(), *DWM)
-    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000020"
-    done = compare(checkpoint, "--batches", "3")
-    assert done.returncode == 0, done.stderr
+def refused(source: Path, *options: str) -> str:
+    done = compare(source, *options)
+    assert done.returncode == 2 and not done.stdout, done.stderr
+    [line] = done.stderr.splitlines()
+    return line
+
+
+def test_alignments_of_a_run_are_compared_with_fp8s(emulated: Path) -> None:
+    """Of a run's newest checkpoint, whatever it profiled and in however many processes."""
+    done = compare(emulated, "--batches", "3", fresh=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout.splitlines()[0].startswith("bf16 against emulated FP8 ")
     *rows, mean = [
         [float(word) for word in line.replace("|", " ").split()]
         for line in done.stdout.splitlines()
@@ -64,6 +88,56 @@ def test_alignments_of_a_run_are_compared_with_fp8s(corpus: Corpus, tmp_path: Pa
         assert 0.9 < correlation <= 1 and 0.8 < of_ranks <= 1 and 0.001 < error < 0.5, rows
     for column, of_rows in zip(mean, zip(*rows, strict=True), strict=True):
         assert column == pytest.approx(sum(of_rows) / 3, abs=2e-4)
-    mistake = compare(checkpoint, "--batches", "21")
-    assert mistake.returncode == 2 and len(mistake.stderr.splitlines()) == 1, mistake.stderr
-    assert "--batches: expected 1 to 20" in mistake.stderr
+
+
+def test_mistakes_with_the_comparison_are_one_line(emulated: Path, tmp_path: Path) -> None:
+    assert "--batches: expected 1 to 20" in refused(emulated, "--batches", "21")
+    assert "no such directory" in refused(tmp_path / "missing")
+    whole = emulated / "checkpoints" / "step_00000020"
+    for name in ("without_data", "cut_short", "converted"):
+        shutil.copytree(whole, tmp_path / name)
+    next((tmp_path / "without_data" / "llm").glob("*.distcp")).unlink()
+    assert ".distcp is missing" in refused(tmp_path / "without_data")
+    rest = tmp_path / "cut_short" / "training.pt"
+    rest.write_bytes(rest.read_bytes()[:100])
+    assert "training.pt has 100 bytes instead of" in refused(tmp_path / "cut_short")
+    (tmp_path / "converted" / "manifest.json").unlink()
+    assert "manifest.json is missing" in refused(tmp_path / "converted")
+
+
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fp8_alignments", REPOSITORY / SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("model", "unquantised"),
+    [
+        (ModelConfig(), "fp32"),
+        (ModelConfig(fp8_emulation=True, fp8_first_last_bf16=True), "fp32"),
+        (ModelConfig(precision="bf16"), "bf16"),
+        (ModelConfig(precision="fp8", fp8_recipe="mxfp8", fp8_first_last_bf16=True), "bf16"),
+        (ModelConfig(precision="fp8", fp8_recipe="delayed"), "bf16"),
+    ],
+)
+def test_what_is_compared_may_be_run(model: ModelConfig, unquantised: str) -> None:
+    """Whatever the run was; the rules of a run hold for both sides, in one process."""
+    of_run = Config(
+        model=replace(model, num_layers=4),
+        data=DataConfig(train=["unread"], tokenizer="unread"),
+        validation=ValidationConfig(path="unread"),
+        policy=PolicyConfig(name="dwm"),
+        bilevel=BilevelConfig(estimator="finite_difference"),
+        profiling=ProfilingConfig(tool="torch", ranks=[7]),
+    )
+    exact = script()._unquantised(of_run, 8)
+    quantised = script()._in_fp8(exact, of_run)
+    heads = heads_of(resolve_shape(of_run.model))
+    for config in (exact, quantised):
+        validate_config(config, heads, world_size=1)
+    assert exact.model.precision == unquantised and not exact.model.uses_fp8
+    assert quantised.model.precision == unquantised and quantised.model.fp8_emulation
+    assert quantised.model.fp8_first_last_bf16 == model.fp8_first_last_bf16
