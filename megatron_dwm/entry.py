@@ -8,8 +8,8 @@ import time
 import warnings
 from collections.abc import Callable
 
-from megatron_dwm.config import Config, UserError
-from megatron_dwm.config.command_line import EXIT_USER_MISTAKE, run_command
+from megatron_dwm.config import Config, RunError, UserError
+from megatron_dwm.config.command_line import EXIT_FAILURE, EXIT_USER_MISTAKE, run_command
 from megatron_dwm.config.load import exit_on_help, load_config
 
 # torchrun ends the other processes as soon as one leaves; the others let the main one speak first.
@@ -34,10 +34,10 @@ def run_job(prog: str, job: Callable[[Config], None]) -> None:
         )
         try:
             job(load_config(sys.argv[1:], prog))
-        except UserError:
+        except (UserError, RunError) as error:
             if os.environ.get("RANK", "0") == "0":
                 raise
             time.sleep(_OTHERS_WAIT_S)
-            sys.exit(EXIT_USER_MISTAKE)
+            sys.exit(EXIT_USER_MISTAKE if isinstance(error, UserError) else EXIT_FAILURE)
 
     run_command(main)

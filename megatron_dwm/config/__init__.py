@@ -1,6 +1,6 @@
 """What a run is: frozen dataclasses read from YAML and dotted overrides."""
 
-from megatron_dwm.config.errors import UserError
+from megatron_dwm.config.errors import RunError, UserError
 from megatron_dwm.config.schema import (
     BilevelConfig,
     Config,
@@ -28,6 +28,7 @@ __all__ = [
     "PolicyConfig",
     "ProfilingConfig",
     "RunConfig",
+    "RunError",
     "TrainingConfig",
     "UserError",
     "ValidationConfig",

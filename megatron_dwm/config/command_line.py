@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from megatron_dwm.config.errors import UserError
+from megatron_dwm.config.errors import RunError, UserError
 
+EXIT_FAILURE = 1
 EXIT_USER_MISTAKE = 2
 EXIT_INTERRUPTED = 130  # the shell's number for Ctrl-C
 
@@ -30,14 +31,18 @@ class OneLineParser(argparse.ArgumentParser):
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Call `main` and leave the process.
 
-    A `UserError` becomes one line on stderr and exit code 2. Any other exception keeps its
-    traceback, which Python ends with exit code 1. Ctrl-C is one line and exit code 130.
+    A `UserError` becomes one line on stderr and exit code 2, a `RunError` one and exit code 1. Any
+    other exception keeps its traceback, which Python ends with exit code 1. Ctrl-C is one line and
+    exit code 130.
     """
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_MISTAKE)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILURE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

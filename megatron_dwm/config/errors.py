@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""Exceptions whose message is the one line that the user sees."""
 
 from __future__ import annotations
 
@@ -8,4 +8,11 @@ class UserError(ValueError):
 
     It names the file, line or key, says what was expected and what to do. Commands print it and
     exit with 2 (see `command_line.run_command`).
+    """
+
+
+class RunError(RuntimeError):
+    """A run cannot go on, and nothing that its user wrote is plainly wrong: its numbers are.
+
+    Commands print its message as one line and exit with 1.
     """

@@ -55,12 +55,17 @@ def load_config(arguments: Sequence[str], prog: str = "megatron_dwm.pretrain") -
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration; `load_config([path])` gives it back."""
+    """Write the resolved configuration, whole or not at all; `load_config([path])` gives it back.
+
+    Raises OSError.
+    """
     dumper = getattr(
         yaml, "CSafeDumper", yaml.SafeDumper
     )  # in C where it is built, ten times faster
     text = yaml.dump(dataclasses.asdict(config), Dumper=dumper, sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)
 
 
 def _parser(prog: str) -> ArgumentParser:

@@ -183,7 +183,8 @@ class TrainingConfig:
     stops the run"""
     spike_factor: float = 0.0
     """a loss above this many times its running mean takes the run back to the last checkpoint and
-    passes over the batch; 0 switches it off"""
+    passes over the batch; more than max_skipped_steps of them in a row stop the run; 0 switches it
+    off"""
     log_interval_steps: int = 10
     """steps between lines on the terminal when it is not interactive"""
 

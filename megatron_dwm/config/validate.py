@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import chain
 from typing import NamedTuple
 
 from megatron_dwm.config.errors import UserError
@@ -38,6 +39,17 @@ def validate_config(config: Config, shape: Heads, world_size: int) -> None:
 def validate_layout(config: Config, shape: Heads, world_size: int) -> None:
     """Only the rules about sizes and processes: for commands that read no data."""
     for problem in _layout_problems(config, shape, world_size):
+        raise UserError(problem)
+
+
+def validate_options(config: Config, shape: Heads, world_size: int) -> None:
+    """Only the rules about what is computed how: for the doctor, which chooses its own sizes."""
+    problems = (
+        _fp8(config, shape),
+        _estimator(config, world_size),
+        profiling_problems(config, world_size),
+    )
+    for problem in chain(*problems):
         raise UserError(problem)
 
 
@@ -196,6 +208,11 @@ def _fractions(config: Config) -> Iterator[str]:
         yield (
             "training.min_learning_rate_fraction: expected 0 to 1, "
             f"got {config.training.min_learning_rate_fraction}"
+        )
+    if 0.0 < config.training.spike_factor <= 1.0:
+        yield (
+            "training.spike_factor: expected 0 (off) or a number above 1, "
+            f"got {config.training.spike_factor}"
         )
     if not 0.0 < config.weighting.freeze_after <= 1.0:
         yield (

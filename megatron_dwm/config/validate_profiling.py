@@ -24,6 +24,6 @@ def profiling_problems(config: Config, world_size: int) -> Iterator[str]:
         )
     if not profiling.ranks or not all(0 <= rank < world_size for rank in profiling.ranks):
         yield (
-            f"profiling.ranks {profiling.ranks}: expected at least one of the ranks 0 to "
-            f"{world_size - 1}"
+            f"profiling.ranks {profiling.ranks}: expected a list of ranks from 0 to "
+            f"{world_size - 1}, such as [0]"
         )

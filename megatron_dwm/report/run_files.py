@@ -78,7 +78,8 @@ def read_weights(run_dir: Path) -> WeightRecords:
     if not any(len(table) for table in tables):
         raise UserError(
             f"{run_dir} has no weights in weights/*.parquet: "
-            "run with logging.weights_interval_steps above 0"
+            "run with logging.weights_interval_steps above 0, or wait for the first checkpoint, "
+            "with which they are written"
         )
     rows = pa.concat_tables(tables)
     step, sample = rows["step"].to_numpy(), rows["sample_id"].to_numpy()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Thread
@@ -161,13 +162,35 @@ def load_checkpoint(session: Session, directory: Path) -> None:
         rest = torch.load(directory / "training.pt", weights_only=True)
     for name, value in asdict(read_manifest(directory).state).items():
         setattr(session.state, name, value)
-    if isinstance(session.policy, LearningPolicy):
-        session.policy.load_state_dict(rest["policy"])
+    _load_policy(session, rest, directory)
     session.scheduler.num_steps = 0
     session.scheduler.step(increment=session.state.step)
     # Another number of ranks has other generators; they begin as the seed says.
     if len(rest["random"]) == session.runtime.world_size:
         restore_random_state(rest["random"][session.runtime.rank])
+
+
+def _load_policy(session: Session, rest: dict[str, Any], directory: Path) -> None:
+    """The policy's state; one of another policy, which had to be allowed, is left out."""
+    policy, name = session.policy, session.config.policy.name
+    if not isinstance(policy, LearningPolicy):
+        return
+    before = rest.get("policy_name", name)
+    if before != name:
+        if session.runtime.is_main:
+            print(
+                f"warning: {directory} has the state of policy {before}; {name} begins anew",
+                file=sys.stderr,
+                flush=True,
+            )
+        return
+    try:
+        policy.load_state_dict(rest["policy"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{directory}: the state of policy {name} does not fit what weighting or policy say "
+            f"now ({str(error).splitlines()[0]}); put back what run.allow_changed names"
+        ) from error
 
 
 def _load_optimiser(session: Session, directory: Path) -> None:
@@ -227,6 +250,7 @@ def _rest_of_state(session: Session) -> dict[str, Any]:
     else:
         dist.gather_object(random_state(), generators)
     return {
+        "policy_name": session.config.policy.name,
         "policy": policy.state_dict() if isinstance(policy, LearningPolicy) else None,
         "random": generators,
     }

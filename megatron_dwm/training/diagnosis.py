@@ -16,13 +16,15 @@ from torch import Tensor
 
 from megatron_dwm.bilevel import ESTIMATORS, Problem
 from megatron_dwm.config import Config
-from megatron_dwm.config.validate import validate_layout
+from megatron_dwm.config.validate import validate_layout, validate_options
 from megatron_dwm.data import Batch
 from megatron_dwm.model import LLM, build_llm, clear_gradients, forward_backward, resolve_shape
+from megatron_dwm.model.layers import choose_layers
 from megatron_dwm.model.objective import weighted, weighted_denominator
 from megatron_dwm.model.shape import heads_of
 from megatron_dwm.runtime import Runtime, bring_up, world_size_from_environment
 from megatron_dwm.runtime.machine import describe_machine
+from megatron_dwm.runtime.profiling import check_profiling
 from megatron_dwm.training.optimiser import build_optimizer, build_scheduler
 
 # A central difference in fp32 is right to about 2e-3 of the largest alignment
@@ -35,12 +37,24 @@ _WARM_UP_STEPS = 4
 def diagnose(config: Config) -> bool:
     """Print everything; True if the estimators agree (collective)."""
     world_size = world_size_from_environment()
-    config = _checkable(config, world_size)
+    asked = config
+    validate_options(asked, heads_of(resolve_shape(asked.model)), world_size)
+    check_profiling(asked.profiling)
+    config = _checkable(asked, world_size)
     validate_layout(config, heads_of(resolve_shape(config.model)), world_size)
     with bring_up(config.parallel, config.run.seed) as runtime:
         for what, finding in describe_machine():
             _say(runtime, what, finding)
+        _say(runtime, "precision", _precision(asked, runtime))
         return _estimators_agree(config, runtime)
+
+
+def _precision(asked: Config, runtime: Runtime) -> str:
+    """What a run of this configuration would compute in here, and what the check is in."""
+    model = asked.model
+    choice = choose_layers(model, runtime.device)
+    layers = choice.message(model) or f"model.precision {model.precision}: {choice.kind} layers"
+    return f"{layers}; what is checked below is fp32"
 
 
 def _checkable(config: Config, world_size: int) -> Config:

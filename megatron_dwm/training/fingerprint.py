@@ -8,6 +8,7 @@ them, and the size: a file that was swapped or made anew is noticed, one altered
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -54,18 +55,31 @@ def fingerprint(config: Config, shape: LlamaShape) -> dict[str, str]:
 def refuse_changes(old: Config, new: Config, where: Path) -> None:
     """Raise UserError for the first key that a resumed run changes and may not."""
     before, now = _flat(old), _flat(new)
-    for key, value in now.items():
-        if before[key] != value and not _may_change(key, new):
-            raise UserError(
-                f"{key}: the run in {where} has {before[key]!r}, now {value!r}; a resumed run "
-                f"must keep it; choose another run.dir, or allow it with {_allow(key)}"
-            )
+    _require_known(new.run.allow_changed, [*now, "model"])
+    changed = [key for key in now if before[key] != now[key] and not _may_change(key, new)]
+    if changed:
+        key, others = changed[0], ", ".join(changed[1:])
+        raise UserError(
+            f"{key}: the run in {where} has {before[key]!r}, now {now[key]!r}; a resumed run "
+            f"must keep it; choose another run.dir, or allow it with {_allow(key)}"
+            f"{f' (also changed: {others})' if others else ''}"
+        )
+
+
+def _require_known(allowed: Iterable[str], known: list[str]) -> None:
+    for key in allowed:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"run.allow_changed {key}: no such key; the nearest is {nearest}")
 
 
 def refuse_changed_files(old: dict[str, str], new: dict[str, str], config: Config) -> None:
-    """Raise UserError for the first key behind which something else lies than when it was saved."""
-    for key in sorted(old.keys() | new.keys()):
-        before, now = old.get(key, "nothing"), new.get(key, "nothing")
+    """Raise UserError for the first key behind which something else lies than when it was saved.
+
+    What only one of the two reads, since the policy may change by name, is nothing to compare.
+    """
+    for key in sorted(old.keys() & new.keys()):
+        before, now = old[key], new[key]
         if before != now and key not in config.run.allow_changed:
             remedy = f"or allow it with {_allow(key)}" if "." in key else "or choose another run"
             raise UserError(

@@ -10,6 +10,8 @@ import math
 
 from megatron.core.optimizer import ChainedOptimizer
 
+from megatron_dwm.config import RunError
+
 # Weights are fp32 sums of a softmax; a wrong normalisation is far beyond this.
 _MEAN_TOLERANCE = 1e-3
 _MEMORY = 0.98
@@ -56,12 +58,13 @@ def step_if_finite(optimizer: ChainedOptimizer) -> float:
 def require_sound_weights(mean: float, wrong: float) -> None:
     """mean: of a global batch's weights. wrong: fraction of them not finite or negative.
 
-    Raises FloatingPointError unless they are finite, non-negative and of mean 1.
+    Raises RunError unless they are finite, non-negative and of mean 1.
     """
     if wrong or not abs(mean - 1.0) <= _MEAN_TOLERANCE:
-        raise FloatingPointError(
+        raise RunError(
             f"the policy's weights must be finite, non-negative and of mean 1: {wrong:.1%} are "
-            f"not finite or negative, the mean is {mean}"
+            f"not finite or negative, the mean is {mean}; go on from the last checkpoint with a "
+            "smaller weighting.learning_rate, and if that does not help, report it"
         )
 
 

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_dwm.config import Config
+from megatron_dwm.config import Config, RunError
 from megatron_dwm.runtime.profiling import Window, phase
 from megatron_dwm.runtime.stop import Request, StopPoll
 from megatron_dwm.training.checkpoint import load_checkpoint
@@ -82,6 +82,7 @@ class Loop:
         Leaves the process with 1 if the state at the end cannot be saved.
         """
         self._warn_if_nothing_is_learned()
+        self._warn_if_nothing_is_profiled()
         try:
             while not self._runs_through():
                 pass
@@ -127,6 +128,14 @@ class Loop:
                 "weighting.group global with weighting.encoder llm and several micro-batches: "
                 "every step reads its batch once more before it weighs it (a third more time); "
                 "weighting.group micro_batch or a larger training.micro_batch_size spares that"
+            )
+
+    def _warn_if_nothing_is_profiled(self) -> None:
+        profiling, step = self.session.config.profiling, self.session.state.step
+        if profiling.tool != "none" and profiling.last_step <= step:
+            self._report.progress.warn(
+                f"profiling.last_step {profiling.last_step}: the run is at step {step} already, so "
+                "nothing is profiled"
             )
 
     def _update_weighting(self, stage: Stage) -> None:
@@ -188,10 +197,12 @@ class Loop:
         state.step, state.stage_updates, state.skipped = state.step + 1, 0, state.skipped + 1
         self._report.skipped(stage, reason, ids)
         if state.skipped_in_a_row > session.config.training.max_skipped_steps:
-            raise FloatingPointError(
+            self._report.close()
+            raise RunError(
                 f"step {state.step}: {reason}; {state.skipped_in_a_row} steps in a row were not "
                 f"finite (training.max_skipped_steps {session.config.training.max_skipped_steps}); "
-                f"samples {ids.start} to {ids.stop - 1}"
+                f"samples {ids.start} to {ids.stop - 1}; go on from the last checkpoint with a "
+                "smaller training.learning_rate, or look at these samples"
             )
 
     def _report_update(self, stage: Stage, result: UpdateResult | None, rows: Rows) -> None:
@@ -209,6 +220,7 @@ class Loop:
         """Return to the last checkpoint, to pass over this batch when its turn comes again."""
         session, number = self.session, self.session.state.step + 1
         passed_over = sorted({*session.state.passed_over, number})
+        self._stop_if_all_is_spikes(passed_over, number)
         self._saver.finish()
         if self._saver.newest is not None:
             load_checkpoint(session, self._saver.newest)
@@ -220,6 +232,18 @@ class Loop:
             "is passed over"
         )
         raise _TakenBack
+
+    def _stop_if_all_is_spikes(self, passed_over: list[int], number: int) -> None:
+        """As with numbers that are not finite: so many in a row are no accident of a batch."""
+        limit = self.session.config.training.max_skipped_steps
+        if set(range(number - limit, number + 1)) <= set(passed_over):
+            self._report.close()
+            raise RunError(
+                f"step {number}: the losses of {limit + 1} batches in a row were spikes "
+                f"(training.max_skipped_steps {limit}, training.spike_factor "
+                f"{self.session.config.training.spike_factor:g}); go on from the last checkpoint "
+                "with a smaller training.learning_rate or a larger factor"
+            )
 
     def _lesson(self) -> Lesson:
         updates = self.session.state.updates
@@ -253,7 +277,10 @@ class Loop:
             losses = evaluate(session, self._poll_inside)
             words = last_word_figures(session, self._poll_inside)
         if not all(map(math.isfinite, losses.values())):
-            raise FloatingPointError(f"step {state.step}: held-out loss {losses}")
+            raise RunError(
+                f"step {state.step}: held-out loss {losses}; go on from the last checkpoint with a "
+                "smaller training.learning_rate"
+            )
         state.evaluated_step = state.step
         self._report.evaluation(self._stage_of_last_step(), losses, words)
 

@@ -157,6 +157,16 @@ def _free_name(directory: Path, name: str) -> str:
     return next(candidate for candidate in names if not (directory / candidate).exists())
 
 
+def recorded_steps(run_dir: Path) -> int:
+    """How many steps metrics.jsonl has; 0 without it."""
+    file = run_dir / "metrics.jsonl"
+    if not file.is_file():
+        return 0
+    everything = TrainState(step=sys.maxsize)
+    records = (_known(line, everything) for line in file.read_text(errors="replace").splitlines())
+    return len({r["step"] for r in records if r is not None and r.get("phase") in _STEP_PHASES})
+
+
 def drop_records_after(run_dir: Path, state: TrainState) -> int:
     """Remove lines and weight records that a checkpoint's state does not know of.
 

@@ -13,14 +13,16 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_dwm.config import UserError
-from megatron_dwm.runtime import Runtime
+from megatron_dwm.runtime import Runtime, rank_from_environment
 from megatron_dwm.training.manifest import (
+    checkpoint_dir,
     find_damage,
     list_checkpoints,
     read_manifest,
     set_aside,
     tidy,
 )
+from megatron_dwm.training.records import recorded_steps
 
 
 def newest_whole_checkpoint(run_dir: Path, runtime: Runtime) -> Path | None:
@@ -50,11 +52,33 @@ def newest_whole_checkpoint(run_dir: Path, runtime: Runtime) -> Path | None:
     return None
 
 
+def require_no_loss(run_dir: Path, interval_steps: int) -> None:
+    """Raise UserError if a run without a whole checkpoint once had one; else say it begins again.
+
+    interval_steps: between checkpoints, 0 for none. A first checkpoint may have been under way for
+    up to another interval.
+    """
+    lost = sorted(path.name for path in (run_dir / "checkpoints").glob("step_*.damaged"))
+    steps = recorded_steps(run_dir)
+    if lost or (interval_steps and steps > 2 * interval_steps):
+        what = f"only {', '.join(lost)}" if lost else f"none, though {steps} steps are recorded"
+        raise UserError(
+            f"run.dir: of the checkpoints of {run_dir} there is {what}; bring back a copy of one, "
+            "or choose another run.dir to begin again"
+        )
+    if steps:
+        _print_warning(f"{run_dir} has no checkpoint yet: its {steps} steps are trained again")
+
+
 def _damage(directory: Path, runtime: Runtime) -> str | None:
     """What is wrong with a checkpoint, if anything; the same on every rank (collective)."""
     try:
-        files = sorted(read_manifest(directory).files.items())
+        manifest = read_manifest(directory)
+        files = sorted(manifest.files.items())
         mine = find_damage(directory, files[runtime.rank :: runtime.world_size])
+        right = checkpoint_dir(directory.parent.parent, manifest.state).name
+        if directory.name != right:
+            mine = f"it is {right} by its manifest, under another name"
     except ValueError as error:
         mine = str(error)
     everyones: list[str | None] = [mine]
@@ -65,9 +89,12 @@ def _damage(directory: Path, runtime: Runtime) -> str | None:
 
 
 def _say(directory: Path, damage: str) -> None:
-    print(
-        f"warning: checkpoint {directory} is damaged: {damage}; it is set aside as "
-        f"{directory.name}.damaged and the run goes on from the one before it",
-        file=sys.stderr,
-        flush=True,
+    _print_warning(
+        f"checkpoint {directory} is damaged: {damage}; it is set aside as "
+        f"{directory.name}.damaged and the run goes on from the one before it"
     )
+
+
+def _print_warning(text: str) -> None:
+    if rank_from_environment() == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)

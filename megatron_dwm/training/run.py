@@ -28,9 +28,9 @@ from megatron_dwm.training.checkpoint import (
 )
 from megatron_dwm.training.fingerprint import fingerprint, refuse_changed_files, refuse_changes
 from megatron_dwm.training.loop import Loop, is_finished
-from megatron_dwm.training.manifest import read_manifest, require_whole
+from megatron_dwm.training.manifest import list_checkpoints, read_manifest, require_whole
 from megatron_dwm.training.records import drop_records_after
-from megatron_dwm.training.resume import newest_whole_checkpoint
+from megatron_dwm.training.resume import newest_whole_checkpoint, require_no_loss
 from megatron_dwm.training.run_lock import LOCK, only_job
 from megatron_dwm.training.session import build_session
 from megatron_dwm.training.state import TrainState
@@ -55,15 +55,15 @@ def run(config: Config) -> None:
             if runtime.is_main:
                 print(f"{run_dir} is at step {state.step}: nothing to do")
             return
-        if runtime.is_main:
-            _take_up(config, state)
-        runtime.barrier()
         session = build_session(config, runtime, shape, tokenizer)
         if newest is not None:
             load_checkpoint(session, newest)
         elif config.model.init_from is not None:
             _start_from(session.llm, Path(config.model.init_from))
             session.optimizer.reload_model_params()
+        if runtime.is_main:
+            _take_up(config, state)
+        runtime.barrier()
         Loop(session, StopPoll(runtime, run_dir, told), marks, newest).run()
 
 
@@ -131,8 +131,10 @@ def _resumes(config: Config) -> bool:
     run_dir = Path(config.run.dir)
     _require_writable(run_dir)
     saved = run_dir / "config.yaml"
+    _require_directory(run_dir / "checkpoints")
     if not saved.is_file():
         if any(entry.name != LOCK for entry in run_dir.iterdir()):
+            _point_to_a_copy(run_dir, f"{saved} is missing")
             raise UserError(
                 f"run.dir: {run_dir} is not empty and holds no run; choose another directory"
             )
@@ -142,8 +144,30 @@ def _resumes(config: Config) -> bool:
             f"run.dir: {run_dir} already holds a run; choose another directory, or go on with "
             "--run.resume true"
         )
-    refuse_changes(load_config([str(saved)]), config, run_dir)
+    try:
+        before = load_config([str(saved)])
+    except UserError as error:
+        _point_to_a_copy(run_dir, str(error))
+        raise
+    refuse_changes(before, config, run_dir)
     return True
+
+
+def _require_directory(checkpoints: Path) -> None:
+    """Raise UserError where checkpoints could not be kept, a link to nowhere included."""
+    if (checkpoints.exists() or checkpoints.is_symlink()) and not checkpoints.is_dir():
+        raise UserError(
+            f"run.dir: {checkpoints} is no directory (a disk that is not mounted?); bring it back, "
+            "or choose another run.dir"
+        )
+
+
+def _point_to_a_copy(run_dir: Path, trouble: str) -> None:
+    """Raise UserError if a checkpoint has the configuration that the run's directory lacks."""
+    copies = [path / "config.yaml" for path in list_checkpoints(run_dir)]
+    found = [path for path in copies if path.is_file() and path.stat().st_size]
+    if found:
+        raise UserError(f"run.dir: {trouble}; copy {found[-1]} to {run_dir / 'config.yaml'}")
 
 
 def _require_writable(run_dir: Path) -> None:
@@ -170,6 +194,7 @@ def _state_to_resume(config: Config, newest: Path | None, marks: dict[str, str])
     A run that was killed before its first checkpoint begins again.
     """
     if newest is None:
+        require_no_loss(Path(config.run.dir), config.training.checkpoint_interval_steps)
         return TrainState()
     manifest = read_manifest(newest)
     refuse_changed_files(manifest.fingerprint, marks, config)
@@ -179,7 +204,14 @@ def _state_to_resume(config: Config, newest: Path | None, marks: dict[str, str])
 def _take_up(config: Config, state: TrainState) -> None:
     """Write the resolved configuration; drop what a resumed run will write again."""
     run_dir = Path(config.run.dir)
-    missing = drop_records_after(run_dir, state)
+    try:
+        missing = drop_records_after(run_dir, state)
+        save_config(config, run_dir / "config.yaml")
+    except OSError as error:
+        raise UserError(
+            f"run.dir: {error.filename or run_dir} cannot be written ({error.strerror}); make room "
+            "or give leave, and start again: nothing is lost"
+        ) from error
     if missing:
         print(
             f"warning: {run_dir / 'metrics.jsonl'} lacks {missing} of the {state.step} steps up to "
@@ -187,4 +219,3 @@ def _take_up(config: Config, state: TrainState) -> None:
             file=sys.stderr,
             flush=True,
         )
-    save_config(config, run_dir / "config.yaml")

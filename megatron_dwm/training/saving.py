@@ -103,8 +103,8 @@ class Saver:
     def _refused(self, error: SaveError) -> None:
         kept = f"{self.newest.name} is whole" if self.newest else "there is none yet"
         self._warn(
-            f"the checkpoint at step {self._session.state.step} could not be written: {error}; "
-            f"the one before it: {kept}; make room, training goes on"
+            f"the checkpoint at step {self._session.state.step} in {self._session.run_dir} could "
+            f"not be written: {error}; the one before it: {kept}; see to the disk or directory"
         )
 
     def _mark(self) -> tuple[int, int, int]:

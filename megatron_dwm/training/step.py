@@ -92,7 +92,7 @@ def train_step(
     largest_loss: above it the batch is a spike.
 
     Nothing is changed but the learning rate's schedule where loss or gradient norm are not finite.
-    Raises LossSpike before anything is changed; FloatingPointError for weights that are no weights.
+    Raises LossSpike before anything is changed; RunError for weights that are no weights.
     """
     learning_rate = session.optimizer.param_groups[0]["lr"]
     with phase("weighted gradient"):

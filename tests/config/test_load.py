@@ -134,6 +134,7 @@ def test_a_good_configuration_passes() -> None:
         (["--policy.name", "dwm", "--weighting.frozen", "true"], 1, "weighting.load"),
         (["--weighting.uniform_floor", "1.0"], 1, "weighting.uniform_floor"),
         (["--training.clip_grad=-1"], 1, "training.clip_grad"),
+        (["--training.spike_factor", "0.9"], 1, "training.spike_factor"),
         (["--validation.batch_size", "7"], 1, "validation.batch_size"),
         ([*DWM, "--weighting.update_on", "training"], 1, "weighting.mode online"),
         ([*DWM, "--weighting.encoder", "llm", "--weighting.early_layer", "3"], 1, "early_layer"),

@@ -45,6 +45,21 @@ def test_reports_and_agrees(arguments: list[str], processes: int, fresh: bool) -
     assert ("agrees with unroll" in done.stdout) == (processes == 1)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ("--model.precision fp8", 0, "Transformer Engine's: "),
+        ("--model.fp8_emulation true", 0, "emulated_fp8 layers; what is checked below is fp32"),
+        ("--model.fp8_emulation true --model.fp8_recipe delayed", 2, "has tensorwise only"),
+        ("--profiling.tool nvtx", 2, "needs a GPU"),
+        ("--bilevel.estimator unroll --model.precision bf16 --policy.name dwm", 2, "needs model."),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused(arguments: str, code: int, words: str) -> None:
+    done = _doctor(*arguments.split(), "--data.sequence_length", "32", fresh=False)
+    assert done.returncode == code and words in done.stdout + done.stderr, done.stderr
+
+
 def test_a_wrong_hypergradient_is_found(tmp_path: Path) -> None:
     """A probe that leaves out the layers of one class."""
     program = tmp_path / "program.py"

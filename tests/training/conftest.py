@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import zstandard
+
+from tests.training.forked import Server
+from tests.training.runs import RESUME
 
 REPOSITORY = Path(__file__).parent.parent.parent
 CORPUS = REPOSITORY / "examples" / "corpus"
@@ -55,3 +60,28 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 def _tool(name: str, *arguments: object) -> None:
     command = [sys.executable, str(REPOSITORY / "tools" / name), *map(str, arguments)]
     subprocess.run(command, check=True, capture_output=True, cwd=REPOSITORY)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    found = Server(tmp_path_factory.mktemp("logs"))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def stopped(
+    server: Server, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[str], Path]:
+    """(run, its arguments, folder of its own copies of data, tokenizer and target)."""
+    folder = tmp_path_factory.mktemp("stopped")
+    for end in ("bin", "idx", "meta.parquet"):
+        shutil.copy(f"{corpus.prefix}.{end}", folder / f"data.{end}")
+    shutil.copy(corpus.tokenizer, folder / "tokenizer.model")
+    shutil.copy(CORPUS / "validation.jsonl", folder / "validation.jsonl")
+    arguments = [*corpus.arguments(), "--policy.name", "dwm", "--training.steps", "2"]
+    arguments += ["--data.train", str(folder / "data")]
+    arguments += ["--data.tokenizer", str(folder / "tokenizer.model")]
+    arguments += ["--validation.path", str(folder / "validation.jsonl")]
+    server.succeed(folder / "run", arguments)
+    return folder / "run", [*arguments, *RESUME, "--training.steps", "3"], folder

@@ -13,6 +13,7 @@ from typing import Any
 from tests.forking.client import fork_server, rank_environments, run_python
 
 LIMIT_S = 150
+RESUME = ["--run.resume", "true"]
 
 
 def pretrain(

@@ -21,11 +21,10 @@ import pytest
 from megatron_dwm.training.manifest import list_checkpoints, read_manifest
 from tests.training.conftest import CORPUS, Corpus
 from tests.training.forked import LIMIT_S, Job, Server
-from tests.training.runs import metrics, without_time
+from tests.training.runs import RESUME, metrics, without_time
 
 INTERVAL = 4
 STEPS = 16
-RESUME = ["--run.resume", "true"]
 
 
 @dataclass
@@ -56,13 +55,6 @@ def table(request: pytest.FixtureRequest) -> Iterator[Table]:
     print(found.markdown())
     if file := request.config.getoption("--fault-table"):
         Path(file).write_text(found.markdown(), encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    found = Server(tmp_path_factory.mktemp("logs"))
-    yield found
-    found.close()
 
 
 @pytest.fixture(scope="module")

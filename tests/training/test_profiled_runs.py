@@ -47,7 +47,7 @@ def test_phases_of_the_loop_are_in_the_trace(corpus: Corpus, tmp_path: Path) -> 
     [
         ("--profiling.last_step 2", "profiling.first_step, profiling.last_step: expected 1 or"),
         ("--profiling.first_step 21 --profiling.last_step 22", "expected at most training.steps"),
-        ("--profiling.ranks [1]", "profiling.ranks [1]: expected at least one of the ranks 0 to 0"),
+        ("--profiling.ranks [1]", "profiling.ranks [1]: expected a list of ranks from 0 to 0"),
         ("--profiling.tool perf", "profiling.tool: expected one of"),
     ],
 )

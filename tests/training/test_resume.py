@@ -10,7 +10,7 @@ import os
 import pickle
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -34,10 +34,10 @@ from megatron_dwm.training.manifest import (
     write_manifest,
 )
 from megatron_dwm.training.state import TrainState
-from tests.training.conftest import CORPUS, Corpus
+from tests.training.conftest import Corpus
 from tests.training.forked import Server
-from tests.training.runs import metrics
-from tests.training.test_faults import RESUME, assert_same
+from tests.training.runs import RESUME, metrics
+from tests.training.test_faults import assert_same
 
 # Sums in another order are 1e-7 apart; a few steps of Adam may multiply that.
 LAYOUT_TOLERANCE = 1e-5
@@ -56,13 +56,6 @@ POLICIES = {
 LAYOUTS = {"own": ["--parallel.pipeline", "2"], "llm": ["--parallel.tensor", "2"]}
 # The call at which the run is stopped: inside a phase, or right after an update.
 STOPPED_AT = {"own": ("weighting", 2), "llm": ("weighting", 1)}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    found = Server(tmp_path_factory.mktemp("logs"))
-    yield found
-    found.close()
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -117,24 +110,6 @@ def test_optimiser_state_moves_between_layouts_and_kinds(
     for line, other in zip(lines, expected, strict=True):
         assert abs(line["loss"] - other["loss"]) < LAYOUT_TOLERANCE, line["step"]
         assert abs(line["grad_norm"] - other["grad_norm"]) < 1e-3, line["step"]
-
-
-@pytest.fixture(scope="module")
-def stopped(
-    server: Server, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[str], Path]:
-    """(run, its arguments, folder of its own copies of data, tokenizer and target)."""
-    folder = tmp_path_factory.mktemp("stopped")
-    for end in ("bin", "idx", "meta.parquet"):
-        shutil.copy(f"{corpus.prefix}.{end}", folder / f"data.{end}")
-    shutil.copy(corpus.tokenizer, folder / "tokenizer.model")
-    shutil.copy(CORPUS / "validation.jsonl", folder / "validation.jsonl")
-    arguments = [*corpus.arguments(), "--policy.name", "dwm", "--training.steps", "2"]
-    arguments += ["--data.train", str(folder / "data")]
-    arguments += ["--data.tokenizer", str(folder / "tokenizer.model")]
-    arguments += ["--validation.path", str(folder / "validation.jsonl")]
-    server.succeed(folder / "run", arguments)
-    return folder / "run", [*arguments, *RESUME, "--training.steps", "3"], folder
 
 
 CHANGED_KEYS = [
