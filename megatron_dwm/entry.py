@@ -32,6 +32,8 @@ def run_job(prog: str, job: Callable[[Config], None]) -> None:
         warnings.filterwarnings(
             "ignore", category=FutureWarning, module=r"megatron_dwm\.runtime\.cpu"
         )
+        # Megatron-Core's sharded optimiser asks parts of a buffer for a gradient of their own.
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a")
         try:
             job(load_config(sys.argv[1:], prog))
         except (UserError, RunError) as error:

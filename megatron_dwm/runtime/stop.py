@@ -73,6 +73,7 @@ class StopPoll:
         self._runtime = runtime
         self._run_dir = run_dir
         self._told = told
+        self._found_file = False
         self._answer = torch.zeros(1, dtype=torch.int32, device=runtime.device)
 
     def poll(self) -> Request:
@@ -89,7 +90,9 @@ class StopPoll:
     @property
     def reason(self) -> str:
         """Why the run stops, as far as this process knows."""
-        return self._told.received.name if self._told.received else "stop"
+        if self._told.received is not None:
+            return self._told.received.name
+        return "the file stop" if self._found_file else "a signal to another rank"
 
     def _from_files(self) -> Request:
         found = Request.NONE
@@ -98,4 +101,5 @@ class StopPoll:
             if file.exists():
                 file.unlink()
                 found = request
+                self._found_file |= request is Request.STOP
         return found

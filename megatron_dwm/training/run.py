@@ -53,7 +53,8 @@ def run(config: Config) -> None:
         state = _state_to_resume(config, newest, marks)
         if is_finished(config, state):
             if runtime.is_main:
-                print(f"{run_dir} is at step {state.step}: nothing to do")
+                steps = config.training.steps
+                print(f"{run_dir} is at step {state.step}: nothing to do up to step {steps}")
             return
         session = build_session(config, runtime, shape, tokenizer)
         if newest is not None:
