@@ -186,7 +186,7 @@ def _load_policy(session: Session, rest: dict[str, Any], directory: Path) -> Non
         return
     try:
         policy.load_state_dict(rest["policy"])
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(
             f"{directory}: the state of policy {name} does not fit what weighting or policy say "
             f"now ({str(error).splitlines()[0]}); put back what run.allow_changed names"

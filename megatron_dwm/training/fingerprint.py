@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.config import Config, UserError
+from megatron_dwm.config.schema import LEARNING_POLICIES
 from megatron_dwm.data.prefixes import parse_blend
 from megatron_dwm.model import LlamaShape
 
@@ -91,7 +92,7 @@ def refuse_changed_files(old: dict[str, str], new: dict[str, str], config: Confi
 def _may_change(key: str, config: Config) -> bool:
     if key in config.run.allow_changed:
         return True
-    if key == "training.micro_batch_size" and config.learns:
+    if key == "training.micro_batch_size" and config.policy.name in LEARNING_POLICIES:
         # Weights are normalised over the group: another one is another method.
         return config.weighting.group != "micro_batch"
     return key in MAY_CHANGE or key.split(".")[0] in MAY_CHANGE_SECTIONS

@@ -197,7 +197,7 @@ class Loop:
         state.step, state.stage_updates, state.skipped = state.step + 1, 0, state.skipped + 1
         self._report.skipped(stage, reason, ids)
         if state.skipped_in_a_row > session.config.training.max_skipped_steps:
-            self._report.close()
+            self._close()
             raise RunError(
                 f"step {state.step}: {reason}; {state.skipped_in_a_row} steps in a row were not "
                 f"finite (training.max_skipped_steps {session.config.training.max_skipped_steps}); "
@@ -233,11 +233,16 @@ class Loop:
         )
         raise _TakenBack
 
+    def _close(self) -> None:
+        """Before the run ends in trouble: checkpoint and records become whole."""
+        self._saver.finish()
+        self._report.close()
+
     def _stop_if_all_is_spikes(self, passed_over: list[int], number: int) -> None:
         """As with numbers that are not finite: so many in a row are no accident of a batch."""
         limit = self.session.config.training.max_skipped_steps
         if set(range(number - limit, number + 1)) <= set(passed_over):
-            self._report.close()
+            self._close()
             raise RunError(
                 f"step {number}: the losses of {limit + 1} batches in a row were spikes "
                 f"(training.max_skipped_steps {limit}, training.spike_factor "
@@ -277,6 +282,7 @@ class Loop:
             losses = evaluate(session, self._poll_inside)
             words = last_word_figures(session, self._poll_inside)
         if not all(map(math.isfinite, losses.values())):
+            self._close()
             raise RunError(
                 f"step {state.step}: held-out loss {losses}; go on from the last checkpoint with a "
                 "smaller training.learning_rate"

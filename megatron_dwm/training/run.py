@@ -32,24 +32,29 @@ from megatron_dwm.training.manifest import list_checkpoints, read_manifest, requ
 from megatron_dwm.training.records import drop_records_after
 from megatron_dwm.training.resume import newest_whole_checkpoint, require_no_loss
 from megatron_dwm.training.run_lock import LOCK, only_job
-from megatron_dwm.training.session import build_session
+from megatron_dwm.training.session import INDEX_CACHE, build_session
 from megatron_dwm.training.state import TrainState
 from megatron_dwm.weighting import weighting_shape
 from megatron_dwm.weighting.model import load_weighting_model
+
+# What a start leaves that ended before the run's first file.
+_BEFORE_THE_RUN = {LOCK, INDEX_CACHE, "config.yaml.partial"}
 
 
 def run(config: Config) -> None:
     """Train as `config` says. Raises UserError before any process group exists where it can."""
     shape, tokenizer = check(config)
     run_dir = Path(config.run.dir)
-    resumes = _resumes(config)
+    before = _run_to_resume(config)
     with (
         stop_signals() as told,
         _claimed(run_dir),
         bring_up(config.parallel, config.run.seed) as runtime,
     ):
-        newest = newest_whole_checkpoint(run_dir, runtime) if resumes else None
+        newest = newest_whole_checkpoint(run_dir, runtime) if before else None
         marks = fingerprint(config, shape)
+        if before and newest is None:
+            require_no_loss(run_dir, before.training.checkpoint_interval_steps)
         state = _state_to_resume(config, newest, marks)
         if is_finished(config, state):
             if runtime.is_main:
@@ -127,19 +132,22 @@ def _check_held_out_text(config: Config, tokenizer: Tokenizer) -> None:
         EvaluationSet(config.evaluation, config.data, tokenizer)
 
 
-def _resumes(config: Config) -> bool:
-    """Whether the directory holds a run to go on with. A run is never written over."""
+def _run_to_resume(config: Config) -> Config | None:
+    """The configuration of the run that the directory holds and that may go on; None for a new one.
+
+    A run is never written over.
+    """
     run_dir = Path(config.run.dir)
     _require_writable(run_dir)
     saved = run_dir / "config.yaml"
     _require_directory(run_dir / "checkpoints")
     if not saved.is_file():
-        if any(entry.name != LOCK for entry in run_dir.iterdir()):
+        if any(entry.name not in _BEFORE_THE_RUN for entry in run_dir.iterdir()):
             _point_to_a_copy(run_dir, f"{saved} is missing")
             raise UserError(
                 f"run.dir: {run_dir} is not empty and holds no run; choose another directory"
             )
-        return False
+        return None
     if not config.run.resume:
         raise UserError(
             f"run.dir: {run_dir} already holds a run; choose another directory, or go on with "
@@ -151,7 +159,7 @@ def _resumes(config: Config) -> bool:
         _point_to_a_copy(run_dir, str(error))
         raise
     refuse_changes(before, config, run_dir)
-    return True
+    return before
 
 
 def _require_directory(checkpoints: Path) -> None:
@@ -195,7 +203,6 @@ def _state_to_resume(config: Config, newest: Path | None, marks: dict[str, str])
     A run that was killed before its first checkpoint begins again.
     """
     if newest is None:
-        require_no_loss(Path(config.run.dir), config.training.checkpoint_interval_steps)
         return TrainState()
     manifest = read_manifest(newest)
     refuse_changed_files(manifest.fingerprint, marks, config)

@@ -23,6 +23,9 @@ from megatron_dwm.training.stages import Stage, plan_stages
 from megatron_dwm.training.state import TrainState
 from megatron_dwm.weighting import Policy, build_policy, weighting_shape
 
+INDEX_CACHE = "index_cache"
+"""folder of a run for the orders of its samples, where data.cache_dir names no other"""
+
 
 @dataclass(frozen=True)
 class Session:
@@ -169,7 +172,7 @@ def _stream(config: Config, tokenizer: Tokenizer, batches: int, purpose: str) ->
         eod_id=tokenizer.eod_id,
         seed=config.run.seed,
         num_samples=batches * config.training.global_batch_size,
-        cache_dir=Path(config.run.dir) / "index_cache",
+        cache_dir=Path(config.run.dir) / INDEX_CACHE,
         purpose=purpose,
     )
 

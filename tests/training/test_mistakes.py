@@ -38,15 +38,19 @@ def test_a_run_that_lost_its_checkpoints_is_not_begun_again(
     _refused(server, run_dir, arguments, "no checkpoint", "manifest.json is damaged")
     _refused(server, run_dir, arguments, f"{checkpoint.name}.damaged")
     shutil.rmtree(run_dir / "checkpoints")
-    every = ["--training.checkpoint_interval_steps"]
+    config = run_dir / "config.yaml"
+    text = config.read_text()
+    assert "checkpoint_interval_steps: 500" in text
+    config.write_text(text.replace("interval_steps: 500", "interval_steps: 1"))
     lines = (run_dir / "metrics.jsonl").read_text() * 2
     with (run_dir / "metrics.jsonl").open("a") as stream:
         stream.write(lines.replace('"step": 1,', '"step": 3,').replace('"step": 2,', '"step": 4,'))
-    _refused(server, run_dir, [*arguments, *every, "1"], "though 4 steps are recorded")
+    _refused(server, run_dir, arguments, "though 4 steps are recorded")
     (run_dir / "checkpoints").symlink_to(run_dir / "elsewhere")
     _refused(server, run_dir, arguments, "is no directory")
     (run_dir / "checkpoints").unlink()
-    job = server.succeed(run_dir, [*arguments, *every, "2"])
+    config.write_text(text)
+    job = server.succeed(run_dir, [*arguments, "--training.checkpoint_interval_steps", "1"])
     assert "no checkpoint yet: its 4 steps are trained again" in job.text
     assert [line["step"] for line in metrics(run_dir, "train")] == [1, 2, 3]
 
@@ -74,6 +78,14 @@ def test_what_a_user_may_have_done_to_a_run_is_named(
     assert f"it is {checkpoint.name} by its manifest" in job.text
     assert "has the state of policy dwm; domain_mean begins anew" in job.text
     assert [line["step"] for line in metrics(run_dir, "train")] == [1, 2, 3]
+
+
+def test_a_start_that_ended_early_is_no_run(server: Server, corpus: Corpus, tmp_path: Path) -> None:
+    """Killed before its first file, or with the disk full at that file."""
+    (tmp_path / "run" / "index_cache").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml.partial").write_text("")
+    server.succeed(tmp_path / "run", [*corpus.arguments(), "--training.steps", "2"])
+    assert not (tmp_path / "run" / "config.yaml.partial").exists()
 
 
 def test_spikes_without_end_stop_the_run(server: Server, corpus: Corpus, tmp_path: Path) -> None:

@@ -201,9 +201,13 @@ def test_what_may_change_does(
     ("group", "policy", "refused"),
     [("micro_batch", "dwm", True), ("global", "dwm", False), ("micro_batch", "uniform", False)],
 )
-def test_the_group_of_weights_may_not_change(group: str, policy: str, refused: bool) -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_group_of_weights_may_not_change(
+    group: str, policy: str, refused: bool, frozen: bool
+) -> None:
     """A micro-batch is what learned weights are normalised over, where weighting.group says so."""
-    old = Config(policy=PolicyConfig(name=policy), weighting=WeightingConfig(group=group))
+    weighting = WeightingConfig(group=group, frozen=frozen)
+    old = Config(policy=PolicyConfig(name=policy), weighting=weighting)
     new = replace(old, training=replace(old.training, micro_batch_size=2))
     with pytest.raises(UserError, match="micro_batch_size") if refused else nullcontext():
         refuse_changes(old, new, Path("run"))
