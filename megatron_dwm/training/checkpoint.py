@@ -173,8 +173,6 @@ def load_checkpoint(session: Session, directory: Path) -> None:
 def _load_policy(session: Session, rest: dict[str, Any], directory: Path) -> None:
     """The policy's state; one of another policy, which had to be allowed, is left out."""
     policy, name = session.policy, session.config.policy.name
-    if not isinstance(policy, LearningPolicy):
-        return
     before = rest.get("policy_name", name)
     if before != name:
         if session.runtime.is_main:
@@ -183,6 +181,8 @@ def _load_policy(session: Session, rest: dict[str, Any], directory: Path) -> Non
                 file=sys.stderr,
                 flush=True,
             )
+        return
+    if not isinstance(policy, LearningPolicy):
         return
     try:
         policy.load_state_dict(rest["policy"])

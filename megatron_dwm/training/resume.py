@@ -67,7 +67,7 @@ def require_no_loss(run_dir: Path, interval_steps: int) -> None:
             "or choose another run.dir to begin again"
         )
     if steps:
-        _print_warning(f"{run_dir} has no checkpoint yet: its {steps} steps are trained again")
+        _print_warning(f"{run_dir} has no checkpoint: its {steps} steps are trained again")
 
 
 def _damage(directory: Path, runtime: Runtime) -> str | None:
@@ -91,7 +91,7 @@ def _damage(directory: Path, runtime: Runtime) -> str | None:
 def _say(directory: Path, damage: str) -> None:
     _print_warning(
         f"checkpoint {directory} is damaged: {damage}; it is set aside as "
-        f"{directory.name}.damaged and the run goes on from the one before it"
+        f"{directory.name}.damaged and the one before it is next"
     )
 
 

@@ -51,7 +51,7 @@ def test_a_run_that_lost_its_checkpoints_is_not_begun_again(
     (run_dir / "checkpoints").unlink()
     config.write_text(text)
     job = server.succeed(run_dir, [*arguments, "--training.checkpoint_interval_steps", "1"])
-    assert "no checkpoint yet: its 4 steps are trained again" in job.text
+    assert "has no checkpoint: its 4 steps are trained again" in job.text
     assert [line["step"] for line in metrics(run_dir, "train")] == [1, 2, 3]
 
 
