@@ -59,9 +59,8 @@ def save_config(config: Config, path: Path) -> None:
 
     Raises OSError.
     """
-    dumper = getattr(
-        yaml, "CSafeDumper", yaml.SafeDumper
-    )  # in C where it is built, ten times faster
+    # In C where that is built: ten times faster, and every checkpoint has a copy.
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     text = yaml.dump(dataclasses.asdict(config), Dumper=dumper, sort_keys=False, allow_unicode=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")

@@ -87,6 +87,7 @@ def _filled(key: Any, own: Any, loaded: Any, step: Any) -> Any:
     if key in _STEP:
         return torch.full_like(own, step) if torch.is_tensor(own) else type(own)(step)
     if isinstance(own, ShardedTensor | ShardedTensorFactory):
+        assert loaded is not None, f"{own.key} was not loaded"
         return loaded
     if isinstance(own, LocalNonpersistentObject):
         return own.unwrap()
