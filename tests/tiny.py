@@ -86,8 +86,13 @@ def tiny(
     query_groups: int = 2,
     layers: int = 2,
     steps: int = 4,
+    rounding_seed: int | None = None,
 ) -> Iterator[Tiny]:
-    """A tiny model under a layout, after `steps` training steps."""
+    """A tiny model under a layout, after `steps` training steps.
+
+    rounding_seed: round the first parameters another way, each up or down by one fp32 unit in the
+    last place at random: what a result depends on then is rounding.
+    """
     parallel = ParallelConfig(
         tensor=tensor,
         pipeline=pipeline,
@@ -119,6 +124,8 @@ def tiny(
             sequence_length=SEQUENCE_LENGTH,
             seed=SEED,
         )
+        if rounding_seed is not None:
+            _round_otherwise(llm, rounding_seed)
         optimizer = build_optimizer(training, llm, sharded=sharded)
         share = SAMPLES // runtime.data_size
         weights_n = torch.linspace(0.2, 1.8, SAMPLES).split(share)[runtime.data_rank]
@@ -126,3 +133,11 @@ def tiny(
         subject = Tiny(runtime, llm, optimizer, build_scheduler(training, optimizer), weights_n)
         subject.train(steps)
         yield subject
+
+
+@torch.no_grad()
+def _round_otherwise(llm: LLM, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in llm.parameters():
+        signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+        parameter.mul_(1.0 + signs * torch.finfo(torch.float32).eps)
