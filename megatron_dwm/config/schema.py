@@ -157,9 +157,10 @@ class TrainingConfig:
     learning_rate: float = 3e-3
     """peak learning rate"""
     min_learning_rate_fraction: float = 0.1
-    """the cosine ends at this fraction of the peak; 1 keeps the rate constant"""
+    """fraction of the peak that the cosine reaches with the last step; 1 keeps the rate constant"""
     warmup_fraction: float = 0.05
-    """fraction of the steps over which the learning rate rises linearly"""
+    """fraction of the steps over which the learning rate rises linearly: of W steps, step k has k/W
+    of the peak (Megatron-LM: (k - 1)/W, so that its first step changes nothing)"""
     weight_decay: float = 0.1
     """decoupled weight decay (norms and biases are exempt)"""
     clip_grad: float = 1.0

@@ -5,7 +5,6 @@ And files from elsewhere: what a checkpoint holds is data, whoever wrote it.
 
 from __future__ import annotations
 
-import math
 import os
 import pickle
 import shutil
@@ -36,7 +35,7 @@ from megatron_dwm.training.manifest import (
 from megatron_dwm.training.state import TrainState
 from tests.training.conftest import Corpus
 from tests.training.forked import Server
-from tests.training.runs import RESUME, metrics
+from tests.training.runs import RESUME, metrics, scheduled_rate
 from tests.training.test_faults import assert_same
 
 # Sums in another order are 1e-7 apart; a few steps of Adam may multiply that.
@@ -192,8 +191,9 @@ def test_what_may_change_does(
     assert "lacks 2 of the 2 steps" in job.text and "Traceback" not in job.text
     lines = metrics(run_dir, "train")
     assert [line["step"] for line in lines] == [3, 4]
-    # No warm-up in 4 steps: a cosine from the new rate to a tenth of it, by the step.
-    rates = [0.0001 + 0.0009 * 0.5 * (1 + math.cos(math.pi * step / 4)) for step in (2, 3)]
+    # No warm-up in 4 steps: a cosine from the new rate to a tenth of it, which the last step has.
+    rates = [scheduled_rate(step, steps=4, warm_up=0, peak=0.001) for step in (3, 4)]
+    assert rates[-1] == pytest.approx(0.0001)
     assert [line["lr"] for line in lines] == pytest.approx(rates)
 
 
