@@ -256,8 +256,8 @@ class WeightingConfig:
     standardize: bool = True
     """standardise the alignments inside the weighting group before they drive an update"""
     min_effective_sample_size: float = 0.5
-    """smallest effective sample size of a group, as a fraction of it, held by a temperature;
-    0 switches it off"""
+    """smallest effective sample size of a group, as a fraction of it, held by a temperature; above
+    1 / the group's samples, which it never falls below; 0 switches it off"""
     warn_effective_sample_size: float = 0.1
     """warn once when the effective sample size of a batch's weights, as a fraction of the batch,
     falls below this"""
