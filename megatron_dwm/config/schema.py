@@ -201,7 +201,8 @@ class PolicyConfig:
     domain_decay: float = 0.9
     """part of a domain's running mean that an update keeps (domain_mean)"""
     domain_temperature: float = 0.5
-    """divides the domains' means before the softmax (domain_mean)"""
+    """divides the domains' means before the softmax (domain_mean); the means are of size 1, without
+    weighting.standardize nats of validation loss, some thousandths"""
     mix_fraction: float = 0.1
     """part of every batch that is target passages, rounded to whole samples (validation_mixing)"""
 
@@ -224,7 +225,8 @@ class WeightingConfig:
     interval_steps: int = 10
     """LLM steps between two weighting updates (online)"""
     warmup_steps: int = 50
-    """LLM steps with uniform weights before the first update (online)"""
+    """LLM steps with uniform weights before the first update (online); update_on training, whose
+    first update comes inside the last of them, needs 2 or more"""
     update_on: Literal["fresh", "training"] = "fresh"
     """fresh: an update draws a batch of its own and costs three plain steps; training (online): it
     uses the batch, gradient and weights of the LLM step under way and costs two"""
@@ -254,7 +256,8 @@ class WeightingConfig:
     clip_grad: float = 1.0
     """largest gradient norm of the weighting model; 0 switches clipping off"""
     standardize: bool = True
-    """standardise the alignments inside the weighting group before they drive an update"""
+    """standardise the alignments inside the weighting group before they drive an update; false
+    takes them in nats of validation loss, whose size drifts during training"""
     min_effective_sample_size: float = 0.5
     """smallest effective sample size of a group, as a fraction of it, held by a temperature; above
     1 / the group's samples, which it never falls below; 0 switches it off"""
