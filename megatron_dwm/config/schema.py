@@ -157,9 +157,10 @@ class TrainingConfig:
     learning_rate: float = 3e-3
     """peak learning rate"""
     min_learning_rate_fraction: float = 0.1
-    """the cosine ends at this fraction of the peak; 1 keeps the rate constant"""
+    """fraction of the peak that the cosine reaches with the last step; 1 keeps the rate constant"""
     warmup_fraction: float = 0.05
-    """fraction of the steps over which the learning rate rises linearly"""
+    """fraction of the steps over which the learning rate rises linearly: of W steps, step k has k/W
+    of the peak (Megatron-LM: (k - 1)/W, so that its first step changes nothing)"""
     weight_decay: float = 0.1
     """decoupled weight decay (norms and biases are exempt)"""
     clip_grad: float = 1.0
@@ -200,7 +201,8 @@ class PolicyConfig:
     domain_decay: float = 0.9
     """part of a domain's running mean that an update keeps (domain_mean)"""
     domain_temperature: float = 0.5
-    """divides the domains' means before the softmax (domain_mean)"""
+    """divides the domains' means before the softmax (domain_mean); the means are of size 1, without
+    weighting.standardize nats of validation loss, some thousandths"""
     mix_fraction: float = 0.1
     """part of every batch that is target passages, rounded to whole samples (validation_mixing)"""
 
@@ -223,7 +225,8 @@ class WeightingConfig:
     interval_steps: int = 10
     """LLM steps between two weighting updates (online)"""
     warmup_steps: int = 50
-    """LLM steps with uniform weights before the first update (online)"""
+    """LLM steps with uniform weights before the first update (online); update_on training, whose
+    first update comes inside the last of them, needs 2 or more"""
     update_on: Literal["fresh", "training"] = "fresh"
     """fresh: an update draws a batch of its own and costs three plain steps; training (online): it
     uses the batch, gradient and weights of the LLM step under way and costs two"""
@@ -253,10 +256,11 @@ class WeightingConfig:
     clip_grad: float = 1.0
     """largest gradient norm of the weighting model; 0 switches clipping off"""
     standardize: bool = True
-    """standardise the alignments inside the weighting group before they drive an update"""
+    """standardise the alignments inside the weighting group before they drive an update; false
+    takes them in nats of validation loss, whose size drifts during training"""
     min_effective_sample_size: float = 0.5
-    """smallest effective sample size of a group, as a fraction of it, held by a temperature;
-    0 switches it off"""
+    """smallest effective sample size of a group, as a fraction of it, held by a temperature; above
+    1 / the group's samples, which it never falls below; 0 switches it off"""
     warn_effective_sample_size: float = 0.1
     """warn once when the effective sample size of a batch's weights, as a fraction of the batch,
     falls below this"""

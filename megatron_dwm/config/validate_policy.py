@@ -25,6 +25,9 @@ def policy_problems(config: Config, num_layers: int) -> Iterator[str]:
         yield from _weighting_model(config, num_layers)
     if config.policy.name in LEARNING_POLICIES:
         yield from _learning(config)
+        yield from _concentration(config)
+    if config.learns:
+        yield from _first_update(config)
 
 
 def _validation_text(config: Config) -> Iterator[str]:
@@ -79,4 +82,32 @@ def _learning(config: Config) -> Iterator[str]:
         yield (
             "weighting.damp_by_noise: expected bilevel.noise_interval_updates above 0, so that "
             "the noise is measured"
+        )
+
+
+def _concentration(config: Config) -> Iterator[str]:
+    """A bound that no weights can break looks like a guard and is none."""
+    weighting, training = config.weighting, config.training
+    per_micro_batch = weighting.group == "micro_batch"
+    key = "micro_batch_size" if per_micro_batch else "global_batch_size"
+    size = training.micro_batch_size if per_micro_batch else training.global_batch_size
+    bound = weighting.min_effective_sample_size
+    if 0.0 < bound <= 1.0 / size:
+        yield (
+            f"weighting.min_effective_sample_size {bound}: the effective sample size of a group of "
+            f"{size} (training.{key}) is never below {1.0 / size:.3g}, so the bound never acts; "
+            "raise it or the group's size, or set it to 0"
+        )
+
+
+def _first_update(config: Config) -> Iterator[str]:
+    """Adam's first step does not depend on the gradient's size, so it teaches nothing."""
+    weighting = config.weighting
+    if (weighting.mode, weighting.update_on) != ("online", "training"):
+        return
+    if weighting.warmup_steps < 2:
+        yield (
+            f"weighting.warmup_steps {weighting.warmup_steps}: expected 2 or more with "
+            "weighting.update_on training, whose first update would come inside the first step, "
+            "with Adam's moments empty; some tens let them settle"
         )

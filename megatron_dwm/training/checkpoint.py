@@ -39,6 +39,7 @@ from megatron_dwm.training.manifest import (
     record_file,
     write_manifest,
 )
+from megatron_dwm.training.optimiser import begin_at
 from megatron_dwm.training.optimiser_state import filled, saved_step, under_saved_names
 from megatron_dwm.training.session import Session
 from megatron_dwm.training.sharded_adam import create_state, loadable
@@ -163,8 +164,7 @@ def load_checkpoint(session: Session, directory: Path) -> None:
     for name, value in asdict(read_manifest(directory).state).items():
         setattr(session.state, name, value)
     _load_policy(session, rest, directory)
-    session.scheduler.num_steps = 0
-    session.scheduler.step(increment=session.state.step)
+    begin_at(session.scheduler, session.state.step + 1)
     # Another number of ranks has other generators; they begin as the seed says.
     if len(rest["random"]) == session.runtime.world_size:
         restore_random_state(rest["random"][session.runtime.rank])

@@ -41,7 +41,10 @@ MAY_CHANGE = {
     "training.micro_batch_size",
     "data.cache_dir",
     "model.recompute",
+    "weighting.learning_rate",
 }
+# What a run starts from: once it has a checkpoint, that has all of it.
+_STARTS_FROM = ("model.init_from", "weighting.load")
 MAY_CHANGE_SECTIONS = ("parallel", "logging", "evaluation", "profiling")
 
 
@@ -65,6 +68,14 @@ def refuse_changes(old: Config, new: Config, where: Path) -> None:
             f"must keep it; choose another run.dir, or allow it with {_allow(key)}"
             f"{f' (also changed: {others})' if others else ''}"
         )
+
+
+def without_effect(old: Config, new: Config) -> list[str]:
+    """Changed keys of a resumed run that its checkpoint overrules."""
+    before, now = _flat(old), _flat(new)
+    if old.policy.name != new.policy.name:  # the new one's weighting model has no state yet
+        before["weighting.load"] = now["weighting.load"]
+    return [key for key in _STARTS_FROM if before[key] != now[key]]
 
 
 def _require_known(allowed: Iterable[str], known: list[str]) -> None:

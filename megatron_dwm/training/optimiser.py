@@ -31,8 +31,16 @@ def build_optimizer(config: TrainingConfig, llm: LLM, *, sharded: bool) -> Chain
 
 
 def build_scheduler(config: TrainingConfig, optimizer: ChainedOptimizer) -> OptimizerParamScheduler:
-    """Linear warm-up, then a cosine to the smallest rate; counted in steps."""
-    return OptimizerParamScheduler(
+    """Linear warm-up, then a cosine to the smallest rate; counted in steps.
+
+    With S steps of which W warm up, step k from 1 has the rate
+
+        peak * k / W                                                    k <= W
+        least + (peak - least) * (1 + cos(pi * (k - W) / (S - W))) / 2  k > W
+
+    Megatron-LM gives step k the rate of k - 1 here, so that its first step changes nothing.
+    """
+    scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.learning_rate,
@@ -45,3 +53,11 @@ def build_scheduler(config: TrainingConfig, optimizer: ChainedOptimizer) -> Opti
         wd_incr_steps=config.steps,
         wd_incr_style="constant",
     )
+    begin_at(scheduler, 1)
+    return scheduler
+
+
+def begin_at(scheduler: OptimizerParamScheduler, step: int) -> None:
+    """Give the optimiser the rate of `step`, counted from 1, which comes next."""
+    scheduler.num_steps = step
+    scheduler.step(increment=0)

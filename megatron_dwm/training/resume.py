@@ -70,6 +70,12 @@ def require_no_loss(run_dir: Path, interval_steps: int) -> None:
         _print_warning(f"{run_dir} has no checkpoint: its {steps} steps are trained again")
 
 
+def say_what_has_no_effect(keys: list[str], checkpoint: Path) -> None:
+    """keys: those that a resumed run has changed in vain."""
+    for key in keys:
+        _print_warning(f"{key}: changed, with no effect: the run goes on from {checkpoint}")
+
+
 def _damage(directory: Path, runtime: Runtime) -> str | None:
     """What is wrong with a checkpoint, if anything; the same on every rank (collective)."""
     try:

@@ -26,11 +26,20 @@ from megatron_dwm.training.checkpoint import (
     load_parameters,
     read_shape,
 )
-from megatron_dwm.training.fingerprint import fingerprint, refuse_changed_files, refuse_changes
+from megatron_dwm.training.fingerprint import (
+    fingerprint,
+    refuse_changed_files,
+    refuse_changes,
+    without_effect,
+)
 from megatron_dwm.training.loop import Loop, is_finished
 from megatron_dwm.training.manifest import list_checkpoints, read_manifest, require_whole
 from megatron_dwm.training.records import drop_records_after
-from megatron_dwm.training.resume import newest_whole_checkpoint, require_no_loss
+from megatron_dwm.training.resume import (
+    newest_whole_checkpoint,
+    require_no_loss,
+    say_what_has_no_effect,
+)
 from megatron_dwm.training.run_lock import LOCK, only_job
 from megatron_dwm.training.session import INDEX_CACHE, build_session
 from megatron_dwm.training.state import TrainState
@@ -64,6 +73,7 @@ def run(config: Config) -> None:
         session = build_session(config, runtime, shape, tokenizer)
         if newest is not None:
             load_checkpoint(session, newest)
+            say_what_has_no_effect(without_effect(before, config), newest)
         elif config.model.init_from is not None:
             _start_from(session.llm, Path(config.model.init_from))
             session.optimizer.reload_model_params()

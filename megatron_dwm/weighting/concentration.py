@@ -38,7 +38,11 @@ def weights_from_logits(
     logits_Gn: Tensor, *, min_effective_sample_size: float, uniform_floor: float
 ) -> Tensor:
     """[G, n] logits -> [G, n] weights, non-negative, mean 1 in every group; equal logits give
-    exactly 1. Differentiable in the logits, the temperature included.
+    exactly 1.
+
+    Differentiable in the logits at a fixed temperature. Where the bound is active that is not the
+    derivative of the weights, which has a component less: the weights there do not depend on the
+    logits' scale, so that a group with one sample far above the others would never come back.
     """
     if min_effective_sample_size > 0.0:
         logits_Gn = logits_Gn / temperature(logits_Gn, min_effective_sample_size)[..., None]
@@ -46,26 +50,12 @@ def weights_from_logits(
     return weights_Gn * (1.0 - uniform_floor) + uniform_floor if uniform_floor else weights_Gn
 
 
+@torch.no_grad()
 def temperature(logits_Gn: Tensor, bound: float) -> Tensor:
-    """[G]: the temperature of each group, 1 where the bound holds without one.
+    """[G]: the temperature of each group, 1 where the bound holds without one; a constant.
 
-    Found by bisection in log T; its derivative follows from the implicit equation
-    ESS(logits / T) = bound, here as one differentiable Newton correction of value zero.
+    Found by bisection in log T.
     """
-    with torch.no_grad():
-        solved_G = _bisect(logits_Gn.detach(), bound)
-    active_G = solved_G > 1.0
-    if not logits_Gn.requires_grad or not bool(active_G.any()):
-        return solved_G
-    size_G = _size_at(logits_Gn, solved_G)
-    with torch.enable_grad():
-        probe_G = solved_G.clone().requires_grad_()
-        slope_G = torch.autograd.grad(_size_at(logits_Gn.detach(), probe_G).sum(), probe_G)[0]
-    correction_G = (size_G - size_G.detach()) / torch.where(active_G, slope_G, 1.0)
-    return solved_G - torch.where(active_G, correction_G, 0.0)
-
-
-def _bisect(logits_Gn: Tensor, bound: float) -> Tensor:
     low_G = torch.zeros_like(logits_Gn[..., 0])  # log T
     high_G = torch.full_like(low_G, math.log(_LARGEST_TEMPERATURE))
     for _ in range(_BISECTIONS):

@@ -4,7 +4,9 @@ section 6). What a weighting model that reads the samples has to beat.
     m_d <- decay * m_d + (1 - decay) * mean over the batch's samples of domain d of a_i
     w   =  the guarded softmax of m_domain(i) / temperature over the weighting group
 
-with a_i the standardised alignments. A domain that has not been seen has m_d = 0, the mean.
+with a_i the alignments s_i, standardised in the weighting group, or (`weighting.standardize false`)
+eta * s_i less the group's weighted mean, in nats of validation loss, for which the temperature has
+to be made some hundred times smaller. A domain that has not been seen has m_d = 0, the mean.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from megatron_dwm.weighting.concentration import weights_from_logits
 from megatron_dwm.weighting.groups import Grouping, gather_over_data
 from megatron_dwm.weighting.policy import NOTHING, Need, WeightingUpdate
 from megatron_dwm.weighting.reliability import Reliability
-from megatron_dwm.weighting.standardise import standardise
+from megatron_dwm.weighting.standardise import centred, standardise
 
 
 class DomainMeanPolicy:
@@ -63,7 +65,7 @@ class DomainMeanPolicy:
     ) -> WeightingUpdate:
         """Move the means of the domains of this global batch."""
         weights_Gn = self._group_weights(batch)
-        advantage_Gn = standardise(self.grouping.gather(alignment_n), weights_Gn)
+        advantage_Gn = self._advantage(alignment_n, weights_Gn, learning_rate)
         advantage_n = gather_over_data(self.grouping.local(advantage_Gn), self.runtime)
         by_domain: dict[str, list[float]] = defaultdict(list)
         for domain, value in zip(self._all_domains(batch), advantage_n.tolist(), strict=True):
@@ -92,6 +94,12 @@ class DomainMeanPolicy:
         """Take up the state of `state_dict`."""
         self.means = dict(state["means"])
         self.reliability.value = state["reliability"]
+
+    def _advantage(self, alignment_n: Tensor, weights_Gn: Tensor, learning_rate: float) -> Tensor:
+        alignment_Gn = self.grouping.gather(alignment_n)
+        if self.weighting.standardize:
+            return standardise(alignment_Gn, weights_Gn)
+        return centred(alignment_Gn * learning_rate, weights_Gn)
 
     def _kept(self) -> float:
         """The running mean's decay; noisy alignments move it less."""

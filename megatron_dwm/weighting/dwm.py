@@ -129,9 +129,11 @@ class DwmPolicy:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the state of `state_dict`."""
+        """Take up the state of `state_dict`; learning rate and weight decay stay as configured."""
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        mine = self.optimizer.state_dict()["param_groups"]
+        moments = state["optimizer"]["state"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": mine})
         self.learned = state["learned"]
         self._previous_gradient = state["previous_gradient"]
         self.reliability.value = state["reliability"]

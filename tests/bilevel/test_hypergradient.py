@@ -182,8 +182,9 @@ def test_whole_chain_from_phi_to_validation_loss() -> None:
         {"inner": "adam"},
         {"inner": "adam", "clip": 0.2, "tied": False},
         {"inner": "sgd"},
+        {"inner": "adam", "bound": 0.95},
         {"inner": "adam", "encoder": "llm"},
-        {"inner": "sgd", "clip": 0.2, "encoder": "llm"},
+        {"inner": "sgd", "clip": 0.2, "encoder": "llm", "bound": 0.95},
     ]
     found = run_ranks("tests.bilevel.workers:chain_and_difference", 1, cases)
     for case, [(ours, expected)] in zip(cases, found, strict=True):

@@ -16,11 +16,13 @@ from megatron_dwm.bilevel import ESTIMATORS, Hypergradient, Problem
 from megatron_dwm.bilevel.slots import collect_slots
 from megatron_dwm.bilevel.virtual_step import CLIP_EPSILON, prepare_virtual_step
 from megatron_dwm.config import WeightingConfig
-from megatron_dwm.model import LLM, clear_gradients, forward_backward, forward_only
+from megatron_dwm.data import Batch
+from megatron_dwm.model import LLM, Reading, clear_gradients, forward_backward, forward_only
 from megatron_dwm.model.objective import token_count, token_mean, unit
 from megatron_dwm.weighting import DwmPolicy
 from megatron_dwm.weighting.model import WeightingShape, build_weighting_model
-from tests.tiny import MICRO_BATCH, VOCAB_SIZE, Tiny, tiny
+from tests.tiny import MICRO_BATCH, SAMPLES, VOCAB_SIZE, Tiny, tiny
+from tests.weighting.fixed_temperature import FixedTemperature
 
 TRAIN, VALIDATION = 100, 101
 DIFFERENCE_STEP = 1e-5
@@ -230,9 +232,18 @@ def halves_add_up(micro_batch: int = MICRO_BATCH, **layout: Any) -> tuple[Tensor
         return found.alignment_n, whole.alignment_n
 
 
-def chain_and_difference(inner: str, encoder: str = "own", **layout: Any) -> tuple[Tensor, Tensor]:
+def _read(batch: Batch, reading: Reading, encoder: str) -> Tensor:
+    """What the weighting model's encoder takes, a row a sample."""
+    if encoder == "own":
+        return batch.tokens_BS
+    return torch.cat([reading.features.flat(), reading.losses_n[:, None]], dim=1).double()
+
+
+def chain_and_difference(
+    inner: str, encoder: str = "own", bound: float = 0.0, **layout: Any
+) -> tuple[Tensor, Tensor]:
     """dL_val(theta'(phi))/dphi along random directions: ours from end to end, and central
-    differences of the whole chain in double precision.
+    differences of the whole chain, at the temperature of phi, in double precision.
     """
     with tiny(**layout) as subject:
         width = subject.llm.shape.hidden_size
@@ -242,7 +253,9 @@ def chain_and_difference(inner: str, encoder: str = "own", **layout: Any) -> tup
         for parameter in model.parameters():  # away from uniform weights
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
         model.double()
-        config = WeightingConfig(group="global", standardize=False, clip_grad=0.0)
+        config = WeightingConfig(
+            group="global", standardize=False, clip_grad=0.0, min_effective_sample_size=bound
+        )
         policy = DwmPolicy(model, config, subject.runtime, MICRO_BATCH, learned=True)
         policy.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # form phi's gradient only
         train = subject.batch(TRAIN)
@@ -252,6 +265,14 @@ def chain_and_difference(inner: str, encoder: str = "own", **layout: Any) -> tup
         val_loss = _val_loss_after_step(subject, inner, layout.get("clip", 1.0))
         problem = problem_of(subject, inner)
         found = ESTIMATORS["tangent_probe"](problem)
+        held = FixedTemperature(
+            model,
+            lambda: model.encoder(_read(train, reading, encoder)),
+            bound=bound,
+            group=SAMPLES,
+        )
+        assert (float(held.temperature_G) > 1.0) == (bound > 0.0), "the bound is active"
+        torch.testing.assert_close(held.weights(), subject.weights_n.double())
         policy.update(train, reading, found.alignment_n.double(), problem.learning_rate)
         gradients = [parameter.grad.clone() for parameter in model.parameters()]
         ours, differences = [], []
@@ -266,7 +287,7 @@ def chain_and_difference(inner: str, encoder: str = "own", **layout: Any) -> tup
             for sign in (1, -2):  # phi + h, then phi - h
                 for parameter, v in zip(model.parameters(), direction, strict=True):
                     parameter.data += sign * DIFFERENCE_STEP * v
-                values.append(float(val_loss(policy.weights(train, reading))))
+                values.append(float(val_loss(held.weights())))
             for parameter, v in zip(model.parameters(), direction, strict=True):
                 parameter.data += DIFFERENCE_STEP * v
             differences.append((values[0] - values[1]) / (2 * DIFFERENCE_STEP))

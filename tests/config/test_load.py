@@ -108,6 +108,11 @@ DWM = ["--policy.name", "dwm", "--validation.path", "v"]
 MIXING = ["--policy.name", "validation_mixing", "--validation.path", "v"]
 LOAD = ["--validation.path", "v", "--weighting.load", "w"]
 MICRO = ["--training.micro_batch_size", "4"]
+TARGET = ["--validation.path", "v"]
+LOAD_DWM = ["--policy.name", "dwm", *LOAD, "--weighting.frozen", "true"]
+IN_STEP = ["--weighting.mode", "online", "--weighting.update_on", "training"]
+GLOBAL = ["--weighting.group", "global"]
+QUARTER = ["--weighting.min_effective_sample_size", "0.25"]
 GOOD = ["--data.train", "a", "--data.tokenizer", "t"]
 
 
@@ -139,6 +144,12 @@ def test_a_good_configuration_passes() -> None:
         ([*DWM, "--weighting.update_on", "training"], 1, "weighting.mode online"),
         ([*DWM, "--weighting.encoder", "llm", "--weighting.early_layer", "3"], 1, "early_layer"),
         ([*DWM, "--weighting.freeze_after", "0"], 1, "freeze_after"),
+        ([*DWM, *IN_STEP, "--weighting.warmup_steps", "0"], 1, "weighting.warmup_steps 0: .* 2"),
+        ([*DWM, *IN_STEP, "--weighting.warmup_steps", "1"], 1, "weighting.warmup_steps 1: .* 2"),
+        ([*DWM, "--training.micro_batch_size", "2"], 1, "group of 2 .* never below 0.5,"),
+        ([*LOAD_DWM, "--training.micro_batch_size", "2"], 1, "min_effective_sample_size 0.5: "),
+        ([*DWM, *GLOBAL, "--weighting.min_effective_sample_size", "0.03"], 1, "global_batch_size"),
+        (["--policy.name", "domain_mean", *TARGET, *MICRO, *QUARTER], 1, "group of 4"),
         (
             [*DWM, "--weighting.damp_by_noise", "true", "--bilevel.noise_interval_updates", "0"],
             1,
@@ -171,6 +182,22 @@ def test_impossible_combinations_are_named(
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        [*DWM, *IN_STEP, "--weighting.warmup_steps", "2"],
+        [*DWM, "--weighting.mode", "online", "--weighting.warmup_steps", "0"],
+        [*LOAD_DWM, *IN_STEP, "--weighting.warmup_steps", "0"],
+        [*DWM, *MICRO, "--weighting.min_effective_sample_size", "0.26"],
+        [*DWM, *MICRO, "--weighting.min_effective_sample_size", "0"],
+        ["--training.micro_batch_size", "2"],
+    ],
+    ids=" ".join,
+)
+def test_their_neighbours_pass(arguments: list[str]) -> None:
+    validate_config(load_config([*GOOD, *arguments]), SHAPE, world_size=1)
+
+
+@pytest.mark.parametrize(
     ("passages", "more", "passes"),
     [
         (8, [], True),
@@ -185,7 +212,7 @@ def test_interleaved_stages_want_a_passage_each(
     """Two replicas of two stages, and halves of the batch between which noise is measured."""
     layout = ["--parallel.pipeline", "2", "--parallel.virtual_stages", "2"]
     sizes = ["--training.micro_batch_size", "2", "--validation.batch_size", str(passages)]
-    config = load_config([*GOOD, *DWM, *layout, *sizes, *more])
+    config = load_config([*GOOD, *DWM, *GLOBAL, *layout, *sizes, *more])
     with nullcontext() if passes else pytest.raises(UserError, match="validation.batch_size"):
         validate_config(config, SHAPE._replace(num_layers=4), 4)
 

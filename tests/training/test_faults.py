@@ -21,7 +21,7 @@ import pytest
 from megatron_dwm.training.manifest import list_checkpoints, read_manifest
 from tests.training.conftest import CORPUS, Corpus
 from tests.training.forked import LIMIT_S, Job, Server
-from tests.training.runs import RESUME, metrics, without_time
+from tests.training.runs import RESUME, metrics, scheduled_rate, without_time
 
 INTERVAL = 4
 STEPS = 16
@@ -310,8 +310,11 @@ def test_a_spike_takes_the_run_back_and_passes_over_its_batch(
     assert "step 18: loss" in job.text and "back to step 16" in job.text
     [skipped] = metrics(tmp_path / "run", "skipped")
     assert skipped["step"] == 18 and skipped["first_sample"] == 17 * 8
-    taken = [line["step"] for line in metrics(tmp_path / "run", "train")]
-    assert taken == [step for step in range(1, 21) if step != 18]
+    taken = metrics(tmp_path / "run", "train")
+    assert [line["step"] for line in taken] == [step for step in range(1, 21) if step != 18]
+    for line in taken:
+        rate = scheduled_rate(line["step"], steps=20, warm_up=1, peak=0.02)
+        assert line["lr"] == pytest.approx(rate, rel=1e-6)
     table.add("spike of the loss (guard on)", lost=1, allowed=INTERVAL)
 
 

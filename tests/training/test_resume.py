@@ -5,7 +5,6 @@ And files from elsewhere: what a checkpoint holds is data, whoever wrote it.
 
 from __future__ import annotations
 
-import math
 import os
 import pickle
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_dwm.config import Config, PolicyConfig, UserError, WeightingConfig
 from megatron_dwm.training.fingerprint import refuse_changes
@@ -36,7 +36,7 @@ from megatron_dwm.training.manifest import (
 from megatron_dwm.training.state import TrainState
 from tests.training.conftest import Corpus
 from tests.training.forked import Server
-from tests.training.runs import RESUME, metrics
+from tests.training.runs import RESUME, metrics, scheduled_rate
 from tests.training.test_faults import assert_same
 
 # Sums in another order are 1e-7 apart; a few steps of Adam may multiply that.
@@ -95,8 +95,10 @@ def test_optimiser_state_moves_between_layouts_and_kinds(
 ) -> None:
     """Sharded and plain, one layout to another and on to a third, against one run alone."""
     arguments = [*corpus.arguments(), "--policy.name", "dwm", "--training.steps", "12"]
-    # In bf16 another order of sums is seen at once, so there the layout stays and only kinds move.
-    arguments += ["--model.precision", "bf16"] if name == "bf16" else []
+    # In bf16 another order of sums is seen at once, so there the layout stays and only kinds move,
+    # without clipping: a sharded optimiser adds up the gradient's norm in an order of its own.
+    bf16 = ["--model.precision", "bf16", "--training.clip_grad", "0"]
+    arguments += bf16 if name == "bf16" else []
     server.succeed(tmp_path / "alone", arguments, ranks=2 if name == "bf16" else 1)
     expected = metrics(tmp_path / "alone", "train")
     run_dir, resume = tmp_path / "run", []
@@ -192,9 +194,40 @@ def test_what_may_change_does(
     assert "lacks 2 of the 2 steps" in job.text and "Traceback" not in job.text
     lines = metrics(run_dir, "train")
     assert [line["step"] for line in lines] == [3, 4]
-    # No warm-up in 4 steps: a cosine from the new rate to a tenth of it, by the step.
-    rates = [0.0001 + 0.0009 * 0.5 * (1 + math.cos(math.pi * step / 4)) for step in (2, 3)]
+    # No warm-up in 4 steps: a cosine from the new rate to a tenth of it, which the last step has.
+    rates = [scheduled_rate(step, steps=4, warm_up=0, peak=0.001) for step in (3, 4)]
+    assert rates[-1] == pytest.approx(0.0001)
     assert [line["lr"] for line in lines] == pytest.approx(rates)
+
+
+def test_a_changed_weighting_rate_takes_effect(
+    server: Server, corpus: Corpus, tmp_path: Path
+) -> None:
+    """With a rate of nearly nothing an update leaves the weighting model as it was."""
+    run_dir = tmp_path / "run"
+    arguments = [*corpus.arguments(), "--policy.name", "dwm", "--training.warmup_fraction", "0"]
+    server.succeed(run_dir, [*arguments, "--training.steps", "6"])
+    file = run_dir / "weighting" / "stage_1" / "weighting.safetensors"
+    before = load_file(file)
+    assert float(before["head.weight"].abs().max()) > 1e-4, "the first update was made"
+    rate = ["--weighting.learning_rate", "1e-30", "--training.steps", "10"]
+    server.succeed(run_dir, [*arguments, *RESUME, *rate])
+    assert [line["step"] for line in metrics(run_dir, "weighting")] == [5, 8]
+    after = load_file(file)
+    assert all(float((before[name] - after[name]).abs().max()) < 1e-20 for name in before)
+
+
+def test_what_takes_no_effect_is_named(
+    server: Server, stopped: tuple[Path, list[str], Path], tmp_path: Path
+) -> None:
+    """A resumed run has its parameters from the checkpoint, whatever it is told to start from."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(stopped[0], run_dir)
+    [checkpoint] = list_checkpoints(run_dir)
+    start = ["--model.init_from", str(checkpoint), "--run.allow_changed", "model.init_from"]
+    job = server.succeed(run_dir, [*stopped[1], *start])
+    [line] = [line for line in job.text.splitlines() if "model.init_from" in line]
+    assert line.startswith("warning: ") and "no effect" in line
 
 
 @pytest.mark.parametrize(
@@ -211,6 +244,18 @@ def test_the_group_of_weights_may_not_change(
     new = replace(old, training=replace(old.training, micro_batch_size=2))
     with pytest.raises(UserError, match="micro_batch_size") if refused else nullcontext():
         refuse_changes(old, new, Path("run"))
+
+
+def test_a_rate_may_change_and_a_decay_when_it_is_allowed() -> None:
+    """The rate because what stops a run over its weights advises a smaller one."""
+    old = Config(policy=PolicyConfig(name="dwm"))
+    slower = replace(old, weighting=WeightingConfig(learning_rate=1e-5))
+    refuse_changes(old, slower, Path("run"))
+    decaying = replace(old, weighting=WeightingConfig(weight_decay=0.1))
+    with pytest.raises(UserError, match="allow_changed weighting.weight_decay"):
+        refuse_changes(old, decaying, Path("run"))
+    allowed = replace(old.run, allow_changed=["weighting.weight_decay"])
+    refuse_changes(old, replace(decaying, run=allowed), Path("run"))
 
 
 class _Payload:

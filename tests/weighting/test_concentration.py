@@ -1,4 +1,4 @@
-"""From logits to weights: the guards, the exact uniform start, the implicit derivative."""
+"""From logits to weights: the guards, the exact uniform start, the way back from the bound."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from megatron_dwm.weighting.concentration import (
     weights_from_logits,
 )
 from megatron_dwm.weighting.standardise import standardise
+from tests.weighting.fixed_temperature import temperature_by_root
 
 
 def _logits(groups: int, size: int, scale: float, seed: int = 0) -> torch.Tensor:
@@ -49,14 +50,42 @@ def test_floor_is_mixed_in() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.3, 2.0, 6.0])
-def test_derivative_includes_the_temperature(scale: float) -> None:
-    logits = _logits(3, 6, scale).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda x: weights_from_logits(x, min_effective_sample_size=0.6, uniform_floor=0.1),
-        (logits,),
-        eps=1e-6,
-        atol=1e-5,
-    )
+def test_derivative_is_that_at_a_fixed_temperature(scale: float) -> None:
+    """Where the bound is active; elsewhere the temperature is 1 and it is the derivative."""
+    bound, floor, h = 0.6, 0.1, 1e-6
+    logits, coefficients = _logits(3, 6, scale).requires_grad_(), _logits(3, 6, 1.0, seed=7)
+    weights = weights_from_logits(logits, min_effective_sample_size=bound, uniform_floor=floor)
+    temperature_G1 = temperature_by_root(logits.detach(), bound)[:, None]
+    assert bool((temperature_G1 > 1).any()) == (scale > 1), "both cases are here"
+    (weights * coefficients).sum().backward()
+
+    def at_fixed_temperature(logits: torch.Tensor) -> torch.Tensor:
+        held = torch.softmax(logits / temperature_G1, -1) * 6 * (1 - floor) + floor
+        return (held * coefficients).sum(-1)
+
+    for column in range(6):
+        step = torch.zeros(6, dtype=torch.float64)
+        step[column] = h
+        ends = [at_fixed_temperature(logits.detach() + sign * step) for sign in (1, -1)]
+        difference = (ends[0] - ends[1]) / (2 * h)
+        torch.testing.assert_close(logits.grad[:, column], difference, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("logits", "advantage"),
+    [([5.0, 0.0], [-1.0, 1.0]), ([5.0, 0.0, 0.0], [-2.0, 1.0, 1.0])],
+    ids=["two", "three"],
+)
+def test_a_sample_on_top_can_come_down(logits: list[float], advantage: list[float]) -> None:
+    """What it should lose lies along the logits' scale, on which held weights do not depend."""
+    logits_n, advantage_n = torch.tensor([logits]).requires_grad_(), torch.tensor([advantage])
+    guards = {"min_effective_sample_size": 0.6, "uniform_floor": 0.0}
+    assert float(effective_sample_size(weights_from_logits(logits_n.detach(), **guards))) < 0.601
+    for _ in range(100):
+        objective = (weights_from_logits(logits_n, **guards) * advantage_n).mean()
+        [gradient_n] = torch.autograd.grad(objective, logits_n)
+        logits_n = (logits_n + 0.3 * gradient_n).detach().requires_grad_()
+    assert float(weights_from_logits(logits_n.detach(), **guards)[0, 0]) < 0.5
 
 
 def test_statistics_at_their_ends() -> None:

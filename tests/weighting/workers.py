@@ -13,6 +13,7 @@ from megatron_dwm.data import Batch
 from megatron_dwm.runtime import Runtime, bring_up
 from megatron_dwm.weighting import DwmPolicy
 from megatron_dwm.weighting.model import WeightingShape, build_weighting_model
+from tests.weighting.fixed_temperature import FixedTemperature
 
 SAMPLES, LENGTH, VOCAB = 12, 8, 50
 SHAPE = WeightingShape(
@@ -89,7 +90,8 @@ def gather(runtime: Runtime, rows_n: Tensor) -> Tensor:
 
 def gradient_and_difference(standardize: bool, group: str) -> tuple[Tensor, Tensor]:
     """phi's gradient along random directions: what an update forms, and central differences of
-    -(1/n) sum_i a_i w_i(phi) with a_i computed by hand, in double precision.
+    -(1/n) sum_i a_i w_i(phi) at the temperatures of phi, with a_i computed by hand, in double
+    precision.
     """
     with bring_up(ParallelConfig(), seed=0) as runtime:
         config = WeightingConfig(group=group, standardize=standardize, clip_grad=0.0)
@@ -111,8 +113,17 @@ def gradient_and_difference(standardize: bool, group: str) -> tuple[Tensor, Tens
         else:
             advantage_Gn = s_Gn * 0.25
 
+        held = FixedTemperature(
+            model,
+            lambda: model.encoder(rows.tokens_BS),
+            bound=config.min_effective_sample_size,
+            group=size,
+        )
+        assert float(held.temperature_G.max()) > 1.0, "the bound is active"
+        torch.testing.assert_close(held.weights(), weights_Gn.flatten())
+
         def objective() -> float:
-            return float(-(advantage_Gn * policy.weights(rows).view(-1, size)).sum() / SAMPLES)
+            return float(-(advantage_Gn * held.weights().view(-1, size)).sum() / SAMPLES)
 
         directions = [
             [

@@ -1,0 +1,51 @@
+"""The learning rate of every step, against the schedule written down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.training.conftest import Corpus
+from tests.training.forked import Server
+from tests.training.runs import RESUME, metrics, scheduled_rate
+
+PEAK = 3e-3
+
+
+def _rates(run_dir: Path) -> dict[int, float]:
+    return {line["step"]: line["lr"] for line in metrics(run_dir, "train")}
+
+
+def _expected(steps: int, warm_up: int) -> dict[int, float]:
+    numbers = range(1, steps + 1)
+    return {
+        step: pytest.approx(scheduled_rate(step, steps=steps, warm_up=warm_up, peak=PEAK), rel=1e-6)
+        for step in numbers
+    }
+
+
+def test_every_step_has_the_rate_of_its_number(
+    server: Server, corpus: Corpus, tmp_path: Path
+) -> None:
+    """From the first rung to the end of the cosine, through a stop, a resume and a skipped step."""
+    run_dir = tmp_path / "run"
+    arguments = [*corpus.arguments(), "--training.steps", "12", "--training.warmup_fraction", "0.4"]
+    stop = {"name": "send_signal", "place": "training", "call": 3, "number": 15, "rank": 0}
+    server.succeed(run_dir, arguments, fault=stop)
+    assert sorted(_rates(run_dir)) == [1, 2, 3], "stopped inside the warm-up"
+    skip = {"name": "nan_batches", "steps": [9], "rank": 0}
+    server.succeed(run_dir, [*arguments, *RESUME], fault=skip)
+    expected = _expected(steps=12, warm_up=4)
+    del expected[9]
+    found = _rates(run_dir)
+    assert found == expected
+    assert (found[1], found[4], found[12]) == pytest.approx((PEAK / 4, PEAK, PEAK / 10))
+
+
+def test_without_a_warm_up_the_cosine_begins_at_once(
+    server: Server, corpus: Corpus, tmp_path: Path
+) -> None:
+    arguments = [*corpus.arguments(), "--training.steps", "4", "--training.warmup_fraction", "0"]
+    server.succeed(tmp_path / "run", arguments)
+    assert _rates(tmp_path / "run") == _expected(steps=4, warm_up=0)
