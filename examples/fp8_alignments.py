@@ -95,11 +95,10 @@ def _unquantised(config: Config, batches: int) -> Config:
         raise UserError(
             f"--batches: expected 1 to {config.training.steps}, the steps of the run, got {batches}"
         )
-    passages = config.validation.batch_size or config.training.global_batch_size
-    if passages % 2:
+    if config.passages < 2:
         raise UserError(
-            f"the run reads {passages} validation passages at a time, which have no halves; "
-            "take a run with an even number"
+            "the run reads one validation passage at a time, which has no halves; take a run with "
+            "two or more"
         )
     model = replace(
         config.model,
@@ -136,6 +135,8 @@ def _hypergradients(
     from megatron_dwm.training.session import build_session
 
     session = build_session(config, runtime, *check(config))
+    if session.passages < 2:
+        raise UserError(f"{config.validation.path} has one row, and one row has no halves")
     load_checkpoint(session, checkpoint)
     first = min(session.state.step, config.training.steps - batches)
     for number in range(first, first + batches):
@@ -153,7 +154,7 @@ def _problem(session: Session, number: int) -> Problem:
         optimizer=session.optimizer,
         train_batch=train,
         weights_n=torch.ones(train.size, device=session.runtime.device),
-        val_batch=session.validation_batch(number),
+        val_batch=session.validation_batch(number, halves=True),
         micro_batch_size=session.config.training.micro_batch_size,
         inner=session.config.bilevel.inner_optimizer,
     )

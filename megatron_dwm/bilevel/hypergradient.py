@@ -96,13 +96,14 @@ def from_gradient(
 
 
 def _validation_parts(problem: Problem, halves: bool) -> list[TokenBatch]:
-    """The validation batch, whole or in two halves: its even and its odd rows, which are the same
-    under every layout that gives each rank an even number of rows.
+    """The validation batch, whole or in two halves: its even and its odd rows, which are those of
+    the global batch under every layout, since each rank has an even number of rows
+    (`rows_of_replica`).
     """
     rows = problem.val_batch.tokens_BS.shape[0]
     if not halves:
         return [problem.val_batch]
-    assert rows % 2 == 0, "an odd batch has no halves"
+    assert rows % 2 == 0, "every rank has as many even rows as odd ones"
     return [problem.val_batch.rows(0, rows, 2), problem.val_batch.rows(1, rows, 2)]
 
 
@@ -121,13 +122,31 @@ INNER_PRODUCTS: dict[str, InnerProducts] = {
 }
 
 
+def rows_of_replica(llm: LLM, passages: int, micro_batch_size: int, *, halves: bool) -> int:
+    """Rows that every data-parallel replica takes of a global batch of `passages`, which rows
+    without loss fill up: as few as go through the pipeline in even micro-batches, in either half.
+    """
+    parts, multiple = 2 if halves else 1, _micro_batches_multiple(llm)
+    replicas = llm.runtime.data_size
+    whole = passages % (parts * multiple * replicas) == 0
+    if whole and passages % (micro_batch_size * replicas) == 0:
+        return passages // replicas
+    share = -(-passages // (parts * replicas))
+    micro_batches = multiple * -(-share // (micro_batch_size * multiple))
+    return parts * micro_batches * -(-share // micro_batches)
+
+
+def _micro_batches_multiple(llm: LLM) -> int:
+    """Interleaved stages want a multiple of the pipeline's length of micro-batches."""
+    return llm.runtime.pipeline_size if len(llm.chunks) > 1 else 1
+
+
 def _micro_batch_rows(llm: LLM, rows: int, largest: int) -> int:
     """Rows of the largest micro-batch that shares `rows` out evenly.
 
-    Interleaved stages want a multiple of the pipeline's length of micro-batches. Raises ValueError
-    where there are fewer rows than that.
+    Raises ValueError where interleaved stages have fewer rows than they want micro-batches.
     """
-    multiple = llm.runtime.pipeline_size if len(llm.chunks) > 1 else 1
+    multiple = _micro_batches_multiple(llm)
     sizes = [size for size in range(1, largest + 1) if rows % (size * multiple) == 0]
     if not sizes:
         raise ValueError(f"{rows} validation rows are no multiple of {multiple} pipeline stages")

@@ -131,7 +131,8 @@ class ValidationConfig:
     loss_on: Literal["all", "last_word"] = "all"
     """tokens that carry the validation loss"""
     batch_size: int | None = None
-    """passages in one validation batch; empty takes training.global_batch_size"""
+    """passages in one validation batch, none of them twice, so at most the file's rows (with
+    loss_on all a row is data.sequence_length tokens); empty takes training.global_batch_size"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +279,7 @@ class BilevelConfig:
     """the virtual step: the step that training would take (adam), or plain gradient descent"""
     noise_interval_updates: int = 10
     """weighting updates between measurements of the alignments' signal-to-noise, each of which
-    costs one more pass; 0 never measures"""
+    costs one more pass and needs two passages and three samples; 0 never measures"""
     min_signal_to_noise: float = 0.1
     """warn once when the measured signal-to-noise stays below this"""
 
@@ -329,6 +330,11 @@ class Config:
     def learns(self) -> bool:
         """Whether the policy is updated from hypergradients during the run."""
         return self.policy.name in LEARNING_POLICIES and not self.weighting.frozen
+
+    @property
+    def passages(self) -> int:
+        """Passages asked for in a validation batch; the target may have fewer rows."""
+        return self.validation.batch_size or self.training.global_batch_size
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the LLM among `world_size` processes."""

@@ -272,34 +272,12 @@ def _pipeline(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
                 f"micro-batches, got {config.num_microbatches(world_size)}; change "
                 "training.global_batch_size or training.micro_batch_size"
             )
-        yield from _interleaved_passages(config, world_size)
-
-
-def _interleaved_passages(config: Config, world_size: int) -> Iterator[str]:
-    """Validation batches, and the halves that noise is measured between, go through all stages."""
-    halves = 2 if config.bilevel.noise_interval_updates else 1
-    multiple = halves * config.parallel.pipeline * config.data_parallel_size(world_size)
-    passages = config.validation.batch_size or config.training.global_batch_size
-    if config.learns and passages % multiple:
-        why = " in either half, between which noise is measured" if halves == 2 else ""
-        yield (
-            f"parallel.virtual_stages: expected a multiple of {multiple} passages in "
-            f"validation.batch_size, got {passages}: parallel.pipeline {config.parallel.pipeline} "
-            f"on every data-parallel replica{why}"
-        )
 
 
 def _batches(config: Config, world_size: int) -> Iterator[str]:
     training = config.training
     replicas = config.data_parallel_size(world_size)
     rows = training.micro_batch_size * replicas
-    passages = config.validation.batch_size or training.global_batch_size
-    if config.weighting.damp_by_noise and passages % (2 * replicas):
-        yield (
-            f"weighting.damp_by_noise: expected a multiple of 2 x {replicas} data-parallel "
-            f"replicas passages in validation.batch_size, got {passages}: noise is measured "
-            "between halves"
-        )
     if training.global_batch_size % rows:
         yield (
             f"training.global_batch_size {training.global_batch_size}: expected a multiple of "
@@ -308,8 +286,3 @@ def _batches(config: Config, world_size: int) -> Iterator[str]:
         )
     if config.validation.batch_size is not None and config.validation.batch_size <= 0:
         yield f"validation.batch_size: expected above 0, got {config.validation.batch_size}"
-    elif config.validation.batch_size is not None and config.validation.batch_size % rows:
-        yield (
-            f"validation.batch_size {config.validation.batch_size}: expected a multiple of "
-            f"training.micro_batch_size x data-parallel replicas = {rows}"
-        )

@@ -24,9 +24,10 @@ def policy_problems(config: Config, num_layers: int) -> Iterator[str]:
     if config.policy.name == "dwm":
         yield from _weighting_model(config, num_layers)
     if config.policy.name in LEARNING_POLICIES:
-        yield from _learning(config)
+        yield from _groups(config)
         yield from _concentration(config)
     if config.learns:
+        yield from _learning(config)
         yield from _first_update(config)
 
 
@@ -49,7 +50,8 @@ def _weighting_model(config: Config, num_layers: int) -> Iterator[str]:
     weighting = config.weighting
     if weighting.frozen and weighting.load is None:
         yield "weighting.frozen: expected weighting.load to name a weighting model, got none"
-    if weighting.hidden_size % (2 * weighting.num_attention_heads):
+    # A loaded model has its own sizes.
+    if weighting.load is None and weighting.hidden_size % (2 * weighting.num_attention_heads):
         yield (
             f"weighting.hidden_size {weighting.hidden_size}: expected a multiple of twice "
             f"weighting.num_attention_heads, {2 * weighting.num_attention_heads}"
@@ -61,17 +63,22 @@ def _weighting_model(config: Config, num_layers: int) -> Iterator[str]:
         )
 
 
+def _groups(config: Config) -> Iterator[str]:
+    """What weights need, learned in this run or before it."""
+    if config.weighting.group == "micro_batch" and config.training.micro_batch_size < 2:
+        yield (
+            "training.micro_batch_size 1: a weighting group of one sample always weighs 1; "
+            "set weighting.group to global or use larger micro-batches"
+        )
+
+
 def _learning(config: Config) -> Iterator[str]:
+    """What only updates need: a frozen weighting model has none."""
     weighting = config.weighting
     if weighting.mode == "staged" and weighting.stages > config.training.steps:
         yield (
             f"weighting.stages {weighting.stages}: expected at most training.steps, "
             f"which is {config.training.steps}"
-        )
-    if weighting.group == "micro_batch" and config.training.micro_batch_size < 2:
-        yield (
-            "training.micro_batch_size 1: a weighting group of one sample always weighs 1; "
-            "set weighting.group to global or use larger micro-batches"
         )
     if weighting.update_on == "training" and weighting.mode == "staged":
         yield (
@@ -82,6 +89,11 @@ def _learning(config: Config) -> Iterator[str]:
         yield (
             "weighting.damp_by_noise: expected bilevel.noise_interval_updates above 0, so that "
             "the noise is measured"
+        )
+    if weighting.damp_by_noise and config.passages < 2:
+        yield (
+            "weighting.damp_by_noise: expected 2 or more passages in validation.batch_size, got "
+            f"{config.passages}: noise is measured between halves"
         )
 
 

@@ -11,24 +11,35 @@ from typing import TYPE_CHECKING
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.domains import check_sidecar, check_tokenizer
-from megatron_dwm.data.prefixes import IndexedFile, parse_blend, read_indexed_file
+from megatron_dwm.data.prefixes import BlendPart, IndexedFile, parse_blend, read_indexed_file
 
 if TYPE_CHECKING:
     from megatron_dwm.tokenizer import Tokenizer
 
 
-def check_data(config: DataConfig, tokenizer: Tokenizer) -> None:
+# Every pass has an order of its own, of some milliseconds and three files; and nobody learns from
+# what was read so often.
+MAX_PASSES = 1000
+
+
+def check_data(config: DataConfig, tokenizer: Tokenizer, num_samples: int) -> None:
     """Check that `config.train` can be read with `tokenizer` at `config.sequence_length`.
 
+    num_samples: how many samples the run reads.
+
     Raises:
-        UserError: the list is malformed; a file is missing, broken or shorter than one sample; a
-            sidecar does not fit its index; or the data was made with another tokenizer.
+        UserError: the list is malformed; a file is missing, broken, shorter than one sample or
+            read more than `MAX_PASSES` times; a sidecar does not fit its index; or the data was
+            made with another tokenizer.
     """
     if config.sequence_length < 1:
         raise UserError(f"data.sequence_length is {config.sequence_length}: must be at least 1")
-    for part in parse_blend(config.train):
-        file = read_indexed_file(part.prefix)
+    parts = parse_blend(config.train)
+    files = [read_indexed_file(part.prefix) for part in parts]
+    for file in files:
         check_length(file, config.sequence_length)
+    _check_passes(parts, files, config.sequence_length, num_samples)
+    for file in files:
         check_sidecar(file, config.domain_key)
         check_tokenizer(file, tokenizer)
 
@@ -42,5 +53,25 @@ def check_length(file: IndexedFile, sequence_length: int) -> None:
     if file.samples_per_epoch(sequence_length) == 0:
         raise UserError(
             f"{file.bin_path} holds {file.num_tokens} tokens: data.sequence_length "
-            f"{sequence_length} needs at least {sequence_length + 1}"
+            f"{sequence_length} needs at least {sequence_length + 1}; give a smaller one, or more "
+            "text"
         )
+
+
+def _check_passes(
+    parts: list[BlendPart], files: list[IndexedFile], sequence_length: int, num_samples: int
+) -> None:
+    """Check that no file is read again and again without end, by its share of the samples."""
+    in_pass = [file.samples_per_epoch(sequence_length) for file in files]
+    # Without weights the shares follow the sizes.
+    shares = [part.weight or count for part, count in zip(parts, in_pass, strict=True)]
+    for file, count, share in zip(files, in_pass, shares, strict=True):
+        wanted = num_samples * share / sum(shares)
+        if wanted > MAX_PASSES * count:
+            raise UserError(
+                f"{file.bin_path}: {file.num_tokens} tokens are {count} samples of "
+                f"data.sequence_length {sequence_length}, of which the run reads {wanted:.0f}, "
+                f"each {wanted / count:.0f} times, expected at most {MAX_PASSES}; give a smaller "
+                "data.sequence_length, training.global_batch_size or training.steps, a smaller "
+                "weight in data.train, or more text"
+            )

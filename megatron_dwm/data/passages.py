@@ -25,6 +25,11 @@ class Passage:
     """number of the line, from 1"""
 
 
+def bare_text(text: str) -> str:
+    """The text by which two passages are compared: white space makes no difference."""
+    return " ".join(text.split())
+
+
 def read_passages(path: str, key: str, domain_keys: tuple[str, ...]) -> Iterator[Passage]:
     """The passages of the file at `path`, in order.
 

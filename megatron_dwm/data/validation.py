@@ -6,7 +6,7 @@ Both keep all rows in memory. `ValidationSet` hands out endless shuffled batches
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +15,7 @@ from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import DataConfig, EvaluationConfig, ValidationConfig
 from megatron_dwm.data.batch import UNKNOWN_DOMAIN, Batch
 from megatron_dwm.data.packing import Rows, pack_dense, row_of_last_word
-from megatron_dwm.data.passages import Passage, read_passages
+from megatron_dwm.data.passages import Passage, bare_text, read_passages
 
 if TYPE_CHECKING:
     from megatron_dwm.tokenizer import Tokenizer
@@ -38,6 +38,7 @@ class ValidationSet:
         keys = (data.domain_key, "domain")
         passages = list(read_passages(validation.path, "validation.path", keys))
         self._domain_of_passage = [p.domain or UNKNOWN_DOMAIN for p in passages]
+        self._texts = frozenset(bare_text(p.text) for p in passages)
         if validation.loss_on == "all":
             rows = _dense_rows(enumerate(passages), tokenizer, data.sequence_length)
         else:
@@ -54,14 +55,32 @@ class ValidationSet:
         """Rows in one pass."""
         return len(self._rows)
 
-    def batch(self, k: int, batch_size: int) -> Batch:
-        """Batch number `k` (from 0): rows k * batch_size and after of endless shuffled passes."""
-        places = range(k * batch_size, (k + 1) * batch_size)
-        passes = {place // self.num_rows for place in places}
-        order = {number: self._order_of_pass(number) for number in passes}
-        ids = [int(order[place // self.num_rows][place % self.num_rows]) for place in places]
+    def batch(self, k: int, batch_size: int, num_padding: int = 0) -> Batch:
+        """Batch number `k` (from 0): rows k * batch_size and after of endless shuffled passes.
+
+        A batch of at most `num_rows` has no row twice: where it reaches over the border of two
+        passes it takes the first rows of the later one that it does not have already.
+
+        num_padding: rows without loss to add, with sample id `NO_ROW`.
+        """
+        ids = self._ids(k, batch_size)
         domains = [self._domain_of_passage[self._rows.documents[i]] for i in ids]
-        return self._rows.batch(ids, domains)
+        return self._rows.batch(ids, domains, num_padding)
+
+    def num_shared(self, texts: Sequence[str]) -> int:
+        """How many of `texts` (`bare_text`) are passages of the target too; empty ones are none."""
+        return sum(1 for text in texts if text and text in self._texts)
+
+    def _ids(self, k: int, batch_size: int) -> list[int]:
+        first_pass, place = divmod(k * batch_size, self.num_rows)
+        ids = self._order_of_pass(first_pass)[place : place + batch_size].tolist()
+        number = first_pass
+        while len(ids) < batch_size:
+            number += 1
+            had = set(ids) if batch_size <= self.num_rows else ()
+            order = [row for row in self._order_of_pass(number).tolist() if row not in had]
+            ids += order[: batch_size - len(ids)]
+        return ids
 
     def _order_of_pass(self, number: int) -> np.ndarray:
         return np.random.default_rng([self._seed, number]).permutation(self.num_rows)
@@ -91,6 +110,7 @@ class EvaluationSet:
                     "held-out text needs a domain in every line"
                 )
             by_domain.setdefault(passage.domain, []).append((number, passage))
+        self.texts = [bare_text(p.text) for found in by_domain.values() for _, p in found]
         packed = {
             name: _dense_rows(by_domain[name], tokenizer, data.sequence_length)
             for name in sorted(by_domain)

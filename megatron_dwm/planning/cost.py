@@ -16,17 +16,18 @@ from megatron_dwm.model import LlamaShape
 from megatron_dwm.model.flops import FORWARD_BACKWARD, llm_forward_flops
 from megatron_dwm.planning.hardware import Gpu
 from megatron_dwm.training.compute import compute_of, encodes_in_chunks, reads_first
-from megatron_dwm.training.stages import plan_stages
+from megatron_dwm.training.stages import first_weighed_step, plan_stages
 from megatron_dwm.weighting.model import WeightingShape
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """FLOPs of the whole machine a step; parts of updates are means over the run's steps.
+    """FLOPs of the whole machine a step, means over the run's steps.
 
     llm: forward and backward.  recompute: again, in the backward pass.
-    weighing: the weighting model on every batch.  reading: a forward pass of the LLM that it waits
-    for.  updates: the LLM's passes of weighting updates.  noise: one more of them in every
+    weighing: the weighting model on the batches of steps, from its first update on, or from the
+    start if it was loaded.  reading: a forward pass of the LLM that it waits for.
+    updates: the LLM's passes of weighting updates.  noise: one more of them in every
     bilevel.noise_interval_updates-th update.  learning: the weighting model's own.
     weighting_precision: what the weighting model multiplies in.
     """
@@ -71,31 +72,40 @@ class Cost:
         return seconds / (gpus * mfu)
 
 
-def cost_of(config: Config, shape: LlamaShape, weighting: WeightingShape, replicas: int) -> Cost:
-    """Of a run on `replicas` copies of the LLM."""
+def cost_of(
+    config: Config, shape: LlamaShape, weighting: WeightingShape | None, replicas: int
+) -> Cost:
+    """Of a run on `replicas` copies of the LLM, as the run itself will count (training/compute.py).
+
+    weighting: None without a weighting model.
+    """
     compute = compute_of(config, shape, weighting, replicas)
     rows = config.training.global_batch_size
     forward = compute.llm_step / FORWARD_BACKWARD
     reading = forward if reads_first(config, rows // replicas) else 0.0
-    weighing = compute.weights_step - reading
+    weights = compute.weights_step - reading
     recompute = _recompute_flops(config, shape)
     fresh = config.weighting.update_on == "fresh"
-    # Of one update: the weighting model forward and backward, on a fresh batch forward once more,
-    # and forward again where it goes through the samples in chunks.
+    # Of one update: the weighting model forward and backward, and forward again where it goes
+    # through the samples in chunks.
     again = encodes_in_chunks(config, rows // replicas)
-    learning = weighing * (FORWARD_BACKWARD + fresh + again)
-    validation = (config.validation.batch_size or rows) / rows
+    learning = weights * (FORWARD_BACKWARD + again)
+    validation = config.passages / rows
     passes = compute.update - learning + recompute * (1 + validation + fresh)
-    num_updates = sum(stage.num_updates for stage in plan_stages(config))
-    steps = config.training.steps
+    stages, steps = plan_stages(config), config.training.steps
+    num_updates = sum(stage.num_updates for stage in stages)
+    weighed_steps = steps - first_weighed_step(config, stages)
+    # A fresh batch is weighed as a step's is, but for the first that a new model learns from.
+    unweighed = 1 if config.weighting.load is None else 0
+    weighed_updates = max(0, num_updates - unweighed) if fresh else 0
     return Cost(
         llm=compute.llm_step,
         recompute=recompute,
-        weighing=weighing,
-        reading=reading,
-        updates=num_updates * passes / steps,
+        weighing=weights * weighed_steps / steps,
+        reading=reading * weighed_steps / steps,
+        updates=(num_updates * passes + weighed_updates * reading) / steps,
         noise=compute.measurements(num_updates) * (compute.noise + recompute) / steps,
-        learning=num_updates * learning / steps,
+        learning=(num_updates * learning + weighed_updates * weights) / steps,
         num_updates=num_updates,
         weighting_precision=_weighting_precision(config),
     )

@@ -130,7 +130,7 @@ def make_plan(config: Config, gpu: Gpu, *, gpus: int, mfu: float) -> Plan:
             stage_memory(config, shape, weighs, world_size=gpus, stage=stage, on_gpu=True)
             for stage in range(pipeline)
         ],
-        cost=cost_of(config, shape, weighting, config.data_parallel_size(gpus)),
+        cost=cost_of(config, shape, weighs, config.data_parallel_size(gpus)),
         traffic=traffic_of(config, shape, weighs, gpus),
         bubble=(pipeline - 1) / schedule,
     )

@@ -24,7 +24,7 @@ _PARTS = {
 _FLOPS = {
     "llm": "LLM forward and backward",
     "recompute": "recomputation",
-    "weighing": "weighting model on every batch",
+    "weighing": "weighting model on steps' batches",
     "reading": "reading the batch first",
     "updates": "updates: passes of the LLM",
     "noise": "updates: signal-to-noise",

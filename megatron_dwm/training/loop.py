@@ -27,6 +27,7 @@ from megatron_dwm.training.checkpoint import load_checkpoint
 from megatron_dwm.training.compute import reads_first
 from megatron_dwm.training.guard import LossSpike, running_mean
 from megatron_dwm.training.last_words import last_word_figures
+from megatron_dwm.training.remarks import remarks
 from megatron_dwm.training.reporter import Reporter, Rows
 from megatron_dwm.training.saving import Saver
 from megatron_dwm.training.session import Session
@@ -81,6 +82,8 @@ class Loop:
 
         Leaves the process with 1 if the state at the end cannot be saved.
         """
+        for remark in remarks(self.session):
+            self._report.progress.warn(remark)
         self._warn_if_nothing_is_learned()
         self._warn_if_nothing_is_profiled()
         try:
@@ -251,10 +254,10 @@ class Loop:
             )
 
     def _lesson(self) -> Lesson:
-        updates = self.session.state.updates
-        return Lesson(
-            val=self.session.validation_batch(updates), measure_noise=self._measures_noise()
-        )
+        updates, interval = self.session.state.updates, self.session.compute.noise_interval
+        measure_noise = interval > 0 and updates % interval == 0
+        val = self.session.validation_batch(updates, halves=measure_noise)
+        return Lesson(val=val, measure_noise=measure_noise)
 
     def _learns_in_step(self, stage: Stage) -> bool:
         """Whether the step that comes makes the update of the next stage."""
@@ -263,12 +266,6 @@ class Loop:
             return False
         border = session.state.step + 1
         return any(later.first_step == border and later.num_updates for later in session.stages)
-
-    def _measures_noise(self) -> bool:
-        bilevel = self.session.config.bilevel
-        if not bilevel.noise_interval_updates or bilevel.estimator == "unroll":
-            return False
-        return self.session.state.updates % bilevel.noise_interval_updates == 0
 
     def _evaluate_if_due(self) -> None:
         """Held-out losses, once for a step; a stop in between leaves them to the resumed run."""

@@ -42,6 +42,7 @@ from megatron_dwm.training.resume import (
 )
 from megatron_dwm.training.run_lock import LOCK, only_job
 from megatron_dwm.training.session import INDEX_CACHE, build_session
+from megatron_dwm.training.stages import plan_stages
 from megatron_dwm.training.state import TrainState
 from megatron_dwm.weighting import weighting_shape
 from megatron_dwm.weighting.model import load_weighting_model
@@ -99,10 +100,17 @@ def check(config: Config) -> tuple[LlamaShape, Tokenizer]:
         )
     validate_config(config, heads_of(shape), world_size_from_environment())
     check_profiling(config.profiling)
-    check_data(config.data, tokenizer)
+    check_data(config.data, tokenizer, _num_samples(config))
     _check_held_out_text(config, tokenizer)
     _check_weighting_model(config, shape, tokenizer)
     return shape, tokenizer
+
+
+def _num_samples(config: Config) -> int:
+    """Of training steps, or of weighting updates where these draw more in an order of their own."""
+    updates = sum(stage.num_updates for stage in plan_stages(config))
+    fresh = updates if config.weighting.update_on == "fresh" else 0
+    return max(config.training.steps, fresh) * config.training.global_batch_size
 
 
 def _check_weighting_model(config: Config, shape: LlamaShape, tokenizer: Tokenizer) -> None:
@@ -137,7 +145,12 @@ def _start_from(llm: LLM, directory: Path) -> None:
 
 def _check_held_out_text(config: Config, tokenizer: Tokenizer) -> None:
     if config.learns or config.policy.name == "validation_mixing":
-        ValidationSet(config.validation, config.data, tokenizer, seed=config.run.seed)
+        target = ValidationSet(config.validation, config.data, tokenizer, seed=config.run.seed)
+        if config.learns and config.weighting.damp_by_noise and target.num_rows < 2:
+            raise UserError(
+                f"weighting.damp_by_noise: {config.validation.path} (validation.path) has one row, "
+                "and noise is measured between halves; give more text or leave it out"
+            )
     if config.evaluation.path is not None:
         EvaluationSet(config.evaluation, config.data, tokenizer)
 

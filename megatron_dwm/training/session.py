@@ -10,6 +10,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from megatron_dwm.bilevel.hypergradient import rows_of_replica
 from megatron_dwm.config import Config
 from megatron_dwm.data import EvaluationSet, TrainingData, ValidationSet
 from megatron_dwm.data.batch import Batch
@@ -21,7 +22,7 @@ from megatron_dwm.training.compute import Compute, compute_of
 from megatron_dwm.training.optimiser import build_optimizer, build_scheduler
 from megatron_dwm.training.stages import Stage, plan_stages
 from megatron_dwm.training.state import TrainState
-from megatron_dwm.weighting import Policy, build_policy, weighting_shape
+from megatron_dwm.weighting import DwmPolicy, Policy, build_policy
 
 INDEX_CACHE = "index_cache"
 """folder of a run for the orders of its samples, where data.cache_dir names no other"""
@@ -120,12 +121,25 @@ class Session:
         dist.all_gather_into_tensor(whole, values_n.contiguous(), group=self.runtime.data_group)
         return whole
 
-    def validation_batch(self, number: int) -> Batch:
-        """This replica's passages of validation batch `number`."""
+    @property
+    def passages(self) -> int:
+        """Passages of a validation batch over all replicas: no row of the target comes twice."""
         assert self.validation is not None
-        size = self.config.validation.batch_size or self.global_batch_size
+        return min(self.config.passages, self.validation.num_rows)
+
+    def validation_batch(self, number: int, *, halves: bool = False) -> Batch:
+        """This replica's passages of validation batch `number`, and rows without loss where the
+        replicas cannot share them out evenly.
+
+        halves: its even and odd rows are then those of the global batch. Which passages these are
+        does not depend on the layout.
+        """
+        assert self.validation is not None
+        micro_batch = self.config.training.micro_batch_size
+        share = rows_of_replica(self.llm, self.passages, micro_batch, halves=halves)
+        size = share * self.runtime.data_size
+        batch = self.validation.batch(number, self.passages, num_padding=size - self.passages)
         rows = self.local_rows(size)
-        batch = self.validation.batch(number, size)
         return batch.rows(rows.start, rows.stop).to(self.runtime.device)
 
 
@@ -146,21 +160,27 @@ def build_session(
     num_updates = sum(stage.num_updates for stage in stages)
     fresh = num_updates > 0 and config.weighting.update_on == "fresh"
     reads_target = num_updates > 0 or config.policy.name == "validation_mixing"
+    policy = build_policy(config, runtime, shape, tokenizer.vocab_size)
+    validation = _validation(config, tokenizer) if reads_target else None
     return Session(
         config=config,
         runtime=runtime,
         llm=llm,
         optimizer=optimizer,
         scheduler=build_scheduler(config.training, optimizer),
-        policy=build_policy(config, runtime, shape, tokenizer.vocab_size),
+        policy=policy,
         stages=stages,
         data=_stream(config, tokenizer, config.training.steps, "training"),
         weighting_data=_stream(config, tokenizer, num_updates, "weighting") if fresh else None,
-        validation=_validation(config, tokenizer) if reads_target else None,
+        validation=validation,
         evaluation=_evaluation(config, tokenizer),
         last_words=_last_words(config, tokenizer),
         compute=compute_of(
-            config, shape, weighting_shape(config, shape, tokenizer.vocab_size), runtime.data_size
+            config,
+            shape,
+            policy.model.shape if isinstance(policy, DwmPolicy) else None,
+            runtime.data_size,
+            target_rows=None if validation is None else validation.num_rows,
         ),
         state=TrainState(),
     )

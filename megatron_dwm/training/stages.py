@@ -40,6 +40,16 @@ def plan_stages(config: Config) -> list[Stage]:
     ]
 
 
+def first_weighed_step(config: Config, stages: list[Stage]) -> int:
+    """The first step (from 0) whose weights a learned weighting model gives: the run's first one
+    with a loaded model, `training.steps` if there is no update.
+    """
+    if config.weighting.load is not None:
+        return 0
+    learned = (stage.first_step for stage in stages if stage.num_updates)
+    return next(learned, config.training.steps)
+
+
 def _staged(steps: int, stages: int, updates: int) -> list[Stage]:
     """Stages of equal length; the first stays as it starts, since Adam's moments are empty."""
     borders = [steps * number // stages for number in range(stages + 1)]

@@ -19,6 +19,7 @@ class TrainState:
     evaluated_step: the last step after which the held-out loss was measured.
     skipped: steps skipped, over the whole run.  skipped_in_a_row: up to now without a step taken.
     passed_over: numbers of steps (from 1) whose batch is not trained on, after a spike of the loss.
+    weighings: global batches that the weighting model has weighed, of steps and of updates.
     mean_loss: running mean that a spike is measured by; None before the first step.
     """
 
@@ -32,3 +33,4 @@ class TrainState:
     skipped_in_a_row: int = 0
     passed_over: list[int] = field(default_factory=list)
     mean_loss: float | None = None
+    weighings: int = 0

@@ -73,7 +73,8 @@ class StepResult:
 class Lesson:
     """What a weighting update learns from besides the training batch.
 
-    val: this replica's passages.  measure_noise: also find the alignments of either half of them.
+    val: this replica's passages.  measure_noise: also find the alignments of either half of them,
+    their even and their odd rows.
     """
 
     val: Batch
@@ -131,12 +132,14 @@ def weighting_update(session: Session, train: Batch, lesson: Lesson) -> UpdateRe
 
 def weighted_pass(session: Session, batch: Batch, *, keep_reading: bool) -> PassResult:
     """Leave g(w) in the gradient buffers, with the policy's weights, which come back (collective).
+    The state counts whether they took a model.
 
     keep_reading: keep what an update of the policy reads.
     """
     llm, policy = session.llm, session.policy
     size, layer = session.config.training.micro_batch_size, session.config.weighting.early_layer
     wanted = policy.needs
+    session.state.weighings += bool(policy.needs)
     if keep_reading:
         assert isinstance(policy, LearningPolicy)
         wanted = wanted | policy.update_needs
@@ -185,9 +188,8 @@ def _learn(
         micro_batch_size=session.config.training.micro_batch_size,
         inner=bilevel.inner_optimizer,
     )
-    halves = lesson.measure_noise and lesson.val.size % 2 == 0
     with phase("hypergradient"):
-        found = hypergradient(problem, bilevel.estimator, halves=halves)
+        found = hypergradient(problem, bilevel.estimator, halves=lesson.measure_noise)
     if not _is_finite_everywhere(session, found):
         return None
     if found.halves_2n is not None:

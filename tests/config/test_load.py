@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -140,7 +139,7 @@ def test_a_good_configuration_passes() -> None:
         (["--weighting.uniform_floor", "1.0"], 1, "weighting.uniform_floor"),
         (["--training.clip_grad=-1"], 1, "training.clip_grad"),
         (["--training.spike_factor", "0.9"], 1, "training.spike_factor"),
-        (["--validation.batch_size", "7"], 1, "validation.batch_size"),
+        (["--validation.batch_size", "0"], 1, "validation.batch_size"),
         ([*DWM, "--weighting.update_on", "training"], 1, "weighting.mode online"),
         ([*DWM, "--weighting.encoder", "llm", "--weighting.early_layer", "3"], 1, "early_layer"),
         ([*DWM, "--weighting.freeze_after", "0"], 1, "freeze_after"),
@@ -156,8 +155,8 @@ def test_a_good_configuration_passes() -> None:
             "noise_interval_updates",
         ),
         (
-            [*DWM, "--weighting.damp_by_noise", "true", "--training.micro_batch_size", "1"],
-            32,
+            [*DWM, "--weighting.damp_by_noise", "true", "--validation.batch_size", "1"],
+            1,
             "validation.batch_size",
         ),
         (["--policy.name", "domain_mean"], 1, "validation.path"),
@@ -197,24 +196,50 @@ def test_their_neighbours_pass(arguments: list[str]) -> None:
     validate_config(load_config([*GOOD, *arguments]), SHAPE, world_size=1)
 
 
-@pytest.mark.parametrize(
-    ("passages", "more", "passes"),
-    [
-        (8, [], True),
-        (4, [], False),
-        (4, ["--bilevel.noise_interval_updates", "0"], True),
-        (4, ["--policy.name", "uniform"], True),
-    ],
-)
-def test_interleaved_stages_want_a_passage_each(
-    passages: int, more: list[str], passes: bool
+LOADED = ["--policy.name", "dwm", "--weighting.load", "w", "--weighting.frozen", "true"]
+ABOUT_LEARNING = [
+    (["--training.steps", "3"], 1, "weighting.stages 5"),
+    (["--weighting.update_on", "training"], 1, "weighting.mode online"),
+    (
+        ["--weighting.damp_by_noise", "true", "--bilevel.noise_interval_updates", "0"],
+        1,
+        "noise_interval_updates",
+    ),
+    (["--weighting.damp_by_noise", "true", "--validation.batch_size", "1"], 1, "2 or more"),
+    (["--bilevel.estimator", "unroll", "--weighting.damp_by_noise", "true"], 1, "measures no"),
+    (["--bilevel.estimator", "unroll", *MICRO], 2, "one process"),
+    (["--bilevel.estimator", "unroll", "--model.recompute", "full"], 1, "recompute none"),
+    (["--bilevel.estimator", "finite_difference", "--model.precision", "bf16"], 1, "fp32"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "world_size", "word"), ABOUT_LEARNING)
+def test_a_frozen_run_keeps_no_rule_about_learning(
+    arguments: list[str], world_size: int, word: str
 ) -> None:
-    """Two replicas of two stages, and halves of the batch between which noise is measured."""
+    """The same that a learning run is refused for; it needs no target either."""
+    validate_config(load_config([*GOOD, *LOADED, *arguments]), SHAPE, world_size)
+    with pytest.raises(UserError, match=word):
+        validate_config(load_config([*GOOD, *DWM, *arguments]), SHAPE, world_size)
+
+
+def test_a_loaded_models_sizes_are_its_own() -> None:
+    """The configured ones play no part, so they are not judged; what weighs alone still is."""
+    validate_config(load_config([*GOOD, *LOADED, "--weighting.hidden_size", "30"]), SHAPE, 1)
+    with pytest.raises(UserError, match="weighting.hidden_size 30"):
+        validate_config(load_config([*GOOD, *DWM, "--weighting.hidden_size", "30"]), SHAPE, 1)
+    with pytest.raises(UserError, match="always weighs 1"):
+        one = ["--training.micro_batch_size", "1"]
+        validate_config(load_config([*GOOD, *LOADED, *one]), SHAPE, 1)
+
+
+@pytest.mark.parametrize("passages", [1, 4, 7])
+def test_any_number_of_passages_goes_through_any_layout(passages: int) -> None:
+    """Rows without loss fill up what two replicas of two interleaved stages do not share out."""
     layout = ["--parallel.pipeline", "2", "--parallel.virtual_stages", "2"]
     sizes = ["--training.micro_batch_size", "2", "--validation.batch_size", str(passages)]
-    config = load_config([*GOOD, *DWM, *GLOBAL, *layout, *sizes, *more])
-    with nullcontext() if passes else pytest.raises(UserError, match="validation.batch_size"):
-        validate_config(config, SHAPE._replace(num_layers=4), 4)
+    config = load_config([*GOOD, *DWM, *GLOBAL, *layout, *sizes])
+    validate_config(config, SHAPE._replace(num_layers=4), 4)
 
 
 def test_missing_data_is_named() -> None:

@@ -13,23 +13,27 @@ import pytest
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.checks import check_data
-from megatron_dwm.data.prefixes import parse_blend
+from megatron_dwm.data.prefixes import parse_blend, read_indexed_file
 from megatron_dwm.tokenizer import Tokenizer
+
+SAMPLES = 64
 
 
 def refused(config: DataConfig, tokenizer: Tokenizer) -> str:
     with pytest.raises(UserError) as caught:
-        check_data(config, tokenizer)
+        check_data(config, tokenizer, SAMPLES)
     message = str(caught.value)
     assert "\n" not in message
     return message
 
 
 def test_good_data_passes(corpus: str, two: list[str], shared: Path, tokenizer: Tokenizer) -> None:
-    check_data(DataConfig(train=[corpus], sequence_length=96), tokenizer)
-    check_data(DataConfig(train=["1", two[0], "2.5", two[1]], sequence_length=96), tokenizer)
+    check_data(DataConfig(train=[corpus], sequence_length=96), tokenizer, SAMPLES)
+    check_data(
+        DataConfig(train=["1", two[0], "2.5", two[1]], sequence_length=96), tokenizer, SAMPLES
+    )
     golden = str(shared / "megatron_golden" / "golden_text_document")
-    check_data(DataConfig(train=[golden], sequence_length=96), tokenizer)
+    check_data(DataConfig(train=[golden], sequence_length=96), tokenizer, SAMPLES)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,7 @@ def test_sequence_longer_than_the_data(
     short = [d for d in documents if d.ids][:1]
     prefix = indexed_writer(tmp_path / "short", short)
     size = len(short[0].ids)
-    check_data(DataConfig(train=[prefix], sequence_length=size - 1), tokenizer)
+    check_data(DataConfig(train=[prefix], sequence_length=size - 1), tokenizer, SAMPLES)
     text = refused(DataConfig(train=[prefix], sequence_length=size), tokenizer)
     assert f"holds {size} tokens" in text and f"at least {size + 1}" in text
     nothing = indexed_writer(tmp_path / "nothing", [d for d in documents if not d.ids])
@@ -120,7 +124,7 @@ def test_sidecar_without_metadata_is_domain_unknown(
 ) -> None:
     prefix = indexed_writer(tmp_path / "p", documents[:50])
     pq.write_table(pa.table({"tokens": list(range(50))}), f"{prefix}.meta.parquet")
-    check_data(DataConfig(train=[prefix], sequence_length=96), tokenizer)
+    check_data(DataConfig(train=[prefix], sequence_length=96), tokenizer, SAMPLES)
 
 
 @pytest.mark.parametrize("change", [{"tokenizer_sha256": "0" * 64}, {"vocab_size": "1000"}])
@@ -143,9 +147,30 @@ def test_token_ids_beyond_the_vocabulary(
     documents: list, tmp_path: Path, tokenizer: Tokenizer, indexed_writer: Callable[..., str]
 ) -> None:
     prefix = indexed_writer(tmp_path / "p", documents[:50], np.int32)
-    check_data(DataConfig(train=[prefix], sequence_length=96), tokenizer)
+    check_data(DataConfig(train=[prefix], sequence_length=96), tokenizer, SAMPLES)
     ids = np.memmap(f"{prefix}.bin", dtype=np.int32, mode="r+")
     ids[17] = 32000
     ids.flush()
     text = refused(DataConfig(train=[prefix], sequence_length=96), tokenizer)
     assert "p.bin holds token id 32000" in text and "has 32000 pieces" in text
+
+
+def test_a_run_that_would_read_the_same_without_end_is_refused(
+    corpus: str, two: list[str], tokenizer: Tokenizer
+) -> None:
+    """A pass has an order of its own: 32,000 of them took a minute and a half without a line."""
+    tokens = read_indexed_file(corpus).num_tokens
+    length = (tokens - 1) // 2  # two samples in a pass
+    long = DataConfig(train=[corpus], sequence_length=length)
+    check_data(long, tokenizer, 2000)
+    with pytest.raises(UserError, match=f"2 samples of data.sequence_length {length}") as caught:
+        check_data(long, tokenizer, 32_000)
+    assert "each 16000 times, expected at most 1000" in str(caught.value)
+    with pytest.raises(UserError, match="needs at least .* more text"):
+        check_data(DataConfig(train=[corpus], sequence_length=tokens), tokenizer, 1)
+    # By the share of the samples that a part of a blend gets.
+    in_pass = [read_indexed_file(prefix).samples_per_epoch(64) for prefix in two]
+    blend = DataConfig(train=["999", two[0], "1", two[1]], sequence_length=64)
+    check_data(blend, tokenizer, 1000 * in_pass[0])
+    with pytest.raises(UserError, match=f"{two[0]}.bin: .* weight in data.train"):
+        check_data(blend, tokenizer, 1010 * in_pass[0])

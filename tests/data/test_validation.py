@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,9 +73,45 @@ def test_batches_are_shuffled_passes_and_depend_on_their_number_alone(
     late = again.batch(40, 10)
     ids = [i for k in range(43) for i in rows.batch(k, 10).sample_ids_B.tolist()]
     assert late.sample_ids_B.tolist() == ids[400:410]
-    first, second = ids[:211], ids[211:422]
-    assert sorted(first) == sorted(second) == list(range(211)) and first != second
+    assert sorted(ids[:211]) == list(range(211)) and ids[:211] != ids[211:422]
     assert rows.batch(0, 500).size == 500  # a batch may be larger than the set
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 7])
+def test_no_row_comes_twice_in_a_batch(tmp_path: Path, tokenizer: Tokenizer, size: int) -> None:
+    """Seven rows. Where a batch lies inside one pass it is that pass's rows, in its order."""
+    lines = [{"text": f"passage number {i} ends here"} for i in range(7)]
+    rows = validation(write(tmp_path / "v.jsonl", lines), tokenizer, "last_word")
+    orders = [np.random.default_rng([3, n]).permutation(7).tolist() for n in range(60)]
+    seen = Counter()
+    for k in range(50):
+        ids = rows.batch(k, size).sample_ids_B.tolist()
+        assert len(set(ids)) == len(ids) == size, (k, ids)
+        number, place = divmod(k * size, 7)
+        inside = orders[number][place : place + size]
+        assert ids[: len(inside)] == inside
+        # Over the border: the next pass's rows in its order, but for those that are there.
+        others = [row for row in orders[number + 1] if row not in inside]
+        assert ids[len(inside) :] == others[: size - len(inside)]
+        seen.update(ids)
+    assert set(seen) == set(range(7))
+
+
+def test_padding_has_neither_loss_nor_a_number(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    lines = [{"text": f"passage number {i} ends here"} for i in range(3)]
+    rows = validation(write(tmp_path / "v.jsonl", lines), tokenizer, "last_word")
+    batch = rows.batch(4, 3, num_padding=2)
+    assert batch.sample_ids_B.tolist() == [*rows.batch(4, 3).sample_ids_B.tolist(), NO_ROW, NO_ROW]
+    assert (batch.loss_mask_BS.sum(dim=1) > 0).tolist() == [True] * 3 + [False] * 2
+
+
+def test_shared_passages_are_counted_by_their_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    target = [{"text": t} for t in ("one two  three", "four five six", "")]
+    rows = validation(write(tmp_path / "v.jsonl", target), tokenizer)
+    texts = ("one two three\n", "seven eight nine", "four five six", "four five six", " ", "four")
+    held = [{"text": t, "meta": {"redpajama_set_name": "A"}} for t in texts]
+    path = write(tmp_path / "e.jsonl", held)
+    assert rows.num_shared(EvaluationSet(EvaluationConfig(path=path), DATA, tokenizer).texts) == 3
 
 
 def test_domains_from_either_key(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -10,7 +10,7 @@ from megatron_dwm.config import Config, PolicyConfig, TrainingConfig, WeightingC
 from megatron_dwm.training.compute import compute_of
 from megatron_dwm.training.session import Session
 from megatron_dwm.training.state import TrainState
-from megatron_dwm.weighting import DwmPolicy, build_policy, weighting_shape
+from megatron_dwm.weighting import DwmPolicy, build_policy
 from tests.tiny import SAMPLES, VOCAB_SIZE, Tiny
 
 
@@ -42,7 +42,10 @@ def session_of(subject: Tiny, micro_batch: int, policy: str = "dwm", **weighting
         evaluation=None,
         last_words=None,
         compute=compute_of(
-            config, shape, weighting_shape(config, shape, VOCAB_SIZE), subject.runtime.data_size
+            config,
+            shape,
+            built.model.shape if isinstance(built, DwmPolicy) else None,
+            subject.runtime.data_size,
         ),
         state=TrainState(),
     )
