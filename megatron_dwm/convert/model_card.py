@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from megatron_dwm.config.printing import printable
 from megatron_dwm.convert.checkpoint_reader import SavedLLM
 
 _STEP = "step_"
@@ -122,5 +123,10 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _table(rows: dict[str, Any]) -> str:
-    lines = [f"| {key} | {str(value).replace('|', '/')} |" for key, value in rows.items()]
+    lines = [f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()]
     return "\n".join(["| | |", "| --- | --- |", *lines]) + "\n"
+
+
+def _cell(value: Any) -> str:
+    """A key or a value, which may come from data, where no part of it ends the cell or the row."""
+    return printable(value).replace("|", "/")

@@ -27,6 +27,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_dwm.config import UserError
 from megatron_dwm.config.load import save_config
+from megatron_dwm.config.printing import printable
 from megatron_dwm.model import LLM, LlamaShape
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.runtime.random_state import random_state, restore_random_state
@@ -177,7 +178,8 @@ def _load_policy(session: Session, rest: dict[str, Any], directory: Path) -> Non
     if before != name:
         if session.runtime.is_main:
             print(
-                f"warning: {directory} has the state of policy {before}; {name} begins anew",
+                f"warning: {printable(directory)} has the state of policy {printable(before)}; "
+                f"{name} begins anew",
                 file=sys.stderr,
                 flush=True,
             )

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_dwm.config import UserError
+from megatron_dwm.config.printing import printable
 from megatron_dwm.runtime import Runtime, rank_from_environment
 from megatron_dwm.training.manifest import (
     checkpoint_dir,
@@ -97,4 +98,4 @@ def _say(directory: Path, damage: str) -> None:
 
 def _print_warning(text: str) -> None:
     if rank_from_environment() == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
