@@ -101,14 +101,15 @@ def _metrics(saved: SavedLLM) -> str:
 
 def _last_lines(path: Path, step: int) -> dict[str, dict[str, Any]]:
     last: dict[str, dict[str, Any]] = {}
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for line in lines:
             try:
-                values = json.loads(line)
-            except ValueError:  # a run that is still writing
+                values = json.loads(line.decode())
+            except (ValueError, RecursionError):  # a run that is still writing
                 continue
-            if values.get("step", 0) <= step:
-                last[values.get("phase", "")] = values
+            is_record = isinstance(values, dict) and type(values.get("step")) is int
+            if is_record and values["step"] <= step:
+                last[str(values.get("phase"))] = values
     return last
 
 

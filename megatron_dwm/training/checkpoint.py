@@ -130,7 +130,10 @@ class CheckpointSave:
         if self._session.runtime.is_main:
             try:
                 shutil.rmtree(self._partial, ignore_errors=True)
-                (self._partial / "llm").mkdir(parents=True)
+                # Not the run directory: one that was removed is not to be there again.
+                self._partial.parent.mkdir(exist_ok=True)
+                self._partial.mkdir()
+                (self._partial / "llm").mkdir()
             except OSError as error:
                 failure = reason(error)
         agree(failure)
