@@ -29,6 +29,7 @@ from megatron_dwm.config import UserError
 from megatron_dwm.config.load import save_config
 from megatron_dwm.config.printing import printable
 from megatron_dwm.model import LLM, LlamaShape
+from megatron_dwm.model.saved_index import data_only
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.runtime.random_state import random_state, restore_random_state
 from megatron_dwm.training.manifest import (
@@ -47,7 +48,6 @@ from megatron_dwm.training.sharded_files import (
     DISK_ERRORS,
     ShardedFiles,
     agree,
-    data_only,
     load_sharded,
     reason,
     save_object,
