@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_dwm.config import UserError
 from megatron_dwm.config.command_line import run_command
+from megatron_dwm.config.printing import printable
 from megatron_dwm.report.run_files import read_metrics
 from megatron_dwm.report.tables import held_out_loss, mean_weight_by_domain
 
@@ -55,7 +56,7 @@ def _row(label: str, values: list[float]) -> None:
     """The baseline's value, then every other run's and its change."""
     base, *others = values
     cells = "".join(f"{value:10.4g}{value - base:+10.3g}" for value in others)
-    print(f"{'  ' + label:32}{base:10.4g}{cells}")
+    print(f"{'  ' + printable(label):32}{base:10.4g}{cells}")
 
 
 def _scores(file: Path) -> dict[str, float]:
@@ -68,7 +69,7 @@ def _print_weights(workdir: Path, metrics: list[dict]) -> None:
     sizes = [line["weight_effective_sample_size"] for line in metrics if line["phase"] == "train"]
     print(f"\nmean weight by domain, last {LAST_STEPS} steps (1 is uniform)")
     for domain, weight in sorted(weights.items(), key=lambda pair: -pair[1]):
-        print(f"{'  ' + domain:32}{weight:10.3f}{'   junk' if domain in JUNK else ''}")
+        print(f"{'  ' + printable(domain):32}{weight:10.3f}{'   junk' if domain in JUNK else ''}")
     recent = sizes[-LAST_STEPS:]
     print(f"{'  effective sample size':32}{sum(recent) / len(recent):10.3f}   of a batch")
 

@@ -14,6 +14,7 @@ import yaml
 
 from megatron_dwm.config import UserError
 from megatron_dwm.config.command_line import run_command
+from megatron_dwm.config.printing import printable
 from megatron_dwm.report.run_files import read_metrics
 from megatron_dwm.report.tables import held_out_loss
 
@@ -40,7 +41,8 @@ def main() -> None:
         "TFLOP",
         "uniform's end reached at step",
     ]
-    print("| | seeds | " + " | ".join(columns) + " |")
+    headings = [printable(name).replace("|", "\\|") for name in columns]
+    print("| | seeds | " + " | ".join(headings) + " |")
     print("| --- " * (len(columns) + 2) + "|")
     for method, by_seed in runs.items():
         cells = [_cell(method, by_seed, runs[BASE], domain) for domain in domains]

@@ -14,6 +14,10 @@ from pathlib import Path
 
 from megatron_dwm.config import UserError
 from megatron_dwm.config.command_line import OneLineParser, run_command
+from megatron_dwm.config.printing import printable
+
+# Line breaks and tabs, and the joiners that emoji and several scripts are written with.
+_IN_TEXT = "\n\t\u200c\u200d"
 
 
 def main() -> None:
@@ -40,7 +44,7 @@ def main() -> None:
         seed=arguments.seed,
     )
     for number, text in enumerate(texts, start=1):
-        print(f"--- {number}\n{text}")
+        print(f"--- {number}\n{printable(text, keep=_IN_TEXT)}")
 
 
 def _parser() -> OneLineParser:

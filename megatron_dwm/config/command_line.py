@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from megatron_dwm.config.errors import RunError, UserError
+from megatron_dwm.config.printing import printable
 
 EXIT_FAILURE = 1
 EXIT_USER_MISTAKE = 2
@@ -38,10 +39,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(EXIT_USER_MISTAKE)
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(EXIT_FAILURE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

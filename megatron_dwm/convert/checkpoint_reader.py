@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import yaml
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import (
@@ -30,7 +31,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_dwm.config import UserError
 from megatron_dwm.model import LlamaShape
-from megatron_dwm.model.saved_index import read_index
+from megatron_dwm.model.saved_index import data_only, read_index
 from megatron_dwm.training.manifest import named_checkpoint
 
 MODEL_PREFIX = "model."
@@ -100,7 +101,11 @@ class SavedLLM:
         assert sum(item.lengths.numel() for item in items) == target.numel(), name
         reader = FileSystemReader(self.tensors_directory)
         reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-        reader.read_data(LoadPlan(items), _Into(target)).wait()
+        with data_only(self.tensors_directory):
+            try:
+                reader.read_data(LoadPlan(items), _Into(target)).wait()
+            except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
+                raise CheckpointingException(f"{name}: {error}") from error
         return target
 
     def _entry(self, name: str) -> TensorStorageMetadata:

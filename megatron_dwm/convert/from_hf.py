@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from megatron_dwm.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_dwm.config.load import save_config
+from megatron_dwm.config.printing import printable
 from megatron_dwm.convert.carried_files import carry, plain_encoder, special_tokens
 from megatron_dwm.convert.checkpoint_reader import (
     HUGGINGFACE_FILES,
@@ -95,7 +96,7 @@ def _write(model: HuggingFaceModel, directory: Path) -> None:
 def _fill(module: GPTModel, model: HuggingFaceModel) -> None:
     parameters = list(global_parameter_names(module, 0))
     if not sys.stderr.isatty():
-        print(f"reading {model.directory}", file=sys.stderr)
+        print(f"reading {printable(model.directory)}", file=sys.stderr)
     for name, parameter in tqdm(parameters, unit="tensor", disable=not sys.stderr.isatty()):
         parameter.copy_(megatron_tensor(model.shape, name, model.read))
 

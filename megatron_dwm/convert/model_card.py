@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from megatron_dwm.config.printing import printable
 from megatron_dwm.convert.checkpoint_reader import SavedLLM
 
 _STEP = "step_"
@@ -100,14 +101,15 @@ def _metrics(saved: SavedLLM) -> str:
 
 def _last_lines(path: Path, step: int) -> dict[str, dict[str, Any]]:
     last: dict[str, dict[str, Any]] = {}
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for line in lines:
             try:
-                values = json.loads(line)
-            except ValueError:  # a run that is still writing
+                values = json.loads(line.decode())
+            except (ValueError, RecursionError):  # a run that is still writing
                 continue
-            if values.get("step", 0) <= step:
-                last[values.get("phase", "")] = values
+            is_record = isinstance(values, dict) and type(values.get("step")) is int
+            if is_record and values["step"] <= step:
+                last[str(values.get("phase"))] = values
     return last
 
 
@@ -122,5 +124,10 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _table(rows: dict[str, Any]) -> str:
-    lines = [f"| {key} | {str(value).replace('|', '/')} |" for key, value in rows.items()]
+    lines = [f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items()]
     return "\n".join(["| | |", "| --- | --- |", *lines]) + "\n"
+
+
+def _cell(value: Any) -> str:
+    """A key or a value, which may come from data, where no part of it ends the cell or the row."""
+    return printable(value).replace("|", "/")

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_dwm.config import UserError
+from megatron_dwm.config.printing import printable
 from megatron_dwm.convert.carried_files import plain_encoder, put_back, special_tokens
 from megatron_dwm.convert.checkpoint_reader import SavedLLM, open_checkpoint
 from megatron_dwm.convert.gate import gate_tokens, require_equal_ids, require_equal_logits
@@ -175,5 +176,5 @@ def _with_progress(
     tensors: Iterable[tuple[str, Tensor]], saved: SavedLLM, total: int
 ) -> Iterable[tuple[str, Tensor]]:
     if not sys.stderr.isatty():
-        print(f"reading {saved.directory}", file=sys.stderr)
+        print(f"reading {printable(saved.directory)}", file=sys.stderr)
     return tqdm(tensors, total=total, unit="tensor", disable=not sys.stderr.isatty())

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.config import UserError
+from megatron_dwm.config.printing import printable
 from megatron_dwm.evaluation.data_files import (
     dataset_of,
     hub_is_reachable,
@@ -82,7 +83,7 @@ def run_harness(
     _hide_bars_without_terminal(language_model)
     scores: list[Score] = []
     for shots in num_fewshot:
-        print(f"evaluating {model} with {shots} shots", file=sys.stderr)
+        print(f"evaluating {printable(model)} with {shots} shots", file=sys.stderr)
         # Its standard output would stand before our table.
         with redirect_stdout(sys.stderr), _truncations_counted(shots), _records_blamed():
             results = evaluate(

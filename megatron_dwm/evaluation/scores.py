@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.config import UserError
+from megatron_dwm.config.printing import printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,7 @@ def _key(score: Score) -> tuple[str, int, str]:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
     return "\n".join(_join(line, widths) for line in lines)

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import Module, Parameter
 
 from megatron_dwm.config import ModelConfig, ParallelConfig
+from megatron_dwm.config.printing import printable
 from megatron_dwm.model.initialise import initialise_parameters
 from megatron_dwm.model.layers import (
     LayerChoice,
@@ -191,7 +192,7 @@ def build_llm(
 def _announce(choice: LayerChoice, model: ModelConfig, runtime: Runtime) -> None:
     line = choice.message(model)
     if line is not None and runtime.is_main:
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+        print(f"warning: {printable(line)}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.config.printing import printable
 from megatron_dwm.preprocess.documents import DocumentSettings
 from megatron_dwm.preprocess.encoding import EncodeSettings, token_dtype
 from megatron_dwm.preprocess.inputs import (
@@ -51,7 +52,7 @@ class Stopped(Exception):
 
 def warn(message: str) -> None:
     """One line for the user that is no error."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def preprocess(

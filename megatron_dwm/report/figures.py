@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.config.printing import printable
 from megatron_dwm.report.tables import Series
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def _figure(width_inches: float, height_inches: float) -> Figure:
 
 
 def _clean(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title, fontsize=_FONT_POINTS + 1, loc="left")
+    axes.set_title(_as_written(title), fontsize=_FONT_POINTS + 1, loc="left")
     axes.set_xlabel(x, fontsize=_FONT_POINTS)
     axes.set_ylabel(y, fontsize=_FONT_POINTS)
     axes.tick_params(labelsize=_FONT_POINTS - 1)
@@ -116,8 +117,13 @@ def _line(axes: Axes, series: Series, number: int, label: str, dash: Dash) -> No
         linestyle=dash,
         linewidth=1.8,
         marker="o" if len(series.step) == 1 else None,
-        label=label,
+        label=_as_written(label),
     )
+
+
+def _as_written(text: str) -> str:
+    """Text that comes from data: no dollar sign of it begins a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def _colour(number: int) -> str:
@@ -156,7 +162,7 @@ def _name_lines(axes: Axes, ends: Mapping[str, float]) -> None:
     for name, place in zip(names, places, strict=True):
         number = list(ends).index(name)
         axes.annotate(
-            f"{name}  {ends[name]:.2f}",
+            _as_written(f"{name}  {ends[name]:.2f}"),
             xy=(1.0, (ends[name] - low) / (high - low)),
             xycoords="axes fraction",
             xytext=(1.06, place),

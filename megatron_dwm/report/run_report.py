@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.config.printing import printable
 from megatron_dwm.report.figures import draw_losses, draw_weight_by_domain
 from megatron_dwm.report.run_files import read_metrics, read_weights
 from megatron_dwm.report.tables import (
@@ -60,7 +61,7 @@ def _say_what_is_missing(metrics: Mapping[str, Sequence[dict[str, Any]]]) -> Non
     """A step that was skipped has no loss to draw: a gap in a curve has a reason."""
     for name, lines in metrics.items():
         for reason, count in skipped(lines).items():
-            print(f"{name}: skipped {count} times: {reason}", file=sys.stderr)
+            print(printable(f"{name}: skipped {count} times: {reason}"), file=sys.stderr)
 
 
 def _target(wanted: str | None, known: Sequence[str]) -> str | None:

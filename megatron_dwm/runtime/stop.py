@@ -2,8 +2,9 @@
 
 SIGTERM, SIGUSR1 and SIGUSR2, or a file `stop` in the run directory, ask for a checkpoint and the
 end of the run; a file `save` asks for a checkpoint. A signal may reach one process only, so every
-poll is one all-reduce of four bytes over the world (none in one process), and two look-ups of file
-names in the main process. A file is removed when it has been seen.
+poll is one all-reduce of four bytes over the world (none in one process), and four look-ups of file
+names in the main process. A file is removed when it has been seen. In the same place a run ends
+whose directory is gone.
 
 A second signal ends the process at once. Launchers and Slurm both deliver the first one, so that
 what comes within `REPEAT_S` of it counts as the same.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
@@ -23,6 +24,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from megatron_dwm.config import RunError
 from megatron_dwm.runtime.bring_up import Runtime
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -35,6 +37,7 @@ class Request(IntEnum):
     NONE = 0
     SAVE = 1
     STOP = 2
+    LOST = 3
 
 
 class StopSignals:
@@ -69,23 +72,41 @@ def stop_signals() -> Iterator[StopSignals]:
 class StopPoll:
     """The same answer in every process."""
 
-    def __init__(self, runtime: Runtime, run_dir: Path, told: StopSignals) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        run_dir: Path,
+        told: StopSignals,
+        is_lost: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """is_lost: whether the run directory is gone, asked of the main process."""
         self._runtime = runtime
+        self._is_lost = is_lost
         self._run_dir = run_dir
         self._told = told
         self._found_file = False
         self._answer = torch.zeros(1, dtype=torch.int32, device=runtime.device)
 
     def poll(self) -> Request:
-        """What has been asked for since the last poll; STOP by a signal stays (collective)."""
+        """What has been asked for since the last poll; STOP by a signal stays (collective).
+
+        Raises RunError, on every rank, if the run directory is gone.
+        """
         mine = Request.NONE if self._told.received is None else Request.STOP
         if self._runtime.is_main:
-            mine = max(mine, self._from_files())
-        if self._runtime.world_size == 1:
-            return mine
-        self._answer.fill_(int(mine))
-        dist.all_reduce(self._answer, op=dist.ReduceOp.MAX)
-        return Request(int(self._answer))
+            mine = Request.LOST if self._is_lost() else max(mine, self._from_files())
+        if self._runtime.world_size > 1:
+            self._answer.fill_(int(mine))
+            dist.all_reduce(self._answer, op=dist.ReduceOp.MAX)
+            mine = Request(int(self._answer))
+        if mine is Request.LOST:
+            raise RunError(
+                f"run.dir: {self._run_dir} was removed, moved or replaced while the run was "
+                "training in it, and what it has learned since the last checkpoint has no place to "
+                "go; bring the directory back, or name its new place, and go on with "
+                "--run.resume true"
+            )
+        return mine
 
     @property
     def reason(self) -> str:

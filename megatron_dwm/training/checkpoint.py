@@ -27,7 +27,9 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_dwm.config import UserError
 from megatron_dwm.config.load import save_config
+from megatron_dwm.config.printing import printable
 from megatron_dwm.model import LLM, LlamaShape
+from megatron_dwm.model.saved_index import data_only
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.runtime.random_state import random_state, restore_random_state
 from megatron_dwm.training.manifest import (
@@ -47,7 +49,6 @@ from megatron_dwm.training.sharded_files import (
     DISK_ERRORS,
     ShardedFiles,
     agree,
-    data_only,
     load_sharded,
     reason,
     save_object,
@@ -130,7 +131,10 @@ class CheckpointSave:
         if self._session.runtime.is_main:
             try:
                 shutil.rmtree(self._partial, ignore_errors=True)
-                (self._partial / "llm").mkdir(parents=True)
+                # Not the run directory: one that was removed is not to be there again.
+                self._partial.parent.mkdir(exist_ok=True)
+                self._partial.mkdir()
+                (self._partial / "llm").mkdir()
             except OSError as error:
                 failure = reason(error)
         agree(failure)
@@ -177,7 +181,8 @@ def _load_policy(session: Session, rest: dict[str, Any], directory: Path) -> Non
     if before != name:
         if session.runtime.is_main:
             print(
-                f"warning: {directory} has the state of policy {before}; {name} begins anew",
+                f"warning: {printable(directory)} has the state of policy {printable(before)}; "
+                f"{name} begins anew",
                 file=sys.stderr,
                 flush=True,
             )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_dwm.bilevel import ESTIMATORS, Problem
 from megatron_dwm.config import Config
+from megatron_dwm.config.printing import printable
 from megatron_dwm.config.validate import validate_layout, validate_options
 from megatron_dwm.data import Batch
 from megatron_dwm.model import LLM, build_llm, clear_gradients, forward_backward, resolve_shape
@@ -182,4 +183,4 @@ def _layout(config: Config, runtime: Runtime) -> str:
 
 def _say(runtime: Runtime, what: str, finding: str) -> None:
     if runtime.is_main:
-        print(f"{what:20}{finding}", flush=True)
+        print(f"{what:20}{printable(finding)}", flush=True)

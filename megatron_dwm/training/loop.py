@@ -327,6 +327,7 @@ class Loop:
             return
         directory = self.session.run_dir / "weighting" / f"stage_{stage.number}"
         try:
+            directory.parent.mkdir(exist_ok=True)  # not the run directory, if it was removed
             policy.save(directory)
         except OSError as error:
             self._report.progress.warn(f"{directory} could not be written: {error}")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.config import UserError
+from megatron_dwm.config.printing import printable
 from megatron_dwm.training.state import TrainState
 
 MANIFEST = "manifest.json"
@@ -166,7 +167,8 @@ def named_checkpoint(path: Path) -> Path:
         damage = damage_of(directory)
         if damage is None:
             return directory
-        print(f"warning: {directory} is damaged: {damage}; taking the one before", file=sys.stderr)
+        what = printable(f"{directory} is damaged: {damage}")
+        print(f"warning: {what}; taking the one before", file=sys.stderr)
     raise UserError(f"{path}: none of its checkpoints is whole; bring back a copy of one")
 
 

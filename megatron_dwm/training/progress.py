@@ -8,6 +8,7 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
+from megatron_dwm.config.printing import printable
 from megatron_dwm.training.step import StepResult
 
 
@@ -49,16 +50,16 @@ class Progress:
     def note(self, text: str) -> None:
         """A line beside the progress."""
         if self._bar is not None:
-            self._bar.write(text)
+            self._bar.write(printable(text))
         elif self._shown:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def warn(self, text: str) -> None:
         """A warning on stderr, once said beside the progress."""
         if self._bar is not None:
-            self._bar.write(f"warning: {text}", file=sys.stderr)
+            self._bar.write(f"warning: {printable(text)}", file=sys.stderr)
         elif self._shown:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the terminal tidy."""

@@ -1,23 +1,25 @@
 """What a run leaves to read: metrics.jsonl, TensorBoard events and weights/*.parquet.
 
-Only the main process writes. A resumed run first drops what lies beyond its checkpoint, so every
-step appears once.
+Only the main process writes. A resumed run first drops what lies beyond its checkpoint
+(recorded.py), so every step appears once.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Sequence
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from megatron_dwm.data.batch import Batch
+from megatron_dwm.training.board import Board
+from megatron_dwm.training.recorded import UPDATES, drop_records_after, set_aside
 from megatron_dwm.training.state import TrainState
 from megatron_dwm.weighting.concentration import effective_sample_size, normalised_entropy
 
@@ -32,10 +34,6 @@ _WEIGHT_SCHEMA = pa.schema(
         ("alignment", pa.float32()),
     ]
 )
-
-_UPDATES = b"updates"
-"""key of a Parquet file's metadata: weighting updates made when it was written"""
-_STEP_PHASES = ("train", "skipped")
 
 
 def weight_statistics(weights_n: Tensor) -> dict[str, float]:
@@ -53,15 +51,16 @@ def weight_statistics(weights_n: Tensor) -> dict[str, float]:
 class MetricsWriter:
     """Appends to metrics.jsonl, one object a line, and to TensorBoard.
 
-    What a full disk does not take is kept, and written when there is room again.
+    What a full disk does not take is kept, and written when there is room again. The file stays
+    open, so that one that was removed can be made again.
     """
 
     def __init__(self, run_dir: Path, *, tensorboard: bool, warn: Callable[[str], None]) -> None:
         self._path = run_dir / "metrics.jsonl"
-        self._file = self._path.open("ab", buffering=0)
+        self._file = self._path.open("a+b", buffering=0)
         self._pending = b""
         self._warn = warn
-        self._board = SummaryWriter(str(run_dir / "tensorboard")) if tensorboard else None
+        self._board = Board(run_dir / "tensorboard", warn) if tensorboard else None
 
     def write(self, line: dict[str, Any]) -> None:
         """Write one line; its `phase` and `step` name the TensorBoard series and abscissa."""
@@ -73,17 +72,38 @@ class MetricsWriter:
         except OSError as error:
             if had_room:
                 self._warn(f"{self._path}: {error.strerror}; lines are kept until there is room")
-        if self._board is None:
-            return
-        for name, value in _scalars(line).items():
-            self._board.add_scalar(f"{line['phase']}/{name}", value, line["step"])
+        if self._board is not None:
+            curves = {f"{line['phase']}/{name}": value for name, value in _scalars(line).items()}
+            self._board.add(line["step"], curves)
 
     def reopen_at(self, state: TrainState) -> None:
         """Forget what comes after `state`."""
         self._file.close()
         self._pending = b""
-        drop_records_after(self._path.parent, state)
-        self._file = self._path.open("ab", buffering=0)
+        drop_records_after(self._path.parent, state, self._warn)
+        self._file = self._path.open("a+b", buffering=0)
+
+    def make_whole(self) -> None:
+        """Make the file again if it was removed or another one put into its place.
+
+        Raises OSError.
+        """
+        there = self._path.stat() if self._path.exists() else None
+        if there and os.path.samestat(there, os.fstat(self._file.fileno())):
+            return
+        aside = set_aside(self._path, "replaced") if there else None
+        self._copy_back()
+        kept = f"; what lay in its place is {aside.name}" if aside else ""
+        self._warn(f"{self._path} was removed: it is made again, whole{kept}")
+
+    def _copy_back(self) -> None:
+        partial = self._path.with_suffix(".partial")
+        with partial.open("wb") as copy:
+            self._file.seek(0)
+            shutil.copyfileobj(self._file, copy)
+        partial.rename(self._path)
+        self._file.close()
+        self._file = self._path.open("a+b", buffering=0)
 
     def close(self) -> None:
         """Close both files."""
@@ -145,7 +165,7 @@ class WeightRecorder:
         name = f"steps_{self._steps[0]:08d}_{self._steps[-1]:08d}.parquet"
         partial = self._dir / f".{name}.partial"
         table = pa.concat_tables(self._tables).unify_dictionaries()
-        pq.write_table(table.replace_schema_metadata({_UPDATES: str(updates)}), partial)
+        pq.write_table(table.replace_schema_metadata({UPDATES: str(updates)}), partial)
         partial.rename(self._dir / _free_name(self._dir, name))
         self.forget()
 
@@ -155,59 +175,3 @@ def _free_name(directory: Path, name: str) -> str:
     stem = name.removesuffix(".parquet")
     names = [name, *(f"{stem}_{number}.parquet" for number in range(1, 1000))]
     return next(candidate for candidate in names if not (directory / candidate).exists())
-
-
-def recorded_steps(run_dir: Path) -> int:
-    """How many steps metrics.jsonl has; 0 without it."""
-    file = run_dir / "metrics.jsonl"
-    if not file.is_file():
-        return 0
-    everything = TrainState(step=sys.maxsize)
-    records = (_known(line, everything) for line in file.read_text(errors="replace").splitlines())
-    return len({r["step"] for r in records if r is not None and r.get("phase") in _STEP_PHASES})
-
-
-def drop_records_after(run_dir: Path, state: TrainState) -> int:
-    """Remove lines and weight records that a checkpoint's state does not know of.
-
-    How many of its steps metrics.jsonl does not have comes back.
-    """
-    metrics = run_dir / "metrics.jsonl"
-    steps: set[int] = set()
-    if metrics.is_file():
-        lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [(line, record) for line in lines if (record := _known(line, state)) is not None]
-        partial = metrics.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line, _ in kept), encoding="utf-8")
-        partial.rename(metrics)
-        steps = {record["step"] for _, record in kept if record["phase"] in _STEP_PHASES}
-    for file in _weight_files(run_dir):
-        _, first, last = file.stem.split("_")[:3]
-        beyond = int(last) > state.step or int(first) > state.step
-        if beyond or _updates_of(file) > state.updates:
-            file.unlink()
-    return state.step - len(steps)
-
-
-def _weight_files(run_dir: Path) -> Sequence[Path]:
-    return sorted((run_dir / "weights").glob("steps_*.parquet"))
-
-
-def _updates_of(file: Path) -> int:
-    """Updates made when the file was written; one that cannot be read is of no use."""
-    try:
-        return int((pq.read_schema(file).metadata or {}).get(_UPDATES, b"0"))
-    except (OSError, pa.ArrowInvalid):
-        return sys.maxsize
-
-
-def _known(line: str, state: TrainState) -> dict[str, Any] | None:
-    """The record of a line, or None if a checkpoint's state does not know of it."""
-    try:
-        record = json.loads(line)
-    except ValueError:  # the process died while it wrote this line
-        return None
-    if "update" in record:
-        return record if record["update"] <= state.updates else None
-    limit = state.evaluated_step if record["phase"] == "evaluation" else state.step
-    return record if record["step"] <= limit else None

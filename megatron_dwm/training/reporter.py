@@ -6,6 +6,7 @@ Every method is called by all ranks, since what it reports is gathered; the main
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ from functools import partial
 from torch import Tensor
 
 from megatron_dwm.bilevel import Hypergradient
+from megatron_dwm.config.load import save_config
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.training.progress import Progress
 from megatron_dwm.training.records import MetricsWriter, WeightRecorder, weight_statistics
@@ -31,6 +33,7 @@ class Reporter:
     def __init__(self, session: Session) -> None:
         self._session = session
         config, runtime = session.config, session.runtime
+        self._place = session.run_dir.stat()
         self.progress = Progress(
             shown=runtime.is_main,
             first_step=session.state.step,
@@ -47,6 +50,7 @@ class Reporter:
         self._weights = WeightRecorder(session.run_dir) if runtime.is_main else None
         self._watch = Watch(config, warn=warn)
         self._clock_s = time.monotonic()
+        self._said_gone = False
 
     def step(self, stage: Stage, result: StepResult) -> None:
         """A step that was taken; the state counts it already."""
@@ -159,6 +163,7 @@ class Reporter:
         if self._metrics is None:
             return
         self._lap()
+        self._make_whole()
         state = self._session.state
         line = {"step": state.step, "stage": stage.number, "phase": phase, **values}
         counts = {
@@ -167,6 +172,31 @@ class Reporter:
             "seconds": round(state.seconds, 3),
         }
         self._metrics.write({**line, **counts})
+
+    def _make_whole(self) -> None:
+        """Make metrics.jsonl and config.yaml again if they were removed.
+
+        Without them the directory holds no run that could go on or be read.
+        If the directory itself is gone or another, the run ends instead (runtime/stop.py).
+        """
+        assert self._metrics is not None
+        run_dir, config = self._session.run_dir, self._session.run_dir / "config.yaml"
+        try:
+            if not os.path.samestat(run_dir.stat(), self._place):
+                return
+            self._metrics.make_whole()
+            if not config.is_file():
+                save_config(self._session.config, config)
+                self.progress.warn(f"{config} was removed: it is made again")
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if not self._said_gone:
+                self._said_gone = True
+                self.progress.warn(
+                    f"metrics.jsonl or config.yaml was removed from {run_dir} and cannot be made "
+                    f"again: {error.strerror}"
+                )
 
     def _lap(self) -> None:
         """Add the time since the last lap to the run's."""

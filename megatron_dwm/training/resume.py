@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_dwm.config import UserError
+from megatron_dwm.config import TrainingConfig, UserError
+from megatron_dwm.config.printing import printable
 from megatron_dwm.runtime import Runtime, rank_from_environment
+from megatron_dwm.training.first_checkpoint import ever_had_checkpoint
 from megatron_dwm.training.manifest import (
     checkpoint_dir,
     find_damage,
@@ -22,7 +24,7 @@ from megatron_dwm.training.manifest import (
     set_aside,
     tidy,
 )
-from megatron_dwm.training.records import recorded_steps
+from megatron_dwm.training.recorded import recorded_steps
 
 
 def newest_whole_checkpoint(run_dir: Path, runtime: Runtime) -> Path | None:
@@ -52,28 +54,46 @@ def newest_whole_checkpoint(run_dir: Path, runtime: Runtime) -> Path | None:
     return None
 
 
-def require_no_loss(run_dir: Path, interval_steps: int) -> None:
+def require_no_loss(run_dir: Path, training: TrainingConfig) -> None:
     """Raise UserError if a run without a whole checkpoint once had one; else say it begins again.
 
-    interval_steps: between checkpoints, 0 for none. A first checkpoint may have been under way for
-    up to another interval.
+    training: as the run was started with.
     """
     lost = sorted(path.name for path in (run_dir / "checkpoints").glob("step_*.damaged"))
-    steps = recorded_steps(run_dir)
-    if lost or (interval_steps and steps > 2 * interval_steps):
-        what = f"only {', '.join(lost)}" if lost else f"none, though {steps} steps are recorded"
+    steps, noted = len(recorded_steps(run_dir)), ever_had_checkpoint(run_dir)
+    had_one = _must_have_had_one(run_dir, training) if noted is None else noted
+    if lost or had_one:
+        why = "one was completed" if noted else f"{steps} steps are recorded"
+        what = f"only {', '.join(lost)}" if lost else f"none, though {why}"
         raise UserError(
             f"run.dir: of the checkpoints of {run_dir} there is {what}; bring back a copy of one, "
             "or choose another run.dir to begin again"
         )
     if steps:
-        _print_warning(f"{run_dir} has no checkpoint: its {steps} steps are trained again")
+        print_warning(
+            f"{run_dir} has no checkpoint{' and never had one' if noted is False else ''}: its "
+            f"{steps} steps are trained again"
+        )
+
+
+def _must_have_had_one(run_dir: Path, training: TrainingConfig) -> bool:
+    """Whether the steps of a run without a note show that a checkpoint was over and done with.
+
+    One is begun after the first step that is taken from an interval's end on (in trouble it waits)
+    and is over before the next step; beside training (checkpoint_async), before the next is begun.
+    """
+    taken, interval = recorded_steps(run_dir, ("train",)), training.checkpoint_interval_steps
+    begun = 0
+    for _ in range(2 if training.checkpoint_async else 1):
+        due = (begun // interval + 1) * interval if interval else sys.maxsize
+        begun = next((step for step in taken if step >= due), sys.maxsize)
+    return bool(taken) and taken[-1] > begun
 
 
 def say_what_has_no_effect(keys: list[str], checkpoint: Path) -> None:
     """keys: those that a resumed run has changed in vain."""
     for key in keys:
-        _print_warning(f"{key}: changed, with no effect: the run goes on from {checkpoint}")
+        print_warning(f"{key}: changed, with no effect: the run goes on from {checkpoint}")
 
 
 def _damage(directory: Path, runtime: Runtime) -> str | None:
@@ -95,12 +115,13 @@ def _damage(directory: Path, runtime: Runtime) -> str | None:
 
 
 def _say(directory: Path, damage: str) -> None:
-    _print_warning(
+    print_warning(
         f"checkpoint {directory} is damaged: {damage}; it is set aside as "
         f"{directory.name}.damaged and the one before it is next"
     )
 
 
-def _print_warning(text: str) -> None:
+def print_warning(text: str) -> None:
+    """A warning of the main process, before there is a progress to say it beside."""
     if rank_from_environment() == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"warning: {printable(text)}", file=sys.stderr, flush=True)

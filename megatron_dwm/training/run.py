@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -32,11 +31,13 @@ from megatron_dwm.training.fingerprint import (
     refuse_changes,
     without_effect,
 )
+from megatron_dwm.training.first_checkpoint import note_start
 from megatron_dwm.training.loop import Loop, is_finished
 from megatron_dwm.training.manifest import list_checkpoints, read_manifest, require_whole
-from megatron_dwm.training.records import drop_records_after
+from megatron_dwm.training.recorded import drop_records_after
 from megatron_dwm.training.resume import (
     newest_whole_checkpoint,
+    print_warning,
     require_no_loss,
     say_what_has_no_effect,
 )
@@ -58,13 +59,13 @@ def run(config: Config) -> None:
     before = _run_to_resume(config)
     with (
         stop_signals() as told,
-        _claimed(run_dir),
+        _claimed(run_dir) as is_lost,
         bring_up(config.parallel, config.run.seed) as runtime,
     ):
         newest = newest_whole_checkpoint(run_dir, runtime) if before else None
         marks = fingerprint(config, shape)
         if before and newest is None:
-            require_no_loss(run_dir, before.training.checkpoint_interval_steps)
+            require_no_loss(run_dir, before.training)
         state = _state_to_resume(config, newest, marks)
         if is_finished(config, state):
             if runtime.is_main:
@@ -79,9 +80,9 @@ def run(config: Config) -> None:
             _start_from(session.llm, Path(config.model.init_from))
             session.optimizer.reload_model_params()
         if runtime.is_main:
-            _take_up(config, state)
+            _take_up(config, state, had_checkpoint=newest is not None)
         runtime.barrier()
-        Loop(session, StopPoll(runtime, run_dir, told), marks, newest).run()
+        Loop(session, StopPoll(runtime, run_dir, told, is_lost), marks, newest).run()
 
 
 def check(config: Config) -> tuple[LlamaShape, Tokenizer]:
@@ -214,10 +215,10 @@ def _require_writable(run_dir: Path) -> None:
 
 
 @contextmanager
-def _claimed(run_dir: Path) -> Iterator[None]:
-    """The main process holds the directory for the job."""
-    with only_job(run_dir) if rank_from_environment() == 0 else nullcontext():
-        yield
+def _claimed(run_dir: Path) -> Iterator[Callable[[], bool]]:
+    """The main process holds the directory for the job; whether it has lost it."""
+    with only_job(run_dir) if rank_from_environment() == 0 else nullcontext() as held:
+        yield (lambda: False) if held is None else held.is_lost
 
 
 def _state_to_resume(config: Config, newest: Path | None, marks: dict[str, str]) -> TrainState:
@@ -232,21 +233,20 @@ def _state_to_resume(config: Config, newest: Path | None, marks: dict[str, str])
     return manifest.state
 
 
-def _take_up(config: Config, state: TrainState) -> None:
+def _take_up(config: Config, state: TrainState, *, had_checkpoint: bool) -> None:
     """Write the resolved configuration; drop what a resumed run will write again."""
     run_dir = Path(config.run.dir)
     try:
-        missing = drop_records_after(run_dir, state)
+        missing = drop_records_after(run_dir, state, print_warning)
         save_config(config, run_dir / "config.yaml")
+        note_start(run_dir, had_one=had_checkpoint)
     except OSError as error:
         raise UserError(
             f"run.dir: {error.filename or run_dir} cannot be written ({error.strerror}); make room "
             "or give leave, and start again: nothing is lost"
         ) from error
     if missing:
-        print(
-            f"warning: {run_dir / 'metrics.jsonl'} lacks {missing} of the {state.step} steps up to "
-            "the checkpoint: it was removed or cut short, and they are not made up",
-            file=sys.stderr,
-            flush=True,
+        print_warning(
+            f"{run_dir / 'metrics.jsonl'} lacks {missing} of the {state.step} steps up to "
+            "the checkpoint: it was removed or cut short, and they are not made up"
         )

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.training.checkpoint import CheckpointSave
+from megatron_dwm.training.first_checkpoint import note_checkpoint
 from megatron_dwm.training.manifest import remove_old
 from megatron_dwm.training.session import Session
 from megatron_dwm.training.sharded_files import SaveError
@@ -92,13 +93,16 @@ class Saver:
             self._refused(error)
             return False
         if self._session.runtime.is_main:
-            training = self._session.config.training
-            remove_old(
-                self._session.run_dir,
-                keep_last=training.keep_last,
-                keep_every=training.keep_every,
-            )
+            self._after_a_whole_one()
         return True
+
+    def _after_a_whole_one(self) -> None:
+        run_dir, training = self._session.run_dir, self._session.config.training
+        try:
+            note_checkpoint(run_dir)
+        except OSError as error:  # noted with the next one
+            self._warn(f"{run_dir} cannot be written: {error.strerror}")
+        remove_old(run_dir, keep_last=training.keep_last, keep_every=training.keep_every)
 
     def _refused(self, error: SaveError) -> None:
         kept = f"{self.newest.name} is whole" if self.newest else "there is none yet"

@@ -16,7 +16,6 @@ for as long as Megatron-Core's reader runs: it asks for `weights_only=False`
 from __future__ import annotations
 
 import os
-import pickle
 import queue
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,8 +33,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from torch import Tensor
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_dwm.config import UserError
-from megatron_dwm.model.saved_index import read_index
+from megatron_dwm.model.saved_index import data_only, read_index
 from megatron_dwm.training.manifest import FileRecord, record_file
 from megatron_dwm.training.sharded_plan import BACKEND, VERSION, RankFile, SavePlan
 
@@ -191,7 +189,7 @@ def _raise_first(failures: list[str | None]) -> None:
 def load_sharded(state: ShardedStateDict, directory: Path) -> StateDict:
     """What `state` asks for, from a directory that need not be trusted (collective).
 
-    Raises UserError if a file in it names code.
+    Raises UserError if a file in it names code or cannot be read.
     """
     with data_only(directory), _weights_only():
         read_index(directory)
@@ -205,19 +203,6 @@ def saved_names(directory: Path) -> set[str]:
     """
     with data_only(directory):
         return set(read_index(directory).state_dict_metadata)
-
-
-@contextmanager
-def data_only(path: Path) -> Iterator[None]:
-    """A restricted unpickler's refusal becomes one line that names `path`."""
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        reason = str(error).replace("\n", " ")[:200]
-        raise UserError(
-            f"{path}: it holds something else than data, and nothing of it was run; take a "
-            f"checkpoint from whom you trust ({reason})"
-        ) from error
 
 
 @contextmanager

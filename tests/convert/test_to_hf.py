@@ -178,7 +178,11 @@ def test_model_card_tells_the_run(checkpoints: dict[str, Saved], tmp_path: Path)
         {"step": 20, "phase": "evaluation", "domain_loss": {"books": 5.125}},
         {"step": 30, "phase": "train", "loss": 1.0},
     ]
-    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n{broken")
+    forged = {"step": 19, "phase": "weighting", "domain_loss": {"a\nb | c": 1.0}}
+    foreign = ["[1, 2]", "null", '{"step": "x"}', json.dumps(forged), "{broken"]
+    (run / "metrics.jsonl").write_text("\n".join([*map(json.dumps, lines), *foreign]))
+    with (run / "metrics.jsonl").open("ab") as stream:
+        stream.write(b"\n\xff\n")
     export = export_to_huggingface(run, tmp_path / "hf")
     card = (tmp_path / "hf/README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
@@ -186,6 +190,7 @@ def test_model_card_tells_the_run(checkpoints: dict[str, Saved], tmp_path: Path)
         "# my_run, step 00000020",
         "| loss | 6.25 |",
         "| domain_loss: books | 5.125 |",
+        "| domain_loss: a\\nb / c | 1 |",
         "| policy (who weighs the samples) | uniform |",
         f"{export.logits_deviation:.1e} of the largest logit",
         "norm_epsilon: 0.0001",

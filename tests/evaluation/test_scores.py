@@ -44,6 +44,13 @@ def test_every_metric_is_a_score() -> None:
     assert (f1.metric, f1.value, f1.standard_error) == ("f1", 0.25, None)
 
 
+def test_a_name_forges_no_line_of_the_table() -> None:
+    forged = replace(read_scores(RESULTS)[0], task="quiz\x1b[1A\nother", metric="a\rb")
+    lines = format_table([forged], {"their\nscores": [forged]}).splitlines()
+    assert len(lines) == 3 and len({len(line) for line in lines}) == 1
+    assert lines[2].startswith(r"quiz\x1b[1A\nother  2      a\rb")
+
+
 def test_table_lines_up() -> None:
     lines = format_table(read_scores(RESULTS)).splitlines()
     assert len(lines) == 4

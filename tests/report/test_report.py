@@ -135,6 +135,31 @@ def test_drawn_lines_carry_these_numbers(
         assert np.array_equal(shown[name], expected)
 
 
+def test_names_of_domains_are_drawn_as_they_are_written(
+    make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dollar sign begins no formula, and a step's reason no line of the terminal."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    run, name = make_run(tmp_path / "run"), "a$\\frac$\nb$"
+    table = pq.read_table(run / "weights" / "005.parquet")
+    domains = [name if d == "web" else d for d in table["domain"].to_pylist()]
+    table = table.set_column(table.column_names.index("domain"), "domain", [domains])
+    pq.write_table(table, run / "weights" / "005.parquet")
+    with (run / "metrics.jsonl").open("a") as stream:
+        evaluation = {"step": 1000, "phase": "evaluation", "domain_loss": {name: 3.0}}
+        skipped = {"step": 7, "phase": "skipped", "reason": "odd\x1b[2K\nloss"}
+        stream.write(f"{json.dumps(evaluation)}\n{json.dumps(skipped)}\n")
+    write_report(run)
+    for figure in drawn:
+        figure.draw_without_rendering()
+    titles = [axes.get_title(loc="left") for axes in drawn[1].axes]
+    assert r"held out: a\$\frac\$\nb\$" in titles
+    assert r"odd\x1b[2K\nloss" in report(run).stderr
+
+
 def test_steps_written_twice_count_once_and_an_unfinished_line_is_left_out(
     make_run: Callable[..., Path], tmp_path: Path
 ) -> None:

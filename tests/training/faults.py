@@ -7,9 +7,11 @@ of the order; what is injected is the real thing: a signal of the kernel, a NaN 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,38 @@ def two_signals(*, place: str, call: int, apart_s: float) -> None:
 def touch(*, place: str, call: int, file: str) -> None:
     """A user makes a file."""
     _before(place, call, lambda: Path(file).touch())
+
+
+def remove(*, place: str, call: int, paths: list[str]) -> None:
+    """A user removes files or folders, seen by all ranks; the main one is told to."""
+
+    def act() -> None:
+        for path in map(Path, paths):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    if int(os.environ["RANK"]) == 0:
+        _before(place, call, act)
+
+
+def fill(*, place: str, call: int, folder: str) -> None:
+    """Something else takes all the room of a file system."""
+
+    def act() -> None:
+        with suppress(OSError), (Path(folder) / "filler").open("wb", buffering=0) as file:
+            while file.write(bytes(1 << 12)):
+                continue
+
+    _before(place, call, act)
+
+
+def replace_file(*, place: str, call: int, path: str, text: str) -> None:
+    """A user's editor puts another file into the place of one."""
+
+    def act() -> None:
+        Path(f"{path}.new").write_text(text)
+        Path(f"{path}.new").rename(path)
+
+    _before(place, call, act)
 
 
 def nan_batches(*, steps: list[int], rank: int) -> None:

@@ -38,6 +38,8 @@ def test_a_run_that_lost_its_checkpoints_is_not_begun_again(
     _refused(server, run_dir, arguments, "no checkpoint", "manifest.json is damaged")
     _refused(server, run_dir, arguments, f"{checkpoint.name}.damaged")
     shutil.rmtree(run_dir / "checkpoints")
+    _refused(server, run_dir, arguments, "there is none, though one was completed")
+    (run_dir / ".had_checkpoint").unlink()  # as a run of an older version has it
     config = run_dir / "config.yaml"
     text = config.read_text()
     assert "checkpoint_interval_steps: 500" in text

@@ -302,6 +302,7 @@ def test_a_harmful_checkpoint_runs_nothing(
     assert job.codes == [2] and not marker.exists(), job.text
     [line] = [line for line in job.text.splitlines() if line.startswith("error: ")]
     assert str(checkpoint) in line and "Traceback" not in job.text
+    assert "nothing of it was run" in line and "weights_only" not in job.text
 
 
 def _checkpoint(run_dir: Path, step: int, updates: int = 0) -> Path:
