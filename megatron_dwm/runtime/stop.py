@@ -5,6 +5,9 @@ end of the run; a file `save` asks for a checkpoint. A signal may reach one proc
 poll is one all-reduce of four bytes over the world (none in one process), and two look-ups of file
 names in the main process. A file is removed when it has been seen.
 
+Before the loop begins the signals keep their default action, the end of the process: it comes at
+once, in the middle of a wait for a peer too, where Python would not run a handler.
+
 A second signal ends the process at once. Launchers and Slurm both deliver the first one, so that
 what comes within `REPEAT_S` of it counts as the same.
 """
@@ -85,7 +88,10 @@ class StopPoll:
             return mine
         self._answer.fill_(int(mine))
         dist.all_reduce(self._answer, op=dist.ReduceOp.MAX)
-        return Request(int(self._answer))
+        answer = Request(int(self._answer))
+        if self._runtime.peers is not None:
+            self._runtime.peers.heard()
+        return answer
 
     @property
     def reason(self) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+import torch.distributed as dist
 
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.load import load_config, save_config
@@ -17,7 +19,7 @@ from megatron_dwm.model import LLM, LlamaShape, resolve_shape
 from megatron_dwm.model.from_huggingface import load_huggingface
 from megatron_dwm.model.huggingface_files import is_huggingface, open_huggingface
 from megatron_dwm.model.shape import heads_of
-from megatron_dwm.runtime import bring_up, rank_from_environment, world_size_from_environment
+from megatron_dwm.runtime import Runtime, bring_up, world_size_from_environment
 from megatron_dwm.runtime.profiling import check_profiling
 from megatron_dwm.runtime.stop import StopPoll, stop_signals
 from megatron_dwm.tokenizer import Tokenizer, open_tokenizer
@@ -42,14 +44,18 @@ _BEFORE_THE_RUN = {LOCK, INDEX_CACHE, "config.yaml.partial"}
 
 
 def run(config: Config) -> None:
-    """Train as `config` says. Raises UserError before any process group exists where it can."""
+    """Train as `config` says. Raises UserError before any process group exists where it can.
+
+    Until the loop begins a signal ends the process at once; from then on the run saves first, and
+    a launcher's second one is harmless until all is taken down.
+    """
     shape, tokenizer = check(config)
     run_dir = Path(config.run.dir)
     before = _run_to_resume(config)
     with (
-        stop_signals() as told,
-        _claimed(run_dir),
+        ExitStack() as to_the_end,
         bring_up(config.parallel, config.run.seed) as runtime,
+        _claimed(run_dir, runtime),
     ):
         newest = newest_whole_checkpoint(run_dir, runtime) if before else None
         marks = fingerprint(config, shape)
@@ -69,6 +75,7 @@ def run(config: Config) -> None:
             session.optimizer.reload_model_params()
         if runtime.is_main:
             _take_up(config, state)
+        told = to_the_end.enter_context(stop_signals())
         runtime.barrier()
         Loop(session, StopPoll(runtime, run_dir, told), marks, newest).run()
 
@@ -191,9 +198,19 @@ def _require_writable(run_dir: Path) -> None:
 
 
 @contextmanager
-def _claimed(run_dir: Path) -> Iterator[None]:
-    """The main process holds the directory for the job."""
-    with only_job(run_dir) if rank_from_environment() == 0 else nullcontext():
+def _claimed(run_dir: Path, runtime: Runtime) -> Iterator[None]:
+    """The main process holds the directory for the job; if it cannot, all ranks raise UserError."""
+    with ExitStack() as held:
+        refusal: list[str | None] = [None]
+        if runtime.is_main:
+            try:
+                held.enter_context(only_job(run_dir))
+            except UserError as error:
+                refusal = [str(error)]
+        if runtime.world_size > 1:
+            dist.broadcast_object_list(refusal, src=0)
+        if refusal[0] is not None:
+            raise UserError(refusal[0])
         yield
 
 
