@@ -16,10 +16,13 @@ GPU (tests/signatures resolves the names in the real packages).
 On Transformer Engine's FP8 layers d, x and z are taken as they are, in bf16: the tangent of the
 straight-through gradient without the rounding of the weight gradient's product.
 
-Tensor parallel: a split weight gives each rank a partial sum. Under sequence parallelism a
-column-parallel layer gathers its input, a row-parallel one scatters its output; both are gathered
-here. A row-parallel or fused layer needs no other communication: partial sums meet in the probe's
-one reduction. A norm is counted on one rank, or on all where each holds a part of the sequence.
+Tensor parallel: a split weight gives each rank a partial sum; partial sums meet in the probe's one
+reduction. Under sequence parallelism a column-parallel layer gathers its input, a row-parallel one
+scatters its output. The input is gathered here, as it is in plain training for the weight gradient
+that the probe does not form. The output's gradient is gathered by Megatron-Core's own backward pass
+before it reaches the product, so it is taken there, and nothing is added; of a Transformer Engine
+layer only the scattered output can be had, and its gradient is gathered once more. A norm is
+counted on one rank, or on all where each holds a part of the sequence.
 """
 
 from __future__ import annotations
@@ -66,11 +69,13 @@ class Adapter:
     form: (module, its keyword arguments, place) -> the function of one forward pass.
     input_name: of the input, where it is not passed by position.
     replicated: every tensor-parallel rank forms the same value.
+    method: of the module; its arguments and output are probed instead of the module's own.
     """
 
     form: Callable[[Module, Mapping[str, Any], Place], Tangent]
     input_name: str
     replicated: bool = False
+    method: str = ""
 
 
 def linear_tangent(gradient_SBC: Tensor, kept_SBD: Tensor, z_CD: Tensor) -> Tensor:
@@ -139,7 +144,12 @@ def _column(module: Module, kwargs: Mapping[str, Any], place: Place) -> Tangent:
     return lambda gradient, kept: linear_tangent(gradient, place.whole(kept), z)
 
 
-def _row(module: Module, _: Mapping[str, Any], place: Place) -> Tangent:
+def _row(module: Module, _: Mapping[str, Any], __: Place) -> Tangent:
+    z = _z(module.weight)
+    return lambda gradient, kept: linear_tangent(gradient, kept, z)
+
+
+def _te_row(module: Module, _: Mapping[str, Any], place: Place) -> Tangent:
     z = _z(module.weight)
     return lambda gradient, kept: linear_tangent(place.whole(gradient), kept, z)
 
@@ -153,9 +163,7 @@ def _quantised_column(module: Module, _: Mapping[str, Any], place: Place) -> Tan
 
 def _quantised_row(module: Module, _: Mapping[str, Any], place: Place) -> Tangent:
     z = _z(module.weight)
-    return lambda gradient, kept: quantised_linear_tangent(
-        place.whole(gradient), kept, z, place.group
-    )
+    return lambda gradient, kept: quantised_linear_tangent(gradient, kept, z, place.group)
 
 
 def _norm_then_column(module: Module, _: Mapping[str, Any], place: Place) -> Tangent:
@@ -189,19 +197,22 @@ def _embedding(module: Module, _: Mapping[str, Any], place: Place) -> Tangent:
     return tangent
 
 
+# Megatron-Core's product of a linear layer, before its output is reduced or scattered.
+_PRODUCT = "_forward_impl"
+
 _MEGATRON = "megatron.core.tensor_parallel.layers."
 _MEGATRON_TE = "megatron.core.extensions.transformer_engine."
 _OURS = "megatron_dwm.model."
 
 ADAPTERS: Mapping[str, Adapter] = {
     _MEGATRON + "ColumnParallelLinear": Adapter(_column, "input_"),
-    _MEGATRON + "RowParallelLinear": Adapter(_row, "input_"),
+    _MEGATRON + "RowParallelLinear": Adapter(_row, "input", method=_PRODUCT),
     _MEGATRON + "VocabParallelEmbedding": Adapter(_embedding, "input_"),
     _OURS + "modules.RMSNorm": Adapter(_norm, "hidden_SBD", replicated=True),
     _OURS + "fp8_emulation.Fp8ColumnParallelLinear": Adapter(_quantised_column, "input_"),
-    _OURS + "fp8_emulation.Fp8RowParallelLinear": Adapter(_quantised_row, "input_"),
+    _OURS + "fp8_emulation.Fp8RowParallelLinear": Adapter(_quantised_row, "input", method=_PRODUCT),
     _MEGATRON_TE + "TEColumnParallelLinear": Adapter(_column, "x"),
-    _MEGATRON_TE + "TERowParallelLinear": Adapter(_row, "x"),
+    _MEGATRON_TE + "TERowParallelLinear": Adapter(_te_row, "x"),
     _MEGATRON_TE + "TELayerNormColumnParallelLinear": Adapter(_norm_then_column, "x"),
     # What TENorm makes for RMSNorm.
     "transformer_engine.pytorch.module.rmsnorm.RMSNorm": Adapter(

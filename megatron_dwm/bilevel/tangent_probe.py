@@ -17,7 +17,7 @@ norm) is counted on one rank, or on all where each holds another part of the seq
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,9 +83,22 @@ def _hooked(llm: LLM, samples: _Samples, adapters: Mapping[str, Adapter]) -> Ite
         for model in llm.modules:
             for module in model.modules():
                 if hook := _hook_for(module, llm, samples, adapters):
-                    handle = module.register_forward_hook(hook, with_kwargs=True)
-                    stack.callback(handle.remove)
+                    stack.callback(_attach(hook, module))
         yield
+
+
+def _attach(hook: _Hook, module: Module) -> Callable[[], None]:
+    """Have a module's output, or that of one of its methods, probed; what undoes it."""
+    name = hook.adapter.method
+    if not name:
+        return module.register_forward_hook(hook, with_kwargs=True).remove
+    upstream = getattr(module, name)
+
+    def probed(*args: Any, **kwargs: Any) -> Any:
+        return hook(module, args, kwargs, upstream(*args, **kwargs))
+
+    setattr(module, name, probed)  # before the class's own
+    return lambda: delattr(module, name)
 
 
 def _hook_for(
@@ -109,7 +122,7 @@ def _hook_for(
 
 @dataclass(frozen=True)
 class _Hook:
-    """Torch's forward hook of one module."""
+    """Torch's forward hook of one module, or of a method of it."""
 
     samples: _Samples
     adapter: Adapter

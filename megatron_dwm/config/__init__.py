@@ -1,6 +1,6 @@
 """What a run is: frozen dataclasses read from YAML and dotted overrides."""
 
-from megatron_dwm.config.errors import RunError, UserError
+from megatron_dwm.config.errors import LostPeer, RunError, UserError
 from megatron_dwm.config.schema import (
     BilevelConfig,
     Config,
@@ -23,6 +23,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "LoggingConfig",
+    "LostPeer",
     "ModelConfig",
     "ParallelConfig",
     "PolicyConfig",

@@ -16,3 +16,7 @@ class RunError(RuntimeError):
 
     Commands print its message as one line and exit with 1.
     """
+
+
+class LostPeer(RunError):
+    """Another process of the job does not answer. Raised in one of the others, whichever it is."""

@@ -131,7 +131,7 @@ def make_plan(config: Config, gpu: Gpu, *, gpus: int, mfu: float) -> Plan:
             for stage in range(pipeline)
         ],
         cost=cost_of(config, shape, weighs, config.data_parallel_size(gpus)),
-        traffic=traffic_of(config, shape, weighs, gpus),
+        traffic=traffic_of(config, shape, weighs, gpus, on_gpu=True),
         bubble=(pipeline - 1) / schedule,
     )
 

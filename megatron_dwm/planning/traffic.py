@@ -40,15 +40,20 @@ class Traffic:
 
 
 def traffic_of(
-    config: Config, shape: LlamaShape, weighting: WeightingShape | None, world_size: int
+    config: Config,
+    shape: LlamaShape,
+    weighting: WeightingShape | None,
+    world_size: int,
+    *,
+    on_gpu: bool,
 ) -> list[Traffic]:
-    """A line for every link."""
+    """A line for every link. on_gpu: the layers are Transformer Engine's."""
     fresh = config.weighting.update_on == "fresh"
     learns = float(config.learns)
     # Forward and backward passes of an update: g of its own batch, validation, probe.
     passes = learns * (3 if fresh else 2)
     tensor, pipeline = _tensor(config, shape, world_size), _pipeline(config, shape, world_size)
-    probe = _probe_gathers(config, shape, world_size)
+    probe = _probe_gathers(config, shape, world_size) if on_gpu else 0.0
     size, replicas = config.parallel.tensor, config.data_parallel_size(world_size)
     reduce, gather = _data(config, shape, replicas)
     # The probe forms no gradient; sharded, theta' and theta are gathered, and z.
@@ -111,7 +116,8 @@ def _tensor(config: Config, shape: LlamaShape, world_size: int) -> float:
 
 def _probe_gathers(config: Config, shape: LlamaShape, world_size: int) -> float:
     """Under sequence parallelism the probe gathers the inputs of column-parallel products, as a
-    weight gradient does, and the output gradients of row-parallel ones, two more a layer.
+    weight gradient does, and the output gradients of Transformer Engine's row-parallel layers, two
+    more a layer. Of Megatron-Core's layers it takes those that are gathered anyway.
     """
     if config.parallel.tensor == 1 or not config.parallel.sequence:
         return 0.0

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_dwm.config import ParallelConfig
 from megatron_dwm.runtime.cpu import redirect_cuda_to_cpu
+from megatron_dwm.runtime.peers import Peers, meet
 
 Group = dist.ProcessGroup
 
@@ -32,6 +33,7 @@ class Runtime:
     data_group: the processes that hold the same part of every replica.
     side_group: the ranks of pipeline_group again, for messages beside the schedule's own; None
         without pipeline parallelism.
+    peers: the other processes of the job; None where there are none.
     """
 
     device: torch.device
@@ -50,6 +52,7 @@ class Runtime:
     data_group: Group
     inner_group: Group
     side_group: Group | None
+    peers: Peers | None
 
     @property
     def is_main(self) -> bool:
@@ -85,7 +88,8 @@ def bring_up(config: ParallelConfig, seed: int) -> Iterator[Runtime]:
 
     NCCL on GPUs, gloo on CPUs. A process started without torchrun is a job of one. On an exception
     the groups are not taken down in an orderly way: a peer may be inside a collective that will
-    never end, so the process leaves with its traceback and the launcher ends the others.
+    never end, so the process leaves, and the launcher ends the others. Where a collective failed
+    because a peer does not answer, LostPeer names it.
     """
     _quiet_upstream()
     set_here = _set_single_process_defaults()
@@ -94,9 +98,43 @@ def bring_up(config: ParallelConfig, seed: int) -> Iterator[Runtime]:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo", timeout=timedelta(seconds=config.timeout_s)
-    )
+    try:
+        with _joined(config, on_gpu) as peers:
+            _make_groups(config, on_gpu, seed)
+            yield _describe(device, peers)
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+    finally:
+        if mode is not None:
+            mode.__exit__(None, None, None)
+        for name in set_here:
+            del os.environ[name]
+
+
+@contextmanager
+def _joined(config: ParallelConfig, on_gpu: bool) -> Iterator[Peers | None]:
+    """The default process group, made."""
+    backend, timeout = "nccl" if on_gpu else "gloo", timedelta(seconds=config.timeout_s)
+    if world_size_from_environment() == 1:
+        dist.init_process_group(backend, timeout=timeout)
+        yield None
+        return
+    with meet(config.timeout_s) as (store, peers):
+        try:
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=rank_from_environment(),
+                world_size=world_size_from_environment(),
+                timeout=timeout,
+            )
+            yield peers
+        except Exception as error:
+            peers.raise_lost(error)
+
+
+def _make_groups(config: ParallelConfig, on_gpu: bool, seed: int) -> None:
+    """Megatron's groups, and the random generators."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
@@ -111,18 +149,9 @@ def bring_up(config: ParallelConfig, seed: int) -> Iterator[Runtime]:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    try:
-        yield _describe(device)
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
-    finally:
-        if mode is not None:
-            mode.__exit__(None, None, None)
-        for name in set_here:
-            del os.environ[name]
 
 
-def _describe(device: torch.device) -> Runtime:
+def _describe(device: torch.device, peers: Peers | None) -> Runtime:
     inner_group = parallel_state.get_model_parallel_group()
     return Runtime(
         device=device,
@@ -141,6 +170,7 @@ def _describe(device: torch.device) -> Runtime:
         data_group=parallel_state.get_data_parallel_group(),
         inner_group=inner_group,
         side_group=_side_group(),
+        peers=peers,
     )
 
 

@@ -6,6 +6,9 @@ poll is one all-reduce of four bytes over the world (none in one process), and f
 names in the main process. A file is removed when it has been seen. In the same place a run ends
 whose directory is gone.
 
+Before the loop begins the signals keep their default action, the end of the process: it comes at
+once, in the middle of a wait for a peer too, where Python would not run a handler.
+
 A second signal ends the process at once. Launchers and Slurm both deliver the first one, so that
 what comes within `REPEAT_S` of it counts as the same.
 """
@@ -99,6 +102,8 @@ class StopPoll:
             self._answer.fill_(int(mine))
             dist.all_reduce(self._answer, op=dist.ReduceOp.MAX)
             mine = Request(int(self._answer))
+        if self._runtime.peers is not None:
+            self._runtime.peers.heard()
         if mine is Request.LOST:
             raise RunError(
                 f"run.dir: {self._run_dir} was removed, moved or replaced while the run was "

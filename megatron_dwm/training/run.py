@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+import torch.distributed as dist
 
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.load import load_config, save_config
@@ -16,7 +18,7 @@ from megatron_dwm.model import LLM, LlamaShape, resolve_shape
 from megatron_dwm.model.from_huggingface import load_huggingface
 from megatron_dwm.model.huggingface_files import is_huggingface, open_huggingface
 from megatron_dwm.model.shape import heads_of
-from megatron_dwm.runtime import bring_up, rank_from_environment, world_size_from_environment
+from megatron_dwm.runtime import Runtime, bring_up, world_size_from_environment
 from megatron_dwm.runtime.profiling import check_profiling
 from megatron_dwm.runtime.stop import StopPoll, stop_signals
 from megatron_dwm.tokenizer import Tokenizer, open_tokenizer
@@ -41,7 +43,7 @@ from megatron_dwm.training.resume import (
     require_no_loss,
     say_what_has_no_effect,
 )
-from megatron_dwm.training.run_lock import LOCK, only_job
+from megatron_dwm.training.run_lock import LOCK, HeldDirectory, only_job
 from megatron_dwm.training.session import INDEX_CACHE, build_session
 from megatron_dwm.training.stages import plan_stages
 from megatron_dwm.training.state import TrainState
@@ -53,14 +55,18 @@ _BEFORE_THE_RUN = {LOCK, INDEX_CACHE, "config.yaml.partial"}
 
 
 def run(config: Config) -> None:
-    """Train as `config` says. Raises UserError before any process group exists where it can."""
+    """Train as `config` says. Raises UserError before any process group exists where it can.
+
+    Until the loop begins a signal ends the process at once; from then on the run saves first, and
+    a launcher's second one is harmless until all is taken down.
+    """
     shape, tokenizer = check(config)
     run_dir = Path(config.run.dir)
     before = _run_to_resume(config)
     with (
-        stop_signals() as told,
-        _claimed(run_dir) as is_lost,
+        ExitStack() as to_the_end,
         bring_up(config.parallel, config.run.seed) as runtime,
+        _claimed(run_dir, runtime) as is_lost,
     ):
         newest = newest_whole_checkpoint(run_dir, runtime) if before else None
         marks = fingerprint(config, shape)
@@ -81,6 +87,7 @@ def run(config: Config) -> None:
             session.optimizer.reload_model_params()
         if runtime.is_main:
             _take_up(config, state, had_checkpoint=newest is not None)
+        told = to_the_end.enter_context(stop_signals())
         runtime.barrier()
         Loop(session, StopPoll(runtime, run_dir, told, is_lost), marks, newest).run()
 
@@ -215,9 +222,24 @@ def _require_writable(run_dir: Path) -> None:
 
 
 @contextmanager
-def _claimed(run_dir: Path) -> Iterator[Callable[[], bool]]:
-    """The main process holds the directory for the job; whether it has lost it."""
-    with only_job(run_dir) if rank_from_environment() == 0 else nullcontext() as held:
+@contextmanager
+def _claimed(run_dir: Path, runtime: Runtime) -> Iterator[Callable[[], bool]]:
+    """The main process holds the directory for the job; if it cannot, all ranks raise UserError.
+
+    The value is asked by the main process whether it has lost the directory since.
+    """
+    with ExitStack() as stack:
+        refusal: list[str | None] = [None]
+        held: HeldDirectory | None = None
+        if runtime.is_main:
+            try:
+                held = stack.enter_context(only_job(run_dir))
+            except UserError as error:
+                refusal = [str(error)]
+        if runtime.world_size > 1:
+            dist.broadcast_object_list(refusal, src=0)
+        if refusal[0] is not None:
+            raise UserError(refusal[0])
         yield (lambda: False) if held is None else held.is_lost
 
 

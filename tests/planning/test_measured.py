@@ -155,9 +155,8 @@ def test_messages_are_what_torch_distributed_is_handed(found: Found) -> None:
             sequence=settings["sequence_parallel"],
             sharded_optimizer=settings["sharded_optimizer"],
         )
-        lines = {
-            line.link: line for line in traffic_of(config, resolve_shape(config.model), None, 2)
-        }
+        shape = resolve_shape(config.model)
+        lines = {line.link: line for line in traffic_of(config, shape, None, 2, on_gpu=False)}
         line = lines[name.split(",")[0]]
         busiest = {key: max(rank[key] for rank in ranks) for key in ("step", "update")}
         # What is left out: norms' gradients, grad norms, losses and alignments.

@@ -111,6 +111,25 @@ def test_messages_of_two_processes() -> None:
 
 
 @pytest.mark.parametrize(
+    ("layout", "added"),
+    [
+        (["--tensor", "2"], {"all": 0}),
+        (["--tensor", "2", "--sequence-parallel"], {"_allgather_base_": 0, "all": 0}),
+        (["--pipeline", "2"], {"all": 0}),
+        # z, once on each of the two ranks; less is scattered and gathered otherwise.
+        (["--sharded-optimizer"], {"_allgather_base_": 2, "all": 0}),
+    ],
+    ids=str,
+)
+def test_calls_that_an_update_adds_to_three_steps(layout: list[str], added: dict[str, int]) -> None:
+    """At most what README.md and docs/planning.md say."""
+    done = run("hypergradient", *TINY, *layout, "--memory-repeats", "0", processes=2)
+    assert done.returncode == 0, done.stderr
+    found = tables(done.stdout)[MESSAGES]
+    assert all(int(found[name][2]) <= most for name, most in added.items()), found
+
+
+@pytest.mark.parametrize(
     ("mistake", "said"),
     [
         (["--batch", "7"], "--micro-batch x data-parallel replicas 2: expected to divide --batch"),

@@ -16,10 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_dwm.training import loop, sharded_files
+from megatron_dwm.training import loop, run, sharded_files
 from megatron_dwm.training.session import Session
 
 _PLACES: dict[str, tuple[Any, str]] = {
+    "checking": (run, "check_data"),
+    "resuming": (run, "newest_whole_checkpoint"),
+    "building": (run, "build_session"),
+    "loading": (run, "load_checkpoint"),
     "training": (loop, "train_step"),
     "weighting": (loop, "weighting_update"),
     "evaluation": (loop, "evaluate"),

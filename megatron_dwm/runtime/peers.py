@@ -1,0 +1,260 @@
+"""The other processes of a job: who has not come, and who does not answer any more.
+
+Every rank listens on a port of its own and leaves its address in the job's store before any process
+group is made. While training goes well nobody connects. When a collective fails, a rank connects to
+every other one and leaves a notice: the kernel takes it for as long as that process lives, whatever
+it is doing, and refuses once it has ended. Who refuses, and has left no notice before, has died.
+
+One rank speaks: who finds notices of others leaves without a word, and of several that failed in
+the same moment the lowest. Neither needs the job's store, which may have died with rank 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import select
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from megatron_dwm.config.errors import LostPeer
+
+_PREFIX = "megatron_dwm"
+_CONNECT_S = 3.0  # a host that is down does not refuse, it stays silent
+_MOMENT_S = 0.3  # ranks that fail within so long of each other fail in the same moment
+_OTHERS_S = 0.6  # those that do not speak let the one that does speak first
+_ENDING_S = 3.0  # a process that is killed may close its connections before its port
+_LATER_S = 3.0  # ranks that wait in the same collective give up within so long of each other
+_AT_ONCE = 256  # connections that are open at the same time
+
+_BROKEN = re.compile(r"gloo/|Connection (closed|reset|refused)|Broken pipe|[Tt]imed? ?out")
+_TIMED_OUT = re.compile(r"[Tt]imed? ?out")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Where a rank runs, and the address at which it can be asked whether it lives."""
+
+    rank: int
+    host: str
+    address: str
+    port: int
+
+
+class Peers:
+    """The ranks of this job, seen from one of them."""
+
+    def __init__(self, rank: int, ranks: list[Peer], listener: socket.socket) -> None:
+        self._rank, self._others = rank, [peer for peer in ranks if peer.rank != rank]
+        self._listener = listener
+        self._notices: dict[int, bool] = {}  # by rank, whether it is about to speak
+        self._heard_s = time.monotonic()
+
+    def heard(self) -> None:
+        """Every rank has just taken part in a collective."""
+        self._heard_s = time.monotonic()
+
+    def raise_lost(self, error: Exception) -> NoReturn:
+        """Raise LostPeer if a collective failed with `error` because of a peer, else `error`.
+
+        Leaves the process with 1 where another rank says what happened.
+        """
+        silent_s = time.monotonic() - self._heard_s
+        is_ours = not _is_broken(error)
+        self._read_notices()
+        speaks = is_ours or not self._notices
+        ended = self._leave_notice(speaks)
+        if is_ours:
+            raise error
+        time.sleep(_MOMENT_S)
+        self._read_notices()
+        if not speaks or any(says for rank, says in self._notices.items() if rank < self._rank):
+            time.sleep(_OTHERS_S - _MOMENT_S)
+            sys.exit(1)
+        self._raise_what_happened(error, silent_s, ended)
+
+    def _raise_what_happened(self, error: Exception, silent_s: float, ended: set[Peer]) -> NoReturn:
+        timed_out = bool(_TIMED_OUT.search(str(error)))
+        if ended := self._have_ended(ended, 0.0 if timed_out else _ENDING_S):
+            verb, owner = ("does", "its process has") if len(ended) == 1 else ("do", "they have")
+            raise LostPeer(
+                f"{_names(ended)} {verb} not answer: {owner} ended; heard from last "
+                f"{silent_s:.0f} s ago"
+            ) from error
+        if not timed_out:
+            raise error
+        time.sleep(_LATER_S)
+        self._read_notices()
+        waited_for = [peer for peer in self._others if peer.rank not in self._notices]
+        raise LostPeer(
+            f"no answer for {silent_s:.0f} s (parallel.timeout_s) from "
+            f"{_names(waited_for or self._others)}, though every process lives"
+        ) from error
+
+    def _leave_notice(self, speaks: bool) -> set[Peer]:
+        """Tell every other rank that this one leaves; those that refuse."""
+        return _refusing(self._others, f"{self._rank} {int(speaks)}".encode())
+
+    def _read_notices(self) -> None:
+        self._listener.setblocking(False)
+        with contextlib.suppress(OSError):  # until there is none left
+            while True:
+                with self._listener.accept()[0] as connection:
+                    connection.setblocking(False)
+                    with contextlib.suppress(OSError):  # a question only
+                        words = connection.recv(64).split()
+                        self._notices |= {int(words[0]): words[1] == b"1"} if words else {}
+
+    def _have_ended(self, before: set[Peer], patience_s: float) -> list[Peer]:
+        """The ranks that have died; asked until there is one."""
+        deadline, pause_s = time.monotonic() + patience_s, 0.1
+        while True:
+            refused = before | _refusing(self._others)
+            self._read_notices()
+            ended = [peer for peer in refused if peer.rank not in self._notices]
+            if ended or time.monotonic() > deadline:
+                return sorted(ended, key=lambda peer: peer.rank)
+            time.sleep(pause_s)
+            pause_s *= 2
+
+
+@contextmanager
+def meet(timeout_s: int) -> Iterator[tuple[dist.Store, Peers]]:
+    """Wait until every rank has come; the store for torch's process groups, and the others.
+
+    The environment is torchrun's. Raises LostPeer if not all have come in `timeout_s`. Waits in
+    Python, so that Ctrl-C is obeyed.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    stored_by_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    deadline = time.monotonic() + timeout_s
+    address = _wait_for_store(rank == 0 and stored_by_rank_0, timeout_s)
+    whole = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size,
+        rank == 0 and stored_by_rank_0,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    store = dist.PrefixStore(_PREFIX, whole)
+    with _listener(2 * world_size) as listener:
+        port = listener.getsockname()[1]
+        store.set(f"rank/{rank}", json.dumps([rank, socket.gethostname(), address, port]))
+        store.add("came", 1)
+        _wait_for_all(store, world_size, deadline, timeout_s)
+        texts = store.multi_get([f"rank/{other}" for other in range(world_size)])
+        ranks = [Peer(*json.loads(text)) for text in texts]
+        yield dist.PrefixStore("default_pg", whole), Peers(rank, ranks, listener)
+
+
+def _wait_for_store(is_here: bool, timeout_s: int) -> str:
+    """This rank's address as the others see it, once somebody answers at the store's."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    deadline = time.monotonic() + timeout_s
+    while not is_here:
+        try:
+            with socket.create_connection((host, port), timeout=_CONNECT_S) as connection:
+                mine = connection.getsockname()[0]
+            # From the store's own machine the way to it may be the loopback, where no other is.
+            return host if mine.startswith("127.") or mine == "::1" else mine
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise LostPeer(
+                    f"rank {os.environ['RANK']} on {socket.gethostname()}: no answer for "
+                    f"{timeout_s} s (parallel.timeout_s) from rank 0, which was to be at "
+                    f"{host}:{port} (MASTER_ADDR, MASTER_PORT): {error}"
+                ) from error
+            time.sleep(0.1)
+    return host
+
+
+def _wait_for_all(store: dist.Store, world_size: int, deadline: float, timeout_s: int) -> None:
+    pause_s = 0.01
+    while store.add("came", 0) < world_size:
+        if time.monotonic() > deadline:
+            absent = [r for r in range(world_size) if not store.check([f"rank/{r}"])]
+            speaks = store.add("speakers", 1) == 1
+            time.sleep(_OTHERS_S)  # the store may be this rank's, and the others look as late
+            if not speaks:
+                sys.exit(1)
+            raise LostPeer(
+                f"{_numbers(absent)} of {world_size} did not come in {timeout_s} s "
+                "(parallel.timeout_s): not started, or ended before; see what they say"
+            )
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.5)
+
+
+def _listener(backlog: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(
+            ("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True
+        )
+    return socket.create_server(("", 0), backlog=backlog)
+
+
+def _refusing(peers: list[Peer], notice: bytes = b"") -> set[Peer]:
+    """Those that refuse a connection, or, where none does, those that do not answer it."""
+    refused: set[Peer] = set()
+    silent: set[Peer] = set()
+    for first in range(0, len(peers), _AT_ONCE):
+        _connect(peers[first : first + _AT_ONCE], notice, refused, silent)
+    return refused or silent
+
+
+def _connect(peers: list[Peer], notice: bytes, refused: set[Peer], silent: set[Peer]) -> None:
+    poll, asked = select.poll(), {}
+    for peer in peers:
+        try:
+            found = socket.getaddrinfo(peer.address, peer.port, type=socket.SOCK_STREAM)
+        except OSError:  # a name that is not known any more says nothing about the process
+            continue
+        one = socket.socket(found[0][0], socket.SOCK_STREAM)
+        one.setblocking(False)
+        one.connect_ex(found[0][4])
+        poll.register(one, select.POLLOUT)
+        asked[one.fileno()] = (one, peer)
+    deadline = time.monotonic() + _CONNECT_S
+    while asked and (left_s := deadline - time.monotonic()) > 0:
+        for number, _ in poll.poll(left_s * 1000):
+            one, peer = asked.pop(number)
+            poll.unregister(number)
+            try:
+                one.send(notice)
+            except OSError:
+                refused.add(peer)
+            one.close()
+    for one, peer in asked.values():
+        silent.add(peer)
+        one.close()
+
+
+def _is_broken(error: Exception) -> bool:
+    """Whether it is a collective's failure, as torch and gloo report them."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_BROKEN.search(str(error)))
+
+
+def _names(peers: list[Peer]) -> str:
+    """Such as `rank 1 on node7`, or `ranks 0, 1 on node7 and rank 4 on node8`."""
+    by_host: dict[str, list[int]] = {}
+    for peer in peers:
+        by_host.setdefault(peer.host, []).append(peer.rank)
+    return " and ".join(f"{_numbers(ranks)} on {host}" for host, ranks in by_host.items())
+
+
+def _numbers(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
