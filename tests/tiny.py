@@ -127,12 +127,17 @@ def tiny(
         if rounding_seed is not None:
             _round_otherwise(llm, rounding_seed)
         optimizer = build_optimizer(training, llm, sharded=sharded)
-        share = SAMPLES // runtime.data_size
-        weights_n = torch.linspace(0.2, 1.8, SAMPLES).split(share)[runtime.data_rank]
-        weights_n = weights_n.to(runtime.device)
-        subject = Tiny(runtime, llm, optimizer, build_scheduler(training, optimizer), weights_n)
+        scheduler = build_scheduler(training, optimizer)
+        subject = Tiny(runtime, llm, optimizer, scheduler, _weights(runtime))
         subject.train(steps)
         yield subject
+
+
+def _weights(runtime: Runtime) -> torch.Tensor:
+    """This replica's part of weights far from uniform, mean 1."""
+    share = SAMPLES // runtime.data_size
+    weights_n = torch.linspace(0.2, 1.8, SAMPLES).split(share)[runtime.data_rank]
+    return weights_n.to(runtime.device)
 
 
 @torch.no_grad()
