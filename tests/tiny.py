@@ -116,14 +116,8 @@ def tiny(
     )
     training = TrainingConfig(steps=20, learning_rate=3e-3, clip_grad=clip, warmup_fraction=0.1)
     with bring_up(parallel, seed=1) as runtime:
-        llm = build_llm(
-            resolve_shape(model),
-            model,
-            parallel,
-            runtime,
-            sequence_length=SEQUENCE_LENGTH,
-            seed=SEED,
-        )
+        shape = resolve_shape(model)
+        llm = build_llm(shape, model, parallel, runtime, sequence_length=SEQUENCE_LENGTH, seed=SEED)
         if rounding_seed is not None:
             _round_otherwise(llm, rounding_seed)
         optimizer = build_optimizer(training, llm, sharded=sharded)
