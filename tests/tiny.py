@@ -14,7 +14,7 @@ from megatron_dwm.data import Batch
 from megatron_dwm.model import LLM, build_llm, clear_gradients, forward_backward, resolve_shape
 from megatron_dwm.model.objective import weighted, weighted_denominator
 from megatron_dwm.runtime import Runtime, bring_up
-from megatron_dwm.training.optimiser import build_optimizer, build_scheduler
+from megatron_dwm.training.optimiser import begin_at, build_optimizer, build_scheduler
 
 VOCAB_SIZE = 256
 SEQUENCE_LENGTH = 16
@@ -123,6 +123,10 @@ def tiny(
         share = SAMPLES // runtime.data_size
         weights_n = torch.linspace(0.2, 1.8, SAMPLES).split(share)[runtime.data_rank]
         weights_n = weights_n.to(runtime.device)
-        subject = Tiny(runtime, llm, optimizer, build_scheduler(training, optimizer), weights_n)
+        scheduler = build_scheduler(training, optimizer)
+        # The first step, at rate 0, only fills the moments. Adam's first step is the gradient's
+        # sign, which makes whole steps of the rounding errors by which layouts differ.
+        begin_at(scheduler, 0)
+        subject = Tiny(runtime, llm, optimizer, scheduler, weights_n)
         subject.train(steps)
         yield subject
