@@ -14,7 +14,7 @@ from megatron_dwm.data import Batch
 from megatron_dwm.model import LLM, build_llm, clear_gradients, forward_backward, resolve_shape
 from megatron_dwm.model.objective import weighted, weighted_denominator
 from megatron_dwm.runtime import Runtime, bring_up
-from megatron_dwm.training.optimiser import build_optimizer, build_scheduler
+from megatron_dwm.training.optimiser import begin_at, build_optimizer, build_scheduler
 
 VOCAB_SIZE = 256
 SEQUENCE_LENGTH = 16
@@ -122,6 +122,9 @@ def tiny(
             _round_otherwise(llm, rounding_seed)
         optimizer = build_optimizer(training, llm, sharded=sharded)
         scheduler = build_scheduler(training, optimizer)
+        # The first step, at rate 0, only fills the moments. Adam's first step is the gradient's
+        # sign, which makes whole steps of the rounding errors by which layouts differ.
+        begin_at(scheduler, 0)
         subject = Tiny(runtime, llm, optimizer, scheduler, _weights(runtime))
         subject.train(steps)
         yield subject

@@ -223,7 +223,8 @@ def test_a_weighting_model_to_start_from_has_its_own_sizes(tmp_path: Path) -> No
 
 def test_tables_take_the_unit_of_what_they_hold() -> None:
     """A plan of a tiny run has numbers, too: those of the JSON in the units that the text names."""
-    plan = planned(configured(policy="dwm", weighting={"mode": "online"}, tensor=2), gpus=2)
+    weighting = {"mode": "online", "group": "global"}
+    plan = planned(configured(policy="dwm", weighting=weighting, tensor=2), gpus=2)
     sizes = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "MFLOP": 1e6, "GFLOP": 1e9, "TFLOP": 1e12}
     lines = plan_text(plan).splitlines()
     for title in ("a rank  ", "FLOPs a step", "on the link"):
