@@ -31,9 +31,8 @@ def _fewer_passages(session: Session) -> Iterator[str]:
         "validation.batch_size" if config.validation.batch_size else "training.global_batch_size"
     )
     yield (
-        f"{config.validation.path} (validation.path) has {session.validation.num_rows} rows: a "
-        f"validation batch has {session.passages} passages, not the {config.passages} of "
-        f"{asked_by}, so that none comes twice"
+        f"a validation batch takes every row of {config.validation.path} (validation.path) once: "
+        f"{session.passages}, not the {config.passages} of {asked_by}"
     )
 
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from tests.launch import run_ranks
 from tests.training.conftest import CORPUS, Corpus
 from tests.training.forked import Server
 from tests.training.runs import RESUME, metrics, without_time
+from tests.training.target_workers import Halves
 
 # Sums in another order are 1e-7 apart; ten steps of Adam at 3e-3 may multiply that.
 LAYOUT_TOLERANCE = 1e-5
@@ -50,10 +52,29 @@ def seven(
 
 def test_a_small_target_makes_a_small_batch_and_a_line(seven: tuple[Path, list[str], str]) -> None:
     run_dir, _, text = seven
-    assert text.count("has 7 rows: a validation batch has 7 passages, not the 8 of training") == 1
-    for line in metrics(run_dir, "weighting"):
-        # Halves that shared rows agreed at 0.9 and more, whatever the target.
-        assert line["alignment_agreement"] < 0.9
+    assert text.count("(validation.path) once: 7, not the 8 of training.global_batch_size") == 1
+    assert all("alignment_agreement" in line for line in metrics(run_dir, "weighting"))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 50])
+def test_halves_are_the_even_and_the_odd_rows_of_the_global_batch(
+    corpus: Corpus, tmp_path: Path, rows: int
+) -> None:
+    """Every row once, whatever the replicas hold; 8 passages are asked for."""
+    path = target(tmp_path, rows)[1]
+    given = {"target": path, "tokenizer": corpus.tokenizer}
+    interleaved = {"pipeline": 2, "virtual_stages": 2, "layers": 4}
+    cases = [{"micro_batch": size} for size in (1, 2, 4)]
+    found: list[Halves] = []
+    for world_size, layouts in ((1, [{}]), (2, [{}, interleaved]), (4, [{}, interleaved])):
+        these = [{**given, **case, **layout} for layout in layouts for case in cases]
+        results = run_ranks("tests.training.target_workers:halves", world_size, these)
+        found += [rank for ranks in results for rank in ranks]
+    for batches in found:
+        for whole, even, odd in batches:
+            assert len(set(whole)) == len(whole) == min(rows, 8)
+            assert even == whole[0::2] and odd == whole[1::2]
+    assert all(batches == found[0] for batches in found)
 
 
 @pytest.mark.parametrize("layout", [[], INTERLEAVED], ids=str)
@@ -105,7 +126,9 @@ def test_noise_is_measured_where_replicas_have_an_odd_number_of_passages(
     arguments = [*corpus.arguments(), *target(tmp_path, 50), "--validation.batch_size", "6"]
     runs = [tmp_path / "one", tmp_path / "two"]
     jobs = [server.succeed(folder, arguments, ranks=n) for n, folder in enumerate(runs, start=1)]
-    assert not any("not measured" in job.text or "rows:" in job.text for job in jobs)
+    assert not any(
+        "not measured" in job.text or "(validation.path) once" in job.text for job in jobs
+    )
     close(*(metrics(folder, "weighting") for folder in runs), "val_loss", "alignment_std")
     agreements = [
         [line["alignment_agreement"] for line in metrics(folder, "weighting")] for folder in runs
@@ -129,3 +152,13 @@ def test_shared_passages_and_what_measures_no_noise_are_named(
     job = server.succeed(tmp_path / "unroll", [*arguments, *apart, *unroll])
     assert "stand in" not in job.text
     assert job.text.count("not measured: bilevel.estimator unroll gives no alignments") == 1
+
+
+def test_a_step_that_a_cpu_cannot_finish_is_said_before_it() -> None:
+    """A line where the run was silent; 6e13 FLOPs are a minute of a fast CPU."""
+    [[[short]], [[long]]] = [
+        [run_ranks("tests.training.target_workers:said_of_a_step", 1, [{"flops": flops}])[0]]
+        for flops in (5e13, 6e14)
+    ]
+    assert short == []
+    assert len(long) == 1 and "10 minutes" in long[0] and "lower data.sequence_length" in long[0]
