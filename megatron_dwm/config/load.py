@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from megatron_dwm.config.bounds import number_problems
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import Config
 
@@ -51,7 +52,10 @@ def load_config(arguments: Sequence[str], prog: str = "megatron_dwm.pretrain") -
     except ArgumentError as error:
         raise UserError(_one_line(str(error), file)) from error
     sections = {section: getattr(values, section) for section in typing.get_type_hints(Config)}
-    return Config(**sections)
+    config = Config(**sections)
+    for problem in number_problems(config):
+        raise UserError(problem)
+    return config
 
 
 def save_config(config: Config, path: Path) -> None:
