@@ -94,9 +94,8 @@ def bring_up(config: ParallelConfig, seed: int) -> Iterator[Runtime]:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo", timeout=timedelta(seconds=config.timeout_s)
-    )
+    timeout = timedelta(seconds=config.timeout_s)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
@@ -105,14 +104,15 @@ def bring_up(config: ParallelConfig, seed: int) -> Iterator[Runtime]:
         ),
         # On CPU Megatron's groups are gloo already.
         create_gloo_process_groups=on_gpu,
-        distributed_timeout_minutes=max(1, config.timeout_s // 60),
+        # Megatron-Core makes a timedelta of it, which is exact for seconds as parts of a minute.
+        distributed_timeout_minutes=config.timeout_s / 60,
     )
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     try:
-        yield _describe(device)
+        yield _describe(device, timeout)
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
     finally:
@@ -122,7 +122,7 @@ def bring_up(config: ParallelConfig, seed: int) -> Iterator[Runtime]:
             del os.environ[name]
 
 
-def _describe(device: torch.device) -> Runtime:
+def _describe(device: torch.device, timeout: timedelta) -> Runtime:
     inner_group = parallel_state.get_model_parallel_group()
     return Runtime(
         device=device,
@@ -140,18 +140,19 @@ def _describe(device: torch.device) -> Runtime:
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
         inner_group=inner_group,
-        side_group=_side_group(),
+        side_group=_side_group(timeout),
     )
 
 
-def _side_group() -> Group | None:
+def _side_group(timeout: timedelta) -> Group | None:
     """A second group of this rank's pipeline (collective over the world)."""
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
     if pipeline_group.size() == 1:
         return None
     everyones: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyones, dist.get_process_group_ranks(pipeline_group))
-    mine, _ = dist.new_subgroups_by_enumeration(sorted(map(list, {*map(tuple, everyones)})))
+    pipelines = sorted(map(list, {*map(tuple, everyones)}))
+    mine, _ = dist.new_subgroups_by_enumeration(pipelines, timeout=timeout)
     return mine
 
 
