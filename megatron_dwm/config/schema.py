@@ -286,7 +286,9 @@ class LoggingConfig:
     tensorboard: bool = True
     """write TensorBoard event files"""
     weights_interval_steps: int = 10
-    """steps between records of every sample's weight in weights/*.parquet; 0 keeps none"""
+    """steps between records of every sample's weight in weights/*.parquet; 0 keeps none. Its column
+    source says what sample_id counts in: samples that the LLM trains on (training), that updates
+    draw for themselves (update), or target passages (target)"""
 
 
 @dataclass(frozen=True, kw_only=True)
