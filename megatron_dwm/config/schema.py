@@ -233,7 +233,8 @@ class WeightingConfig:
     """shorten the updates by the measured reliability of the alignments"""
     load: str | None = None
     """directory of a weighting model (weighting/stage_K of a run) to start from; its sizes replace
-    the four below (policy dwm)"""
+    the four below (policy dwm); with encoder own, data.tokenizer must be the one it was trained
+    with"""
     frozen: bool = False
     """apply the loaded weighting model without updating it"""
     hidden_size: int = 32

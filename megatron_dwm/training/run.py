@@ -35,7 +35,7 @@ from megatron_dwm.training.run_lock import LOCK, only_job
 from megatron_dwm.training.session import INDEX_CACHE, build_session
 from megatron_dwm.training.state import TrainState
 from megatron_dwm.weighting import weighting_shape
-from megatron_dwm.weighting.model import load_weighting_model
+from megatron_dwm.weighting.model import load_weighting_model, what_is_not_compared
 
 # What a start leaves that ended before the run's first file.
 _BEFORE_THE_RUN = {LOCK, INDEX_CACHE, "config.yaml.partial"}
@@ -98,8 +98,19 @@ def check(config: Config) -> tuple[LlamaShape, Tokenizer]:
 def _check_weighting_model(config: Config, shape: LlamaShape, tokenizer: Tokenizer) -> None:
     """The weighting model that the run starts from has to exist and to fit."""
     if config.policy.name == "dwm" and config.weighting.load is not None:
-        expected = weighting_shape(config, shape, tokenizer.vocab_size)
-        load_weighting_model(Path(config.weighting.load), expected)
+        directory = Path(config.weighting.load)
+        expected = weighting_shape(
+            config, shape, tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256
+        )
+        found = load_weighting_model(directory, expected).shape
+        if (text := what_is_not_compared(directory, found)) is not None:
+            _warn(text)
+
+
+def _warn(text: str) -> None:
+    """Say it once, on the main process, before there is a loop to say it."""
+    if rank_from_environment() == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _shape_to_start_from(config: Config) -> LlamaShape | None:

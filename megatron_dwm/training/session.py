@@ -152,7 +152,9 @@ def build_session(
         llm=llm,
         optimizer=optimizer,
         scheduler=build_scheduler(config.training, optimizer),
-        policy=build_policy(config, runtime, shape, tokenizer.vocab_size),
+        policy=build_policy(
+            config, runtime, shape, tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256
+        ),
         stages=stages,
         data=_stream(config, tokenizer, config.training.steps, "training"),
         weighting_data=_stream(config, tokenizer, num_updates, "weighting") if fresh else None,
