@@ -31,7 +31,7 @@ class RunConfig:
     """go on from the newest whole checkpoint in run.dir (start afresh if there is none)"""
     allow_changed: list[str] = field(default_factory=list)
     """keys that a resumed run may change against the rule, one by one by name (data.train also
-    allows files with other content); docs/robustness.md has the rule"""
+    allows files with other content, and other domains); docs/robustness.md has the rule"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,12 @@ from megatron_dwm.training.checkpoint import (
     load_parameters,
     read_shape,
 )
-from megatron_dwm.training.fingerprint import fingerprint, refuse_changed_files, refuse_changes
+from megatron_dwm.training.fingerprint import (
+    DOMAINS,
+    fingerprint,
+    refuse_changed_files,
+    refuse_changes,
+)
 from megatron_dwm.training.loop import Loop, is_finished
 from megatron_dwm.training.manifest import list_checkpoints, read_manifest, require_whole
 from megatron_dwm.training.records import drop_records_after
@@ -217,6 +222,11 @@ def _state_to_resume(config: Config, newest: Path | None, marks: dict[str, str])
         return TrainState()
     manifest = read_manifest(newest)
     refuse_changed_files(manifest.fingerprint, marks, config)
+    if DOMAINS not in manifest.fingerprint:
+        _warn(
+            f"{newest} does not say what domains the documents of data.train had, as earlier "
+            "versions wrote it: whether they have changed since is not checked"
+        )
     return manifest.state
 
 
