@@ -171,11 +171,12 @@ class TrainingConfig:
     adam_epsilon: float = 1e-8
     """epsilon of Adam"""
     checkpoint_interval_steps: int = 500
-    """steps between checkpoints; the last step always writes one; 0 writes only that"""
+    """steps between checkpoints; inside a weighting phase of several updates, updates between them
+    too; the last step always writes one; 0 writes only that"""
     checkpoint_async: bool = False
     """write checkpoints beside training, which stands still only for a copy to host memory"""
     keep_last: int = 0
-    """checkpoints that are kept, the newest; 0 keeps all"""
+    """checkpoints that are kept, the newest, inside weighting phases or not; 0 keeps all"""
     keep_every: int = 0
     """checkpoints at multiples of this many steps are kept besides; 0 keeps none besides"""
     max_skipped_steps: int = 5

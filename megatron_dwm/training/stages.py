@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_dwm.config import Config
+from megatron_dwm.training.state import TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,12 @@ def plan_stages(config: Config) -> list[Stage]:
         stage if stage.first_step <= last_step else replace(stage, num_updates=0)
         for stage in stages
     ]
+
+
+def stage_under_way(stages: list[Stage], state: TrainState) -> Stage:
+    """The stage that the last step or, inside a weighting phase, the last update belongs to."""
+    begun = [s for s in stages if s.first_step == state.step and state.stage_updates]
+    return begun[0] if begun else next(s for s in stages if s.first_step < state.step <= s.end_step)
 
 
 def _staged(steps: int, stages: int, updates: int) -> list[Stage]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from megatron_dwm.config import UserError
@@ -77,7 +77,8 @@ class WeightingModel(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         (directory / _SHAPE_FILE).write_text(json.dumps(asdict(self.shape)), encoding="utf-8")
         tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_file(tensors, directory / _TENSOR_FILE)
+        # safetensors' own way to a file raises an error of its own where the disk is full.
+        (directory / _TENSOR_FILE).write_bytes(save(tensors))
 
 
 def build_weighting_model(shape: WeightingShape, seed: int) -> WeightingModel:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_dwm.training import loop, sharded_files
+from megatron_dwm.training import loop, sharded_files, weighting_files
 from megatron_dwm.training.session import Session
 
 _PLACES: dict[str, tuple[Any, str]] = {
@@ -22,6 +22,8 @@ _PLACES: dict[str, tuple[Any, str]] = {
     "weighting": (loop, "weighting_update"),
     "evaluation": (loop, "evaluate"),
     "checkpoint": (sharded_files.ShardedFiles, "write"),
+    "weighting model": (weighting_files, "_publish"),
+    "file of a weighting model": (Path, "replace"),
 }
 
 
