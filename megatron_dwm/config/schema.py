@@ -31,7 +31,7 @@ class RunConfig:
     """go on from the newest whole checkpoint in run.dir (start afresh if there is none)"""
     allow_changed: list[str] = field(default_factory=list)
     """keys that a resumed run may change against the rule, one by one by name (data.train also
-    allows files with other content); docs/robustness.md has the rule"""
+    allows files with other content, and other domains); docs/robustness.md has the rule"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,11 +173,12 @@ class TrainingConfig:
     adam_epsilon: float = 1e-8
     """epsilon of Adam"""
     checkpoint_interval_steps: int = 500
-    """steps between checkpoints; the last step always writes one; 0 writes only that"""
+    """steps between checkpoints; inside a weighting phase of several updates, updates between them
+    too; the last step always writes one; 0 writes only that"""
     checkpoint_async: bool = False
     """write checkpoints beside training, which stands still only for a copy to host memory"""
     keep_last: int = 0
-    """checkpoints that are kept, the newest; 0 keeps all"""
+    """checkpoints that are kept, the newest, inside weighting phases or not; 0 keeps all"""
     keep_every: int = 0
     """checkpoints at multiples of this many steps are kept besides; 0 keeps none besides"""
     max_skipped_steps: int = 5
@@ -237,7 +238,8 @@ class WeightingConfig:
     """shorten the updates by the measured reliability of the alignments"""
     load: str | None = None
     """directory of a weighting model (weighting/stage_K of a run) to start from; its sizes replace
-    the four below (policy dwm)"""
+    the four below (policy dwm); with encoder own, data.tokenizer must be the one it was trained
+    with"""
     frozen: bool = False
     """apply the loaded weighting model without updating it"""
     hidden_size: int = 32
@@ -291,7 +293,9 @@ class LoggingConfig:
     tensorboard: bool = True
     """write TensorBoard event files"""
     weights_interval_steps: int = 10
-    """steps between records of every sample's weight in weights/*.parquet; 0 keeps none"""
+    """steps between records of every sample's weight in weights/*.parquet; 0 keeps none. Its column
+    source says what sample_id counts in: samples that the LLM trains on (training), that updates
+    draw for themselves (update), or target passages (target)"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 A run may be read while it is written: an unfinished last line is left out. A step that was written
 twice (the run died after it and was resumed before it) counts once, with what was written last.
+Sample ids are compared inside their numbering (column `source`) only.
 """
 
 from __future__ import annotations
@@ -13,11 +14,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_dwm.config.errors import UserError
 
-_WEIGHT_COLUMNS = ["step", "stage", "sample_id", "domain", "weight"]
+_WEIGHT_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("stage", pa.int64()),
+        ("source", pa.string()),
+        ("sample_id", pa.int64()),
+        ("domain", pa.string()),
+        ("weight", pa.float32()),
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +93,10 @@ def read_weights(run_dir: Path) -> WeightRecords:
             "with which they are written"
         )
     rows = pa.concat_tables(tables)
-    step, sample = rows["step"].to_numpy(), rows["sample_id"].to_numpy()
-    kept = _last_written(step, sample)
+    kept = _last_written(rows, np.repeat(np.arange(len(tables)), [len(t) for t in tables]))
     domains, codes = _encode(rows["domain"])
     return WeightRecords(
-        step=step[kept],
+        step=rows["step"].to_numpy()[kept],
         stage=rows["stage"].to_numpy()[kept],
         weight=rows["weight"].to_numpy()[kept].astype(np.float64),
         domain_code=codes[kept],
@@ -94,12 +104,19 @@ def read_weights(run_dir: Path) -> WeightRecords:
     )
 
 
-def _last_written(step: np.ndarray, sample: np.ndarray) -> np.ndarray:
-    """Rows in the order of (step, sample), of equal ones the last; a stable sort."""
-    order = np.lexsort((sample, step))
-    ends = np.ones(len(order), dtype=bool)
-    ends[:-1] = (np.diff(step[order]) != 0) | (np.diff(sample[order]) != 0)
-    return order[ends]
+def _last_written(rows: pa.Table, file: np.ndarray) -> np.ndarray:
+    """Rows in the order of (step, source, sample); of a sample in several files, the last file's.
+
+    No file holds a step twice, so equal ids inside one are a passage that its batch has twice.
+    """
+    step, sample = rows["step"].to_numpy(), rows["sample_id"].to_numpy()
+    _, source = _encode(rows["source"])
+    order = np.lexsort((file, sample, source, step))
+    differs = [np.diff(column[order]) != 0 for column in (step, source, sample)]
+    ends = np.append(np.logical_or.reduce(differs), True)
+    last_file = file[order][ends]
+    number_of_sample = np.cumsum(ends) - ends
+    return order[file[order] == last_file[number_of_sample]]
 
 
 def _encode(column: pa.ChunkedArray) -> tuple[tuple[str, ...], np.ndarray]:
@@ -112,17 +129,21 @@ def _encode(column: pa.ChunkedArray) -> tuple[tuple[str, ...], np.ndarray]:
 
 
 def _weight_table(path: Path) -> pa.Table:
-    schema = pa.schema(
-        [
-            ("step", pa.int64()),
-            ("stage", pa.int64()),
-            ("sample_id", pa.int64()),
-            ("domain", pa.string()),
-            ("weight", pa.float32()),
-        ]
-    )
     try:
-        return pq.read_table(path, columns=_WEIGHT_COLUMNS).select(_WEIGHT_COLUMNS).cast(schema)
+        if "source" in pq.read_schema(path).names:
+            table = pq.read_table(path, columns=_WEIGHT_SCHEMA.names)
+        else:
+            table = pq.read_table(path)
+            table = table.append_column("source", _guessed_source(table["alignment"]))
+        return table.select(_WEIGHT_SCHEMA.names).cast(_WEIGHT_SCHEMA)
     except (pa.ArrowException, OSError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} holds no weights of a run ({reason})") from error
+
+
+def _guessed_source(alignment: pa.ChunkedArray) -> pa.ChunkedArray:
+    """For files of earlier versions, without the column: only updates recorded alignments.
+
+    An update on the training batch is called `update` too, but its step has no other record.
+    """
+    return pc.if_else(alignment.is_null(), "training", "update")

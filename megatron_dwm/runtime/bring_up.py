@@ -101,7 +101,7 @@ def bring_up(config: ParallelConfig, seed: int) -> Iterator[Runtime]:
     try:
         with _joined(config, on_gpu) as peers:
             _make_groups(config, on_gpu, seed)
-            yield _describe(device, peers)
+            yield _describe(device, peers, timedelta(seconds=config.timeout_s))
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
     finally:
@@ -143,7 +143,8 @@ def _make_groups(config: ParallelConfig, on_gpu: bool, seed: int) -> None:
         ),
         # On CPU Megatron's groups are gloo already.
         create_gloo_process_groups=on_gpu,
-        distributed_timeout_minutes=max(1, config.timeout_s // 60),
+        # Megatron-Core makes a timedelta of it, which is exact for seconds as parts of a minute.
+        distributed_timeout_minutes=config.timeout_s / 60,
     )
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -151,7 +152,7 @@ def _make_groups(config: ParallelConfig, on_gpu: bool, seed: int) -> None:
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def _describe(device: torch.device, peers: Peers | None) -> Runtime:
+def _describe(device: torch.device, peers: Peers | None, timeout: timedelta) -> Runtime:
     inner_group = parallel_state.get_model_parallel_group()
     return Runtime(
         device=device,
@@ -169,19 +170,20 @@ def _describe(device: torch.device, peers: Peers | None) -> Runtime:
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
         inner_group=inner_group,
-        side_group=_side_group(),
+        side_group=_side_group(timeout),
         peers=peers,
     )
 
 
-def _side_group() -> Group | None:
+def _side_group(timeout: timedelta) -> Group | None:
     """A second group of this rank's pipeline (collective over the world)."""
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
     if pipeline_group.size() == 1:
         return None
     everyones: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyones, dist.get_process_group_ranks(pipeline_group))
-    mine, _ = dist.new_subgroups_by_enumeration(sorted(map(list, {*map(tuple, everyones)})))
+    pipelines = sorted(map(list, {*map(tuple, everyones)}))
+    mine, _ = dist.new_subgroups_by_enumeration(pipelines, timeout=timeout)
     return mine
 
 

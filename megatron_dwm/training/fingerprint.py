@@ -16,12 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.config import Config, UserError
-from megatron_dwm.config.schema import LEARNING_POLICIES
-from megatron_dwm.data.prefixes import parse_blend
+from megatron_dwm.config.schema import LEARNING_POLICIES, DataConfig
+from megatron_dwm.data.domains import read_domains
+from megatron_dwm.data.prefixes import parse_blend, read_indexed_file
 from megatron_dwm.model import LlamaShape
 
 _BLOCK_BYTES = 1 << 16
 _NUM_BLOCKS = 256
+
+DOMAINS = "data.train (domains in .meta.parquet)"
+"""the mark of every document's domain; checkpoints of earlier versions lack it"""
+_ALLOWED_BY = {DOMAINS: ("data.train", "data.domain_key")}
 
 # Keys that a resumed run may change; everything else decides what is trained.
 MAY_CHANGE = {
@@ -53,6 +58,7 @@ def fingerprint(config: Config, shape: LlamaShape) -> dict[str, str]:
     marks = {"model": json.dumps(dataclasses.asdict(shape), sort_keys=True)}
     for key, paths in _files_by_key(config):
         marks[key] = _digest(paths)
+    marks[DOMAINS] = _digest_of_domains(config.data)
     return marks
 
 
@@ -92,8 +98,10 @@ def refuse_changed_files(old: dict[str, str], new: dict[str, str], config: Confi
     """
     for key in sorted(old.keys() & new.keys()):
         before, now = old[key], new[key]
-        if before != now and key not in config.run.allow_changed:
-            remedy = f"or allow it with {_allow(key)}" if "." in key else "or choose another run"
+        keys = _ALLOWED_BY.get(key, (key,))
+        if before != now and not set(keys) & set(config.run.allow_changed):
+            allow = _allow(keys[0])
+            remedy = f"or allow it with {allow}" if "." in key else "or choose another run"
             raise UserError(
                 f"{key}: the content has changed since the checkpoint: it was {before}, now "
                 f"{now}; a resumed run must keep it; put it back, {remedy}"
@@ -137,6 +145,19 @@ def _tokenizer_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     return sorted(file for file in path.iterdir() if file.name.startswith("tokenizer"))
+
+
+def _digest_of_domains(data: DataConfig) -> str:
+    """A few hexadecimal digits of every document's domain, and the number of documents."""
+    digest, total = hashlib.sha256(), 0
+    for part in parse_blend(data.train):
+        file = read_indexed_file(part.prefix)
+        domains = read_domains(file, data.domain_key)
+        total += file.num_documents
+        digest.update(json.dumps([file.num_documents, domains.names]).encode())
+        if domains.codes is not None and len(domains.names) > 1:
+            digest.update(domains.codes.tobytes())
+    return f"{digest.hexdigest()[:16]} ({total} documents)"
 
 
 def _digest(paths: Iterable[Path]) -> str:

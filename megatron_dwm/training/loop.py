@@ -31,7 +31,7 @@ from megatron_dwm.training.remarks import remarks
 from megatron_dwm.training.reporter import Reporter, Rows
 from megatron_dwm.training.saving import Saver
 from megatron_dwm.training.session import Session
-from megatron_dwm.training.stages import Stage
+from megatron_dwm.training.stages import Stage, stage_under_way
 from megatron_dwm.training.state import TrainState
 from megatron_dwm.training.step import (
     Lesson,
@@ -40,7 +40,7 @@ from megatron_dwm.training.step import (
     train_step,
     weighting_update,
 )
-from megatron_dwm.weighting import LearningPolicy
+from megatron_dwm.training.weighting_files import save_weighting_model
 
 
 class _Stopped(Exception):
@@ -153,6 +153,8 @@ class Loop:
             state.stage_updates += 1
             rows = partial(session.update_rows, state.updates - 1)
             self._report_update(stage, result, rows)
+            if stage.num_updates > 1:  # a single one is soon followed by a step that counts
+                self._ask_for_save(state.updates)
             self._poll()
 
     def _train(self, stage: Stage) -> None:
@@ -165,9 +167,7 @@ class Loop:
         if state.step == stage.end_step and self._is_last_of_its_number(stage):
             self._save_weighting(stage)
         self._evaluate_if_due()
-        interval = session.config.training.checkpoint_interval_steps
-        if interval and state.step % interval == 0:
-            self._wants_save = True
+        self._ask_for_save(state.step)
         self._poll()
 
     def _step(self, stage: Stage) -> None:
@@ -285,11 +285,15 @@ class Loop:
                 "smaller training.learning_rate"
             )
         state.evaluated_step = state.step
-        self._report.evaluation(self._stage_of_last_step(), losses, words)
+        self._report.evaluation(self._stage(), losses, words)
 
-    def _stage_of_last_step(self) -> Stage:
-        step = self.session.state.step
-        return next(s for s in self.session.stages if s.first_step < step <= s.end_step)
+    def _stage(self) -> Stage:
+        return stage_under_way(self.session.stages, self.session.state)
+
+    def _ask_for_save(self, count: int) -> None:
+        """A checkpoint is due at multiples of the interval, in steps and in updates of phases."""
+        interval = self.session.config.training.checkpoint_interval_steps
+        self._wants_save |= interval > 0 and count % interval == 0
 
     def _poll(self) -> None:
         """Do what is asked for; the state stands between two steps or updates."""
@@ -313,6 +317,7 @@ class Loop:
 
     def _save(self, *, wait: bool) -> bool:
         self._report.flush()
+        self._save_weighting(self._stage())
         with phase("checkpoint"):
             return self._saver.save(wait=wait)
 
@@ -322,15 +327,7 @@ class Loop:
         return self._saver.is_current or self._save(wait=True)
 
     def _save_weighting(self, stage: Stage) -> None:
-        policy = self.session.policy
-        if not self.session.runtime.is_main or not isinstance(policy, LearningPolicy):
-            return
-        directory = self.session.run_dir / "weighting" / f"stage_{stage.number}"
-        try:
-            directory.parent.mkdir(exist_ok=True)  # not the run directory, if it was removed
-            policy.save(directory)
-        except OSError as error:
-            self._report.progress.warn(f"{directory} could not be written: {error}")
+        save_weighting_model(self.session, stage, self._report.progress.warn)
 
     def _is_last_of_its_number(self, stage: Stage) -> bool:
         later = [other for other in self.session.stages if other.first_step >= stage.end_step]

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,10 +23,14 @@ from megatron_dwm.training.recorded import UPDATES, drop_records_after, set_asid
 from megatron_dwm.training.state import TrainState
 from megatron_dwm.weighting.concentration import effective_sample_size, normalised_entropy
 
+Source = Literal["training", "update", "target"]
+"""which numbering a sample's id belongs to"""
+
 _WEIGHT_SCHEMA = pa.schema(
     [
         ("step", pa.int64()),
         ("stage", pa.int32()),
+        ("source", pa.dictionary(pa.int32(), pa.string())),
         ("sample_id", pa.int64()),
         ("document_id", pa.int64()),
         ("domain", pa.dictionary(pa.int32(), pa.string())),
@@ -34,6 +38,10 @@ _WEIGHT_SCHEMA = pa.schema(
         ("alignment", pa.float32()),
     ]
 )
+"""One row a weight. source: what sample_id and document_id count in, as three numberings start
+from 0: samples that the LLM trains on (training), samples that a weighting update drew for itself
+(update), passages of the target that are mixed into the batch (target). alignment: empty where no
+update was made."""
 
 
 def weight_statistics(weights_n: Tensor) -> dict[str, float]:
@@ -129,14 +137,25 @@ class WeightRecorder:
         self._steps: list[int] = []
 
     def add(
-        self, step: int, stage: int, batch: Batch, weights_n: Tensor, alignment_n: Tensor | None
+        self,
+        step: int,
+        stage: int,
+        batch: Batch,
+        weights_n: Tensor,
+        alignment_n: Tensor | None,
+        *,
+        sources: Sequence[Source],
     ) -> None:
-        """Keep the weights of a global batch; `alignment_n` where an update computed it."""
+        """Keep the weights of a global batch; `alignment_n` where an update computed it.
+
+        sources: one a row.
+        """
         rows = batch.size
         alignment = [None] * rows if alignment_n is None else alignment_n.tolist()
         columns = [
             [step] * rows,
             [stage] * rows,
+            list(sources),
             batch.sample_ids_B.tolist(),
             batch.document_ids_B.tolist(),
             list(batch.domains),

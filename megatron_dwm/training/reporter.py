@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -17,7 +17,12 @@ from megatron_dwm.bilevel import Hypergradient
 from megatron_dwm.config.load import save_config
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.training.progress import Progress
-from megatron_dwm.training.records import MetricsWriter, WeightRecorder, weight_statistics
+from megatron_dwm.training.records import (
+    MetricsWriter,
+    Source,
+    WeightRecorder,
+    weight_statistics,
+)
 from megatron_dwm.training.session import Session
 from megatron_dwm.training.stages import Stage
 from megatron_dwm.training.step import StepResult, UpdateResult, signal_to_noise_of
@@ -71,7 +76,8 @@ class Reporter:
         interval = session.config.logging.weights_interval_steps
         if interval and state.step % interval == 0 and result.update is None:
             # An update inside the step records the same weights, with alignments.
-            self._record_weights(stage, partial(session.step_rows, state.step - 1), whole_n, None)
+            rows, sources = partial(session.step_rows, state.step - 1), self._sources_of_step()
+            self._record_weights(stage, rows, whole_n, None, sources)
 
     def update(self, stage: Stage, result: UpdateResult, rows: Rows) -> None:
         """A weighting update; the state counts it already."""
@@ -93,7 +99,7 @@ class Reporter:
             **weight_statistics(weights_n),
         )
         if self._session.config.logging.weights_interval_steps:
-            self._record_weights(stage, rows, weights_n, alignment_n)
+            self._record_weights(stage, rows, weights_n, alignment_n, self._sources_of_update())
 
     def skipped(self, stage: Stage, reason: str, ids: range) -> None:
         """A step that was left out; the state counts it already."""
@@ -151,13 +157,29 @@ class Reporter:
         self._watch.signal_to_noise(ratio)
         return {"alignment_agreement": agreement, "alignment_signal_to_noise": ratio}
 
+    def _sources_of_step(self) -> list[Source]:
+        """Of the rows of a training batch: target passages come last."""
+        mixed = self._session.num_mixed
+        return ["training"] * (self._session.global_batch_size - mixed) + ["target"] * mixed
+
+    def _sources_of_update(self) -> list[Source]:
+        """Of the rows of an update: a batch of its own, or that of the step under way."""
+        if self._session.weighting_data is None:
+            return self._sources_of_step()
+        return ["update"] * self._session.global_batch_size
+
     def _record_weights(
-        self, stage: Stage, rows: Rows, weights_n: Tensor, alignment_n: Tensor | None
+        self,
+        stage: Stage,
+        rows: Rows,
+        weights_n: Tensor,
+        alignment_n: Tensor | None,
+        sources: Sequence[Source],
     ) -> None:
         """Keep the weights of a global batch (main process only)."""
         if self._weights is not None:
             step, whole = self._session.state.step, rows(slice(0, self._session.global_batch_size))
-            self._weights.add(step, stage.number, whole, weights_n, alignment_n)
+            self._weights.add(step, stage.number, whole, weights_n, alignment_n, sources=sources)
 
     def _write(self, stage: Stage, phase: str, **values: object) -> None:
         if self._metrics is None:

@@ -28,6 +28,7 @@ from megatron_dwm.training.checkpoint import (
     read_shape,
 )
 from megatron_dwm.training.fingerprint import (
+    DOMAINS,
     fingerprint,
     refuse_changed_files,
     refuse_changes,
@@ -48,7 +49,7 @@ from megatron_dwm.training.session import INDEX_CACHE, build_session
 from megatron_dwm.training.stages import plan_stages
 from megatron_dwm.training.state import TrainState
 from megatron_dwm.weighting import weighting_shape
-from megatron_dwm.weighting.model import load_weighting_model
+from megatron_dwm.weighting.model import load_weighting_model, what_is_not_compared
 
 # What a start leaves that ended before the run's first file.
 _BEFORE_THE_RUN = {LOCK, INDEX_CACHE, "config.yaml.partial"}
@@ -124,8 +125,13 @@ def _num_samples(config: Config) -> int:
 def _check_weighting_model(config: Config, shape: LlamaShape, tokenizer: Tokenizer) -> None:
     """The weighting model that the run starts from has to exist and to fit."""
     if config.policy.name == "dwm" and config.weighting.load is not None:
-        expected = weighting_shape(config, shape, tokenizer.vocab_size)
-        load_weighting_model(Path(config.weighting.load), expected)
+        directory = Path(config.weighting.load)
+        expected = weighting_shape(
+            config, shape, tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256
+        )
+        found = load_weighting_model(directory, expected).shape
+        if (text := what_is_not_compared(directory, found)) is not None:
+            print_warning(text)
 
 
 def _shape_to_start_from(config: Config) -> LlamaShape | None:
@@ -252,6 +258,11 @@ def _state_to_resume(config: Config, newest: Path | None, marks: dict[str, str])
         return TrainState()
     manifest = read_manifest(newest)
     refuse_changed_files(manifest.fingerprint, marks, config)
+    if DOMAINS not in manifest.fingerprint:
+        print_warning(
+            f"{newest} does not say what domains the documents of data.train had, as earlier "
+            "versions wrote it: whether they have changed since is not checked"
+        )
     return manifest.state
 
 

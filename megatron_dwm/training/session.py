@@ -160,7 +160,9 @@ def build_session(
     num_updates = sum(stage.num_updates for stage in stages)
     fresh = num_updates > 0 and config.weighting.update_on == "fresh"
     reads_target = num_updates > 0 or config.policy.name == "validation_mixing"
-    policy = build_policy(config, runtime, shape, tokenizer.vocab_size)
+    policy = build_policy(
+        config, runtime, shape, tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256
+    )
     validation = _validation(config, tokenizer) if reads_target else None
     return Session(
         config=config,

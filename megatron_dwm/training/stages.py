@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_dwm.config import Config
+from megatron_dwm.training.state import TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,12 @@ def first_weighed_step(config: Config, stages: list[Stage]) -> int:
         return 0
     learned = (stage.first_step for stage in stages if stage.num_updates)
     return next(learned, config.training.steps)
+
+
+def stage_under_way(stages: list[Stage], state: TrainState) -> Stage:
+    """The stage that the last step or, inside a weighting phase, the last update belongs to."""
+    begun = [s for s in stages if s.first_step == state.step and state.stage_updates]
+    return begun[0] if begun else next(s for s in stages if s.first_step < state.step <= s.end_step)
 
 
 def _staged(steps: int, stages: int, updates: int) -> list[Stage]:

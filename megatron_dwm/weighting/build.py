@@ -22,13 +22,26 @@ from megatron_dwm.weighting.policy import Policy, UniformPolicy
 _SEED_OFFSET = 7919
 
 
-def build_policy(config: Config, runtime: Runtime, llm: LlamaShape, vocab_size: int) -> Policy:
-    """The policy of the run. llm: the LLM's shape. vocab_size: the tokenizer's."""
-    return POLICIES[config.policy.name](config, runtime, weighting_shape(config, llm, vocab_size))
+def build_policy(
+    config: Config,
+    runtime: Runtime,
+    llm: LlamaShape,
+    vocab_size: int,
+    *,
+    tokenizer_sha256: str | None = None,
+) -> Policy:
+    """The policy of the run. llm: the LLM's shape. The last two are the tokenizer's."""
+    shape = weighting_shape(config, llm, vocab_size, tokenizer_sha256=tokenizer_sha256)
+    return POLICIES[config.policy.name](config, runtime, shape)
 
 
-def weighting_shape(config: Config, llm: LlamaShape, vocab_size: int) -> WeightingShape:
-    """The weighting model that the configuration asks for."""
+def weighting_shape(
+    config: Config, llm: LlamaShape, vocab_size: int, *, tokenizer_sha256: str | None = None
+) -> WeightingShape:
+    """The weighting model that the configuration asks for.
+
+    tokenizer_sha256: None where only sizes are wanted, and no tokenizer is at hand.
+    """
     weighting = config.weighting
     return WeightingShape(
         vocab_size=vocab_size,
@@ -38,6 +51,7 @@ def weighting_shape(config: Config, llm: LlamaShape, vocab_size: int) -> Weighti
         ffn_hidden_size=weighting.ffn_hidden_size,
         encoder=weighting.encoder,
         feature_size=llm.hidden_size if weighting.encoder == "llm" else 0,
+        tokenizer_sha256=tokenizer_sha256 if weighting.encoder == "own" else None,
     )
 
 

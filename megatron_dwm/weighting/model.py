@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from megatron_dwm.config import UserError
@@ -29,10 +29,12 @@ _TENSOR_FILE = "weighting.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class WeightingShape:
-    """Architecture of a weighting model.
+    """Architecture of a weighting model, and what it reads.
 
     vocab_size: the tokenizer's.  num_layers: of the model's own encoder.
     feature_size: the LLM's hidden size; 0 for the model's own encoder.
+    tokenizer_sha256: the tokenizer whose ids it reads; None where it reads none (encoder llm), or
+        where nobody has said.
     """
 
     vocab_size: int
@@ -42,6 +44,7 @@ class WeightingShape:
     ffn_hidden_size: int
     encoder: Literal["own", "llm"] = "own"
     feature_size: int = 0
+    tokenizer_sha256: str | None = None
 
 
 class WeightingModel(nn.Module):
@@ -74,7 +77,8 @@ class WeightingModel(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         (directory / _SHAPE_FILE).write_text(json.dumps(asdict(self.shape)), encoding="utf-8")
         tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_file(tensors, directory / _TENSOR_FILE)
+        # safetensors' own way to a file raises an error of its own where the disk is full.
+        (directory / _TENSOR_FILE).write_bytes(save(tensors))
 
 
 def build_weighting_model(shape: WeightingShape, seed: int) -> WeightingModel:
@@ -114,6 +118,17 @@ def read_weighting_shape(directory: Path) -> WeightingShape:
         ) from None
 
 
+def what_is_not_compared(directory: Path, found: WeightingShape) -> str | None:
+    """What nobody can know of a model of an earlier version, whose file names no tokenizer."""
+    if found.encoder != "own" or found.tokenizer_sha256 is not None:
+        return None
+    return (
+        f"weighting.load: {directory / _SHAPE_FILE} names no tokenizer, as earlier versions wrote "
+        f"it: only the size of the vocabulary, {found.vocab_size}, has been compared; make sure "
+        "that data.tokenizer is the one it was trained with"
+    )
+
+
 def require_same_reading(directory: Path, found: WeightingShape, wanted: WeightingShape) -> None:
     """Raises UserError where the model found in `directory` reads something else than the run."""
     if found.encoder != wanted.encoder:
@@ -125,6 +140,12 @@ def require_same_reading(directory: Path, found: WeightingShape, wanted: Weighti
         raise UserError(
             f"weighting.load: {directory} was trained with a vocabulary of {found.vocab_size}, "
             f"the run's tokenizer has {wanted.vocab_size}; use the same tokenizer"
+        )
+    ours, theirs = wanted.tokenizer_sha256, found.tokenizer_sha256
+    if found.encoder == "own" and ours and theirs and ours != theirs:
+        raise UserError(
+            f"weighting.load: {directory} was trained with tokenizer {theirs[:12]}, the run's "
+            f"data.tokenizer is {ours[:12]} (SHA-256 of the file); use the same tokenizer"
         )
     if found.encoder == "llm" and found.feature_size != wanted.feature_size:
         raise UserError(

@@ -58,6 +58,7 @@ def _weights(stage: int, steps: int, random: np.random.Generator) -> pa.Table:
         {
             "step": step,
             "stage": stages,
+            "source": ["training"] * len(step),
             "sample_id": sample,
             "document_id": sample,
             "domain": domain,

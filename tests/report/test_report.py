@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -172,6 +173,31 @@ def test_steps_written_twice_count_once_and_an_unfinished_line_is_left_out(
     assert len(again) == len(metrics)
     assert [r["loss"] for r in again if r["step"] == 990 and r["phase"] == "train"] == [9.0]
     assert len(read_weights(run).step) == len(weights.step)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["with source", "before it"])
+def test_samples_of_steps_and_of_updates_are_not_taken_for_each_other(
+    make_run: Callable[..., Path], tmp_path: Path, old: bool
+) -> None:
+    """Both number their samples from 0; files of earlier versions do not say which is which."""
+    run = make_run(tmp_path / "run")
+    before = rows_of(run)
+    of_step = [row for row in before if row["step"] == 1000]
+    taken = [{**row, "alignment": None} for row in before if row["step"] == 990]
+    updates = [{**row, "alignment": 0.5, "weight": 2.0, "domain": "junk"} for row in of_step]
+    trained = [{**row, "alignment": None} for row in of_step]
+    kinds = {"training": [*taken, *trained], "update": updates}
+    rows = [{**row, "source": name} for name, kind in kinds.items() for row in kind]
+    table = pa.Table.from_pylist(rows)
+    for path in (run / "weights").iterdir():
+        path.unlink()
+    pq.write_table(table.drop_columns("source") if old else table, run / "weights" / "1.parquet")
+    found = read_weights(run)
+    assert sorted(found.weight) == pytest.approx(sorted(row["weight"] for row in rows))
+    assert mean_weight_by_domain(run, 1) == pytest.approx(mean_by_domain(trained + updates))
+    # Both kinds are still counted once where a resumed run wrote the step again.
+    pq.write_table(table, run / "weights" / "2.parquet")
+    assert len(read_weights(run).weight) == len(rows)
 
 
 def test_names_tell_runs_apart() -> None:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_dwm.training import loop, run, sharded_files
+from megatron_dwm.training import loop, run, sharded_files, weighting_files
 from megatron_dwm.training.session import Session
 
 _PLACES: dict[str, tuple[Any, str]] = {
@@ -28,6 +28,8 @@ _PLACES: dict[str, tuple[Any, str]] = {
     "weighting": (loop, "weighting_update"),
     "evaluation": (loop, "evaluate"),
     "checkpoint": (sharded_files.ShardedFiles, "write"),
+    "weighting model": (weighting_files, "_publish"),
+    "file of a weighting model": (Path, "replace"),
 }
 
 
