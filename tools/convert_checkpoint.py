@@ -11,6 +11,8 @@ import warnings
 from pathlib import Path
 
 from megatron_dwm.config.command_line import OneLineParser, run_command
+from megatron_dwm.config.huggingface import read_huggingface_config
+from megatron_dwm.convert.output import require_free
 
 _TO_HF = """
 Write a checkpoint as a Hugging Face directory (safetensors, config, tokenizer, model card). The
@@ -37,6 +39,7 @@ def main() -> None:
 
 
 def _to_hf(arguments: argparse.Namespace) -> None:
+    require_free(arguments.output)
     # Imported here, so that --help answers at once.
     import torch
 
@@ -57,6 +60,9 @@ def _to_hf(arguments: argparse.Namespace) -> None:
 
 
 def _from_hf(arguments: argparse.Namespace) -> None:
+    # What is wrong with a small file is said before torch is imported, which takes seconds.
+    require_free(arguments.output)
+    read_huggingface_config(arguments.directory)
     from megatron_dwm.convert.from_hf import import_from_huggingface
 
     found = import_from_huggingface(
@@ -106,7 +112,10 @@ def _parser() -> OneLineParser:
     from_hf.add_argument("directory", type=Path, metavar="DIR", help="Hugging Face directory")
     for command in (to_hf, from_hf):
         command.add_argument(
-            "--output", type=Path, required=True, help="directory to create; must not exist"
+            "--output",
+            type=Path,
+            required=True,
+            help="directory to create; must not exist, its parent must",
         )
         command.add_argument("--skip-check", action="store_true", help=_SKIP)
     return parser

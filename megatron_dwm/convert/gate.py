@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_dwm.config import UserError
+from megatron_dwm.config import RunError, UserError
 from megatron_dwm.convert.checkpoint_reader import SavedLLM
 from megatron_dwm.convert.huggingface import encode_with_huggingface, huggingface_logits
 from megatron_dwm.convert.megatron_logits import megatron_logits
@@ -62,7 +62,7 @@ REAL_TEXT = (
 )
 
 
-class GateError(RuntimeError):
+class GateError(RunError):
     """The export is wrong; nothing was written."""
 
 

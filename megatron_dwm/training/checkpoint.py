@@ -27,7 +27,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_dwm.config import UserError
 from megatron_dwm.config.load import save_config
-from megatron_dwm.model import LLM, LlamaShape
+from megatron_dwm.model import LLM
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.runtime.random_state import random_state, restore_random_state
 from megatron_dwm.training.manifest import (
@@ -260,14 +260,3 @@ def _write_rest(session: Session, rest: dict[str, Any], directory: Path) -> None
     save_object(rest, directory / "training.pt")
     save_config(session.config, directory / "config.yaml")
     (directory / "shape.json").write_text(json.dumps(asdict(session.llm.shape)), encoding="utf-8")
-
-
-def read_shape(directory: Path) -> LlamaShape:
-    """The shape of a checkpoint's model. Raises UserError if `directory` is no checkpoint."""
-    file = directory / "shape.json"
-    if not file.is_file():
-        raise UserError(
-            f"model.init_from: {file} is missing; expected a checkpoint such as "
-            "RUN/checkpoints/step_00001000"
-        )
-    return LlamaShape(**json.loads(file.read_text(encoding="utf-8")))

@@ -21,18 +21,15 @@ from megatron_dwm.runtime import bring_up, rank_from_environment, world_size_fro
 from megatron_dwm.runtime.profiling import check_profiling
 from megatron_dwm.runtime.stop import StopPoll, stop_signals
 from megatron_dwm.tokenizer import Tokenizer, open_tokenizer
-from megatron_dwm.training.checkpoint import (
-    load_checkpoint,
-    load_parameters,
-    read_shape,
-)
+from megatron_dwm.training.checkpoint import load_checkpoint, load_parameters
 from megatron_dwm.training.fingerprint import fingerprint, refuse_changed_files, refuse_changes
 from megatron_dwm.training.loop import Loop, is_finished
-from megatron_dwm.training.manifest import list_checkpoints, read_manifest, require_whole
+from megatron_dwm.training.manifest import list_checkpoints, read_manifest
 from megatron_dwm.training.records import drop_records_after
 from megatron_dwm.training.resume import newest_whole_checkpoint, require_no_loss
 from megatron_dwm.training.run_lock import LOCK, only_job
 from megatron_dwm.training.session import INDEX_CACHE, build_session
+from megatron_dwm.training.starting_point import shape_to_start_from
 from megatron_dwm.training.state import TrainState
 from megatron_dwm.weighting import weighting_shape
 from megatron_dwm.weighting.model import load_weighting_model
@@ -78,9 +75,7 @@ def check(config: Config) -> tuple[LlamaShape, Tokenizer]:
     if config.data.tokenizer is None:
         raise UserError("data.tokenizer: expected a tokenizer model, got none")
     tokenizer = open_tokenizer(config.data.tokenizer)
-    shape = resolve_shape(
-        config.model, tokenizer.vocab_size, init_from=_shape_to_start_from(config)
-    )
+    shape = resolve_shape(config.model, tokenizer.vocab_size, init_from=shape_to_start_from(config))
     if shape.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size {shape.vocab_size}: the tokenizer {config.data.tokenizer} has "
@@ -100,21 +95,6 @@ def _check_weighting_model(config: Config, shape: LlamaShape, tokenizer: Tokeniz
     if config.policy.name == "dwm" and config.weighting.load is not None:
         expected = weighting_shape(config, shape, tokenizer.vocab_size)
         load_weighting_model(Path(config.weighting.load), expected)
-
-
-def _shape_to_start_from(config: Config) -> LlamaShape | None:
-    """The shape of the model that the run starts from, which has to be whole; None without one."""
-    if config.model.init_from is None:
-        return None
-    directory = Path(config.model.init_from)
-    if is_huggingface(directory):
-        return open_huggingface(directory).shape
-    shape = read_shape(directory)
-    index = directory / "llm" / ".metadata"
-    if not index.is_file():
-        raise UserError(f"model.init_from: {index} is missing; the checkpoint is incomplete")
-    require_whole(directory, "model.init_from")
-    return shape
 
 
 def _start_from(llm: LLM, directory: Path) -> None:
