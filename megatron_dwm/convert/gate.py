@@ -86,6 +86,14 @@ def require_equal_ids(tokenizer: Tokenizer, directory: Path) -> int:
     return len(texts)
 
 
+def gives_same_ids(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers are alike on the texts of `require_equal_ids`."""
+    if one.vocab_size != other.vocab_size:
+        return False
+    texts = [*AWKWARD_TEXTS, REAL_TEXT, *_texts_of_pieces(one)]
+    return all(one.encode(text) == other.encode(text) for text in texts)
+
+
 def _texts_of_pieces(tokenizer: Tokenizer) -> list[str]:
     words = [piece.text.replace("\u2581", " ") for piece in tokenizer.pieces()]
     return [f"x{word}x" for word in words] + words

@@ -172,6 +172,8 @@ def generate_text(
     model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
     choice = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     options = choice if temperature > 0 else {"do_sample": False}
+    padding = tokenizer.pad_token_id
+    padding = tokenizer.eos_token_id if padding is None else padding
     texts = []
     for number, prompt in enumerate(prompts, start=1):
         torch.manual_seed(seed)
@@ -184,7 +186,7 @@ def generate_text(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.eos_token_id,
+            pad_token_id=padding,
             **options,
         )
         texts.append(tokenizer.decode(found[0], skip_special_tokens=True))

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from megatron_dwm.config import Config, UserError
-from megatron_dwm.config.load import load_config, save_config
+from megatron_dwm.config.load import load_config, read_typed_paths, save_config
+from megatron_dwm.config.paths import typed_paths, with_absolute_paths
 from megatron_dwm.config.validate import validate_config
 from megatron_dwm.data import EvaluationSet, ValidationSet
 from megatron_dwm.data.checks import check_data
@@ -23,13 +25,17 @@ from megatron_dwm.runtime.stop import StopPoll, stop_signals
 from megatron_dwm.tokenizer import Tokenizer, open_tokenizer
 from megatron_dwm.training.checkpoint import load_checkpoint, load_parameters
 from megatron_dwm.training.fingerprint import fingerprint, refuse_changed_files, refuse_changes
+from megatron_dwm.training.kept_files import kept_files
 from megatron_dwm.training.loop import Loop, is_finished
 from megatron_dwm.training.manifest import list_checkpoints, read_manifest
 from megatron_dwm.training.records import drop_records_after
 from megatron_dwm.training.resume import newest_whole_checkpoint, require_no_loss
 from megatron_dwm.training.run_lock import LOCK, only_job
 from megatron_dwm.training.session import INDEX_CACHE, build_session
-from megatron_dwm.training.starting_point import shape_to_start_from
+from megatron_dwm.training.starting_point import (
+    shape_to_start_from,
+    warn_of_another_tokenizer,
+)
 from megatron_dwm.training.state import TrainState
 from megatron_dwm.weighting import weighting_shape
 from megatron_dwm.weighting.model import load_weighting_model
@@ -41,8 +47,9 @@ _BEFORE_THE_RUN = {LOCK, INDEX_CACHE, "config.yaml.partial"}
 def run(config: Config) -> None:
     """Train as `config` says. Raises UserError before any process group exists where it can."""
     shape, tokenizer = check(config)
-    run_dir = Path(config.run.dir)
     before = _run_to_resume(config)
+    typed, config = typed_paths(config), with_absolute_paths(config)
+    run_dir = Path(config.run.dir)
     with (
         stop_signals() as told,
         _claimed(run_dir),
@@ -58,14 +65,22 @@ def run(config: Config) -> None:
                 steps = config.training.steps
                 print(f"{run_dir} is at step {state.step}: nothing to do up to step {steps}")
             return
-        session = build_session(config, runtime, shape, tokenizer)
+        session = build_session(
+            config,
+            runtime,
+            shape,
+            tokenizer,
+            kept_files=kept_files(config, tokenizer, newest) if runtime.is_main else {},
+        )
         if newest is not None:
             load_checkpoint(session, newest)
         elif config.model.init_from is not None:
+            if runtime.is_main:
+                warn_of_another_tokenizer(config, tokenizer)
             _start_from(session.llm, Path(config.model.init_from))
             session.optimizer.reload_model_params()
         if runtime.is_main:
-            _take_up(config, state)
+            _take_up(config, state, typed)
         runtime.barrier()
         Loop(session, StopPoll(runtime, run_dir, told), marks, newest).run()
 
@@ -134,11 +149,11 @@ def _run_to_resume(config: Config) -> Config | None:
             "--run.resume true"
         )
     try:
-        before = load_config([str(saved)])
+        before, typed = load_config([str(saved)]), read_typed_paths(saved)
     except UserError as error:
         _point_to_a_copy(run_dir, str(error))
         raise
-    refuse_changes(before, config, run_dir)
+    refuse_changes(before, config, run_dir, typed)
     return before
 
 
@@ -189,12 +204,15 @@ def _state_to_resume(config: Config, newest: Path | None, marks: dict[str, str])
     return manifest.state
 
 
-def _take_up(config: Config, state: TrainState) -> None:
-    """Write the resolved configuration; drop what a resumed run will write again."""
+def _take_up(config: Config, state: TrainState, typed: dict[str, Any]) -> None:
+    """Write the resolved configuration; drop what a resumed run will write again.
+
+    typed: how its paths were typed.
+    """
     run_dir = Path(config.run.dir)
     try:
         missing = drop_records_after(run_dir, state)
-        save_config(config, run_dir / "config.yaml")
+        save_config(config, run_dir / "config.yaml", typed)
     except OSError as error:
         raise UserError(
             f"run.dir: {error.filename or run_dir} cannot be written ({error.strerror}); make room "

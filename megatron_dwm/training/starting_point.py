@@ -8,6 +8,7 @@ by Megatron-Core's loader.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from megatron_dwm.model import LlamaShape
 from megatron_dwm.model.huggingface_files import is_huggingface, open_huggingface
 from megatron_dwm.model.layout import megatron_sizes
 from megatron_dwm.model.saved_index import read_index
+from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.training.checkpoint import MODEL_PREFIX
+from megatron_dwm.training.kept_files import HUGGINGFACE, TOKENIZER
 from megatron_dwm.training.manifest import require_whole
 from megatron_dwm.training.sharded_files import data_only
 
@@ -100,3 +103,28 @@ def _read_index(directory: Path) -> Metadata:
                 f"{_KEY}: {directory / '.metadata'} cannot be read; the checkpoint is damaged "
                 f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
             ) from error
+
+
+def warn_of_another_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
+    """Say on stderr that the run's tokenizer is not that of the model that it starts from.
+
+    Nothing is said where the model's is not known.
+    """
+    directory = Path(config.model.init_from or "")
+    folders = [directory] if is_huggingface(directory) else []
+    folders += [directory / TOKENIZER] if (directory / TOKENIZER).is_dir() else []
+    folders = folders or [directory / HUGGINGFACE]
+    known = [
+        (folder / name).read_bytes()
+        for folder in folders
+        for name in ("tokenizer.json", "tokenizer.model")
+        if (folder / name).is_file()
+    ]
+    if known and tokenizer.content not in known:
+        print(
+            f"warning: data.tokenizer {config.data.tokenizer} is not the tokenizer of {_KEY} "
+            f"{directory}: the model learned other ids for the same words; name the model's own, "
+            "unless the data were made for this",
+            file=sys.stderr,
+            flush=True,
+        )
