@@ -19,7 +19,8 @@ Write a checkpoint as a Hugging Face directory (safetensors, config, tokenizer, 
 directory gets its name only when the exported tokenizer gives training's ids and the exported
 model's logits are within 1e-4 of the largest logit of Megatron-Core's own model. Works for any
 parallel layout, one tensor at a time. Text is encoded as in training: no beginning of sequence,
-and "</s>" in a text is plain text.
+and "</s>" in a text is plain text. A model that training began with (model.init_from) goes out with
+its own configuration and tokenizer files.
 """
 _FROM_HF = """
 Write a Llama of Hugging Face's (LlamaForCausalLM: Llama 2, Llama 3, SmolLM2, TinyLlama, ...) as a
@@ -100,7 +101,9 @@ def _parser() -> OneLineParser:
     to_hf.add_argument(
         "--tokenizer",
         metavar="MODEL",
-        help="tokenizer model of the run (default: data.tokenizer of its configuration)",
+        help="the run's tokenizer, only needed for checkpoints of older versions, which have no "
+        "copy of it; another one is refused (default: the checkpoint's copy, else data.tokenizer "
+        "of its configuration)",
     )
     to_hf.add_argument(
         "--dtype",
