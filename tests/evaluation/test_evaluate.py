@@ -83,9 +83,10 @@ QUESTION = "doc_to_text: \"{{text.split(' ')[:-1]|join(' ')}}\""
 
 def test_scores_of_other_questions_are_not_compared(model: Path, tmp_path: Path) -> None:
     """The same file elsewhere is the same; another row is not, nor is another template."""
-    rows = SAMPLE_LAST_WORDS.read_text(encoding="utf-8").splitlines()[:4]
+    rows = SAMPLE_LAST_WORDS.read_text(encoding="utf-8").splitlines()
     (tmp_path / "same.jsonl").write_text("\n".join(rows))
-    (tmp_path / "other.jsonl").write_text("\n".join([*rows[:3], json.dumps({"text": "one two"})]))
+    rows[3] = json.dumps({"text": "one two"})
+    (tmp_path / "other.jsonl").write_text("\n".join(rows))
     text = (TASKS / "lastword.yaml").read_text()
     assert QUESTION in text
     template = _task_file(tmp_path / "template", text.replace(QUESTION, 'doc_to_text: "{{text}}"'))
