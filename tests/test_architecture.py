@@ -24,7 +24,8 @@ ALLOWED: dict[str, set[str]] = {
     "planning": {"config", "model", "weighting", "training.compute", "training.stages"},
     "preprocess": {"config", "tokenizer"},
     "convert": {
-        *("config", "tokenizer", "runtime", "model", "training.checkpoint", "training.manifest")
+        *("config", "tokenizer", "runtime", "model", "training.checkpoint", "training.manifest"),
+        *("training.fingerprint", "training.kept_files"),
     },
     "evaluation": {"config", "tokenizer", "convert"},
     "report": {"config"},

@@ -11,13 +11,16 @@ import warnings
 from pathlib import Path
 
 from megatron_dwm.config.command_line import OneLineParser, run_command
+from megatron_dwm.config.huggingface import read_huggingface_config
+from megatron_dwm.convert.output import require_free
 
 _TO_HF = """
 Write a checkpoint as a Hugging Face directory (safetensors, config, tokenizer, model card). The
 directory gets its name only when the exported tokenizer gives training's ids and the exported
 model's logits are within 1e-4 of the largest logit of Megatron-Core's own model. Works for any
 parallel layout, one tensor at a time. Text is encoded as in training: no beginning of sequence,
-and "</s>" in a text is plain text.
+and "</s>" in a text is plain text. A model that training began with (model.init_from) goes out with
+its own configuration and tokenizer files.
 """
 _FROM_HF = """
 Write a Llama of Hugging Face's (LlamaForCausalLM: Llama 2, Llama 3, SmolLM2, TinyLlama, ...) as a
@@ -37,6 +40,7 @@ def main() -> None:
 
 
 def _to_hf(arguments: argparse.Namespace) -> None:
+    require_free(arguments.output)
     # Imported here, so that --help answers at once.
     import torch
 
@@ -57,6 +61,9 @@ def _to_hf(arguments: argparse.Namespace) -> None:
 
 
 def _from_hf(arguments: argparse.Namespace) -> None:
+    # What is wrong with a small file is said before torch is imported, which takes seconds.
+    require_free(arguments.output)
+    read_huggingface_config(arguments.directory)
     from megatron_dwm.convert.from_hf import import_from_huggingface
 
     found = import_from_huggingface(
@@ -94,7 +101,9 @@ def _parser() -> OneLineParser:
     to_hf.add_argument(
         "--tokenizer",
         metavar="MODEL",
-        help="tokenizer model of the run (default: data.tokenizer of its configuration)",
+        help="the run's tokenizer, only needed for checkpoints of older versions, which have no "
+        "copy of it; another one is refused (default: the checkpoint's copy, else data.tokenizer "
+        "of its configuration)",
     )
     to_hf.add_argument(
         "--dtype",
@@ -106,7 +115,10 @@ def _parser() -> OneLineParser:
     from_hf.add_argument("directory", type=Path, metavar="DIR", help="Hugging Face directory")
     for command in (to_hf, from_hf):
         command.add_argument(
-            "--output", type=Path, required=True, help="directory to create; must not exist"
+            "--output",
+            type=Path,
+            required=True,
+            help="directory to create; must not exist, its parent must",
         )
         command.add_argument("--skip-check", action="store_true", help=_SKIP)
     return parser

@@ -14,13 +14,19 @@ docs/evaluation.md has both step by step.
 from __future__ import annotations
 
 import argparse
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
 from megatron_dwm.config import UserError
 from megatron_dwm.config.command_line import OneLineParser, run_command
 from megatron_dwm.evaluation.harness import run_harness
-from megatron_dwm.evaluation.scores import format_table, read_written, write_scores
+from megatron_dwm.evaluation.scores import (
+    comparable,
+    format_table,
+    read_written,
+    write_scores,
+)
 from megatron_dwm.evaluation.suites import select_tasks
 
 DEFAULT_SHOTS = {"dwm": [0, 2], "local": [0]}
@@ -48,7 +54,11 @@ def main() -> None:
         limit=arguments.limit,
         batch_size=arguments.batch_size,
     )
-    print(format_table(scores, others))
+    beside = {name: comparable(scores, theirs, name) for name, theirs in others.items()}
+    for other in beside.values():
+        for note in other.notes:
+            print(f"warning: --compare {note}", file=sys.stderr)
+    print(format_table(scores, {name: other.scores for name, other in beside.items()}))
     if arguments.output is not None:
         about = {
             "model": str(arguments.model),
@@ -119,7 +129,8 @@ def _parser() -> OneLineParser:
         nargs="+",
         default=[],
         metavar="FILE.json",
-        help="scores that --output wrote for other models; their columns stand beside",
+        help="scores that --output wrote for other models; their columns stand beside, but for "
+        "tasks that asked other questions",
     )
     add("--output", type=Path, metavar="FILE.json", help="also write the scores here")
     return parser

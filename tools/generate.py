@@ -3,7 +3,8 @@
 python tools/generate.py --model DIR --prompt "Once upon a time" "The river"
 
 Prints each prompt with its continuation. A prompt is given to the model as training would have
-encoded it; an empty one ("") is the beginning of a document.
+encoded it; an empty one ("") is the beginning of a document. What does not fit into the model's
+context is said.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def main() -> None:
             f"--model {arguments.model}: not a Hugging Face model directory (config.json); make "
             "one with tools/convert_checkpoint.py to-hf"
         )
+    _require_text(arguments.prompt)
     if not 0.0 < arguments.top_p <= 1.0:
         raise UserError(f"--top-p {arguments.top_p}: expected above 0, at most 1")
     # Megatron-Core warns on import that optional GPU packages are missing.
@@ -45,6 +47,19 @@ def main() -> None:
     )
     for number, text in enumerate(texts, start=1):
         print(f"--- {number}\n{printable(text, keep=_IN_TEXT)}")
+
+
+def _require_text(prompts: list[str]) -> None:
+    """`UserError` for a prompt whose bytes are no UTF-8, which Python keeps as surrogates."""
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            found = prompt[error.start].encode("utf-8", "surrogateescape").hex()
+            raise UserError(
+                f"--prompt: text {number} is not UTF-8 (byte 0x{found} after {error.start} "
+                "characters); write it in UTF-8"
+            ) from None
 
 
 def _parser() -> OneLineParser:

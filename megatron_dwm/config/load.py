@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from megatron_dwm.config.bounds import number_problems
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.config.paths import TYPED_PATHS
 from megatron_dwm.config.schema import Config
 
 _LIST_KEYS = ("--data.train", "--run.allow_changed")
@@ -44,8 +45,11 @@ def load_config(arguments: Sequence[str], prog: str = "megatron_dwm.pretrain") -
     file = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
     parser = _parser(prog)
     if file is not None:
-        _check_keys(_read_yaml(file), file)
-        rest = ["--config", str(file), *rest]
+        content = _read_yaml(file)
+        # A run's own config.yaml also has what is no configuration; jsonargparse takes text, too.
+        text = str(file) if content.pop(TYPED_PATHS, None) is None else json.dumps(content)
+        _check_keys(content, file)
+        rest = ["--config", text, *rest]
     try:
         parsed = parser.parse_args(_join_lists(rest))
         values = parser.instantiate(parsed)
@@ -58,17 +62,26 @@ def load_config(arguments: Sequence[str], prog: str = "megatron_dwm.pretrain") -
     return config
 
 
-def save_config(config: Config, path: Path) -> None:
+def save_config(config: Config, path: Path, typed_paths: Mapping[str, Any] | None = None) -> None:
     """Write the resolved configuration, whole or not at all; `load_config([path])` gives it back.
 
-    Raises OSError.
+    typed_paths: what `read_typed_paths` gives back. Raises OSError.
     """
     # In C where that is built: ten times faster, and every checkpoint has a copy.
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    text = yaml.dump(dataclasses.asdict(config), Dumper=dumper, sort_keys=False, allow_unicode=True)
+    content = dataclasses.asdict(config)
+    if typed_paths:
+        content[TYPED_PATHS] = dict(typed_paths)
+    text = yaml.dump(content, Dumper=dumper, sort_keys=False, allow_unicode=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.rename(path)
+
+
+def read_typed_paths(path: Path) -> dict[str, Any]:
+    """How the paths in a run's config.yaml were typed, where they were not absolute (paths.py)."""
+    typed = _read_yaml(path).get(TYPED_PATHS)
+    return typed if isinstance(typed, dict) else {}
 
 
 def _parser(prog: str) -> ArgumentParser:

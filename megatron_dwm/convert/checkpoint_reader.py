@@ -32,11 +32,11 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_dwm.config import UserError
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.model.saved_index import data_only, read_index
-from megatron_dwm.training.manifest import named_checkpoint
+from megatron_dwm.training.fingerprint import TOKENIZER_KEY
+from megatron_dwm.training.kept_files import HUGGINGFACE, TOKENIZER, own_tokenizer
+from megatron_dwm.training.manifest import MANIFEST, named_checkpoint, read_manifest
 
 MODEL_PREFIX = "model."
-HUGGINGFACE_FILES = "huggingface"
-"""Folder of a converted checkpoint with the files of the model it was converted from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +66,27 @@ class SavedLLM:
         return self.directory / "llm"
 
     @property
+    def tokenizer_copy(self) -> Path | None:
+        """The checkpoint's own copy of the run's tokenizer; older checkpoints have none."""
+        return own_tokenizer(self.directory / TOKENIZER)
+
+    @property
     def huggingface_directory(self) -> Path | None:
-        """Tokenizer and other files of the model that `from-hf` converted; None if trained here."""
-        directory = self.directory / HUGGINGFACE_FILES
+        """Files of the Hugging Face model that the parameters once came from; None without one."""
+        directory = self.directory / HUGGINGFACE
         return directory if directory.is_dir() else None
+
+    @property
+    def was_trained_here(self) -> bool:
+        """Whether a run saved it, and not `from-hf`."""
+        return self.tokenizer_path is not None or self.huggingface_directory is None
+
+    @property
+    def recorded_tokenizer(self) -> str | None:
+        """The digest of the run's tokenizer in the manifest (training/fingerprint.py), if any."""
+        if not (self.directory / MANIFEST).is_file():
+            return None
+        return read_manifest(self.directory).fingerprint.get(TOKENIZER_KEY)
 
     @cached_property
     def _metadata(self) -> Metadata:

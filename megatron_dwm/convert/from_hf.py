@@ -1,8 +1,9 @@
 """A Hugging Face Llama as a checkpoint of ours that has passed the gate.
 
 What is written is what a run writes, the optimiser left out: `llm/` in Megatron-Core's distributed
-format, shape.json and config.yaml. `model.init_from` and `to-hf` read it under any layout. The
-tokenizer's files are carried along. Cost: the model once in memory, on the CPU, and gate.py's.
+format, shape.json and config.yaml. `model.init_from` and `to-hf` read it under any layout. What the
+model has besides its weights is carried along. Cost: the model once in memory, on the CPU, and
+gate.py's.
 """
 
 from __future__ import annotations
@@ -21,12 +22,8 @@ from tqdm import tqdm
 from megatron_dwm.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_dwm.config.load import save_config
 from megatron_dwm.config.printing import printable
-from megatron_dwm.convert.carried_files import carry, plain_encoder, special_tokens
-from megatron_dwm.convert.checkpoint_reader import (
-    HUGGINGFACE_FILES,
-    MODEL_PREFIX,
-    open_checkpoint,
-)
+from megatron_dwm.convert.carried_files import plain_encoder, special_tokens
+from megatron_dwm.convert.checkpoint_reader import MODEL_PREFIX, open_checkpoint
 from megatron_dwm.convert.gate import gate_tokens, require_equal_logits
 from megatron_dwm.convert.output import new_directory, require_free
 from megatron_dwm.model.huggingface_files import HuggingFaceModel, open_huggingface
@@ -34,6 +31,7 @@ from megatron_dwm.model.initialise import global_parameter_names
 from megatron_dwm.model.layout import megatron_tensor
 from megatron_dwm.model.llm import build_module, transformer_config
 from megatron_dwm.runtime import bring_up
+from megatron_dwm.training.kept_files import HUGGINGFACE, huggingface_files, write_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +87,7 @@ def _write(model: HuggingFaceModel, directory: Path) -> None:
         dist_checkpointing.save(state, str(directory / "llm"))
     (directory / "shape.json").write_text(json.dumps(asdict(shape)), encoding="utf-8")
     save_config(_config(model), directory / "config.yaml")
-    carry(model.directory, directory / HUGGINGFACE_FILES)
+    write_files(huggingface_files(model.directory), directory / HUGGINGFACE)
 
 
 @torch.no_grad()
@@ -115,7 +113,7 @@ def _config(model: HuggingFaceModel) -> Config:
 def _compare_logits(
     model: HuggingFaceModel, directory: Path, encode: Callable[[str], list[int]]
 ) -> float:
-    separator = special_tokens(directory / HUGGINGFACE_FILES).get("eos_token_id")
+    separator = special_tokens(directory / HUGGINGFACE).get("eos_token_id")
     end = separator if isinstance(separator, int) else None
     tokens_BS = gate_tokens(encode, end, model.context_tokens)
     return require_equal_logits(open_checkpoint(directory), model, tokens_BS, model.dtype)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_dwm.config import UserError
+from megatron_dwm.config import RunError, UserError
 from megatron_dwm.convert.checkpoint_reader import SavedLLM
 from megatron_dwm.convert.huggingface import encode_with_huggingface, huggingface_logits
 from megatron_dwm.convert.megatron_logits import megatron_logits
@@ -62,7 +62,7 @@ REAL_TEXT = (
 )
 
 
-class GateError(RuntimeError):
+class GateError(RunError):
     """The export is wrong; nothing was written."""
 
 
@@ -84,6 +84,14 @@ def require_equal_ids(tokenizer: Tokenizer, directory: Path) -> int:
                 "train_tokenizer.py"
             )
     return len(texts)
+
+
+def gives_same_ids(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers are alike on the texts of `require_equal_ids`."""
+    if one.vocab_size != other.vocab_size:
+        return False
+    texts = [*AWKWARD_TEXTS, REAL_TEXT, *_texts_of_pieces(one)]
+    return all(one.encode(text) == other.encode(text) for text in texts)
 
 
 def _texts_of_pieces(tokenizer: Tokenizer) -> list[str]:

@@ -164,24 +164,44 @@ def generate_text(
     """Each prompt with its continuation; temperature 0 takes the likeliest token every time.
 
     Prompts are given to the model as its tokenizer encodes them; an empty prompt is the beginning
-    of a document. Samples do not depend on the other prompts.
+    of a document. Samples do not depend on the other prompts. A line on stderr says which do not
+    fit into the model's context.
     """
     hide_bars_without_terminal()
     tokenizer = _load_tokenizer(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
     choice = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     options = choice if temperature > 0 else {"do_sample": False}
+    padding = tokenizer.pad_token_id
+    padding = tokenizer.eos_token_id if padding is None else padding
     texts = []
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts, start=1):
         torch.manual_seed(seed)
-        start = tokenizer(prompt)["input_ids"] or [tokenizer.bos_token_id]
+        start = tokenizer(prompt, verbose=False)["input_ids"] or [tokenizer.bos_token_id]
+        _say_what_does_not_fit(
+            number, len(start), max_new_tokens, model.config.max_position_embeddings
+        )
         ids = torch.tensor([start], device=model.device)
         found = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.eos_token_id,
+            pad_token_id=padding,
             **options,
         )
         texts.append(tokenizer.decode(found[0], skip_special_tokens=True))
     return texts
+
+
+def _say_what_does_not_fit(number: int, tokens: int, new_tokens: int, context: int) -> None:
+    if tokens > context:
+        what = f"has {tokens} tokens"
+    elif tokens + new_tokens > context:
+        what = f"has {tokens} tokens, and {new_tokens} are asked for after it"
+    else:
+        return
+    print(
+        f"warning: prompt {number} {what}; the model's context is {context} tokens, and it has not "
+        "learned to read further",
+        file=sys.stderr,
+    )

@@ -7,6 +7,7 @@ file.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,28 @@ tags: [llama, megatron_dwm]
 """
 
 
-def model_card(saved: SavedLLM, *, dtype: str, logits_deviation: float | None) -> str:
-    """The text of the card. logits_deviation: what the gate found; None where it was skipped."""
-    parts = [_HEADER, f"# {_title(saved)}\n", _about(saved, dtype), _check(logits_deviation)]
-    if saved.huggingface_directory is None:
+def model_card(
+    saved: SavedLLM,
+    *,
+    dtype: str,
+    context_tokens: int,
+    changes: Sequence[str],
+    logits_deviation: float | None,
+) -> str:
+    """The text of the card.
+
+    Args:
+        saved: the checkpoint.
+        dtype: what parameters are kept in.
+        context_tokens: the longest sequence that config.json says.
+        changes: what differs from the files that the model came with, a line each.
+        logits_deviation: what the gate found; None where it was skipped.
+    """
+    about = _about(saved, dtype, context_tokens)
+    parts = [_HEADER, f"# {_title(saved)}\n", about, _check(logits_deviation)]
+    if saved.huggingface_directory is not None:
+        parts.append(_origin(saved, changes))
+    if saved.was_trained_here:
         parts += [_training(saved.config), _metrics(saved)]
     config = yaml.safe_dump(saved.config, sort_keys=False, allow_unicode=True)
     parts.append(f"## The run's whole configuration\n\n```yaml\n{config}```\n")
@@ -42,7 +61,17 @@ def _title(saved: SavedLLM) -> str:
     return directory.name
 
 
-def _about(saved: SavedLLM, dtype: str) -> str:
+def _origin(saved: SavedLLM, changes: Sequence[str]) -> str:
+    """What is as it came, and what is not."""
+    weights = ["the weights were trained here"] if saved.was_trained_here else []
+    lines = "\n".join(f"* {change}" for change in [*weights, *changes]) or "* nothing"
+    return (
+        "## From a Hugging Face model\n\nConfiguration, generation settings, tokenizer, chat "
+        f"template and licence are the files that the model came with. What changed:\n\n{lines}\n"
+    )
+
+
+def _about(saved: SavedLLM, dtype: str, context_tokens: int) -> str:
     shape = saved.shape
     rows = {
         "architecture": "LlamaForCausalLM",
@@ -52,7 +81,7 @@ def _about(saved: SavedLLM, dtype: str) -> str:
             f"{shape.num_query_groups}"
         ),
         "vocabulary": f"{shape.vocab_size:,} (no padding)",
-        "context": f"{saved.sequence_length:,} tokens",
+        "context": f"{context_tokens:,} tokens",
         "converted from": f"`{saved.directory}`",
     }
     return _table(rows)

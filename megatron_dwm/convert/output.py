@@ -18,12 +18,12 @@ from megatron_dwm.config import UserError
 def new_directory(output: Path) -> Iterator[Path]:
     """A directory to write into, renamed to `output` when the context ends without an exception.
 
-    Raises `UserError` if `output` exists, before and after, or cannot be made.
+    Raises `UserError` if `output` exists, before and after, or cannot be made; its parent directory
+    has to be there.
     """
     require_free(output)
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
     except OSError as error:
         raise UserError(f"--output {output}: cannot be made ({error.strerror})") from error
@@ -36,6 +36,8 @@ def new_directory(output: Path) -> Iterator[Path]:
 
 
 def require_free(output: Path) -> None:
-    """`UserError` if there is anything at `output`."""
+    """`UserError` if there is anything at `output`, or no directory to make it in."""
     if output.exists() or output.is_symlink():
         raise UserError(f"{output} exists; name another --output or remove it")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: no directory {output.parent}; make it first")

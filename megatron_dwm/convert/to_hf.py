@@ -8,18 +8,16 @@ passed. Cost: one pass over the model's tensors to write them, and gate.py's; in
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_dwm.config import UserError
 from megatron_dwm.config.printing import printable
-from megatron_dwm.convert.carried_files import plain_encoder, put_back, special_tokens
+from megatron_dwm.convert.carried_files import PutBack, put_back
 from megatron_dwm.convert.checkpoint_reader import SavedLLM, open_checkpoint
 from megatron_dwm.convert.gate import gate_tokens, require_equal_ids, require_equal_logits
 from megatron_dwm.convert.huggingface import write_config
@@ -28,9 +26,9 @@ from megatron_dwm.convert.output import new_directory, require_free
 from megatron_dwm.convert.shards import write_shards
 from megatron_dwm.convert.tokenizer_files import write_tokenizer_files
 from megatron_dwm.convert.weights import huggingface_tensors
+from megatron_dwm.convert.words import Words, open_words
 from megatron_dwm.model.huggingface_files import open_huggingface
 from megatron_dwm.model.layout import huggingface_shapes
-from megatron_dwm.tokenizer import Tokenizer, open_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +59,8 @@ def export_to_huggingface(
     Args:
         source: a run directory or a checkpoint directory.
         output: directory to create.
-        tokenizer_model: tokenizer model; None takes the one in the run's configuration, or the
-            one that came with the Hugging Face model that the checkpoint was converted from.
+        tokenizer_model: the run's tokenizer. None takes the checkpoint's own copy; only older
+            checkpoints have none, and then it is the one that their configuration names.
         dtype: what parameters are kept in; None keeps the checkpoint's.
         skip_check: leave out the comparison of logits, and say so in the model card.
 
@@ -74,13 +72,13 @@ def export_to_huggingface(
     output = Path(output)
     require_free(output)
     saved = open_checkpoint(source)
-    words = _open_words(saved, tokenizer_model)
+    words = open_words(saved, tokenizer_model)
     dtype = dtype or saved.dtype
     with new_directory(output) as partial:
-        _write(saved, words, dtype, partial)
+        came = _write(saved, words, dtype, partial)
         compared = 0 if words.trained is None else require_equal_ids(words.trained, partial)
         deviation = None if skip_check else _compare_logits(saved, words, partial, dtype)
-        card = model_card(saved, dtype=_name(dtype), logits_deviation=deviation)
+        card = _card(saved, words, came, dtype, deviation)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return Export(
         directory=output,
@@ -91,80 +89,61 @@ def export_to_huggingface(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Words:
-    """How text becomes ids: training's tokenizer, or else files carried along from elsewhere.
-
-    encode: None where there are neither.
-    """
-
-    trained: Tokenizer | None
-    carried: Path | None
-    encode: Callable[[str], list[int]]
-    special_tokens: dict[str, Any]
-
-
-def _open_words(saved: SavedLLM, given: str | Path | None) -> _Words:
-    carried = saved.huggingface_directory
-    if given is None and saved.tokenizer_path is None and carried is not None:
-        return _Words(
-            trained=None,
-            carried=carried,
-            encode=plain_encoder(carried),
-            special_tokens=special_tokens(carried),
+def _write(saved: SavedLLM, words: Words, dtype: torch.dtype, directory: Path) -> PutBack | None:
+    """Everything but the card; what came back of a model from elsewhere."""
+    came = None
+    if saved.huggingface_directory is None:
+        # The end-of-document token is also the beginning of sequence (see tokenizer_files.py).
+        write_config(
+            saved.shape,
+            context_tokens=saved.sequence_length,
+            special_tokens=words.special_tokens or {},
+            dtype=dtype,
+            directory=directory,
         )
-    tokenizer = _open_tokenizer(saved, given)
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eod_id)
-    return _Words(trained=tokenizer, carried=None, encode=tokenizer.encode, special_tokens=ends)
-
-
-def _open_tokenizer(saved: SavedLLM, given: str | Path | None) -> Tokenizer:
-    """The tokenizer given, which must be the run's if that is still there; else the run's."""
-    configured = saved.tokenizer_path
-    if given is None and configured is None:
-        raise UserError(f"{saved.directory}: its config.yaml names no data.tokenizer; --tokenizer")
-    if given is None and not Path(configured).exists():
-        raise UserError(
-            f"{configured}: no such file (data.tokenizer in {saved.directory / 'config.yaml'}); "
-            "name the tokenizer model with --tokenizer"
+    else:
+        came = put_back(
+            saved.huggingface_directory,
+            directory,
+            shape=saved.shape,
+            dtype=dtype,
+            trained_tokens=saved.sequence_length if saved.was_trained_here else 0,
+            special_tokens=words.special_tokens,
         )
-    tokenizer = open_tokenizer(given or configured)
-    if given is not None and configured is not None and Path(configured).exists():
-        trained_with = open_tokenizer(configured)
-        if trained_with.sha256 != tokenizer.sha256:
-            raise UserError(f"--tokenizer {given} is not the run's tokenizer {configured}")
-    if tokenizer.vocab_size > saved.shape.vocab_size:
-        raise UserError(
-            f"{tokenizer.model_path} has {tokenizer.vocab_size} pieces but the model only "
-            f"{saved.shape.vocab_size}; name the tokenizer of the run with --tokenizer"
-        )
-    return tokenizer
-
-
-def _write(saved: SavedLLM, words: _Words, dtype: torch.dtype, directory: Path) -> None:
-    # The end-of-document token is also the beginning of sequence (see tokenizer_files.py).
-    write_config(
-        saved.shape,
-        context_tokens=saved.sequence_length,
-        special_tokens=words.special_tokens,
-        dtype=dtype,
-        directory=directory,
-    )
     shapes = huggingface_shapes(saved.shape)
     tensors = _with_progress(huggingface_tensors(saved), saved, len(shapes))
     write_shards(shapes, tensors, dtype, directory)
     for path in directory.glob("*.safetensors"):  # written readable by their owner alone
         path.chmod((directory / "config.json").stat().st_mode)
     if words.trained is not None:
-        write_tokenizer_files(words.trained, saved.sequence_length, directory)
-    elif words.carried is not None:
-        put_back(words.carried, directory)
+        write_tokenizer_files(words.trained, _context(saved, came), directory)
+    return came
 
 
-def _compare_logits(saved: SavedLLM, words: _Words, directory: Path, dtype: torch.dtype) -> float:
-    separator = words.special_tokens.get("eos_token_id")
-    end = separator if isinstance(separator, int) else None
-    tokens_BS = gate_tokens(words.encode, end, saved.sequence_length)
+def _context(saved: SavedLLM, came: PutBack | None) -> int:
+    return saved.sequence_length if came is None else came.context_tokens
+
+
+def _card(
+    saved: SavedLLM, words: Words, came: PutBack | None, dtype: torch.dtype, deviation: float | None
+) -> str:
+    changes = () if came is None else came.changes
+    if came is not None and words.trained is not None:
+        changes += (
+            f"the tokenizer is another (`{saved.tokenizer_path or words.trained.model_path}`); "
+            "the one that the model came with, and its chat template, are left out",
+        )
+    return model_card(
+        saved,
+        dtype=_name(dtype),
+        context_tokens=_context(saved, came),
+        changes=changes,
+        logits_deviation=deviation,
+    )
+
+
+def _compare_logits(saved: SavedLLM, words: Words, directory: Path, dtype: torch.dtype) -> float:
+    tokens_BS = gate_tokens(words.encode, words.separator, saved.sequence_length)
     return require_equal_logits(saved, open_huggingface(directory), tokens_BS, dtype)
 
 

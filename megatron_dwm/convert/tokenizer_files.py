@@ -17,6 +17,10 @@ keep the ids (leading and double spaces differ).
   token is therefore named as the beginning of sequence too (as in GPT-2): an evaluation or a
   generation that needs something before the first token uses it. Encoding adds neither.
 
+* Padding. Batches of unequal texts need a token that says nothing. It is the tokenizer's own, if
+  the vocabulary has one; else the unknown one, which no text gives where bytes are pieces; else the
+  end of document. (Named last: a trainer that masks padding would never learn to end.)
+
 Of SentencePiece, covers BPE models with the layout of Llama 2 (with or without byte pieces). For
 any other model the gate (gate.py) finds ids that differ. Cost: some seconds for 32,000 pieces.
 """
@@ -33,6 +37,7 @@ from megatron_dwm.tokenizer import Piece, Tokenizer
 _SPACE = "\u2581"
 _MERGED_ROLES = ("normal",)
 _CONTROL_ROLES = ("control", "unknown")
+_USUAL_PADDINGS = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>")
 
 
 def write_tokenizer_files(tokenizer: Tokenizer, sequence_length: int, directory: Path) -> None:
@@ -127,9 +132,18 @@ def tokenizer_config(pieces: Sequence[Piece], eod_id: int, sequence_length: int)
         "bos_token": end,
         "eos_token": end,
         "unk_token": unknown,
+        "pad_token": pieces[padding_id(pieces, eod_id)].text,
         "clean_up_tokenization_spaces": False,
         "model_max_length": sequence_length,
     }
+
+
+def padding_id(pieces: Sequence[Piece], eod_id: int) -> int:
+    """The id that fills up short rows of a batch."""
+    roles = {piece.text: number for number, piece in enumerate(pieces) if piece.role == "control"}
+    named = next((roles[text] for text in _USUAL_PADDINGS if text in roles), None)
+    unknown = next((i for i, piece in enumerate(pieces) if piece.role == "unknown"), None)
+    return next(found for found in (named, unknown, eod_id) if found is not None)
 
 
 def _added_token(token_id: int, text: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from copy import deepcopy
@@ -25,6 +26,7 @@ from megatron_dwm.evaluation.data_files import (
     missing_data,
     with_own_files,
 )
+from megatron_dwm.evaluation.questions import Asked, asked_by
 from megatron_dwm.evaluation.scores import Score
 from megatron_dwm.evaluation.suites import BundledTasks, LocalTasks, require_known
 
@@ -86,13 +88,12 @@ def run_harness(
         print(f"evaluating {printable(model)} with {shots} shots", file=sys.stderr)
         # Its standard output would stand before our table.
         with redirect_stdout(sys.stderr), _truncations_counted(shots), _records_blamed():
-            results = evaluate(
-                language_model,
-                {"tasks": _tasks_with_shots(_load_tasks(manager, specs), shots)},
-                limit=limit,
-                log_samples=False,
-            )
-        scores += read_scores(results)
+            loaded = _tasks_with_shots(_load_tasks(manager, specs), shots)
+            results = evaluate(language_model, {"tasks": loaded}, limit=limit, log_samples=False)
+        asked = {
+            name: asked_by(task.dump_config(), task.instances) for name, task in loaded.items()
+        }
+        scores += read_scores(results, asked)
     return scores
 
 
@@ -304,8 +305,11 @@ def _one_line(error: Exception) -> str:
     return " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
 
 
-def read_scores(results: Mapping[str, Any]) -> list[Score]:
-    """The records in what `lm_eval.evaluate` gives."""
+def read_scores(
+    results: Mapping[str, Any], asked: Mapping[str, Asked] | None = None
+) -> list[Score]:
+    """The records in what `lm_eval.evaluate` gives. asked: what its tasks asked, by name."""
+    digests = defaultdict(Asked, asked or {})
     return [
         Score(
             task=task,
@@ -315,6 +319,8 @@ def read_scores(results: Mapping[str, Any]) -> list[Score]:
             standard_error=_standard_error(figures, key),
             higher_is_better=results["higher_is_better"][task][key.partition(",")[0]],
             num_examples=results["n-samples"][task]["effective"],
+            task_digest=digests[task].task,
+            questions_digest=digests[task].questions,
         )
         for task, figures in results["results"].items()
         for key, value in figures.items()

@@ -18,6 +18,7 @@ class Score:
     """One metric of one task.
 
     standard_error: the harness's, in the metric's unit; None where it gives none.
+    task_digest, questions_digest: of what was asked (questions.py); None in older records.
     """
 
     task: str
@@ -27,6 +28,8 @@ class Score:
     standard_error: float | None
     higher_is_better: bool
     num_examples: int
+    task_digest: str | None = None
+    questions_digest: str | None = None
 
 
 _TEXT_HEADINGS = ("task", "shots", "metric", "better")
@@ -48,6 +51,45 @@ def format_table(
         for row, score in zip(rows, scores, strict=True):
             row += _against(score, found.get(_key(score)))
     return _aligned([headings, *rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparable:
+    """Another model's scores that answer our questions, and a line for each task that does not."""
+
+    scores: list[Score]
+    notes: list[str]
+
+
+def comparable(scores: Sequence[Score], theirs: Sequence[Score], name: str) -> Comparable:
+    """Of `theirs`, written as `name`, what can stand beside `scores`.
+
+    Scores without digests can, as far as one knows; that is a line, too.
+    """
+    ours = {_key(score): score for score in scores}
+    kept, notes = [], []
+    for score in theirs:
+        mine = ours.get(_key(score))
+        difference = None if mine is None else _difference(mine, score)
+        if difference is None:
+            kept.append(score)
+        else:
+            shots = f"{score.task} with {score.num_fewshot} shots"
+            notes.append(f"{name}: {shots} {difference}; its figures are left out")
+    if any(score.questions_digest is None for score in kept):
+        notes.append(
+            f"{name}: has no digests of its questions (an older version wrote it); that they are "
+            "the same is not checked"
+        )
+    return Comparable(scores=kept, notes=list(dict.fromkeys(notes)))
+
+
+def _difference(ours: Score, theirs: Score) -> str | None:
+    if theirs.task_digest not in (None, ours.task_digest):
+        return "is another task (its file or its version differs)"
+    if theirs.questions_digest not in (None, ours.questions_digest):
+        return "asked other questions (its data differ)"
+    return None
 
 
 def _labels(score: Score) -> list[str]:

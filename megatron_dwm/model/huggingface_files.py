@@ -8,35 +8,24 @@ tensor read costs its own memory.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_dwm.config import UserError
+from megatron_dwm.config.huggingface import (
+    CONFIG_NAME,
+    HuggingFaceConfig,
+    read_huggingface_config,
+    read_json_object,
+)
 from megatron_dwm.model.layout import huggingface_shapes
 from megatron_dwm.model.shape import LlamaShape
-
-# What Megatron-Core's own Llama 3 scaling holds fixed.
-_LLAMA3_SCALING = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-_REFUSED = {
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "hidden_act": ("silu",),
-    "partial_rotary_factor": (1, None),
-    "quantization_config": (None,),
-}
-"""Keys of config.json, and the values that a model of ours can have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +57,7 @@ class HuggingFaceModel:
 
 def is_huggingface(directory: Path) -> bool:
     """Whether `directory` looks like Hugging Face's (a checkpoint of ours has no config.json)."""
-    return (directory / "config.json").is_file()
+    return (directory / CONFIG_NAME).is_file()
 
 
 def open_huggingface(directory: Path) -> HuggingFaceModel:
@@ -77,78 +66,21 @@ def open_huggingface(directory: Path) -> HuggingFaceModel:
     Raises `UserError` if there is none, it is no Llama that ours can hold, or a tensor is missing,
     unknown or wrongly shaped, or a file cut short.
     """
-    if not is_huggingface(directory):
-        raise UserError(f"{directory}: not a Hugging Face model directory (no config.json)")
-    path = directory / "config.json"
-    config = _read_json(path)
-    shape = shape_of_config(config, path)
+    config = read_huggingface_config(directory)
+    shape = shape_of(config)
     found = _find_tensors(directory)
     _require_tensors(shape, found, directory)
     return HuggingFaceModel(
         directory=directory,
         shape=shape,
-        context_tokens=_whole_number(config, "max_position_embeddings", path, default=2048),
+        context_tokens=config.context_tokens,
         files={name: place for name, (place, _) in found.items()},
     )
 
 
-def shape_of_config(config: Mapping[str, Any], path: Path) -> LlamaShape:
-    """What a config.json describes; `UserError` naming `path` for what ours cannot be."""
-    if config.get("model_type") != "llama":
-        raise UserError(
-            f"{path}: model_type {config.get('model_type')!r}; only 'llama' can be converted"
-        )
-    for key, allowed in _REFUSED.items():
-        if config.get(key, allowed[0]) not in allowed:
-            raise UserError(
-                f"{path}: {key} {config[key]!r} is not supported; only {allowed[0]!r} is"
-            )
-    heads = _whole_number(config, "num_attention_heads", path)
-    width = _whole_number(config, "hidden_size", path)
-    head_dim = _whole_number(config, "head_dim", path, default=width // heads)
-    base, scaling = _rotary(config, path)
-    return LlamaShape(
-        hidden_size=width,
-        num_layers=_whole_number(config, "num_hidden_layers", path),
-        num_attention_heads=heads,
-        num_query_groups=_whole_number(config, "num_key_value_heads", path, default=heads),
-        ffn_hidden_size=_whole_number(config, "intermediate_size", path),
-        vocab_size=_whole_number(config, "vocab_size", path),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        rotary_base=base,
-        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-        init_std=float(config.get("initializer_range", 0.02)),
-        head_dim=None if head_dim * heads == width else head_dim,
-        rope_scaling_factor=scaling,
-    )
-
-
-def _rotary(config: Mapping[str, Any], path: Path) -> tuple[float, float | None]:
-    """(base, factor of Llama 3's scaling), as transformers 5 and its forerunners spell them."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    base = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
-        raise UserError(f"{path}: a partial rotary embedding is not supported")
-    if kind == "default":
-        return base, None
-    if kind != "llama3" or any(rope.get(key) != value for key, value in _LLAMA3_SCALING.items()):
-        wanted = ", ".join(f"{key} {value:g}" for key, value in _LLAMA3_SCALING.items())
-        raise UserError(
-            f"{path}: rope scaling {rope} is not supported; only Llama 3's is, with {wanted}"
-        )
-    return base, float(rope["factor"])
-
-
-def _whole_number(
-    config: Mapping[str, Any], key: str, path: Path, *, default: int | None = None
-) -> int:
-    value = config.get(key)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{path}: {key} is {value!r}; expected a whole number above 0")
-    return value
+def shape_of(config: HuggingFaceConfig) -> LlamaShape:
+    """The shape of the model that a config.json describes."""
+    return LlamaShape(**{field.name: getattr(config, field.name) for field in fields(LlamaShape)})
 
 
 def _find_tensors(directory: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
@@ -157,7 +89,7 @@ def _find_tensors(directory: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
         index = directory / f"{stem}.{suffix}.index.json"
         whole = directory / f"{stem}.{suffix}"
         if index.is_file():
-            names = _read_json(index).get("weight_map")
+            names = read_json_object(index).get("weight_map")
             if not isinstance(names, dict):
                 raise UserError(f"{index}: has no weight_map; the model is damaged")
             # Path(...).name: an index must not lead out of its directory.
@@ -210,13 +142,3 @@ def _require_tensors(
             )
     if extra:
         raise UserError(f"{directory}: tensor {min(extra)} is not one of a Llama model")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object; the model is damaged")
-    return content

@@ -149,6 +149,29 @@ def megatron_names(shape: LlamaShape) -> Iterator[str]:
         yield OUTPUT
 
 
+def megatron_sizes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
+    """The size of every tensor that Megatron-Core saves, by its name: layers lie in one stack."""
+    width, layers = shape.hidden_size, shape.num_layers
+    queries = shape.num_attention_heads * shape.head_size
+    keys = shape.num_query_groups * shape.head_size
+    of_layer = {
+        "input_layernorm": (width,),
+        "self_attention.linear_qkv": (queries + 2 * keys, width),
+        "self_attention.linear_proj": (width, queries),
+        "pre_mlp_layernorm": (width,),
+        "mlp.linear_fc1": (2 * shape.ffn_hidden_size, width),
+        "mlp.linear_fc2": (width, shape.ffn_hidden_size),
+    }
+    sizes: dict[str, tuple[int, ...]] = {
+        EMBEDDING: (shape.padded_vocab_size, width),
+        **{f"decoder.layers.{n}.weight": (layers, *size) for n, size in of_layer.items()},
+        FINAL_NORM: (width,),
+    }
+    if not shape.tied_embeddings:
+        sizes[OUTPUT] = (shape.padded_vocab_size, width)
+    return sizes
+
+
 def _padded(shape: LlamaShape, tensor_VH: Tensor) -> Tensor:
     missing = shape.padded_vocab_size - len(tensor_VH)
     if not missing:

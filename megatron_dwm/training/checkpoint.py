@@ -3,6 +3,8 @@
     checkpoints/step_00000500/llm/           parameters and optimiser, any layout can load them
     checkpoints/step_00000500/training.pt    weighting model and its optimiser, random generators
     checkpoints/step_00000500/config.yaml, shape.json   what is needed to read it alone
+    checkpoints/step_00000500/tokenizer/     the tokenizer's files (kept_files.py), and
+    checkpoints/step_00000500/huggingface/   those of the model that the run started from
     checkpoints/step_00000500/manifest.json  counters, and size and checksum of every other file
 
 It is written under a temporary name and renamed when it is whole, the manifest last. Inside a
@@ -28,10 +30,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron_dwm.config import UserError
 from megatron_dwm.config.load import save_config
 from megatron_dwm.config.printing import printable
-from megatron_dwm.model import LLM, LlamaShape
+from megatron_dwm.model import LLM
 from megatron_dwm.model.saved_index import data_only
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.runtime.random_state import random_state, restore_random_state
+from megatron_dwm.training.kept_files import write_files
 from megatron_dwm.training.manifest import (
     FileRecord,
     Manifest,
@@ -149,7 +152,8 @@ class CheckpointSave:
 
     def _publish(self, of_llm: dict[str, FileRecord]) -> None:
         files = {f"llm/{name}": record for name, record in sorted(of_llm.items())}
-        files |= {name: record_file(self._partial / name) for name in _REST}
+        rest = (*_REST, *self._session.kept_files)
+        files |= {name: record_file(self._partial / name) for name in rest}
         manifest = Manifest(state=self._state, fingerprint=self._fingerprint, files=files)
         write_manifest(self._partial, manifest)
         publish(self._partial, self.directory)
@@ -265,14 +269,4 @@ def _write_rest(session: Session, rest: dict[str, Any], directory: Path) -> None
     save_object(rest, directory / "training.pt")
     save_config(session.config, directory / "config.yaml")
     (directory / "shape.json").write_text(json.dumps(asdict(session.llm.shape)), encoding="utf-8")
-
-
-def read_shape(directory: Path) -> LlamaShape:
-    """The shape of a checkpoint's model. Raises UserError if `directory` is no checkpoint."""
-    file = directory / "shape.json"
-    if not file.is_file():
-        raise UserError(
-            f"model.init_from: {file} is missing; expected a checkpoint such as "
-            "RUN/checkpoints/step_00001000"
-        )
-    return LlamaShape(**json.loads(file.read_text(encoding="utf-8")))
+    write_files(session.kept_files, directory)

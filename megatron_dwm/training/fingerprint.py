@@ -11,19 +11,22 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_dwm.config import Config, UserError
+from megatron_dwm.config.paths import PATH_KEYS, is_same_path
 from megatron_dwm.config.schema import LEARNING_POLICIES, DataConfig
 from megatron_dwm.data.domains import read_domains
 from megatron_dwm.data.prefixes import parse_blend, read_indexed_file
 from megatron_dwm.model import LlamaShape
+from megatron_dwm.tokenizer.huggingface import FILE_NAME
 
 _BLOCK_BYTES = 1 << 16
 _NUM_BLOCKS = 256
 
+TOKENIZER_KEY = "data.tokenizer"
 DOMAINS = "data.train (domains in .meta.parquet)"
 """the mark of every document's domain; checkpoints of earlier versions lack it"""
 _ALLOWED_BY = {DOMAINS: ("data.train", "data.domain_key")}
@@ -62,11 +65,22 @@ def fingerprint(config: Config, shape: LlamaShape) -> dict[str, str]:
     return marks
 
 
-def refuse_changes(old: Config, new: Config, where: Path) -> None:
-    """Raise UserError for the first key that a resumed run changes and may not."""
+def refuse_changes(
+    old: Config, new: Config, where: Path, typed: Mapping[str, Any] | None = None
+) -> None:
+    """Raise UserError for the first key that a resumed run changes and may not.
+
+    typed: how the paths of the old configuration were typed.
+    """
     before, now = _flat(old), _flat(new)
     _require_known(new.run.allow_changed, [*now, "model"])
-    changed = [key for key in now if before[key] != now[key] and not _may_change(key, new)]
+    changed = [
+        key
+        for key in now
+        if before[key] != now[key]
+        and not _may_change(key, new)
+        and not (key in PATH_KEYS and is_same_path(key, before[key], now[key], typed or {}))
+    ]
     if changed:
         key, others = changed[0], ", ".join(changed[1:])
         raise UserError(
@@ -81,7 +95,7 @@ def without_effect(old: Config, new: Config) -> list[str]:
     before, now = _flat(old), _flat(new)
     if old.policy.name != new.policy.name:  # the new one's weighting model has no state yet
         before["weighting.load"] = now["weighting.load"]
-    return [key for key in _STARTS_FROM if before[key] != now[key]]
+    return [key for key in _STARTS_FROM if not is_same_path(key, before[key], now[key], {})]
 
 
 def _require_known(allowed: Iterable[str], known: list[str]) -> None:
@@ -133,11 +147,22 @@ def _files_by_key(config: Config) -> Iterator[tuple[str, list[Path]]]:
     prefixes = [part.prefix for part in parse_blend(config.data.train)]
     yield "data.train", [Path(f"{prefix}.{end}") for prefix in prefixes for end in ("bin", "idx")]
     if config.data.tokenizer is not None:
-        yield "data.tokenizer", _tokenizer_files(Path(config.data.tokenizer))
+        yield TOKENIZER_KEY, _tokenizer_files(Path(config.data.tokenizer))
     if config.validation.path is not None and (
         config.learns or config.policy.name == "validation_mixing"
     ):
         yield "validation.path", [Path(config.validation.path)]
+
+
+def tokenizer_digests(path: Path) -> set[str]:
+    """What a fingerprint can have under `TOKENIZER_KEY` for a run with the tokenizer at `path`.
+
+    A tokenizer.json may have been named itself or by its directory.
+    """
+    named = [path, path / FILE_NAME] if path.is_dir() else [path]
+    if path.name == FILE_NAME:
+        named.append(path.parent)
+    return {_digest(_tokenizer_files(place)) for place in named if place.exists()}
 
 
 def _tokenizer_files(path: Path) -> list[Path]:

@@ -6,11 +6,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron_dwm.config import Config, UserError
-from megatron_dwm.config.load import load_config, save_config
+from megatron_dwm.config.load import load_config, read_typed_paths, save_config
+from megatron_dwm.config.paths import typed_paths, with_absolute_paths
 from megatron_dwm.config.validate import validate_config
 from megatron_dwm.data import EvaluationSet, ValidationSet
 from megatron_dwm.data.checks import check_data
@@ -22,11 +24,7 @@ from megatron_dwm.runtime import Runtime, bring_up, world_size_from_environment
 from megatron_dwm.runtime.profiling import check_profiling
 from megatron_dwm.runtime.stop import StopPoll, stop_signals
 from megatron_dwm.tokenizer import Tokenizer, open_tokenizer
-from megatron_dwm.training.checkpoint import (
-    load_checkpoint,
-    load_parameters,
-    read_shape,
-)
+from megatron_dwm.training.checkpoint import load_checkpoint, load_parameters
 from megatron_dwm.training.fingerprint import (
     DOMAINS,
     fingerprint,
@@ -35,8 +33,9 @@ from megatron_dwm.training.fingerprint import (
     without_effect,
 )
 from megatron_dwm.training.first_checkpoint import note_start
+from megatron_dwm.training.kept_files import kept_files
 from megatron_dwm.training.loop import Loop, is_finished
-from megatron_dwm.training.manifest import list_checkpoints, read_manifest, require_whole
+from megatron_dwm.training.manifest import list_checkpoints, read_manifest
 from megatron_dwm.training.recorded import drop_records_after
 from megatron_dwm.training.resume import (
     newest_whole_checkpoint,
@@ -47,6 +46,10 @@ from megatron_dwm.training.resume import (
 from megatron_dwm.training.run_lock import LOCK, HeldDirectory, only_job
 from megatron_dwm.training.session import INDEX_CACHE, build_session
 from megatron_dwm.training.stages import plan_stages
+from megatron_dwm.training.starting_point import (
+    shape_to_start_from,
+    warn_of_another_tokenizer,
+)
 from megatron_dwm.training.state import TrainState
 from megatron_dwm.weighting import weighting_shape
 from megatron_dwm.weighting.model import load_weighting_model, what_is_not_compared
@@ -62,8 +65,9 @@ def run(config: Config) -> None:
     a launcher's second one is harmless until all is taken down.
     """
     shape, tokenizer = check(config)
-    run_dir = Path(config.run.dir)
     before = _run_to_resume(config)
+    typed, config = typed_paths(config), with_absolute_paths(config)
+    run_dir = Path(config.run.dir)
     with (
         ExitStack() as to_the_end,
         bring_up(config.parallel, config.run.seed) as runtime,
@@ -79,15 +83,23 @@ def run(config: Config) -> None:
                 steps = config.training.steps
                 print(f"{run_dir} is at step {state.step}: nothing to do up to step {steps}")
             return
-        session = build_session(config, runtime, shape, tokenizer)
+        session = build_session(
+            config,
+            runtime,
+            shape,
+            tokenizer,
+            kept_files=kept_files(config, tokenizer, newest) if runtime.is_main else {},
+        )
         if newest is not None:
             load_checkpoint(session, newest)
             say_what_has_no_effect(without_effect(before, config), newest)
         elif config.model.init_from is not None:
+            if runtime.is_main:
+                warn_of_another_tokenizer(config, tokenizer)
             _start_from(session.llm, Path(config.model.init_from))
             session.optimizer.reload_model_params()
         if runtime.is_main:
-            _take_up(config, state, had_checkpoint=newest is not None)
+            _take_up(config, state, typed, had_checkpoint=newest is not None)
         told = to_the_end.enter_context(stop_signals())
         runtime.barrier()
         Loop(session, StopPoll(runtime, run_dir, told, is_lost), marks, newest).run()
@@ -98,9 +110,7 @@ def check(config: Config) -> tuple[LlamaShape, Tokenizer]:
     if config.data.tokenizer is None:
         raise UserError("data.tokenizer: expected a tokenizer model, got none")
     tokenizer = open_tokenizer(config.data.tokenizer)
-    shape = resolve_shape(
-        config.model, tokenizer.vocab_size, init_from=_shape_to_start_from(config)
-    )
+    shape = resolve_shape(config.model, tokenizer.vocab_size, init_from=shape_to_start_from(config))
     if shape.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size {shape.vocab_size}: the tokenizer {config.data.tokenizer} has "
@@ -132,21 +142,6 @@ def _check_weighting_model(config: Config, shape: LlamaShape, tokenizer: Tokeniz
         found = load_weighting_model(directory, expected).shape
         if (text := what_is_not_compared(directory, found)) is not None:
             print_warning(text)
-
-
-def _shape_to_start_from(config: Config) -> LlamaShape | None:
-    """The shape of the model that the run starts from, which has to be whole; None without one."""
-    if config.model.init_from is None:
-        return None
-    directory = Path(config.model.init_from)
-    if is_huggingface(directory):
-        return open_huggingface(directory).shape
-    shape = read_shape(directory)
-    index = directory / "llm" / ".metadata"
-    if not index.is_file():
-        raise UserError(f"model.init_from: {index} is missing; the checkpoint is incomplete")
-    require_whole(directory, "model.init_from")
-    return shape
 
 
 def _start_from(llm: LLM, directory: Path) -> None:
@@ -191,11 +186,11 @@ def _run_to_resume(config: Config) -> Config | None:
             "--run.resume true"
         )
     try:
-        before = load_config([str(saved)])
+        before, typed = load_config([str(saved)]), read_typed_paths(saved)
     except UserError as error:
         _point_to_a_copy(run_dir, str(error))
         raise
-    refuse_changes(before, config, run_dir)
+    refuse_changes(before, config, run_dir, typed)
     return before
 
 
@@ -266,12 +261,17 @@ def _state_to_resume(config: Config, newest: Path | None, marks: dict[str, str])
     return manifest.state
 
 
-def _take_up(config: Config, state: TrainState, *, had_checkpoint: bool) -> None:
-    """Write the resolved configuration; drop what a resumed run will write again."""
+def _take_up(
+    config: Config, state: TrainState, typed: dict[str, Any], *, had_checkpoint: bool
+) -> None:
+    """Write the resolved configuration; drop what a resumed run will write again.
+
+    typed: how its paths were typed.
+    """
     run_dir = Path(config.run.dir)
     try:
         missing = drop_records_after(run_dir, state, print_warning)
-        save_config(config, run_dir / "config.yaml")
+        save_config(config, run_dir / "config.yaml", typed)
         note_start(run_dir, had_one=had_checkpoint)
     except OSError as error:
         raise UserError(

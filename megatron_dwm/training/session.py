@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
@@ -34,7 +35,8 @@ class Session:
 
     weighting_data: the same documents in an order of their own, so that weighting updates never
     change what the LLM reads; None where updates draw no batch.  validation: None where the policy
-    reads none.
+    reads none.  kept_files: small files that every checkpoint has, by path inside (kept_files.py);
+    the main process alone has them.
     """
 
     config: Config
@@ -51,6 +53,7 @@ class Session:
     last_words: LastWords | None
     compute: Compute
     state: TrainState
+    kept_files: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def run_dir(self) -> Path:
@@ -144,7 +147,12 @@ class Session:
 
 
 def build_session(
-    config: Config, runtime: Runtime, shape: LlamaShape, tokenizer: Tokenizer
+    config: Config,
+    runtime: Runtime,
+    shape: LlamaShape,
+    tokenizer: Tokenizer,
+    *,
+    kept_files: Mapping[str, bytes] | None = None,
 ) -> Session:
     """Build every component; a collective call. Raises UserError for data that cannot be used."""
     llm = build_llm(
@@ -185,6 +193,7 @@ def build_session(
             target_rows=None if validation is None else validation.num_rows,
         ),
         state=TrainState(),
+        kept_files=kept_files or {},
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import runpy
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -120,6 +122,12 @@ def _index_of_missing_file(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0}
 SPOILERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "not a model": (lambda d: (d / "config.json").unlink(), "not a Hugging Face model directory"),
@@ -135,6 +143,13 @@ SPOILERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "layers": (lambda d: _edit(d, num_hidden_layers=5), "no tensor model.layers.4."),
     "fewer layers": (lambda d: _edit(d, num_hidden_layers=3), "is not one of a Llama model"),
     "text for a number": (lambda d: _edit(d, hidden_size="64"), "hidden_size is '64'"),
+    "no epsilon": (lambda d: _edit(d, rms_norm_eps=None), "rms_norm_eps is None"),
+    "text for a base": (lambda d: _edit(d, rope_theta="abc", rope_parameters=None), "'abc'"),
+    "base not finite": (lambda d: _edit(d, rope_parameters={"rope_theta": math.inf}), "is inf"),
+    "text for the rope": (lambda d: _edit(d, rope_scaling="abc"), "rope_scaling is 'abc'"),
+    "no factor": (lambda d: _edit(d, rope_parameters=LLAMA3), "factor is None"),
+    "text for a truth": (lambda d: _edit(d, tie_word_embeddings="false"), "tie_word_embeddings"),
+    "groups": (lambda d: _edit(d, num_key_value_heads=3), "num_key_value_heads 3 does not"),
     "no tensors": (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors"),
     "cut short": (_cut_short, "cannot be read"),
     "missing shard": (_index_of_missing_file, "model-00001-of-00001.safetensors: missing"),
@@ -160,6 +175,35 @@ def test_what_cannot_be_right_is_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["public"]
 
 
+def test_a_wrong_configuration_is_told_before_torch_is_imported(llama: Path) -> None:
+    """In a fresh interpreter, that nothing has imported torch."""
+    _edit(llama, rope_theta="abc", rope_parameters=None)
+    program = (
+        "import runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as stop: sys.exit(3 if 'torch' in sys.modules else stop.code)\n"
+    )
+    tool = [TOOL, "from-hf", llama, "--output", llama.with_name("ours")]
+    done = subprocess.run([sys.executable, "-c", program, *tool], capture_output=True, text=True)
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert done.stderr == (
+        f"error: {llama / 'config.json'}: rope_theta is 'abc'; expected a number above 0\n"
+    )
+
+
+def test_a_directory_for_the_output_is_not_made(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for command, source in (("from-hf", llama), ("to-hf", tmp_path / "ours")):
+        output = tmp_path / "missing/one/ours"
+        code, stderr = _run([command, source, "--output", output], monkeypatch, capsys)
+        assert code == 2
+        assert stderr == (
+            f"error: --output {output}: no directory {output.parent}; make it first\n"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["public"]
+
+
 def test_existing_output_is_left_alone(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -170,7 +214,7 @@ def test_existing_output_is_left_alone(
 
 
 def test_wrong_permutation_is_refused(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     name = "mlp.linear_fc1"
     right = layout.LAYER_TENSORS[name]
@@ -182,6 +226,10 @@ def test_wrong_permutation_is_refused(
     with pytest.raises(GateError, match="of the largest logit"):
         import_from_huggingface(llama, tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["public"]
+    code, stderr = _run(["from-hf", llama, "--output", tmp_path / "ours"], monkeypatch, capsys)
+    assert code == 1
+    assert stderr.splitlines()[-1].startswith("error: the logits of the two models differ by")
+    assert "Traceback" not in stderr
     found = import_from_huggingface(llama, tmp_path / "ours", skip_check=True)
     assert found.logits_deviation is None
 

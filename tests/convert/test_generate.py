@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -51,6 +52,27 @@ def test_samples(
     assert outputs[0].startswith("--- 1\nThe river") and "\n--- 2\n" in outputs[0]
 
 
+def test_what_does_not_fit_is_told(
+    small_tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Three prompts: longer than the context, too long for what is asked for, short enough."""
+    directory = write_llama(tmp_path / "model", bos_token_id=2, max_position_embeddings=16)
+    write_tokenizer_files(small_tokenizer, 16, directory)
+    prompts = ["river " * 20, "The river, the river", "a"]
+    sizes = [len(small_tokenizer.encode(prompt)) for prompt in prompts]
+    assert sizes[0] > 16 > sizes[1] > 16 - 10 and sizes[2] <= 16 - 10
+    capsys.readouterr()
+    arguments = ["--model", directory, "--max-new-tokens", 10, "--prompt", *prompts]
+    assert _run(arguments, monkeypatch) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "context" in line]
+    assert len(told) == 2
+    assert told[0].startswith(f"warning: prompt 1 has {sizes[0]} tokens; the model's context is 16")
+    assert told[1].startswith(f"warning: prompt 2 has {sizes[1]} tokens, and 10 are asked for")
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -68,3 +90,15 @@ def test_mistakes(
     assert _run(arguments, monkeypatch) == 2
     stderr = capsys.readouterr().err
     assert stderr.startswith("error: ") and stderr.count("\n") == 1 and named in stderr
+
+
+def test_a_prompt_that_is_not_utf_8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As Python takes the bytes 63 61 66 e9 (Latin-1) from the command line."""
+    (tmp_path / "config.json").write_text("{}")
+    prompt = os.fsdecode(b"caf\xe9")
+    assert _run(["--model", tmp_path, "--prompt", "fine", prompt], monkeypatch) == 2
+    assert capsys.readouterr().err == (
+        "error: --prompt: text 2 is not UTF-8 (byte 0xe9 after 3 characters); write it in UTF-8\n"
+    )

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,3 +120,35 @@ def test_half_a_model_is_refused_before_anything_starts(public: Path, tmp_path: 
         )
         with pytest.raises(UserError, match=message):
             check(config)
+
+
+def test_a_foreign_checkpoint_beside_a_shape_is_refused(public: Path, tmp_path: Path) -> None:
+    """What lies in llm/ is not what shape.json says, or shape.json says nothing of a model."""
+    with kept_environment():
+        import_from_huggingface(public, tmp_path / "ours", skip_check=True)
+    path = tmp_path / "ours/shape.json"
+    right = json.loads(path.read_text())
+    cases: dict[str, dict[str, Any]] = {
+        r"no tensor model.output_layer.weight": {**right, "tied_embeddings": False},
+        r"linear_fc1.weight has shape \[4, 160, 64\], .* asks for \[4, 192, 64\]": {
+            **right,
+            "ffn_hidden_size": 96,
+        },
+        r"shape.json does not describe a model \(.*missing": {"hidden_size": 64},
+        r"shape.json does not describe a model \(num_layers is '4'": {**right, "num_layers": "4"},
+        r"shape.json: n_embd is not known": {**right, "n_embd": 64},
+    }
+    config = Config(
+        model=ModelConfig(init_from=str(tmp_path / "ours")),
+        data=DataConfig(tokenizer=str(public)),
+    )
+    for message, shape in cases.items():
+        path.write_text(json.dumps(shape))
+        with pytest.raises(UserError, match=f"model.init_from: .*{message}") as raised:
+            check(config)
+        assert "\n" not in str(raised.value)
+    path.write_text(json.dumps(right))
+    index = tmp_path / "ours/llm/.metadata"
+    index.write_bytes(index.read_bytes()[:100])
+    with pytest.raises(UserError, match="metadata"):
+        check(config)

@@ -78,6 +78,36 @@ def test_last_word_is_plain_transformers(data: Path, model: Path, tmp_path: Path
     assert float(table[2].split()[4]) == pytest.approx(perplexity, rel=1e-4)
 
 
+QUESTION = "doc_to_text: \"{{text.split(' ')[:-1]|join(' ')}}\""
+
+
+def test_scores_of_other_questions_are_not_compared(model: Path, tmp_path: Path) -> None:
+    """The same file elsewhere is the same; another row is not, nor is another template."""
+    rows = SAMPLE_LAST_WORDS.read_text(encoding="utf-8").splitlines()
+    (tmp_path / "same.jsonl").write_text("\n".join(rows))
+    rows[3] = json.dumps({"text": "one two"})
+    (tmp_path / "other.jsonl").write_text("\n".join(rows))
+    text = (TASKS / "lastword.yaml").read_text()
+    assert QUESTION in text
+    template = _task_file(tmp_path / "template", text.replace(QUESTION, 'doc_to_text: "{{text}}"'))
+    options = ["--model", model, "--suite", "local", "--num-fewshot", 0, 2, "--limit", 4]
+    first = tmp_path / "first.json"
+    done = _evaluate(*options, "--tasks-dir", TASKS, "--output", first, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for tasks, data, note in (
+        (TASKS, "same", ""),
+        (TASKS, "other", "first: lastword with 0 shots asked other questions"),
+        (template, "same", "first: lastword with 0 shots is another task"),
+    ):
+        more = ["--tasks-dir", tasks, "--data", tmp_path / f"{data}.jsonl", "--compare", first]
+        done = _evaluate(*options, *more, home=tmp_path)
+        assert done.returncode == 0, done.stderr
+        warned = [line for line in done.stderr.splitlines() if line.startswith("warning: --compa")]
+        assert len(warned) == 2 * bool(note) and note in "".join(warned)
+        beside = [line.split()[-1] for line in done.stdout.splitlines()[2:]]
+        assert set(beside) == ({"-"} if note else {"+0.0000"})
+
+
 def test_questions_longer_than_the_model_are_told(
     build_model: Callable[[int], Path], tmp_path: Path
 ) -> None:

@@ -10,7 +10,13 @@ import pytest
 
 from megatron_dwm.config import UserError
 from megatron_dwm.evaluation.harness import read_scores
-from megatron_dwm.evaluation.scores import Score, format_table, read_written, write_scores
+from megatron_dwm.evaluation.scores import (
+    Score,
+    comparable,
+    format_table,
+    read_written,
+    write_scores,
+)
 
 RESULTS = {
     "results": {
@@ -69,12 +75,40 @@ def test_other_models_stand_beside() -> None:
     assert len({len(line) for line in lines}) == 1
 
 
+def test_only_the_same_questions_stand_beside() -> None:
+    ours = [replace(s, task_digest="a", questions_digest="b") for s in read_scores(RESULTS)]
+    same = comparable(ours, [replace(s, value=0.75) for s in ours], "uniform")
+    assert [score.value for score in same.scores] == [0.75, 0.75] and same.notes == []
+    for change, what in (
+        ({"questions_digest": "c"}, "asked other questions"),
+        ({"task_digest": "c"}, "is another task"),
+    ):
+        other = comparable(ours, [replace(s, **change) for s in ours], "uniform")
+        assert other.scores == []
+        [note] = other.notes
+        assert note.startswith(f"uniform: quiz with 2 shots {what}")
+    older = comparable(ours, read_scores(RESULTS), "uniform")
+    assert len(older.scores) == 2
+    [note] = older.notes
+    assert "an older version wrote it" in note
+
+
 def test_written_scores_are_read_back(tmp_path: Path) -> None:
     path = tmp_path / "scores.json"
     write_scores(path, read_scores(RESULTS), {"limit": 7})
     assert read_written(path, limit=7) == read_scores(RESULTS)
     with pytest.raises(UserError, match="made with --limit 7, not None"):
         read_written(path, limit=None)
+
+
+def test_scores_of_an_older_version_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    write_scores(path, read_scores(RESULTS), {"limit": None})
+    content = json.loads(path.read_text())
+    for score in content["scores"]:
+        del score["task_digest"], score["questions_digest"]
+    path.write_text(json.dumps(content))
+    assert read_written(path, limit=None) == read_scores(RESULTS)
 
 
 def test_written_scores_say_where_they_are_from(tmp_path: Path) -> None:

@@ -1,0 +1,161 @@
+"""The config.json of a Hugging Face Llama, checked key by key before anything heavy is imported.
+
+What the model has that ours has not (biases, other activations, other rotary embeddings) is
+refused. Cost: one read of a small file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dwm.config.errors import UserError
+
+CONFIG_NAME = "config.json"
+# What Megatron-Core's own Llama 3 scaling holds fixed.
+_LLAMA3_SCALING = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_REFUSED = {
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "hidden_act": ("silu",),
+    "partial_rotary_factor": (1, None),
+    "quantization_config": (None,),
+}
+"""Keys of config.json, and the values that a model of ours can have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceConfig:
+    """What a config.json says, under the names of model.LlamaShape.
+
+    context_tokens: longest sequence the model was made for (max_position_embeddings).
+    """
+
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int
+    ffn_hidden_size: int
+    vocab_size: int
+    tied_embeddings: bool
+    rotary_base: float
+    norm_epsilon: float
+    init_std: float
+    head_dim: int | None
+    rope_scaling_factor: float | None
+    context_tokens: int
+
+
+def read_huggingface_config(directory: Path) -> HuggingFaceConfig:
+    """The config.json in `directory`; `UserError` naming it for what ours cannot be."""
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        raise UserError(f"{directory}: not a Hugging Face model directory (no {CONFIG_NAME})")
+    return check_huggingface_config(read_json_object(path), path)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model; `UserError` if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object; the model is damaged")
+    return content
+
+
+def check_huggingface_config(config: Mapping[str, Any], path: Path) -> HuggingFaceConfig:
+    """What `config`, read from `path`, describes; `UserError` naming the key for what it cannot."""
+    if config.get("model_type") != "llama":
+        raise UserError(
+            f"{path}: model_type {config.get('model_type')!r}; only 'llama' can be converted"
+        )
+    for key, allowed in _REFUSED.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise UserError(
+                f"{path}: {key} {config[key]!r} is not supported; only {allowed[0]!r} is"
+            )
+    heads = _whole_number(config, "num_attention_heads", path)
+    width = _whole_number(config, "hidden_size", path)
+    groups = _whole_number(config, "num_key_value_heads", path, default=heads)
+    if heads % groups:
+        raise UserError(
+            f"{path}: num_key_value_heads {groups} does not divide num_attention_heads {heads}"
+        )
+    head_dim = _whole_number(config, "head_dim", path, default=width // heads)
+    base, scaling = _rotary(config, path)
+    return HuggingFaceConfig(
+        hidden_size=width,
+        num_layers=_whole_number(config, "num_hidden_layers", path),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        ffn_hidden_size=_whole_number(config, "intermediate_size", path),
+        vocab_size=_whole_number(config, "vocab_size", path),
+        tied_embeddings=_truth(config, "tie_word_embeddings", path),
+        rotary_base=base,
+        norm_epsilon=_positive(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", path),
+        init_std=_positive(config.get("initializer_range", 0.02), "initializer_range", path),
+        head_dim=None if head_dim * heads == width else head_dim,
+        rope_scaling_factor=scaling,
+        context_tokens=_whole_number(config, "max_position_embeddings", path, default=2048),
+    )
+
+
+def _rotary(config: Mapping[str, Any], path: Path) -> tuple[float, float | None]:
+    """(base, factor of Llama 3's scaling), as transformers 5 and its forerunners spell them."""
+    rope = {**_object(config, "rope_scaling", path), **_object(config, "rope_parameters", path)}
+    named = [rope.get("rope_theta"), config.get("rope_theta")]
+    base = next((value for value in named if value is not None), 10000.0)
+    base = _positive(base, "rope_theta", path)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
+        raise UserError(f"{path}: a partial rotary embedding is not supported")
+    if kind == "default":
+        return base, None
+    if kind != "llama3" or any(rope.get(key) != value for key, value in _LLAMA3_SCALING.items()):
+        wanted = ", ".join(f"{key} {value:g}" for key, value in _LLAMA3_SCALING.items())
+        raise UserError(
+            f"{path}: rope scaling {rope} is not supported; only Llama 3's is, with {wanted}"
+        )
+    return base, _positive(rope.get("factor"), "the rope scaling's factor", path)
+
+
+def _object(config: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+    value = config.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{path}: {key} is {value!r}; expected an object or null")
+    return value or {}
+
+
+def _truth(config: Mapping[str, Any], key: str, path: Path) -> bool:
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise UserError(f"{path}: {key} is {value!r}; expected true or false")
+    return bool(value)
+
+
+def _positive(value: Any, name: str, path: Path) -> float:
+    # JSON of Python's knows NaN, Infinity and whole numbers beyond a float's range.
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= 1e300:
+        raise UserError(f"{path}: {name} is {value!r}; expected a number above 0")
+    return float(value)
+
+
+def _whole_number(
+    config: Mapping[str, Any], key: str, path: Path, *, default: int | None = None
+) -> int:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{path}: {key} is {value!r}; expected a whole number above 0")
+    return value

@@ -1,0 +1,86 @@
+"""The paths of a configuration: as they were typed, and from the root of the file system.
+
+A run's config.yaml holds absolute paths, so that it and what it names can be used from anywhere.
+Those that were typed otherwise stand at its end as they were typed, with the directory they were
+typed in: a resumed run may type them again, there or in a tree that was moved as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_dwm.config.schema import Config
+
+TYPED_PATHS = "typed_paths"
+"""Section of config.yaml that is no configuration."""
+
+_DIRECTORY = "directory"
+_TRAIN = "data.train"
+_KEYS = (
+    *("run.dir", "model.init_from", "data.tokenizer", "data.cache_dir", "validation.path"),
+    *("evaluation.path", "weighting.load"),
+)
+PATH_KEYS = (*_KEYS, _TRAIN)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """`config` with every path absolute; links stay links."""
+    for key in PATH_KEYS:
+        value = _get(config, key)
+        if value is not None:
+            config = _set(config, key, _each(value, _absolute))
+    return config
+
+
+def typed_paths(config: Config) -> dict[str, Any]:
+    """The values with a path that is not absolute, by key, and the directory; empty without any."""
+    absolute = with_absolute_paths(config)
+    typed = {
+        key: _get(config, key) for key in PATH_KEYS if _get(config, key) != _get(absolute, key)
+    }
+    return {_DIRECTORY: str(Path.cwd()), **typed} if typed else {}
+
+
+def is_same_path(key: str, before: Any, now: Any, typed: Mapping[str, Any]) -> bool:
+    """Whether a key of `PATH_KEYS` names what it named before.
+
+    before: what a run's config.yaml has; typed: its `typed_paths`. now: as it is typed today.
+    """
+    if before == now or (key in typed and typed[key] == now):
+        return True
+    if before is None or now is None:
+        return False
+    return _each(before, os.path.realpath) == _each(now, os.path.realpath)
+
+
+def _each(value: Any, change: Callable[[str], str]) -> Any:
+    """A path, or the prefixes of `data.train` among their weights, changed."""
+    if isinstance(value, list):
+        return [entry if _is_weight(entry) else change(entry) for entry in value]
+    return change(value)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute())
+
+
+def _is_weight(entry: Any) -> bool:
+    try:
+        float(entry)
+    except ValueError:
+        return False
+    return True
+
+
+def _get(config: Config, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+def _set(config: Config, key: str, value: Any) -> Config:
+    section, _, name = key.partition(".")
+    return replace(config, **{section: replace(getattr(config, section), **{name: value})})

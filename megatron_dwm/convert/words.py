@@ -1,0 +1,141 @@
+"""How a checkpoint's text becomes ids, and whether that is the tokenizer the model came with.
+
+A checkpoint of a run has a copy of the run's tokenizer. Older ones have the path of it and its
+digest; converted ones have the tokenizer of the model they were converted from. Whatever else a
+user names is refused: a model with another tokenizer runs, passes every comparison of logits, and
+speaks garbage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dwm.config import UserError
+from megatron_dwm.convert.carried_files import plain_encoder, special_tokens
+from megatron_dwm.convert.checkpoint_reader import SavedLLM
+from megatron_dwm.convert.gate import gives_same_ids
+from megatron_dwm.convert.tokenizer_files import padding_id
+from megatron_dwm.tokenizer import Tokenizer, open_tokenizer
+from megatron_dwm.training.fingerprint import tokenizer_digests
+from megatron_dwm.training.kept_files import own_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """Training's tokenizer, to be written anew, or else the model's own files as they came.
+
+    trained: None where the model's own are put back. encode: text to ids, nothing added; raises
+    `UserError` where there is no tokenizer. special_tokens: ids by config.json's names; None where
+    the model's own stay.
+    """
+
+    trained: Tokenizer | None
+    encode: Callable[[str], list[int]]
+    special_tokens: dict[str, Any] | None
+    separator: int | None
+
+
+def open_words(saved: SavedLLM, given: str | Path | None) -> Words:
+    """The words of a checkpoint. given: the tokenizer that the user names, which has to be it.
+
+    Raises `UserError` if it is another, is missing, or has more pieces than the model.
+    """
+    trained = _trained_tokenizer(saved, given)
+    carried = saved.huggingface_directory
+    if carried is not None and (trained is None or _is_own(trained, carried)):
+        end = special_tokens(carried).get("eos_token_id")
+        return Words(
+            trained=None,
+            encode=lambda text: plain_encoder(carried)(text),
+            special_tokens=None,
+            separator=end if isinstance(end, int) else None,
+        )
+    assert trained is not None
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), trained.eod_id)
+    ids = {**ends, "pad_token_id": padding_id(trained.pieces(), trained.eod_id)}
+    return Words(
+        trained=trained, encode=trained.encode, special_tokens=ids, separator=trained.eod_id
+    )
+
+
+def _trained_tokenizer(saved: SavedLLM, given: str | Path | None) -> Tokenizer | None:
+    """What the checkpoint's parameters know; None where there is nothing but the model's own."""
+    copy = saved.tokenizer_copy
+    if copy is None and not saved.was_trained_here:
+        assert saved.huggingface_directory is not None
+        copy = own_tokenizer(saved.huggingface_directory)
+        if given is None:
+            return None
+    if copy is None:
+        return _fitting(saved, _without_copy(saved, given))
+    if given is not None:
+        _require_same(open_tokenizer(given), open_tokenizer(copy), saved)
+    return _fitting(saved, open_tokenizer(copy)) if saved.was_trained_here else None
+
+
+def _require_same(given: Tokenizer, own: Tokenizer, saved: SavedLLM) -> None:
+    if (given.sha256, given.eod_id) != (own.sha256, own.eod_id):
+        raise UserError(
+            f"--tokenizer {given.model_path} is not the run's tokenizer, of which {saved.directory}"
+            f" has a copy (SHA-256 {given.sha256[:16]} and {own.sha256[:16]}, end of document "
+            f"{given.eod_id} and {own.eod_id}); leave --tokenizer out"
+        )
+
+
+def _without_copy(saved: SavedLLM, given: str | Path | None) -> Tokenizer:
+    """The tokenizer given, or the one that config.yaml names, held to the recorded digest."""
+    configured = saved.tokenizer_path
+    if given is None and configured is None:
+        raise UserError(f"{saved.directory}: its config.yaml names no data.tokenizer; --tokenizer")
+    if given is None and not Path(configured).exists():
+        raise UserError(
+            f"{configured}: no such file (data.tokenizer in {saved.directory / 'config.yaml'}); "
+            "name the tokenizer model with --tokenizer"
+        )
+    tokenizer = open_tokenizer(given or configured)
+    if saved.recorded_tokenizer is not None:
+        _require_recorded(saved, Path(given or configured), saved.recorded_tokenizer)
+    elif given is not None and configured is not None and Path(configured).exists():
+        _require_configured(tokenizer, configured)
+    return tokenizer
+
+
+def _require_recorded(saved: SavedLLM, path: Path, recorded: str) -> None:
+    found = tokenizer_digests(path)
+    if recorded not in found:
+        raise UserError(
+            f"{path} is not the run's tokenizer: {saved.directory / 'manifest.json'} has "
+            f"{recorded}, this is {min(found)}; name the run's with --tokenizer"
+        )
+
+
+def _require_configured(tokenizer: Tokenizer, configured: str) -> None:
+    if open_tokenizer(configured).sha256 != tokenizer.sha256:
+        raise UserError(
+            f"--tokenizer {tokenizer.model_path} is not the run's tokenizer {configured}"
+        )
+
+
+def _fitting(saved: SavedLLM, tokenizer: Tokenizer) -> Tokenizer:
+    if tokenizer.vocab_size > saved.shape.vocab_size:
+        raise UserError(
+            f"{tokenizer.model_path} has {tokenizer.vocab_size} pieces but the model only "
+            f"{saved.shape.vocab_size}; name the tokenizer of the run with --tokenizer"
+        )
+    return tokenizer
+
+
+def _is_own(trained: Tokenizer, carried: Path) -> bool:
+    """Whether training's tokenizer is the one that came with the model, in whatever form."""
+    path = own_tokenizer(carried)
+    if path is None:
+        return False
+    if path.read_bytes() == trained.content:
+        return True
+    try:
+        return gives_same_ids(trained, open_tokenizer(path))
+    except UserError:  # its end of document is not known: training did not use it
+        return False
