@@ -19,8 +19,9 @@ from pathlib import Path
 
 from megatron_dwm.config import UserError
 from megatron_dwm.config.command_line import OneLineParser, run_command
+from megatron_dwm.config.outputs import make_parents, require_possible_names
 from megatron_dwm.evaluation.harness import run_harness
-from megatron_dwm.evaluation.scores import format_table, read_written, write_scores
+from megatron_dwm.evaluation.scores import format_table, partial_name, read_written, write_scores
 from megatron_dwm.evaluation.suites import select_tasks
 
 DEFAULT_SHOTS = {"dwm": [0, 2], "local": [0]}
@@ -60,10 +61,10 @@ def main() -> None:
 
 
 def _require_writable(output: Path) -> None:
+    require_possible_names([output])
     if output.exists():
         raise UserError(f"--output {output} exists; name another file or remove it")
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output}: no directory {output.parent}")
+    make_parents([partial_name(output)])
 
 
 def _at_least(smallest: int) -> type[int]:

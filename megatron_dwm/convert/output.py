@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_dwm.config import UserError
+from megatron_dwm.config.outputs import make_parents, require_possible_names
 
 
 @contextmanager
@@ -22,11 +23,8 @@ def new_directory(output: Path) -> Iterator[Path]:
     """
     require_free(output)
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be made ({error.strerror})") from error
+    make_parents([partial])
+    partial.mkdir()
     try:
         yield partial
         require_free(output)
@@ -36,6 +34,7 @@ def new_directory(output: Path) -> Iterator[Path]:
 
 
 def require_free(output: Path) -> None:
-    """`UserError` if there is anything at `output`."""
+    """`UserError` if there is anything at `output`, or nothing can be."""
+    require_possible_names([output])
     if output.exists() or output.is_symlink():
         raise UserError(f"{output} exists; name another --output or remove it")

@@ -70,6 +70,7 @@ def preprocess(
     tokenizer = build_tokenizer(settings.tokenizer_type, settings.tokenizer_model)
     record = RunRecord.of(settings, inputs, tokenizer)
     targets = Targets(prefix=settings.prefix, keys=settings.json_keys)
+    targets.require_possible_names()
     if settings.resume and targets.record.exists():
         return complete_run(targets, record)
     with (

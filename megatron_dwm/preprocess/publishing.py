@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.config.outputs import require_possible_names
 from megatron_dwm.preprocess.outputs import REJECTS
 from megatron_dwm.preprocess.run_record import RunRecord
 from megatron_dwm.preprocess.settings import OutputPaths
@@ -42,6 +43,10 @@ class Targets:
         moves += [(f"{i}.bin", path.bin) for i, path in enumerate(paths)]
         moves.append((REJECTS, self.rejects))
         return moves + [(f"{i}.idx", path.idx) for i, path in enumerate(paths)]
+
+    def require_possible_names(self) -> None:
+        """Raises `UserError` if the file system can have no files of these names."""
+        require_possible_names([self.record, *(path for _, path in self.moves())])
 
     def refuse_existing(self) -> None:
         """Raises `UserError` if one of the files is there."""
