@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_dwm.config.errors import UserError
@@ -26,6 +27,7 @@ from megatron_dwm.preprocess.index_file import (
     read_header,
     write_index,
 )
+from megatron_dwm.preprocess.metadata import LARGEST_IN_DOUBLE, spell_float
 from megatron_dwm.preprocess.settings import OutputPaths
 from megatron_dwm.preprocess.sidecar import write_groups
 from megatron_dwm.preprocess.staging import StagedFiles
@@ -262,9 +264,18 @@ def _merge_sidecars(paths: Sequence[Path], output: Path) -> None:
         for path in paths:
             with pq.ParquetFile(path) as file:
                 for group in range(file.num_row_groups):
-                    yield file.read_row_group(group).cast(schema)
+                    yield _as_schema(file.read_row_group(group), schema)
 
     write_groups(output, schema, tables())
+
+
+def _as_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    for i, field in enumerate(schema):
+        if field.type == pa.string() and table.field(i).type == pa.float64():
+            values = table.column(i).to_pylist()
+            spelled = [None if value is None else spell_float(value) for value in values]
+            table = table.set_column(i, field.name, pa.array(spelled, pa.string()))
+    return table.cast(schema)
 
 
 def _common_schema(paths: Sequence[Path]) -> pa.Schema:
@@ -277,7 +288,10 @@ def _common_schema(paths: Sequence[Path]) -> pa.Schema:
             for schema, path in zip(schemas, paths, strict=True)
             if not _is_all_null(path, i)
         }
-        fields.append(pa.field(field.name, _widest(types)))
+        widest = _widest(types)
+        if widest == pa.float64() and any(_beyond_double(path, i) for path in paths):
+            widest = pa.string()
+        fields.append(pa.field(field.name, widest))
     return pa.schema(fields, metadata=schemas[0].metadata)
 
 
@@ -291,6 +305,21 @@ def _is_all_null(path: Path, column: int) -> bool:
             return False
         nulls += statistics.null_count
     return nulls == metadata.num_rows
+
+
+def _beyond_double(path: Path, column: int) -> bool:
+    """Whether a column of whole numbers has one that a double would round."""
+    with pq.ParquetFile(path) as file:
+        if file.schema_arrow.field(column).type != pa.int64():
+            return False
+        name = file.schema_arrow.names[column]
+        for group in range(file.num_row_groups):
+            found = pc.min_max(file.read_row_group(group, columns=[name]).column(0)).as_py()
+            if found["min"] is not None and (
+                found["min"] < -LARGEST_IN_DOUBLE or found["max"] > LARGEST_IN_DOUBLE
+            ):
+                return True
+    return False
 
 
 def _widest(types: set[pa.DataType]) -> pa.DataType:

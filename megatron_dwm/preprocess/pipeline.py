@@ -255,6 +255,12 @@ class _Run:
         if not self._is_judged:  # what was said of the first thousand is not said again
             for key in self._metadata_not_seen():
                 warn(f"--metadata-keys {key}: no record has this key; its column is empty")
+        for key, kind in zip(self.settings.metadata_keys, self._progress.kinds, strict=True):
+            if kind == "mixed":
+                warn(
+                    f"--metadata-keys {key}: fractions, and whole numbers beyond 2^53, which a "
+                    "double would round: its column holds strings"
+                )
 
     def _metadata_not_seen(self) -> list[str]:
         pairs = zip(self.settings.metadata_keys, self._progress.metadata_seen, strict=True)

@@ -34,12 +34,14 @@ def commands(
     dataset = f"{part}_text_document"
     return {
         "preprocess_data": preprocess,
-        "merge_datasets": lambda to: ["merge_datasets.py", "--input", dataset, "--output-prefix", to],
+        "merge_datasets": lambda to: [
+            *("merge_datasets.py", "--input", dataset, "--output-prefix", to)
+        ],
         "train_tokenizer": lambda to: [
             *("train_tokenizer.py", "--input", source, "--vocab-size", "500", "--output", to)
         ],
         "add_junk": lambda to: ["add_junk.py", "--input", source, "--output", f"{to}.jsonl"],
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("tool", TOOLS)
