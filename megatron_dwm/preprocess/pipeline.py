@@ -39,7 +39,7 @@ from megatron_dwm.preprocess.settings import PreprocessSettings
 from megatron_dwm.preprocess.sidecar import SidecarColumns, facts_of
 from megatron_dwm.preprocess.workers import encode_all
 from megatron_dwm.preprocess.workspace import Workspace
-from megatron_dwm.tokenizer import Tokenizer, build_tokenizer, choose_engine
+from megatron_dwm.tokenizer import Tokenizer, build_tokenizer, remembered_engine
 
 _JUDGED_AFTER_RECORDS = 1000
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -150,7 +150,7 @@ class _Run:
 
     def _read_into(self, outputs: GrowingOutputs) -> None:
         settings = self.settings
-        choice = choose_engine(self.tokenizer)
+        choice = remembered_engine(self.tokenizer)
         if choice.warning is not None and not settings.pretokenized:
             warn(choice.warning)
         read = ReadSettings(
