@@ -23,7 +23,7 @@ import numpy as np
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.tokenizer.engine_memory import Verdict, recall, remember
-from megatron_dwm.tokenizer.interface import Tokenizer
+from megatron_dwm.tokenizer.interface import JSON_KINDS, Tokenizer
 from megatron_dwm.tokenizer.trial_texts import trial_texts
 
 
@@ -148,7 +148,7 @@ class _Definition:
 
 def without_special_tokens(tokenizer: Tokenizer) -> _Definition:
     """The vocabulary as gigatoken reads it, in which no text is special."""
-    if tokenizer.kind == "HuggingFaceTokenizer":
+    if tokenizer.kind in JSON_KINDS:
         definition = json.loads(tokenizer.content)
     else:
         # Not a public name of gigatoken: held by its exact version in setup.py.
@@ -165,7 +165,7 @@ def without_special_tokens(tokenizer: Tokenizer) -> _Definition:
 
 
 def _fallback(tokenizer: Tokenizer, why: str) -> EngineChoice:
-    name = "tokenizers" if tokenizer.kind == "HuggingFaceTokenizer" else "sentencepiece"
+    name = "tokenizers" if tokenizer.kind in JSON_KINDS else "sentencepiece"
     return EngineChoice(
         name=name,
         warning=f"{tokenizer.model_path}: gigatoken cannot be used with this tokenizer ({why}); "

@@ -23,7 +23,7 @@ import sentencepiece
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.outputs import make_parents, require_possible_names
 from megatron_dwm.tokenizer.files import read_tokenizer_file
-from megatron_dwm.tokenizer.interface import Piece
+from megatron_dwm.tokenizer.interface import Piece, SpecialTokens
 
 # SentencePiece leaves out longer sentences without saying so, hence larger than any line.
 _MAX_LINE_BYTES = 1 << 30
@@ -43,6 +43,7 @@ class SentencePieceModel:
         self.vocab_size: int = self._processor.get_piece_size()
         self.eod_id: int = self._processor.eos_id()
         self.bos_id = None if self._processor.bos_id() < 0 else self._processor.bos_id()
+        self.around = SpecialTokens()
         if self.eod_id < 0:
             raise UserError(
                 f"{model_path}: this tokenizer has no end-of-sequence piece (</s>), which marks "
