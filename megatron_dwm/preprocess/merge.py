@@ -27,9 +27,15 @@ from megatron_dwm.preprocess.index_file import (
     read_header,
     write_index,
 )
+from megatron_dwm.preprocess.messages import warn
 from megatron_dwm.preprocess.metadata import LARGEST_IN_DOUBLE, spell_float
 from megatron_dwm.preprocess.settings import OutputPaths
-from megatron_dwm.preprocess.sidecar import write_groups
+from megatron_dwm.preprocess.sidecar import (
+    common_facts,
+    facts_that_differ,
+    lacks_end,
+    write_groups,
+)
 from megatron_dwm.preprocess.staging import StagedFiles
 
 _COPY_BYTES = 1 << 26
@@ -167,16 +173,23 @@ def _sidecars(parts: Sequence[_Part]) -> list[Path]:
         raise UserError(f"{lacking}: no such file, but {there[0]} exists; give all or none")
     schemas = [pq.read_schema(path) for path in there]
     for path, schema in zip(there, schemas, strict=True):
-        if schema.metadata != schemas[0].metadata:
+        differing = facts_that_differ(schemas[0].metadata or {}, schema.metadata or {})
+        if differing:
             raise UserError(
-                f"{path}: another tokenizer or --append-eod than {there[0]} "
-                f"({_difference(schemas[0], schema)}); such ids cannot be mixed"
+                f"{path}: another tokenizer, end of document or special tokens than {there[0]} "
+                f"({', '.join(differing)}); such ids cannot be mixed"
             )
         if schema.names != schemas[0].names:
             raise UserError(
                 f"{path}: columns {', '.join(schema.names)}, but {there[0]} has "
                 f"{', '.join(schemas[0].names)}"
             )
+    unsaid = [str(p) for p, s in zip(there, schemas, strict=True) if lacks_end(s.metadata or {})]
+    if unsaid:
+        warn(
+            f"{', '.join(unsaid)}: not said which id ends a document (written by an older "
+            "version); taken to be that of the others"
+        )
     for part, path in zip(parts, there, strict=False):
         rows = pq.read_metadata(path).num_rows
         if rows != part.header.num_documents:
@@ -184,13 +197,6 @@ def _sidecars(parts: Sequence[_Part]) -> list[Path]:
                 f"{path}: {rows} rows for {part.header.num_documents} documents; it is damaged"
             )
     return there
-
-
-def _difference(first: pa.Schema, second: pa.Schema) -> str:
-    before, after = (schema.metadata or {} for schema in (first, second))
-    keys = sorted({*before, *after})
-    named = [key.decode() for key in keys if before.get(key) != after.get(key)]
-    return ", ".join(named)
 
 
 def _copy_ids(parts: Sequence[_Part], output: Path, advance: Callable[[int, int], None]) -> None:
@@ -229,32 +235,32 @@ def _send(source: BinaryIO, target: BinaryIO, num_bytes: int) -> int:
 
 
 def _merge_indices(parts: Sequence[_Part], output: Path) -> IndexHeader:
-    def lengths() -> Iterator[np.ndarray]:
+    def marks() -> Iterator[np.ndarray]:
         for part in parts:
-            yield from _document_lengths(part)
+            yield from _marks(part)
 
-    return write_index(output, parts[0].header.dtype, lengths)
+    return write_index(output, parts[0].header.dtype, marks)
 
 
-def _document_lengths(part: _Part) -> Iterator[np.ndarray]:
-    """Length of every document, 0 for an empty one: the boundaries say which are."""
+def _marks(part: _Part) -> Iterator[np.ndarray]:
+    """The marks of all documents (index_file.py): the boundaries say whose a sequence is."""
     header = part.header
     with part.paths.idx.open("rb") as boundaries_file, part.paths.idx.open("rb") as lengths_file:
         before = 0
         at = header.documents_at + 8
         for ends in read_block(boundaries_file, at, np.int64, header.num_documents):
             counts = np.diff(ends, prepend=before)
-            if counts.min() < 0 or counts.max() > 1:
-                raise UserError(
-                    f"{part.paths.idx}: documents of several sequences (--split-sentences)"
-                )
             taken = int(ends[-1]) - before
             at_length = header.lengths_at + 4 * before
             blocks = list(read_block(lengths_file, at_length, np.int32, taken))
-            lengths = np.zeros(len(counts), np.int32)
-            lengths[counts == 1] = np.concatenate([np.zeros(0, np.int32), *blocks])
+            lengths = np.concatenate([np.zeros(0, np.int32), *blocks])
+            if counts.min() < 0 or (len(lengths) and lengths.min() <= 0):
+                raise UserError(f"{part.paths.idx}: a sequence without tokens; it is damaged")
+            starts = np.cumsum(counts) - counts
+            marks = -lengths
+            marks[starts[counts > 0]] *= -1
             before = int(ends[-1])
-            yield lengths
+            yield np.insert(marks, starts[counts == 0], 0)
 
 
 def _merge_sidecars(paths: Sequence[Path], output: Path) -> None:
@@ -292,7 +298,7 @@ def _common_schema(paths: Sequence[Path]) -> pa.Schema:
         if widest == pa.float64() and any(_beyond_double(path, i) for path in paths):
             widest = pa.string()
         fields.append(pa.field(field.name, widest))
-    return pa.schema(fields, metadata=schemas[0].metadata)
+    return pa.schema(fields, metadata=common_facts(schemas))
 
 
 def _is_all_null(path: Path, column: int) -> bool:

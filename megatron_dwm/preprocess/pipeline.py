@@ -8,7 +8,6 @@ Memory: some chunks, the tokenizers' caches and a row group of the sidecar, what
 from __future__ import annotations
 
 import errno
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -24,6 +23,7 @@ from megatron_dwm.preprocess.inputs import (
     read_inputs,
     take_shard,
 )
+from megatron_dwm.preprocess.messages import warn
 from megatron_dwm.preprocess.outputs import GrowingOutputs
 from megatron_dwm.preprocess.progress import progress_over
 from megatron_dwm.preprocess.publishing import (
@@ -49,11 +49,6 @@ class Stopped(Exception):
     """The run was asked to stop and did; it can be resumed."""
 
 
-def warn(message: str) -> None:
-    """One line for the user that is no error."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
 def preprocess(
     settings: PreprocessSettings, should_stop: Callable[[], bool] = lambda: False
 ) -> PreprocessSummary:
@@ -67,7 +62,12 @@ def preprocess(
     """
     everything = find_inputs(settings.inputs)
     inputs = take_shard(everything, settings.shard, settings.num_shards)
-    tokenizer = build_tokenizer(settings.tokenizer_type, settings.tokenizer_model)
+    tokenizer = build_tokenizer(
+        settings.tokenizer_type,
+        settings.tokenizer_model,
+        # Ids that another program made are taken as they are.
+        include_special_tokens=settings.include_special_tokens and not settings.pretokenized,
+    )
     record = RunRecord.of(settings, inputs, tokenizer)
     targets = Targets(prefix=settings.prefix, keys=settings.json_keys)
     targets.require_possible_names()
@@ -191,6 +191,7 @@ class _Run:
                 pretokenized=settings.pretokenized,
             ),
             dtype=token_dtype(self.tokenizer.vocab_size),
+            around=self.tokenizer.around,
             eod_id=self.tokenizer.eod_id if settings.append_eod else None,
         )
 
@@ -199,12 +200,7 @@ class _Run:
             metadata_keys=self.settings.metadata_keys,
             kinds=tuple(self._progress.kinds),
             source_names=tuple(entry.name for entry in self.inputs),
-            facts=facts_of(
-                self.tokenizer.kind,
-                self.tokenizer.sha256,
-                self.tokenizer.vocab_size,
-                append_eod=self.settings.append_eod,
-            ),
+            facts=facts_of(self.tokenizer, append_eod=self.settings.append_eod),
         )
 
     def _refuse_rejects(self, chunk: EncodedChunk) -> None:

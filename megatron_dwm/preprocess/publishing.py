@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.outputs import require_possible_names
 from megatron_dwm.preprocess.outputs import REJECTS
-from megatron_dwm.preprocess.run_record import RunRecord
+from megatron_dwm.preprocess.run_record import RunRecord, difference_to
 from megatron_dwm.preprocess.settings import OutputPaths
 from megatron_dwm.preprocess.workspace import KeyCounts, Progress, Workspace
 
@@ -86,7 +86,7 @@ def publish(workspace: Workspace, targets: Targets, record: RunRecord) -> None:
 
 def complete_run(targets: Targets, record: RunRecord) -> PreprocessSummary:
     """What the finished run behind `targets.record` made; `UserError` if it was another run."""
-    why = RunRecord.read(targets.record).difference(record)
+    why = difference_to(targets.record, record)
     if why is not None:
         raise UserError(
             f"{targets.record}: complete, but not this run: {why}; choose another output"

@@ -21,7 +21,7 @@ from typing import IO, Any, Literal
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.outputs import make_parents
 from megatron_dwm.preprocess.records import Position
-from megatron_dwm.preprocess.run_record import RunRecord
+from megatron_dwm.preprocess.run_record import RunRecord, difference_to
 
 _CHECKPOINT = "checkpoint.json"
 _RECORD = "run.json"
@@ -35,6 +35,8 @@ class KeyCounts:
     """documents with tokens"""
     empty: int = 0
     """documents without"""
+    continued: int = 0
+    """sequences after the first of their document"""
     tokens: int = 0
     """ids written, ends of document included"""
 
@@ -117,7 +119,7 @@ class Workspace:
                     file.unlink()
             _write_json(self.path / _RECORD, asdict(record))
             return Progress()
-        why = RunRecord.read(self.path / _RECORD).difference(record)
+        why = difference_to(self.path / _RECORD, record)
         if why is not None:
             raise UserError(
                 f"{self.path}: cannot resume: {why}; remove this directory to begin again"
