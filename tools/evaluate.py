@@ -20,10 +20,12 @@ from pathlib import Path
 
 from megatron_dwm.config import UserError
 from megatron_dwm.config.command_line import OneLineParser, run_command
+from megatron_dwm.config.outputs import require_possible_names, require_writable_parents
 from megatron_dwm.evaluation.harness import run_harness
 from megatron_dwm.evaluation.scores import (
     comparable,
     format_table,
+    partial_name,
     read_written,
     write_scores,
 )
@@ -70,10 +72,10 @@ def main() -> None:
 
 
 def _require_writable(output: Path) -> None:
+    require_possible_names([output])
     if output.exists():
         raise UserError(f"--output {output} exists; name another file or remove it")
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output}: no directory {output.parent}")
+    require_writable_parents([partial_name(output)])
 
 
 def _at_least(smallest: int) -> type[int]:

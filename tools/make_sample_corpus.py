@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="last-word passages, JSON Lines",
     )
-    add("--output", default="examples/corpus", metavar="DIR", help="existing directory to fill")
+    add("--output", default="examples/corpus", metavar="DIR", help="directory to fill")
     return parser.parse_args()
 
 

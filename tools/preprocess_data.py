@@ -10,17 +10,20 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from megatron_dwm.config.command_line import OneLineParser, run_command
+from megatron_dwm.config.errors import UserError
+from megatron_dwm.preprocess.megatron_flags import add_foreign_flags
 
 if TYPE_CHECKING:
     from megatron_dwm.preprocess.publishing import PreprocessSummary
     from megatron_dwm.preprocess.settings import PreprocessSettings
 
 _EPILOG = """
-Writes P_KEY_document.bin and .idx, byte for byte what Megatron-LM's tool writes;
+Writes P_KEY_document.bin and .idx, byte for byte what Megatron-LM's tool (d98e8a6) writes;
 P_KEY_document.meta.parquet: a row a document (source file, record number, tokens, metadata); and
 P.preprocess.json: inputs, options and counts. An empty document keeps its row (0 tokens) and its
 boundary in the .idx, but has no sequence and no end of document. Until all is complete it is in
-P.unfinished/; a run that was interrupted goes on from there with --resume.
+P.unfinished/; a run that was interrupted goes on from there with --resume. Of Megatron-LM's other
+flags, --partitions, --keep-sequential-samples and --log-interval are accepted and not needed.
 """
 _MIB = 1 << 20
 
@@ -35,7 +38,26 @@ def parse_arguments() -> argparse.Namespace:
     _add_files(parser)
     _add_records(parser)
     _add_running(parser)
-    return parser.parse_args()
+    add_foreign_flags(parser)
+    arguments = parser.parse_args()
+    _check_special_tokens(arguments)
+    return arguments
+
+
+def asked_special_tokens(arguments: argparse.Namespace) -> bool | None:
+    """Whether special tokens are to be included; None if neither of the flags is given."""
+    return vars(arguments).get("include_special_tokens")
+
+
+def _check_special_tokens(arguments: argparse.Namespace) -> None:
+    if (
+        asked_special_tokens(arguments) is True
+        and arguments.tokenizer_type != "HuggingFaceTokenizer"
+    ):
+        raise UserError(
+            f"--tokenizer-hf-include-special-tokens: {arguments.tokenizer_type} has none around a "
+            "text; only HuggingFaceTokenizer has"
+        )
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
@@ -58,12 +80,14 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     add(
         "--tokenizer-type",
         "T",
-        "SentencePieceTokenizer, Llama2Tokenizer or HuggingFaceTokenizer",
+        "SentencePieceTokenizer (also as GPTSentencePieceTokenizer), Llama2Tokenizer, "
+        "HuggingFaceTokenizer or TikTokenizer",
     )
     add(
         "--tokenizer-model",
         "M",
-        "SentencePiece .model; for HuggingFaceTokenizer a tokenizer.json or its directory",
+        "SentencePiece .model; for HuggingFaceTokenizer a tokenizer.json or its directory; for "
+        "TikTokenizer Llama 3's own tokenizer.model",
     )
 
 
@@ -75,9 +99,26 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["text"],
         metavar="KEY",
-        help="keys that hold text; one dataset each",
+        help="keys that hold a text, or a list of texts (a document of several sequences); one "
+        "dataset each",
     )
     add("--append-eod", action="store_true", help="end every document with the end-of-document id")
+    special_tokens = parser.add_mutually_exclusive_group()
+    special_tokens.add_argument(
+        "--tokenizer-hf-include-special-tokens",
+        dest="include_special_tokens",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="with HuggingFaceTokenizer, every text gets the special tokens that its file asks for "
+        "(Llama 3: a beginning); so it is by default, as in Megatron-LM today (0.16.1 did not)",
+    )
+    special_tokens.add_argument(
+        "--tokenizer-hf-no-include-special-tokens",
+        dest="include_special_tokens",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="without them, as Megatron-LM 0.16.1 by default",
+    )
     add(
         "--pretokenized",
         action="store_true",
@@ -191,6 +232,7 @@ def settings_of(arguments: argparse.Namespace) -> PreprocessSettings:
         tokenizer_model=arguments.tokenizer_model,
         json_keys=tuple(arguments.json_keys),
         append_eod=arguments.append_eod,
+        include_special_tokens=asked_special_tokens(arguments) is not False,
         num_workers=arguments.workers,
         metadata_keys=tuple(arguments.metadata_keys),
         on_bad_record=arguments.on_bad_record,

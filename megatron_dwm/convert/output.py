@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_dwm.config import UserError
+from megatron_dwm.config.outputs import require_possible_names, require_writable_parents
 
 
 @contextmanager
@@ -23,10 +24,7 @@ def new_directory(output: Path) -> Iterator[Path]:
     """
     require_free(output)
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir()
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be made ({error.strerror})") from error
+    partial.mkdir()
     try:
         yield partial
         require_free(output)
@@ -36,8 +34,8 @@ def new_directory(output: Path) -> Iterator[Path]:
 
 
 def require_free(output: Path) -> None:
-    """`UserError` if there is anything at `output`, or no directory to make it in."""
+    """`UserError` if there is anything at `output`, or nothing can be."""
+    require_possible_names([output])
     if output.exists() or output.is_symlink():
         raise UserError(f"{output} exists; name another --output or remove it")
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output}: no directory {output.parent}; make it first")
+    require_writable_parents([output])

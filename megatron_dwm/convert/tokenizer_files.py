@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_dwm.tokenizer import Piece, Tokenizer
+from megatron_dwm.tokenizer import JSON_KINDS, Piece, Tokenizer
 
 _SPACE = "\u2581"
 _MERGED_ROLES = ("normal",)
@@ -43,11 +43,10 @@ _USUAL_PADDINGS = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>")
 def write_tokenizer_files(tokenizer: Tokenizer, sequence_length: int, directory: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json into `directory`."""
     pieces = tokenizer.pieces()
-    is_huggingface = tokenizer.kind == "HuggingFaceTokenizer"
     for name, content in {
         "tokenizer.json": (
-            _without_added_tokens(tokenizer.model_path)
-            if is_huggingface
+            _without_added_tokens(tokenizer.content)
+            if tokenizer.kind in JSON_KINDS
             else tokenizer_json(pieces)
         ),
         "tokenizer_config.json": tokenizer_config(pieces, tokenizer.eod_id, sequence_length),
@@ -56,9 +55,9 @@ def write_tokenizer_files(tokenizer: Tokenizer, sequence_length: int, directory:
         (directory / name).write_text(text + "\n", encoding="utf-8")
 
 
-def _without_added_tokens(path: Path) -> dict[str, Any]:
+def _without_added_tokens(file: bytes) -> dict[str, Any]:
     """A tokenizer.json that adds nothing before or after a text, and cuts and fills nothing."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(file)
     return {**content, "post_processor": None, "truncation": None, "padding": None}
 
 

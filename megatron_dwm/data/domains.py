@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.data.batch import UNKNOWN_DOMAIN
 from megatron_dwm.data.prefixes import IndexedFile
+from megatron_dwm.data.tokenizer_record import check_record, decoded
 
 if TYPE_CHECKING:
     from megatron_dwm.tokenizer import Tokenizer
@@ -86,12 +87,13 @@ def check_tokenizer(file: IndexedFile, tokenizer: Tokenizer) -> None:
     be below the vocabulary size.
 
     Raises:
-        UserError: another tokenizer, another vocabulary size, or an id that is too large.
+        UserError: another tokenizer, another vocabulary size, other ends of documents or special
+            tokens around them, or an id that is too large.
     """
     sidecar = _open_sidecar(file)
-    recorded = {} if sidecar is None else (sidecar.schema_arrow.metadata or {})
-    recorded_sha256 = recorded.get(b"tokenizer_sha256", b"").decode()
-    recorded_size = recorded.get(b"vocab_size", b"").decode()
+    recorded = {} if sidecar is None else decoded(sidecar.schema_arrow.metadata or {})
+    recorded_sha256 = recorded.get("tokenizer_sha256", "")
+    recorded_size = recorded.get("vocab_size", "")
     differs = (recorded_sha256 not in ("", tokenizer.sha256)) or (
         recorded_size not in ("", str(tokenizer.vocab_size))
     )
@@ -102,6 +104,7 @@ def check_tokenizer(file: IndexedFile, tokenizer: Tokenizer) -> None:
             f"data.tokenizer {tokenizer.model_path} is {tokenizer.sha256[:12]} of "
             f"{tokenizer.vocab_size} pieces: use the same one"
         )
+    check_record(recorded, sidecar_path(file.prefix), tokenizer)
     if not recorded_sha256:
         _check_largest_id(file, tokenizer)
 

@@ -1,5 +1,7 @@
 """Cutting passages into rows of equal length for the model.
 
+Passages have the special tokens around them that the documents of the training data have.
+
 * `pack_dense`: passages, each ended by the end-of-document token, follow one another without gaps;
   row r holds the tokens r*S to r*S + S of that text, so every token but the very first is a label
   exactly once. The end of the last row is padding without loss.
@@ -102,8 +104,9 @@ def row_of_last_word(
     words = passage.split()
     if not words:
         return None
-    ids = np.array(tokenizer.encode(passage), dtype=np.int32)
-    before = tokenizer.encode(passage[: len(passage) - len(words[-1])].rstrip())
+    beginning = passage[: len(passage) - len(words[-1])].rstrip()
+    ids = np.array([*tokenizer.around.before, *tokenizer.encode(passage)], dtype=np.int32)
+    before = [*tokenizer.around.before, *tokenizer.encode(beginning)]
     start = max(1, _common_length(ids, before))
     if start >= len(ids):
         return None

@@ -145,7 +145,8 @@ def _dense_rows(
 ) -> Rows | None:
     """Packed rows of the passages that have tokens; None when none has."""
     encoded = [(number, tokenizer.encode(passage.text)) for number, passage in passages]
-    filled = [(number, ids) for number, ids in encoded if ids]
+    around = tokenizer.around
+    filled = [(number, [*around.before, *ids, *around.after]) for number, ids in encoded if ids]
     return pack_dense(filled, sequence_length, tokenizer.eod_id) if filled else None
 
 

@@ -126,10 +126,15 @@ def _join(row: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join([*words, *figures])
 
 
+def partial_name(path: Path) -> Path:
+    """Where the scores are written before they get their name."""
+    return path.with_name(f"{path.name}.partial-{os.getpid()}")
+
+
 def write_scores(path: Path, scores: Sequence[Score], about: dict[str, Any]) -> None:
     """Write {**about, "scores": [...]} as JSON; the file appears whole or not at all."""
     content = {**about, "scores": [asdict(score) for score in scores]}
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial = partial_name(path)
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     partial.rename(path)
 

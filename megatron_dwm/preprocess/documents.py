@@ -5,6 +5,7 @@ Runs in worker threads and holds Python's lock, so it does as little as it can f
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,13 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from megatron_dwm.config.errors import UserError
 from megatron_dwm.preprocess.parsing import (
+    begins_an_array,
     json_type,
     lines_of,
     look_up,
     parse_record,
     parse_slowly,
-    text_of,
+    texts_of,
     value_of,
 )
 from megatron_dwm.preprocess.records import BadRecord, Chunk, Documents, Reject
@@ -40,13 +43,14 @@ class DocumentSettings:
 
 
 def documents_of(chunk: Chunk, settings: DocumentSettings) -> Documents:
-    """The documents of `chunk`, in order."""
+    """The documents of `chunk`, in order; `UserError` for the beginning of one JSON array."""
     found = Documents(
         texts=[[] for _ in settings.json_keys],
         metadata=[[] for _ in settings.metadata_keys],
         metadata_seen=[False] * len(settings.metadata_keys),
     )
     if isinstance(chunk.content, bytes):
+        _refuse_array(chunk, chunk.content)
         _take_lines(found, chunk, chunk.content, settings)
     else:
         _take_rows(found, chunk, chunk.content, settings)
@@ -67,6 +71,19 @@ def _take_lines(found: Documents, chunk: Chunk, content: bytes, settings: Docume
             _take(found, number, record, settings, line)
         except BadRecord as error:
             found.rejects.append(_reject(number, error, line))
+
+
+def _refuse_array(chunk: Chunk, content: bytes) -> None:
+    """Raise `UserError` for a file of which the whole is one record, whatever bad records do."""
+    if chunk.first_record:
+        return
+    firsts = [line for _, line in itertools.islice(lines_of(content), 1)]
+    firsts += [reject.payload for reject in chunk.rejects if not content and reject.number == 0]
+    if any(begins_an_array(line) for line in firsts):
+        raise UserError(
+            f"{chunk.source_file}: one JSON array; expected an object on each line, which "
+            "`jq -c '.[]' FILE > FILE.jsonl` makes of it"
+        )
 
 
 def _take_rows(found: Documents, chunk: Chunk, table: pa.Table, settings: DocumentSettings) -> None:
@@ -93,7 +110,7 @@ def _take(
     if settings.pretokenized:
         texts = [_ids_of(record, key, settings) for key in settings.json_keys]
     else:
-        texts = [text_of(record, key) for key in settings.json_keys]
+        texts = [texts_of(record, key) for key in settings.json_keys]
     found.numbers.append(number)
     for column, text in zip(found.texts, texts, strict=True):
         column.append(text)
@@ -165,9 +182,11 @@ def _value(item: pa.Scalar) -> object:
 def _refuse_long_texts(record: dict[str, object], settings: DocumentSettings) -> None:
     for key in settings.json_keys:
         value = record.get(key)
-        # A character has at most 4 bytes: only a text that might be too long is measured.
-        if isinstance(value, str) and 4 * len(value) > settings.max_record_bytes:
-            size = len(value.encode("utf-8"))
+        parts = value if isinstance(value, list) else [value]
+        texts = [part for part in parts if isinstance(part, str)]
+        # A character has at most 4 bytes: only texts that might be too long are measured.
+        if 4 * sum(map(len, texts)) > settings.max_record_bytes:
+            size = sum(len(text.encode("utf-8")) for text in texts)
             if size > settings.max_record_bytes:
                 raise _too_long(size, settings)
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from megatron_dwm.preprocess.documents import DocumentSettings, documents_of
 from megatron_dwm.preprocess.metadata import spell_column
 from megatron_dwm.preprocess.records import Chunk, EncodedChunk, EncodedKey
-from megatron_dwm.tokenizer import Engine
+from megatron_dwm.tokenizer import Engine, SpecialTokens
 
 _FIRST_VOCABULARY_OF_INT32 = 65500
 
@@ -30,6 +30,8 @@ class EncodeSettings:
     documents: DocumentSettings
     dtype: type[np.number]
     """of the ids in the `.bin`"""
+    around: SpecialTokens
+    """ids before and after every text"""
     eod_id: int | None
     """id that ends every document; None to leave it out"""
 
@@ -66,16 +68,55 @@ def draft_columns(num_metadata: int) -> list[str]:
 
 
 def _encode_key(settings: EncodeSettings, engine: Engine, texts: list[object]) -> EncodedKey:
-    if settings.documents.pretokenized:
-        ends = np.cumsum([len(ids) for ids in texts], dtype=np.int64)
-        empty = np.zeros(0, settings.dtype)
-        ids = np.concatenate([empty, *(row.astype(settings.dtype) for row in texts)])
+    """Ids and marks of documents, each a text, a list of texts (its sequences) or an array of ids.
+
+    As Megatron-LM: special tokens around each text, an end after a document's last sequence that
+    has ids; a text without ids is no sequence.
+    """
+    documents = [text if isinstance(text, list) else [text] for text in texts]
+    of_document = np.repeat(np.arange(len(documents)), [len(parts) for parts in documents])
+    ids, ends = _encode_texts(settings, engine, [part for parts in documents for part in parts])
+    starts = np.concatenate([np.zeros(1, np.int64), ends])[: len(ends)]
+    before, after = settings.around.before, settings.around.after
+    lengths = ends - starts + len(before) + len(after)
+    filled = np.flatnonzero(lengths)
+    owners = of_document[filled]
+    if settings.eod_id is None:
+        ended = np.zeros(len(ends), bool)
     else:
+        ended = _at(filled[np.diff(owners, append=len(documents)) > 0], len(ends))
+    at = [starts] * len(before) + [ends] * (len(after) + 1)
+    added = np.array([*before, *after, settings.eod_id or 0], settings.dtype)
+    is_added = np.ones((len(ends), len(at)), bool)
+    is_added[:, -1] = ended
+    if is_added.any():
+        places = np.stack(at, axis=1)[is_added]
+        ids = np.insert(ids, places, np.broadcast_to(added, is_added.shape)[is_added])
+    lengths = (lengths + ended)[filled]
+    return EncodedKey(ids=ids, marks=_marks(lengths, owners, len(documents)))
+
+
+def _encode_texts(
+    settings: EncodeSettings, engine: Engine, texts: list[object]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of all texts and where each ends; arrays of ids are taken as they are."""
+    if not settings.documents.pretokenized:
         encoded = engine.encode_texts(texts)  # type: ignore[arg-type]
-        ends, ids = encoded.ends, encoded.ids.astype(settings.dtype)
-    lengths = np.diff(ends, prepend=0)
-    if settings.eod_id is not None:
-        has_ids = lengths > 0
-        ids = np.insert(ids, ends[has_ids], settings.eod_id)
-        lengths = lengths + has_ids
-    return EncodedKey(ids=ids.astype(settings.dtype, copy=False), lengths=lengths.astype(np.int32))
+        return encoded.ids.astype(settings.dtype, copy=False), encoded.ends
+    empty = np.zeros(0, settings.dtype)
+    ids = np.concatenate([empty, *(row.astype(settings.dtype) for row in texts)])
+    return ids, np.cumsum([len(row) for row in texts], dtype=np.int64)
+
+
+def _at(places: np.ndarray, size: int) -> np.ndarray:
+    found = np.zeros(size, bool)
+    found[places] = True
+    return found
+
+
+def _marks(lengths: np.ndarray, owners: np.ndarray, num_documents: int) -> np.ndarray:
+    """Lengths of the sequences of documents `owners` as marks (index_file.py)."""
+    is_first = np.diff(owners, prepend=-1) > 0
+    marks = np.where(is_first, lengths, -lengths).astype(np.int32)
+    empty = np.flatnonzero(~_at(owners, num_documents))
+    return np.insert(marks, np.searchsorted(owners, empty), 0)

@@ -7,12 +7,16 @@
 
 The layout is Megatron-Core's (`megatron/core/datasets/indexed_dataset.py`), whose own builder keeps
 lists of Python numbers. A document without tokens has a boundary but no sequence.
+
+While a dataset grows, and while several are merged, its documents are a stream of int32 marks: the
+length of every sequence, negative if it goes on with the document of the one before; 0 is a
+document without tokens.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -92,43 +96,66 @@ def read_block(file: BinaryIO, at: int, dtype: type[np.number], count: int) -> I
         yield np.frombuffer(file.read(taken * size), dtype=dtype)
 
 
-Lengths = Callable[[], Iterator[np.ndarray]]
-"""Lengths of all documents in order, some at a time, as often as asked; 0 for an empty one"""
+Marks = Callable[[], Iterator[np.ndarray]]
+"""The marks of all documents in order, some at a time, as often as asked"""
 
 
-def write_index(path: Path, dtype: type[np.number], lengths: Lengths) -> IndexHeader:
-    """Write the `.idx` of documents of `lengths`, each one sequence, or none if empty.
+def write_index(path: Path, dtype: type[np.number], marks: Marks) -> IndexHeader:
+    """Write the `.idx` of the documents that `marks` tell.
 
-    Three passes over `lengths`, one block in memory.
+    Three passes over `marks`, one block in memory.
     """
     num_documents = num_sequences = 0
-    for block in lengths():
-        num_documents += len(block)
+    for block in marks():
+        num_documents += int(np.count_nonzero(block >= 0))
         num_sequences += int(np.count_nonzero(block))
     header = IndexHeader(dtype=dtype, num_sequences=num_sequences, num_documents=num_documents)
     with path.open("wb") as file:
         file.write(header.packed())
-        for block in lengths():
-            file.write(block[block > 0].astype(np.int32).tobytes())
-        _write_pointers(file, lengths, np.dtype(dtype).itemsize)
-        _write_boundaries(file, lengths)
+        for block in marks():
+            file.write(_lengths(block).tobytes())
+        _write_pointers(file, marks, np.dtype(dtype).itemsize)
+        _write_boundaries(file, marks)
     return header
 
 
-def _write_pointers(file: BinaryIO, lengths: Lengths, itemsize: int) -> None:
+def tokens_of_documents(marks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Tokens of every document, int64, some at a time."""
+    under_way: int | None = None  # of a document that may go on in the next block
+    for block in marks:
+        starts = np.flatnonzero(block >= 0)
+        first = starts[0] if len(starts) else len(block)
+        lengths = np.abs(block.astype(np.int64))
+        if under_way is not None:
+            under_way += int(lengths[:first].sum())
+        if len(starts):
+            totals = np.add.reduceat(lengths, starts)
+            before = [] if under_way is None else [under_way]
+            yield np.concatenate([np.array(before, np.int64), totals[:-1]])
+            under_way = int(totals[-1])
+    if under_way is not None:
+        yield np.array([under_way], np.int64)
+
+
+def _lengths(block: np.ndarray) -> np.ndarray:
+    return np.abs(block[block != 0]).astype(np.int32)
+
+
+def _write_pointers(file: BinaryIO, marks: Marks, itemsize: int) -> None:
     offset = 0
-    for block in lengths():
-        ends = offset + np.cumsum(block[block > 0], dtype=np.int64) * itemsize
+    for block in marks():
+        ends = offset + np.cumsum(_lengths(block), dtype=np.int64) * itemsize
         if len(ends):
             file.write(np.concatenate([[offset], ends[:-1]]).astype(np.int64).tobytes())
             offset = int(ends[-1])
 
 
-def _write_boundaries(file: BinaryIO, lengths: Lengths) -> None:
+def _write_boundaries(file: BinaryIO, marks: Marks) -> None:
+    """The number of sequences before each document, and of all."""
     sequences = 0
-    file.write(np.int64(0).tobytes())
-    for block in lengths():
-        ends = sequences + np.cumsum(block > 0, dtype=np.int64)
-        if len(ends):
-            file.write(ends.tobytes())
-            sequences = int(ends[-1])
+    for block in marks():
+        ends = sequences + np.cumsum(block != 0, dtype=np.int64)
+        before = ends - (block != 0)
+        file.write(before[block >= 0].astype(np.int64).tobytes())
+        sequences = int(ends[-1]) if len(ends) else sequences
+    file.write(np.int64(sequences).tobytes())

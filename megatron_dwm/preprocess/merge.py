@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_dwm.config.errors import UserError
@@ -26,8 +27,15 @@ from megatron_dwm.preprocess.index_file import (
     read_header,
     write_index,
 )
+from megatron_dwm.preprocess.messages import warn
+from megatron_dwm.preprocess.metadata import LARGEST_IN_DOUBLE, spell_float
 from megatron_dwm.preprocess.settings import OutputPaths
-from megatron_dwm.preprocess.sidecar import write_groups
+from megatron_dwm.preprocess.sidecar import (
+    common_facts,
+    facts_that_differ,
+    lacks_end,
+    write_groups,
+)
 from megatron_dwm.preprocess.staging import StagedFiles
 
 _COPY_BYTES = 1 << 26
@@ -165,16 +173,23 @@ def _sidecars(parts: Sequence[_Part]) -> list[Path]:
         raise UserError(f"{lacking}: no such file, but {there[0]} exists; give all or none")
     schemas = [pq.read_schema(path) for path in there]
     for path, schema in zip(there, schemas, strict=True):
-        if schema.metadata != schemas[0].metadata:
+        differing = facts_that_differ(schemas[0].metadata or {}, schema.metadata or {})
+        if differing:
             raise UserError(
-                f"{path}: another tokenizer or --append-eod than {there[0]} "
-                f"({_difference(schemas[0], schema)}); such ids cannot be mixed"
+                f"{path}: another tokenizer, end of document or special tokens than {there[0]} "
+                f"({', '.join(differing)}); such ids cannot be mixed"
             )
         if schema.names != schemas[0].names:
             raise UserError(
                 f"{path}: columns {', '.join(schema.names)}, but {there[0]} has "
                 f"{', '.join(schemas[0].names)}"
             )
+    unsaid = [str(p) for p, s in zip(there, schemas, strict=True) if lacks_end(s.metadata or {})]
+    if unsaid:
+        warn(
+            f"{', '.join(unsaid)}: not said which id ends a document (written by an older "
+            "version); taken to be that of the others"
+        )
     for part, path in zip(parts, there, strict=False):
         rows = pq.read_metadata(path).num_rows
         if rows != part.header.num_documents:
@@ -182,13 +197,6 @@ def _sidecars(parts: Sequence[_Part]) -> list[Path]:
                 f"{path}: {rows} rows for {part.header.num_documents} documents; it is damaged"
             )
     return there
-
-
-def _difference(first: pa.Schema, second: pa.Schema) -> str:
-    before, after = (schema.metadata or {} for schema in (first, second))
-    keys = sorted({*before, *after})
-    named = [key.decode() for key in keys if before.get(key) != after.get(key)]
-    return ", ".join(named)
 
 
 def _copy_ids(parts: Sequence[_Part], output: Path, advance: Callable[[int, int], None]) -> None:
@@ -227,32 +235,32 @@ def _send(source: BinaryIO, target: BinaryIO, num_bytes: int) -> int:
 
 
 def _merge_indices(parts: Sequence[_Part], output: Path) -> IndexHeader:
-    def lengths() -> Iterator[np.ndarray]:
+    def marks() -> Iterator[np.ndarray]:
         for part in parts:
-            yield from _document_lengths(part)
+            yield from _marks(part)
 
-    return write_index(output, parts[0].header.dtype, lengths)
+    return write_index(output, parts[0].header.dtype, marks)
 
 
-def _document_lengths(part: _Part) -> Iterator[np.ndarray]:
-    """Length of every document, 0 for an empty one: the boundaries say which are."""
+def _marks(part: _Part) -> Iterator[np.ndarray]:
+    """The marks of all documents (index_file.py): the boundaries say whose a sequence is."""
     header = part.header
     with part.paths.idx.open("rb") as boundaries_file, part.paths.idx.open("rb") as lengths_file:
         before = 0
         at = header.documents_at + 8
         for ends in read_block(boundaries_file, at, np.int64, header.num_documents):
             counts = np.diff(ends, prepend=before)
-            if counts.min() < 0 or counts.max() > 1:
-                raise UserError(
-                    f"{part.paths.idx}: documents of several sequences (--split-sentences)"
-                )
             taken = int(ends[-1]) - before
             at_length = header.lengths_at + 4 * before
             blocks = list(read_block(lengths_file, at_length, np.int32, taken))
-            lengths = np.zeros(len(counts), np.int32)
-            lengths[counts == 1] = np.concatenate([np.zeros(0, np.int32), *blocks])
+            lengths = np.concatenate([np.zeros(0, np.int32), *blocks])
+            if counts.min() < 0 or (len(lengths) and lengths.min() <= 0):
+                raise UserError(f"{part.paths.idx}: a sequence without tokens; it is damaged")
+            starts = np.cumsum(counts) - counts
+            marks = -lengths
+            marks[starts[counts > 0]] *= -1
             before = int(ends[-1])
-            yield lengths
+            yield np.insert(marks, starts[counts == 0], 0)
 
 
 def _merge_sidecars(paths: Sequence[Path], output: Path) -> None:
@@ -262,9 +270,18 @@ def _merge_sidecars(paths: Sequence[Path], output: Path) -> None:
         for path in paths:
             with pq.ParquetFile(path) as file:
                 for group in range(file.num_row_groups):
-                    yield file.read_row_group(group).cast(schema)
+                    yield _as_schema(file.read_row_group(group), schema)
 
     write_groups(output, schema, tables())
+
+
+def _as_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    for i, field in enumerate(schema):
+        if field.type == pa.string() and table.field(i).type == pa.float64():
+            values = table.column(i).to_pylist()
+            spelled = [None if value is None else spell_float(value) for value in values]
+            table = table.set_column(i, field.name, pa.array(spelled, pa.string()))
+    return table.cast(schema)
 
 
 def _common_schema(paths: Sequence[Path]) -> pa.Schema:
@@ -277,8 +294,11 @@ def _common_schema(paths: Sequence[Path]) -> pa.Schema:
             for schema, path in zip(schemas, paths, strict=True)
             if not _is_all_null(path, i)
         }
-        fields.append(pa.field(field.name, _widest(types)))
-    return pa.schema(fields, metadata=schemas[0].metadata)
+        widest = _widest(types)
+        if widest == pa.float64() and any(_beyond_double(path, i) for path in paths):
+            widest = pa.string()
+        fields.append(pa.field(field.name, widest))
+    return pa.schema(fields, metadata=common_facts(schemas))
 
 
 def _is_all_null(path: Path, column: int) -> bool:
@@ -291,6 +311,21 @@ def _is_all_null(path: Path, column: int) -> bool:
             return False
         nulls += statistics.null_count
     return nulls == metadata.num_rows
+
+
+def _beyond_double(path: Path, column: int) -> bool:
+    """Whether a column of whole numbers has one that a double would round."""
+    with pq.ParquetFile(path) as file:
+        if file.schema_arrow.field(column).type != pa.int64():
+            return False
+        name = file.schema_arrow.names[column]
+        for group in range(file.num_row_groups):
+            found = pc.min_max(file.read_row_group(group, columns=[name]).column(0)).as_py()
+            if found["min"] is not None and (
+                found["min"] < -LARGEST_IN_DOUBLE or found["max"] > LARGEST_IN_DOUBLE
+            ):
+                return True
+    return False
 
 
 def _widest(types: set[pa.DataType]) -> pa.DataType:

@@ -1,8 +1,8 @@
 """The growing files of a run, their checkpoints, and their last forms.
 
-For each JSON key the ids (`.bin`) and the lengths of all documents; for all keys together the draft
-of the sidecar (Arrow, a new file after every checkpoint) and the rejects. Memory: nothing that
-grows with the number of documents.
+For each JSON key the ids (`.bin`) and the marks of all documents (index_file.py); for all keys
+together the draft of the sidecar (Arrow, a new file after every checkpoint) and the rejects.
+Memory: nothing that grows with the number of documents.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_dwm.preprocess.encoding import LostRecords, draft_columns
-from megatron_dwm.preprocess.index_file import read_block, write_index
+from megatron_dwm.preprocess.index_file import read_block, tokens_of_documents, write_index
 from megatron_dwm.preprocess.metadata import join_kinds
 from megatron_dwm.preprocess.records import EncodedChunk, EncodedKey, Reject
 from megatron_dwm.preprocess.sidecar import SidecarColumns, write_sidecar
@@ -67,7 +67,7 @@ class GrowingOutputs:
         progress = self._workspace.progress
         for i, encoded in enumerate(chunk.keys):
             self._files[_ids_name(i)].write(encoded.ids.data)
-            self._files[_lengths_name(i)].write(encoded.lengths.data)
+            self._files[_lengths_name(i)].write(encoded.marks.data)
             _count(progress.keys[self._keys[i]], encoded)
         if chunk.rows.num_rows:
             sources = pa.array(np.full(chunk.rows.num_rows, chunk.source, np.int32))
@@ -99,7 +99,8 @@ class GrowingOutputs:
             counts = progress.keys[key]
             accounted = counts.documents + counts.empty + progress.num_rejected
             sizes = (self._files[_lengths_name(i)].tell(), self._files[_ids_name(i)].tell())
-            expected = (4 * (counts.documents + counts.empty), itemsize * counts.tokens)
+            marks = counts.documents + counts.empty + counts.continued
+            expected = (4 * marks, itemsize * counts.tokens)
             if progress.records != accounted or sizes != expected:
                 raise LostRecords(
                     f'"{key}": {progress.records} records, but {accounted} are accounted for; '
@@ -109,15 +110,15 @@ class GrowingOutputs:
     def finish(self, columns: SidecarColumns) -> None:
         """Write index and sidecar of each key in the workspace; the files are complete then."""
         for i in range(len(self._keys)):
-            lengths_path = self._workspace.file(_lengths_name(i))
+            marks_path = self._workspace.file(_lengths_name(i))
 
-            def lengths(path: Path = lengths_path) -> Iterator[np.ndarray]:
+            def marks(path: Path = marks_path) -> Iterator[np.ndarray]:
                 with path.open("rb") as file:
                     yield from read_block(file, 0, np.int32, path.stat().st_size // 4)
 
-            write_index(self._workspace.file(f"{i}.idx"), self._dtype, lengths)
+            write_index(self._workspace.file(f"{i}.idx"), self._dtype, marks)
             sidecar = self._workspace.file(f"{i}.meta.parquet")
-            write_sidecar(sidecar, columns, self._drafts(), lengths())
+            write_sidecar(sidecar, columns, self._drafts(), tokens_of_documents(marks()))
 
     def close(self) -> None:
         """Close all files; what a checkpoint does not speak of may be lost (a full disk)."""
@@ -175,9 +176,9 @@ class GrowingOutputs:
 
 
 def _count(counts: KeyCounts, encoded: EncodedKey) -> None:
-    with_tokens = int(np.count_nonzero(encoded.lengths))
-    counts.documents += with_tokens
-    counts.empty += len(encoded.lengths) - with_tokens
+    counts.documents += int(np.count_nonzero(encoded.marks > 0))
+    counts.empty += int(np.count_nonzero(encoded.marks == 0))
+    counts.continued += int(np.count_nonzero(encoded.marks < 0))
     counts.tokens += len(encoded.ids)
 
 

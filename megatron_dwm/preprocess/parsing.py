@@ -40,18 +40,38 @@ def parse_slowly(payload: bytes) -> object:
         raise BadRecord("broken JSON", f"JSON that cannot be read: {error}") from None
 
 
+def texts_of(record: dict[str, object], key: str) -> str | list[str]:
+    """The string under `key`, or a list of strings: one document of several sequences.
+
+    `BadRecord` if it is neither, or UTF-8 cannot hold one.
+    """
+    value = value_of(record, key)
+    if not isinstance(value, list):
+        return text_of(record, key)
+    for number, part in enumerate(value, start=1):
+        if not isinstance(part, str):
+            detail = f'"{key}" is an array whose item {number} is {json_type(part)}, not a string'
+            raise BadRecord("wrong type", detail)
+        _require_utf8(part, key)
+    return value
+
+
 def text_of(record: dict[str, object], key: str) -> str:
     """The string under `key`; `BadRecord` if there is none that UTF-8 can hold."""
     value = value_of(record, key)
     if not isinstance(value, str):
         raise BadRecord("wrong type", f'"{key}" is {json_type(value)}, expected a string')
+    _require_utf8(value, key)
+    return value
+
+
+def _require_utf8(value: str, key: str) -> None:
     if not value.isascii():
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
             detail = f'"{key}" holds an unpaired surrogate (\\ud800 to \\udfff)'
             raise BadRecord("invalid UTF-8", detail) from None
-    return value
 
 
 def value_of(record: dict[str, object], key: str) -> object:
@@ -77,6 +97,18 @@ def look_up(record: dict[str, object], dotted_key: str) -> tuple[bool, object]:
             return False, None
         value = value[part]
     return True, value
+
+
+def begins_an_array(line: bytes) -> bool:
+    """Whether a file that begins with `line` is one JSON array of objects, not JSON Lines."""
+    beginning = line.lstrip()
+    if not beginning.startswith(b"["):
+        return False
+    try:
+        items = orjson.loads(beginning)
+    except orjson.JSONDecodeError:
+        return beginning[1:].lstrip()[:1] in (b"", b"{")
+    return any(isinstance(item, dict) for item in items)
 
 
 def lines_of(content: bytes) -> Iterator[tuple[int, bytes]]:

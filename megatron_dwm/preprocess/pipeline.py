@@ -8,14 +8,12 @@ Memory: some chunks, the tokenizers' caches and a row group of the sidecar, what
 from __future__ import annotations
 
 import errno
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.config.printing import printable
 from megatron_dwm.preprocess.documents import DocumentSettings
 from megatron_dwm.preprocess.encoding import EncodeSettings, token_dtype
 from megatron_dwm.preprocess.inputs import (
@@ -25,6 +23,7 @@ from megatron_dwm.preprocess.inputs import (
     read_inputs,
     take_shard,
 )
+from megatron_dwm.preprocess.messages import warn
 from megatron_dwm.preprocess.outputs import GrowingOutputs
 from megatron_dwm.preprocess.progress import progress_over
 from megatron_dwm.preprocess.publishing import (
@@ -40,7 +39,7 @@ from megatron_dwm.preprocess.settings import PreprocessSettings
 from megatron_dwm.preprocess.sidecar import SidecarColumns, facts_of
 from megatron_dwm.preprocess.workers import encode_all
 from megatron_dwm.preprocess.workspace import Workspace
-from megatron_dwm.tokenizer import Tokenizer, build_tokenizer, choose_engine
+from megatron_dwm.tokenizer import Tokenizer, build_tokenizer, remembered_engine
 
 _JUDGED_AFTER_RECORDS = 1000
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -48,11 +47,6 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 class Stopped(Exception):
     """The run was asked to stop and did; it can be resumed."""
-
-
-def warn(message: str) -> None:
-    """One line for the user that is no error."""
-    print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def preprocess(
@@ -68,9 +62,15 @@ def preprocess(
     """
     everything = find_inputs(settings.inputs)
     inputs = take_shard(everything, settings.shard, settings.num_shards)
-    tokenizer = build_tokenizer(settings.tokenizer_type, settings.tokenizer_model)
+    tokenizer = build_tokenizer(
+        settings.tokenizer_type,
+        settings.tokenizer_model,
+        # Ids that another program made are taken as they are.
+        include_special_tokens=settings.include_special_tokens and not settings.pretokenized,
+    )
     record = RunRecord.of(settings, inputs, tokenizer)
     targets = Targets(prefix=settings.prefix, keys=settings.json_keys)
+    targets.require_possible_names()
     if settings.resume and targets.record.exists():
         return complete_run(targets, record)
     with (
@@ -150,7 +150,7 @@ class _Run:
 
     def _read_into(self, outputs: GrowingOutputs) -> None:
         settings = self.settings
-        choice = choose_engine(self.tokenizer)
+        choice = remembered_engine(self.tokenizer)
         if choice.warning is not None and not settings.pretokenized:
             warn(choice.warning)
         read = ReadSettings(
@@ -191,6 +191,7 @@ class _Run:
                 pretokenized=settings.pretokenized,
             ),
             dtype=token_dtype(self.tokenizer.vocab_size),
+            around=self.tokenizer.around,
             eod_id=self.tokenizer.eod_id if settings.append_eod else None,
         )
 
@@ -199,12 +200,7 @@ class _Run:
             metadata_keys=self.settings.metadata_keys,
             kinds=tuple(self._progress.kinds),
             source_names=tuple(entry.name for entry in self.inputs),
-            facts=facts_of(
-                self.tokenizer.kind,
-                self.tokenizer.sha256,
-                self.tokenizer.vocab_size,
-                append_eod=self.settings.append_eod,
-            ),
+            facts=facts_of(self.tokenizer, append_eod=self.settings.append_eod),
         )
 
     def _refuse_rejects(self, chunk: EncodedChunk) -> None:
@@ -255,6 +251,12 @@ class _Run:
         if not self._is_judged:  # what was said of the first thousand is not said again
             for key in self._metadata_not_seen():
                 warn(f"--metadata-keys {key}: no record has this key; its column is empty")
+        for key, kind in zip(self.settings.metadata_keys, self._progress.kinds, strict=True):
+            if kind == "mixed":
+                warn(
+                    f"--metadata-keys {key}: fractions, and whole numbers beyond 2^53, which a "
+                    "double would round: its column holds strings"
+                )
 
     def _metadata_not_seen(self) -> list[str]:
         pairs = zip(self.settings.metadata_keys, self._progress.metadata_seen, strict=True)

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.config.outputs import require_possible_names
 from megatron_dwm.preprocess.outputs import REJECTS
-from megatron_dwm.preprocess.run_record import RunRecord
+from megatron_dwm.preprocess.run_record import RunRecord, difference_to
 from megatron_dwm.preprocess.settings import OutputPaths
 from megatron_dwm.preprocess.workspace import KeyCounts, Progress, Workspace
 
@@ -42,6 +43,10 @@ class Targets:
         moves += [(f"{i}.bin", path.bin) for i, path in enumerate(paths)]
         moves.append((REJECTS, self.rejects))
         return moves + [(f"{i}.idx", path.idx) for i, path in enumerate(paths)]
+
+    def require_possible_names(self) -> None:
+        """Raises `UserError` if the file system can have no files of these names."""
+        require_possible_names([self.record, *(path for _, path in self.moves())])
 
     def refuse_existing(self) -> None:
         """Raises `UserError` if one of the files is there."""
@@ -81,7 +86,7 @@ def publish(workspace: Workspace, targets: Targets, record: RunRecord) -> None:
 
 def complete_run(targets: Targets, record: RunRecord) -> PreprocessSummary:
     """What the finished run behind `targets.record` made; `UserError` if it was another run."""
-    why = RunRecord.read(targets.record).difference(record)
+    why = difference_to(targets.record, record)
     if why is not None:
         raise UserError(
             f"{targets.record}: complete, but not this run: {why}; choose another output"

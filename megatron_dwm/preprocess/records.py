@@ -84,7 +84,7 @@ class Documents:
     numbers: list[int] = field(default_factory=list)
     """0-based position of each document in its file"""
     texts: list[list[object]]
-    """for each of the JSON keys a text (or an array of ids) a document"""
+    """for each of the JSON keys a text, a list of texts or an array of ids a document"""
     metadata: list[list[object]]
     """for each of the metadata keys a JSON value a document; None where it has none"""
     metadata_seen: list[bool]
@@ -100,8 +100,8 @@ class EncodedKey:
 
     ids: np.ndarray
     """all ids one after the other, in the type of the `.bin`"""
-    lengths: np.ndarray
-    """int32 [documents]; 0 for a document without tokens"""
+    marks: np.ndarray
+    """int32: the lengths of the sequences, and which begin a document (index_file.py)"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,13 @@ from typing import Any
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.preprocess.inputs import Input
+from megatron_dwm.preprocess.messages import warn
 from megatron_dwm.preprocess.settings import PreprocessSettings
-from megatron_dwm.tokenizer import Tokenizer
+from megatron_dwm.tokenizer import SpecialTokens, Tokenizer
 
 _FORMAT = 1
+_END = "end-of-document id"
+_SPECIAL_TOKENS = "--tokenizer-hf-include-special-tokens (ids)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,8 @@ class RunRecord:
                 "--json-keys": list(settings.json_keys),
                 "--metadata-keys": list(settings.metadata_keys),
                 "--append-eod": settings.append_eod,
+                _END: tokenizer.eod_id,
+                _SPECIAL_TOKENS: _spell_ids(tokenizer.around),
                 "--pretokenized": settings.pretokenized,
                 "--max-record-bytes": settings.max_record_bytes,
                 "--shard": settings.shard,
@@ -60,11 +65,23 @@ class RunRecord:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}: not the record of a preprocessing run; remove it") from None
 
+    @property
+    def lacks_end(self) -> bool:
+        """Whether it does not say which id ends a document, and the tokenizer's file does not."""
+        return (
+            _END not in self.options and self.options["--tokenizer-type"] == "HuggingFaceTokenizer"
+        )
+
+    def _known_options(self, now: RunRecord) -> dict[str, Any]:
+        """The options, with what older versions did not record."""
+        older = {_END: now.options[_END], _SPECIAL_TOKENS: _spell_ids(SpecialTokens())}
+        return {**older, **self.options}
+
     def difference(self, now: RunRecord) -> str | None:
         """Why `now` is another run than this one, or None."""
         if self.format != now.format:
             return "it was written by another version of this program"
-        for name, before in self.options.items():
+        for name, before in self._known_options(now).items():
             if before != now.options.get(name):
                 return f"{name} was {_spell(before)} and is {_spell(now.options.get(name))}"
         names_before, names_now = ([entry["name"] for entry in r.inputs] for r in (self, now))
@@ -76,10 +93,26 @@ class RunRecord:
         return None
 
 
+def difference_to(path: Path, now: RunRecord) -> str | None:
+    """Why `now` is another run than the one recorded in `path`, or None; `UserError` as `read`."""
+    before = RunRecord.read(path)
+    why = before.difference(now)
+    if why is None and before.lacks_end:
+        warn(
+            f"{path}: does not say which id ends a document (it was written by an older version); "
+            f"taken to be {now.options[_END]}, as the tokenizer has it now"
+        )
+    return why
+
+
 def _spell(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return " ".join(map(str, value)) or "empty" if isinstance(value, list) else str(value)
+
+
+def _spell_ids(tokens: SpecialTokens) -> str:
+    return f"{list(tokens.before)} before, {list(tokens.after)} after"
 
 
 def _list(names: list[str]) -> str:

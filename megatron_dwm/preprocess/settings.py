@@ -25,6 +25,8 @@ class PreprocessSettings:
     tokenizer_model: str
     json_keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
+    include_special_tokens: bool = True
+    """whether texts get the special tokens that a tokenizer.json asks for"""
     num_workers: int = 1
     metadata_keys: tuple[str, ...] = ()
     on_bad_record: Literal["error", "skip"] = "error"

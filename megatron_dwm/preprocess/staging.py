@@ -6,26 +6,23 @@ nothing. What a run that was killed outright left (`*.partial`) is replaced by t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.config.outputs import require_possible_names, require_writable_parents
 
 
 class StagedFiles:
     """Context in which `partial(path)` may be written and `publish()` renames."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        """Raises `UserError` if one of `paths` exists or its directory does not."""
+        """Raises `UserError` if one of `paths` exists or cannot be written."""
         self._paths = list(paths)
+        require_possible_names(self._paths)
         self._refuse_existing()
-        for path in self._paths:
-            if not path.parent.is_dir():
-                raise UserError(f"{path.parent}: no such output directory; create it first")
-            if not os.access(path.parent, os.W_OK):
-                raise UserError(f"{path.parent}: you may not write into this directory")
+        require_writable_parents([self.partial(path) for path in self._paths])
 
     def partial(self, path: Path) -> Path:
         """Temporary name of `path`, in the same directory."""

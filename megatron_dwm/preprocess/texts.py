@@ -36,7 +36,9 @@ def read_lines_of(names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
 def read_texts(
     names: Sequence[str], key: str, advance: Callable[[int, int], None] = lambda *_: None
 ) -> Iterator[str]:
-    """The text under `key` of every record; `UserError` with file and line for a bad record.
+    """The text under `key` of every record, or its texts if it has a list of them.
+
+    Raises `UserError` with file and line for a bad record.
 
     `advance` is told the bytes of input and the records of every chunk.
     """
@@ -52,7 +54,8 @@ def read_texts(
         if found.rejects:
             first = min(found.rejects, key=lambda reject: reject.number)
             raise UserError(f"{chunk.source_file}:{first.number + 1}: {first.detail}")
-        yield from found.texts[0]  # type: ignore[misc]
+        for text in found.texts[0]:
+            yield from text if isinstance(text, list) else [text]
         advance(chunk.consumed_bytes, found.num_records)
 
 

@@ -19,8 +19,9 @@ from types import TracebackType
 from typing import IO, Any, Literal
 
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.config.outputs import require_writable_parents
 from megatron_dwm.preprocess.records import Position
-from megatron_dwm.preprocess.run_record import RunRecord
+from megatron_dwm.preprocess.run_record import RunRecord, difference_to
 
 _CHECKPOINT = "checkpoint.json"
 _RECORD = "run.json"
@@ -34,6 +35,8 @@ class KeyCounts:
     """documents with tokens"""
     empty: int = 0
     """documents without"""
+    continued: int = 0
+    """sequences after the first of their document"""
     tokens: int = 0
     """ids written, ends of document included"""
 
@@ -73,10 +76,11 @@ class Workspace:
     """The directory, locked; a context that removes it if nothing in it is worth keeping."""
 
     def __init__(self, prefix: str, record: RunRecord, *, resume: bool) -> None:
-        """Raises `UserError` if another run works here, or one was interrupted that may not be
-        resumed: because `resume` is off, or `record` is not what it was made from."""
+        """Raises `UserError` if nothing can be written here, another run works here, or one was
+        interrupted that may not be resumed: because `resume` is off, or `record` is not what it
+        was made from."""
         self.path = Path(f"{prefix}.unfinished")
-        _check_directory(self.path.parent)
+        require_writable_parents([self.path])
         self._existed = self.path.exists()
         self.path.mkdir(exist_ok=True)
         self._lock = _lock(self.path)
@@ -115,7 +119,7 @@ class Workspace:
                     file.unlink()
             _write_json(self.path / _RECORD, asdict(record))
             return Progress()
-        why = RunRecord.read(self.path / _RECORD).difference(record)
+        why = difference_to(self.path / _RECORD, record)
         if why is not None:
             raise UserError(
                 f"{self.path}: cannot resume: {why}; remove this directory to begin again"
@@ -135,13 +139,6 @@ class Workspace:
         if not self.has_checkpoint:
             self.remove()
         self._lock.close()
-
-
-def _check_directory(directory: Path) -> None:
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such output directory; create it first")
-    if not os.access(directory, os.W_OK):
-        raise UserError(f"{directory}: you may not write into this directory")
 
 
 def _lock(directory: Path) -> IO[bytes]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.config.outputs import require_writable_parents
 from megatron_dwm.config.printing import printable
 from megatron_dwm.report.figures import draw_losses, draw_weight_by_domain
 from megatron_dwm.report.run_files import read_metrics, read_weights
@@ -44,8 +45,8 @@ def write_report(
     known = sorted({domain for by_domain in held_out.values() for domain in by_domain})
     target = _target(target_domain, known)
     folder = run_dir / "report"
-    folder.mkdir(exist_ok=True)
     weight_png, loss_png = folder / "weight_by_domain.png", folder / "loss.png"
+    require_writable_parents([weight_png, loss_png])
     draw_weight_by_domain(
         weight_png,
         weight_by_domain_over_steps(weights),

@@ -5,19 +5,28 @@ tokenizer.decode(tokenizer.encode("Hello"))
 engine = choose_engine(tokenizer).build()           # the same ids for many texts at once
 """
 
-from megatron_dwm.tokenizer.engine import Engine, EngineChoice, choose_engine
-from megatron_dwm.tokenizer.interface import TOKENIZER_KINDS, Piece, Tokenizer
+from megatron_dwm.tokenizer.engine import Engine, EngineChoice, choose_engine, remembered_engine
+from megatron_dwm.tokenizer.interface import (
+    JSON_KINDS,
+    TOKENIZER_KINDS,
+    Piece,
+    SpecialTokens,
+    Tokenizer,
+)
 from megatron_dwm.tokenizer.opening import build_tokenizer, open_tokenizer
 from megatron_dwm.tokenizer.sentencepiece_model import train_sentencepiece
 
 __all__ = [
+    "JSON_KINDS",
     "TOKENIZER_KINDS",
     "Engine",
     "EngineChoice",
     "Piece",
+    "SpecialTokens",
     "Tokenizer",
     "build_tokenizer",
     "choose_engine",
     "open_tokenizer",
+    "remembered_engine",
     "train_sentencepiece",
 ]

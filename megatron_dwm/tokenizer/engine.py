@@ -1,14 +1,15 @@
 """Many texts to ids at once, as fast as can be with the ids of the reference.
 
 gigatoken encodes BPE vocabularies some twenty times faster than sentencepiece on a core. It is used
-only where it gives the reference's ids, which is tried once, on awkward text, on the spelling of
-every control token and on pieces of the vocabulary; where it does not, the reference itself does
-the work and the choice says why. gigatoken is the only import of it in the package.
+only where it gives the reference's ids, which is tried on the texts of trial_texts.py; where it
+does not, the reference itself does the work and the choice says why. This is the only file that
+imports gigatoken.
 
 gigatoken reads the spelling of a special token ("</s>") in a document as that token. So its
 vocabulary is loaded without special tokens: then their spelling is text like any other.
 
-Cost of choosing: about half a second for 32,000 pieces, most of it gigatoken's loading.
+Cost of choosing: about half a second for 32,000 pieces, most of it the reading of their merges; it
+is remembered (engine_memory.py), and costs some milliseconds then.
 """
 
 from __future__ import annotations
@@ -21,32 +22,9 @@ from typing import Protocol
 import numpy as np
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.tokenizer.interface import Tokenizer
-
-AWKWARD_TEXTS = (
-    "",
-    " ",
-    "  ",
-    " leading",
-    "trailing  ",
-    "double  spaces   and    more",
-    "a" + " " * 70 + "b",
-    "\ttab\t\ttabs\t \t",
-    "line\nline\n\nline\r\n \n",
-    "\u2581 the sign of a space \u2581\u2581",
-    "<0x41> <0x0A> <pad> <unk>",
-    "0123456789 3.14159 1,000,000 \u0663\u0664 \u2167",
-    "na\u00efve caf\u00e9 cafe\u0301 \u00a0\u2009\u3000 \ufb01 \u2460 \uff21",
-    "\u4f60\u597d\uff0c\u4e16\u754c\u3002 \u3053\u3093\u306b\u3061\u306f \uc548\ub155",
-    "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd \u0928\u092e\u0938\u094d\u0924\u0947",
-    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1ec\U0001f1e7 \u2764\ufe0f",
-    "\x00\x01\x1f\x7f\x85\u2028\u200b\ufeff\ufffd\U0010ffff",
-    "aaaaaaaaaaa ababababa ------- ======= ........ ((((()))))",
-    "I'll we've DON'T it's O'Neill \u2019s isn\u2019t",
-    "def f(x):\n    return x ** 2  # \u2202f/\u2202x\n\n\n",
-    'https://example.org/a?b=c&d=%20#e  <div class="x">&nbsp;</div>',
-)
-_PIECES_TRIED = 1024
+from megatron_dwm.tokenizer.engine_memory import Verdict, recall, remember
+from megatron_dwm.tokenizer.interface import JSON_KINDS, Tokenizer
+from megatron_dwm.tokenizer.trial_texts import trial_texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,32 +86,69 @@ class GigatokenEngine:
         return EncodedTexts(ids=np.asarray(layout.content.data), ends=offsets[1:])
 
 
+def remembered_engine(tokenizer: Tokenizer) -> EngineChoice:
+    """`choose_engine`, with the trial only where this user has none of this tokenizer yet."""
+    verdict = recall(tokenizer)
+    if verdict is None:
+        verdict = _try(tokenizer)
+        remember(tokenizer, verdict)
+    return _choice(tokenizer, verdict)
+
+
 def choose_engine(tokenizer: Tokenizer) -> EngineChoice:
     """gigatoken if it gives the ids of `tokenizer`, else `tokenizer` itself with a warning.
 
     Raises `UserError` for a tokenizer that turns the spelling of one of its control tokens in a
     text into that token: any document could then end itself.
     """
-    texts = _trial_texts(tokenizer)
-    expected = [tokenizer.encode(text) for text in texts]
-    _refuse_injection(tokenizer, texts, expected)
-    try:
-        definition = without_special_tokens(tokenizer)
-        found = GigatokenEngine(definition).encode_texts(texts)
-    # Any way in which an optional accelerator fails means: do without it, and say so.
-    except BaseException as error:
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        return _fallback(tokenizer, " ".join(str(error).split())[:160])
-    for text, ids, theirs in zip(texts, expected, _rows(found), strict=True):
-        if ids != theirs:
-            return _fallback(tokenizer, f"it gives other ids for {text[:40]!r}")
+    return _choice(tokenizer, _try(tokenizer))
+
+
+def _choice(tokenizer: Tokenizer, verdict: Verdict) -> EngineChoice:
+    if verdict.why_not is not None:
+        return _fallback(tokenizer, verdict.why_not)
+    definition = verdict.definition
     return EngineChoice(name="gigatoken", warning=None, build=lambda: GigatokenEngine(definition))
 
 
-def without_special_tokens(tokenizer: Tokenizer) -> str:
+def _try(tokenizer: Tokenizer) -> Verdict:
+    """Encode the trial's texts with both; `UserError` as `choose_engine`."""
+    failure: BaseException | None = None
+    definition = _Definition(text="", added_tokens=())
+    # Any way in which an optional accelerator fails means: do without it, and say so.
+    try:
+        definition = without_special_tokens(tokenizer)
+    except BaseException as error:
+        failure = error
+    texts = trial_texts(tokenizer, definition.added_tokens)
+    expected = [tokenizer.encode(text) for text in texts]
+    _refuse_injection(tokenizer, texts, expected)
+    try:
+        if failure is not None:
+            raise failure
+        found = GigatokenEngine(definition.text).encode_texts(texts)
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        return Verdict(why_not=" ".join(str(error).split())[:160], definition="")
+    for text, ids, theirs in zip(texts, expected, _rows(found), strict=True):
+        if ids != theirs:
+            return Verdict(why_not=f"it gives other ids for {text[:40]!r}", definition="")
+    return Verdict(why_not=None, definition=definition.text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Definition:
+    """A vocabulary as gigatoken reads it."""
+
+    text: str
+    added_tokens: tuple[str, ...]
+    """of the tokenizer, the special ones among them, which `text` leaves out"""
+
+
+def without_special_tokens(tokenizer: Tokenizer) -> _Definition:
     """The vocabulary as gigatoken reads it, in which no text is special."""
-    if tokenizer.kind == "HuggingFaceTokenizer":
+    if tokenizer.kind in JSON_KINDS:
         definition = json.loads(tokenizer.content)
     else:
         # Not a public name of gigatoken: held by its exact version in setup.py.
@@ -144,26 +159,19 @@ def without_special_tokens(tokenizer: Tokenizer) -> str:
     definition["added_tokens"] = [token for token in added if not token["special"]]
     definition["post_processor"] = None  # adds beginnings of sequence
     definition["truncation"] = definition["padding"] = None
-    return json.dumps(definition)
+    return _Definition(
+        text=json.dumps(definition), added_tokens=tuple(token["content"] for token in added)
+    )
 
 
 def _fallback(tokenizer: Tokenizer, why: str) -> EngineChoice:
-    name = "tokenizers" if tokenizer.kind == "HuggingFaceTokenizer" else "sentencepiece"
+    name = "tokenizers" if tokenizer.kind in JSON_KINDS else "sentencepiece"
     return EngineChoice(
         name=name,
         warning=f"{tokenizer.model_path}: gigatoken cannot be used with this tokenizer ({why}); "
         f"{name} does the work, with the same ids but several times slower",
         build=lambda: ReferenceEngine(tokenizer),
     )
-
-
-def _trial_texts(tokenizer: Tokenizer) -> list[str]:
-    texts = list(AWKWARD_TEXTS)
-    for spelling in tokenizer.control_ids():
-        texts += [spelling, f"a{spelling}b", f" {spelling} ", f"{spelling}{spelling}\n"]
-    pieces = [piece.text.replace("\u2581", " ") for piece in tokenizer.pieces()]
-    chosen = pieces[:: max(1, len(pieces) // _PIECES_TRIED)]
-    return texts + chosen + [f"x{piece}x  {piece}" for piece in chosen]
 
 
 def _refuse_injection(

@@ -1,8 +1,11 @@
 """Hugging Face `tokenizer.json` files. The only file that imports tokenizers.
 
-Ids are those of `transformers` without special tokens added (Megatron-LM's HuggingFaceTokenizer:
-tokenize, then convert to ids), with one difference that is meant: the spelling of a special token
+Ids are those of `transformers` with one difference that is meant: the spelling of a special token
 in a document is text, as with `split_special_tokens=True`, so that no document can end itself.
+
+Today's Megatron-LM (d98e8a6) takes `transformers`' ids with the special tokens that the file's
+post-processor puts around a text (Llama 3's beginning), unless told otherwise; 0.16.1 took them
+without, unless told otherwise. Here they are known apart, as `around`.
 
 The end of a document is the `eos_token` of the `tokenizer_config.json` beside the file; without
 one, a special token with a usual name.
@@ -19,9 +22,10 @@ import tokenizers
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.tokenizer.files import read_tokenizer_file
-from megatron_dwm.tokenizer.interface import Piece
+from megatron_dwm.tokenizer.interface import Piece, SpecialTokens
 
 FILE_NAME = "tokenizer.json"
+_PROBES = ("a", "two words", "\n", "1 2")
 _CONFIG_NAME = "tokenizer_config.json"
 _USUAL_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 _USUAL_BEGINNINGS = ("<s>", "<|begin_of_text|>", "<bos>")
@@ -32,17 +36,27 @@ class HuggingFaceModel:
 
     kind = "HuggingFaceTokenizer"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, include_special_tokens: bool = False) -> None:
         self.model_path = path / FILE_NAME if path.is_dir() else path
-        self.content = read_tokenizer_file(self.model_path)
-        self.sha256 = hashlib.sha256(self.content).hexdigest()
-        self._tokenizer = _load(self.content, self.model_path)
-        self._unknown = _unknown_token(self.content)
+        content = read_tokenizer_file(self.model_path)
+        self._take_up(content, sha256=hashlib.sha256(content).hexdigest())
+        self._name_ends(_named_tokens(self.model_path.with_name(_CONFIG_NAME)))
+        if include_special_tokens:
+            self.around = _special_tokens(self._tokenizer, self.model_path)
+
+    def _take_up(self, content: bytes, *, sha256: str) -> None:
+        """Take the vocabulary of a tokenizer.json; `sha256` is that of the file it came from."""
+        self.content = content
+        self.sha256 = sha256
+        self.around = SpecialTokens()
+        self._tokenizer = _load(content, self.model_path)
+        self._unknown = _unknown_token(content)
         self._controls = self._control_ids()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         # Megatron-LM counts the entries; ids may have holes, and every id has to be below.
         self.vocab_size: int = max(len(vocabulary), 1 + max(vocabulary.values(), default=-1))
-        named = _named_tokens(self.model_path.with_name(_CONFIG_NAME))
+
+    def _name_ends(self, named: dict[str, str]) -> None:
         end = self._named_id(named.get("eos_token"), _USUAL_ENDS)
         if end is None:
             raise UserError(
@@ -104,6 +118,26 @@ def _load(content: bytes, path: Path) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _special_tokens(tokenizer: tokenizers.Tokenizer, path: Path) -> SpecialTokens:
+    """What the file's post-processor puts around a text; `UserError` if it depends on the text."""
+    found = set()
+    for text in _PROBES:
+        plain = tokenizer.encode(text, add_special_tokens=False).ids
+        whole = tokenizer.encode(text, add_special_tokens=True)
+        first = (*whole.special_tokens_mask, 0).index(0)
+        last = first + len(plain)
+        if whole.ids[first:last] != plain:
+            first = -1  # not around the text
+        found.add((first, tuple(whole.ids[:first]), tuple(whole.ids[last:])))
+    if len(found) > 1 or -1 in {first for first, *_ in found}:
+        raise UserError(
+            f"{path}: its special tokens do not stand before and after a text; pass "
+            "--tokenizer-hf-no-include-special-tokens to leave them out"
+        )
+    [(_, before, after)] = found
+    return SpecialTokens(before=before, after=after)
 
 
 def _unknown_token(content: bytes) -> str | None:

@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
-TokenizerKind = Literal["SentencePieceTokenizer", "Llama2Tokenizer", "HuggingFaceTokenizer"]
+TokenizerKind = Literal[
+    "SentencePieceTokenizer", "Llama2Tokenizer", "HuggingFaceTokenizer", "TikTokenizer"
+]
 
 TOKENIZER_KINDS: tuple[str, ...] = get_args(TokenizerKind)
 """Values of `--tokenizer-type`, spelled as Megatron-LM spells them."""
+
+JSON_KINDS = ("HuggingFaceTokenizer", "TikTokenizer")
+"""those whose `content` is a tokenizer.json"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +28,14 @@ class Piece:
     """BPE merges the pair with the highest score first; 0 for control and byte pieces"""
     role: Literal["normal", "unknown", "control", "byte", "unused"]
     """what the model uses the piece for"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """Ids that a tokenizer.json puts around a text (Llama 3's: the beginning of text)."""
+
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
 
 
 class Tokenizer(Protocol):
@@ -42,9 +55,8 @@ class Tokenizer(Protocol):
 
     @property
     def content(self) -> bytes:
-        """That file's content. For HuggingFaceTokenizer it is a `tokenizer.json`, which an export
-        copies as it is; for the others a SentencePiece model, which an export writes from
-        `pieces`."""
+        """For `JSON_KINDS` a `tokenizer.json`, which an export copies as it is; for the others a
+        SentencePiece model, which an export writes from `pieces`."""
 
     @property
     def vocab_size(self) -> int:
@@ -57,6 +69,10 @@ class Tokenizer(Protocol):
     @property
     def bos_id(self) -> int | None:
         """Id of the beginning of a sequence, which `encode` never adds; None if there is none."""
+
+    @property
+    def around(self) -> SpecialTokens:
+        """What a document has around its text, besides its end; `encode` adds none of it."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without beginning or end.

@@ -8,30 +8,42 @@ from megatron_dwm.config.errors import UserError
 from megatron_dwm.tokenizer.huggingface import HuggingFaceModel
 from megatron_dwm.tokenizer.interface import TOKENIZER_KINDS, Tokenizer
 from megatron_dwm.tokenizer.sentencepiece_model import SentencePieceModel
+from megatron_dwm.tokenizer.tiktoken_file import TikTokenModel, is_tiktoken
+
+_ALIASES = {"GPTSentencePieceTokenizer": "SentencePieceTokenizer"}
 
 
-def build_tokenizer(kind: str, model: str | Path) -> Tokenizer:
+def build_tokenizer(
+    kind: str, model: str | Path, *, include_special_tokens: bool = False
+) -> Tokenizer:
     """The tokenizer of type `kind` (`--tokenizer-type`) with the vocabulary in file `model`.
 
+    include_special_tokens: whether its documents have the special tokens around their text that a
+    tokenizer.json asks for; the other types ask for none.
     Raises `UserError` for an unknown type, a missing file, or a file that is no tokenizer of this
     type with an end-of-sequence token.
     """
+    kind = _ALIASES.get(kind, kind)
     if kind not in TOKENIZER_KINDS:
         known = ", ".join(TOKENIZER_KINDS)
         raise UserError(f"tokenizer type {kind!r} is not known; choose one of {known}")
     if kind == "HuggingFaceTokenizer":
-        return HuggingFaceModel(Path(model))
+        return HuggingFaceModel(Path(model), include_special_tokens=include_special_tokens)
+    if kind == "TikTokenizer":
+        return TikTokenModel(Path(model))
     return SentencePieceModel(kind, Path(model))
 
 
-def open_tokenizer(model: str | Path) -> Tokenizer:
-    """The tokenizer in `model`, of the type that its name tells.
+def open_tokenizer(model: str | Path, *, include_special_tokens: bool = False) -> Tokenizer:
+    """The tokenizer in `model`, of the type that its name and its first line tell.
 
-    A directory or a `.json` file is Hugging Face's, anything else a SentencePiece model.
+    A directory or a `.json` file is Hugging Face's, base64 and a rank Llama 3's own file, anything
+    else a SentencePiece model.
     Raises `UserError` as `build_tokenizer`.
     """
     path = Path(model)
-    is_huggingface = path.is_dir() or path.suffix == ".json"
-    return build_tokenizer(
-        "HuggingFaceTokenizer" if is_huggingface else "SentencePieceTokenizer", path
-    )
+    if path.is_dir() or path.suffix == ".json":
+        kind = "HuggingFaceTokenizer"
+    else:
+        kind = "TikTokenizer" if is_tiktoken(path) else "SentencePieceTokenizer"
+    return build_tokenizer(kind, path, include_special_tokens=include_special_tokens)

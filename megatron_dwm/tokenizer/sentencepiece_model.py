@@ -21,8 +21,9 @@ from pathlib import Path
 import sentencepiece
 
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.config.outputs import require_possible_names, require_writable_parents
 from megatron_dwm.tokenizer.files import read_tokenizer_file
-from megatron_dwm.tokenizer.interface import Piece
+from megatron_dwm.tokenizer.interface import Piece, SpecialTokens
 
 # SentencePiece leaves out longer sentences without saying so, hence larger than any line.
 _MAX_LINE_BYTES = 1 << 30
@@ -42,6 +43,7 @@ class SentencePieceModel:
         self.vocab_size: int = self._processor.get_piece_size()
         self.eod_id: int = self._processor.eos_id()
         self.bos_id = None if self._processor.bos_id() < 0 else self._processor.bos_id()
+        self.around = SpecialTokens()
         if self.eod_id < 0:
             raise UserError(
                 f"{model_path}: this tokenizer has no end-of-sequence piece (</s>), which marks "
@@ -97,17 +99,17 @@ def train_sentencepiece(
     pieces. The same texts give the same file. Documents are cut into lines first, so that no
     piece spans two lines and a line break stays one byte piece, as in Llama 2's vocabulary.
     Characters beyond `character_coverage` of the text become bytes; `on_text_read` is called when
-    reading is over and learning begins. Raises `UserError` if the vocabulary does not fit the texts
-    or `output` exists.
+    reading is over and learning begins. Missing parent directories are made. Raises `UserError` if
+    the vocabulary does not fit the texts, or `output` exists or cannot be written.
     """
     output = Path(output)
+    partial = output.with_name(f"{output.name}.partial")
+    require_possible_names([output, partial])
     if output.exists():
         raise UserError(f"{output} exists; name another output file or remove it")
-    if not output.parent.is_dir():
-        raise UserError(f"{output.parent}: no such directory; create it first")
+    require_writable_parents([partial])
     lines = _Lines(texts, on_text_read)
     content = _train(lines, vocab_size, character_coverage)
-    partial = output.with_name(f"{output.name}.partial")
     try:
         partial.write_bytes(content)
         partial.rename(output)

@@ -16,6 +16,7 @@ from megatron_dwm.config.paths import typed_paths, with_absolute_paths
 from megatron_dwm.config.validate import validate_config
 from megatron_dwm.data import EvaluationSet, ValidationSet
 from megatron_dwm.data.checks import check_data
+from megatron_dwm.data.tokenizer_record import has_special_tokens
 from megatron_dwm.model import LLM, LlamaShape, resolve_shape
 from megatron_dwm.model.from_huggingface import load_huggingface
 from megatron_dwm.model.huggingface_files import is_huggingface, open_huggingface
@@ -109,7 +110,9 @@ def check(config: Config) -> tuple[LlamaShape, Tokenizer]:
     """Everything about the run that can be wrong without starting it."""
     if config.data.tokenizer is None:
         raise UserError("data.tokenizer: expected a tokenizer model, got none")
-    tokenizer = open_tokenizer(config.data.tokenizer)
+    tokenizer = open_tokenizer(
+        config.data.tokenizer, include_special_tokens=has_special_tokens(config.data.train)
+    )
     shape = resolve_shape(config.model, tokenizer.vocab_size, init_from=shape_to_start_from(config))
     if shape.vocab_size < tokenizer.vocab_size:
         raise UserError(

@@ -14,6 +14,7 @@ import yaml
 
 from megatron_dwm.config import UserError
 from megatron_dwm.convert.checkpoint_reader import open_checkpoint
+from megatron_dwm.convert.output import new_directory
 from megatron_dwm.tokenizer import train_sentencepiece
 from tests.convert.conftest import Saved, make_run
 from tests.launch import REPOSITORY
@@ -87,6 +88,13 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(f"error: {tmp_path / 'run'}: not a checkpoint")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 250, "/proc/out"])
+def test_place_where_nothing_can_be_written(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="no file can"), new_directory(tmp_path / name):
+        pytest.fail("began to write")
+    assert not list(tmp_path.iterdir())
 
 
 def test_existing_output_is_left_alone(

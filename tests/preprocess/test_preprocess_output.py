@@ -114,6 +114,9 @@ def test_sidecar_agrees_with_the_index(
         b"tokenizer_sha256": tokenizer.sha256.encode(),
         b"vocab_size": b"32000",
         b"append_eod": b"true",
+        b"eod_id": b"2",
+        b"special_tokens_before": b"",
+        b"special_tokens_after": b"",
     }
 
 

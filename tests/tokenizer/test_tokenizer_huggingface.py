@@ -20,7 +20,7 @@ from megatron_dwm.tokenizer import (
     open_tokenizer,
     train_sentencepiece,
 )
-from megatron_dwm.tokenizer.engine import AWKWARD_TEXTS
+from megatron_dwm.tokenizer.trial_texts import AWKWARD_TEXTS
 
 END = "<|endoftext|>"
 
