@@ -226,7 +226,6 @@ def _require_writable(run_dir: Path) -> None:
 
 
 @contextmanager
-@contextmanager
 def _claimed(run_dir: Path, runtime: Runtime) -> Iterator[Callable[[], bool]]:
     """The main process holds the directory for the job; if it cannot, all ranks raise UserError.
 
