@@ -38,9 +38,10 @@ def require_writable_parents(paths: Iterable[Path]) -> None:
             # Tried, since permissions do not tell: a file system may be read-only, also for root.
             with tempfile.TemporaryFile(dir=directory):
                 pass
-        except FileNotFoundError:
-            raise UserError(f"{directory}: no such output directory; make it first") from None
         except OSError as error:
+            # The error alone does not tell: /proc is there, and says that a new file is not.
+            if isinstance(error, FileNotFoundError) and not directory.is_dir():
+                raise UserError(f"{directory}: no such output directory; make it first") from None
             raise UserError(
                 f"{directory}: no file can be written in this directory ({error.strerror}); "
                 "choose another output"
