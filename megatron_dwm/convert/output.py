@@ -23,7 +23,7 @@ def new_directory(output: Path) -> Iterator[Path]:
     has to be there.
     """
     require_free(output)
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    partial = _partial(output)
     partial.mkdir()
     try:
         yield partial
@@ -38,4 +38,9 @@ def require_free(output: Path) -> None:
     require_possible_names([output])
     if output.exists() or output.is_symlink():
         raise UserError(f"{output} exists; name another --output or remove it")
-    require_writable_parents([output])
+    require_writable_parents([_partial(output)])
+
+
+def _partial(output: Path) -> Path:
+    """The hidden directory of this process beside `output`; its name is the longer one."""
+    return output.with_name(f".{output.name}.partial-{os.getpid()}")

@@ -198,9 +198,7 @@ def test_a_directory_for_the_output_is_not_made(
         output = tmp_path / "missing/one/ours"
         code, stderr = _run([command, source, "--output", output], monkeypatch, capsys)
         assert code == 2
-        assert stderr == (
-            f"error: --output {output}: no directory {output.parent}; make it first\n"
-        )
+        assert stderr == f"error: {output.parent}: no such output directory; make it first\n"
     assert [path.name for path in tmp_path.iterdir()] == ["public"]
 
 
