@@ -13,8 +13,6 @@ from typing import Literal
 Precision = Literal["fp32", "bf16", "fp8"]
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 Preset = Literal["tiny", "llama-370m", "llama-1.3b", "llama-2-7b", "llama-3-70b", "llama-3.1-405b"]
-
-
 PolicyName = Literal["uniform", "dwm", "domain_mean", "validation_mixing"]
 LEARNING_POLICIES = ("dwm", "domain_mean")
 
