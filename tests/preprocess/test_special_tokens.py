@@ -212,7 +212,7 @@ def forget(sidecar: Path) -> None:
 def check(prefix: str, tokenizer: Path) -> None:
     config = DataConfig(train=[prefix], sequence_length=16)
     include = has_special_tokens(config.train)
-    check_data(config, open_tokenizer(tokenizer, include_special_tokens=include))
+    check_data(config, open_tokenizer(tokenizer, include_special_tokens=include), 1)
 
 
 def test_training_compares_ends_and_special_tokens(
@@ -235,7 +235,7 @@ def test_training_compares_ends_and_special_tokens(
     config = DataConfig(train=[plain, prefix], sequence_length=16)
     tokenizer = open_tokenizer(llama, include_special_tokens=has_special_tokens(config.train))
     with pytest.raises(UserError, match=r"before the text none.* would be .*\[1\]"):
-        check_data(config, tokenizer)
+        check_data(config, tokenizer, 1)
     assert capsys.readouterr().err == ""
     forget(Path(f"{plain}.meta.parquet"))
     check(plain, llama)
