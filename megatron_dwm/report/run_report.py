@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ def write_report(
     target = _target(target_domain, known)
     folder = run_dir / "report"
     weight_png, loss_png = folder / "weight_by_domain.png", folder / "loss.png"
+    _require_folder(folder)
     require_writable_parents([weight_png, loss_png])
     draw_weight_by_domain(
         weight_png,
@@ -56,6 +58,13 @@ def write_report(
     training = {name: training_loss(lines) for name, lines in metrics.items()}
     draw_losses(loss_png, training, held_out, target)
     return [weight_png, loss_png]
+
+
+def _require_folder(folder: Path) -> None:
+    """Make the report's own folder in the run's directory, unless something lies there."""
+    if not os.path.lexists(folder):
+        require_writable_parents([folder])
+        folder.mkdir()
 
 
 def _say_what_is_missing(metrics: Mapping[str, Sequence[dict[str, Any]]]) -> None:

@@ -223,6 +223,17 @@ def test_command_writes_both_pictures(make_run: Callable[..., Path], tmp_path: P
     assert done.stdout.split() == [str(path) for path in expected]
 
 
+def test_a_file_in_the_place_of_the_pictures_folder_is_left_alone(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", steps=100)
+    (run / "report").write_text("mine")
+    done = report(run)
+    assert done.returncode == 2 and (run / "report").read_text() == "mine"
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: {run / 'report'}/") and "(Not a directory)" in line
+
+
 def test_mistakes_are_one_line_and_exit_code_2(
     make_run: Callable[..., Path], tmp_path: Path
 ) -> None:
