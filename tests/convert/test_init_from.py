@@ -37,6 +37,17 @@ def public(small_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory)
     return directory
 
 
+@pytest.fixture(scope="module")
+def data(public: Path, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """What a run on this model's tokenizer reads, preprocessed."""
+    prefix = tmp_path_factory.mktemp("data") / "data"
+    command = ["tools/preprocess_data.py", "--output-prefix", prefix, "--append-eod"]
+    command += ["--input", REPOSITORY / "examples/corpus/validation.jsonl"]
+    command += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", public]
+    run_python(list(map(str, command))).check_returncode()
+    return DataConfig(train=[f"{prefix}_text_document"], tokenizer=str(public))
+
+
 @torch.no_grad()
 def _last_word_perplexity(directory: Path, texts: list[str]) -> float:
     model = LlamaForCausalLM.from_pretrained(directory)
@@ -51,19 +62,16 @@ def _last_word_perplexity(directory: Path, texts: list[str]) -> float:
     return math.exp(-total / len(texts))
 
 
-def test_runs_start_from_public_weights(public: Path, texts: list[str], tmp_path: Path) -> None:
-    corpus = REPOSITORY / "examples/corpus/validation.jsonl"
-    command = ["tools/preprocess_data.py", "--input", corpus]
-    command += ["--output-prefix", tmp_path / "data", "--append-eod"]
-    command += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", public]
-    run_python(list(map(str, command))).check_returncode()
+def test_runs_start_from_public_weights(
+    public: Path, data: DataConfig, texts: list[str], tmp_path: Path
+) -> None:
     short = [" ".join(text.split()[-12:]) for text in texts[:PASSAGES]]
     lines = [json.dumps({"text": text, "domain": "short"}) for text in short]
     (tmp_path / "heldout.jsonl").write_text("\n".join(lines))
     with kept_environment():
         import_from_huggingface(public, tmp_path / "ours")
     arguments = [
-        *("--data.train", str(tmp_path / "data_text_document"), "--data.domain_key", "domain"),
+        *("--data.train", data.train[0], "--data.domain_key", "domain"),
         *("--data.tokenizer", str(public), "--data.sequence_length", str(SEQUENCE_LENGTH)),
         *("--evaluation.path", str(tmp_path / "heldout.jsonl")),
         *("--training.global_batch_size", "8", "--training.micro_batch_size", "4"),
@@ -108,21 +116,22 @@ def test_only_what_differs_is_named(public: Path) -> None:
     assert "vocab_size" not in str(raised.value)
 
 
-def test_half_a_model_is_refused_before_anything_starts(public: Path, tmp_path: Path) -> None:
+def test_half_a_model_is_refused_before_anything_starts(
+    public: Path, data: DataConfig, tmp_path: Path
+) -> None:
     (tmp_path / "half").mkdir()
     cases = {"half": "llm/.metadata is missing", "nowhere": "shape.json is missing"}
     found = open_huggingface(public).shape
     (tmp_path / "half/shape.json").write_text(json.dumps(asdict(found)))
     for name, message in cases.items():
-        config = Config(
-            model=ModelConfig(init_from=str(tmp_path / name)),
-            data=DataConfig(tokenizer=str(public)),
-        )
+        config = Config(model=ModelConfig(init_from=str(tmp_path / name)), data=data)
         with pytest.raises(UserError, match=message):
             check(config)
 
 
-def test_a_foreign_checkpoint_beside_a_shape_is_refused(public: Path, tmp_path: Path) -> None:
+def test_a_foreign_checkpoint_beside_a_shape_is_refused(
+    public: Path, data: DataConfig, tmp_path: Path
+) -> None:
     """What lies in llm/ is not what shape.json says, or shape.json says nothing of a model."""
     with kept_environment():
         import_from_huggingface(public, tmp_path / "ours", skip_check=True)
@@ -138,10 +147,7 @@ def test_a_foreign_checkpoint_beside_a_shape_is_refused(public: Path, tmp_path: 
         r"shape.json does not describe a model \(num_layers is '4'": {**right, "num_layers": "4"},
         r"shape.json: n_embd is not known": {**right, "n_embd": 64},
     }
-    config = Config(
-        model=ModelConfig(init_from=str(tmp_path / "ours")),
-        data=DataConfig(tokenizer=str(public)),
-    )
+    config = Config(model=ModelConfig(init_from=str(tmp_path / "ours")), data=data)
     for message, shape in cases.items():
         path.write_text(json.dumps(shape))
         with pytest.raises(UserError, match=f"model.init_from: .*{message}") as raised:
