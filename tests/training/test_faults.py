@@ -273,7 +273,11 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(
     for path in whole[:-1]:
         shutil.rmtree(path)
     job = server.succeed(run_dir, [*mine, "--training.keep_last", "1", *RESUME], ranks=2)
-    assert "damaged" not in job.text and saved_step(run_dir) == STEPS
+    # Of a line that the disk took half of, the half is set aside; nothing else is.
+    assert "is damaged" not in job.text and saved_step(run_dir) == STEPS
+    [*aside] = run_dir.rglob("*.damaged*")
+    assert aside in ([], [run_dir / "metrics.jsonl.damaged"])
+    assert all(path.read_bytes().count(b"\n") == 1 for path in aside)
     assert len(list_checkpoints(run_dir)) == 1
     assert [line["step"] for line in metrics(run_dir, "train")] == list(range(1, STEPS + 1))
     table.add("disk full", lost=0, allowed=0)

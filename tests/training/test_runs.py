@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import pyarrow.dataset as ds
@@ -15,6 +16,7 @@ from megatron_dwm.config.load import load_config
 from megatron_dwm.training.run import run
 from tests.forking.client import run_python
 from tests.training.conftest import CORPUS, Corpus
+from tests.training.forked import Server
 from tests.training.runs import (
     kill_after_checkpoint,
     metrics,
@@ -140,14 +142,18 @@ def test_resume_after_a_kill_is_bit_exact(
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(
-    corpus: Corpus, tmp_path: Path
+    server: Server, corpus: Corpus, tmp_path: Path
 ) -> None:
+    """Killed inside of the first one, when steps and weights are recorded already."""
     arguments = [*corpus.arguments(), "--training.steps", "2"]
     arguments += ["--logging.weights_interval_steps", "1"]
-    succeed(tmp_path / "run", *arguments)
+    fault = {"name": "send_signal", "place": "checkpoint", "call": 1, "rank": 0}
+    killed = server.run(tmp_path / "run", arguments, fault={**fault, "number": signal.SIGKILL})
+    assert killed.codes == [-signal.SIGKILL], killed.text
     before = without_time(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    succeed(tmp_path / "run", *arguments, "--run.resume", "true")
+    assert len(before) == 2 and list((tmp_path / "run" / "weights").glob("*.parquet"))
+    job = server.succeed(tmp_path / "run", [*arguments, "--run.resume", "true"])
+    assert "has no checkpoint and never had one: its 2 steps are trained again" in job.text
     assert without_time(tmp_path / "run") == before
     weights = ds.dataset(tmp_path / "run" / "weights").to_table().to_pylist()
     assert len(weights) == 2 * 8
@@ -237,7 +243,7 @@ def test_a_finished_run_is_left_alone(corpus: Corpus, alone: Path) -> None:
 
 
 def test_numbers_that_go_wrong_stop_the_run(corpus: Corpus, tmp_path: Path) -> None:
-    wild = ("--training.learning_rate", "1e30", "--training.max_skipped_steps", "0")
+    wild = ("--training.learning_rate", "1e4", "--training.max_skipped_steps", "0")
     done = pretrain(tmp_path / "run", *corpus.arguments(), *wild)
     assert done.returncode == 1 and "error: step " in done.stderr
     assert "Traceback" not in done.stderr and "in a row were not finite" in done.stderr
