@@ -1,19 +1,24 @@
 """Combinations that cannot work, found before any process group exists.
 
-Each check is one rule: a predicate over the configuration and the message of its violation.
+Each check is one rule between keys: a predicate over the configuration and the message of its
+violation. What a single number may be stands beside its key, in the schema.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from itertools import chain
 from typing import NamedTuple
 
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.config.key import number_problems
+from megatron_dwm.config.names import known_keys, nearest_key
 from megatron_dwm.config.schema import Config
 from megatron_dwm.config.validate_policy import policy_problems
 from megatron_dwm.config.validate_profiling import profiling_problems
+
+# What a run depends on without a key of its own: its shape, whatever keys it comes from.
+_FINGERPRINTS = ("model",)
 
 
 class Heads(NamedTuple):
@@ -55,16 +60,16 @@ def validate_options(config: Config, shape: Heads, world_size: int) -> None:
 
 def _problems(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
     yield from _layout_problems(config, shape, world_size)
+    yield from _allowed_changes(config)
     yield from policy_problems(config, shape.num_layers)
     yield from _estimator(config, world_size)
     yield from profiling_problems(config, world_size)
 
 
 def _layout_problems(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
-    yield from _positive(config)
-    yield from _model(config, shape)
+    yield from number_problems(config)
+    yield from _model(shape)
     yield from _fp8(config, shape)
-    yield from _fractions(config)
     yield from _layout(config, shape, world_size)
     yield from _pipeline(config, shape, world_size)
     yield from _batches(config, world_size)
@@ -85,61 +90,14 @@ def _estimator(config: Config, world_size: int) -> Iterator[str]:
         yield f"weighting.damp_by_noise: estimator unroll measures no noise; {advice}"
 
 
-def _positive(config: Config) -> Iterator[str]:
-    values = {
-        "training.steps": config.training.steps,
-        "training.global_batch_size": config.training.global_batch_size,
-        "training.micro_batch_size": config.training.micro_batch_size,
-        "training.learning_rate": config.training.learning_rate,
-        "training.adam_epsilon": config.training.adam_epsilon,
-        "training.log_interval_steps": config.training.log_interval_steps,
-        "data.sequence_length": config.data.sequence_length,
-        "evaluation.interval_steps": config.evaluation.interval_steps,
-        "parallel.tensor": config.parallel.tensor,
-        "parallel.pipeline": config.parallel.pipeline,
-        "parallel.virtual_stages": config.parallel.virtual_stages,
-        "parallel.timeout_s": config.parallel.timeout_s,
-        "weighting.stages": config.weighting.stages,
-        "weighting.updates_per_stage": config.weighting.updates_per_stage,
-        "weighting.interval_steps": config.weighting.interval_steps,
-        "weighting.learning_rate": config.weighting.learning_rate,
-        "weighting.hidden_size": config.weighting.hidden_size,
-        "weighting.num_layers": config.weighting.num_layers,
-        "weighting.num_attention_heads": config.weighting.num_attention_heads,
-        "weighting.ffn_hidden_size": config.weighting.ffn_hidden_size,
-        "policy.domain_temperature": config.policy.domain_temperature,
-    }
-    for key, value in values.items():
-        if not 0 < value < math.inf:  # also refuses nan
-            yield f"{key}: expected a number above 0, got {value}"
-    not_negative = {
-        "training.clip_grad": config.training.clip_grad,
-        "training.weight_decay": config.training.weight_decay,
-        "training.checkpoint_interval_steps": config.training.checkpoint_interval_steps,
-        "training.keep_last": config.training.keep_last,
-        "training.keep_every": config.training.keep_every,
-        "training.max_skipped_steps": config.training.max_skipped_steps,
-        "training.spike_factor": config.training.spike_factor,
-        "logging.weights_interval_steps": config.logging.weights_interval_steps,
-        "weighting.warmup_steps": config.weighting.warmup_steps,
-        "bilevel.noise_interval_updates": config.bilevel.noise_interval_updates,
-        "bilevel.min_signal_to_noise": config.bilevel.min_signal_to_noise,
-        "weighting.clip_grad": config.weighting.clip_grad,
-        "weighting.weight_decay": config.weighting.weight_decay,
-    }
-    for key, value in not_negative.items():
-        if not 0 <= value < math.inf:
-            yield f"{key}: expected 0 or more, got {value}"
+def _allowed_changes(config: Config) -> Iterator[str]:
+    """A misspelled name would allow nothing, which a run that begins anew would not notice."""
+    for name in config.run.allow_changed:
+        if name not in known_keys() and name not in _FINGERPRINTS:
+            yield f"run.allow_changed {name}: no such key; the nearest is {nearest_key(name)}"
 
 
-def _model(config: Config, shape: Heads) -> Iterator[str]:
-    names = ("hidden_size", "num_layers", "num_attention_heads", "num_query_groups")
-    for name in (*names, "ffn_hidden_size", "vocab_size", "rotary_base", "norm_epsilon"):
-        value = getattr(config.model, name)
-        if value is not None and not 0 < value < math.inf:
-            yield f"model.{name}: expected a number above 0, got {value}"
-    if config.model.init_std is not None and not 0 <= config.model.init_std < math.inf:
-        yield f"model.init_std: expected 0 or more, got {config.model.init_std}"
+def _model(shape: Heads) -> Iterator[str]:
     if shape.hidden_size % (2 * shape.num_attention_heads):
         yield (
             f"model.hidden_size {shape.hidden_size}: expected a multiple of twice "
@@ -150,8 +108,8 @@ def _model(config: Config, shape: Heads) -> Iterator[str]:
 
 def _fp8(config: Config, shape: Heads) -> Iterator[str]:
     model = config.model
-    if model.fp8_first_last_bf16 and not model.uses_fp8:
-        yield "model.fp8_first_last_bf16: expected model.precision fp8 or model.fp8_emulation true"
+    if not model.uses_fp8:
+        return
     if model.fp8_first_last_bf16 and model.fp8_recipe == "delayed":
         yield (
             "model.fp8_first_last_bf16: not with model.fp8_recipe delayed, whose maxima are "
@@ -167,8 +125,6 @@ def _fp8(config: Config, shape: Heads) -> Iterator[str]:
             f"model.fp8_recipe {model.fp8_recipe}: model.fp8_emulation has tensorwise only; leave "
             "out one of the two"
         )
-    if model.fp8_recipe != "tensorwise" and not model.uses_fp8:
-        yield f"model.fp8_recipe {model.fp8_recipe}: expected model.precision fp8"
     if model.precision == "fp8" and not model.fp8_emulation:
         yield from _fp8_sizes(config, shape)
 
@@ -191,37 +147,6 @@ def _fp8_sizes(config: Config, shape: Heads) -> Iterator[str]:
                 f"model.precision fp8: expected {what} to be a multiple of {multiple} "
                 f"(model.fp8_recipe {config.model.fp8_recipe}), got {size}"
             )
-
-
-def _fractions(config: Config) -> Iterator[str]:
-    values = {
-        "training.adam_beta1": config.training.adam_beta1,
-        "training.adam_beta2": config.training.adam_beta2,
-        "training.warmup_fraction": config.training.warmup_fraction,
-        "weighting.uniform_floor": config.weighting.uniform_floor,
-        "weighting.warn_effective_sample_size": config.weighting.warn_effective_sample_size,
-        "weighting.min_effective_sample_size": config.weighting.min_effective_sample_size,
-        "policy.domain_decay": config.policy.domain_decay,
-        "policy.mix_fraction": config.policy.mix_fraction,
-    }
-    if not 0.0 <= config.training.min_learning_rate_fraction <= 1.0:
-        yield (
-            "training.min_learning_rate_fraction: expected 0 to 1, "
-            f"got {config.training.min_learning_rate_fraction}"
-        )
-    if 0.0 < config.training.spike_factor <= 1.0:
-        yield (
-            "training.spike_factor: expected 0 (off) or a number above 1, "
-            f"got {config.training.spike_factor}"
-        )
-    if not 0.0 < config.weighting.freeze_after <= 1.0:
-        yield (
-            "weighting.freeze_after: expected a fraction of the run above 0, at most 1, "
-            f"got {config.weighting.freeze_after}"
-        )
-    for key, value in values.items():
-        if not 0.0 <= value < 1.0:
-            yield f"{key}: expected a fraction from 0 to below 1, got {value}"
 
 
 def _layout(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
@@ -284,5 +209,3 @@ def _batches(config: Config, world_size: int) -> Iterator[str]:
             f"training.micro_batch_size {training.micro_batch_size} x {replicas} data-parallel "
             f"replicas = {rows}"
         )
-    if config.validation.batch_size is not None and config.validation.batch_size <= 0:
-        yield f"validation.batch_size: expected above 0, got {config.validation.batch_size}"

@@ -207,7 +207,7 @@ def test_another_tokenizer_is_refused(corpus: Corpus, tmp_path: Path) -> None:
     other = tmp_path / "other.model"
     text = ["--input", str(CORPUS / "validation.jsonl"), "--vocab-size", "400"]
     run_python(["tools/train_tokenizer.py", *text, "--output", str(other)]).check_returncode()
-    done = pretrain(tmp_path / "run", *corpus.arguments(), "--data.tokenizer", str(other))
+    done = pretrain(tmp_path / "run", *corpus.arguments(), *DWM, "--data.tokenizer", str(other))
     assert done.returncode == 2
     assert "512" in done.stderr and "400" in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -216,7 +216,8 @@ def test_a_run_is_never_written_over(corpus: Corpus, alone: Path, tmp_path: Path
     before = (alone / "metrics.jsonl").read_bytes()
     done = pretrain(alone, *corpus.arguments(), *DWM)
     assert done.returncode == 2 and "already holds a run" in done.stderr
-    changed = pretrain(alone, *corpus.arguments(), "--run.resume", "true", "--run.seed", "9")
+    again = (*corpus.arguments(), *DWM, "--run.resume", "true")
+    changed = pretrain(alone, *again, "--run.seed", "9")
     assert changed.returncode == 2 and len(changed.stderr.splitlines()) == 1
     assert "run.seed" in changed.stderr and "1234" in changed.stderr and "9" in changed.stderr
     assert (alone / "metrics.jsonl").read_bytes() == before
@@ -237,7 +238,7 @@ def test_a_finished_run_is_left_alone(corpus: Corpus, alone: Path) -> None:
 
 
 def test_numbers_that_go_wrong_stop_the_run(corpus: Corpus, tmp_path: Path) -> None:
-    wild = ("--training.learning_rate", "1e30", "--training.max_skipped_steps", "0")
+    wild = ("--model.init_std", "1e10", "--training.max_skipped_steps", "0")
     done = pretrain(tmp_path / "run", *corpus.arguments(), *wild)
     assert done.returncode == 1 and "error: step " in done.stderr
     assert "Traceback" not in done.stderr and "in a row were not finite" in done.stderr
