@@ -1,4 +1,4 @@
-"""From configuration to policy. A new policy is one file and one line in POLICIES."""
+"""From configuration to policy. A new policy is one file and a line in POLICIES and in PARTS."""
 
 from __future__ import annotations
 

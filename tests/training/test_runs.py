@@ -238,8 +238,10 @@ def test_a_finished_run_is_left_alone(corpus: Corpus, alone: Path) -> None:
 
 
 def test_numbers_that_go_wrong_stop_the_run(corpus: Corpus, tmp_path: Path) -> None:
-    wild = ("--model.init_std", "1e10", "--training.max_skipped_steps", "0")
-    done = pretrain(tmp_path / "run", *corpus.arguments(), *wild)
+    # A step multiplies the parameters by 1 - 1e4 * 1e4.
+    wild = ("--training.learning_rate", "1e4", "--training.weight_decay", "1e4")
+    mine = (*wild, "--training.max_skipped_steps", "0")
+    done = pretrain(tmp_path / "run", *corpus.arguments(), *mine)
     assert done.returncode == 1 and "error: step " in done.stderr
     assert "Traceback" not in done.stderr and "in a row were not finite" in done.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()
