@@ -203,6 +203,24 @@ def test_a_mistake_on_the_command_line(corpus: Corpus, tmp_path: Path, processes
         assert done.returncode == 2 and done.stderr.splitlines() == errors
 
 
+def test_a_key_without_effect_is_refused_or_warned_of_once(corpus: Corpus, tmp_path: Path) -> None:
+    staged = ("--weighting.stages", "3")
+    done = pretrain(tmp_path / "run", *corpus.arguments(), *DWM, *staged)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith(
+        "error: weighting.stages: has no effect: weighting.mode is online"
+    )
+    assert not (tmp_path / "run").exists()
+    succeed(tmp_path / "run", *corpus.arguments(), "--training.steps", "1")
+    # A resumed run is judged as a new one is, whatever has a key in its own config.yaml.
+    again = (*corpus.arguments(), "--run.resume", "true", "--training.steps", "2")
+    done = pretrain(tmp_path / "run", *again, *staged)
+    assert done.returncode == 2 and "policy uniform makes no weighting updates" in done.stderr
+    done = pretrain(tmp_path / "run", *again, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("warning: validation.path: set in the configuration file") == 1
+
+
 def test_another_tokenizer_is_refused(corpus: Corpus, tmp_path: Path) -> None:
     other = tmp_path / "other.model"
     text = ["--input", str(CORPUS / "validation.jsonl"), "--vocab-size", "400"]
