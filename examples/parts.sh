@@ -36,10 +36,12 @@ preprocess() { # preprocess DATA_DIR
 
 train() { # train DATA_DIR RUN_DIR SEED [options]: examples/tiny.yaml, but for the options
     local data="$1" run="$2" seed="$3"
+    local target="$corpus/validation.jsonl"
     shift 3
+    case " $* " in *" --policy.name uniform "*) target="" ;; esac # reads none, and refuses the key
     OMP_NUM_THREADS=1 python -m megatron_dwm.pretrain "$repository/examples/tiny.yaml" \
         --run.dir "$run" --run.seed "$seed" \
         --data.train "$data/corpus_text_document" --data.tokenizer "$data/tokenizer.model" \
-        --validation.path "$corpus/validation.jsonl" --evaluation.path "$corpus/heldout.jsonl" \
+        ${target:+--validation.path "$target"} --evaluation.path "$corpus/heldout.jsonl" \
         ${STEPS:+--training.steps "$STEPS"} "$@"
 }

@@ -25,6 +25,10 @@ seeds=("$@")
 
 options_of() { # options_of METHOD: what differs from examples/tiny.yaml
     case "$1" in
+    uniform | validation_mixing) ;;
+    *) echo --weighting.group global ;;
+    esac
+    case "$1" in
     uniform) echo --policy.name uniform ;;
     own_staged) echo --weighting.encoder own --weighting.update_on fresh --weighting.mode staged ;;
     own_online) echo --weighting.encoder own --weighting.update_on fresh ;;
@@ -40,7 +44,7 @@ one_run() { # one_run METHOD SEED
     echo "$(date +%H:%M:%S) $1, seed $2: $run.log"
     # shellcheck disable=SC2046  # options are words
     train "$workdir/data.$2" "$run" "$2" --run.resume true --training.micro_batch_size 32 \
-        --weighting.group global $(options_of "$1") >"$run.log" 2>&1 || {
+        $(options_of "$1") >"$run.log" 2>&1 || {
         tail -n 20 "$run.log" >&2
         return 1
     }

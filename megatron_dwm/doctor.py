@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import sys
 
-from megatron_dwm.config import Config
+from megatron_dwm.config.load import Loaded
 from megatron_dwm.entry import run_job
 
 
 def main() -> None:
     """Report and check; see training/diagnosis.py."""
 
-    def job(config: Config) -> None:
+    def job(loaded: Loaded) -> None:
         from megatron_dwm.training.diagnosis import diagnose  # noqa: PLC0415
 
-        if not diagnose(config):
+        if not diagnose(loaded.config):
             sys.exit(1)
 
     run_job("megatron_dwm.doctor", job)

@@ -12,15 +12,15 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_dwm.config import Config, LostPeer, RunError, UserError
+from megatron_dwm.config import LostPeer, RunError, UserError
 from megatron_dwm.config.command_line import EXIT_FAILURE, EXIT_USER_MISTAKE, run_command
-from megatron_dwm.config.load import exit_on_help, load_config
+from megatron_dwm.config.load import Loaded, exit_on_help, load
 
 # torchrun ends the other processes as soon as one leaves; the others let the main one speak first.
 _OTHERS_WAIT_S = 5.0
 
 
-def run_job(prog: str, job: Callable[[Config], None]) -> None:
+def run_job(prog: str, job: Callable[[Loaded], None]) -> None:
     """Read the command line, do the job, leave. One process names a user's mistake.
 
     That is the main process. A mistake that only another machine can see, such as a file that is
@@ -34,7 +34,7 @@ def run_job(prog: str, job: Callable[[Config], None]) -> None:
         exit_on_help(prog, sys.argv[1:])
         _quiet_upstream()
         try:
-            job(load_config(sys.argv[1:], prog))
+            job(load(sys.argv[1:], prog))
         except LostPeer as error:
             _tell_torchrun(error)
             raise

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import warnings
 
 from megatron_dwm.config import UserError
 from megatron_dwm.config.command_line import OneLineParser, run_command
-from megatron_dwm.config.load import load_config
+from megatron_dwm.config.effect import warnings_of_effect
+from megatron_dwm.config.load import load
 
 _GPU_NAMES = ("a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb", "b200-192gb")
 
@@ -47,12 +49,16 @@ def main() -> None:
         raise UserError(f"--gpus: expected 1 or more, got {options.gpus}")
     if not 0.0 < options.mfu <= 1.0:
         raise UserError(f"--mfu: expected a fraction above 0, at most 1, got {options.mfu}")
-    config = load_config(rest, "plan.py")
+    loaded = load(rest, "plan.py")
+    config = loaded.config
     # Said by Megatron-Core on import, on every machine without these optional packages.
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     from megatron_dwm.planning import GPUS, make_plan  # noqa: PLC0415
     from megatron_dwm.planning.table import plan_text  # noqa: PLC0415
+    from megatron_dwm.weighting.build import parts_of  # noqa: PLC0415
 
+    for line in warnings_of_effect(config, loaded.given, parts_of(config)):
+        print(f"warning: {line}", file=sys.stderr)
     plan = make_plan(config, GPUS[options.gpu], gpus=options.gpus, mfu=options.mfu)
     print(json.dumps(plan.to_json(), indent=2) if options.json else plan_text(plan))
 

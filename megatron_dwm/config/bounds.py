@@ -1,4 +1,4 @@
-"""What every number of a configuration may be.
+"""What a number of a configuration may be; every key of the schema names its bound.
 
 Within these bounds nothing overflows on its way through fp32, seeds fit the generators, and counts
 fit the arrays that they number. They are wide: what is sensible is the user's to know.
@@ -6,119 +6,81 @@ fit the arrays that they number. They are wide: what is sensible is the user's t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 _MAX_COUNT = 10**9
-_MAX_ROWS = 10**7
 _MAX_WIDTH = 2**20
-_MAX_LAYERS = 10**5
-_MAX_LEARNING_RATE = 1e4
+_MAX_RATE = 1e4
 _MAX_FACTOR = 1e30
 """far from fp32's largest number, 3.4e38, so that a product still fits"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bounds:
-    """A range of numbers, ends included unless they are open."""
+class Bound:
+    """A range of numbers, ends included unless they are open; None where it has no end.
 
-    low: float
-    high: float
-    low_is_open: bool = False
-    high_is_open: bool = False
+    or_zero: 0 is allowed too, though it lies outside the range.
+    """
 
-    def hold(self, value: float) -> bool:
-        """Whether the value lies in the range; NaN does not."""
-        above = self.low < value if self.low_is_open else self.low <= value
-        return above and (value < self.high if self.high_is_open else value <= self.high)
+    low: float | None = None
+    high: float | None = None
+    low_open: bool = False
+    high_open: bool = False
+    or_zero: bool = False
+
+    def allows(self, value: float) -> bool:
+        """True for a number of the range; NaN and the infinities are in none."""
+        if not -float("inf") < value < float("inf"):
+            return False
+        return (self.or_zero and value == 0) or (self._above_low(value) and self._below_high(value))
+
+    def _above_low(self, value: float) -> bool:
+        if self.low is None:
+            return True
+        return self.low < value if self.low_open else self.low <= value
+
+    def _below_high(self, value: float) -> bool:
+        if self.high is None:
+            return True
+        return value < self.high if self.high_open else value <= self.high
 
     def __str__(self) -> str:
-        low = f"a number above {self.low:g}" if self.low_is_open else f"{self.low:g} or more"
-        return f"{low}, {'below' if self.high_is_open else 'at most'} {_short(self.high)}"
+        return f"{self._range()}, or 0" if self.or_zero else self._range()
+
+    def _range(self) -> str:
+        low = None if self.low is None else _short(self.low)
+        high = None if self.high is None else _short(self.high)
+        if low is None or self.low_open:
+            upper = f"{'below' if self.high_open else 'at most'} {high}" if high else ""
+            lower = f"above {low}" if low else ""
+            return ", ".join(part for part in (lower, upper) if part) or "finite"
+        if high is None:
+            return f"{low} or more"
+        return f"from {low} to {'below ' if self.high_open else ''}{high}"
 
 
 def _short(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
-_COUNT = Bounds(low=1, high=_MAX_COUNT)
-_COUNT_OR_NONE = Bounds(low=0, high=_MAX_COUNT)
-_ROWS = Bounds(low=1, high=_MAX_ROWS)
-_WIDTH = Bounds(low=1, high=_MAX_WIDTH)
-_LAYERS = Bounds(low=1, high=_MAX_LAYERS)
-_FRACTION = Bounds(low=0.0, high=1.0, high_is_open=True)
-_RATE = Bounds(low=0.0, high=_MAX_LEARNING_RATE, low_is_open=True)
-_DECAY = Bounds(low=0.0, high=_MAX_LEARNING_RATE)
-_FACTOR = Bounds(low=0.0, high=_MAX_FACTOR)
-_EPSILON = Bounds(low=1 / _MAX_FACTOR, high=1e10)
-
-BOUNDS: dict[str, Bounds] = {
-    "run.seed": Bounds(low=0, high=2**63 - 1),
-    "parallel.tensor": _WIDTH,
-    "parallel.pipeline": _WIDTH,
-    "parallel.virtual_stages": _LAYERS,
-    "parallel.timeout_s": Bounds(low=1, high=366 * 24 * 3600),
-    "model.hidden_size": _WIDTH,
-    "model.num_layers": _LAYERS,
-    "model.num_attention_heads": _WIDTH,
-    "model.num_query_groups": _WIDTH,
-    "model.ffn_hidden_size": Bounds(low=1, high=8 * _MAX_WIDTH),
-    "model.vocab_size": Bounds(low=1, high=2**31 - 1),
-    "model.rotary_base": Bounds(low=0.0, high=_MAX_FACTOR, low_is_open=True),
-    "model.norm_epsilon": _EPSILON,
-    "model.init_std": Bounds(low=0.0, high=1e10),
-    "data.sequence_length": Bounds(low=1, high=2**24),
-    "validation.batch_size": _ROWS,
-    "evaluation.interval_steps": _COUNT,
-    "training.steps": _COUNT,
-    "training.global_batch_size": _ROWS,
-    "training.micro_batch_size": _ROWS,
-    "training.learning_rate": _RATE,
-    "training.min_learning_rate_fraction": Bounds(low=0.0, high=1.0),
-    "training.warmup_fraction": _FRACTION,
-    "training.weight_decay": _DECAY,
-    "training.clip_grad": _FACTOR,
-    "training.adam_beta1": _FRACTION,
-    "training.adam_beta2": _FRACTION,
-    "training.adam_epsilon": _EPSILON,
-    "training.checkpoint_interval_steps": _COUNT_OR_NONE,
-    "training.keep_last": _COUNT_OR_NONE,
-    "training.keep_every": _COUNT_OR_NONE,
-    "training.max_skipped_steps": _COUNT_OR_NONE,
-    "training.spike_factor": _FACTOR,
-    "training.log_interval_steps": _COUNT,
-    "policy.domain_decay": _FRACTION,
-    "policy.domain_temperature": Bounds(low=1e-6, high=_MAX_FACTOR),
-    "policy.mix_fraction": _FRACTION,
-    "weighting.early_layer": _LAYERS,
-    "weighting.stages": _COUNT,
-    "weighting.updates_per_stage": _COUNT,
-    "weighting.interval_steps": _COUNT,
-    "weighting.warmup_steps": _COUNT_OR_NONE,
-    "weighting.freeze_after": Bounds(low=0.0, high=1.0, low_is_open=True),
-    "weighting.hidden_size": _WIDTH,
-    "weighting.num_layers": _LAYERS,
-    "weighting.num_attention_heads": _WIDTH,
-    "weighting.ffn_hidden_size": Bounds(low=1, high=8 * _MAX_WIDTH),
-    "weighting.learning_rate": _RATE,
-    "weighting.weight_decay": _DECAY,
-    "weighting.clip_grad": _FACTOR,
-    "weighting.min_effective_sample_size": _FRACTION,
-    "weighting.warn_effective_sample_size": _FRACTION,
-    "weighting.uniform_floor": _FRACTION,
-    "bilevel.noise_interval_updates": _COUNT_OR_NONE,
-    "bilevel.min_signal_to_noise": _FACTOR,
-    "logging.weights_interval_steps": _COUNT_OR_NONE,
-    "profiling.first_step": _COUNT,
-    "profiling.last_step": _COUNT,
-}
-
-
-def number_problems(config: Any) -> Iterator[str]:
-    """A line for every number of a `Config` that is out of its bounds; an empty value has none."""
-    for key, bounds in BOUNDS.items():
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
-        if value is not None and not bounds.hold(value):
-            yield f"{key}: expected {bounds}, got {value}"
+COUNT = Bound(low=1, high=_MAX_COUNT)
+COUNT_OR_ZERO = Bound(low=0, high=_MAX_COUNT)
+ROWS = Bound(low=1, high=10**7)
+TOKENS = Bound(low=1, high=2**24)
+WIDTH = Bound(low=1, high=_MAX_WIDTH)
+INNER_WIDTH = Bound(low=1, high=8 * _MAX_WIDTH)
+LAYERS = Bound(low=1, high=10**5)
+PIECES = Bound(low=1, high=2**31 - 1)
+SEED = Bound(low=0, high=2**63 - 1)
+SECONDS = Bound(low=1, high=366 * 24 * 3600)
+FRACTION = Bound(low=0.0, high=1.0, high_open=True)
+WHOLE_FRACTION = Bound(low=0.0, high=1.0)
+FRACTION_ABOVE_ZERO = Bound(low=0.0, high=1.0, low_open=True)
+RATE = Bound(low=0.0, high=_MAX_RATE, low_open=True)
+DECAY = Bound(low=0.0, high=_MAX_RATE)
+FACTOR = Bound(low=0.0, high=_MAX_FACTOR)
+FACTOR_ABOVE_ZERO = Bound(low=0.0, high=_MAX_FACTOR, low_open=True)
+FACTOR_ABOVE_ONE = Bound(low=1.0, high=_MAX_FACTOR, low_open=True, or_zero=True)
+TEMPERATURE = Bound(low=1e-6, high=_MAX_FACTOR)
+EPSILON = Bound(low=1 / _MAX_FACTOR, high=1e10)
+DEVIATION = Bound(low=0.0, high=1e10)

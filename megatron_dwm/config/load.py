@@ -1,39 +1,41 @@
 """Reading a configuration: a YAML file, then dotted overrides, into frozen dataclasses.
 
 jsonargparse does the typing. What is ours: one line for a user's mistake, the nearest known key for
-an unknown one, and `--data.train` with values in turn, as Megatron's --data-path takes them.
+an unknown one, which keys were set where, the bounds of numbers, and `--data.train` with values in
+turn, as Megatron's --data-path takes them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from megatron_dwm.config.bounds import number_problems
+from megatron_dwm.config.effect import Given, condition_text
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.config.key import entries, number_problems
+from megatron_dwm.config.names import known_keys, known_sections, nearest_section, unknown_key
 from megatron_dwm.config.paths import TYPED_PATHS
 from megatron_dwm.config.schema import Config
 
 _LIST_KEYS = ("--data.train", "--run.allow_changed")
 
 
-def known_keys() -> list[str]:
-    """Every dotted key of a configuration, in the order of the schema."""
-    return [
-        f"{section}.{field.name}"
-        for section, kind in typing.get_type_hints(Config).items()
-        for field in dataclasses.fields(kind)
-    ]
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration, and where its keys were set."""
+
+    config: Config
+    given: Given
 
 
 def load_config(arguments: Sequence[str], prog: str = "megatron_dwm.pretrain") -> Config:
@@ -41,25 +43,28 @@ def load_config(arguments: Sequence[str], prog: str = "megatron_dwm.pretrain") -
 
     Raises UserError naming the file or key. `--help` prints and leaves with 0.
     """
+    return load(arguments, prog).config
+
+
+def load(arguments: Sequence[str], prog: str = "megatron_dwm.pretrain") -> Loaded:
+    """As `load_config`, with where each key was set."""
     rest = list(arguments)
     file = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
-    parser = _parser(prog)
     if file is not None:
-        content = _read_yaml(file)
-        # A run's own config.yaml also has what is no configuration; jsonargparse takes text, too.
-        text = str(file) if content.pop(TYPED_PATHS, None) is None else json.dumps(content)
-        _check_keys(content, file)
-        rest = ["--config", text, *rest]
+        rest = ["--config", str(file), *rest]
+    parser, words = _parser(prog), _join_lists(rest)
+    given = _given(words)
+    if file is not None:
+        words[1] = _as_configuration(file)
     try:
-        parsed = parser.parse_args(_join_lists(rest))
+        parsed = parser.parse_args(words)
         values = parser.instantiate(parsed)
     except ArgumentError as error:
         raise UserError(_one_line(str(error), file)) from error
-    sections = {section: getattr(values, section) for section in typing.get_type_hints(Config)}
-    config = Config(**sections)
+    config = Config(**{section: getattr(values, section) for section in known_sections()})
     for problem in number_problems(config):
         raise UserError(problem)
-    return config
+    return Loaded(config, given)
 
 
 def save_config(config: Config, path: Path, typed_paths: Mapping[str, Any] | None = None) -> None:
@@ -84,18 +89,58 @@ def read_typed_paths(path: Path) -> dict[str, Any]:
     return typed if isinstance(typed, dict) else {}
 
 
+def _as_configuration(file: Path) -> str:
+    """The file's name or, of a run's own config.yaml, which also has what is no configuration, its
+    content without that: jsonargparse takes text, too.
+    """
+    content = _read_yaml(file)
+    return str(file) if content.pop(TYPED_PATHS, None) is None else json.dumps(content)
+
+
 def _parser(prog: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=prog,
         usage=f"{prog} [CONFIG.yaml] [--section.key value ...]",
-        description="Keys of a run. A YAML file gives them by section; dotted options override it.",
+        description="Keys of a run. A YAML file gives them by section; dotted options override it. "
+        "A key that has no effect with the chosen policy or mode is refused on the command line; "
+        "in a file, which several methods may share, it is a warning.",
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help=f"the same as a leading {'CONFIG.yaml'}")
     for section, kind in typing.get_type_hints(Config).items():
         parser.add_class_arguments(kind, section)
+    _add_rules(parser)
     return parser
+
+
+def _add_rules(parser: ArgumentParser) -> None:
+    """Have `--help` say of each key what its number may be, and what it needs to have an effect."""
+    rules = {entry.name: entry.rule for entry in entries(Config())}
+    for action in parser._actions:
+        if (rule := rules.get(action.dest)) is None:
+            continue
+        bound = [str(rule.bound)] if rule.bound else []
+        needs = [f"needs {condition_text(rule.only)}"] if rule.only else []
+        if bound or needs:
+            action.help = f"{action.help} [{'; '.join(bound + needs)}]"
+
+
+def _given(words: Sequence[str]) -> Given:
+    """Where each key is set, the last place counting. Checks the keys of files."""
+    places: dict[str, str] = {}
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        option = option.removesuffix("+")  # of a list: adds to it
+        if option == "--config":
+            file = Path(value if equals else following)
+            places |= dict.fromkeys(_keys_of_file(file), "file")
+        elif option.startswith("--") and option[2:] in known_keys():
+            places[option[2:]] = "command line"
+    return Given(
+        command_line=frozenset(key for key, place in places.items() if place == "command line"),
+        file=frozenset(key for key, place in places.items() if place == "file"),
+    )
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -113,22 +158,23 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return content
 
 
-def _check_keys(content: dict[str, Any], file: Path) -> None:
-    sections = list(typing.get_type_hints(Config))
-    for section, values in content.items():
-        if section not in sections:
-            raise UserError(f"{file}: {_unknown(str(section), sections)}")
+def _keys_of_file(file: Path) -> Iterator[str]:
+    """The keys that a file sets. Raises UserError for one that does not exist."""
+    for section, values in _read_yaml(file).items():
+        if section == TYPED_PATHS:
+            continue
+        if section not in known_sections():
+            nearest = nearest_section(str(section))
+            raise UserError(
+                f"{file}: unknown key '{section}'; the nearest known key is '{nearest}'"
+            )
         if not isinstance(values, dict):
             raise UserError(f"{file}: section '{section}' must hold keys, got {values!r}")
         for key in values:
             dotted = f"{section}.{key}"
             if dotted not in known_keys():
-                raise UserError(f"{file}: {_unknown(dotted, known_keys())}")
-
-
-def _unknown(key: str, known: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return f"unknown key '{key}'; the nearest known key is '{nearest[0]}'"
+                raise UserError(f"{file}: {unknown_key(dotted)}")
+            yield dotted
 
 
 def _join_lists(arguments: Sequence[str]) -> list[str]:
@@ -158,7 +204,7 @@ def _check_option(word: str) -> None:
     if not match or match[1] in ("config", "help", "print_config"):
         return
     if match[1] not in known_keys():
-        raise UserError(f"{_unknown(match[1], known_keys())} (see --help)")
+        raise UserError(f"{unknown_key(match[1])} (see --help)")
 
 
 def _one_line(message: str, file: Path | None) -> str:

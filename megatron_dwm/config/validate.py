@@ -1,6 +1,7 @@
 """Combinations that cannot work, found before any process group exists.
 
-Each check is one rule: a predicate over the configuration and the message of its violation.
+Each check is one rule between keys: a predicate over the configuration and the message of its
+violation. What a single number may be stands beside its key, in the schema.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import NamedTuple
 
-from megatron_dwm.config.bounds import number_problems
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.config.key import number_problems
+from megatron_dwm.config.names import known_keys, nearest_key
 from megatron_dwm.config.schema import Config
 from megatron_dwm.config.validate_policy import policy_problems
 from megatron_dwm.config.validate_profiling import profiling_problems
+
+# What a run depends on without a key of its own: its shape, whatever keys it comes from.
+_FINGERPRINTS = ("model",)
 
 
 class Heads(NamedTuple):
@@ -55,6 +60,7 @@ def validate_options(config: Config, shape: Heads, world_size: int) -> None:
 
 def _problems(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
     yield from _layout_problems(config, shape, world_size)
+    yield from _allowed_changes(config)
     yield from policy_problems(config, shape.num_layers)
     yield from _estimator(config, world_size)
     yield from profiling_problems(config, world_size)
@@ -64,7 +70,6 @@ def _layout_problems(config: Config, shape: Heads, world_size: int) -> Iterator[
     yield from number_problems(config)
     yield from _model(shape)
     yield from _fp8(config, shape)
-    yield from _spikes(config)
     yield from _layout(config, shape, world_size)
     yield from _pipeline(config, shape, world_size)
     yield from _batches(config, world_size)
@@ -85,6 +90,13 @@ def _estimator(config: Config, world_size: int) -> Iterator[str]:
         yield f"weighting.damp_by_noise: estimator unroll measures no noise; {advice}"
 
 
+def _allowed_changes(config: Config) -> Iterator[str]:
+    """A misspelled name would allow nothing, which a run that begins anew would not notice."""
+    for name in config.run.allow_changed:
+        if name not in known_keys() and name not in _FINGERPRINTS:
+            yield f"run.allow_changed {name}: no such key; the nearest is {nearest_key(name)}"
+
+
 def _model(shape: Heads) -> Iterator[str]:
     if shape.hidden_size % (2 * shape.num_attention_heads):
         yield (
@@ -96,8 +108,8 @@ def _model(shape: Heads) -> Iterator[str]:
 
 def _fp8(config: Config, shape: Heads) -> Iterator[str]:
     model = config.model
-    if model.fp8_first_last_bf16 and not model.uses_fp8:
-        yield "model.fp8_first_last_bf16: expected model.precision fp8 or model.fp8_emulation true"
+    if not model.uses_fp8:
+        return
     if model.fp8_first_last_bf16 and model.fp8_recipe == "delayed":
         yield (
             "model.fp8_first_last_bf16: not with model.fp8_recipe delayed, whose maxima are "
@@ -113,8 +125,6 @@ def _fp8(config: Config, shape: Heads) -> Iterator[str]:
             f"model.fp8_recipe {model.fp8_recipe}: model.fp8_emulation has tensorwise only; leave "
             "out one of the two"
         )
-    if model.fp8_recipe != "tensorwise" and not model.uses_fp8:
-        yield f"model.fp8_recipe {model.fp8_recipe}: expected model.precision fp8"
     if model.precision == "fp8" and not model.fp8_emulation:
         yield from _fp8_sizes(config, shape)
 
@@ -137,14 +147,6 @@ def _fp8_sizes(config: Config, shape: Heads) -> Iterator[str]:
                 f"model.precision fp8: expected {what} to be a multiple of {multiple} "
                 f"(model.fp8_recipe {config.model.fp8_recipe}), got {size}"
             )
-
-
-def _spikes(config: Config) -> Iterator[str]:
-    if 0.0 < config.training.spike_factor <= 1.0:
-        yield (
-            "training.spike_factor: expected 0 (off) or a number above 1, "
-            f"got {config.training.spike_factor}"
-        )
 
 
 def _layout(config: Config, shape: Heads, world_size: int) -> Iterator[str]:

@@ -14,13 +14,6 @@ def policy_problems(config: Config, num_layers: int) -> Iterator[str]:
     if config.data.tokenizer is None:
         yield "data.tokenizer: expected the tokenizer model that the data was tokenized with"
     yield from _validation_text(config)
-    if config.policy.name != "dwm" and (
-        config.weighting.load is not None or config.weighting.frozen
-    ):
-        yield (
-            f"weighting.load and weighting.frozen: policy {config.policy.name} has no weighting "
-            "model; use policy dwm or leave them out"
-        )
     if config.policy.name == "dwm":
         yield from _weighting_model(config, num_layers)
     if config.policy.name in LEARNING_POLICIES:

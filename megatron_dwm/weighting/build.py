@@ -1,4 +1,4 @@
-"""From configuration to policy. A new policy is one file and one line in POLICIES."""
+"""From configuration to policy. A new policy is one file and a line in POLICIES and in PARTS."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_dwm.config import Config
+from megatron_dwm.config.key import Part
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.domain_mean import DomainMeanPolicy
@@ -82,6 +83,22 @@ POLICIES: dict[str, Callable[[Config, Runtime, WeightingShape], Policy]] = {
     # The passages are in the batch (training/session.py), all at weight 1.
     "validation_mixing": _uniform,
 }
+
+# What each policy consists of; a key of another part has no effect with it (config/effect.py).
+PARTS: dict[str, frozenset[Part]] = {
+    "uniform": frozenset(),
+    "dwm": frozenset({"target", "updates", "alignments", "weighting_model", "groups"}),
+    "domain_mean": frozenset({"target", "updates", "alignments", "domain_mean", "groups"}),
+    "validation_mixing": frozenset({"target", "mixing"}),
+}
+_OF_LEARNING: frozenset[Part] = frozenset({"target", "updates", "alignments"})
+
+
+def parts_of(config: Config) -> frozenset[Part]:
+    """The parts that the run uses: a frozen weighting model learns nothing."""
+    parts = PARTS[config.policy.name]
+    frozen = "weighting_model" in parts and config.weighting.frozen
+    return parts - _OF_LEARNING if frozen else parts
 
 
 def _weighting_model(config: Config, shape: WeightingShape) -> WeightingModel:

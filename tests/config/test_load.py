@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_dwm.config import Config, UserError
-from megatron_dwm.config.load import known_keys, load_config, save_config
+from megatron_dwm.config.load import load_config, save_config
+from megatron_dwm.config.names import known_keys
 from megatron_dwm.config.validate import Heads, validate_config
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -105,7 +106,7 @@ SHAPE = Heads(
 )
 DWM = ["--policy.name", "dwm", "--validation.path", "v"]
 MIXING = ["--policy.name", "validation_mixing", "--validation.path", "v"]
-LOAD = ["--validation.path", "v", "--weighting.load", "w"]
+LOAD = ["--weighting.load", "w"]
 MICRO = ["--training.micro_batch_size", "4"]
 TARGET = ["--validation.path", "v"]
 LOAD_DWM = ["--policy.name", "dwm", *LOAD, "--weighting.frozen", "true"]
@@ -163,7 +164,7 @@ def test_a_good_configuration_passes() -> None:
         (["--policy.name", "validation_mixing"], 1, "validation.path"),
         ([*MIXING, "--policy.mix_fraction", "0.01"], 1, "policy.mix_fraction"),
         ([*MIXING, "--policy.mix_fraction", "0.99"], 1, "policy.mix_fraction"),
-        (["--policy.name", "domain_mean", *LOAD], 1, "weighting.load"),
+        (["--run.allow_changed", "run.sead"], 1, "run.allow_changed run.sead: .* is run.seed$"),
         ([*DWM, "--bilevel.estimator", "unroll", *MICRO], 2, "one process"),
         ([*DWM, "--bilevel.estimator", "unroll", "--model.recompute", "full"], 1, "recompute"),
         (

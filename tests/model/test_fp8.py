@@ -179,10 +179,8 @@ def test_names_and_versions() -> None:
 
 HEADS = Heads(4, 64, 4, 4, 128, 176)
 MISTAKES = [
-    ({"fp8_first_last_bf16": True}, "model.fp8_first_last_bf16"),
     ({"precision": "fp8", "fp8_recipe": "delayed", "fp8_first_last_bf16": True}, "delayed"),
     ({"fp8_emulation": True, "fp8_recipe": "mxfp8"}, "model.fp8_recipe mxfp8"),
-    ({"fp8_recipe": "delayed"}, "expected model.precision fp8"),
     ({"precision": "fp8", "hidden_size": 72}, "hidden_size / parallel.tensor to be a multiple"),
     ({"precision": "fp8", "ffn_hidden_size": 103}, "ffn_hidden_size / parallel.tensor to be a mul"),
     ({"fp8_emulation": True, "num_layers": 2, "fp8_first_last_bf16": True}, "more than 2 layers"),

@@ -81,6 +81,7 @@ def test_json_has_the_same_numbers() -> None:
             ["examples/tiny.yaml", "--parallel.tensor", "3"],
             "parallel.tensor 3 x parallel.pipeline 1: expected to divide --gpus, which is 2; give",
         ),
+        (["examples/tiny.yaml", "--weighting.stages", "3"], "weighting.stages: has no effect: "),
         (["examples/tiny.yaml", "--weighting.load", "gone"], "weighting.load: gone/weighting.json"),
     ],
 )

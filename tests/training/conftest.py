@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 import zstandard
 
 from tests.training.forked import Server
@@ -28,16 +29,23 @@ class Corpus:
     tokenizer: str
 
     def arguments(self) -> list[str]:
-        """Options of a run on this corpus, small enough for a test."""
-        return [
-            *("--data.train", self.prefix, "--data.tokenizer", self.tokenizer),
-            *("--data.sequence_length", "32", "--data.domain_key", "domain"),
-            *("--validation.path", str(CORPUS / "validation.jsonl")),
-            *("--training.global_batch_size", "8", "--training.micro_batch_size", "4"),
-            *("--training.steps", "20", "--logging.tensorboard", "false"),
-            *("--weighting.mode", "online", "--weighting.interval_steps", "3"),
-            *("--weighting.warmup_steps", "5", "--weighting.group", "global"),
-        ]
+        """Options of a run on this corpus, small enough for a test.
+
+        They stand in a file, which tests of all policies share: there, a key without effect is a
+        warning.
+        """
+        data = {"train": [self.prefix], "tokenizer": self.tokenizer}
+        online = {"mode": "online", "interval_steps": 3, "warmup_steps": 5}
+        sections = {
+            "data": {**data, "sequence_length": 32, "domain_key": "domain"},
+            "validation": {"path": str(CORPUS / "validation.jsonl")},
+            "training": {"global_batch_size": 8, "micro_batch_size": 4, "steps": 20},
+            "logging": {"tensorboard": False},
+            "weighting": {**online, "group": "global"},
+        }
+        file = Path(f"{self.prefix}.yaml")
+        file.write_text(yaml.safe_dump(sections))
+        return ["--config", str(file)]
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +90,9 @@ def stopped(
     arguments = [*corpus.arguments(), "--policy.name", "dwm", "--training.steps", "2"]
     arguments += ["--data.train", str(folder / "data")]
     arguments += ["--data.tokenizer", str(folder / "tokenizer.model")]
-    arguments += ["--validation.path", str(folder / "validation.jsonl")]
+    # In a file: a test resumes the run with a policy that reads no target.
+    target = {"validation": {"path": str(folder / "validation.jsonl")}}
+    (folder / "target.yaml").write_text(yaml.safe_dump(target))
+    arguments += ["--config", str(folder / "target.yaml")]
     server.succeed(folder / "run", arguments)
     return folder / "run", [*arguments, *RESUME, "--training.steps", "3"], folder

@@ -12,6 +12,7 @@ import pytest
 from tests.training.conftest import Corpus
 from tests.training.runs import pretrain, succeed, without_time
 
+DWM = ("--policy.name", "dwm")
 # Updates before steps 6 and 9 (from 1): warm-up 5, then every 3 (tests/training/conftest.py).
 WINDOW = "--profiling.tool torch --profiling.first_step 6 --profiling.last_step 9".split()
 
@@ -52,7 +53,7 @@ def test_phases_of_the_loop_are_in_the_trace(corpus: Corpus, tmp_path: Path) -> 
     ],
 )
 def test_mistakes_are_one_line(corpus: Corpus, tmp_path: Path, mistake: str, said: str) -> None:
-    done = pretrain(tmp_path / "run", *corpus.arguments(), *WINDOW, *mistake.split())
+    done = pretrain(tmp_path / "run", *corpus.arguments(), *DWM, *WINDOW, *mistake.split())
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert said in done.stderr
     assert not (tmp_path / "run" / "config.yaml").exists()

@@ -209,11 +209,29 @@ def test_a_mistake_on_the_command_line(corpus: Corpus, tmp_path: Path, processes
         assert done.returncode == 2 and done.stderr.splitlines() == errors
 
 
+def test_a_key_without_effect_is_refused_or_warned_of_once(corpus: Corpus, tmp_path: Path) -> None:
+    staged = ("--weighting.stages", "3")
+    done = pretrain(tmp_path / "run", *corpus.arguments(), *DWM, *staged)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith(
+        "error: weighting.stages: has no effect: weighting.mode is online"
+    )
+    assert not (tmp_path / "run").exists()
+    succeed(tmp_path / "run", *corpus.arguments(), "--training.steps", "1")
+    # A resumed run is judged as a new one is, whatever has a key in its own config.yaml.
+    again = (*corpus.arguments(), "--run.resume", "true", "--training.steps", "2")
+    done = pretrain(tmp_path / "run", *again, *staged)
+    assert done.returncode == 2 and "policy uniform makes no weighting updates" in done.stderr
+    done = pretrain(tmp_path / "run", *again, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("warning: validation.path: set in the configuration file") == 1
+
+
 def test_another_tokenizer_is_refused(corpus: Corpus, tmp_path: Path) -> None:
     other = tmp_path / "other.model"
     text = ["--input", str(CORPUS / "validation.jsonl"), "--vocab-size", "400"]
     run_python(["tools/train_tokenizer.py", *text, "--output", str(other)]).check_returncode()
-    done = pretrain(tmp_path / "run", *corpus.arguments(), "--data.tokenizer", str(other))
+    done = pretrain(tmp_path / "run", *corpus.arguments(), *DWM, "--data.tokenizer", str(other))
     assert done.returncode == 2
     assert "512" in done.stderr and "400" in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -222,7 +240,8 @@ def test_a_run_is_never_written_over(corpus: Corpus, alone: Path, tmp_path: Path
     before = (alone / "metrics.jsonl").read_bytes()
     done = pretrain(alone, *corpus.arguments(), *DWM)
     assert done.returncode == 2 and "already holds a run" in done.stderr
-    changed = pretrain(alone, *corpus.arguments(), "--run.resume", "true", "--run.seed", "9")
+    again = (*corpus.arguments(), *DWM, "--run.resume", "true")
+    changed = pretrain(alone, *again, "--run.seed", "9")
     assert changed.returncode == 2 and len(changed.stderr.splitlines()) == 1
     assert "run.seed" in changed.stderr and "1234" in changed.stderr and "9" in changed.stderr
     assert (alone / "metrics.jsonl").read_bytes() == before
@@ -243,8 +262,10 @@ def test_a_finished_run_is_left_alone(corpus: Corpus, alone: Path) -> None:
 
 
 def test_numbers_that_go_wrong_stop_the_run(corpus: Corpus, tmp_path: Path) -> None:
-    wild = ("--training.learning_rate", "1e4", "--training.max_skipped_steps", "0")
-    done = pretrain(tmp_path / "run", *corpus.arguments(), *wild)
+    # A step multiplies the parameters by 1 - 1e4 * 1e4.
+    wild = ("--training.learning_rate", "1e4", "--training.weight_decay", "1e4")
+    mine = (*wild, "--training.max_skipped_steps", "0")
+    done = pretrain(tmp_path / "run", *corpus.arguments(), *mine)
     assert done.returncode == 1 and "error: step " in done.stderr
     assert "Traceback" not in done.stderr and "in a row were not finite" in done.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -1,0 +1,115 @@
+"""Keys that are set and have no effect in the chosen mode.
+
+On the command line such a key is a mistake: whoever typed it expects something of it. In a file it
+is a warning, and only where it differs from the default, because a file may be shared by several
+methods, and the `config.yaml` of a run has every key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_dwm.config.errors import UserError
+from megatron_dwm.config.key import SET, Condition, Entry, Part, Values, entries
+from megatron_dwm.config.schema import Config
+
+# What a method lacks in which a key would work.
+_LACKS: dict[Part, str] = {
+    "target": "reads no target",
+    "updates": "makes no weighting updates",
+    "weighting_model": "has no weighting model",
+    "groups": "weighs every sample the same",
+    "alignments": "uses no alignments",
+    "domain_mean": "keeps no means of domains",
+    "mixing": "mixes no target passages into the batches",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """Keys that the user set, dotted: by an option, or in a file without an option over it."""
+
+    command_line: frozenset[str] = field(default_factory=frozenset)
+    file: frozenset[str] = field(default_factory=frozenset)
+
+
+def warnings_of_effect(config: Config, given: Given, parts: Set[Part]) -> list[str]:
+    """A line for every reason why keys of a file have no effect. parts: the method's.
+
+    Raises UserError if a key of the command line has none.
+    """
+    idle = {name: why for entry in entries(config) for name, why in _idle(entry, config, parts)}
+    refused = [name for name in idle if name in given.command_line]
+    if refused:
+        also = f" (also without effect: {', '.join(refused[1:])})" if refused[1:] else ""
+        raise UserError(f"{refused[0]}: has no effect: {idle[refused[0]]}; leave it out{also}")
+    changed = {entry.name for entry in entries(config) if entry.value != entry.default}
+    by_reason: dict[str, list[str]] = {}
+    for name in idle:
+        if name in given.file & changed:
+            by_reason.setdefault(idle[name], []).append(name)
+    return [_warning(names, why) for why, names in by_reason.items()]
+
+
+def _warning(names: list[str], why: str) -> str:
+    verb = "has" if len(names) == 1 else "have"
+    return f"{', '.join(names)}: set in the configuration file, {verb} no effect: {why}"
+
+
+def _idle(entry: Entry, config: Config, parts: Set[Part]) -> Iterator[tuple[str, str]]:
+    """The key and the reason why it has no effect, if it has none."""
+    rule = entry.rule
+    if rule.part is not None and rule.part not in parts:
+        yield entry.name, f"{_method(config, parts)} {_LACKS[rule.part]}"
+    elif rule.only and not any(_unmet(config, each) is None for each in rule.only):
+        unmet = _unmet(config, rule.only[0])
+        assert unmet is not None
+        yield entry.name, f"{_now(config, unmet)}, and it needs {condition_text(rule.only)}"
+
+
+def _method(config: Config, parts: Set[Part]) -> str:
+    frozen = "weighting_model" in parts and config.weighting.frozen
+    return f"policy {config.policy.name}{' with weighting.frozen' if frozen else ''}"
+
+
+def _unmet(config: Config, condition: Condition) -> str | None:
+    """The first key whose value is none of those that the condition asks for."""
+    unmet = (name for name, values in condition.items() if not _has(config, name, values))
+    return next(unmet, None)
+
+
+def _has(config: Config, name: str, values: Values) -> bool:
+    value = _value(config, name)
+    return bool(value) if values == SET else value in values
+
+
+def _value(config: Config, name: str) -> Any:
+    section, key = name.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def _now(config: Config, name: str) -> str:
+    value = _value(config, name)
+    return f"{name} is {'empty' if value is None else _word(value)}"
+
+
+def condition_text(alternatives: tuple[Condition, ...]) -> str:
+    """What has to hold, in words."""
+    return " or ".join(
+        " and ".join(_wanted(name, values) for name, values in condition.items())
+        for condition in alternatives
+    )
+
+
+def _wanted(name: str, values: Values) -> str:
+    if values == SET:
+        return f"{name} set"
+    if values == (None,):
+        return f"{name} empty"
+    return f"{name} {' or '.join(map(_word, values))}"
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
