@@ -129,7 +129,7 @@ def _add_rules(parser: ArgumentParser) -> None:
 def _given(words: Sequence[str]) -> Given:
     """Where each key is set, the last place counting. Checks the keys of files."""
     places: dict[str, str] = {}
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         option, equals, value = word.partition("=")
         option = option.removesuffix("+")  # of a list: adds to it
         if option == "--config":

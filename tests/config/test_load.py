@@ -243,6 +243,10 @@ def test_any_number_of_passages_goes_through_any_layout(passages: int) -> None:
     validate_config(config, SHAPE._replace(num_layers=4), 4)
 
 
+def test_no_arguments_give_the_defaults() -> None:
+    assert load_config([]) == Config()
+
+
 def test_missing_data_is_named() -> None:
     with pytest.raises(UserError, match="data.train"):
         validate_config(load_config(["--data.tokenizer", "t"]), SHAPE, 1)

@@ -14,7 +14,7 @@ from megatron_dwm.config import (
     TrainingConfig,
     UserError,
 )
-from megatron_dwm.config.schema import Precision
+from megatron_dwm.config.schema_llm import Precision
 
 # Megatron pads the vocabulary to a multiple of this (megatron_dwm/model/shape.py).
 _VOCAB_MULTIPLE = 128
