@@ -8,8 +8,8 @@ CORE = [
     # Pinned: the one release this code was run with. Where no CPU build is at hand the same
     # version is the CUDA build.
     "torch==2.13.0",
-    # Newest release for Python 3.10 to 3.12; 0.17 needs 3.12, deprecates GPTModel. runtime/cpu.py
-    # and the optimiser's virtual step name functions inside it.
+    # Newest release for Python 3.10 to 3.12; 0.17 needs 3.12, 0.19 deprecates GPTModel.
+    # runtime/cpu.py and the optimizer's virtual step name functions inside it.
     "megatron-core==0.16.1",
     "numpy>=1.26,<3",
     "psutil>=5.9,<8",  # megatron.core.dist_checkpointing saves with it
