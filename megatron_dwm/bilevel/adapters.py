@@ -22,7 +22,8 @@ scatters its output. The input is gathered here, as it is in plain training for 
 that the probe does not form. The output's gradient is gathered by Megatron-Core's own backward pass
 before it reaches the product, so it is taken there, and nothing is added; of a Transformer Engine
 layer only the scattered output can be had, and its gradient is gathered once more. A norm is
-counted on one rank, or on all where each holds a part of the sequence.
+counted on one rank, or on all where each sees a part: of the sequence, or of the heads (a norm of
+queries or keys).
 """
 
 from __future__ import annotations
@@ -45,11 +46,20 @@ Tangent = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Place:
-    """Where the modules stand. group: the tensor-parallel group."""
+    """Where a module stands. group: the tensor-parallel group.
+
+    sees_part: this rank's input is its own part of the sequence or of the heads, and no copy of
+    what the other tensor-parallel ranks see.
+    """
 
     sequence_parallel: bool
     tensor_rank: int
     group: dist.ProcessGroup | None
+    sees_part: bool
+
+    def counts(self, adapter: Adapter) -> bool:
+        """True if this rank's value belongs into the sum over the tensor-parallel ranks."""
+        return adapter.splits_weight or self.sees_part or self.tensor_rank == 0
 
     def whole(self, tensor_SBD: Tensor) -> Tensor:
         """[S / tensor size, B, D] -> [S, B, D] under sequence parallelism, else as it is."""
@@ -68,13 +78,14 @@ class Adapter:
 
     form: (module, its keyword arguments, place) -> the function of one forward pass.
     input_name: of the input, where it is not passed by position.
-    replicated: every tensor-parallel rank forms the same value.
+    splits_weight: every tensor-parallel rank holds a part of the parameter. False where each holds
+    all of it: whether the ranks then form equal values is for the place to say.
     method: of the module; its arguments and output are probed instead of the module's own.
     """
 
     form: Callable[[Module, Mapping[str, Any], Place], Tangent]
     input_name: str
-    replicated: bool = False
+    splits_weight: bool = True
     method: str = ""
 
 
@@ -85,9 +96,10 @@ def linear_tangent(gradient_SBC: Tensor, kept_SBD: Tensor, z_CD: Tensor) -> Tens
 
 
 def norm_tangent(gradient_SBD: Tensor, kept_SBD: Tensor, z_D: Tensor, epsilon: float) -> Tensor:
-    """[B]: sum_t <d_t, z * n(x_t)>."""
+    """[B]: sum_t <d_t, z * n(x_t)>; a norm of heads sees [S, B, heads, D]."""
     normed_SBD = F.rms_norm(kept_SBD, z_D.shape, None, epsilon)
-    return (gradient_SBD * normed_SBD * z_D).sum(dim=(0, 2), dtype=_at_least_fp32(gradient_SBD))
+    others = [dim for dim in range(kept_SBD.dim()) if dim != 1]
+    return (gradient_SBD * normed_SBD * z_D).sum(dim=others, dtype=_at_least_fp32(gradient_SBD))
 
 
 def norm_linear_tangent(
@@ -208,7 +220,7 @@ ADAPTERS: Mapping[str, Adapter] = {
     _MEGATRON + "ColumnParallelLinear": Adapter(_column, "input_"),
     _MEGATRON + "RowParallelLinear": Adapter(_row, "input", method=_PRODUCT),
     _MEGATRON + "VocabParallelEmbedding": Adapter(_embedding, "input_"),
-    _OURS + "modules.RMSNorm": Adapter(_norm, "hidden_SBD", replicated=True),
+    _OURS + "modules.RMSNorm": Adapter(_norm, "hidden_SBD", splits_weight=False),
     _OURS + "fp8_emulation.Fp8ColumnParallelLinear": Adapter(_quantised_column, "input_"),
     _OURS + "fp8_emulation.Fp8RowParallelLinear": Adapter(_quantised_row, "input", method=_PRODUCT),
     _MEGATRON_TE + "TEColumnParallelLinear": Adapter(_column, "x"),
@@ -216,13 +228,30 @@ ADAPTERS: Mapping[str, Adapter] = {
     _MEGATRON_TE + "TELayerNormColumnParallelLinear": Adapter(_norm_then_column, "x"),
     # What TENorm makes for RMSNorm.
     "transformer_engine.pytorch.module.rmsnorm.RMSNorm": Adapter(
-        _te_norm, "input", replicated=True
+        _te_norm, "input", splits_weight=False
     ),
 }
 """Class name -> adapter. Exactly these classes: a subclass may compute something else."""
 
 WITHOUT_PARAMETERS = (_MEGATRON_TE + "TEDotProductAttention",)
 """Transformer Engine's classes in the specs that have no parameters, and so no tangent."""
+
+
+# Megatron-Core's names of the norms that see this rank's heads (transformer/attention.py).
+_NORMS_OF_HEADS = ("q_layernorm", "k_layernorm")
+
+
+def place_of(
+    name: str, *, sequence_parallel: bool, tensor_rank: int, group: dist.ProcessGroup | None
+) -> Place:
+    """The place of the module with this dotted name in the model."""
+    of_heads = name.rsplit(".", 1)[-1] in _NORMS_OF_HEADS
+    return Place(
+        sequence_parallel=sequence_parallel,
+        tensor_rank=tensor_rank,
+        group=group,
+        sees_part=sequence_parallel or of_heads,
+    )
 
 
 def adapter_for(module: Module, adapters: Mapping[str, Adapter] = ADAPTERS) -> Adapter | None:

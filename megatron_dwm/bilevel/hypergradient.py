@@ -26,8 +26,6 @@ from megatron_dwm.bilevel.virtual_step import prepare_virtual_step
 from megatron_dwm.model import LLM, MicroBatch, clear_gradients, forward_backward
 from megatron_dwm.model.objective import (
     TokenBatch,
-    token_count,
-    token_mean,
     unit,
     weighted,
     weighted_denominator,
@@ -108,11 +106,12 @@ def _validation_parts(problem: Problem, halves: bool) -> list[TokenBatch]:
 
 
 def _validation_gradient(problem: Problem, batch: TokenBatch) -> Tensor:
-    """Leave grad L_val in the gradient buffers; float64 [L_val, tokens], over all ranks."""
-    size = _micro_batch_rows(problem.llm, batch.tokens_BS.shape[0], problem.micro_batch_size)
-    result = forward_backward(problem.llm, token_mean(batch, size), denominator=token_count(batch))
-    sums = torch.stack([result.loss_sums_n.double().sum(), result.token_counts_n.double().sum()])
-    loss_sum, count = sum_over_data(problem.llm, sums)
+    """Leave grad L_val in the gradient buffers; float64 [L_val, divisor], over all ranks."""
+    llm, objective = problem.llm, problem.objective
+    size = _micro_batch_rows(llm, batch.tokens_BS.shape[0], problem.micro_batch_size)
+    micro_batches = objective.micro_batches(batch, size)
+    result = forward_backward(llm, micro_batches, denominator=objective.denominator(batch))
+    loss_sum, count = sum_over_data(llm, objective.sums(result))
     return torch.stack([loss_sum / count, count])
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 
+from megatron_dwm.bilevel.objectives import TOKEN_MEAN, ValidationObjective
 from megatron_dwm.model import LLM
 from megatron_dwm.model.objective import TokenBatch
 
@@ -21,6 +22,7 @@ class Problem:
 
     weights_n: float32, mean 1 over the global batch; the point at which to differentiate.
     inner: the virtual step, the one that training would take (adam) or plain descent (sgd).
+    objective: what the validation batch is to lower.
     """
 
     llm: LLM
@@ -30,6 +32,7 @@ class Problem:
     val_batch: TokenBatch
     micro_batch_size: int
     inner: InnerOptimizer = "adam"
+    objective: ValidationObjective = TOKEN_MEAN
 
     @property
     def learning_rate(self) -> float:

@@ -11,8 +11,8 @@ meanwhile, so no weight gradient is formed and the pass costs one plain training
 input gradients, and one product of a weight gradient's size. z is read from `main_grad`. What each
 module class contributes stands in adapters.py.
 
-Tensor parallel: a module whose weight is split gives each rank a partial sum; a replicated one (a
-norm) is counted on one rank, or on all where each holds another part of the sequence.
+Tensor parallel: a module whose weight is split gives each rank a partial sum; one that every rank
+holds whole (a norm) is counted on one rank, or on all where each sees another part of the input.
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 
-from megatron_dwm.bilevel.adapters import ADAPTERS, Adapter, Place, Tangent, adapter_for
+from megatron_dwm.bilevel.adapters import (
+    ADAPTERS,
+    Adapter,
+    Place,
+    Tangent,
+    adapter_for,
+    place_of,
+)
 from megatron_dwm.model import LLM, MicroBatch, forward_backward
 from megatron_dwm.runtime.profiling import phase
 
@@ -81,8 +88,8 @@ def _frozen(llm: LLM) -> Iterator[None]:
 def _hooked(llm: LLM, samples: _Samples, adapters: Mapping[str, Adapter]) -> Iterator[None]:
     with ExitStack() as stack:
         for model in llm.modules:
-            for module in model.modules():
-                if hook := _hook_for(module, llm, samples, adapters):
+            for name, module in model.named_modules():
+                if hook := _hook_for(name, module, llm, samples, adapters):
                     stack.callback(_attach(hook, module))
         yield
 
@@ -102,7 +109,7 @@ def _attach(hook: _Hook, module: Module) -> Callable[[], None]:
 
 
 def _hook_for(
-    module: Module, llm: LLM, samples: _Samples, adapters: Mapping[str, Adapter]
+    name: str, module: Module, llm: LLM, samples: _Samples, adapters: Mapping[str, Adapter]
 ) -> _Hook | None:
     """The hook of a module that uses a parameter; None for one that only holds others, or whose
     value another rank counts.
@@ -110,14 +117,13 @@ def _hook_for(
     adapter = adapter_for(module, adapters)
     if adapter is None:
         return None
-    place = Place(
+    place = place_of(
+        name,
         sequence_parallel=llm.transformer.sequence_parallel,
         tensor_rank=llm.runtime.tensor_rank,
         group=llm.runtime.tensor_group,
     )
-    if adapter.replicated and not place.sequence_parallel and place.tensor_rank > 0:
-        return None
-    return _Hook(samples, adapter, place)
+    return _Hook(samples, adapter, place) if place.counts(adapter) else None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_dwm.bilevel.objectives import TokenMean
 from megatron_dwm.bilevel.problem import Hypergradient, Problem
 from megatron_dwm.bilevel.slots import Slot, collect_slots
 from megatron_dwm.bilevel.virtual_step import CLIP_EPSILON
@@ -66,6 +67,8 @@ def _refuse(problem: Problem, halves: bool) -> None:
             "bilevel.estimator unroll: recomputation has no second derivative; set "
             "model.recompute none or use tangent_probe"
         )
+    if not isinstance(problem.objective, TokenMean):
+        raise ValueError("bilevel.estimator unroll: knows the token mean only; use tangent_probe")
     if halves:
         raise ValueError("bilevel.estimator unroll: gives no signal-to-noise; use tangent_probe")
     if not any(isinstance(module, RMSNorm) for module in problem.llm.modules[0].modules()):

@@ -18,7 +18,6 @@ from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 from torch.nn import Module
 
-from megatron_dwm.bilevel.adam import adam_jacobian, adam_step
 from megatron_dwm.bilevel.problem import InnerOptimizer
 from megatron_dwm.bilevel.slots import (
     Slot,
@@ -27,6 +26,7 @@ from megatron_dwm.bilevel.slots import (
     gather_parameters,
     is_sharded,
 )
+from megatron_dwm.bilevel.update_rules import UPDATE_RULES, UpdateRule
 from megatron_dwm.model import LLM, invalidate_weight_caches
 from megatron_dwm.model.transformer_engine import read_scaling_state, write_scaling_state
 
@@ -46,7 +46,7 @@ class VirtualStep:
 
     llm: LLM
     optimizer: ChainedOptimizer
-    inner: InnerOptimizer
+    rule: UpdateRule
     slots: list[Slot]
     gradients: list[Tensor]
     parameters: list[Tensor | None]
@@ -58,7 +58,7 @@ class VirtualStep:
     def enter(self) -> None:
         """Write theta' into the model's parameters."""
         for slot, gradient in zip(self.slots, self.gradients, strict=True):
-            slot.model.copy_(stepped_parameter(slot, self._clipped(gradient), self.inner))
+            slot.model.copy_(self.rule.step(slot, self._clipped(gradient)))
         self._publish()
 
     @torch.no_grad()
@@ -73,8 +73,10 @@ class VirtualStep:
         """Turn grad L_val(theta') in the gradient buffers into z, in place, on every rank."""
         self.optimizer.prepare_grads()
         for slot, gradient in zip(self.slots, self.gradients, strict=True):
-            if self.inner == "adam":
-                slot.main.grad.mul_(adam_jacobian(self._clipped(gradient), slot.moments()))
+            cotangent = slot.main.grad
+            pulled_back = self.rule.pullback(slot, self._clipped(gradient), cotangent)
+            if pulled_back is not cotangent:
+                cotangent.copy_(pulled_back)
         if self.clip_factor < 1.0:
             self._undo_clipping()
         if is_sharded(self.optimizer):
@@ -130,7 +132,7 @@ def prepare_virtual_step(
     return VirtualStep(
         llm,
         optimizer,
-        inner,
+        UPDATE_RULES[inner],
         slots,
         gradients,
         parameters,
@@ -144,12 +146,3 @@ def _scaling_state(llm: LLM) -> dict[Module, Tensor]:
     config = llm.transformer
     delayed = config.fp8 is not None and config.fp8_recipe == "delayed"
     return read_scaling_state(llm.modules) if delayed else {}
-
-
-def stepped_parameter(slot: Slot, gradient: Tensor, inner: InnerOptimizer) -> Tensor:
-    """theta' of one tensor: decoupled weight decay, then the update, as torch.optim.AdamW."""
-    lr = slot.group["lr"]
-    decayed = slot.main * (1.0 - lr * slot.group["weight_decay"])
-    if inner == "sgd":
-        return decayed.sub_(gradient, alpha=lr)
-    return adam_step(decayed, gradient, slot.moments(), lr)

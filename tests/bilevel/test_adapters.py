@@ -16,14 +16,14 @@ from torch.nn import Module, Parameter
 from megatron_dwm.bilevel.adapters import (
     ADAPTERS,
     WITHOUT_PARAMETERS,
-    Place,
     adapter_for,
     embedding_tangent,
+    place_of,
 )
 
 SEQUENCE, BATCH, WIDTH, OUT = 5, 3, 8, 6
 EPSILON = 1e-3
-ALONE = Place(sequence_parallel=False, tensor_rank=0, group=None)
+ALONE = place_of("", sequence_parallel=False, tensor_rank=0, group=None)
 TE = "megatron.core.extensions.transformer_engine."
 FUSED = TE + "TELayerNormColumnParallelLinear"
 TE_NORM = "transformer_engine.pytorch.module.rmsnorm.RMSNorm"
@@ -185,3 +185,42 @@ def test_subclass_of_a_known_class_is_unknown() -> None:
 
 def test_no_class_is_named_twice() -> None:
     assert not set(WITHOUT_PARAMETERS) & set(ADAPTERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "sequence_parallel", "ranks"),
+    [
+        ("decoder.layers.0.input_layernorm", False, [0]),
+        ("decoder.final_layernorm", False, [0]),
+        ("decoder.layers.0.input_layernorm", True, [0, 1]),
+        # Every rank normalizes heads of its own, with a gain that all hold: a value dropped on
+        # one would be missing from the sum.
+        ("decoder.layers.0.self_attention.q_layernorm", False, [0, 1]),
+        ("decoder.layers.0.self_attention.k_layernorm", False, [0, 1]),
+        ("decoder.layers.0.self_attention.linear_qkv", False, [0, 1]),
+    ],
+)
+def test_a_rank_counts_what_no_other_rank_forms(
+    name: str, sequence_parallel: bool, ranks: list[int]
+) -> None:
+    kind = "tensor_parallel.layers.ColumnParallelLinear" if "linear" in name else None
+    adapter = ADAPTERS[f"megatron.core.{kind}"] if kind else ADAPTERS[TE_NORM]
+    places = [
+        place_of(name, sequence_parallel=sequence_parallel, tensor_rank=rank, group=None)
+        for rank in (0, 1)
+    ]
+    assert [rank for rank in (0, 1) if places[rank].counts(adapter)] == ranks
+
+
+def test_norms_of_split_heads_add_up_to_the_whole() -> None:
+    """Two ranks with two heads each against autograd on all four."""
+    whole = _case(Norm)
+    heads_SBHD = _draw(SEQUENCE, BATCH, 4, WIDTH)
+    whole = Case(whole.module, heads_SBHD, _draw(*heads_SBHD.shape))
+    parts = [
+        _tangent(TE_NORM, Case(whole.module, x, gradient))
+        for x, gradient in zip(
+            heads_SBHD.chunk(2, dim=2), whole.gradient_SBC.chunk(2, dim=2), strict=True
+        )
+    ]
+    torch.testing.assert_close(sum(parts), whole.expected(), rtol=1e-12, atol=1e-12)
