@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import itertools
 import json
 import os
 import random
@@ -19,7 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,14 +186,29 @@ def rank_environments(ranks: int, port: int | None = None) -> list[dict[str, str
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports below those that the system hands out: those may be taken by a connection of
-    an earlier case before they are listened on.
+    """Returns `count` ports that nothing listens on and that no later call returns again.
+
+    They lie below the range from which the system serves connections, and every worker of
+    pytest-xdist has ports of its own: a port may wait for minutes before its case listens on it.
     """
-    found: list[int] = []
-    for port in random.Random().sample(range(10_000, 30_000), 10 * count):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                found.append(port)
-        if len(found) == count:
-            break
-    return found
+    return list(itertools.islice(filter(_is_free, _own_ports()), count))
+
+
+@functools.cache
+def _own_ports() -> Iterator[int]:
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    ports = range(10_000, 30_000)[worker::workers]
+    # Two pytest processes on one machine seldom start at the same place.
+    first = random.Random().randrange(len(ports))
+    return itertools.cycle([*ports[first:], *ports[:first]])
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store binds
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError:
+            return False
+        return True
