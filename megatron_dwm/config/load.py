@@ -23,6 +23,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from megatron_dwm.config.effect import Given, condition_text
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.key import entries, number_problems
+from megatron_dwm.config.methods import methods_help
 from megatron_dwm.config.names import known_keys, known_sections, nearest_section, unknown_key
 from megatron_dwm.config.paths import TYPED_PATHS
 from megatron_dwm.config.schema import Config
@@ -124,6 +125,8 @@ def _add_rules(parser: ArgumentParser) -> None:
         needs = [f"needs {condition_text(rule.only)}"] if rule.only else []
         if bound or needs:
             action.help = f"{action.help} [{'; '.join(bound + needs)}]"
+        if action.dest == "policy.name":
+            action.help = f"{action.help}: {methods_help()}"
 
 
 def _given(words: Sequence[str]) -> Given:

@@ -20,7 +20,6 @@ from megatron_dwm.config.bounds import (
 from megatron_dwm.config.key import SET, key
 from megatron_dwm.config.schema_llm import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dwm.config.schema_method import (
-    LEARNING_POLICIES,
     BilevelConfig,
     PolicyConfig,
     ValidationConfig,
@@ -77,6 +76,10 @@ class LoggingConfig:
 
     tensorboard: bool = True
     """write TensorBoard event files"""
+    metrics_interval_steps: int = key(1, COUNT)
+    """steps whose lines of metrics.jsonl are written together; until then their weight statistics
+    stay on the device, so that a step waits for one number fewer. Lines that are not written yet
+    are lost when the run is killed, and written again when it is resumed"""
     weights_interval_steps: int = key(10, COUNT_OR_ZERO)
     """steps between records of every sample's weight in weights/*.parquet; 0 keeps none. Its column
     source says what sample_id counts in: samples that the LLM trains on (training), that updates
@@ -114,12 +117,6 @@ class Config:
     bilevel: BilevelConfig = field(default_factory=BilevelConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
-
-    @property
-    def learns(self) -> bool:
-        """True if the run updates its policy from hypergradients; only dwm can be frozen."""
-        frozen = self.policy.name == "dwm" and self.weighting.frozen
-        return self.policy.name in LEARNING_POLICIES and not frozen
 
     @property
     def passages(self) -> int:

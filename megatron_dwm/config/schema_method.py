@@ -20,9 +20,9 @@ from megatron_dwm.config.bounds import (
     WIDTH,
 )
 from megatron_dwm.config.key import SET, key
+from megatron_dwm.config.methods import METHODS
 
-PolicyName = Literal["uniform", "dwm", "domain_mean", "validation_mixing"]
-LEARNING_POLICIES = ("dwm", "domain_mean")
+PolicyName = Literal[tuple(METHODS)]  # type: ignore[valid-type]
 
 _STAGED = {"weighting.mode": ("staged",)}
 _ONLINE = {"weighting.mode": ("online",)}
@@ -49,9 +49,7 @@ class PolicyConfig:
     """Who decides what a sample weighs."""
 
     name: PolicyName = "uniform"
-    """uniform weighs all samples alike; dwm learns the weights; two baselines without a model:
-    domain_mean weighs by a running mean of alignments for every domain, validation_mixing puts
-    target passages into the training batch"""
+    """the method"""
     domain_decay: float = key(0.9, FRACTION, part="domain_mean")
     """part of a domain's running mean that an update keeps (domain_mean)"""
     domain_temperature: float = key(0.5, TEMPERATURE, part="domain_mean")

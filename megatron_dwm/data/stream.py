@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,14 +42,6 @@ from megatron_dwm.data.prefixes import BlendPart, IndexedFile, parse_blend, read
 _OPEN_PASSES = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Row:
-    text: np.ndarray
-    """int64, sequence_length + 1 token ids"""
-    document: int
-    """number of the document in its file"""
-
-
 class _PrefixStream:
     """Endless samples of one prefix."""
 
@@ -73,13 +64,19 @@ class _PrefixStream:
         for number in range(-(-num_samples // self.samples_per_pass)):
             ensure_pass(self._pass(number), self._indexed, self._eod_id, self._cache_dir)
 
-    def row(self, position: int) -> _Row:
-        """The sample at `position` of the stream."""
+    def text(self, position: int) -> np.ndarray:
+        """int64, the sequence_length + 1 token ids of the sample at `position` of the stream."""
         number, place = divmod(position, self.samples_per_pass)
-        dataset = self._dataset(number)
-        sample = dataset[place]
-        text = torch.cat([sample["tokens"], sample["labels"][-1:]]).numpy()
-        return _Row(text=text, document=self._main_document(dataset, place))
+        sample = self._dataset(number)[place]
+        return torch.cat([sample["tokens"], sample["labels"][-1:]]).numpy()
+
+    def document(self, position: int) -> int:
+        """Number, in its file, of the document with most of that sample's input tokens.
+
+        Of equals the one read first. No token is read.
+        """
+        number, place = divmod(position, self.samples_per_pass)
+        return self._main_document(self._dataset(number), place)
 
     def _pass(self, number: int) -> Pass:
         digest = hashlib.sha256(f"{self._order}/{number}".encode()).digest()
@@ -96,7 +93,6 @@ class _PrefixStream:
         return self._open[number]
 
     def _main_document(self, dataset: GPTDataset, place: int) -> int:
-        """The document with most of the sample's input tokens; of equals the one read first."""
         shuffled = int(dataset.shuffle_index[place])
         first, first_offset = (int(value) for value in dataset.sample_index[shuffled])
         last, last_offset = (int(value) for value in dataset.sample_index[shuffled + 1])
@@ -169,18 +165,10 @@ class TrainingData:
         return sorted({name for stream in self._streams for name in stream.domains.names})
 
     def batch(self, sample_ids: Sequence[int]) -> Batch:
-        """The samples with these numbers, each below `num_samples`, in this order (CPU).
-
-        Document ids count through the prefixes in the order of `data.train`.
-        """
-        rows, documents, domains = [], [], []
-        for sample_id in sample_ids:
-            place, position = self._locate(sample_id)
-            stream = self._streams[place]
-            row = stream.row(position)
-            rows.append(row.text)
-            documents.append(int(self._first_document[place]) + row.document)
-            domains.append(stream.domains.of(row.document))
+        """The samples with these numbers, each below `num_samples`, in this order (CPU)."""
+        located = [self._locate(sample_id) for sample_id in sample_ids]
+        rows = [self._streams[prefix].text(position) for prefix, position in located]
+        documents, domains = self.documents_and_domains(sample_ids)
         text = torch.from_numpy(np.stack(rows))
         tokens_BS = text[:, :-1].contiguous()
         return Batch(
@@ -193,9 +181,19 @@ class TrainingData:
             domains=tuple(domains),
         )
 
-    def ids_of_step(self, step: int, global_batch_size: int) -> range:
-        """Sample numbers of optimiser step `step` (from 0), over all processes."""
-        return range(step * global_batch_size, (step + 1) * global_batch_size)
+    def documents_and_domains(self, sample_ids: Sequence[int]) -> tuple[list[int], list[str]]:
+        """For each of these samples its main document's number and domain; reads no token.
+
+        Documents are numbered through the prefixes in the order of `data.train`.
+        """
+        documents, domains = [], []
+        for sample_id in sample_ids:
+            prefix, position = self._locate(sample_id)
+            stream = self._streams[prefix]
+            document = stream.document(position)
+            documents.append(int(self._first_document[prefix]) + document)
+            domains.append(stream.domains.of(document))
+        return documents, domains
 
     def fingerprint(self) -> dict[str, str]:
         """What the samples depend on besides the seed, to compare when a run is resumed."""

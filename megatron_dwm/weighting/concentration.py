@@ -25,7 +25,7 @@ def effective_sample_size(weights_Gn: Tensor) -> Tensor:
     return weights_Gn.sum(-1).square() / (n * weights_Gn.square().sum(-1))
 
 
-def normalised_entropy(weights_Gn: Tensor) -> Tensor:
+def normalized_entropy(weights_Gn: Tensor) -> Tensor:
     """[G]: entropy of w / sum w over log n; 1 for uniform weights, also in a group of one."""
     n = weights_Gn.shape[-1]
     if n == 1:

@@ -4,7 +4,7 @@ section 6). What a weighting model that reads the samples has to beat.
     m_d <- decay * m_d + (1 - decay) * mean over the batch's samples of domain d of a_i
     w   =  the guarded softmax of m_domain(i) / temperature over the weighting group
 
-with a_i the alignments s_i, standardised in the weighting group, or (`weighting.standardize false`)
+with a_i the alignments s_i, standardized in the weighting group, or (`weighting.standardize false`)
 eta * s_i less the group's weighted mean, in nats of validation loss, for which the temperature has
 to be made some hundred times smaller. A domain that has not been seen has m_d = 0, the mean.
 """
@@ -13,29 +13,67 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dwm.config import PolicyConfig, WeightingConfig
-from megatron_dwm.data.batch import Batch
-from megatron_dwm.model import Reading
+from megatron_dwm.config import Config, PolicyConfig, WeightingConfig
+from megatron_dwm.config.key import Part
+from megatron_dwm.data import Batch
+from megatron_dwm.model import LlamaShape, Reading
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.concentration import weights_from_logits
+from megatron_dwm.weighting.costs import Costs, learning_costs
 from megatron_dwm.weighting.groups import Grouping, gather_over_data
-from megatron_dwm.weighting.policy import NOTHING, Need, WeightingUpdate
-from megatron_dwm.weighting.reliability import Reliability
-from megatron_dwm.weighting.standardise import centred, standardise
+from megatron_dwm.weighting.method import (
+    Alignments,
+    BuildContext,
+    Counters,
+    Method,
+    WeightingUpdate,
+)
+from megatron_dwm.weighting.noise import Reliability
+from megatron_dwm.weighting.rules import group_problems, learning_problems, target_problems
+from megatron_dwm.weighting.schedule import Schedule, schedule_of
+from megatron_dwm.weighting.standardize import centered, standardize
 
 
-class DomainMeanPolicy:
+class DomainMean(Method):
     """A number for every domain, the same on every rank."""
 
-    needs: frozenset[Need] = NOTHING
-    update_needs: frozenset[Need] = NOTHING
+    @classmethod
+    def parts(cls, config: Config) -> frozenset[Part]:
+        """A target, updates from alignments, groups and the means."""
+        return frozenset({"target", "updates", "alignments", "domain_mean", "groups"})
+
+    @classmethod
+    def problems(cls, config: Config, num_layers: int, world_size: int) -> Iterator[str]:
+        """Rules of the target, of groups and of learning."""
+        yield from target_problems(config)
+        yield from group_problems(config)
+        yield from learning_problems(config, world_size)
+
+    @classmethod
+    def schedule(cls, config: Config) -> Schedule:
+        """As `weighting.mode` says."""
+        return schedule_of(config)
+
+    @classmethod
+    def costs(
+        cls, config: Config, llm: LlamaShape, *, replicas: int, passages: int | None = None
+    ) -> Costs:
+        """Learning costs without a weighting model."""
+        return learning_costs(config, llm, passages=passages)
+
+    @classmethod
+    def build(cls, context: BuildContext) -> DomainMean:
+        """With no domain seen."""
+        config = context.config
+        size = config.training.micro_batch_size
+        return cls(config.policy, config.weighting, context.llm.runtime, size)
 
     def __init__(
         self,
@@ -49,23 +87,17 @@ class DomainMeanPolicy:
         self.reliability = Reliability()
         self.means: dict[str, float] = {}
 
-    @property
-    def whole_batch(self) -> bool:
-        """Whether the weighting group is the global batch."""
-        return self.grouping.is_global
-
     @torch.no_grad()
-    def weights(self, batch: Batch, reading: Reading | None = None) -> Tensor:
+    def weights(self, batch: Batch, seen: Reading | None, counters: Counters) -> Tensor:
         """float32 [n], mean 1 in every weighting group; exactly 1 before the first update."""
         return self.grouping.local(self._group_weights(batch))
 
     @torch.no_grad()
-    def update(
-        self, batch: Batch, reading: Reading | None, alignment_n: Tensor, learning_rate: float
-    ) -> WeightingUpdate:
+    def update(self, batch: Batch, seen: Reading, alignments: Alignments) -> WeightingUpdate:
         """Move the means of the domains of this global batch."""
+        self.reliability.observe(alignments.signal_to_noise)
         weights_Gn = self._group_weights(batch)
-        advantage_Gn = self._advantage(alignment_n, weights_Gn, learning_rate)
+        advantage_Gn = self._advantage(alignments, weights_Gn)
         advantage_n = gather_over_data(self.grouping.local(advantage_Gn), self.runtime)
         by_domain: dict[str, list[float]] = defaultdict(list)
         for domain, value in zip(self._all_domains(batch), advantage_n.tolist(), strict=True):
@@ -76,30 +108,25 @@ class DomainMeanPolicy:
             self.means[domain] = kept * self.means.get(domain, 0.0) + (1 - kept) * mean
         return WeightingUpdate(self.grouping.local(weights_Gn))
 
-    def trust(self, signal_to_noise: float) -> None:
-        """Take up a measured signal-to-noise; see `weighting.damp_by_noise`."""
-        self.reliability.observe(signal_to_noise)
-
-    def save(self, directory: Path) -> None:
-        """Write the means as JSON, to be read by people."""
-        directory.mkdir(parents=True, exist_ok=True)
+    def files(self) -> dict[str, bytes]:
+        """The means as JSON, to be read by people."""
         text = json.dumps(self.means, indent=1, sort_keys=True)
-        (directory / "domain_means.json").write_text(text, encoding="utf-8")
+        return {"domain_means.json": text.encode()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs."""
+        """The means, and how far the alignments were reliable."""
         return {"means": dict(self.means), "reliability": self.reliability.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the state of `state_dict`."""
+        """Load the state of `state_dict`."""
         self.means = dict(state["means"])
         self.reliability.value = state["reliability"]
 
-    def _advantage(self, alignment_n: Tensor, weights_Gn: Tensor, learning_rate: float) -> Tensor:
-        alignment_Gn = self.grouping.gather(alignment_n)
+    def _advantage(self, alignments: Alignments, weights_Gn: Tensor) -> Tensor:
+        alignment_Gn = self.grouping.gather(alignments.values_n)
         if self.weighting.standardize:
-            return standardise(alignment_Gn, weights_Gn)
-        return centred(alignment_Gn * learning_rate, weights_Gn)
+            return standardize(alignment_Gn, weights_Gn)
+        return centered(alignment_Gn * alignments.learning_rate, weights_Gn)
 
     def _kept(self) -> float:
         """The running mean's decay; noisy alignments move it less."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_dwm.weighting.standardise import standardise
+from megatron_dwm.weighting.standardize import standardize
 
 
 class FeatureReader(nn.Module):
@@ -25,9 +25,9 @@ class FeatureReader(nn.Module):
         """float32 [G, n, 2 D + 1]: final and early hidden state, token-mean loss.
 
         The hidden states are brought to unit root mean square, since their scale differs from
-        model to model and grows during training; the loss is standardised inside the group.
+        model to model and grows during training; the loss is standardized inside the group.
         """
         final_GnD, early_GnD = rows_GnK[..., :-1].chunk(2, dim=-1)
         parts = [F.rms_norm(hidden, hidden.shape[-1:]) for hidden in (final_GnD, early_GnD)]
-        loss_Gn1 = standardise(rows_GnK[..., -1])[..., None]
+        loss_Gn1 = standardize(rows_GnK[..., -1])[..., None]
         return self.project(torch.cat([*parts, loss_Gn1], dim=-1))

@@ -72,13 +72,13 @@ class WeightingModel(nn.Module):
         mixed_GnD = self.across_samples(pooled_GnD, rotation=None)
         return (self.head(mixed_GnD) + self.sample_head(pooled_GnD)).squeeze(-1)
 
-    def save(self, directory: Path) -> None:
-        """Write a transferable model: `weighting.json` and `weighting.safetensors`."""
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / _SHAPE_FILE).write_text(json.dumps(asdict(self.shape)), encoding="utf-8")
+    def files(self) -> dict[str, bytes]:
+        """A transferable model: `weighting.json` and `weighting.safetensors`."""
         tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
-        # safetensors' own way to a file raises an error of its own where the disk is full.
-        (directory / _TENSOR_FILE).write_bytes(save(tensors))
+        return {
+            _SHAPE_FILE: json.dumps(asdict(self.shape)).encode(),
+            _TENSOR_FILE: save(tensors),
+        }
 
 
 def build_weighting_model(shape: WeightingShape, seed: int) -> WeightingModel:
@@ -89,7 +89,7 @@ def build_weighting_model(shape: WeightingShape, seed: int) -> WeightingModel:
 
 
 def load_weighting_model(directory: Path, expected: WeightingShape) -> WeightingModel:
-    """A model that `WeightingModel.save` wrote; its inner sizes replace those of `expected`.
+    """A model of `WeightingModel.files`; its inner sizes replace those of `expected`.
 
     Raises UserError if there is none, or if it reads something else than `expected` does.
     """
@@ -101,7 +101,7 @@ def load_weighting_model(directory: Path, expected: WeightingShape) -> Weighting
 
 
 def read_weighting_shape(directory: Path) -> WeightingShape:
-    """What `WeightingModel.save` wrote there. Raises UserError for a missing or damaged file."""
+    """The shape that `directory` describes. Raises UserError for a missing or damaged file."""
     shape_file, tensor_file = directory / _SHAPE_FILE, directory / _TENSOR_FILE
     for file in (shape_file, tensor_file):
         if not file.is_file():

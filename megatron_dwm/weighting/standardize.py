@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 
-def standardise(values_Gn: Tensor, weights_Gn: Tensor | None = None) -> Tensor:
+def standardize(values_Gn: Tensor, weights_Gn: Tensor | None = None) -> Tensor:
     """(v - weighted mean of v) / standard deviation of v, per group; 0 where v is constant.
 
     weights_Gn: mean 1; None weighs all alike.
     """
     deviation_G1 = values_Gn.std(-1, keepdim=True, correction=0)
-    return torch.where(deviation_G1 > 0, centred(values_Gn, weights_Gn) / deviation_G1, 0.0)
+    return torch.where(deviation_G1 > 0, centered(values_Gn, weights_Gn) / deviation_G1, 0.0)
 
 
-def centred(values_Gn: Tensor, weights_Gn: Tensor | None = None) -> Tensor:
+def centered(values_Gn: Tensor, weights_Gn: Tensor | None = None) -> Tensor:
     """v - weighted mean of v, per group. weights_Gn: mean 1; None weighs all alike."""
     weighted_Gn = values_Gn if weights_Gn is None else values_Gn * weights_Gn
     return values_Gn - weighted_Gn.mean(-1, keepdim=True)

@@ -1,0 +1,129 @@
+"""What a run's steps and updates cost in FLOPs, so that methods are compared at equal compute.
+
+Counted by formula as in model/flops.py. The run reports what it has spent (`Costs.spent`), and the
+planner says beforehand what it will spend, from the same record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_dwm.config import Config
+from megatron_dwm.model import LlamaShape
+from megatron_dwm.model.flops import FORWARD_BACKWARD, llm_forward_flops
+from megatron_dwm.weighting.model import WeightingShape
+from megatron_dwm.weighting.noise import why_no_noise
+
+
+class Spent(Protocol):
+    """What a run counts: steps, batches weighed by a weighting model, updates."""
+
+    step: int
+    weighings: int
+    updates: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """FLOPs by part; evaluation is not training and is left out.
+
+    llm_step: forward and backward of one global batch.
+    weighing: the weighting model on one batch, once it has learned.
+    reading: the LLM's forward pass that the weights of one batch wait for.
+    update_passes: the LLM's passes of one weighting update.
+    learning: the weighting model's own part of one update.
+    noise: one measurement of signal-to-noise, made in every `noise_interval`-th update (0: none).
+    """
+
+    llm_step: float
+    weighing: float = 0.0
+    reading: float = 0.0
+    update_passes: float = 0.0
+    learning: float = 0.0
+    noise: float = 0.0
+    noise_interval: int = 0
+
+    @property
+    def update(self) -> float:
+        """One weighting update, all of it but noise and, of a batch of its own, weighing it."""
+        return self.learning + self.update_passes
+
+    def spent(self, counters: Spent) -> float:
+        """FLOPs of a run so far."""
+        passes = counters.step * self.llm_step
+        passes += counters.weighings * (self.weighing + self.reading)
+        noise = self.measurements(counters.updates) * self.noise
+        return passes + counters.updates * self.update + noise
+
+    def measurements(self, updates: int) -> int:
+        """Measurements of signal-to-noise in so many updates: the first, then every interval-th."""
+        return -(-updates // self.noise_interval) if self.noise_interval else 0
+
+
+def plain_costs(config: Config, llm: LlamaShape) -> Costs:
+    """The costs of plain training."""
+    return Costs(llm_step=FORWARD_BACKWARD * _forward(config, llm))
+
+
+def learning_costs(
+    config: Config,
+    llm: LlamaShape,
+    *,
+    passages: int | None,
+    model: WeightingShape | None = None,
+    reads_first: bool = False,
+    encodes_twice: bool = False,
+    frozen: bool = False,
+) -> Costs:
+    """The costs of a method that learns from alignments.
+
+    passages: in a validation batch; None as configured.  model: the weighting model, if any.
+    reads_first: the weights wait for a forward pass of the whole batch.
+    encodes_twice: an update runs the weighting model forward twice (weighting/encoding.py).
+    frozen: it makes no updates.
+    """
+    rows, length = config.training.global_batch_size, config.data.sequence_length
+    forward = _forward(config, llm)
+    passages = config.passages if passages is None else passages
+    weighing = 0.0
+    if model is not None:
+        weighing = weighting_forward_flops(model, rows, length, _group_size(config))
+    validation = llm_forward_flops(llm, passages, length)
+    fresh = config.weighting.update_on == "fresh"
+    update_passes = FORWARD_BACKWARD * (validation + forward + fresh * forward)
+    measured = not frozen and why_no_noise(config, passages) is None
+    return Costs(
+        llm_step=FORWARD_BACKWARD * forward,
+        weighing=weighing,
+        reading=forward if reads_first else 0.0,
+        update_passes=0.0 if frozen else update_passes,
+        learning=0.0 if frozen else (FORWARD_BACKWARD + encodes_twice) * weighing,
+        noise=FORWARD_BACKWARD * forward,
+        noise_interval=config.bilevel.noise_interval_updates if measured else 0,
+    )
+
+
+def weighting_forward_flops(
+    shape: WeightingShape, samples: int, sequence_length: int, group_size: int
+) -> float:
+    """FLOPs of weighing `samples` rows of `sequence_length` tokens in groups of `group_size`."""
+    width = shape.hidden_size
+    layer = 4 * width * width + 3 * width * shape.ffn_hidden_size
+    if shape.encoder == "own":
+        causal_attention = width * sequence_length
+        reading = sequence_length * shape.num_layers * (layer + causal_attention)
+    else:
+        reading = (2 * shape.feature_size + 1) * width
+    across = layer + 2 * width * group_size + 2 * width
+    return 2.0 * samples * (reading + across)
+
+
+def _forward(config: Config, llm: LlamaShape) -> float:
+    return llm_forward_flops(llm, config.training.global_batch_size, config.data.sequence_length)
+
+
+def _group_size(config: Config) -> int:
+    training = config.training
+    is_global = config.weighting.group == "global"
+    return training.global_batch_size if is_global else training.micro_batch_size

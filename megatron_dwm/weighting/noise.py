@@ -1,0 +1,66 @@
+"""Signal and noise in the alignments.
+
+Meta-gradients can be noise without anything failing. The validation batch is therefore cut in two
+now and then, and the alignments from either half are compared: what they share is signal.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_dwm.config import Config
+
+# One correlation over a batch of 32 has a standard deviation of 0.18: a running mean over about
+# five measurements.
+_KEPT = 0.8
+
+
+def signal_to_noise(first_n: Tensor, second_n: Tensor) -> tuple[float, float]:
+    """(agreement, ratio) of the alignments from two disjoint halves of a validation batch.
+
+    agreement: Pearson correlation r of the two over the samples. ratio: variance of the signal over
+    that of the noise in the whole batch's alignments, 2r / (1 - r) (each half is signal plus noise
+    of twice the whole's variance); 0 where r is negative.
+    """
+    agreement = float(torch.corrcoef(torch.stack([first_n, second_n]).double())[0, 1])
+    if agreement != agreement:  # constant alignments: nothing to tell samples apart by
+        return 0.0, 0.0
+    return agreement, 2 * max(agreement, 0.0) / max(1.0 - agreement, 1e-12)
+
+
+def why_no_noise(config: Config, passages: int) -> str | None:
+    """Why the alignments' noise cannot be measured with validation batches of `passages`; None
+    where it can.
+    """
+    if config.bilevel.estimator == "unroll":
+        return "bilevel.estimator unroll gives no alignments of halves"
+    if passages < 2:
+        return "it is measured between halves of the validation batch, which has one passage"
+    if config.training.global_batch_size < 3:
+        return "two samples always correlate: training.global_batch_size has to be 3 or more"
+    return None
+
+
+class Reliability:
+    """Running mean of the signal's share in the alignments' variance, r = snr / (1 + snr).
+
+    r is the factor that brings a noisy measurement closest to its signal in least squares (Wiener's
+    filter), so it is what the step of an update is shortened by. value: None before the first
+    measurement.
+    """
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+
+    def observe(self, signal_to_noise: float | None) -> None:
+        """Note one measurement, 0 or more; None where none was made."""
+        if signal_to_noise is None:
+            return
+        share = signal_to_noise / (1.0 + signal_to_noise)
+        self.value = share if self.value is None else _KEPT * self.value + (1 - _KEPT) * share
+
+    @property
+    def factor(self) -> float:
+        """r; 1 before the first measurement."""
+        return 1.0 if self.value is None else self.value
