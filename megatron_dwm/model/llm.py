@@ -57,6 +57,14 @@ class LLM:
         """The bare models inside the wrappers."""
         return [unwrap(chunk) for chunk in self.chunks]
 
+    @property
+    def micro_batches_multiple(self) -> int:
+        """The number of micro-batches in a pass has to be a multiple of this.
+
+        Megatron-Core's interleaved schedule asks for a multiple of the pipeline's length.
+        """
+        return self.runtime.pipeline_size if len(self.chunks) > 1 else 1
+
     def parameters(self) -> list[Parameter]:
         """Every parameter of this rank, in the wrappers' order."""
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
