@@ -24,8 +24,8 @@ from megatron_dwm.bilevel.tangent_probe import tangent_probe
 from megatron_dwm.bilevel.unroll import unroll
 from megatron_dwm.bilevel.virtual_step import prepare_virtual_step
 from megatron_dwm.model import LLM, MicroBatch, clear_gradients, forward_backward
-from megatron_dwm.model.micro_batches import largest_micro_batch
-from megatron_dwm.model.objective import (
+from megatron_dwm.model.passes.micro_batches import largest_micro_batch
+from megatron_dwm.model.passes.objective import (
     TokenBatch,
     unit,
     weighted,
@@ -97,7 +97,7 @@ def from_gradient(
 def _validation_parts(problem: Problem, halves: bool) -> list[TokenBatch]:
     """The validation batch, whole or in two halves: its even and its odd rows, which are those of
     the global batch under every layout, since each rank has an even number of rows
-    (model/micro_batches.py).
+    (model/passes/micro_batches.py).
     """
     rows = problem.val_batch.tokens_BS.shape[0]
     if not halves:

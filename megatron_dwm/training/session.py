@@ -16,7 +16,7 @@ from megatron_dwm.data import EvaluationSet, TrainingData, ValidationSet
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.last_words import LastWords
 from megatron_dwm.model import LLM, LlamaShape, build_llm
-from megatron_dwm.model.micro_batches import rows_of_replica
+from megatron_dwm.model.passes.micro_batches import rows_of_replica
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.training.compute import Compute, compute_of

@@ -27,8 +27,8 @@ from megatron_dwm.model import (
     forward_backward,
     forward_only,
 )
-from megatron_dwm.model.objective import unit, weighted, weighted_denominator
-from megatron_dwm.model.predictions import predict
+from megatron_dwm.model.passes.objective import unit, weighted, weighted_denominator
+from megatron_dwm.model.passes.predictions import predict
 from megatron_dwm.runtime.profiling import phase
 from megatron_dwm.training.guard import LossSpike, require_sound_weights, step_if_finite
 from megatron_dwm.training.session import Session

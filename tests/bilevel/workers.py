@@ -18,7 +18,7 @@ from megatron_dwm.bilevel.virtual_step import CLIP_EPSILON, prepare_virtual_step
 from megatron_dwm.config import WeightingConfig
 from megatron_dwm.data import Batch
 from megatron_dwm.model import LLM, Reading, clear_gradients, forward_backward, forward_only
-from megatron_dwm.model.objective import token_count, token_mean, unit
+from megatron_dwm.model.passes.objective import token_count, token_mean, unit
 from megatron_dwm.weighting import DwmPolicy
 from megatron_dwm.weighting.model import WeightingShape, build_weighting_model
 from tests.tiny import MICRO_BATCH, SAMPLES, VOCAB_SIZE, Tiny, tiny

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from megatron_dwm.model.micro_batches import largest_micro_batch, rows_of_replica
+from megatron_dwm.model.passes.micro_batches import largest_micro_batch, rows_of_replica
 
 
 @pytest.mark.parametrize("halves", [False, True])

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_dwm.model.llm import LLM
-from megatron_dwm.model.reading import Features, FeatureTap, Reading
+from megatron_dwm.model.passes.forward_outputs import Features, FeatureTap, Reading
 
 # Megatron-Core adds up an integer token count that we do not use: weights make it a float.
 _NO_COUNT = torch.zeros([], dtype=torch.int)
