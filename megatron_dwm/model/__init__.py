@@ -7,7 +7,7 @@ from megatron_dwm.model.llm import (
     invalidate_weight_caches,
     unwrap,
 )
-from megatron_dwm.model.passes.forward_outputs import Features, Reading
+from megatron_dwm.model.passes.forward_outputs import Features, ForwardOutputs
 from megatron_dwm.model.passes.pipeline import (
     MicroBatch,
     PassResult,
@@ -23,7 +23,7 @@ __all__ = [
     "LlamaShape",
     "MicroBatch",
     "PassResult",
-    "Reading",
+    "ForwardOutputs",
     "Weigh",
     "build_llm",
     "clear_gradients",

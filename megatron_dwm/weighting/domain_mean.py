@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_dwm.config import PolicyConfig, WeightingConfig
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.model import Reading
+from megatron_dwm.model import ForwardOutputs
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.concentration import weights_from_logits
 from megatron_dwm.weighting.groups import Grouping, gather_over_data
@@ -55,13 +55,17 @@ class DomainMeanPolicy:
         return self.grouping.is_global
 
     @torch.no_grad()
-    def weights(self, batch: Batch, reading: Reading | None = None) -> Tensor:
+    def weights(self, batch: Batch, reading: ForwardOutputs | None = None) -> Tensor:
         """float32 [n], mean 1 in every weighting group; exactly 1 before the first update."""
         return self.grouping.local(self._group_weights(batch))
 
     @torch.no_grad()
     def update(
-        self, batch: Batch, reading: Reading | None, alignment_n: Tensor, learning_rate: float
+        self,
+        batch: Batch,
+        reading: ForwardOutputs | None,
+        alignment_n: Tensor,
+        learning_rate: float,
     ) -> WeightingUpdate:
         """Move the means of the domains of this global batch."""
         weights_Gn = self._group_weights(batch)

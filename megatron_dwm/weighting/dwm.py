@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from megatron_dwm.config import WeightingConfig
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.model import Reading
+from megatron_dwm.model import ForwardOutputs
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.concentration import weights_from_logits
 from megatron_dwm.weighting.encoding import encode
@@ -86,14 +86,18 @@ class DwmPolicy:
         return self.grouping.is_global
 
     @torch.no_grad()
-    def weights(self, batch: Batch, reading: Reading | None = None) -> Tensor:
+    def weights(self, batch: Batch, reading: ForwardOutputs | None = None) -> Tensor:
         """float32 [n], mean 1 in every weighting group; exactly 1 before the first update."""
         if not self.learned:
             return torch.ones(batch.size, device=self.runtime.device)
         return self.grouping.local(self._group_weights(batch, reading))
 
     def update(
-        self, batch: Batch, reading: Reading | None, alignment_n: Tensor, learning_rate: float
+        self,
+        batch: Batch,
+        reading: ForwardOutputs | None,
+        alignment_n: Tensor,
+        learning_rate: float,
     ) -> WeightingUpdate:
         """One AdamW step of the weighting model towards a lower validation loss."""
         weights_Gn = self._group_weights(batch, reading)
@@ -138,7 +142,7 @@ class DwmPolicy:
         self._previous_gradient = state["previous_gradient"]
         self.reliability.value = state["reliability"]
 
-    def _group_weights(self, batch: Batch, reading: Reading | None) -> Tensor:
+    def _group_weights(self, batch: Batch, reading: ForwardOutputs | None) -> Tensor:
         """[G, n]: weights of the groups that this rank sees."""
         if self.model.shape.encoder == "own":
             pooled_GnD = self.grouping.gather(self._encoded(batch))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.model import Reading
+from megatron_dwm.model import ForwardOutputs
 
 Need = Literal["tokens", "losses", "features"]
 NOTHING: frozenset[Need] = frozenset()
@@ -35,7 +35,7 @@ class Policy(Protocol):
     @property
     def whole_batch(self) -> bool: ...
 
-    def weights(self, batch: Batch, reading: Reading | None = None) -> Tensor:
+    def weights(self, batch: Batch, reading: ForwardOutputs | None = None) -> Tensor:
         """float32 [n], one a sample, finite, non-negative, mean 1 over the global batch.
 
         reading: of the same samples; None where nothing of it is needed.
@@ -68,7 +68,11 @@ class LearningPolicy(Policy, Protocol):
     def update_needs(self) -> frozenset[Need]: ...
 
     def update(
-        self, batch: Batch, reading: Reading | None, alignment_n: Tensor, learning_rate: float
+        self,
+        batch: Batch,
+        reading: ForwardOutputs | None,
+        alignment_n: Tensor,
+        learning_rate: float,
     ) -> WeightingUpdate:
         """Learn from this replica's samples and their s_i (collective over the world).
 
@@ -99,6 +103,6 @@ class UniformPolicy:
     needs: frozenset[Need] = NOTHING
     whole_batch = False
 
-    def weights(self, batch: Batch, reading: Reading | None = None) -> Tensor:
+    def weights(self, batch: Batch, reading: ForwardOutputs | None = None) -> Tensor:
         """Ones, [n]."""
         return torch.ones(batch.size, device=batch.tokens_BS.device)
