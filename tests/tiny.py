@@ -12,7 +12,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron_dwm.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dwm.data import Batch
 from megatron_dwm.model import LLM, build_llm, clear_gradients, forward_backward, resolve_shape
-from megatron_dwm.model.objective import weighted, weighted_denominator
+from megatron_dwm.model.passes.objective import weighted, weighted_denominator
 from megatron_dwm.runtime import Runtime, bring_up
 from megatron_dwm.training.optimiser import begin_at, build_optimizer, build_scheduler
 

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from megatron_dwm.model.fp8_emulation import ACTIVATIONS, GRADIENTS, quantise
+from megatron_dwm.model.layers.fp8_emulation import ACTIVATIONS, GRADIENTS, quantise
 
 # (output gradient, kept input) -> [B]
 Tangent = Callable[[Tensor, Tensor], Tensor]
@@ -214,13 +214,13 @@ _PRODUCT = "_forward_impl"
 
 _MEGATRON = "megatron.core.tensor_parallel.layers."
 _MEGATRON_TE = "megatron.core.extensions.transformer_engine."
-_OURS = "megatron_dwm.model."
+_OURS = "megatron_dwm.model.layers."
 
 ADAPTERS: Mapping[str, Adapter] = {
     _MEGATRON + "ColumnParallelLinear": Adapter(_column, "input_"),
     _MEGATRON + "RowParallelLinear": Adapter(_row, "input", method=_PRODUCT),
     _MEGATRON + "VocabParallelEmbedding": Adapter(_embedding, "input_"),
-    _OURS + "modules.RMSNorm": Adapter(_norm, "hidden_SBD", splits_weight=False),
+    _OURS + "local.RMSNorm": Adapter(_norm, "hidden_SBD", splits_weight=False),
     _OURS + "fp8_emulation.Fp8ColumnParallelLinear": Adapter(_quantised_column, "input_"),
     _OURS + "fp8_emulation.Fp8RowParallelLinear": Adapter(_quantised_row, "input", method=_PRODUCT),
     _MEGATRON_TE + "TEColumnParallelLinear": Adapter(_column, "x"),

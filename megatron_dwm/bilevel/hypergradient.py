@@ -24,7 +24,8 @@ from megatron_dwm.bilevel.tangent_probe import tangent_probe
 from megatron_dwm.bilevel.unroll import unroll
 from megatron_dwm.bilevel.virtual_step import prepare_virtual_step
 from megatron_dwm.model import LLM, MicroBatch, clear_gradients, forward_backward
-from megatron_dwm.model.objective import (
+from megatron_dwm.model.passes.micro_batches import largest_micro_batch
+from megatron_dwm.model.passes.objective import (
     TokenBatch,
     unit,
     weighted,
@@ -96,7 +97,7 @@ def from_gradient(
 def _validation_parts(problem: Problem, halves: bool) -> list[TokenBatch]:
     """The validation batch, whole or in two halves: its even and its odd rows, which are those of
     the global batch under every layout, since each rank has an even number of rows
-    (`rows_of_replica`).
+    (model/passes/micro_batches.py).
     """
     rows = problem.val_batch.tokens_BS.shape[0]
     if not halves:
@@ -108,7 +109,8 @@ def _validation_parts(problem: Problem, halves: bool) -> list[TokenBatch]:
 def _validation_gradient(problem: Problem, batch: TokenBatch) -> Tensor:
     """Leave grad L_val in the gradient buffers; float64 [L_val, divisor], over all ranks."""
     llm, objective = problem.llm, problem.objective
-    size = _micro_batch_rows(llm, batch.tokens_BS.shape[0], problem.micro_batch_size)
+    rows = batch.tokens_BS.shape[0]
+    size = largest_micro_batch(rows, problem.micro_batch_size, llm.micro_batches_multiple)
     micro_batches = objective.micro_batches(batch, size)
     result = forward_backward(llm, micro_batches, denominator=objective.denominator(batch))
     loss_sum, count = sum_over_data(llm, objective.sums(result))
@@ -119,37 +121,6 @@ INNER_PRODUCTS: dict[str, InnerProducts] = {
     "tangent_probe": tangent_probe,
     "finite_difference": finite_difference,
 }
-
-
-def rows_of_replica(llm: LLM, passages: int, micro_batch_size: int, *, halves: bool) -> int:
-    """Rows that every data-parallel replica takes of a global batch of `passages`, which rows
-    without loss fill up: as few as go through the pipeline in even micro-batches, in either half.
-    """
-    parts, multiple = 2 if halves else 1, _micro_batches_multiple(llm)
-    replicas = llm.runtime.data_size
-    whole = passages % (parts * multiple * replicas) == 0
-    if whole and passages % (micro_batch_size * replicas) == 0:
-        return passages // replicas
-    share = -(-passages // (parts * replicas))
-    micro_batches = multiple * -(-share // (micro_batch_size * multiple))
-    return parts * micro_batches * -(-share // micro_batches)
-
-
-def _micro_batches_multiple(llm: LLM) -> int:
-    """Interleaved stages want a multiple of the pipeline's length of micro-batches."""
-    return llm.runtime.pipeline_size if len(llm.chunks) > 1 else 1
-
-
-def _micro_batch_rows(llm: LLM, rows: int, largest: int) -> int:
-    """Rows of the largest micro-batch that shares `rows` out evenly.
-
-    Raises ValueError where interleaved stages have fewer rows than they want micro-batches.
-    """
-    multiple = _micro_batches_multiple(llm)
-    sizes = [size for size in range(1, largest + 1) if rows % (size * multiple) == 0]
-    if not sizes:
-        raise ValueError(f"{rows} validation rows are no multiple of {multiple} pipeline stages")
-    return max(sizes)
 
 
 # Each makes its own pass for g(w).

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_dwm.model import MicroBatch, PassResult
-from megatron_dwm.model.objective import TokenBatch, token_count, token_mean
+from megatron_dwm.model.passes.objective import TokenBatch, token_count, token_mean
 
 
 class ValidationObjective(Protocol):

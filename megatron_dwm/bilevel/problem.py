@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_dwm.bilevel.objectives import TOKEN_MEAN, ValidationObjective
 from megatron_dwm.model import LLM
-from megatron_dwm.model.objective import TokenBatch
+from megatron_dwm.model.passes.objective import TokenBatch
 
 InnerOptimizer = Literal["adam", "sgd"]
 

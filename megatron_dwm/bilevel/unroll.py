@@ -18,8 +18,8 @@ from megatron_dwm.bilevel.objectives import TokenMean
 from megatron_dwm.bilevel.problem import Hypergradient, Problem
 from megatron_dwm.bilevel.slots import Slot, collect_slots
 from megatron_dwm.bilevel.virtual_step import CLIP_EPSILON
-from megatron_dwm.model.modules import RMSNorm
-from megatron_dwm.model.objective import TokenBatch
+from megatron_dwm.model.layers.local import RMSNorm
+from megatron_dwm.model.passes.objective import TokenBatch
 from megatron_dwm.runtime.profiling import phase
 
 Parameters = dict[str, Tensor]

@@ -28,7 +28,7 @@ from megatron_dwm.bilevel.slots import (
 )
 from megatron_dwm.bilevel.update_rules import UPDATE_RULES, UpdateRule
 from megatron_dwm.model import LLM, invalidate_weight_caches
-from megatron_dwm.model.transformer_engine import read_scaling_state, write_scaling_state
+from megatron_dwm.model.layers.transformer_engine import read_scaling_state, write_scaling_state
 
 # megatron.core.optimizer.clip_grads.clip_grad_by_total_norm_fp32 divides by the norm plus this.
 CLIP_EPSILON = 1e-6

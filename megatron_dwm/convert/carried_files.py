@@ -24,7 +24,7 @@ from megatron_dwm.config.huggingface import (
 )
 from megatron_dwm.convert.huggingface import SPECIAL_TOKENS
 from megatron_dwm.model import LlamaShape
-from megatron_dwm.model.huggingface_files import shape_of
+from megatron_dwm.model.on_disk.huggingface_files import shape_of
 from megatron_dwm.tokenizer import open_tokenizer
 from megatron_dwm.training.kept_files import (
     SETTINGS_FILES,

@@ -5,7 +5,8 @@ that saved it: layers stacked along a leading axis, and the gate and up halves o
 the other. torch's own reader of that format therefore reads any layout. A read costs the memory of
 one layer's tensor, and once more that of its largest saved part.
 
-The index of the tensors is a pickle, read by model/saved_index.py: a checkpoint cannot run code.
+The index of the tensors is a pickle, read by model/on_disk/saved_index.py: a checkpoint cannot run
+code.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_dwm.config import UserError
 from megatron_dwm.model import LlamaShape
-from megatron_dwm.model.saved_index import data_only, read_index
+from megatron_dwm.model.on_disk.saved_index import data_only, read_index
 from megatron_dwm.training.fingerprint import TOKENIZER_KEY
 from megatron_dwm.training.kept_files import HUGGINGFACE, TOKENIZER, own_tokenizer
 from megatron_dwm.training.manifest import MANIFEST, named_checkpoint, read_manifest

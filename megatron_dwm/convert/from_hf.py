@@ -26,10 +26,10 @@ from megatron_dwm.convert.carried_files import plain_encoder, special_tokens
 from megatron_dwm.convert.checkpoint_reader import MODEL_PREFIX, open_checkpoint
 from megatron_dwm.convert.gate import gate_tokens, require_equal_logits
 from megatron_dwm.convert.output import new_directory, require_free
-from megatron_dwm.model.huggingface_files import HuggingFaceModel, open_huggingface
-from megatron_dwm.model.initialise import global_parameter_names
-from megatron_dwm.model.layout import megatron_tensor
+from megatron_dwm.model.initialize import global_parameter_names
 from megatron_dwm.model.llm import build_module, transformer_config
+from megatron_dwm.model.on_disk.huggingface_files import HuggingFaceModel, open_huggingface
+from megatron_dwm.model.on_disk.parameter_names import megatron_tensor
 from megatron_dwm.runtime import bring_up
 from megatron_dwm.training.kept_files import HUGGINGFACE, huggingface_files, write_files
 

@@ -21,7 +21,7 @@ from megatron_dwm.config import RunError, UserError
 from megatron_dwm.convert.checkpoint_reader import SavedLLM
 from megatron_dwm.convert.huggingface import encode_with_huggingface, huggingface_logits
 from megatron_dwm.convert.megatron_logits import megatron_logits
-from megatron_dwm.model.huggingface_files import HuggingFaceModel
+from megatron_dwm.model.on_disk.huggingface_files import HuggingFaceModel
 from megatron_dwm.tokenizer import Tokenizer
 
 GATE_TOKENS = 128

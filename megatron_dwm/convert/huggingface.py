@@ -18,7 +18,7 @@ from torch.nn import Module
 
 from megatron_dwm.config import UserError
 from megatron_dwm.model import LlamaShape
-from megatron_dwm.model.huggingface_files import HuggingFaceModel
+from megatron_dwm.model.on_disk.huggingface_files import HuggingFaceModel
 
 try:
     from transformers import (

@@ -27,8 +27,8 @@ from megatron_dwm.convert.shards import write_shards
 from megatron_dwm.convert.tokenizer_files import write_tokenizer_files
 from megatron_dwm.convert.weights import huggingface_tensors
 from megatron_dwm.convert.words import Words, open_words
-from megatron_dwm.model.huggingface_files import open_huggingface
-from megatron_dwm.model.layout import huggingface_shapes
+from megatron_dwm.model.on_disk.huggingface_files import open_huggingface
+from megatron_dwm.model.on_disk.parameter_names import huggingface_shapes
 
 
 @dataclass(frozen=True, kw_only=True)

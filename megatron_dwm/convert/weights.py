@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from megatron_dwm.convert.checkpoint_reader import SavedLLM
-from megatron_dwm.model.layout import EMBEDDING, FINAL_NORM, LAYER_TENSORS, OUTPUT, WHOLE_TENSORS
+from megatron_dwm.model.on_disk.parameter_names import (
+    EMBEDDING,
+    FINAL_NORM,
+    LAYER_TENSORS,
+    OUTPUT,
+    WHOLE_TENSORS,
+)
 
 
 def huggingface_tensors(saved: SavedLLM) -> Iterator[tuple[str, Tensor]]:

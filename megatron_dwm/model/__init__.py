@@ -7,8 +7,14 @@ from megatron_dwm.model.llm import (
     invalidate_weight_caches,
     unwrap,
 )
-from megatron_dwm.model.passes import MicroBatch, PassResult, Weigh, forward_backward, forward_only
-from megatron_dwm.model.reading import Features, Reading
+from megatron_dwm.model.passes.forward_outputs import Features, ForwardOutputs
+from megatron_dwm.model.passes.pipeline import (
+    MicroBatch,
+    PassResult,
+    Weigh,
+    forward_backward,
+    forward_only,
+)
 from megatron_dwm.model.shape import LlamaShape, resolve_shape
 
 __all__ = [
@@ -17,7 +23,7 @@ __all__ = [
     "LlamaShape",
     "MicroBatch",
     "PassResult",
-    "Reading",
+    "ForwardOutputs",
     "Weigh",
     "build_llm",
     "clear_gradients",

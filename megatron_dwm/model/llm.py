@@ -17,8 +17,8 @@ from torch.nn import Module, Parameter
 
 from megatron_dwm.config import ModelConfig, ParallelConfig
 from megatron_dwm.config.printing import printable
-from megatron_dwm.model.initialise import initialise_parameters
-from megatron_dwm.model.layers import (
+from megatron_dwm.model.initialize import initialise_parameters
+from megatron_dwm.model.layers.choice import (
     LayerChoice,
     LayerKind,
     choose_layers,
@@ -26,9 +26,9 @@ from megatron_dwm.model.layers import (
     fp8_fields,
     parameter_dtype,
 )
-from megatron_dwm.model.modules import llama_block_spec
+from megatron_dwm.model.layers.local import llama_block_spec
+from megatron_dwm.model.layers.transformer_engine import transformer_engine_block_spec
 from megatron_dwm.model.shape import LlamaShape
-from megatron_dwm.model.transformer_engine import transformer_engine_block_spec
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.runtime.fused import gradient_accumulation_is_fused
 
@@ -56,6 +56,14 @@ class LLM:
     def modules(self) -> list[GPTModel]:
         """The bare models inside the wrappers."""
         return [unwrap(chunk) for chunk in self.chunks]
+
+    @property
+    def micro_batches_multiple(self) -> int:
+        """The number of micro-batches in a pass has to be a multiple of this.
+
+        Megatron-Core's interleaved schedule asks for a multiple of the pipeline's length.
+        """
+        return self.runtime.pipeline_size if len(self.chunks) > 1 else 1
 
     def parameters(self) -> list[Parameter]:
         """Every parameter of this rank, in the wrappers' order."""
@@ -133,7 +141,7 @@ def transformer_config(
         recompute_granularity=None if model.recompute == "none" else model.recompute,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
-        # Losses are summed over samples; passes.py divides once, by a float denominator.
+        # Losses are summed over samples; passes/pipeline.py divides once, by a float denominator.
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=fused_gradients,
         masked_softmax_fusion=False,

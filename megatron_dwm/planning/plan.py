@@ -9,7 +9,7 @@ from typing import Any
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.validate import validate_config
 from megatron_dwm.model import LlamaShape, resolve_shape
-from megatron_dwm.model.huggingface_files import is_huggingface, open_huggingface
+from megatron_dwm.model.on_disk.huggingface_files import is_huggingface, open_huggingface
 from megatron_dwm.model.shape import heads_of
 from megatron_dwm.planning.cost import Cost, cost_of
 from megatron_dwm.planning.hardware import Gpu

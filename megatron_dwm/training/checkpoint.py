@@ -31,7 +31,7 @@ from megatron_dwm.config import UserError
 from megatron_dwm.config.load import save_config
 from megatron_dwm.config.printing import printable
 from megatron_dwm.model import LLM
-from megatron_dwm.model.saved_index import data_only
+from megatron_dwm.model.on_disk.saved_index import data_only
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.runtime.random_state import random_state, restore_random_state
 from megatron_dwm.training.kept_files import write_files

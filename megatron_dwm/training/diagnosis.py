@@ -20,8 +20,8 @@ from megatron_dwm.config.printing import printable
 from megatron_dwm.config.validate import validate_layout, validate_options
 from megatron_dwm.data import Batch
 from megatron_dwm.model import LLM, build_llm, clear_gradients, forward_backward, resolve_shape
-from megatron_dwm.model.layers import choose_layers
-from megatron_dwm.model.objective import weighted, weighted_denominator
+from megatron_dwm.model.layers.choice import choose_layers
+from megatron_dwm.model.passes.objective import weighted, weighted_denominator
 from megatron_dwm.model.shape import heads_of
 from megatron_dwm.runtime import Runtime, bring_up, world_size_from_environment
 from megatron_dwm.runtime.machine import describe_machine

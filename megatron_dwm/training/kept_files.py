@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_dwm.config import Config, UserError
-from megatron_dwm.model.huggingface_files import is_huggingface
+from megatron_dwm.model.on_disk.huggingface_files import is_huggingface
 from megatron_dwm.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer"

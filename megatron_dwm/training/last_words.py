@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_dwm.data.last_words import LastWords
 from megatron_dwm.model import LLM
-from megatron_dwm.model.predictions import predict
+from megatron_dwm.model.passes.predictions import predict
 from megatron_dwm.training.session import Session
 
 

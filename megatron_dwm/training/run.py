@@ -18,8 +18,8 @@ from megatron_dwm.data import EvaluationSet, ValidationSet
 from megatron_dwm.data.checks import check_data
 from megatron_dwm.data.tokenizer_record import has_special_tokens
 from megatron_dwm.model import LLM, LlamaShape, resolve_shape
-from megatron_dwm.model.from_huggingface import load_huggingface
-from megatron_dwm.model.huggingface_files import is_huggingface, open_huggingface
+from megatron_dwm.model.on_disk.from_huggingface import load_huggingface
+from megatron_dwm.model.on_disk.huggingface_files import is_huggingface, open_huggingface
 from megatron_dwm.model.shape import heads_of
 from megatron_dwm.runtime import Runtime, bring_up, world_size_from_environment
 from megatron_dwm.runtime.profiling import check_profiling

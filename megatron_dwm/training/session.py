@@ -11,12 +11,12 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megatron_dwm.bilevel.hypergradient import rows_of_replica
 from megatron_dwm.config import Config
 from megatron_dwm.data import EvaluationSet, TrainingData, ValidationSet
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.last_words import LastWords
 from megatron_dwm.model import LLM, LlamaShape, build_llm
+from megatron_dwm.model.passes.micro_batches import rows_of_replica
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.training.compute import Compute, compute_of
@@ -139,7 +139,13 @@ class Session:
         """
         assert self.validation is not None
         micro_batch = self.config.training.micro_batch_size
-        share = rows_of_replica(self.llm, self.passages, micro_batch, halves=halves)
+        share = rows_of_replica(
+            self.passages,
+            micro_batch_size=micro_batch,
+            replicas=self.runtime.data_size,
+            micro_batches_multiple=self.llm.micro_batches_multiple,
+            halves=halves,
+        )
         size = share * self.runtime.data_size
         batch = self.validation.batch(number, self.passages, num_padding=size - self.passages)
         rows = self.local_rows(size)

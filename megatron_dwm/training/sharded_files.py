@@ -33,7 +33,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from torch import Tensor
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_dwm.model.saved_index import data_only, read_index
+from megatron_dwm.model.on_disk.saved_index import data_only, read_index
 from megatron_dwm.training.manifest import FileRecord, record_file
 from megatron_dwm.training.sharded_plan import BACKEND, VERSION, RankFile, SavePlan
 

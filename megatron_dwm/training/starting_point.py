@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.model import LlamaShape
-from megatron_dwm.model.huggingface_files import is_huggingface, open_huggingface
-from megatron_dwm.model.layout import megatron_sizes
-from megatron_dwm.model.saved_index import read_index
+from megatron_dwm.model.on_disk.huggingface_files import is_huggingface, open_huggingface
+from megatron_dwm.model.on_disk.parameter_names import megatron_sizes
+from megatron_dwm.model.on_disk.saved_index import read_index
 from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.training.checkpoint import MODEL_PREFIX
 from megatron_dwm.training.kept_files import HUGGINGFACE, TOKENIZER

@@ -21,14 +21,14 @@ from torch import Tensor
 from megatron_dwm.bilevel import Hypergradient, Problem, hypergradient
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.model import (
+    ForwardOutputs,
     PassResult,
-    Reading,
     clear_gradients,
     forward_backward,
     forward_only,
 )
-from megatron_dwm.model.objective import unit, weighted, weighted_denominator
-from megatron_dwm.model.predictions import predict
+from megatron_dwm.model.passes.objective import unit, weighted, weighted_denominator
+from megatron_dwm.model.passes.predictions import predict
 from megatron_dwm.runtime.profiling import phase
 from megatron_dwm.training.guard import LossSpike, require_sound_weights, step_if_finite
 from megatron_dwm.training.session import Session
@@ -151,11 +151,11 @@ def weighted_pass(session: Session, batch: Batch, *, keep_reading: bool) -> Pass
         # Every weight waits for the last micro-batch, and a pipeline cannot hold all of them back:
         # read first. One forward pass more.
         first = forward_only(llm, unit(batch, size), early_layer=early_layer)
-        weights_n = policy.weights(batch, first.reading)
+        weights_n = policy.weights(batch, first.outputs)
     else:
         rows = batch.micro_batches(size)
 
-        def weigh(index: int, reading: Reading) -> Tensor:
+        def weigh(index: int, reading: ForwardOutputs) -> Tensor:
             return policy.weights(rows[index], reading)
 
     clear_gradients(llm, session.optimizer)
@@ -195,7 +195,7 @@ def _learn(
     if found.halves_2n is not None:
         policy.trust(signal_to_noise_of(session, found.halves_2n)[1])
     with phase("weighting model"):
-        update = policy.update(train, result.reading, found.alignment_n, problem.learning_rate)
+        update = policy.update(train, result.outputs, found.alignment_n, problem.learning_rate)
     train_loss = float(_mean_over_samples(session, result.sample_losses_n[None])[0])
     return UpdateResult(hypergradient=found, update=update, train_loss=train_loss)
 

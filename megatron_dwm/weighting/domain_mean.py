@@ -6,7 +6,7 @@ section 6). What a weighting model that reads the samples has to beat.
 
 with a_i the alignments s_i, standardized in the weighting group, or (`weighting.standardize false`)
 eta * s_i less the group's weighted mean, in nats of validation loss, for which the temperature has
-to be made some hundred times smaller. A domain that has not been seen has m_d = 0, the mean.
+to be made some hundred times smaller. A domain that has not been outputs has m_d = 0, the mean.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_dwm.config import Config, PolicyConfig, WeightingConfig
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
-from megatron_dwm.model import LlamaShape, Reading
+from megatron_dwm.model import LlamaShape, ForwardOutputs
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.concentration import weights_from_logits
 from megatron_dwm.weighting.costs import Costs, learning_costs
@@ -70,7 +70,7 @@ class DomainMean(Method):
 
     @classmethod
     def build(cls, context: BuildContext) -> DomainMean:
-        """With no domain seen."""
+        """With no domain outputs."""
         config = context.config
         size = config.training.micro_batch_size
         return cls(config.policy, config.weighting, context.llm.runtime, size)
@@ -88,12 +88,12 @@ class DomainMean(Method):
         self.means: dict[str, float] = {}
 
     @torch.no_grad()
-    def weights(self, batch: Batch, seen: Reading | None, counters: Counters) -> Tensor:
+    def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
         """float32 [n], mean 1 in every weighting group; exactly 1 before the first update."""
         return self.grouping.local(self._group_weights(batch))
 
     @torch.no_grad()
-    def update(self, batch: Batch, seen: Reading, alignments: Alignments) -> WeightingUpdate:
+    def update(self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments) -> WeightingUpdate:
         """Move the means of the domains of this global batch."""
         self.reliability.observe(alignments.signal_to_noise)
         weights_Gn = self._group_weights(batch)

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_dwm.config import Config
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
-from megatron_dwm.model import LlamaShape, Reading
+from megatron_dwm.model import LlamaShape, ForwardOutputs
 from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.weighting.costs import Costs, learning_costs
 from megatron_dwm.weighting.method import (
@@ -168,16 +168,16 @@ class Dwm(Method):
         return self.trainer.learned
 
     @torch.no_grad()
-    def weights(self, batch: Batch, seen: Reading | None, counters: Counters) -> Tensor:
+    def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
         """float32 [n], mean 1 in every weighting group; exactly 1 before the first update."""
         trainer = self.trainer
         if not trainer.learned:
             return torch.ones(batch.size, device=batch.tokens_BS.device)
-        return trainer.grouping.local(trainer.group_weights(batch, seen))
+        return trainer.grouping.local(trainer.group_weights(batch, outputs))
 
-    def update(self, batch: Batch, seen: Reading, alignments: Alignments) -> WeightingUpdate:
+    def update(self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments) -> WeightingUpdate:
         """One AdamW step of the weighting model towards a lower validation loss."""
-        return self.trainer.update(batch, seen, alignments)
+        return self.trainer.update(batch, outputs, alignments)
 
     def files(self) -> dict[str, bytes]:
         """The weighting model, for `weighting.load` of another run."""

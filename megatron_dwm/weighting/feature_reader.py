@@ -1,7 +1,7 @@
 """The weighting model's encoder where the LLM itself has read the sample (`weighting.encoder llm`).
 
-One linear map of what model/reading.py describes: two pooled hidden states and the loss. Cost: a
-product of [2 D + 1, width] a sample, not a token.
+One linear map of what model/passes/forward_outputs.py describes: two pooled hidden states and the
+loss. Cost: a product of [2 D + 1, width] a sample, not a token.
 """
 
 from __future__ import annotations

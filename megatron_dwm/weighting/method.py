@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_dwm.config import Config
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch, Source, ValidationSet
-from megatron_dwm.model import LLM, LlamaShape, Reading
+from megatron_dwm.model import LLM, LlamaShape, ForwardOutputs
 from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.weighting.costs import Costs, plain_costs
 from megatron_dwm.weighting.model import WeightingShape
@@ -161,14 +161,14 @@ class Method(Protocol):
         """True if the next batch goes through a weighting model, which costs FLOPs."""
         return False
 
-    def weights(self, batch: Batch, seen: Reading | None, counters: Counters) -> Tensor:
+    def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
         """float32 [n], one a sample, finite, non-negative, mean 1 over the global batch.
 
-        seen: what the LLM made of the same samples; None where nothing of it is needed.
+        outputs: what the LLM made of the same samples; None where nothing of it is needed.
         """
         ...
 
-    def update(self, batch: Batch, seen: Reading, alignments: Alignments) -> WeightingUpdate:
+    def update(self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments) -> WeightingUpdate:
         """Learn from this replica's samples and their alignments (collective over the world)."""
         raise NotImplementedError("a method whose schedule has updates learns from them")
 

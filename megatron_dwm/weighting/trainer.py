@@ -21,7 +21,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from megatron_dwm.config import WeightingConfig
 from megatron_dwm.data import Batch
-from megatron_dwm.model import Reading
+from megatron_dwm.model import ForwardOutputs
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.concentration import weights_from_logits
 from megatron_dwm.weighting.encoding import encode
@@ -64,10 +64,10 @@ class WeightingTrainer:
             weight_decay=config.weight_decay,
         )
 
-    def update(self, batch: Batch, seen: Reading, alignments: Alignments) -> WeightingUpdate:
+    def update(self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments) -> WeightingUpdate:
         """One AdamW step towards a lower validation loss (collective over the world)."""
         self.reliability.observe(alignments.signal_to_noise)
-        weights_Gn = self.group_weights(batch, seen)
+        weights_Gn = self.group_weights(batch, outputs)
         advantage_Gn = self._advantage(alignments, weights_Gn.detach())
         num_samples = batch.size * self.runtime.data_size
         objective = -(advantage_Gn * weights_Gn).sum() / num_samples
@@ -81,13 +81,13 @@ class WeightingTrainer:
         self.learned = True
         return WeightingUpdate(self.grouping.local(weights_Gn.detach()), grad_norm, cosine)
 
-    def group_weights(self, batch: Batch, seen: Reading | None) -> Tensor:
+    def group_weights(self, batch: Batch, outputs: ForwardOutputs | None) -> Tensor:
         """[G, n]: weights of the groups that this rank sees."""
         if self.model.shape.encoder == "own":
             pooled_GnD = self.grouping.gather(self._encoded(batch))
         else:
-            assert seen is not None and seen.features is not None
-            rows_nK = torch.cat([seen.features.flat(), seen.losses_n[:, None]], dim=1)
+            assert outputs is not None and outputs.features is not None
+            rows_nK = torch.cat([outputs.features.flat(), outputs.losses_n[:, None]], dim=1)
             pooled_GnD = self.model.encoder(self.grouping.gather(rows_nK.to(self._dtype)))
         return weights_from_logits(
             self.model.logits(pooled_GnD),

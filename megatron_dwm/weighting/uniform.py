@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from megatron_dwm.data import Batch
-from megatron_dwm.model import Reading
+from megatron_dwm.model import ForwardOutputs
 from megatron_dwm.weighting.method import Counters, Method
 
 
 class Uniform(Method):
     """Every sample weighs 1."""
 
-    def weights(self, batch: Batch, seen: Reading | None, counters: Counters) -> Tensor:
+    def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
         """Ones, [n]."""
         return torch.ones(batch.size, device=batch.tokens_BS.device)

@@ -16,8 +16,8 @@ from megatron_dwm.bilevel.slots import collect_slots
 from megatron_dwm.bilevel.tangent_probe import tangent_probe
 from megatron_dwm.bilevel.virtual_step import prepare_virtual_step
 from megatron_dwm.model import clear_gradients, forward_backward, forward_only
-from megatron_dwm.model.fp8_emulation import Fp8ColumnParallelLinear, Fp8RowParallelLinear
-from megatron_dwm.model.objective import token_count, token_mean, unit
+from megatron_dwm.model.layers.fp8_emulation import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+from megatron_dwm.model.passes.objective import token_count, token_mean, unit
 from tests.bilevel.workers import TRAIN, VALIDATION, problem_of
 from tests.tiny import MICRO_BATCH, Tiny, tiny
 

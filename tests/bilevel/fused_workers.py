@@ -17,9 +17,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from megatron_dwm.bilevel.adapters import ADAPTERS
 from megatron_dwm.bilevel.tangent_probe import tangent_probe
 from megatron_dwm.model import llm as llm_module
-from megatron_dwm.model import modules
-from megatron_dwm.model.objective import unit
-from megatron_dwm.model.transformer_engine import UNFUSED_NAMES
+from megatron_dwm.model.layers import local as modules
+from megatron_dwm.model.layers.transformer_engine import UNFUSED_NAMES
+from megatron_dwm.model.passes.objective import unit
 from tests.bilevel.fp8_workers import _leave_validation_gradient
 from tests.bilevel.workers import TRAIN
 from tests.tiny import MICRO_BATCH, Tiny, tiny

@@ -17,8 +17,8 @@ from megatron_dwm.bilevel.slots import collect_slots
 from megatron_dwm.bilevel.virtual_step import CLIP_EPSILON, prepare_virtual_step
 from megatron_dwm.config import WeightingConfig
 from megatron_dwm.data import Batch
-from megatron_dwm.model import LLM, Reading, clear_gradients, forward_backward, forward_only
-from megatron_dwm.model.objective import token_count, token_mean, unit
+from megatron_dwm.model import LLM, ForwardOutputs, clear_gradients, forward_backward, forward_only
+from megatron_dwm.model.passes.objective import token_count, token_mean, unit
 from megatron_dwm.weighting import DwmPolicy
 from megatron_dwm.weighting.model import WeightingShape, build_weighting_model
 from tests.tiny import MICRO_BATCH, SAMPLES, VOCAB_SIZE, Tiny, tiny
@@ -232,11 +232,11 @@ def halves_add_up(micro_batch: int = MICRO_BATCH, **layout: Any) -> tuple[Tensor
         return found.alignment_n, whole.alignment_n
 
 
-def _read(batch: Batch, reading: Reading, encoder: str) -> Tensor:
+def _encoder_inputs(batch: Batch, outputs: ForwardOutputs, encoder: str) -> Tensor:
     """What the weighting model's encoder takes, a row a sample."""
     if encoder == "own":
         return batch.tokens_BS
-    return torch.cat([reading.features.flat(), reading.losses_n[:, None]], dim=1).double()
+    return torch.cat([outputs.features.flat(), outputs.losses_n[:, None]], dim=1).double()
 
 
 def chain_and_difference(
@@ -260,20 +260,20 @@ def chain_and_difference(
         policy.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # form phi's gradient only
         train = subject.batch(TRAIN)
         passes = unit(train, MICRO_BATCH)
-        reading = forward_only(subject.llm, passes, early_layer=1).reading
-        subject.weights_n = policy.weights(train, reading)
+        outputs = forward_only(subject.llm, passes, early_layer=1).outputs
+        subject.weights_n = policy.weights(train, outputs)
         val_loss = _val_loss_after_step(subject, inner, layout.get("clip", 1.0))
         problem = problem_of(subject, inner)
         found = ESTIMATORS["tangent_probe"](problem)
         held = FixedTemperature(
             model,
-            lambda: model.encoder(_read(train, reading, encoder)),
+            lambda: model.encoder(_encoder_inputs(train, outputs, encoder)),
             bound=bound,
             group=SAMPLES,
         )
         assert (float(held.temperature_G) > 1.0) == (bound > 0.0), "the bound is active"
         torch.testing.assert_close(held.weights(), subject.weights_n.double())
-        policy.update(train, reading, found.alignment_n.double(), problem.learning_rate)
+        policy.update(train, outputs, found.alignment_n.double(), problem.learning_rate)
         gradients = [parameter.grad.clone() for parameter in model.parameters()]
         ours, differences = [], []
         for _ in range(4):

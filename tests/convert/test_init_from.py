@@ -16,7 +16,7 @@ from megatron_dwm.config import Config, DataConfig, ModelConfig, UserError
 from megatron_dwm.convert.from_hf import import_from_huggingface
 from megatron_dwm.convert.tokenizer_files import write_tokenizer_files
 from megatron_dwm.model import resolve_shape
-from megatron_dwm.model.huggingface_files import open_huggingface
+from megatron_dwm.model.on_disk.huggingface_files import open_huggingface
 from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.training.run import check
 from tests.convert.families import VOCAB_SIZE, write_llama

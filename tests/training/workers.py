@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_dwm.data import Batch
 from megatron_dwm.model import clear_gradients, forward_backward
-from megatron_dwm.model.objective import weighted, weighted_denominator
+from megatron_dwm.model.passes.objective import weighted, weighted_denominator
 from tests.tiny import MICRO_BATCH, SEQUENCE_LENGTH, Tiny, tiny
 
 STEPS = 6

@@ -28,8 +28,8 @@ from megatron_dwm.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_dwm.config.load import save_config
 from megatron_dwm.convert.checkpoint_reader import MODEL_PREFIX, open_checkpoint
 from megatron_dwm.model import LlamaShape
-from megatron_dwm.model.layout import huggingface_shapes
 from megatron_dwm.model.llm import build_module, transformer_config
+from megatron_dwm.model.on_disk.parameter_names import huggingface_shapes
 from megatron_dwm.model.shape import PRESETS
 from megatron_dwm.runtime import bring_up
 from megatron_dwm.tokenizer import train_sentencepiece

@@ -12,7 +12,7 @@ from megatron_dwm.bilevel.problem import sum_over_data
 from megatron_dwm.bilevel.tangent_probe import tangent_probe
 from megatron_dwm.bilevel.virtual_step import prepare_virtual_step
 from megatron_dwm.model import clear_gradients, forward_backward
-from megatron_dwm.model.objective import (
+from megatron_dwm.model.passes.objective import (
     token_count,
     token_mean,
     unit,

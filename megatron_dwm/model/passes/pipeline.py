@@ -27,13 +27,13 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_dwm.model.llm import LLM
-from megatron_dwm.model.reading import Features, FeatureTap, Reading
+from megatron_dwm.model.passes.forward_outputs import Features, FeatureTap, ForwardOutputs
 
 # Megatron-Core adds up an integer token count that we do not use: weights make it a float.
 _NO_COUNT = torch.zeros([], dtype=torch.int)
 
 # (index of a micro-batch, what its forward pass made of it) -> weights_B, on the last stage.
-Weigh = Callable[[int, Reading], Tensor]
+Weigh = Callable[[int, ForwardOutputs], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class PassResult:
         return self.loss_sums_n / self.token_counts_n.clamp(min=1.0)
 
     @property
-    def reading(self) -> Reading:
-        """The same as a policy reads it."""
-        return Reading(losses_n=self.sample_losses_n, features=self.features)
+    def outputs(self) -> ForwardOutputs:
+        """Losses and features of the local samples, as a policy takes them."""
+        return ForwardOutputs(losses_n=self.sample_losses_n, features=self.features)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +173,8 @@ def _loss(
     coefficients, columns = batch.coefficients_BS, [loss_sums_B[:, None]]
     if what.weigh is not None:
         counts_B = batch.loss_mask_BS.sum(dim=1).clamp(min=1.0)
-        reading = Reading(losses_n=loss_sums_B / counts_B, features=features)
-        weights_B1 = what.weigh(index, reading)[:, None]
+        outputs = ForwardOutputs(losses_n=loss_sums_B / counts_B, features=features)
+        weights_B1 = what.weigh(index, outputs)[:, None]
         coefficients = coefficients * weights_B1
         columns.append(weights_B1)
     if what.keeps_features and features is not None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_dwm.config import ModelConfig
-from megatron_dwm.model.transformer_engine import missing_for
+from megatron_dwm.model.layers.transformer_engine import missing_for
 
 LayerKind = Literal["local", "emulated_fp8", "transformer_engine"]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from megatron_dwm.model.transformer_engine import unfused_name
+from megatron_dwm.model.layers.transformer_engine import unfused_name
 
 
 def global_parameter_names(module: Module, first_layer: int) -> Iterable[tuple[str, Parameter]]:

@@ -43,7 +43,7 @@ class Features:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class ForwardOutputs:
     """What a forward pass made of n samples, detached.
 
     losses_n: float32, token-mean losses. features: None where the pass was not asked for them.

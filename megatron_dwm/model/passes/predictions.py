@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_dwm.model.llm import LLM
-from megatron_dwm.model.objective import TokenBatch
+from megatron_dwm.model.passes.objective import TokenBatch
 
 Kept = TypeVar("Kept")
 

@@ -1,6 +1,6 @@
 """Parameters of a rank taken from a Hugging Face model, in any parallel layout.
 
-Every rank reads the tensors of its own layers and keeps its slice, cut as initialise.py cuts a
+Every rank reads the tensors of its own layers and keeps its slice, cut as initialize.py cuts a
 fresh parameter. Cost: one read of the stage's part of the files a rank, and one whole parameter in
 memory.
 """
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from megatron_dwm.model.huggingface_files import HuggingFaceModel
-from megatron_dwm.model.initialise import global_parameter_names, slice_of_rank
-from megatron_dwm.model.layout import megatron_tensor
+from megatron_dwm.model.initialize import global_parameter_names, slice_of_rank
 from megatron_dwm.model.llm import LLM
+from megatron_dwm.model.on_disk.huggingface_files import HuggingFaceModel
+from megatron_dwm.model.on_disk.parameter_names import megatron_tensor
 
 
 @torch.no_grad()

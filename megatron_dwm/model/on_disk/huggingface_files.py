@@ -24,7 +24,7 @@ from megatron_dwm.config.huggingface import (
     read_huggingface_config,
     read_json_object,
 )
-from megatron_dwm.model.layout import huggingface_shapes
+from megatron_dwm.model.on_disk.parameter_names import huggingface_shapes
 from megatron_dwm.model.shape import LlamaShape
 
 

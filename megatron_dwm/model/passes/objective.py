@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_dwm.model.passes import MicroBatch
+from megatron_dwm.model.passes.pipeline import MicroBatch
 
 
 class TokenBatch(Protocol):
