@@ -13,6 +13,7 @@ PACKAGE = REPOSITORY / "megatron_dwm"
 
 # A folder may import itself and the folders named here; `training.checkpoint` names one module.
 ALLOWED: dict[str, set[str]] = {
+    "files": set(),
     "config": set(),
     "tokenizer": {"config"},
     "runtime": {"config"},
