@@ -17,6 +17,9 @@ from tests.training.target_workers import Halves
 
 # Sums in another order are 1e-7 apart; ten steps of Adam at 3e-3 may multiply that.
 LAYOUT_TOLERANCE = 1e-5
+# Alignments divide by the root of Adam's second moment, which multiplies it once more (1.4e-5 was
+# seen). Other passages, or other halves, change them by the noise that is measured: by a tenth.
+ALIGNMENT_TOLERANCE = 1e-3
 INTERLEAVED = ["--parallel.pipeline", "2", "--parallel.virtual_stages", "2"]
 
 
@@ -35,7 +38,9 @@ def close(found: list[dict[str, Any]], expected: list[dict[str, Any]], *keys: st
     assert len(found) == len(expected) > 0
     for line, other in zip(found, expected, strict=True):
         for key in keys:
-            assert line[key] == pytest.approx(other[key], abs=LAYOUT_TOLERANCE), key
+            relative = ALIGNMENT_TOLERANCE if key.startswith("alignment") else 0.0
+            near = pytest.approx(other[key], abs=LAYOUT_TOLERANCE, rel=relative)
+            assert line[key] == near, key
 
 
 @pytest.fixture(scope="module")
