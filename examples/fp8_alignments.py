@@ -43,7 +43,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     _quiet_upstream()
     from megatron_dwm.runtime import bring_up, world_size_from_environment
-    from megatron_dwm.training.manifest import named_checkpoint
+    from megatron_dwm.checkpoint.manifest import named_checkpoint
 
     if world_size_from_environment() > 1:
         raise UserError("this is for one process; start it with python, without torchrun")

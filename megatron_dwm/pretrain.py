@@ -11,12 +11,13 @@ def main() -> None:
     """Train one run; see `--help` for every key."""
 
     def job(loaded: Loaded) -> None:
-        from megatron_dwm.training.resume import print_warning  # noqa: PLC0415
-        from megatron_dwm.training.run import run  # noqa: PLC0415
-        from megatron_dwm.weighting.build import parts_of  # noqa: PLC0415
+        from megatron_dwm.run.start import run  # noqa: PLC0415
+        from megatron_dwm.runtime.warn import print_warning  # noqa: PLC0415
+        from megatron_dwm.weighting import method_class  # noqa: PLC0415
 
         config = loaded.config
-        for line in warnings_of_effect(config, loaded.given, parts_of(config)):
+        parts = method_class(config).parts(config)
+        for line in warnings_of_effect(config, loaded.given, parts):
             print_warning(line)
         run(config)
 

@@ -55,9 +55,10 @@ def main() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     from megatron_dwm.planning import GPUS, make_plan  # noqa: PLC0415
     from megatron_dwm.planning.table import plan_text  # noqa: PLC0415
-    from megatron_dwm.weighting.build import parts_of  # noqa: PLC0415
+    from megatron_dwm.weighting import method_class  # noqa: PLC0415
 
-    for line in warnings_of_effect(config, loaded.given, parts_of(config)):
+    parts = method_class(config).parts(config)
+    for line in warnings_of_effect(config, loaded.given, parts):
         print(f"warning: {line}", file=sys.stderr)
     plan = make_plan(config, GPUS[options.gpu], gpus=options.gpus, mfu=options.mfu)
     print(json.dumps(plan.to_json(), indent=2) if options.json else plan_text(plan))

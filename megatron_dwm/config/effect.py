@@ -70,6 +70,7 @@ def _idle(entry: Entry, config: Config, parts: Set[Part]) -> Iterator[tuple[str,
 
 
 def _method(config: Config, parts: Set[Part]) -> str:
+    """The method in words: frozen only where it has a model that could learn."""
     frozen = "weighting_model" in parts and config.weighting.frozen
     return f"policy {config.policy.name}{' with weighting.frozen' if frozen else ''}"
 

@@ -1,7 +1,8 @@
 """Combinations that cannot work, found before any process group exists.
 
 Each check is one rule between keys: a predicate over the configuration and the message of its
-violation. What a single number may be stands beside its key, in the schema.
+violation. What a single number may be stands beside its key, in the schema; the rules of a method
+stand with it, in weighting/.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.key import number_problems
 from megatron_dwm.config.names import known_keys, nearest_key
 from megatron_dwm.config.schema import Config
-from megatron_dwm.config.validate_policy import policy_problems
 from megatron_dwm.config.validate_profiling import profiling_problems
 
 # What a run depends on without a key of its own: its shape, whatever keys it comes from.
@@ -51,7 +51,6 @@ def validate_options(config: Config, shape: Heads, world_size: int) -> None:
     """Only the rules about what is computed how: for the doctor, which chooses its own sizes."""
     problems = (
         _fp8(config, shape),
-        _estimator(config, world_size),
         profiling_problems(config, world_size),
     )
     for problem in chain(*problems):
@@ -61,8 +60,7 @@ def validate_options(config: Config, shape: Heads, world_size: int) -> None:
 def _problems(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
     yield from _layout_problems(config, shape, world_size)
     yield from _allowed_changes(config)
-    yield from policy_problems(config, shape.num_layers)
-    yield from _estimator(config, world_size)
+    yield from _data(config)
     yield from profiling_problems(config, world_size)
 
 
@@ -75,19 +73,11 @@ def _layout_problems(config: Config, shape: Heads, world_size: int) -> Iterator[
     yield from _batches(config, world_size)
 
 
-def _estimator(config: Config, world_size: int) -> Iterator[str]:
-    """What the cross-check estimators cannot do exactly; each also refuses by itself."""
-    name, advice = config.bilevel.estimator, "use tangent_probe"
-    if not config.learns or name == "tangent_probe":
-        return
-    if config.model.precision != "fp32" or config.model.fp8_emulation:
-        yield f"bilevel.estimator {name}: needs model.precision fp32 without FP8; {advice}"
-    if name == "unroll" and world_size > 1:
-        yield f"bilevel.estimator unroll: runs in one process, got {world_size}; {advice}"
-    if name == "unroll" and config.model.recompute != "none":
-        yield f"bilevel.estimator unroll: needs model.recompute none; {advice}"
-    if name == "unroll" and config.weighting.damp_by_noise:
-        yield f"weighting.damp_by_noise: estimator unroll measures no noise; {advice}"
+def _data(config: Config) -> Iterator[str]:
+    if not config.data.train:
+        yield "data.train: expected at least one prefix of indexed files, got none"
+    if config.data.tokenizer is None:
+        yield "data.tokenizer: expected the tokenizer model that the data was tokenized with"
 
 
 def _allowed_changes(config: Config) -> Iterator[str]:

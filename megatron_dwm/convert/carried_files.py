@@ -16,6 +16,11 @@ from typing import Any
 
 import torch
 
+from megatron_dwm.checkpoint.kept_files import (
+    SETTINGS_FILES,
+    TOKENIZER_FILES,
+    own_tokenizer,
+)
 from megatron_dwm.config import UserError
 from megatron_dwm.config.huggingface import (
     CONFIG_NAME,
@@ -26,11 +31,6 @@ from megatron_dwm.convert.huggingface import SPECIAL_TOKENS
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.model.on_disk.huggingface_files import shape_of
 from megatron_dwm.tokenizer import open_tokenizer
-from megatron_dwm.training.kept_files import (
-    SETTINGS_FILES,
-    TOKENIZER_FILES,
-    own_tokenizer,
-)
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 

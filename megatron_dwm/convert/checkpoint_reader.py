@@ -30,12 +30,12 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_dwm.checkpoint.fingerprint import TOKENIZER_KEY
+from megatron_dwm.checkpoint.kept_files import HUGGINGFACE, TOKENIZER, own_tokenizer
+from megatron_dwm.checkpoint.manifest import MANIFEST, named_checkpoint, read_manifest
 from megatron_dwm.config import UserError
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.model.on_disk.saved_index import data_only, read_index
-from megatron_dwm.training.fingerprint import TOKENIZER_KEY
-from megatron_dwm.training.kept_files import HUGGINGFACE, TOKENIZER, own_tokenizer
-from megatron_dwm.training.manifest import MANIFEST, named_checkpoint, read_manifest
 
 MODEL_PREFIX = "model."
 

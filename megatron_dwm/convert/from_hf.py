@@ -19,6 +19,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from tqdm import tqdm
 
+from megatron_dwm.checkpoint.kept_files import HUGGINGFACE, huggingface_files, write_files
 from megatron_dwm.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_dwm.config.load import save_config
 from megatron_dwm.config.printing import printable
@@ -31,7 +32,6 @@ from megatron_dwm.model.llm import build_module, transformer_config
 from megatron_dwm.model.on_disk.huggingface_files import HuggingFaceModel, open_huggingface
 from megatron_dwm.model.on_disk.parameter_names import megatron_tensor
 from megatron_dwm.runtime import bring_up
-from megatron_dwm.training.kept_files import HUGGINGFACE, huggingface_files, write_files
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,7 +83,7 @@ class CorpusSource:
 
 @dataclass(frozen=True)
 class MixedSource:
-    """The batches of `corpus` with their last `num_mixed` rows replaced by passages of the target."""
+    """The batches of `corpus`, their last `num_mixed` rows replaced by passages of the target."""
 
     corpus: Source
     target: ValidationSet

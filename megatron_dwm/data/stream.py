@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -58,6 +59,8 @@ class _PrefixStream:
         self._cache_dir = cache_dir
         self._indexed = IndexedDataset(file.prefix, mmap=True)
         self._open: dict[int, GPTDataset] = {}
+        # A feed reads ahead in a thread while the main one asks for origins.
+        self._opening = Lock()
 
     def build(self, num_samples: int) -> None:
         """Build the indices of the passes that hold the first `num_samples` samples."""
@@ -84,13 +87,17 @@ class _PrefixStream:
         return Pass(file=self.file, sequence_length=self._sequence_length, seed=seed)
 
     def _dataset(self, number: int) -> GPTDataset:
-        if number not in self._open:
-            while len(self._open) >= _OPEN_PASSES:
-                self._open.pop(next(iter(self._open)))
-            dataset = open_pass(self._pass(number), self._indexed, self._eod_id, self._cache_dir)
-            assert len(dataset) == self.samples_per_pass, (len(dataset), self.samples_per_pass)
-            self._open[number] = dataset
-        return self._open[number]
+        with self._opening:
+            if number not in self._open:
+                while len(self._open) >= _OPEN_PASSES:
+                    self._open.pop(next(iter(self._open)))
+                self._open[number] = self._opened(number)
+            return self._open[number]
+
+    def _opened(self, number: int) -> GPTDataset:
+        dataset = open_pass(self._pass(number), self._indexed, self._eod_id, self._cache_dir)
+        assert len(dataset) == self.samples_per_pass, (len(dataset), self.samples_per_pass)
+        return dataset
 
     def _main_document(self, dataset: GPTDataset, place: int) -> int:
         shuffled = int(dataset.shuffle_index[place])
@@ -194,18 +201,6 @@ class TrainingData:
             documents.append(int(self._first_document[prefix]) + document)
             domains.append(stream.domains.of(document))
         return documents, domains
-
-    def fingerprint(self) -> dict[str, str]:
-        """What the samples depend on besides the seed, to compare when a run is resumed."""
-        marks = {"sequence_length": str(self._sequence_length)}
-        for part, stream in zip(self._parts, self._streams, strict=True):
-            weight = "by size" if part.weight is None else repr(part.weight)
-            marks[part.prefix] = (
-                f"weight {weight}, {stream.file.num_documents} documents, "
-                f"{stream.file.num_tokens} tokens, "
-                f"{stream.file.bin_path.stat().st_size} bytes"
-            )
-        return marks
 
     def _locate(self, sample_id: int) -> tuple[int, int]:
         """The prefix of a sample and the sample's position in the prefix's stream."""

@@ -1,6 +1,6 @@
 """FLOPs of a run by part, the share of weighting, and the time at a stated utilisation.
 
-Counted by model/flops.py, weighting/flops.py and training/compute.py; recomputation is added here,
+Counted by model/flops.py and weighting/costs.py; recomputation is added here,
 because it is work of the machine but not of the model. Utilisation is of the peak of the precision
 that a part runs in. That of the weighting model is bf16 for its own encoder where the LLM's is not
 fp32 (weighting/encoding.py), else fp32, which on a GPU is 10 to 30 times slower; so its share of
@@ -13,11 +13,9 @@ from dataclasses import dataclass
 
 from megatron_dwm.config import Config
 from megatron_dwm.model import LlamaShape
-from megatron_dwm.model.flops import FORWARD_BACKWARD, llm_forward_flops
+from megatron_dwm.model.flops import llm_forward_flops
 from megatron_dwm.planning.hardware import Gpu
-from megatron_dwm.training.compute import compute_of, encodes_in_chunks, reads_first
-from megatron_dwm.training.stages import first_weighed_step, plan_stages
-from megatron_dwm.weighting.model import WeightingShape
+from megatron_dwm.weighting import method_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,40 +70,28 @@ class Cost:
         return seconds / (gpus * mfu)
 
 
-def cost_of(
-    config: Config, shape: LlamaShape, weighting: WeightingShape | None, replicas: int
-) -> Cost:
-    """Of a run on `replicas` copies of the LLM, as the run itself will count (training/compute.py).
-
-    weighting: None without a weighting model.
-    """
-    compute = compute_of(config, shape, weighting, replicas)
-    rows = config.training.global_batch_size
-    forward = compute.llm_step / FORWARD_BACKWARD
-    reading = forward if reads_first(config, rows // replicas) else 0.0
-    weights = compute.weights_step - reading
+def cost_of(config: Config, shape: LlamaShape, replicas: int) -> Cost:
+    """The cost of a run on `replicas` copies of the LLM, as the run itself will count it."""
+    method = method_class(config)
+    costs, schedule = method.costs(config, shape, replicas=replicas), method.schedule(config)
+    steps, num_updates = config.training.steps, schedule.num_updates
     recompute = _recompute_flops(config, shape)
     fresh = config.weighting.update_on == "fresh"
-    # Of one update: the weighting model forward and backward, and forward again where it goes
-    # through the samples in chunks.
-    again = encodes_in_chunks(config, rows // replicas)
-    learning = weights * (FORWARD_BACKWARD + again)
-    validation = config.passages / rows
-    passes = compute.update - learning + recompute * (1 + validation + fresh)
-    stages, steps = plan_stages(config), config.training.steps
-    num_updates = sum(stage.num_updates for stage in stages)
-    weighed_steps = steps - first_weighed_step(config, stages)
+    validation = config.passages / config.training.global_batch_size
+    passes = costs.update_passes + recompute * (1 + validation + fresh)
+    first_weighed = method.first_weighed_step(config)
     # A fresh batch is weighed as a step's is, but for the first that a new model learns from.
-    unweighed = 1 if config.weighting.load is None else 0
+    unweighed = 1 if first_weighed > 0 else 0
     weighed_updates = max(0, num_updates - unweighed) if fresh else 0
+    weighed = (steps - first_weighed) / steps
     return Cost(
-        llm=compute.llm_step,
+        llm=costs.llm_step,
         recompute=recompute,
-        weighing=weights * weighed_steps / steps,
-        reading=reading * weighed_steps / steps,
-        updates=(num_updates * passes + weighed_updates * reading) / steps,
-        noise=compute.measurements(num_updates) * (compute.noise + recompute) / steps,
-        learning=(num_updates * learning + weighed_updates * weights) / steps,
+        weighing=costs.weighing * weighed,
+        reading=costs.reading * weighed,
+        updates=(num_updates * passes + weighed_updates * costs.reading) / steps,
+        noise=costs.measurements(num_updates) * (costs.noise + recompute) / steps,
+        learning=(num_updates * costs.learning + weighed_updates * costs.weighing) / steps,
         num_updates=num_updates,
         weighting_precision=_weighting_precision(config),
     )

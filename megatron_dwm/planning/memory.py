@@ -26,6 +26,7 @@ from megatron_dwm.planning.activations import (
     layer_bytes,
 )
 from megatron_dwm.planning.placement import RankParameters, layers_in_flight, rank_parameters
+from megatron_dwm.weighting import learns
 from megatron_dwm.weighting.model import WeightingShape
 
 _FP32 = 4
@@ -98,7 +99,7 @@ def stage_memory(
         weighting_model=_WEIGHTING_BYTES * weighting_parameters(weighting) if weighs else 0.0,
         activations=_activations(config, shape, world_size, stage, on_gpu),
         working=_working(config, shape, found, on_gpu),
-        virtual_step=copies if config.learns else 0.0,
+        virtual_step=copies if learns(config) else 0.0,
         weighting_activations=_weighting_activations(config, weighting, world_size, kernels),
     )
 
@@ -162,7 +163,7 @@ def _weighting_activations(
     """What the encoder keeps of a micro-batch and works on: the gradient of a feed-forward block,
     the largest weight's gradient, and where its products are in bf16 copies of its matrices.
     """
-    if weighting is None or weighting.encoder != "own" or not config.learns:
+    if weighting is None or weighting.encoder != "own" or not learns(config):
         return 0.0
     rows = config.training.global_batch_size // config.data_parallel_size(world_size)
     share = -(-rows // config.parallel.model_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,7 @@ from megatron_dwm.planning.cost import Cost, cost_of
 from megatron_dwm.planning.hardware import Gpu
 from megatron_dwm.planning.memory import Memory, stage_memory
 from megatron_dwm.planning.traffic import Traffic, traffic_of
-from megatron_dwm.weighting import weighting_shape
-from megatron_dwm.weighting.model import (
-    WeightingShape,
-    read_weighting_shape,
-    require_same_reading,
-)
+from megatron_dwm.weighting import check_method, method_class
 
 # Of a GPU's memory: CUDA context, NCCL's and cuBLAS's buffers, fragmentation. A guess: no GPU was
 # at hand to measure it.
@@ -115,9 +110,9 @@ def make_plan(config: Config, gpu: Gpu, *, gpus: int, mfu: float) -> Plan:
     shape = _shape(config)
     _require_whole_replicas(config, gpus)
     validate_config(config, heads_of(shape), gpus)
+    check_method(config, shape.num_layers, gpus)
     gpu.require(config.model)
-    weighting = _weighting_shape(config, shape)
-    weighs = weighting if config.policy.name == "dwm" else None
+    weighting = method_class(config).model_shape(config, shape)
     pipeline = config.parallel.pipeline
     schedule = config.num_microbatches(gpus) * config.parallel.virtual_stages
     return Plan(
@@ -127,11 +122,11 @@ def make_plan(config: Config, gpu: Gpu, *, gpus: int, mfu: float) -> Plan:
         gpus=gpus,
         mfu=mfu,
         stages=[
-            stage_memory(config, shape, weighs, world_size=gpus, stage=stage, on_gpu=True)
+            stage_memory(config, shape, weighting, world_size=gpus, stage=stage, on_gpu=True)
             for stage in range(pipeline)
         ],
-        cost=cost_of(config, shape, weighs, config.data_parallel_size(gpus)),
-        traffic=traffic_of(config, shape, weighs, gpus, on_gpu=True),
+        cost=cost_of(config, shape, config.data_parallel_size(gpus)),
+        traffic=traffic_of(config, shape, weighting, gpus, on_gpu=True),
         bubble=(pipeline - 1) / schedule,
     )
 
@@ -169,20 +164,6 @@ def _require_whole_replicas(config: Config, gpus: int) -> None:
             f"parallel.tensor {parallel.tensor} x parallel.pipeline {parallel.pipeline}: expected "
             f"to divide --gpus, which is {gpus}; give a multiple of {parallel.model_size}"
         )
-
-
-def _weighting_shape(config: Config, shape: LlamaShape) -> WeightingShape:
-    """The weighting model's; that of `weighting.load`, where the run starts from one.
-
-    Vocabularies are not compared: the tokenizer that says the run's need not exist yet.
-    """
-    wanted = weighting_shape(config, shape, shape.vocab_size)
-    if config.policy.name != "dwm" or config.weighting.load is None:
-        return wanted
-    directory = Path(config.weighting.load)
-    found = read_weighting_shape(directory)
-    require_same_reading(directory, found, replace(wanted, vocab_size=found.vocab_size))
-    return found
 
 
 def _shape(config: Config) -> LlamaShape:

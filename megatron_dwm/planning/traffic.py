@@ -20,6 +20,7 @@ from megatron_dwm.config import Config
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.planning.memory import weighting_parameters
 from megatron_dwm.planning.placement import rank_parameters
+from megatron_dwm.weighting import learns
 from megatron_dwm.weighting.model import WeightingShape
 
 _FP32 = 4
@@ -49,7 +50,7 @@ def traffic_of(
 ) -> list[Traffic]:
     """A line for every link. on_gpu: the layers are Transformer Engine's."""
     fresh = config.weighting.update_on == "fresh"
-    learns = float(config.learns)
+    learns = float(learns(config))
     # Forward and backward passes of an update: g of its own batch, validation, probe.
     passes = learns * (3 if fresh else 2)
     tensor, pipeline = _tensor(config, shape, world_size), _pipeline(config, shape, world_size)

@@ -1,6 +1,6 @@
 """Numbers that go wrong: what is checked before a step changes anything.
 
-The mean loss of the batch and the gradient norm are known to all ranks alike before the optimiser
+The mean loss of the batch and the gradient norm are known to all ranks before the optimizer
 moves, so that a step can be left out everywhere at once. Cost: nothing beyond what a step reports.
 """
 
@@ -14,14 +14,6 @@ from megatron_dwm.config import RunError
 
 # Weights are fp32 sums of a softmax; a wrong normalisation is far beyond this.
 _MEAN_TOLERANCE = 1e-3
-_MEMORY = 0.98
-
-
-class LossSpike(Exception):
-    """The loss of a batch is far above its running mean; nothing has been changed."""
-
-    def __init__(self, loss: float, limit: float) -> None:
-        super().__init__(f"loss {loss:.4g} above {limit:.4g}")
 
 
 class _NotFinite(Exception):
@@ -29,7 +21,7 @@ class _NotFinite(Exception):
 
 
 def step_if_finite(optimizer: ChainedOptimizer) -> float:
-    """One optimiser step; the gradient norm comes back, and if it is not finite nothing was done.
+    """One optimizer step; returns the gradient norm. If it is not finite nothing was done.
 
     ChainedOptimizer.step (megatron/core/optimizer/optimizer.py) asks `get_grad_norm` before it
     clips or steps, and does not look at the answer: here it is looked at.
@@ -66,8 +58,3 @@ def require_sound_weights(mean: float, wrong: float) -> None:
             f"not finite or negative, the mean is {mean}; go on from the last checkpoint with a "
             "smaller weighting.learning_rate, and if that does not help, report it"
         )
-
-
-def running_mean(mean: float | None, loss: float) -> float:
-    """The mean that a spike is measured by, over about the last 50 steps."""
-    return loss if mean is None else _MEMORY * mean + (1.0 - _MEMORY) * loss

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_dwm.data.last_words import LastWords
 from megatron_dwm.model import LLM
 from megatron_dwm.model.passes.predictions import predict
-from megatron_dwm.training.session import Session
+from megatron_dwm.training.learner import Learner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,25 +74,25 @@ def last_word_scores(
 
 
 def last_word_figures(
-    session: Session, between: Callable[[], None]
+    learner: Learner, words: LastWords, *, batch_size: int, between: Callable[[], None]
 ) -> dict[str, float | dict[str, float]]:
     """What metrics.jsonl keeps of the held-out passages' last words; a collective call.
 
     last_word_accuracy is over all passages, domain_last_word_accuracy and
-    domain_last_word_perplexity by domain. Empty where there are no held-out passages.
+    domain_last_word_perplexity by domain. Empty where no passage has a last word to ask for.
     """
-    if session.last_words is None or not session.last_words.num_rows:
+    if not words.num_rows:
         return {}
     scores = last_word_scores(
-        session.llm,
-        session.last_words,
-        batch_size=session.global_batch_size,
-        micro_batch_size=session.config.training.micro_batch_size,
+        learner.llm,
+        words,
+        batch_size=batch_size,
+        micro_batch_size=learner.micro_batch_size,
         between=between,
     )
     right = sum(score.accuracy * score.passages for score in scores.values())
     return {
-        "last_word_accuracy": right / session.last_words.num_rows,
+        "last_word_accuracy": right / words.num_rows,
         "domain_last_word_accuracy": {name: s.accuracy for name, s in scores.items()},
         "domain_last_word_perplexity": {name: s.perplexity for name, s in scores.items()},
     }

@@ -8,7 +8,7 @@ from megatron_dwm.weighting.method import (
     Needs,
     WeightingUpdate,
 )
-from megatron_dwm.weighting.registry import method_class
+from megatron_dwm.weighting.registry import check_method, learns, method_class
 
 __all__ = [
     "Alignments",
@@ -17,5 +17,7 @@ __all__ = [
     "Method",
     "Needs",
     "WeightingUpdate",
+    "check_method",
+    "learns",
     "method_class",
 ]

@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_dwm.config import Config, PolicyConfig, WeightingConfig
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
-from megatron_dwm.model import LlamaShape, ForwardOutputs
+from megatron_dwm.model import ForwardOutputs, LlamaShape
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.concentration import weights_from_logits
 from megatron_dwm.weighting.costs import Costs, learning_costs
@@ -93,7 +93,9 @@ class DomainMean(Method):
         return self.grouping.local(self._group_weights(batch))
 
     @torch.no_grad()
-    def update(self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments) -> WeightingUpdate:
+    def update(
+        self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments
+    ) -> WeightingUpdate:
         """Move the means of the domains of this global batch."""
         self.reliability.observe(alignments.signal_to_noise)
         weights_Gn = self._group_weights(batch)

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_dwm.config import Config
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
-from megatron_dwm.model import LlamaShape, ForwardOutputs
+from megatron_dwm.model import ForwardOutputs, LlamaShape
 from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.weighting.costs import Costs, learning_costs
 from megatron_dwm.weighting.method import (
@@ -72,9 +72,7 @@ class Dwm(Method):
         if config.weighting.load is None:
             return
         directory = Path(config.weighting.load)
-        wanted = _wanted_shape(
-            config, llm, tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256
-        )
+        wanted = _wanted_shape(config, llm, tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256)
         found = load_weighting_model(directory, wanted).shape
         if (text := what_is_not_compared(directory, found)) is not None:
             yield text
@@ -175,7 +173,9 @@ class Dwm(Method):
             return torch.ones(batch.size, device=batch.tokens_BS.device)
         return trainer.grouping.local(trainer.group_weights(batch, outputs))
 
-    def update(self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments) -> WeightingUpdate:
+    def update(
+        self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments
+    ) -> WeightingUpdate:
         """One AdamW step of the weighting model towards a lower validation loss."""
         return self.trainer.update(batch, outputs, alignments)
 

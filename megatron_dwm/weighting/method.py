@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from megatron_dwm.config import Config
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch, Source, ValidationSet
-from megatron_dwm.model import LLM, LlamaShape, ForwardOutputs
+from megatron_dwm.model import LLM, ForwardOutputs, LlamaShape
 from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.weighting.costs import Costs, plain_costs
 from megatron_dwm.weighting.model import WeightingShape
@@ -117,6 +118,12 @@ class Method(Protocol):
         yield from ()
 
     @classmethod
+    def depends_on(cls, config: Config) -> Iterator[tuple[str, Path]]:
+        """Files whose content a resumed run must find unchanged, with the keys that name them."""
+        if "target" in cls.parts(config) and config.validation.path is not None:
+            yield "validation.path", Path(config.validation.path)
+
+    @classmethod
     def schedule(cls, config: Config) -> Schedule:
         """When the method updates."""
         return Schedule(steps=config.training.steps)
@@ -139,7 +146,9 @@ class Method(Protocol):
         return plain_costs(config, llm)
 
     @classmethod
-    def training_source(cls, config: Config, corpus: Source, target: ValidationSet | None) -> Source:
+    def training_source(
+        cls, config: Config, corpus: Source, target: ValidationSet | None
+    ) -> Source:
         """What the LLM trains on."""
         return corpus
 
@@ -168,7 +177,9 @@ class Method(Protocol):
         """
         ...
 
-    def update(self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments) -> WeightingUpdate:
+    def update(
+        self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments
+    ) -> WeightingUpdate:
         """Learn from this replica's samples and their alignments (collective over the world)."""
         raise NotImplementedError("a method whose schedule has updates learns from them")
 

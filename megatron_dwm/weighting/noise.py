@@ -6,6 +6,8 @@ now and then, and the alignments from either half are compared: what they share 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,17 +18,25 @@ from megatron_dwm.config import Config
 _KEPT = 0.8
 
 
-def signal_to_noise(first_n: Tensor, second_n: Tensor) -> tuple[float, float]:
-    """(agreement, ratio) of the alignments from two disjoint halves of a validation batch.
+@dataclass(frozen=True)
+class SignalToNoise:
+    """Of the alignments from two disjoint halves of a validation batch.
 
     agreement: Pearson correlation r of the two over the samples. ratio: variance of the signal over
     that of the noise in the whole batch's alignments, 2r / (1 - r) (each half is signal plus noise
     of twice the whole's variance); 0 where r is negative.
     """
+
+    agreement: float
+    ratio: float
+
+
+def signal_to_noise(first_n: Tensor, second_n: Tensor) -> SignalToNoise:
+    """Compare the alignments [n] of the same samples from the two halves."""
     agreement = float(torch.corrcoef(torch.stack([first_n, second_n]).double())[0, 1])
     if agreement != agreement:  # constant alignments: nothing to tell samples apart by
-        return 0.0, 0.0
-    return agreement, 2 * max(agreement, 0.0) / max(1.0 - agreement, 1e-12)
+        return SignalToNoise(0.0, 0.0)
+    return SignalToNoise(agreement, 2 * max(agreement, 0.0) / max(1.0 - agreement, 1e-12))
 
 
 def why_no_noise(config: Config, passages: int) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from megatron_dwm.config import Config
+from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.methods import METHODS
 from megatron_dwm.weighting.method import Method
 
@@ -13,3 +13,17 @@ def method_class(config: Config) -> type[Method]:
     """The class that `policy.name` stands for."""
     module, name = METHODS[config.policy.name].path.split(":")
     return getattr(importlib.import_module(module), name)
+
+
+def learns(config: Config) -> bool:
+    """True if the run's method is updated from hypergradients."""
+    return "updates" in method_class(config).parts(config)
+
+
+def check_method(config: Config, num_layers: int, world_size: int) -> None:
+    """Raise UserError for the first of the method's rules that the configuration breaks.
+
+    num_layers: of the LLM. world_size: processes of the job.
+    """
+    for problem in method_class(config).problems(config, num_layers, world_size):
+        raise UserError(problem)

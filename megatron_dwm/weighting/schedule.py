@@ -91,6 +91,4 @@ def staged(steps: int, *, stages: int, updates: int, last: float) -> Schedule:
 def online(steps: int, *, warmup: int, interval: int, last: float, in_step: bool) -> Schedule:
     """One update after `warmup` steps and every `interval` steps from then on, in one stage."""
     end = min(steps, int(last) + 1)
-    return Schedule(
-        steps=steps, update_steps=range(max(warmup, 1), end, interval), in_step=in_step
-    )
+    return Schedule(steps=steps, update_steps=range(max(warmup, 1), end, interval), in_step=in_step)

@@ -64,7 +64,9 @@ class WeightingTrainer:
             weight_decay=config.weight_decay,
         )
 
-    def update(self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments) -> WeightingUpdate:
+    def update(
+        self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments
+    ) -> WeightingUpdate:
         """One AdamW step towards a lower validation loss (collective over the world)."""
         self.reliability.observe(alignments.signal_to_noise)
         weights_Gn = self.group_weights(batch, outputs)

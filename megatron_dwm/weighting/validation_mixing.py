@@ -35,7 +35,9 @@ class ValidationMixing(Uniform):
             )
 
     @classmethod
-    def training_source(cls, config: Config, corpus: Source, target: ValidationSet | None) -> Source:
+    def training_source(
+        cls, config: Config, corpus: Source, target: ValidationSet | None
+    ) -> Source:
         """The corpus with the target's passages as the last rows of every batch."""
         assert target is not None
         return MixedSource(corpus, target, num_mixed=_num_mixed(config))

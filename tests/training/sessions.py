@@ -9,7 +9,7 @@ import torch
 from megatron_dwm.config import Config, PolicyConfig, TrainingConfig, WeightingConfig
 from megatron_dwm.training.compute import compute_of
 from megatron_dwm.training.session import Session
-from megatron_dwm.training.state import TrainState
+from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.weighting import DwmPolicy, build_policy
 from tests.tiny import SAMPLES, VOCAB_SIZE, Tiny
 

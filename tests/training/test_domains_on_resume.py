@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_dwm.training.manifest import list_checkpoints, read_manifest, write_manifest
+from megatron_dwm.checkpoint.manifest import list_checkpoints, read_manifest, write_manifest
 from tests.training.forked import Job, Server
 
 WARNS_OF_DOMAINS = re.compile(r"^warning: .*domains", re.MULTILINE)

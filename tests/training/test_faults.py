@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dwm.training.manifest import list_checkpoints, read_manifest
+from megatron_dwm.checkpoint.manifest import list_checkpoints, read_manifest
 from tests.training.conftest import CORPUS, Corpus
 from tests.training.forked import LIMIT_S, Job, Server
 from tests.training.runs import RESUME, metrics, scheduled_rate, without_time

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dwm.training.manifest import list_checkpoints
+from megatron_dwm.checkpoint.manifest import list_checkpoints
 from tests.training.conftest import Corpus
 from tests.training.forked import Server
 from tests.training.runs import metrics

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_dwm.training.manifest import list_checkpoints, read_manifest
+from megatron_dwm.checkpoint.manifest import list_checkpoints, read_manifest
 from tests.training.conftest import Corpus
 from tests.training.forked import Server
 from tests.training.runs import RESUME, metrics

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_dwm.config import Config, PolicyConfig, UserError, WeightingConfig
-from megatron_dwm.training.fingerprint import refuse_changes
-from megatron_dwm.training.manifest import (
+from megatron_dwm.checkpoint.fingerprint import refuse_changes
+from megatron_dwm.checkpoint.manifest import (
     FileRecord,
     Manifest,
     checkpoint_dir,
@@ -33,7 +33,7 @@ from megatron_dwm.training.manifest import (
     tidy,
     write_manifest,
 )
-from megatron_dwm.training.state import TrainState
+from megatron_dwm.checkpoint.state import TrainState
 from tests.training.conftest import Corpus
 from tests.training.forked import Server
 from tests.training.runs import RESUME, metrics, scheduled_rate

@@ -17,16 +17,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron_dwm.training.checkpoint import CheckpointSave
+from megatron_dwm.training.session import Session
 from torch import Tensor
 
 from benchmarks.settings import Settings
 from benchmarks.subject import UNIFORM, Subject, build_subject, opened
 from benchmarks.table import heading, ratio_table
 from benchmarks.timing import Clock, Contestant, alternate, timed
+from megatron_dwm.checkpoint.sharded_plan import SavePlan
 from megatron_dwm.config import RunConfig
-from megatron_dwm.training.checkpoint import CheckpointSave
-from megatron_dwm.training.session import Session
-from megatron_dwm.training.sharded_plan import SavePlan
 
 PLAIN = "torch.save of the same tensors"
 FORCED = "torch.save, forced to the disk"

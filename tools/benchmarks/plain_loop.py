@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron_dwm.training.session import Session
 from torch import Tensor
 from torch.nn import Module
 
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.training.session import Session
 
 LossOutput = tuple[Tensor, Tensor, Tensor]
 

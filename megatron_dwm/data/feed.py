@@ -1,0 +1,144 @@
+"""What steps and updates read, by number: this replica's rows, on its device.
+
+The next training batch is read in a thread while the step computes. Nothing depends on it: a batch
+follows from its number alone, so a run that goes on, or a step that is passed over, reads on as if
+nothing had happened. Cost: one training batch of this replica in host memory.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+from megatron_dwm.data.batch import Batch
+from megatron_dwm.data.sources import Origins, Source
+from megatron_dwm.data.validation import ValidationSet
+from megatron_dwm.model.passes.micro_batches import rows_of_replica
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """This replica's part of every global batch, and the shape of its micro-batches.
+
+    replicas, replica: how many there are, and which one this is.
+    micro_batches_multiple: micro-batches come in multiples of this (interleaved stages).
+    """
+
+    replicas: int
+    replica: int
+    micro_batch_size: int
+    micro_batches_multiple: int = 1
+
+    def rows(self, size: int) -> slice:
+        """This replica's rows of a batch of `size`, contiguous in the order of the replicas."""
+        share = size // self.replicas
+        return slice(self.replica * share, (self.replica + 1) * share)
+
+
+class Feed:
+    """Batches of a run. Use it as a context: its end stops the thread."""
+
+    def __init__(
+        self,
+        training: Source,
+        share: Share,
+        *,
+        steps: int,
+        device: torch.device,
+        updates: Source | None = None,
+        target: ValidationSet | None = None,
+        passages: int = 0,
+    ) -> None:
+        """steps: batches of `training` that the run reads.
+
+        updates: what updates read that draw batches of their own; None where they use the step's.
+        target: what validation batches are made of, of at most `passages` rows each.
+        """
+        self._training, self._share, self._steps = training, share, steps
+        self._device, self._updates, self._target = device, updates, target
+        # No row of the target comes twice in a batch.
+        self.passages = passages if target is None else min(passages, target.num_rows)
+        self._thread = ThreadPoolExecutor(1, "feed")
+        self._next: tuple[int, Future[Batch]] | None = None
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples in one step, over all replicas."""
+        return self._training.size
+
+    @property
+    def draws_updates(self) -> bool:
+        """True if updates read batches of their own."""
+        return self._updates is not None
+
+    def training(self, step: int) -> Batch:
+        """The samples of the step after `step` steps; the batch after it is read meanwhile."""
+        batch = self._read_ahead(step) or self._read_training(step)
+        if step + 1 < self._steps:
+            self._next = (step + 1, self._thread.submit(self._read_training, step + 1))
+        return batch.to(self._device)
+
+    def update(self, number: int) -> Batch:
+        """The samples of weighting update `number` (from 0), where updates draw their own."""
+        assert self._updates is not None
+        return self._rows(self._updates, number).to(self._device)
+
+    def validation(self, number: int, *, halves: bool = False) -> Batch:
+        """The passages of validation batch `number`, and rows without loss where the replicas
+        cannot share them out evenly. Which passages these are does not depend on the layout.
+
+        halves: its even and odd rows are then those of the global batch.
+        """
+        assert self._target is not None
+        share = self._share
+        of_replica = rows_of_replica(
+            self.passages,
+            micro_batch_size=share.micro_batch_size,
+            replicas=share.replicas,
+            micro_batches_multiple=share.micro_batches_multiple,
+            halves=halves,
+        )
+        size = of_replica * share.replicas
+        batch = self._target.batch(number, self.passages, num_padding=size - self.passages)
+        rows = share.rows(size)
+        return batch.rows(rows.start, rows.stop).to(self._device)
+
+    def origins(self, step: int) -> Origins:
+        """The origins of the global batch of the step after `step` steps; reads no token."""
+        return self._training.origins(step)
+
+    def update_origins(self, number: int) -> Origins:
+        """The origins of the global batch that update `number` drew."""
+        assert self._updates is not None
+        return self._updates.origins(number)
+
+    def sample_range(self, step: int) -> range:
+        """Numbers of the corpus samples of that step's global batch."""
+        return self._training.sample_range(step)
+
+    def _read_ahead(self, step: int) -> Batch | None:
+        """The batch that the thread has read, if it is this one."""
+        if self._next is None or self._next[0] != step:
+            return None
+        return self._next[1].result()
+
+    def _read_training(self, step: int) -> Batch:
+        return self._rows(self._training, step)
+
+    def _rows(self, source: Source, number: int) -> Batch:
+        rows = self._share.rows(source.size)
+        return source.rows(number, rows.start, rows.stop)

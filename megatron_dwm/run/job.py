@@ -1,0 +1,113 @@
+"""The components of one run, built from its configuration; each can be built without the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_dwm.checkpoint.state import TrainState
+from megatron_dwm.config import Config
+from megatron_dwm.data import CorpusSource, Feed, Share, TrainingData
+from megatron_dwm.run.opened import Opened
+from megatron_dwm.runtime import Runtime
+from megatron_dwm.tokenizer import Tokenizer
+from megatron_dwm.training import Learner, build_learner
+from megatron_dwm.training.evaluation import HeldOut
+from megatron_dwm.weighting import BuildContext, Method, method_class
+from megatron_dwm.weighting.costs import Costs
+from megatron_dwm.weighting.schedule import Schedule
+
+INDEX_CACHE = "index_cache"
+"""folder of a run for the orders of its samples, where data.cache_dir names no other"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the loop moves, and the state that says how far it is."""
+
+    learner: Learner
+    method: Method
+    schedule: Schedule
+    feed: Feed
+    held_out: HeldOut | None
+    costs: Costs
+    state: TrainState
+
+    @property
+    def stage(self) -> int:
+        """Number of the stage of the last step or, inside a weighting phase, of the last update."""
+        step, inside = self.state.step, self.state.stage_updates > 0
+        return self.schedule.stage(step if inside else max(step - 1, 0))
+
+
+def build_job(config: Config, runtime: Runtime, opened: Opened) -> Job:
+    """Build every component; a collective call. Raises UserError for data that cannot be used."""
+    learner = build_learner(
+        opened.shape,
+        config.model,
+        config.parallel,
+        config.training,
+        runtime,
+        sequence_length=config.data.sequence_length,
+        seed=config.run.seed,
+    )
+    method = method_class(config)
+    context = BuildContext(
+        config=config, llm=learner.llm, tokenizer=opened.tokenizer, target=opened.target
+    )
+    feed = build_feed(config, learner, opened)
+    return Job(
+        learner=learner,
+        method=method.build(context),
+        schedule=method.schedule(config),
+        feed=feed,
+        held_out=opened.held_out,
+        costs=method.costs(
+            config,
+            opened.shape,
+            replicas=runtime.data_size,
+            passages=None if opened.target is None else feed.passages,
+        ),
+        state=TrainState(),
+    )
+
+
+def build_feed(config: Config, learner: Learner, opened: Opened) -> Feed:
+    """What the steps and updates of the run read; a collective call."""
+    method, size = method_class(config), config.training.global_batch_size
+    num_updates = method.schedule(config).num_updates
+    updates = None
+    if num_updates and config.weighting.update_on == "fresh":
+        # The same documents in an order of their own, so that weighting updates never change what
+        # the LLM reads.
+        data = _corpus(config, opened.tokenizer, num_updates, "weighting")
+        updates = CorpusSource(data, size, "update")
+    corpus = CorpusSource(
+        _corpus(config, opened.tokenizer, config.training.steps, "training"), size
+    )
+    runtime = learner.runtime
+    return Feed(
+        method.training_source(config, corpus, opened.target),
+        Share(
+            replicas=runtime.data_size,
+            replica=runtime.data_rank,
+            micro_batch_size=learner.micro_batch_size,
+            micro_batches_multiple=learner.llm.micro_batches_multiple,
+        ),
+        steps=config.training.steps,
+        device=runtime.device,
+        updates=updates,
+        target=opened.target,
+        passages=config.passages,
+    )
+
+
+def _corpus(config: Config, tokenizer: Tokenizer, batches: int, purpose: str) -> TrainingData:
+    return TrainingData(
+        config.data,
+        eod_id=tokenizer.eod_id,
+        seed=config.run.seed,
+        num_samples=batches * config.training.global_batch_size,
+        cache_dir=Path(config.run.dir) / INDEX_CACHE,
+        purpose=purpose,
+    )

@@ -1,0 +1,208 @@
+"""What a run says about a step, an update or an evaluation: to the terminal and to the files.
+
+Every method is called by all ranks, since what it reports is gathered; the main process writes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from megatron_dwm.checkpoint.state import TrainState
+from megatron_dwm.config import LoggingConfig
+from megatron_dwm.data import Origins
+from megatron_dwm.run.files import RunFiles
+from megatron_dwm.run.health import Health
+from megatron_dwm.run.records import STATISTICS, weight_statistics
+from megatron_dwm.run.terminal import Terminal
+from megatron_dwm.runtime import Runtime
+from megatron_dwm.training import Taken, UpdateResult
+from megatron_dwm.training.evaluation import Evaluation
+from megatron_dwm.training.gather import gather_samples
+from megatron_dwm.weighting.costs import Costs
+
+# Where the rows of a global batch come from, looked up where it is needed.
+FindOrigins = Callable[[], Origins]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Line:
+    """A line of metrics.jsonl whose statistics are still on the device."""
+
+    values: dict[str, Any]
+    statistics: Tensor
+    counts: dict[str, Any]
+
+
+class Reporter:
+    """The records of one run."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        costs: Costs,
+        runtime: Runtime,
+        config: LoggingConfig,
+        terminal: Terminal,
+        health: Health,
+        files: RunFiles | None,
+    ) -> None:
+        """files: the main process's; None elsewhere."""
+        self._state, self._costs, self._runtime, self._config = state, costs, runtime, config
+        self.terminal, self._health, self._files = terminal, health, files
+        self._clock_s = time.monotonic()
+        self._waiting: list[_Line] = []
+
+    def step(self, stage: int, outcome: Taken, origins: FindOrigins) -> None:
+        """Report a step that was taken; the state counts it already."""
+        weights_n = gather_samples(outcome.weights_n, self._runtime)
+        self.terminal.step(self._state.step, stage, outcome)
+        self._lap()
+        values = {
+            "loss": outcome.loss,
+            "weighted_loss": outcome.weighted_loss,
+            "lr": outcome.learning_rate,
+            "grad_norm": outcome.grad_norm,
+        }
+        self._waiting.append(
+            _Line(
+                values=self._begun(stage, "train") | values,
+                statistics=weight_statistics(weights_n),
+                counts=self._counts(),
+            )
+        )
+        if self._state.step % self._config.metrics_interval_steps == 0:
+            self._write_waiting()
+        interval = self._config.weights_interval_steps
+        if interval and self._state.step % interval == 0 and outcome.update is None:
+            # An update inside the step records the same weights, with alignments.
+            self._record_weights(stage, origins, weights_n, None)
+
+    def update(self, stage: int, result: UpdateResult | None, origins: FindOrigins) -> None:
+        """Report a weighting update, made or left out; the state counts it already."""
+        if result is None:
+            self._skipped_update(stage)
+            return
+        found = result.hypergradient
+        weights_n = gather_samples(result.update.weights_n, self._runtime)
+        alignment_n = gather_samples(found.alignment_n, self._runtime)
+        noise = {}
+        if result.noise is not None:
+            self._health.signal_to_noise(result.noise.ratio)
+            noise = {
+                "alignment_agreement": result.noise.agreement,
+                "alignment_signal_to_noise": result.noise.ratio,
+            }
+        self._write(
+            stage,
+            "weighting",
+            update=self._state.updates,
+            loss=result.train_loss,
+            val_loss=found.val_loss,
+            grad_norm=found.grad_norm,
+            weighting_grad_norm=result.update.grad_norm,
+            weighting_gradient_cosine=result.update.cosine,
+            alignment_mean=float(alignment_n.mean()),
+            alignment_std=float(alignment_n.std(correction=0)),
+            **noise,
+            **_named(weight_statistics(weights_n)),
+        )
+        if self._config.weights_interval_steps:
+            self._record_weights(stage, origins, weights_n, alignment_n)
+
+    def skipped(self, stage: int, reason: str, samples: range) -> None:
+        """Report a step that was left out; the state counts it already."""
+        first, last = samples.start, samples.stop - 1
+        self._write(stage, "skipped", reason=reason, first_sample=first, last_sample=last)
+        self.terminal.warn(
+            f"step {self._state.step} is skipped: {reason}; samples {first} to {last}"
+        )
+
+    def evaluation(self, stage: int, found: Evaluation) -> None:
+        """Report held-out losses, and what is known of last words."""
+        losses = found.losses
+        mean = sum(losses.values()) / len(losses)
+        perplexities = {name: math.exp(min(loss, 700.0)) for name, loss in losses.items()}
+        figures = {"domain_loss": losses, "domain_perplexity": perplexities, **found.figures}
+        self._write(stage, "evaluation", loss=mean, **figures)
+        text = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        self.terminal.note(f"step {self._state.step} held-out loss: {text}")
+
+    def flush(self) -> None:
+        """Bring all records to the disk, and the clock up to now."""
+        self._write_waiting()
+        self._lap()
+        if self._files is None:
+            return
+        try:
+            self._files.weights.flush(self._state.updates)
+        except OSError as error:
+            self.terminal.warn(f"weights: {error}; records are kept until there is room")
+
+    def back_to_state(self) -> None:
+        """Forget what comes after the run's state, which a checkpoint has just replaced."""
+        self._waiting = []
+        if self._files is not None:
+            self._files.weights.forget()
+            self._files.metrics.reopen_at(self._state)
+        self._clock_s = time.monotonic()
+
+    def close(self) -> None:
+        """Write what is left and leave the terminal tidy."""
+        self._write_waiting()
+        self.terminal.close()
+        if self._files is not None:
+            self._files.metrics.close()
+
+    def _skipped_update(self, stage: int) -> None:
+        number = self._state.updates
+        reason = "its losses or alignments are not finite"
+        self._write(stage, "skipped_update", update=number, reason=reason)
+        self.terminal.warn(f"weighting update {number} is skipped: {reason}")
+
+    def _record_weights(
+        self, stage: int, origins: FindOrigins, weights_n: Tensor, alignment_n: Tensor | None
+    ) -> None:
+        """Keep the weights of a global batch (main process only)."""
+        if self._files is not None:
+            self._files.weights.add(self._state.step, stage, origins(), weights_n, alignment_n)
+
+    def _write(self, stage: int, phase: str, **values: object) -> None:
+        self._write_waiting()
+        self._lap()
+        if self._files is not None:
+            self._files.write({**self._begun(stage, phase), **values, **self._counts()})
+
+    def _write_waiting(self) -> None:
+        """Write the lines of the steps since the last time; waits for their statistics."""
+        waiting, self._waiting = self._waiting, []
+        for line in waiting:
+            statistics = _named(line.statistics)
+            self._health.effective_sample_size(statistics["weight_effective_sample_size"])
+            if self._files is not None:
+                self._files.write({**line.values, **statistics, **line.counts})
+
+    def _begun(self, stage: int, phase: str) -> dict[str, Any]:
+        return {"step": self._state.step, "stage": stage, "phase": phase}
+
+    def _counts(self) -> dict[str, Any]:
+        return {
+            "tokens": self._state.tokens,
+            "flops": self._costs.spent(self._state),
+            "seconds": round(self._state.seconds, 3),
+        }
+
+    def _lap(self) -> None:
+        """Add the time since the last lap to the run's."""
+        now_s = time.monotonic()
+        self._state.seconds += now_s - self._clock_s
+        self._clock_s = now_s
+
+
+def _named(statistics: Tensor) -> dict[str, float]:
+    return dict(zip(STATISTICS, statistics.tolist(), strict=True))

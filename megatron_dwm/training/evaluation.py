@@ -1,0 +1,76 @@
+"""The held-out loss of the model in training, by domain, and what it knows of last words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_dwm.data import EvaluationSet
+from megatron_dwm.data.last_words import LastWords
+from megatron_dwm.model.passes.predictions import predict
+from megatron_dwm.training.last_words import last_word_figures
+from megatron_dwm.training.learner import Learner
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Held-out text: packed rows, and the same passages with their last words.
+
+    The two are read apart, since a last word is predicted from its own passage alone, and a row
+    packs several.
+    """
+
+    rows: EvaluationSet
+    last_words: LastWords
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """losses: token-mean loss of every domain, nats.  figures: of last words, by column name."""
+
+    losses: dict[str, float]
+    figures: dict[str, float | dict[str, float]]
+
+
+def evaluate(
+    learner: Learner, held_out: HeldOut, *, batch_size: int, between: Callable[[], None]
+) -> Evaluation:
+    """Evaluate the exported model, which has no rows that pad the vocabulary (collective).
+
+    batch_size: rows in one pass over all replicas.  between: called after every batch.
+    """
+    return Evaluation(
+        losses=_losses(learner, held_out.rows, batch_size, between),
+        figures=last_word_figures(
+            learner, held_out.last_words, batch_size=batch_size, between=between
+        ),
+    )
+
+
+def _losses(
+    learner: Learner, rows: EvaluationSet, batch_size: int, between: Callable[[], None]
+) -> dict[str, float]:
+    """Token-mean loss of every domain (collective)."""
+    runtime, domains = learner.runtime, rows.domains
+    sums = torch.zeros(2, len(domains), dtype=torch.float64)
+    share = batch_size // runtime.data_size
+    first = runtime.data_rank * share
+    for whole in rows.batches(batch_size):
+        batch = whole.rows(first, first + share).to(runtime.device)
+        found = predict(learner.llm, batch, learner.micro_batch_size)
+        losses_n = -(found.log_likelihood_BS * batch.loss_mask_BS).double().sum(dim=1)
+        where = torch.tensor([_index(domains, name) for name in batch.domains])
+        sums[0].index_add_(0, where, losses_n.cpu())
+        sums[1].index_add_(0, where, batch.loss_mask_BS.double().sum(dim=1).cpu())
+        between()
+    sums = sums.to(runtime.device)
+    dist.all_reduce(sums, group=runtime.data_group)
+    return dict(zip(domains, (sums[0] / sums[1]).tolist(), strict=True))
+
+
+def _index(domains: list[str], name: str) -> int:
+    """Padding rows carry no tokens, so any domain will do for them."""
+    return domains.index(name) if name in domains else 0
