@@ -21,22 +21,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.index_file import (
+from megatron_dwm.preprocess.encode.metadata import LARGEST_IN_DOUBLE, spell_float
+from megatron_dwm.preprocess.messages import warn
+from megatron_dwm.preprocess.settings import OutputPaths
+from megatron_dwm.preprocess.write.index_file import (
     IndexHeader,
     read_block,
     read_header,
     write_index,
 )
-from megatron_dwm.preprocess.messages import warn
-from megatron_dwm.preprocess.metadata import LARGEST_IN_DOUBLE, spell_float
-from megatron_dwm.preprocess.settings import OutputPaths
-from megatron_dwm.preprocess.sidecar import (
+from megatron_dwm.preprocess.write.sidecar import (
     common_facts,
     facts_that_differ,
     lacks_end,
     write_groups,
 )
-from megatron_dwm.preprocess.staging import StagedFiles
+from megatron_dwm.preprocess.write.staging import StagedFiles
 
 _COPY_BYTES = 1 << 26
 _SHARD_NAME = re.compile(r"^(?P<before>.*)-(?P<shard>\d{5})-of-(?P<shards>\d{5})(?P<after>_.*)$")

@@ -14,31 +14,31 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.documents import DocumentSettings
-from megatron_dwm.preprocess.encoding import EncodeSettings, token_dtype
-from megatron_dwm.preprocess.inputs import (
+from megatron_dwm.preprocess.encode.encoder import EncodeSettings, token_dtype
+from megatron_dwm.preprocess.encode.workers import encode_all
+from megatron_dwm.preprocess.messages import warn
+from megatron_dwm.preprocess.progress import progress_over
+from megatron_dwm.preprocess.read.documents import DocumentSettings
+from megatron_dwm.preprocess.read.inputs import (
     Input,
     ReadSettings,
     find_inputs,
     read_inputs,
     take_shard,
 )
-from megatron_dwm.preprocess.messages import warn
-from megatron_dwm.preprocess.outputs import GrowingOutputs
-from megatron_dwm.preprocess.progress import progress_over
-from megatron_dwm.preprocess.publishing import (
+from megatron_dwm.preprocess.records import EncodedChunk
+from megatron_dwm.preprocess.settings import PreprocessSettings
+from megatron_dwm.preprocess.write.outputs import GrowingOutputs
+from megatron_dwm.preprocess.write.publishing import (
     PreprocessSummary,
     Targets,
     complete_run,
     publish,
     summary_of,
 )
-from megatron_dwm.preprocess.records import EncodedChunk
-from megatron_dwm.preprocess.run_record import RunRecord
-from megatron_dwm.preprocess.settings import PreprocessSettings
-from megatron_dwm.preprocess.sidecar import SidecarColumns, facts_of
-from megatron_dwm.preprocess.workers import encode_all
-from megatron_dwm.preprocess.workspace import Workspace
+from megatron_dwm.preprocess.write.run_record import RunRecord
+from megatron_dwm.preprocess.write.sidecar import SidecarColumns, facts_of
+from megatron_dwm.preprocess.write.workspace import Workspace
 from megatron_dwm.tokenizer import Tokenizer, build_tokenizer, remembered_engine
 
 _JUDGED_AFTER_RECORDS = 1000

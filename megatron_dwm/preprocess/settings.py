@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.lines import CHUNK_BYTES
-from megatron_dwm.preprocess.sidecar import OWN_COLUMNS
+from megatron_dwm.preprocess.read.lines import CHUNK_BYTES
+from megatron_dwm.preprocess.write.sidecar import OWN_COLUMNS
 
 MAX_RECORD_BYTES = 32 << 20
 CHECKPOINT_INTERVAL_S = 30.0

@@ -21,7 +21,7 @@ from typing import IO, Any, Literal
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.outputs import require_writable_parents
 from megatron_dwm.preprocess.records import Position
-from megatron_dwm.preprocess.run_record import RunRecord, difference_to
+from megatron_dwm.preprocess.write.run_record import RunRecord, difference_to
 
 _CHECKPOINT = "checkpoint.json"
 _RECORD = "run.json"

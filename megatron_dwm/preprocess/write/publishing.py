@@ -13,10 +13,10 @@ from pathlib import Path
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.outputs import require_possible_names
-from megatron_dwm.preprocess.outputs import REJECTS
-from megatron_dwm.preprocess.run_record import RunRecord, difference_to
 from megatron_dwm.preprocess.settings import OutputPaths
-from megatron_dwm.preprocess.workspace import KeyCounts, Progress, Workspace
+from megatron_dwm.preprocess.write.outputs import REJECTS
+from megatron_dwm.preprocess.write.run_record import RunRecord, difference_to
+from megatron_dwm.preprocess.write.workspace import KeyCounts, Progress, Workspace
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_dwm.preprocess.metadata import Kind, arrow_type
+from megatron_dwm.preprocess.encode.metadata import Kind, arrow_type
 from megatron_dwm.tokenizer import Tokenizer
 
 ROWS_IN_GROUP = 1 << 16

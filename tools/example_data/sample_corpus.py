@@ -16,10 +16,10 @@ from pathlib import Path
 
 import zstandard
 
-from megatron_dwm.preprocess.inputs import find_inputs
-from megatron_dwm.preprocess.parsing import parse_record
-from megatron_dwm.preprocess.staging import StagedFiles
-from megatron_dwm.preprocess.texts import read_lines_of
+from megatron_dwm.preprocess.read.inputs import find_inputs
+from megatron_dwm.preprocess.read.parsing import parse_record
+from megatron_dwm.preprocess.read.texts import read_lines_of
+from megatron_dwm.preprocess.write.staging import StagedFiles
 
 _ZSTD_LEVEL = 19
 _PASSAGE_CHARACTERS = 2000

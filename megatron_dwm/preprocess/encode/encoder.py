@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from megatron_dwm.preprocess.documents import DocumentSettings, documents_of
-from megatron_dwm.preprocess.metadata import spell_column
+from megatron_dwm.preprocess.encode.metadata import spell_column
+from megatron_dwm.preprocess.read.documents import DocumentSettings, documents_of
 from megatron_dwm.preprocess.records import Chunk, EncodedChunk, EncodedKey
 from megatron_dwm.tokenizer import Engine, SpecialTokens
 

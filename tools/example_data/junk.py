@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.inputs import find_inputs
-from megatron_dwm.preprocess.parsing import parse_record, text_of
+from megatron_dwm.preprocess.read.inputs import find_inputs
+from megatron_dwm.preprocess.read.parsing import parse_record, text_of
+from megatron_dwm.preprocess.read.texts import read_lines_of
 from megatron_dwm.preprocess.records import BadRecord
-from megatron_dwm.preprocess.staging import StagedFiles
-from megatron_dwm.preprocess.texts import read_lines_of
+from megatron_dwm.preprocess.write.staging import StagedFiles
 
 JUNK_DOMAINS = {
     "shuffled_words": "JunkShuffledWords",

@@ -17,12 +17,12 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from megatron_dwm.preprocess.encoding import LostRecords, draft_columns
-from megatron_dwm.preprocess.index_file import read_block, tokens_of_documents, write_index
-from megatron_dwm.preprocess.metadata import join_kinds
+from megatron_dwm.preprocess.encode.encoder import LostRecords, draft_columns
+from megatron_dwm.preprocess.encode.metadata import join_kinds
 from megatron_dwm.preprocess.records import EncodedChunk, EncodedKey, Reject
-from megatron_dwm.preprocess.sidecar import SidecarColumns, write_sidecar
-from megatron_dwm.preprocess.workspace import KeyCounts, Workspace
+from megatron_dwm.preprocess.write.index_file import read_block, tokens_of_documents, write_index
+from megatron_dwm.preprocess.write.sidecar import SidecarColumns, write_sidecar
+from megatron_dwm.preprocess.write.workspace import KeyCounts, Workspace
 
 REJECTS = "rejects.jsonl"
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.parsing import (
+from megatron_dwm.preprocess.read.parsing import (
     begins_an_array,
     json_type,
     lines_of,

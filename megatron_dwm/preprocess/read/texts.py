@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import pyarrow as pa
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.documents import DocumentSettings, documents_of
-from megatron_dwm.preprocess.inputs import ReadSettings, find_inputs, read_inputs
-from megatron_dwm.preprocess.parsing import lines_of
+from megatron_dwm.preprocess.read.documents import DocumentSettings, documents_of
+from megatron_dwm.preprocess.read.inputs import ReadSettings, find_inputs, read_inputs
+from megatron_dwm.preprocess.read.parsing import lines_of
 from megatron_dwm.preprocess.records import Chunk, Position
 from megatron_dwm.preprocess.settings import MAX_RECORD_BYTES
 
