@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "tokenizer": {"config"},
     "runtime": {"config"},
     "model": {"config", "runtime"},
-    "data": {"config", "runtime", "tokenizer"},
+    "data": {"files", "config", "runtime", "tokenizer"},
     "weighting": {"config", "runtime", "model", "data"},
     "bilevel": {"runtime", "model", "data"},
     "training": {"config", "tokenizer", "runtime", "model", "data", "weighting", "bilevel"},
