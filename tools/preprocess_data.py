@@ -15,7 +15,7 @@ from megatron_dwm.preprocess.megatron_flags import add_foreign_flags
 
 if TYPE_CHECKING:
     from megatron_dwm.preprocess.settings import PreprocessSettings
-    from megatron_dwm.preprocess.write.publishing import PreprocessSummary
+    from megatron_dwm.preprocess.write.final_files import PreprocessSummary
 
 _EPILOG = """
 Writes P_KEY_document.bin and .idx, byte for byte what Megatron-LM's tool (d98e8a6) writes;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
 import pyarrow as pa
 
 from megatron_dwm.config.errors import UserError
@@ -55,6 +56,7 @@ def read_texts(
             first = min(found.rejects, key=lambda reject: reject.number)
             raise UserError(f"{chunk.source_file}:{first.number + 1}: {first.detail}")
         for text in found.texts[0]:
+            assert not isinstance(text, np.ndarray)
             yield from text if isinstance(text, list) else [text]
         advance(chunk.consumed_bytes, found.num_records)
 
