@@ -14,16 +14,16 @@ PACKAGE = REPOSITORY / "megatron_dwm"
 # A folder may import itself and the folders named here; `training.checkpoint` names one module.
 ALLOWED: dict[str, set[str]] = {
     "files": set(),
-    "config": set(),
+    "config": {"files"},
     "tokenizer": {"config"},
     "runtime": {"config"},
     "model": {"config", "runtime"},
-    "data": {"config", "runtime", "tokenizer"},
+    "data": {"files", "config", "runtime", "tokenizer"},
     "weighting": {"config", "runtime", "model", "data"},
     "bilevel": {"runtime", "model", "data"},
     "training": {"config", "tokenizer", "runtime", "model", "data", "weighting", "bilevel"},
     "planning": {"config", "model", "weighting", "training.compute", "training.stages"},
-    "preprocess": {"config", "tokenizer"},
+    "preprocess": {"files", "config", "tokenizer"},
     "convert": {
         *("config", "tokenizer", "runtime", "model", "training.checkpoint", "training.manifest"),
         *("training.fingerprint", "training.kept_files"),

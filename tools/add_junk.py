@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """The command."""
     arguments = parse_arguments()
-    from megatron_dwm.preprocess.junk import add_junk
+    from example_data.junk import add_junk
 
     summary = add_junk(
         arguments.input, Path(arguments.output), fraction=arguments.fraction, seed=arguments.seed

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from example_data.sample_corpus import make_sample_corpus
+
 from megatron_dwm.config.command_line import OneLineParser, run_command
-from megatron_dwm.preprocess.sample_corpus import make_sample_corpus
 
 
 def parse_arguments() -> argparse.Namespace:

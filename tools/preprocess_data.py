@@ -14,8 +14,8 @@ from megatron_dwm.config.errors import UserError
 from megatron_dwm.preprocess.megatron_flags import add_foreign_flags
 
 if TYPE_CHECKING:
-    from megatron_dwm.preprocess.publishing import PreprocessSummary
     from megatron_dwm.preprocess.settings import PreprocessSettings
+    from megatron_dwm.preprocess.write.final_files import PreprocessSummary
 
 _EPILOG = """
 Writes P_KEY_document.bin and .idx, byte for byte what Megatron-LM's tool (d98e8a6) writes;

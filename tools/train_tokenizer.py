@@ -64,9 +64,9 @@ def main() -> None:
         )
     if arguments.max_bytes is not None and arguments.max_bytes < 1:
         raise UserError(f"--max-bytes {arguments.max_bytes}: expected a positive number")
-    from megatron_dwm.preprocess.inputs import find_inputs
     from megatron_dwm.preprocess.progress import progress_over
-    from megatron_dwm.preprocess.texts import first_bytes, read_texts
+    from megatron_dwm.preprocess.read.inputs import find_inputs
+    from megatron_dwm.preprocess.read.texts import first_bytes, read_texts
     from megatron_dwm.tokenizer import train_sentencepiece
 
     total_bytes = sum(entry.size_bytes for entry in find_inputs(arguments.input))

@@ -1,15 +1,18 @@
-"""Where outputs go, looked at before any work: names that can be, directories that can be written.
+"""Outputs of tools: checked before any work, and whole or not there after it.
 
-No tool makes a missing parent directory: a slip of the hand in a path would become a tree.
+No tool makes a missing parent directory: a typing mistake in a path would become a tree. No tool
+overwrites an output.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.files.atomic import new_files, partial_path
 
 
 def require_possible_names(paths: Iterable[Path]) -> None:
@@ -46,3 +49,24 @@ def require_writable_parents(paths: Iterable[Path]) -> None:
                 f"{directory}: no file can be written in this directory ({error.strerror}); "
                 "choose another output"
             ) from None
+
+
+@contextmanager
+def new_outputs(paths: Sequence[Path]) -> Iterator[Mapping[Path, Path]]:
+    """Give a temporary name for each of `paths`; at the end of the context they become `paths`.
+
+    Those that were written appear in the order of `paths`, or none after an exception. Raises
+    `UserError`, before and after, if one exists, and before if one cannot be written.
+    """
+    require_possible_names(paths)
+    _refuse_existing(paths)
+    require_writable_parents([partial_path(path) for path in paths])
+    with new_files(paths) as partials:
+        yield partials
+        _refuse_existing(paths)
+
+
+def _refuse_existing(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.exists() or path.is_symlink():
+            raise UserError(f"{path} exists; choose another output or remove it")

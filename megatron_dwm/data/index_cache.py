@@ -15,8 +15,6 @@ depends on, the size and time of the data files included.
 from __future__ import annotations
 
 import hashlib
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +28,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.data.prefixes import IndexedFile
+from megatron_dwm.files.atomic import new_folder
 
 
 @dataclass(frozen=True)
@@ -104,27 +103,13 @@ def publish(target: Path, build: Callable[[Path], object]) -> None:
         return
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
+        with new_folder(target, shared=True) as folder:
             build(folder)
-            _rename(folder, target)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise UserError(
             f"data.cache_dir {target.parent} cannot be written ({error.strerror or error}): "
             "name a directory with free space that you may write to"
         ) from error
-
-
-def _rename(folder: Path, target: Path) -> None:
-    folder.chmod(0o755)
-    try:
-        folder.rename(target)
-    except OSError:
-        # Another run published the same content first; anything else is a real failure.
-        if not target.is_dir():
-            raise
 
 
 def on_first_rank(build: Callable[[], None]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.files.json_lines import look_up, numbered_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +45,9 @@ def read_passages(path: str, key: str, domain_keys: tuple[str, ...]) -> Iterator
     if not Path(path).is_file():
         raise UserError(f"{key}: no file {path}")
     line = 0
-    found = False
-    with Path(path).open("rb") as stream:
-        for line, raw in enumerate(stream, start=1):
-            if raw.strip():
-                found = True
-                yield _passage(raw, f"{path} line {line}", domain_keys, line)
-    if not found:
+    for line, raw in numbered_lines(Path(path)):
+        yield _passage(raw, f"{path} line {line}", domain_keys, line)
+    if not line:
         raise UserError(f"{path} ({key}) is empty: expected an object with a `text` in every line")
 
 
@@ -69,21 +66,9 @@ def _passage(raw: bytes, where: str, domain_keys: tuple[str, ...], line: int) ->
 
 
 def _domain(record: dict[str, Any], domain_keys: tuple[str, ...]) -> str | None:
-    """The first of the keys that is present and not null, as text."""
+    """The value of the first of the keys that is present, and neither null nor empty, as text."""
     for key in domain_keys:
-        value = _value(record, key)
+        _, value = look_up(record, key)
         if value is not None and value != "":
             return str(value)
     return None
-
-
-def _value(record: dict[str, Any], dotted: str) -> Any:
-    """The value at a dotted path, or under the dotted name itself; None where there is none."""
-    if dotted in record:
-        return record[dotted]
-    value: Any = record
-    for name in dotted.split("."):
-        if not isinstance(value, dict) or name not in value:
-            return None
-        value = value[name]
-    return value

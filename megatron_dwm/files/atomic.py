@@ -65,7 +65,7 @@ def new_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
     try:
         yield partial
         sync(partial)
-        partial.replace(path)
+        partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -99,7 +99,8 @@ def new_folder(path: Path, *, shared: bool = False) -> Iterator[Path]:
     Raises FileExistsError, before and after, if there is something at `path`; with `shared` a
     folder that another process has put there meanwhile stays, and ours is dropped.
     """
-    _require_free([path])
+    if not shared:
+        _require_free([path])
     partial = _partial_path(path, shared=shared)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

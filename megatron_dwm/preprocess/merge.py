@@ -21,22 +21,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.index_file import (
-    IndexHeader,
-    read_block,
-    read_header,
-    write_index,
-)
-from megatron_dwm.preprocess.messages import warn
-from megatron_dwm.preprocess.metadata import LARGEST_IN_DOUBLE, spell_float
-from megatron_dwm.preprocess.settings import OutputPaths
-from megatron_dwm.preprocess.sidecar import (
-    common_facts,
+from megatron_dwm.config.outputs import new_outputs
+from megatron_dwm.files.dataset_paths import DatasetPaths
+from megatron_dwm.files.index_format import IndexHeader, read_header, read_numbers
+from megatron_dwm.files.sidecar_format import (
+    facts_in,
     facts_that_differ,
     lacks_end,
-    write_groups,
+    write_row_groups,
 )
-from megatron_dwm.preprocess.staging import StagedFiles
+from megatron_dwm.preprocess.encode.metadata import LARGEST_IN_DOUBLE, spell_float
+from megatron_dwm.preprocess.messages import warn
+from megatron_dwm.preprocess.write.index_writer import write_index
 
 _COPY_BYTES = 1 << 26
 _SHARD_NAME = re.compile(r"^(?P<before>.*)-(?P<shard>\d{5})-of-(?P<shards>\d{5})(?P<after>_.*)$")
@@ -58,7 +54,7 @@ class MergeSummary:
 class _Part:
     """One of the datasets to merge."""
 
-    paths: OutputPaths
+    paths: DatasetPaths
     header: IndexHeader
 
 
@@ -79,15 +75,13 @@ def merge_datasets(
     parts = [_open_part(name) for name in names]
     _check_types(parts)
     sidecars = _sidecars(parts)
-    target = OutputPaths.of(output_prefix)
-    order = [target.sidecar, target.bin, target.idx]
+    target = DatasetPaths.of(output_prefix)
     try:
-        with StagedFiles(order) as staged:
-            _copy_ids(parts, staged.partial(target.bin), advance)
+        with new_outputs([target.sidecar, target.bin, target.idx]) as partials:
+            _copy_ids(parts, partials[target.bin], advance)
             if sidecars:
-                _merge_sidecars(sidecars, staged.partial(target.sidecar))
-            header = _merge_indices(parts, staged.partial(target.idx))
-            staged.publish()
+                _merge_sidecars(sidecars, partials[target.sidecar])
+            header = _merge_indices(parts, partials[target.idx])
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
@@ -96,14 +90,14 @@ def merge_datasets(
     return MergeSummary(
         documents=header.num_documents,
         sequences=header.num_sequences,
-        tokens=target.bin.stat().st_size // np.dtype(header.dtype).itemsize,
+        tokens=target.bin.stat().st_size // header.itemsize,
         has_sidecar=bool(sidecars),
     )
 
 
 def total_bytes(prefixes: Sequence[str]) -> int:
     """Bytes of the `.bin` files that are there."""
-    bins = [OutputPaths.of(_stem(prefix)).bin for prefix in prefixes]
+    bins = [DatasetPaths.of(_stem(prefix)).bin for prefix in prefixes]
     return sum(path.stat().st_size for path in bins if path.is_file())
 
 
@@ -134,12 +128,12 @@ def _family(match: re.Match[str]) -> tuple[str, str, str]:
 
 
 def _open_part(name: str) -> _Part:
-    paths = OutputPaths.of(name)
+    paths = DatasetPaths.of(name)
     for path in (paths.idx, paths.bin):
         if not path.is_file():
             raise UserError(f"{path}: no such file; --input takes prefixes, as P_text_document")
-    header = read_header(paths.idx)
-    expected = _num_tokens(paths.idx, header) * np.dtype(header.dtype).itemsize
+    header = _read_header(paths.idx)
+    expected = _num_tokens(paths.idx, header) * header.itemsize
     if paths.bin.stat().st_size != expected:
         raise UserError(
             f"{paths.bin}: {paths.bin.stat().st_size} bytes, but its .idx speaks of {expected}; "
@@ -148,9 +142,19 @@ def _open_part(name: str) -> _Part:
     return _Part(paths=paths, header=header)
 
 
+def _read_header(idx: Path) -> IndexHeader:
+    try:
+        header = read_header(idx)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if header.has_modes:
+        raise UserError(f"{idx}: multimodal (it has a mode of each sequence); only text is merged")
+    return header
+
+
 def _num_tokens(idx: Path, header: IndexHeader) -> int:
     with idx.open("rb") as file:
-        blocks = read_block(file, header.lengths_at, np.int32, header.num_sequences)
+        blocks = read_numbers(file, header.lengths_at, np.int32, header.num_sequences)
         return sum(int(block.sum(dtype=np.int64)) for block in blocks)
 
 
@@ -173,7 +177,7 @@ def _sidecars(parts: Sequence[_Part]) -> list[Path]:
         raise UserError(f"{lacking}: no such file, but {there[0]} exists; give all or none")
     schemas = [pq.read_schema(path) for path in there]
     for path, schema in zip(there, schemas, strict=True):
-        differing = facts_that_differ(schemas[0].metadata or {}, schema.metadata or {})
+        differing = facts_that_differ(facts_in(schemas[0]), facts_in(schema))
         if differing:
             raise UserError(
                 f"{path}: another tokenizer, end of document or special tokens than {there[0]} "
@@ -184,7 +188,7 @@ def _sidecars(parts: Sequence[_Part]) -> list[Path]:
                 f"{path}: columns {', '.join(schema.names)}, but {there[0]} has "
                 f"{', '.join(schemas[0].names)}"
             )
-    unsaid = [str(p) for p, s in zip(there, schemas, strict=True) if lacks_end(s.metadata or {})]
+    unsaid = [str(p) for p, s in zip(there, schemas, strict=True) if lacks_end(facts_in(s))]
     if unsaid:
         warn(
             f"{', '.join(unsaid)}: not said which id ends a document (written by an older "
@@ -243,16 +247,16 @@ def _merge_indices(parts: Sequence[_Part], output: Path) -> IndexHeader:
 
 
 def _marks(part: _Part) -> Iterator[np.ndarray]:
-    """The marks of all documents (index_file.py): the boundaries say whose a sequence is."""
+    """The marks of all documents (index_writer.py): the boundaries say whose a sequence is."""
     header = part.header
     with part.paths.idx.open("rb") as boundaries_file, part.paths.idx.open("rb") as lengths_file:
         before = 0
-        at = header.documents_at + 8
-        for ends in read_block(boundaries_file, at, np.int64, header.num_documents):
+        at = header.borders_at + 8
+        for ends in read_numbers(boundaries_file, at, np.int64, header.num_documents):
             counts = np.diff(ends, prepend=before)
             taken = int(ends[-1]) - before
             at_length = header.lengths_at + 4 * before
-            blocks = list(read_block(lengths_file, at_length, np.int32, taken))
+            blocks = list(read_numbers(lengths_file, at_length, np.int32, taken))
             lengths = np.concatenate([np.zeros(0, np.int32), *blocks])
             if counts.min() < 0 or (len(lengths) and lengths.min() <= 0):
                 raise UserError(f"{part.paths.idx}: a sequence without tokens; it is damaged")
@@ -272,7 +276,7 @@ def _merge_sidecars(paths: Sequence[Path], output: Path) -> None:
                 for group in range(file.num_row_groups):
                     yield _as_schema(file.read_row_group(group), schema)
 
-    write_groups(output, schema, tables())
+    write_row_groups(output, schema, tables())
 
 
 def _as_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -298,7 +302,13 @@ def _common_schema(paths: Sequence[Path]) -> pa.Schema:
         if widest == pa.float64() and any(_beyond_double(path, i) for path in paths):
             widest = pa.string()
         fields.append(pa.field(field.name, widest))
-    return pa.schema(fields, metadata=common_facts(schemas))
+    return pa.schema(fields, metadata=_common_metadata(schemas))
+
+
+def _common_metadata(schemas: Sequence[pa.Schema]) -> dict[bytes, bytes]:
+    """What all of the schemas say; they do not contradict each other."""
+    every = [schema.metadata or {} for schema in schemas]
+    return {name: value for name, value in every[0].items() if all(name in one for one in every)}
 
 
 def _is_all_null(path: Path, column: int) -> bool:

@@ -14,31 +14,31 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.documents import DocumentSettings
-from megatron_dwm.preprocess.encoding import EncodeSettings, token_dtype
-from megatron_dwm.preprocess.inputs import (
+from megatron_dwm.preprocess.encode.encoder import EncodeSettings, token_dtype
+from megatron_dwm.preprocess.encode.workers import encode_all
+from megatron_dwm.preprocess.messages import warn
+from megatron_dwm.preprocess.progress import progress_over
+from megatron_dwm.preprocess.read.documents import DocumentSettings
+from megatron_dwm.preprocess.read.inputs import (
     Input,
     ReadSettings,
     find_inputs,
     read_inputs,
     take_shard,
 )
-from megatron_dwm.preprocess.messages import warn
-from megatron_dwm.preprocess.outputs import GrowingOutputs
-from megatron_dwm.preprocess.progress import progress_over
-from megatron_dwm.preprocess.publishing import (
+from megatron_dwm.preprocess.records import EncodedChunk
+from megatron_dwm.preprocess.settings import PreprocessSettings
+from megatron_dwm.preprocess.write.final_files import (
     PreprocessSummary,
     Targets,
     complete_run,
-    publish,
+    move_into_place,
     summary_of,
 )
-from megatron_dwm.preprocess.records import EncodedChunk
-from megatron_dwm.preprocess.run_record import RunRecord
-from megatron_dwm.preprocess.settings import PreprocessSettings
-from megatron_dwm.preprocess.sidecar import SidecarColumns, facts_of
-from megatron_dwm.preprocess.workers import encode_all
-from megatron_dwm.preprocess.workspace import Workspace
+from megatron_dwm.preprocess.write.outputs import GrowingOutputs
+from megatron_dwm.preprocess.write.run_record import RunRecord
+from megatron_dwm.preprocess.write.sidecar import SidecarColumns, facts_of
+from megatron_dwm.preprocess.write.workspace import Workspace
 from megatron_dwm.tokenizer import Tokenizer, build_tokenizer, remembered_engine
 
 _JUDGED_AFTER_RECORDS = 1000
@@ -77,13 +77,13 @@ def preprocess(
         _disk_errors(settings),
         Workspace(settings.prefix, record, resume=settings.resume) as workspace,
     ):
-        if workspace.progress.phase == "reading":
+        if workspace.state.phase == "reading":
             targets.refuse_existing()
             run = _Run(settings, inputs, tokenizer, workspace, should_stop)
             run.read_all()
             run.complete()
-        publish(workspace, targets, record)
-        return summary_of(targets, workspace.progress)
+        move_into_place(workspace, targets, record)
+        return summary_of(targets, workspace.state)
 
 
 @contextmanager
@@ -115,7 +115,7 @@ class _Run:
     should_stop: Callable[[], bool]
 
     def __post_init__(self) -> None:
-        self._progress = self.workspace.progress
+        self._state = self.workspace.state
         self._is_judged = False
         self._refuse_mixed_modes()
 
@@ -145,7 +145,7 @@ class _Run:
         )
         with closing(outputs):
             outputs.finish(self._columns())
-        self._progress.phase = "publishing"
+        self._state.phase = "publishing"
         self.workspace.save()
 
     def _read_into(self, outputs: GrowingOutputs) -> None:
@@ -158,7 +158,7 @@ class _Run:
             max_record_bytes=settings.max_record_bytes,
             chunk_bytes=settings.chunk_bytes,
         )
-        chunks = read_inputs(self.inputs, self._progress.position, read)
+        chunks = read_inputs(self.inputs, self._state.position, read)
         encoded = encode_all(
             self._encoding(), choice.build, chunks, num_workers=settings.num_workers
         )
@@ -178,7 +178,7 @@ class _Run:
                     last_checkpoint_s = time.monotonic()
 
     def _bytes_left(self) -> int:
-        return sum(entry.size_bytes for entry in self.inputs[self._progress.position.input :])
+        return sum(entry.size_bytes for entry in self.inputs[self._state.position.input :])
 
     def _encoding(self) -> EncodeSettings:
         settings = self.settings
@@ -198,7 +198,7 @@ class _Run:
     def _columns(self) -> SidecarColumns:
         return SidecarColumns(
             metadata_keys=self.settings.metadata_keys,
-            kinds=tuple(self._progress.kinds),
+            kinds=tuple(self._state.kinds),
             source_names=tuple(entry.name for entry in self.inputs),
             facts=facts_of(self.tokenizer, append_eod=self.settings.append_eod),
         )
@@ -213,10 +213,10 @@ class _Run:
 
     def _refuse_mixed_modes(self) -> None:
         """Skipping may begin with a resume; it may not end with one."""
-        if self.settings.on_bad_record == "error" and self._progress.num_rejected:
+        if self.settings.on_bad_record == "error" and self._state.num_rejected:
             raise UserError(
                 f"{self.workspace.path}: cannot resume with --on-bad-record error: "
-                f"{self._progress.num_rejected} records have been skipped"
+                f"{self._state.num_rejected} records have been skipped"
             )
 
     def _refuse_changed_inputs(self) -> None:
@@ -227,31 +227,31 @@ class _Run:
 
     def _judge_beginning(self) -> None:
         """Stop early, or warn, where a key is in no record of the first thousand."""
-        if self._is_judged or self._progress.records < _JUDGED_AFTER_RECORDS:
+        if self._is_judged or self._state.records < _JUDGED_AFTER_RECORDS:
             return
         self._is_judged = True
-        if self._progress.num_rejected == self._progress.records:
+        if self._state.num_rejected == self._state.records:
             self.workspace.remove()
             raise UserError(
-                f"none of the first {self._progress.records} records is a document; the first: "
-                f"{self._progress.first_reject}"
+                f"none of the first {self._state.records} records is a document; the first: "
+                f"{self._state.first_reject}"
             )
         for key in self._metadata_not_seen():
             warn(
-                f"--metadata-keys {key}: not in any of the first {self._progress.records} records; "
+                f"--metadata-keys {key}: not in any of the first {self._state.records} records; "
                 "its column stays empty where no record has it"
             )
 
     def _judge_all(self) -> None:
         """Refuse to write a dataset of nothing."""
-        for key, counts in self._progress.keys.items():
+        for key, counts in self._state.keys.items():
             if counts.tokens == 0 and self.settings.num_shards == 1:
                 self.workspace.remove()
                 raise UserError(self._why_nothing(key))
         if not self._is_judged:  # what was said of the first thousand is not said again
             for key in self._metadata_not_seen():
                 warn(f"--metadata-keys {key}: no record has this key; its column is empty")
-        for key, kind in zip(self.settings.metadata_keys, self._progress.kinds, strict=True):
+        for key, kind in zip(self.settings.metadata_keys, self._state.kinds, strict=True):
             if kind == "mixed":
                 warn(
                     f"--metadata-keys {key}: fractions, and whole numbers beyond 2^53, which a "
@@ -259,12 +259,12 @@ class _Run:
                 )
 
     def _metadata_not_seen(self) -> list[str]:
-        pairs = zip(self.settings.metadata_keys, self._progress.metadata_seen, strict=True)
+        pairs = zip(self.settings.metadata_keys, self._state.metadata_seen, strict=True)
         return [key for key, is_seen in pairs if not is_seen]
 
     def _why_nothing(self, key: str) -> str:
         where = ", ".join(self.settings.inputs)
-        records = self._progress.records
-        if self._progress.num_rejected == records > 0:
-            return f"all {records} records were rejected; the first: {self._progress.first_reject}"
+        records = self._state.records
+        if self._state.num_rejected == records > 0:
+            return f"all {records} records were rejected; the first: {self._state.first_reject}"
         return f'{where}: no document with any text under "{key}"; nothing to write'

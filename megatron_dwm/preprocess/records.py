@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
+from megatron_dwm.preprocess.encode.metadata import Kind
+
 Reason = Literal[
     "broken JSON",
     "missing key",
@@ -17,6 +19,10 @@ Reason = Literal[
     "over-long line",
 ]
 """Why a record is no document; the counts at the end are by these."""
+
+
+Content = str | list[str] | np.ndarray
+"""What a document is made from: a text, a list of texts (its sequences), or an array of ids."""
 
 
 class BadRecord(Exception):
@@ -83,8 +89,8 @@ class Documents:
 
     numbers: list[int] = field(default_factory=list)
     """0-based position of each document in its file"""
-    texts: list[list[object]]
-    """for each of the JSON keys a text, a list of texts or an array of ids a document"""
+    texts: list[list[Content]]
+    """for each of the JSON keys the content of every document"""
     metadata: list[list[object]]
     """for each of the metadata keys a JSON value a document; None where it has none"""
     metadata_seen: list[bool]
@@ -101,7 +107,7 @@ class EncodedKey:
     ids: np.ndarray
     """all ids one after the other, in the type of the `.bin`"""
     marks: np.ndarray
-    """int32: the lengths of the sequences, and which begin a document (index_file.py)"""
+    """int32: the lengths of the sequences, and which begin a document (index_writer.py)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +122,7 @@ class EncodedChunk:
     keys: list[EncodedKey]
     rows: pa.RecordBatch
     """a row a document for the sidecar's draft"""
-    kinds: list[str]
+    kinds: list[Kind]
     """for each metadata key what its values are (metadata.py)"""
     metadata_seen: list[bool]
     rejects: list[Reject]

@@ -1,15 +1,14 @@
-"""What the user asks for, and where it goes."""
+"""What the user asks of `tools/preprocess_data.py`."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.lines import CHUNK_BYTES
-from megatron_dwm.preprocess.sidecar import OWN_COLUMNS
+from megatron_dwm.files.sidecar_format import OWN_COLUMNS
+from megatron_dwm.preprocess.read.lines import CHUNK_BYTES
 
 MAX_RECORD_BYTES = 32 << 20
 CHECKPOINT_INTERVAL_S = 30.0
@@ -26,7 +25,7 @@ class PreprocessSettings:
     json_keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
     include_special_tokens: bool = True
-    """whether texts get the special tokens that a tokenizer.json asks for"""
+    """True if texts get the special tokens that a tokenizer.json asks for"""
     num_workers: int = 1
     metadata_keys: tuple[str, ...] = ()
     on_bad_record: Literal["error", "skip"] = "error"
@@ -82,24 +81,3 @@ class PreprocessSettings:
                 raise UserError(
                     f"--metadata-keys {key}: the sidecar has a column of its own so named"
                 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputPaths:
-    """Where one JSON key's dataset goes."""
-
-    sidecar: Path
-    bin: Path
-    idx: Path
-
-    @staticmethod
-    def of(stem: str) -> OutputPaths:
-        """The three files of the dataset with prefix `stem`."""
-        return OutputPaths(
-            sidecar=Path(stem + ".meta.parquet"), bin=Path(stem + ".bin"), idx=Path(stem + ".idx")
-        )
-
-    @staticmethod
-    def of_key(prefix: str, key: str) -> OutputPaths:
-        """Megatron-LM's names: PREFIX_KEY_document.bin and .idx."""
-        return OutputPaths.of(f"{prefix}_{key}_document")

@@ -29,7 +29,7 @@ from pathlib import Path
 import zstandard
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.texts import read_lines_of
+from megatron_dwm.preprocess.read.texts import read_lines_of
 
 _OURS, _ZSTD, _GIGATOKEN, _POOL = "ours", "ours, zstd", "gigatoken alone", "pool of workers"
 _MERGE, _CAT = "merge", "cat"

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.preprocess.read.tables import table_chunks
 from megatron_dwm.preprocess.records import Chunk, Position
-from megatron_dwm.preprocess.tables import table_chunks
 
 if TYPE_CHECKING:
     from datasets import IterableDataset

@@ -1,7 +1,7 @@
-"""From the workspace to the names that the user knows, in an order that a kill cannot spoil.
+"""The final names of a run's files, given in an order that a kill cannot spoil.
 
-The `.idx` files come after their companions, and the run's record last: where it is, all is there.
-Renaming is repeated until done, so a run that was killed here is finished by resuming it.
+An `.idx` gets its name after its `.bin` and its sidecar. The run's record is written last: where it
+is, all files are there. A run that was killed among the renames is finished by resuming it.
 """
 
 from __future__ import annotations
@@ -13,32 +13,33 @@ from pathlib import Path
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.outputs import require_possible_names
-from megatron_dwm.preprocess.outputs import REJECTS
-from megatron_dwm.preprocess.run_record import RunRecord, difference_to
-from megatron_dwm.preprocess.settings import OutputPaths
-from megatron_dwm.preprocess.workspace import KeyCounts, Progress, Workspace
+from megatron_dwm.files.atomic import write_json
+from megatron_dwm.files.dataset_paths import DatasetPaths
+from megatron_dwm.preprocess.write.outputs import REJECTS
+from megatron_dwm.preprocess.write.run_record import RunRecord, difference_to
+from megatron_dwm.preprocess.write.workspace import KeyCounts, Workspace, WorkspaceState
 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """Final names of one run's files."""
+    """The final paths of one run's files."""
 
     prefix: str
     keys: tuple[str, ...]
 
     @property
     def record(self) -> Path:
-        """The run's record."""
+        """Path of the run's record."""
         return Path(f"{self.prefix}.preprocess.json")
 
     @property
     def rejects(self) -> Path:
-        """Records that are no documents; there only if there are any."""
+        """Path of the list of records that are no documents; written only if there are any."""
         return Path(f"{self.prefix}.rejects.jsonl")
 
     def moves(self) -> list[tuple[str, Path]]:
         """Name in the workspace and final path, in the order of renaming."""
-        paths = [OutputPaths.of_key(self.prefix, key) for key in self.keys]
+        paths = [DatasetPaths.of_key(self.prefix, key) for key in self.keys]
         moves = [(f"{i}.meta.parquet", path.sidecar) for i, path in enumerate(paths)]
         moves += [(f"{i}.bin", path.bin) for i, path in enumerate(paths)]
         moves.append((REJECTS, self.rejects))
@@ -66,26 +67,24 @@ class PreprocessSummary:
     rejects_path: Path
     datasets: dict[str, KeyCounts]
     was_complete: bool = False
-    """whether the output was there already and nothing was done"""
+    """True if the output was there already and nothing was done"""
 
 
-def publish(workspace: Workspace, targets: Targets, record: RunRecord) -> None:
-    """Move everything to its final name and remove the workspace."""
-    progress = workspace.progress
-    if not progress.num_rejected:
+def move_into_place(workspace: Workspace, targets: Targets, record: RunRecord) -> None:
+    """Move every file to its final name, write the run's record and remove the workspace."""
+    state = workspace.state
+    if not state.num_rejected:
         workspace.file(REJECTS).unlink(missing_ok=True)
     for name, path in targets.moves():
         if workspace.file(name).exists():
             workspace.file(name).rename(path)
-    content = {**asdict(record), "counts": _counts(progress)}
-    new = workspace.file("published.json")
-    new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    new.rename(targets.record)
+    content = {**asdict(record), "counts": _counts(state)}
+    write_json(targets.record, content, indent=1)
     workspace.remove()
 
 
 def complete_run(targets: Targets, record: RunRecord) -> PreprocessSummary:
-    """What the finished run behind `targets.record` made; `UserError` if it was another run."""
+    """Read the totals of the finished run at `targets`; `UserError` if it was another run."""
     why = difference_to(targets.record, record)
     if why is not None:
         raise UserError(
@@ -102,21 +101,21 @@ def complete_run(targets: Targets, record: RunRecord) -> PreprocessSummary:
     )
 
 
-def summary_of(targets: Targets, progress: Progress) -> PreprocessSummary:
-    """The totals of a run that is through."""
+def summary_of(targets: Targets, state: WorkspaceState) -> PreprocessSummary:
+    """The totals of a run that is finished."""
     return PreprocessSummary(
         prefix=targets.prefix,
-        records=progress.records,
-        rejected=progress.rejected,
+        records=state.records,
+        rejected=state.rejected,
         rejects_path=targets.rejects,
-        datasets=progress.keys,
+        datasets=state.keys,
     )
 
 
-def _counts(progress: Progress) -> dict[str, object]:
-    keys: Sequence[tuple[str, KeyCounts]] = list(progress.keys.items())
+def _counts(state: WorkspaceState) -> dict[str, object]:
+    keys: Sequence[tuple[str, KeyCounts]] = list(state.keys.items())
     return {
-        "records": progress.records,
-        "rejected": progress.rejected,
+        "records": state.records,
+        "rejected": state.rejected,
         "keys": {key: asdict(counts) for key, counts in keys},
     }

@@ -35,7 +35,8 @@ _HELD: dict[Kind, set[Kind]] = {
 def spell_column(values: Sequence[object]) -> tuple[Kind, pa.Array]:
     """Kind of the values and the column of their spellings."""
     spelled = [_spell(value) for value in values]
-    kind = reduce(join_kinds, {kind for kind, _ in spelled}, "none")
+    none: Kind = "none"
+    kind = reduce(join_kinds, {kind for kind, _ in spelled}, none)
     return kind, pa.array([spelling for _, spelling in spelled], pa.string())
 
 

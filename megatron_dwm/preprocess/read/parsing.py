@@ -87,18 +87,6 @@ def json_type(value: object) -> str:
     return "null" if value is None else names.get(type(value), "a number")
 
 
-def look_up(record: dict[str, object], dotted_key: str) -> tuple[bool, object]:
-    """Whether `dotted_key` is there and its value: the key as it is, else a path of keys."""
-    if dotted_key in record:
-        return True, record[dotted_key]
-    value: object = record
-    for part in dotted_key.split("."):
-        if not isinstance(value, dict) or part not in value:
-            return False, None
-        value = value[part]
-    return True, value
-
-
 def begins_an_array(line: bytes) -> bool:
     """Whether a file that begins with `line` is one JSON array of objects, not JSON Lines."""
     beginning = line.lstrip()

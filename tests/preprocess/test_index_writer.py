@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_dwm.preprocess.index_file import tokens_of_documents, write_index
+from megatron_dwm.preprocess.write.index_writer import tokens_of_documents, write_index
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 1000])

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.inputs import Input
 from megatron_dwm.preprocess.messages import warn
+from megatron_dwm.preprocess.read.inputs import Input
 from megatron_dwm.preprocess.settings import PreprocessSettings
 from megatron_dwm.tokenizer import SpecialTokens, Tokenizer
 

@@ -1,6 +1,6 @@
 """The growing files of a run, their checkpoints, and their last forms.
 
-For each JSON key the ids (`.bin`) and the marks of all documents (index_file.py); for all keys
+For each JSON key the ids (`.bin`) and the marks of all documents (index_writer.py); for all keys
 together the draft of the sidecar (Arrow, a new file after every checkpoint) and the rejects.
 Memory: nothing that grows with the number of documents.
 """
@@ -17,18 +17,20 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from megatron_dwm.preprocess.encoding import LostRecords, draft_columns
-from megatron_dwm.preprocess.index_file import read_block, tokens_of_documents, write_index
-from megatron_dwm.preprocess.metadata import join_kinds
+from megatron_dwm.files.atomic import sync
+from megatron_dwm.files.index_format import TokenType, read_numbers
+from megatron_dwm.preprocess.encode.encoder import LostRecords, draft_columns
+from megatron_dwm.preprocess.encode.metadata import join_kinds
 from megatron_dwm.preprocess.records import EncodedChunk, EncodedKey, Reject
-from megatron_dwm.preprocess.sidecar import SidecarColumns, write_sidecar
-from megatron_dwm.preprocess.workspace import KeyCounts, Workspace
+from megatron_dwm.preprocess.write.index_writer import tokens_of_documents, write_index
+from megatron_dwm.preprocess.write.sidecar import SidecarColumns, write_sidecar
+from megatron_dwm.preprocess.write.workspace import KeyCounts, Workspace
 
 REJECTS = "rejects.jsonl"
 
 
 def draft_schema(num_metadata: int) -> pa.Schema:
-    """Of the sidecar's draft."""
+    """Schema of the sidecar's draft."""
     record, *metadata = draft_columns(num_metadata)
     own = [("input", pa.int32()), (record, pa.int64())]
     return pa.schema([*own, *((name, pa.string()) for name in metadata)])
@@ -42,16 +44,16 @@ class GrowingOutputs:
         workspace: Workspace,
         json_keys: Sequence[str],
         num_metadata: int,
-        dtype: type[np.number],
+        dtype: TokenType,
     ) -> None:
         self._workspace = workspace
         self._keys = tuple(json_keys)
         self._dtype = dtype
         self._schema = draft_schema(num_metadata)
-        progress = workspace.progress
-        progress.keys = progress.keys or {key: KeyCounts() for key in self._keys}
-        progress.kinds = progress.kinds or ["none"] * num_metadata
-        progress.metadata_seen = progress.metadata_seen or [False] * num_metadata
+        state = workspace.state
+        state.keys = state.keys or {key: KeyCounts() for key in self._keys}
+        state.kinds = state.kinds or ["none"] * num_metadata
+        state.metadata_seen = state.metadata_seen or [False] * num_metadata
         names = [REJECTS]
         for i in range(len(self._keys)):
             names += [_ids_name(i), _lengths_name(i)]
@@ -64,64 +66,67 @@ class GrowingOutputs:
 
     def add(self, chunk: EncodedChunk) -> None:
         """Append the documents and rejects of `chunk`."""
-        progress = self._workspace.progress
+        state = self._workspace.state
         for i, encoded in enumerate(chunk.keys):
             self._files[_ids_name(i)].write(encoded.ids.data)
             self._files[_lengths_name(i)].write(encoded.marks.data)
-            _count(progress.keys[self._keys[i]], encoded)
+            _count(state.keys[self._keys[i]], encoded)
         if chunk.rows.num_rows:
             sources = pa.array(np.full(chunk.rows.num_rows, chunk.source, np.int32))
             batch = pa.record_batch([sources, *chunk.rows.columns], schema=self._schema)
             self._open_draft().write_batch(batch)
         for reject in chunk.rejects:
             self._add_reject(chunk.source_file, reject)
-        progress.records += chunk.num_records
-        pairs = zip(progress.kinds, chunk.kinds, strict=True)
-        progress.kinds = [join_kinds(a, b) for a, b in pairs]
-        seen = zip(progress.metadata_seen, chunk.metadata_seen, strict=True)
-        progress.metadata_seen = [a or b for a, b in seen]
-        progress.position = chunk.end
+        state.records += chunk.num_records
+        pairs = zip(state.kinds, chunk.kinds, strict=True)
+        state.kinds = [join_kinds(a, b) for a, b in pairs]
+        seen = zip(state.metadata_seen, chunk.metadata_seen, strict=True)
+        state.metadata_seen = [a or b for a, b in seen]
+        state.position = chunk.end
 
     def checkpoint(self) -> None:
-        """Put everything on the disk and say how far it is."""
+        """Force everything to the disk and write the checkpoint that says how long each file is."""
         self._close_draft()
         for name, file in self._files.items():
             file.flush()
             os.fsync(file.fileno())
-            self._workspace.progress.file_bytes[name] = file.tell()
+            self._workspace.state.file_bytes[name] = file.tell()
         self._workspace.save()
 
     def check_counts(self) -> None:
         """Raises `LostRecords` unless every record read is written, empty or rejected."""
-        progress = self._workspace.progress
+        state = self._workspace.state
         itemsize = np.dtype(self._dtype).itemsize
         for i, key in enumerate(self._keys):
-            counts = progress.keys[key]
-            accounted = counts.documents + counts.empty + progress.num_rejected
+            counts = state.keys[key]
+            accounted = counts.documents + counts.empty + state.num_rejected
             sizes = (self._files[_lengths_name(i)].tell(), self._files[_ids_name(i)].tell())
             marks = counts.documents + counts.empty + counts.continued
             expected = (4 * marks, itemsize * counts.tokens)
-            if progress.records != accounted or sizes != expected:
+            if state.records != accounted or sizes != expected:
                 raise LostRecords(
-                    f'"{key}": {progress.records} records, but {accounted} are accounted for; '
+                    f'"{key}": {state.records} records, but {accounted} are accounted for; '
                     f"files of {sizes} bytes, expected {expected}"
                 )
 
     def finish(self, columns: SidecarColumns) -> None:
-        """Write index and sidecar of each key in the workspace; the files are complete then."""
+        """Write index and sidecar of each key in the workspace, and force them to the disk."""
         for i in range(len(self._keys)):
             marks_path = self._workspace.file(_lengths_name(i))
 
             def marks(path: Path = marks_path) -> Iterator[np.ndarray]:
                 with path.open("rb") as file:
-                    yield from read_block(file, 0, np.int32, path.stat().st_size // 4)
+                    yield from read_numbers(file, 0, np.int32, path.stat().st_size // 4)
 
-            write_index(self._workspace.file(f"{i}.idx"), self._dtype, marks)
+            index = self._workspace.file(f"{i}.idx")
+            write_index(index, self._dtype, marks)
             sidecar = self._workspace.file(f"{i}.meta.parquet")
             write_sidecar(sidecar, columns, self._drafts(), tokens_of_documents(marks()))
+            for path in (index, sidecar):
+                sync(path)
 
     def close(self) -> None:
-        """Close all files; what a checkpoint does not speak of may be lost (a full disk)."""
+        """Close all files; what is after the last checkpoint may be lost (a full disk)."""
         files = [*self._files.values(), *([self._draft_file] if self._draft_file else [])]
         for file in files:
             with contextlib.suppress(OSError):
@@ -131,13 +136,13 @@ class GrowingOutputs:
         """The file, cut to what the checkpoint knows of it."""
         path = self._workspace.file(name)
         file = path.open("r+b" if path.exists() else "w+b")
-        file.truncate(self._workspace.progress.file_bytes.get(name, 0))
+        file.truncate(self._workspace.state.file_bytes.get(name, 0))
         file.seek(0, os.SEEK_END)
         return file
 
     def _open_draft(self) -> pa.ipc.RecordBatchStreamWriter:
         if self._draft is None:
-            name = f"draft-{self._workspace.progress.segments:06d}.arrow"
+            name = f"draft-{self._workspace.state.segments:06d}.arrow"
             self._draft_file = self._workspace.file(name).open("wb")
             self._draft = pa.ipc.new_stream(self._draft_file, self._schema)
         return self._draft
@@ -149,10 +154,10 @@ class GrowingOutputs:
             os.fsync(self._draft_file.fileno())
             self._draft_file.close()
             self._draft = self._draft_file = None
-            self._workspace.progress.segments += 1
+            self._workspace.state.segments += 1
 
     def _segments(self) -> list[Path]:
-        count = self._workspace.progress.segments
+        count = self._workspace.state.segments
         return [self._workspace.file(f"draft-{i:06d}.arrow") for i in range(count)]
 
     def _drafts(self) -> Iterator[pa.RecordBatch]:
@@ -161,10 +166,10 @@ class GrowingOutputs:
                 yield from reader
 
     def _add_reject(self, source_file: str, reject: Reject) -> None:
-        progress = self._workspace.progress
-        if not progress.first_reject:
-            progress.first_reject = f"{source_file}:{reject.number + 1}: {reject.detail}"
-        progress.rejected[reject.reason] = progress.rejected.get(reject.reason, 0) + 1
+        state = self._workspace.state
+        if not state.first_reject:
+            state.first_reject = f"{source_file}:{reject.number + 1}: {reject.detail}"
+        state.rejected[reject.reason] = state.rejected.get(reject.reason, 0) + 1
         row = {
             "file": source_file,
             "line": reject.number + 1,

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_dwm.preprocess.records import Chunk, Position, Reject
-from megatron_dwm.preprocess.streams import (
+from megatron_dwm.preprocess.read.streams import (
     ByteStream,
     begins_as_named,
     is_damage,
     open_stream,
     skip,
 )
+from megatron_dwm.preprocess.records import Chunk, Position, Reject
 
 CHUNK_BYTES = 8 << 20
 """Decompressed bytes a chunk: a call of gigatoken costs some 5 ms besides its bytes."""

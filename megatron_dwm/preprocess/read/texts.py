@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
 import pyarrow as pa
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.documents import DocumentSettings, documents_of
-from megatron_dwm.preprocess.inputs import ReadSettings, find_inputs, read_inputs
-from megatron_dwm.preprocess.parsing import lines_of
+from megatron_dwm.preprocess.read.documents import DocumentSettings, documents_of
+from megatron_dwm.preprocess.read.inputs import ReadSettings, find_inputs, read_inputs
+from megatron_dwm.preprocess.read.parsing import lines_of
 from megatron_dwm.preprocess.records import Chunk, Position
 from megatron_dwm.preprocess.settings import MAX_RECORD_BYTES
 
@@ -55,6 +56,7 @@ def read_texts(
             first = min(found.rejects, key=lambda reject: reject.number)
             raise UserError(f"{chunk.source_file}:{first.number + 1}: {first.detail}")
         for text in found.texts[0]:
+            assert not isinstance(text, np.ndarray)
             yield from text if isinstance(text, list) else [text]
         advance(chunk.consumed_bytes, found.num_records)
 

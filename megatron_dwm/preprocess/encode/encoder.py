@@ -7,13 +7,14 @@ of document if asked for and only if there are ids. Nothing here imports torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 
-from megatron_dwm.preprocess.documents import DocumentSettings, documents_of
-from megatron_dwm.preprocess.metadata import spell_column
-from megatron_dwm.preprocess.records import Chunk, EncodedChunk, EncodedKey
+from megatron_dwm.preprocess.encode.metadata import spell_column
+from megatron_dwm.preprocess.read.documents import DocumentSettings, documents_of
+from megatron_dwm.preprocess.records import Chunk, Content, EncodedChunk, EncodedKey
 from megatron_dwm.tokenizer import Engine, SpecialTokens
 
 _FIRST_VOCABULARY_OF_INT32 = 65500
@@ -67,8 +68,8 @@ def draft_columns(num_metadata: int) -> list[str]:
     return ["record", *(f"metadata{i}" for i in range(num_metadata))]
 
 
-def _encode_key(settings: EncodeSettings, engine: Engine, texts: list[object]) -> EncodedKey:
-    """Ids and marks of documents, each a text, a list of texts (its sequences) or an array of ids.
+def _encode_key(settings: EncodeSettings, engine: Engine, texts: list[Content]) -> EncodedKey:
+    """Encode the documents of one key into ids and marks.
 
     As Megatron-LM: special tokens around each text, an end after a document's last sequence that
     has ids; a text without ids is no sequence.
@@ -97,15 +98,16 @@ def _encode_key(settings: EncodeSettings, engine: Engine, texts: list[object]) -
 
 
 def _encode_texts(
-    settings: EncodeSettings, engine: Engine, texts: list[object]
+    settings: EncodeSettings, engine: Engine, texts: list[str | np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """The ids of all texts and where each ends; arrays of ids are taken as they are."""
     if not settings.documents.pretokenized:
-        encoded = engine.encode_texts(texts)  # type: ignore[arg-type]
+        encoded = engine.encode_texts(cast(list[str], texts))
         return encoded.ids.astype(settings.dtype, copy=False), encoded.ends
     empty = np.zeros(0, settings.dtype)
-    ids = np.concatenate([empty, *(row.astype(settings.dtype) for row in texts)])
-    return ids, np.cumsum([len(row) for row in texts], dtype=np.int64)
+    rows = cast(list[np.ndarray], texts)
+    ids = np.concatenate([empty, *(row.astype(settings.dtype) for row in rows)])
+    return ids, np.cumsum([len(row) for row in rows], dtype=np.int64)
 
 
 def _at(places: np.ndarray, size: int) -> np.ndarray:
@@ -115,7 +117,7 @@ def _at(places: np.ndarray, size: int) -> np.ndarray:
 
 
 def _marks(lengths: np.ndarray, owners: np.ndarray, num_documents: int) -> np.ndarray:
-    """Lengths of the sequences of documents `owners` as marks (index_file.py)."""
+    """Lengths of the sequences of documents `owners` as marks (index_writer.py)."""
     is_first = np.diff(owners, prepend=-1) > 0
     marks = np.where(is_first, lengths, -lengths).astype(np.int32)
     empty = np.flatnonzero(~_at(owners, num_documents))

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from megatron_dwm.preprocess.encoding import EncodeSettings, encode_chunk
+from megatron_dwm.preprocess.encode.encoder import EncodeSettings, encode_chunk
 from megatron_dwm.preprocess.records import Chunk, EncodedChunk
 from megatron_dwm.tokenizer import Engine
 

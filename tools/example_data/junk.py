@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.inputs import find_inputs
-from megatron_dwm.preprocess.parsing import parse_record, text_of
+from megatron_dwm.config.outputs import new_outputs
+from megatron_dwm.preprocess.read.inputs import find_inputs
+from megatron_dwm.preprocess.read.parsing import parse_record, text_of
+from megatron_dwm.preprocess.read.texts import read_lines_of
 from megatron_dwm.preprocess.records import BadRecord
-from megatron_dwm.preprocess.staging import StagedFiles
-from megatron_dwm.preprocess.texts import read_lines_of
 
 JUNK_DOMAINS = {
     "shuffled_words": "JunkShuffledWords",
@@ -66,7 +66,7 @@ def add_junk(source: str, output: Path, *, fraction: float, seed: int) -> JunkSu
     if output.suffix != ".jsonl":
         raise UserError(f"{output}: the output is JSON Lines; end its name with .jsonl")
     find_inputs([source])
-    with StagedFiles([output]) as staged:
+    with new_outputs([output]) as partials:
         corpus = _read(source)
         real_bytes = sum(_size_bytes(text) for text in corpus.texts)
         kind_bytes = round(real_bytes * fraction / (1 - fraction) / len(JUNK_DOMAINS))
@@ -74,8 +74,7 @@ def add_junk(source: str, output: Path, *, fraction: float, seed: int) -> JunkSu
         junk = _junk_rows(corpus.texts, kind_bytes, generator)
         rows = corpus.lines + [json.dumps(row, ensure_ascii=False).encode("utf-8") for row in junk]
         generator.shuffle(rows)
-        staged.partial(output).write_bytes(b"".join(row + b"\n" for row in rows))
-        staged.publish()
+        partials[output].write_bytes(b"".join(row + b"\n" for row in rows))
     return JunkSummary(
         real_documents=len(corpus.lines),
         real_bytes=real_bytes,

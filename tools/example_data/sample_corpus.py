@@ -16,10 +16,10 @@ from pathlib import Path
 
 import zstandard
 
-from megatron_dwm.preprocess.inputs import find_inputs
-from megatron_dwm.preprocess.parsing import parse_record
-from megatron_dwm.preprocess.staging import StagedFiles
-from megatron_dwm.preprocess.texts import read_lines_of
+from megatron_dwm.config.outputs import new_outputs
+from megatron_dwm.preprocess.read.inputs import find_inputs
+from megatron_dwm.preprocess.read.parsing import parse_record
+from megatron_dwm.preprocess.read.texts import read_lines_of
 
 _ZSTD_LEVEL = 19
 _PASSAGE_CHARACTERS = 2000
@@ -90,18 +90,17 @@ def make_sample_corpus(source: str, lambada: str, output: Path) -> dict[str, tup
     find_inputs([source, lambada])
     names = ("validation.jsonl", "lastword.jsonl", "heldout.jsonl", "train.jsonl.zst")
     paths = {name: output / name for name in names}
-    with StagedFiles(list(paths.values())) as staged:
+    with new_outputs(list(paths.values())) as partials:
         train, held_out = _split(_rows(source))
         target = [line + b"\n" for _, line in read_lines_of([lambada])]
         half = len(target) // 2
         validation, unseen = target[:half], _without_overlap(target[half:], target[:half])
         held_out += [_target_row(line) for line in unseen]
-        staged.partial(paths["validation.jsonl"]).write_bytes(b"".join(validation))
-        staged.partial(paths["lastword.jsonl"]).write_bytes(b"".join(unseen))
-        staged.partial(paths["heldout.jsonl"]).write_bytes(_json_lines(held_out))
+        partials[paths["validation.jsonl"]].write_bytes(b"".join(validation))
+        partials[paths["lastword.jsonl"]].write_bytes(b"".join(unseen))
+        partials[paths["heldout.jsonl"]].write_bytes(_json_lines(held_out))
         compressed = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(_json_lines(train))
-        staged.partial(paths["train.jsonl.zst"]).write_bytes(compressed)
-        staged.publish()
+        partials[paths["train.jsonl.zst"]].write_bytes(compressed)
     return {domain: _totals(train, domain) for domain in SHARES}
 
 

@@ -1,4 +1,4 @@
-"""`P.unfinished/`: everything of a run until it is complete.
+"""`P.unfinished/`: all files of a run until it is complete.
 
 Outputs grow here and move to their own names when all of them are complete. Now and then a
 checkpoint says how long each file was when the inputs had been read up to a position: a run that is
@@ -9,19 +9,20 @@ One run at a time: the directory is locked while a process works in it.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.outputs import require_writable_parents
+from megatron_dwm.files.atomic import write_json
+from megatron_dwm.files.lock import lock_file
+from megatron_dwm.preprocess.encode.metadata import Kind
 from megatron_dwm.preprocess.records import Position
-from megatron_dwm.preprocess.run_record import RunRecord, difference_to
+from megatron_dwm.preprocess.write.run_record import RunRecord, difference_to
 
 _CHECKPOINT = "checkpoint.json"
 _RECORD = "run.json"
@@ -42,8 +43,8 @@ class KeyCounts:
 
 
 @dataclass(kw_only=True)
-class Progress:
-    """All that a run has to remember; what a checkpoint holds."""
+class WorkspaceState:
+    """All that a run has to remember; its checkpoint holds it."""
 
     phase: Literal["reading", "publishing"] = "reading"
     position: Position = field(default_factory=Position)
@@ -56,36 +57,41 @@ class Progress:
     rejected: dict[str, int] = field(default_factory=dict)
     """number by reason"""
     first_reject: str = ""
-    kinds: list[str] = field(default_factory=list)
+    kinds: list[Kind] = field(default_factory=list)
     metadata_seen: list[bool] = field(default_factory=list)
 
     @property
     def num_rejected(self) -> int:
-        """Records that are no documents."""
+        """Number of records that are no documents."""
         return sum(self.rejected.values())
 
     @staticmethod
-    def from_json(content: dict[str, Any]) -> Progress:
-        """The inverse of `dataclasses.asdict`."""
+    def from_json(content: dict[str, Any]) -> WorkspaceState:
+        """Build the state from what `dataclasses.asdict` makes of one."""
         position = Position(**content.pop("position"))
         keys = {key: KeyCounts(**counts) for key, counts in content.pop("keys").items()}
-        return Progress(position=position, keys=keys, **content)
+        return WorkspaceState(position=position, keys=keys, **content)
 
 
 class Workspace:
-    """The directory, locked; a context that removes it if nothing in it is worth keeping."""
+    """The directory, locked; a context that removes it if no run can be resumed from it."""
 
     def __init__(self, prefix: str, record: RunRecord, *, resume: bool) -> None:
-        """Raises `UserError` if nothing can be written here, another run works here, or one was
-        interrupted that may not be resumed: because `resume` is off, or `record` is not what it
-        was made from."""
+        """Make or open the directory `prefix`.unfinished.
+
+        Raises `UserError` if nothing can be written here, if another run works here, or if a run
+        was interrupted here and may not be resumed: `resume` is off, or `record` differs from its
+        own.
+        """
         self.path = Path(f"{prefix}.unfinished")
         require_writable_parents([self.path])
-        self._existed = self.path.exists()
         self.path.mkdir(exist_ok=True)
-        self._lock = _lock(self.path)
         try:
-            self.progress = self._take_up(record, resume=resume)
+            self._lock = lock_file(self.file("lock"))
+        except BlockingIOError:
+            raise UserError(f"{self.path}: another run is writing here; wait for it") from None
+        try:
+            self.state = self._begin_or_resume(record, resume=resume)
         except BaseException:
             self._lock.close()
             raise
@@ -95,19 +101,19 @@ class Workspace:
         return self.path / name
 
     def save(self) -> None:
-        """Write the checkpoint; the files it speaks of have to be on the disk already."""
-        _write_json(self.path / _CHECKPOINT, asdict(self.progress))
+        """Write the checkpoint; the files that it names have to be on the disk already."""
+        write_json(self.path / _CHECKPOINT, asdict(self.state))
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether a run could be resumed from here."""
+        """True if a run can be resumed from here."""
         return (self.path / _CHECKPOINT).exists()
 
     def remove(self) -> None:
         """Remove the directory."""
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def _take_up(self, record: RunRecord, *, resume: bool) -> Progress:
+    def _begin_or_resume(self, record: RunRecord, *, resume: bool) -> WorkspaceState:
         if not resume and (self.path / _RECORD).exists():
             raise UserError(
                 f"{self.path}: a run was interrupted; pass --resume to go on with it, or remove "
@@ -117,15 +123,15 @@ class Workspace:
             for file in self.path.iterdir():
                 if file.name != "lock":
                     file.unlink()
-            _write_json(self.path / _RECORD, asdict(record))
-            return Progress()
+            write_json(self.path / _RECORD, asdict(record))
+            return WorkspaceState()
         why = difference_to(self.path / _RECORD, record)
         if why is not None:
             raise UserError(
                 f"{self.path}: cannot resume: {why}; remove this directory to begin again"
             )
         content = json.loads((self.path / _CHECKPOINT).read_text(encoding="utf-8"))
-        return Progress.from_json(content)
+        return WorkspaceState.from_json(content)
 
     def __enter__(self) -> Workspace:
         return self
@@ -139,23 +145,3 @@ class Workspace:
         if not self.has_checkpoint:
             self.remove()
         self._lock.close()
-
-
-def _lock(directory: Path) -> IO[bytes]:
-    file = (directory / "lock").open("wb")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UserError(f"{directory}: another run is writing here; wait for it") from None
-    return file
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace `path` at once, and be sure of it."""
-    new = path.with_name(path.name + ".new")
-    with new.open("w", encoding="utf-8") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    new.rename(path)

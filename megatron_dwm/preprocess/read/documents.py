@@ -14,17 +14,17 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.parsing import (
+from megatron_dwm.files.json_lines import look_up
+from megatron_dwm.preprocess.read.parsing import (
     begins_an_array,
     json_type,
     lines_of,
-    look_up,
     parse_record,
     parse_slowly,
     texts_of,
     value_of,
 )
-from megatron_dwm.preprocess.records import BadRecord, Chunk, Documents, Reject
+from megatron_dwm.preprocess.records import BadRecord, Chunk, Content, Documents, Reject
 
 _KEPT_BYTES = 200
 _FIRST_INTEGER_ORJSON_ROUNDS = float(1 << 63)
@@ -107,6 +107,7 @@ def _take(
     line: bytes | None,
 ) -> None:
     """Add the document that `record` is; `BadRecord`, with nothing added, if it is none."""
+    texts: list[Content]
     if settings.pretokenized:
         texts = [_ids_of(record, key, settings) for key in settings.json_keys]
     else:
@@ -119,7 +120,9 @@ def _take(
         if is_there:
             found.metadata_seen[i] = True
             if line is not None and _may_be_rounded(value):
-                _, value = look_up(parse_slowly(line), key)
+                again = parse_slowly(line)
+                assert isinstance(again, dict)
+                _, value = look_up(again, key)
         found.metadata[i].append(value)
 
 

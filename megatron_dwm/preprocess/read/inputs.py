@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.hub import HUB_PREFIX, split_name
-from megatron_dwm.preprocess.lines import CHUNK_BYTES, read_lines
+from megatron_dwm.preprocess.read.hub import HUB_PREFIX, split_name
+from megatron_dwm.preprocess.read.lines import CHUNK_BYTES, read_lines
+from megatron_dwm.preprocess.read.streams import COMPRESSIONS
+from megatron_dwm.preprocess.read.tables import TABLE_SUFFIXES, read_table_file
 from megatron_dwm.preprocess.records import Chunk, Position
-from megatron_dwm.preprocess.streams import COMPRESSIONS
-from megatron_dwm.preprocess.tables import TABLE_SUFFIXES, read_table_file
 
 _LINES_SUFFIXES = (".jsonl", ".json", ".ndjson")
 KNOWN_FORMATS = (
@@ -113,7 +113,7 @@ def read_input(entry: Input, start: Position, settings: ReadSettings) -> Iterato
     """Chunks of one input from `start` on."""
     path = Path(entry.name)
     if entry.is_hub:
-        from megatron_dwm.preprocess.hub import read_hub
+        from megatron_dwm.preprocess.read.hub import read_hub
 
         return read_hub(
             entry.name, start, columns=settings.columns, chunk_bytes=settings.chunk_bytes
