@@ -31,7 +31,7 @@ _USUAL_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>"
 _USUAL_BEGINNINGS = ("<s>", "<|begin_of_text|>", "<bos>")
 
 
-class HuggingFaceModel:
+class HuggingFaceTokenizer:
     """A tokenizer read from a `tokenizer.json` or its directory (see `Tokenizer`)."""
 
     kind = "HuggingFaceTokenizer"
@@ -39,12 +39,12 @@ class HuggingFaceModel:
     def __init__(self, path: Path, *, include_special_tokens: bool = False) -> None:
         self.model_path = path / FILE_NAME if path.is_dir() else path
         content = read_tokenizer_file(self.model_path)
-        self._take_up(content, sha256=hashlib.sha256(content).hexdigest())
+        self._load_vocabulary(content, sha256=hashlib.sha256(content).hexdigest())
         self._name_ends(_named_tokens(self.model_path.with_name(_CONFIG_NAME)))
         if include_special_tokens:
             self.around = _special_tokens(self._tokenizer, self.model_path)
 
-    def _take_up(self, content: bytes, *, sha256: str) -> None:
+    def _load_vocabulary(self, content: bytes, *, sha256: str) -> None:
         """Take the vocabulary of a tokenizer.json; `sha256` is that of the file it came from."""
         self.content = content
         self.sha256 = sha256

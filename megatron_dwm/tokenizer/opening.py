@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.tokenizer.huggingface import HuggingFaceModel
+from megatron_dwm.tokenizer.huggingface import HuggingFaceTokenizer
 from megatron_dwm.tokenizer.interface import TOKENIZER_KINDS, Tokenizer
-from megatron_dwm.tokenizer.sentencepiece_model import SentencePieceModel
-from megatron_dwm.tokenizer.tiktoken_file import TikTokenModel, is_tiktoken
+from megatron_dwm.tokenizer.sentencepiece_model import SentencePieceTokenizer
+from megatron_dwm.tokenizer.tiktoken_file import TikTokenTokenizer, is_tiktoken
 
 _ALIASES = {"GPTSentencePieceTokenizer": "SentencePieceTokenizer"}
 
@@ -28,10 +28,10 @@ def build_tokenizer(
         known = ", ".join(TOKENIZER_KINDS)
         raise UserError(f"tokenizer type {kind!r} is not known; choose one of {known}")
     if kind == "HuggingFaceTokenizer":
-        return HuggingFaceModel(Path(model), include_special_tokens=include_special_tokens)
+        return HuggingFaceTokenizer(Path(model), include_special_tokens=include_special_tokens)
     if kind == "TikTokenizer":
-        return TikTokenModel(Path(model))
-    return SentencePieceModel(kind, Path(model))
+        return TikTokenTokenizer(Path(model))
+    return SentencePieceTokenizer(kind, Path(model))
 
 
 def open_tokenizer(model: str | Path, *, include_special_tokens: bool = False) -> Tokenizer:

@@ -30,7 +30,7 @@ _MAX_LINE_BYTES = 1 << 30
 _ONLY_ERRORS = 2
 
 
-class SentencePieceModel:
+class SentencePieceTokenizer:
     """A tokenizer read from a SentencePiece model file (see `Tokenizer`)."""
 
     def __init__(self, kind: str, model_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.tokenizer.files import read_tokenizer_file
-from megatron_dwm.tokenizer.huggingface import HuggingFaceModel
+from megatron_dwm.tokenizer.huggingface import HuggingFaceTokenizer
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -29,7 +29,7 @@ BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 _NUM_SPECIAL = 256
 
 
-class TikTokenModel(HuggingFaceModel):
+class TikTokenTokenizer(HuggingFaceTokenizer):
     """A tokenizer read from Llama 3's file (see `Tokenizer`)."""
 
     kind = "TikTokenizer"
@@ -38,7 +38,7 @@ class TikTokenModel(HuggingFaceModel):
         self.model_path = path
         file = read_tokenizer_file(path)
         content = json.dumps(_tokenizer_json(_read_ranks(file, path))).encode()
-        self._take_up(content, sha256=hashlib.sha256(file).hexdigest())
+        self._load_vocabulary(content, sha256=hashlib.sha256(file).hexdigest())
         self._name_ends({"eos_token": END, "bos_token": BEGIN})
 
 
