@@ -22,9 +22,9 @@ from tqdm import tqdm
 from megatron_dwm.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_dwm.config.load import save_config
 from megatron_dwm.config.printing import printable
-from megatron_dwm.convert.carried_files import plain_encoder, special_tokens
 from megatron_dwm.convert.checkpoint_reader import MODEL_PREFIX, open_checkpoint
 from megatron_dwm.convert.gate import gate_tokens, require_equal_logits
+from megatron_dwm.convert.original_files import plain_encoder, special_tokens
 from megatron_dwm.convert.output import new_directory, require_free
 from megatron_dwm.model.huggingface_files import HuggingFaceModel, open_huggingface
 from megatron_dwm.model.initialise import global_parameter_names
