@@ -31,19 +31,19 @@ from megatron_dwm.config.command_line import OneLineParser, run_command
 from megatron_dwm.config.load import load_config
 
 if TYPE_CHECKING:  # heavy: --help and mistakes are answered before torch and Megatron-Core load
+    from megatron_dwm.training.session import Session
     from torch import Tensor
 
     from megatron_dwm.bilevel import Hypergradient, Problem
     from megatron_dwm.runtime import Runtime
-    from megatron_dwm.training.session import Session
 
 
 def main() -> None:
     """Print a line a batch and their means."""
     arguments = _parser().parse_args()
     _quiet_upstream()
-    from megatron_dwm.runtime import bring_up, world_size_from_environment
     from megatron_dwm.checkpoint.manifest import named_checkpoint
+    from megatron_dwm.runtime import bring_up, world_size_from_environment
 
     if world_size_from_environment() > 1:
         raise UserError("this is for one process; start it with python, without torchrun")
@@ -129,10 +129,11 @@ def _hypergradients(
     config: Config, runtime: Runtime, checkpoint: Path, batches: int
 ) -> Iterator[Hypergradient]:
     """One a batch, from the checkpoint's step on; passages in halves."""
-    from megatron_dwm.bilevel import ESTIMATORS
     from megatron_dwm.training.checkpoint import load_checkpoint
     from megatron_dwm.training.run import check
     from megatron_dwm.training.session import build_session
+
+    from megatron_dwm.bilevel import ESTIMATORS
 
     session = build_session(config, runtime, *check(config))
     if session.passages < 2:

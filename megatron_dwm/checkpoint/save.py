@@ -73,7 +73,7 @@ class CheckpointSave:
         return self._thread is None or not self._thread.is_alive()
 
     def finish(self) -> Path:
-        """Wait for the files and give the checkpoint its name (collective). Returns its directory."""
+        """Wait for the files, and give the checkpoint its name (collective)."""
         if self._thread is not None:
             self._thread.join()
         records = self._files.finish(self._failure)

@@ -23,9 +23,9 @@ from megatron_dwm.checkpoint.kept_files import HUGGINGFACE, huggingface_files, w
 from megatron_dwm.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_dwm.config.load import save_config
 from megatron_dwm.config.printing import printable
-from megatron_dwm.convert.carried_files import plain_encoder, special_tokens
 from megatron_dwm.convert.checkpoint_reader import MODEL_PREFIX, open_checkpoint
 from megatron_dwm.convert.gate import gate_tokens, require_equal_logits
+from megatron_dwm.convert.original_files import plain_encoder, special_tokens
 from megatron_dwm.convert.output import new_directory, require_free
 from megatron_dwm.model.initialize import global_parameter_names
 from megatron_dwm.model.llm import build_module, transformer_config

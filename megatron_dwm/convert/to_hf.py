@@ -17,16 +17,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_dwm.config.printing import printable
-from megatron_dwm.convert.carried_files import PutBack, put_back
 from megatron_dwm.convert.checkpoint_reader import SavedLLM, open_checkpoint
+from megatron_dwm.convert.export_tokenizer import Words, open_words
 from megatron_dwm.convert.gate import gate_tokens, require_equal_ids, require_equal_logits
 from megatron_dwm.convert.huggingface import write_config
 from megatron_dwm.convert.model_card import model_card
+from megatron_dwm.convert.original_files import PutBack, put_back
 from megatron_dwm.convert.output import new_directory, require_free
 from megatron_dwm.convert.shards import write_shards
+from megatron_dwm.convert.tensors import huggingface_tensors
 from megatron_dwm.convert.tokenizer_files import write_tokenizer_files
-from megatron_dwm.convert.weights import huggingface_tensors
-from megatron_dwm.convert.words import Words, open_words
 from megatron_dwm.model.on_disk.huggingface_files import open_huggingface
 from megatron_dwm.model.on_disk.parameter_names import huggingface_shapes
 

@@ -26,7 +26,7 @@ from megatron_dwm.evaluation.data_files import (
     missing_data,
     with_own_files,
 )
-from megatron_dwm.evaluation.questions import Asked, asked_by
+from megatron_dwm.evaluation.digests import Asked, asked_by
 from megatron_dwm.evaluation.scores import Score
 from megatron_dwm.evaluation.suites import BundledTasks, LocalTasks, require_known
 

@@ -18,7 +18,7 @@ class Score:
     """One metric of one task.
 
     standard_error: the harness's, in the metric's unit; None where it gives none.
-    task_digest, questions_digest: of what was asked (questions.py); None in older records.
+    task_digest, questions_digest: of what was asked (digests.py); None in older records.
     """
 
     task: str

@@ -50,23 +50,23 @@ def traffic_of(
 ) -> list[Traffic]:
     """A line for every link. on_gpu: the layers are Transformer Engine's."""
     fresh = config.weighting.update_on == "fresh"
-    learns = float(learns(config))
+    updates = float(learns(config))
     # Forward and backward passes of an update: g of its own batch, validation, probe.
-    passes = learns * (3 if fresh else 2)
+    passes = updates * (3 if fresh else 2)
     tensor, pipeline = _tensor(config, shape, world_size), _pipeline(config, shape, world_size)
     probe = _probe_gathers(config, shape, world_size) if on_gpu else 0.0
     size, replicas = config.parallel.tensor, config.data_parallel_size(world_size)
     reduce, gather = _data(config, shape, replicas)
     # The probe forms no gradient; sharded, theta' and theta are gathered, and z.
     sharded = config.parallel.sharded_optimizer and replicas > 1
-    update_reduce = (passes - learns) * reduce
-    update_gather = learns * (2 * gather + reduce) if sharded else 0.0
-    phi = learns * _FP32 * weighting_parameters(weighting) if world_size > 1 else 0.0
+    update_reduce = (passes - updates) * reduce
+    update_gather = updates * (2 * gather + reduce) if sharded else 0.0
+    phi = updates * _FP32 * weighting_parameters(weighting) if world_size > 1 else 0.0
     tensor_factor = 2 * (size - 1) / size / (2 if config.parallel.sequence else 1)
     one_way = (replicas - 1) / replicas
     reduce_factor = one_way if sharded else 2 * one_way
     return [
-        _line("tensor", size, tensor, passes * tensor + learns * probe, tensor_factor),
+        _line("tensor", size, tensor, passes * tensor + updates * probe, tensor_factor),
         _line("pipeline", config.parallel.pipeline, pipeline, passes * pipeline, 1.0),
         Traffic(
             link="data",

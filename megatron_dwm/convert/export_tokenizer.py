@@ -16,9 +16,9 @@ from typing import Any
 from megatron_dwm.checkpoint.fingerprint import tokenizer_digests
 from megatron_dwm.checkpoint.kept_files import own_tokenizer
 from megatron_dwm.config import UserError
-from megatron_dwm.convert.carried_files import plain_encoder, special_tokens
 from megatron_dwm.convert.checkpoint_reader import SavedLLM
 from megatron_dwm.convert.gate import gives_same_ids
+from megatron_dwm.convert.original_files import plain_encoder, special_tokens
 from megatron_dwm.convert.tokenizer_files import padding_id
 from megatron_dwm.tokenizer import Tokenizer, open_tokenizer
 
