@@ -14,7 +14,7 @@ from megatron_dwm.data import Batch
 from megatron_dwm.model import LLM, build_llm, clear_gradients, forward_backward, resolve_shape
 from megatron_dwm.model.passes.objective import weighted, weighted_denominator
 from megatron_dwm.runtime import Runtime, bring_up
-from megatron_dwm.training.optimiser import begin_at, build_optimizer, build_scheduler
+from megatron_dwm.training.optimizer import begin_at, build_optimizer, build_scheduler
 
 VOCAB_SIZE = 256
 SEQUENCE_LENGTH = 16

@@ -21,7 +21,7 @@ from megatron_dwm.model.on_disk.huggingface_files import open_huggingface
 from megatron_dwm.model.passes.objective import token_mean
 from megatron_dwm.runtime import bring_up
 from megatron_dwm.tokenizer import open_tokenizer
-from megatron_dwm.training.optimiser import build_optimizer, build_scheduler
+from megatron_dwm.training.optimizer import build_optimizer, build_scheduler
 from megatron_dwm.training.step import evaluate
 from tests.tiny import SAMPLES, Tiny
 from tests.training.sessions import session_of

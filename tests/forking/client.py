@@ -32,7 +32,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 # for those of the second line. Left out is what reads the environment when it is imported:
 # huggingface_hub and what stands on it.
 PRELOADED = (
-    *("megatron_dwm.training.run", "megatron_dwm.preprocess.pipeline", "pytest"),
+    *("megatron_dwm.run.start", "megatron_dwm.preprocess.pipeline", "pytest"),
     *("pandas", "awkward", "scipy.optimize"),
 )
 

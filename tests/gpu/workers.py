@@ -23,7 +23,7 @@ from megatron_dwm.model.passes.objective import (
     weighted_denominator,
 )
 from megatron_dwm.runtime import bring_up
-from megatron_dwm.training.optimiser import build_optimizer
+from megatron_dwm.training.optimizer import build_optimizer
 
 SAMPLES, MICRO_BATCH, LENGTH, VOCAB = 8, 4, 128, 512
 SHAPE = {

@@ -15,7 +15,7 @@ from megatron_dwm.data import Batch
 from megatron_dwm.model import LLM, build_llm, forward_backward, resolve_shape
 from megatron_dwm.model.passes.objective import unit
 from megatron_dwm.runtime import bring_up
-from megatron_dwm.training.optimiser import build_optimizer
+from megatron_dwm.training.optimizer import build_optimizer
 from tests.planning.runs import configured
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))

@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_dwm.config import TrainingConfig, UserError
-from megatron_dwm.training.resume import require_no_loss
+from megatron_dwm.run.resume import require_no_loss
 from tests.training.conftest import Corpus
 from tests.training.forked import Server
 from tests.training.runs import RESUME, metrics, without_time

@@ -13,7 +13,7 @@ import yaml
 
 from megatron_dwm.config import UserError
 from megatron_dwm.config.load import load_config
-from megatron_dwm.training.run import run
+from megatron_dwm.run.start import run
 from tests.forking.client import run_python
 from tests.training.conftest import CORPUS, Corpus
 from tests.training.forked import Server

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from megatron_dwm.training.compute import compute_of
-from megatron_dwm.training.optimiser import build_optimizer, build_scheduler
+from megatron_dwm.training.optimizer import build_optimizer, build_scheduler
 from megatron_dwm.training.session import Session
 
 from benchmarks.plain_loop import PlainLoop
