@@ -1,4 +1,4 @@
-"""A very small LLM with its optimiser, mid-training, for tests of the passes and of bilevel/."""
+"""A very small LLM with its optimizer, mid-training, for tests of the passes and of bilevel/."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Tiny:
         forward_backward(self.llm, micro_batches, denominator=weighted_denominator(batch))
 
     def train(self, steps: int) -> None:
-        """Real optimiser steps, so that the moments are not empty."""
+        """Real optimizer steps, so that the moments are not empty."""
         for number in range(steps):
             self.gradient(number)
             self.optimizer.step()

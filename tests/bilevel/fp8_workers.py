@@ -37,7 +37,7 @@ def _leave_validation_gradient(subject: Tiny) -> None:
 
 def probe_and_reference(**layout: Any) -> tuple[Tensor, Tensor]:
     """Alignments of single samples: the probe's, and <z, grad l_i> in double precision, where the
-    quantised network is plain autograd with rounding that passes gradients straight through.
+    quantized network is plain autograd with rounding that passes gradients straight through.
     """
     with tiny(fp8_emulation=True, **layout) as subject:
         _leave_validation_gradient(subject)
@@ -93,7 +93,7 @@ def probe_and_layer_gradients(**layout: Any) -> tuple[float, float]:
 
 
 def rounded_and_unrounded_tangents() -> tuple[Tensor, Tensor]:
-    """Alignments in a quantised model: with the rounding of the weight gradient's product, and
+    """Alignments in a quantized model: with the rounding of the weight gradient's product, and
     without it, as on Transformer Engine's layers, whose tangents are formed in plain arithmetic.
     """
     with tiny(fp8_emulation=True, steps=40) as subject:
@@ -140,7 +140,7 @@ def alignments_in_fp32_and_fp8(steps: int, **layout: Any) -> tuple[Tensor, Tenso
     """Alignments (Adam's inner step) of one trained model, in fp32 and in emulated FP8."""
     with tiny(steps=steps, **layout) as subject:
         exact = ESTIMATORS["tangent_probe"](problem_of(subject)).alignment_n
-        state = _optimiser_state(subject)
+        state = _optimizer_state(subject)
     with tiny(steps=1, fp8_emulation=True, **layout) as subject:
         for slot, (value, moments, step) in zip(
             collect_slots(subject.optimizer), state, strict=True
@@ -153,7 +153,7 @@ def alignments_in_fp32_and_fp8(steps: int, **layout: Any) -> tuple[Tensor, Tenso
         return exact, ESTIMATORS["tangent_probe"](problem_of(subject)).alignment_n
 
 
-def _optimiser_state(subject: Tiny) -> list[tuple[Tensor, dict[str, Tensor], float]]:
+def _optimizer_state(subject: Tiny) -> list[tuple[Tensor, dict[str, Tensor], float]]:
     return [
         (
             slot.main.detach().clone(),
@@ -165,7 +165,7 @@ def _optimiser_state(subject: Tiny) -> list[tuple[Tensor, dict[str, Tensor], flo
 
 
 def caches_invalidated() -> list[bool]:
-    """Whether modules that keep quantised weights are told to renew them: after the virtual step,
+    """Whether modules that keep quantized weights are told to renew them: after the virtual step,
     and after the way back. The flag is the one that Transformer Engine's modules have.
     """
     with tiny() as subject:

@@ -18,12 +18,12 @@ from megatron_dwm.bilevel.adapters import (
     WITHOUT_PARAMETERS,
     adapter_for,
     embedding_tangent,
-    place_of,
+    position_of,
 )
 
 SEQUENCE, BATCH, WIDTH, OUT = 5, 3, 8, 6
 EPSILON = 1e-3
-ALONE = place_of("", sequence_parallel=False, tensor_rank=0, group=None)
+ALONE = position_of("", sequence_parallel=False, tensor_rank=0, group=None)
 TE = "megatron.core.extensions.transformer_engine."
 FUSED = TE + "TELayerNormColumnParallelLinear"
 TE_NORM = "transformer_engine.pytorch.module.rmsnorm.RMSNorm"
@@ -206,7 +206,7 @@ def test_a_rank_counts_what_no_other_rank_forms(
     kind = "tensor_parallel.layers.ColumnParallelLinear" if "linear" in name else None
     adapter = ADAPTERS[f"megatron.core.{kind}"] if kind else ADAPTERS[TE_NORM]
     places = [
-        place_of(name, sequence_parallel=sequence_parallel, tensor_rank=rank, group=None)
+        position_of(name, sequence_parallel=sequence_parallel, tensor_rank=rank, group=None)
         for rank in (0, 1)
     ]
     assert [rank for rank in (0, 1) if places[rank].counts(adapter)] == ranks

@@ -10,7 +10,7 @@ import torch
 from tests.launch import run_ranks
 
 WORKERS = "tests.bilevel.fp8_workers:"
-# As in fp32 (test_hypergradient.py): the quantised values are the same on both sides, the sums are
+# As in fp32 (test_hypergradient.py): the quantized values are the same on both sides, the sums are
 # fp32's.
 REFERENCE_TOLERANCE = 1e-5
 # Sums in another order move a value across a rounding border now and then, by an eighth of itself.
@@ -46,12 +46,12 @@ def test_finite_differences_fail() -> None:
         [_relative(difference, probed) for difference in differences]
         for [(probed, differences)] in run_ranks(WORKERS + "probe_and_differences", 1, cases)
     ]
-    exact, quantised = errors
+    exact, quantized = errors
     best = exact.index(min(exact))
     assert exact[best] < 2e-3
     # At the step that is right in fp32, and at every smaller one, the difference is noise.
-    assert min(quantised[best:]) > 0.2
-    assert min(quantised) > 20 * exact[best]
+    assert min(quantized[best:]) > 0.2
+    assert min(quantized) > 20 * exact[best]
 
 
 def test_layouts_agree() -> None:
@@ -66,9 +66,9 @@ def test_layouts_agree() -> None:
 
 def test_alignments_in_fp8_rank_the_samples_as_in_fp32() -> None:
     cases = [{"steps": 40}]
-    [[(exact, quantised)]] = run_ranks(WORKERS + "alignments_in_fp32_and_fp8", 1, cases)
-    assert not torch.equal(exact, quantised)
-    assert float(torch.corrcoef(torch.stack([exact, quantised]))[0, 1]) > 0.95
+    [[(exact, quantized)]] = run_ranks(WORKERS + "alignments_in_fp32_and_fp8", 1, cases)
+    assert not torch.equal(exact, quantized)
+    assert float(torch.corrcoef(torch.stack([exact, quantized]))[0, 1]) > 0.95
 
 
 def test_unrounded_tangents_are_near_the_rounded_ones() -> None:
@@ -84,7 +84,7 @@ def test_nothing_is_left_behind() -> None:
         assert all(parts.values()), parts
 
 
-def test_virtual_step_and_the_way_back_renew_quantised_weights() -> None:
+def test_virtual_step_and_the_way_back_renew_quantized_weights() -> None:
     assert run_ranks(WORKERS + "caches_invalidated", 1, [{}]) == [[[True, True, True, True]]]
 
 

@@ -83,7 +83,7 @@ def _snapshot(subject: Tiny) -> dict[str, list[Tensor]]:
     parts = {
         "model parameters": parameters,
         "main parameters": [slot.main.detach() for slot in slots],
-        "optimiser state": state,
+        "optimizer state": state,
         "gradient buffers": buffers,
         "random numbers": [torch.get_rng_state()],
         "still trainable": [torch.tensor(p.requires_grad) for p in subject.llm.parameters()],

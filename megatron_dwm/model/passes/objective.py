@@ -1,4 +1,4 @@
-"""The three losses that a pass can minimise, as coefficients on token losses.
+"""The three losses that a pass can minimize, as coefficients on token losses.
 
 weighted:   (1/n) sum_i w_i l_i with l_i the token-mean loss of sample i   (METHOD.md, section 2)
 unit:       sum_i l_i, what the tangent probe differentiates
@@ -16,7 +16,7 @@ from megatron_dwm.model.passes.pipeline import MicroBatch
 
 
 class TokenBatch(Protocol):
-    """Rows of tokens; loss_mask_BS is float32, 1 where a token's loss counts."""
+    """Rows of tokens. loss_mask_BS is float32, 1 for a label whose loss counts."""
 
     tokens_BS: Tensor
     labels_BS: Tensor
@@ -31,8 +31,8 @@ class TokenBatch(Protocol):
 def weighted(batch: TokenBatch, weights_B: Tensor, micro_batch_size: int) -> list[MicroBatch]:
     """Micro-batches of the weighted objective; its denominator is `weighted_denominator`.
 
-    A sample's coefficient is w * S / (counted tokens), so a full sample's is exactly its weight
-    and uniform weights repeat Megatron-LM's own arithmetic.
+    A sample's coefficient is w * S / (counted tokens). If all its tokens count this is exactly w,
+    so uniform weights repeat Megatron-LM's own arithmetic.
     """
     counts_B = batch.loss_mask_BS.sum(dim=1).clamp(min=1.0)
     scale_B = weights_B.float() * (batch.tokens_BS.shape[1] / counts_B)
@@ -40,7 +40,7 @@ def weighted(batch: TokenBatch, weights_B: Tensor, micro_batch_size: int) -> lis
 
 
 def weighted_denominator(batch: TokenBatch) -> float:
-    """n * S of the local samples; a constant, so scaling all weights scales the gradient."""
+    """Returns n * S of the local samples, a constant: scaling all weights scales the gradient."""
     return float(batch.tokens_BS.numel())
 
 
@@ -56,12 +56,12 @@ def token_mean(batch: TokenBatch, micro_batch_size: int) -> list[MicroBatch]:
 
 
 def token_count(batch: TokenBatch) -> float:
-    """Counted tokens of the local samples."""
+    """Number of tokens in the local samples whose loss counts."""
     return float(batch.loss_mask_BS.sum())
 
 
 def _split(batch: TokenBatch, coefficients_BS: Tensor, size: int) -> list[MicroBatch]:
-    assert batch.tokens_BS.shape[0] % size == 0, "a batch is whole micro-batches"
+    assert batch.tokens_BS.shape[0] % size == 0, "micro-batches divide a batch"
     columns = (
         batch.tokens_BS,
         batch.labels_BS,
