@@ -16,15 +16,30 @@ from megatron_dwm.model.passes.pipeline import MicroBatch
 
 
 class TokenBatch(Protocol):
-    """Rows of tokens. loss_mask_BS is float32, 1 for a label whose loss counts."""
+    """Rows of tokens, such as `megatron_dwm.data.Batch`."""
 
-    tokens_BS: Tensor
-    labels_BS: Tensor
-    loss_mask_BS: Tensor
-    position_ids_BS: Tensor
+    @property
+    def tokens_BS(self) -> Tensor:
+        """int64, the input."""
+        ...
+
+    @property
+    def labels_BS(self) -> Tensor:
+        """int64, the token after each input token."""
+        ...
+
+    @property
+    def loss_mask_BS(self) -> Tensor:
+        """float32, 1 for a label whose loss counts, else 0."""
+        ...
+
+    @property
+    def position_ids_BS(self) -> Tensor:
+        """int64, the position of each token in its row."""
+        ...
 
     def rows(self, start: int, stop: int, step: int = 1) -> TokenBatch:
-        """Every `step`-th of the rows `start` to `stop - 1`."""
+        """Returns every `step`-th of the rows `start` to `stop - 1`."""
         ...
 
 
