@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Double precision: the nearest values of the format stretched over the tensor's range."""
+    """Returns the nearest values of the format scaled to the tensor's range, in double."""
     stretch = torch.finfo(dtype).max / float(tensor.abs().max())
     scaled = tensor.double() * stretch
     bits, smallest = {ACTIVATIONS: (3, -6), GRADIENTS: (2, -14)}[dtype]
@@ -46,7 +46,7 @@ def test_rounding_is_to_the_nearest_value_of_the_format(dtype: torch.dtype, size
     tensor = torch.randn(40, 50) * size
     found = _dequantized(quantize(tensor, dtype, None)).double()
     expected = _rounded(tensor, dtype)
-    # A value on the border between two may go either way: the scale is fp32 here, double there.
+    # A value on a rounding border may go either way: one scale is in fp32, the other in double.
     different = (found - expected).abs() > 1e-6 * size
     assert float(different.double().mean()) < 1e-3
     assert torch.equal(
@@ -65,7 +65,7 @@ def test_zeros_and_what_is_not_a_number() -> None:
 
 @pytest.fixture(scope="module")
 def layers() -> list[dict[str, Tensor]]:
-    """Of one process, of two, of two with sequence parallelism."""
+    """Results of one process, of two, and of two with sequence parallelism."""
     [[alone]] = run_ranks(
         "tests.model.workers:linear_layers", 1, [{"tensor": 1, "sequence": False}]
     )
@@ -97,8 +97,9 @@ def test_layers_compute_the_product_of_rounded_tensors(layers: list[dict[str, Te
 
 
 def test_tensor_parallel_layers_compute_the_same(layers: list[dict[str, Tensor]]) -> None:
-    """Scales are shared, so the quantized values are the same: sums differ by their order, and a
-    value on a rounding border may go the other way.
+    """The ranks share scales, so the quantized values are the same.
+
+    Sums differ by their order, and a value on a rounding border may go the other way.
     """
     for split in layers[1:]:
         for name, value in layers[0].items():
