@@ -130,10 +130,10 @@ def _hypergradients(
 ) -> Iterator[Hypergradient]:
     """One a batch, from the checkpoint's step on; passages in halves."""
     from megatron_dwm.training.checkpoint import load_checkpoint
-    from megatron_dwm.run.checks import check
     from megatron_dwm.training.session import build_session
 
     from megatron_dwm.bilevel import ESTIMATORS
+    from megatron_dwm.run.checks import check
 
     session = build_session(config, runtime, *check(config))
     if session.passages < 2:

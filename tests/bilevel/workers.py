@@ -241,6 +241,23 @@ def _encoder_inputs(batch: Batch, outputs: ForwardOutputs, encoder: str) -> Tens
     return torch.cat([outputs.features.flat(), outputs.losses_n[:, None]], dim=1).double()
 
 
+def _central_difference(
+    model: torch.nn.Module, direction: list[Tensor], value: Callable[[], Tensor]
+) -> float:
+    """The derivative of `value` along a direction of the model's parameters, which stay."""
+    values = []
+    for sign in (1, -2):  # phi + h, then phi - h
+        _move(model, direction, sign * DIFFERENCE_STEP)
+        values.append(float(value()))
+    _move(model, direction, DIFFERENCE_STEP)
+    return (values[0] - values[1]) / (2 * DIFFERENCE_STEP)
+
+
+def _move(model: torch.nn.Module, direction: list[Tensor], step: float) -> None:
+    for parameter, v in zip(model.parameters(), direction, strict=True):
+        parameter.data += step * v
+
+
 def chain_and_difference(
     inner: str, encoder: str = "own", bound: float = 0.0, **layout: Any
 ) -> tuple[Tensor, Tensor]:
@@ -277,13 +294,8 @@ def chain_and_difference(
         )
         assert (float(held.temperature_G) > 1.0) == (bound > 0.0), "the bound is active"
         torch.testing.assert_close(held.weights(), subject.weights_n.double())
-        learn(
-            method,
-            train,
-            found.alignment_n.double(),
-            problem.learning_rate,
-            outputs=outputs,
-        )
+        alignment_n = found.alignment_n.double()
+        learn(method, train, alignment_n, problem.learning_rate, outputs=outputs)
         gradients = [parameter.grad.clone() for parameter in model.parameters()]
         ours, differences = [], []
         for _ in range(4):
@@ -293,12 +305,7 @@ def chain_and_difference(
             ]
             pairs = zip(gradients, direction, strict=True)
             ours.append(float(sum((g * v).sum() for g, v in pairs)))
-            values = []
-            for sign in (1, -2):  # phi + h, then phi - h
-                for parameter, v in zip(model.parameters(), direction, strict=True):
-                    parameter.data += sign * DIFFERENCE_STEP * v
-                values.append(float(val_loss(held.weights())))
-            for parameter, v in zip(model.parameters(), direction, strict=True):
-                parameter.data += DIFFERENCE_STEP * v
-            differences.append((values[0] - values[1]) / (2 * DIFFERENCE_STEP))
+            differences.append(
+                _central_difference(model, direction, lambda: val_loss(held.weights()))
+            )
         return torch.tensor(ours), torch.tensor(differences)

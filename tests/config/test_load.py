@@ -125,9 +125,7 @@ def judge(config: Config, shape: Heads, world_size: int) -> None:
 
 def test_a_good_configuration_passes() -> None:
     judge(load_config(GOOD), SHAPE, world_size=1)
-    judge(
-        load_config([*GOOD, "--parallel.tensor", "2", "--parallel.pipeline", "2"]), SHAPE, 4
-    )
+    judge(load_config([*GOOD, "--parallel.tensor", "2", "--parallel.pipeline", "2"]), SHAPE, 4)
 
 
 @pytest.mark.parametrize(

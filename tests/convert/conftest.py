@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dwm.tokenizer import Tokenizer, build_tokenizer, train_sentencepiece
 from megatron_dwm.checkpoint.manifest import Manifest, record_file, write_manifest
 from megatron_dwm.checkpoint.state import TrainState
+from megatron_dwm.tokenizer import Tokenizer, build_tokenizer, train_sentencepiece
 from tests.launch import REPOSITORY, run_ranks
 from tests.own_environment import own_environment  # noqa: F401
 

@@ -14,12 +14,12 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from megatron_dwm.checkpoint.manifest import list_checkpoints, read_manifest, write_manifest
 from megatron_dwm.config import UserError
 from megatron_dwm.convert.from_hf import import_from_huggingface
 from megatron_dwm.convert.to_hf import export_to_huggingface
 from megatron_dwm.convert.tokenizer_files import write_tokenizer_files
 from megatron_dwm.tokenizer import Tokenizer, train_sentencepiece
-from megatron_dwm.checkpoint.manifest import list_checkpoints, read_manifest, write_manifest
 from tests.convert.conftest import VOCAB_SIZE
 from tests.convert.families import write_llama
 from tests.forking.client import REPOSITORY, run_python

@@ -15,14 +15,13 @@ from megatron_dwm.bilevel import ESTIMATORS, Problem
 from megatron_dwm.bilevel.virtual_step import prepare_virtual_step
 from megatron_dwm.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dwm.data import Batch
-from megatron_dwm.model import LLM, clear_gradients, forward_backward
+from megatron_dwm.model import LLM, clear_gradients, forward_backward, resolve_shape
 from megatron_dwm.model.layers.choice import choose_layers
 from megatron_dwm.model.passes.objective import (
     token_count,
     token_mean,
 )
 from megatron_dwm.runtime import bring_up
-from megatron_dwm.model import resolve_shape
 from megatron_dwm.testing import random_batch, weighted_gradient
 from megatron_dwm.training import build_learner
 

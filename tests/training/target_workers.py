@@ -7,13 +7,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.config import DataConfig, ValidationConfig
 from megatron_dwm.data import CorpusSource, Feed, Share, ValidationSet
 from megatron_dwm.data.batch import NO_ROW
-from megatron_dwm.tokenizer import build_tokenizer
-from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.run.opened import Opened
 from megatron_dwm.run.remarks import remarks
+from megatron_dwm.tokenizer import build_tokenizer
 from megatron_dwm.weighting.costs import plain_costs
 from tests.tiny import SAMPLES, tiny
 from tests.training.subjects import config_of

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from megatron_dwm.training.compute import compute_of
-from megatron_dwm.training.optimizer import build_optimizer, build_scheduler
 from megatron_dwm.training.session import Session
 
 from benchmarks.plain_loop import PlainLoop
@@ -19,6 +18,7 @@ from megatron_dwm.config import Config
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.model import LlamaShape, build_llm, resolve_shape
 from megatron_dwm.runtime import Runtime, bring_up
+from megatron_dwm.training.optimizer import build_optimizer, build_scheduler
 from megatron_dwm.training.step import Lesson, train_step, weighting_update
 from megatron_dwm.weighting import DwmPolicy, Policy, UniformPolicy, build_policy, weighting_shape
 
