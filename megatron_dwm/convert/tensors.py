@@ -21,7 +21,7 @@ from megatron_dwm.model.on_disk.parameter_names import (
 
 
 def huggingface_tensors(saved: SavedLLM) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every parameter, in the order of `layout.huggingface_shapes`.
+    """(name, tensor) of every parameter, in the order of `huggingface_shapes`.
 
     The rows that pad the vocabulary are left out. What comes out shares no memory.
     """

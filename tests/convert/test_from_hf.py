@@ -24,7 +24,7 @@ from megatron_dwm.convert.from_hf import import_from_huggingface
 from megatron_dwm.convert.gate import LOGITS_TOLERANCE, GateError
 from megatron_dwm.convert.to_hf import export_to_huggingface
 from megatron_dwm.convert.tokenizer_files import write_tokenizer_files
-from megatron_dwm.model import layout
+from megatron_dwm.model.on_disk import parameter_names as layout
 from megatron_dwm.tokenizer import Tokenizer
 from tests.convert.families import FAMILIES, write_llama
 from tests.launch import REPOSITORY
