@@ -1,13 +1,14 @@
-"""What FP8 does to the weighting's signal:   python examples/fp8_alignments.py RUN_OR_CHECKPOINT
+"""Measures what FP8 does to alignments:   python examples/fp8_alignments.py RUN_OR_CHECKPOINT
 
-RUN_OR_CHECKPOINT is a run's directory, whose newest whole checkpoint is taken, or a directory such
-as RUN/checkpoints/step_00000400. The samples' alignments with the validation passages (all weights
-1) are found twice at that very state, parameters and moments, and on the same batches: in the run's
-unquantised precision (bf16 for a run in FP8, else fp32 or bf16 as the run is), and with the layers'
-products in emulated FP8, one scale a tensor. Printed are the correlation of the two, of values and
-of ranks, and as a yardstick that between the alignments with one half of the passages and those
-with the other half, unquantised: noise that the weighting lives with anyway. One process, on a CPU
-too; the run's parallel layout, profiling and logging play no part, and nothing of it is changed.
+RUN_OR_CHECKPOINT is a run's directory (its newest complete checkpoint is used), or a checkpoint
+such as RUN/checkpoints/step_00000400. The alignments of the samples with the validation passages
+(all weights 1) are computed twice from that checkpoint's parameters and moments, on the same
+batches: in the run's unquantized precision (bf16 for a run in FP8, else the run's own), and with
+the layers' products in emulated FP8, one scale a tensor. Prints the correlation of the two, of
+values and of ranks. For comparison it also prints the correlation between the alignments with one
+half of the passages and those with the other half, unquantized: the noise that every run has. Uses
+one process and needs no GPU; the run's parallel layout, profiling and logging are ignored, and no
+file of it is changed.
 """
 
 from __future__ import annotations
@@ -39,23 +40,23 @@ if TYPE_CHECKING:  # heavy: --help and mistakes are answered before torch and Me
 
 
 def main() -> None:
-    """Print a line a batch and their means."""
+    """Print one line for each batch, and the means."""
     arguments = _parser().parse_args()
     _quiet_upstream()
     from megatron_dwm.runtime import bring_up, world_size_from_environment
     from megatron_dwm.training.manifest import named_checkpoint
 
     if world_size_from_environment() > 1:
-        raise UserError("this is for one process; start it with python, without torchrun")
+        raise UserError("expected one process; start it with python, without torchrun")
     checkpoint = named_checkpoint(arguments.checkpoint)
     of_run = _config_of(checkpoint)
-    unquantised = _unquantised(of_run, arguments.batches)
-    pair = (unquantised, _in_fp8(unquantised, of_run))
-    with bring_up(unquantised.parallel, unquantised.run.seed) as runtime:
-        exact, quantised = (
+    unquantized = _unquantized(of_run, arguments.batches)
+    pair = (unquantized, _in_fp8(unquantized, of_run))
+    with bring_up(unquantized.parallel, unquantized.run.seed) as runtime:
+        exact, quantized = (
             list(_hypergradients(config, runtime, checkpoint, arguments.batches)) for config in pair
         )
-    _print_table(unquantised.model.precision, exact, quantised)
+    _print_table(unquantized.model.precision, exact, quantized)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,41 +65,51 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", type=Path)
     parser.add_argument(
-        "--batches", metavar="N", type=int, default=8, help="global batches to average over (8)"
+        "--batches",
+        metavar="N",
+        type=int,
+        default=8,
+        help="global batches to average over (default: 8)",
     )
     return parser
 
 
 def _quiet_upstream() -> None:
-    """What Megatron-Core says on import without optional packages, and torch about its names."""
+    """Hide warnings about missing optional packages, and about functions that torch renamed."""
     warnings.filterwarnings("ignore", message=".*(Apex|apex) (is|are) not installed.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron_dwm\.runtime\.cpu")
 
 
 def _config_of(checkpoint: Path) -> Config:
-    """The run's. Raises UserError for what is no checkpoint of a run that learns."""
+    """Returns the run's configuration.
+
+    Raises UserError unless `checkpoint` is one of a run that learns weights.
+    """
     for name in ("config.yaml", "manifest.json"):
         if not (checkpoint / name).is_file():
             raise UserError(
-                f"{checkpoint / name} is missing; expected a run, or a checkpoint that it saved"
+                f"{checkpoint / name} is missing; name a run, or a checkpoint that a run saved"
             )
     config = load_config([str(checkpoint / "config.yaml")])
     if not config.learns:
-        raise UserError(f"{checkpoint}: policy.name {config.policy.name} has no alignments")
+        raise UserError(
+            f"{checkpoint}: policy.name {config.policy.name} has no alignments; name a run "
+            "that learns weights"
+        )
     return config
 
 
-def _unquantised(config: Config, batches: int) -> Config:
-    """Without FP8, in one process, and without what only a run needs."""
+def _unquantized(config: Config, batches: int) -> Config:
+    """Returns the configuration without FP8, for one process, without what only a run needs."""
     if not 1 <= batches <= config.training.steps:
         raise UserError(
             f"--batches: expected 1 to {config.training.steps}, the steps of the run, got {batches}"
         )
     if config.passages < 2:
         raise UserError(
-            "the run reads one validation passage at a time, which has no halves; take a run with "
-            "two or more"
+            "the run's validation batch has one passage, which has no halves; name a run with two "
+            "or more (validation.batch_size)"
         )
     model = replace(
         config.model,
@@ -118,17 +129,17 @@ def _unquantised(config: Config, batches: int) -> Config:
     )
 
 
-def _in_fp8(unquantised: Config, of_run: Config) -> Config:
-    """The same in emulated FP8, in the layers that the run would have in FP8."""
+def _in_fp8(unquantized: Config, of_run: Config) -> Config:
+    """Returns the same configuration with emulated FP8 in the layers that the run has in FP8."""
     ends = of_run.model.fp8_first_last_bf16
-    model = replace(unquantised.model, fp8_emulation=True, fp8_first_last_bf16=ends)
-    return replace(unquantised, model=model)
+    model = replace(unquantized.model, fp8_emulation=True, fp8_first_last_bf16=ends)
+    return replace(unquantized, model=model)
 
 
 def _hypergradients(
     config: Config, runtime: Runtime, checkpoint: Path, batches: int
 ) -> Iterator[Hypergradient]:
-    """One a batch, from the checkpoint's step on; passages in halves."""
+    """Yields one hypergradient for each batch from the checkpoint's step on, with both halves."""
     from megatron_dwm.bilevel import ESTIMATORS
     from megatron_dwm.training.checkpoint import load_checkpoint
     from megatron_dwm.training.run import check
@@ -136,7 +147,9 @@ def _hypergradients(
 
     session = build_session(config, runtime, *check(config))
     if session.passages < 2:
-        raise UserError(f"{config.validation.path} has one row, and one row has no halves")
+        raise UserError(
+            f"{config.validation.path} has one row, which has no halves; give more target text"
+        )
     load_checkpoint(session, checkpoint)
     first = min(session.state.step, config.training.steps - batches)
     for number in range(first, first + batches):
@@ -161,13 +174,13 @@ def _problem(session: Session, number: int) -> Problem:
 
 
 def _print_table(
-    precision: str, exact: list[Hypergradient], quantised: list[Hypergradient]
+    precision: str, exact: list[Hypergradient], quantized: list[Hypergradient]
 ) -> None:
     title = f"{precision} against emulated FP8"
     print(f"{title:39}| {precision}: one half of the passages against the other")
     print("correlation  of ranks  relative error  | correlation")
     rows = []
-    for one, other in zip(exact, quantised, strict=True):
+    for one, other in zip(exact, quantized, strict=True):
         assert one.halves_2n is not None
         a_n, b_n = one.alignment_n, other.alignment_n
         rows.append(

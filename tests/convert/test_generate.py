@@ -70,7 +70,7 @@ def test_what_does_not_fit_is_told(
     told = [line for line in capsys.readouterr().err.splitlines() if "context" in line]
     assert len(told) == 2
     assert told[0].startswith(f"warning: prompt 1 has {sizes[0]} tokens; the model's context is 16")
-    assert told[1].startswith(f"warning: prompt 2 has {sizes[1]} tokens, and 10 are asked for")
+    assert told[1].startswith(f"warning: prompt 2 has {sizes[1]} tokens, and 10 more are requested")
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def _as_before(run: Path) -> None:
 GO_ON = ("--run.resume", "true")
 
 
-@pytest.mark.parametrize("spoil", [lambda run: None, _as_before], ids=["now", "before"])
+@pytest.mark.parametrize("spoil", [lambda _: None, _as_before], ids=["now", "before"])
 def test_relative_paths_may_be_typed_again(project: Project, spoil: Callable) -> None:
     """In a tree that was moved as a whole, too; then by the run's own configuration."""
     spoil(project.directory / "run")
@@ -236,16 +236,16 @@ def test_a_model_goes_out_as_it_came(public: Path, tmp_path: Path) -> None:
     assert set(before) == set(after)
     assert not any(torch.equal(tensor, after[name]) for name, tensor in before.items())
     card = (tmp_path / "hf/README.md").read_text()
-    assert "* training read sequences of 64 tokens; the context of 131,072 tokens is" in card
+    assert "* training sequences have 64 tokens; the context of 131,072 tokens is" in card
     assert "| context | 131,072 tokens |" in card and "## Training" in card
     export_to_huggingface(tmp_path / "next", tmp_path / "bf16", dtype=torch.bfloat16)
     one, two = (json.loads((d / "config.json").read_text()) for d in (public, tmp_path / "bf16"))
     assert two == {**one, "dtype": "bfloat16"}
-    assert "kept in bfloat16; they came in float32" in (tmp_path / "bf16/README.md").read_text()
+    assert "kept in bfloat16; the original has float32" in (tmp_path / "bf16/README.md").read_text()
 
 
 def test_what_training_changed_is_changed_and_said(
-    public: Path, small_tokenizer: Tokenizer, other: Path, tmp_path: Path
+    public: Path, other: Path, tmp_path: Path
 ) -> None:
     """A longer context, and the words of another tokenizer of the same size."""
     short = tmp_path / "model"

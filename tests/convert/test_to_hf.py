@@ -191,7 +191,7 @@ def test_model_card_tells_the_run(checkpoints: dict[str, Saved], tmp_path: Path)
         "| loss | 6.25 |",
         "| domain_loss: books | 5.125 |",
         "| domain_loss: a\\nb / c | 1 |",
-        "| policy (who weighs the samples) | uniform |",
+        "| policy (how samples are weighted) | uniform |",
         f"{export.logits_deviation:.1e} of the largest logit",
         "norm_epsilon: 0.0001",
     ):

@@ -90,7 +90,7 @@ def test_gate_refuses_a_tokenizer_it_cannot_express(texts: list[str], tmp_path: 
     (tmp_path / "unigram.model").write_bytes(model.getvalue())
     tokenizer = build_tokenizer("SentencePieceTokenizer", tmp_path / "unigram.model")
     write_tokenizer_files(tokenizer, 512, tmp_path)
-    with pytest.raises(UserError, match="only BPE models laid out"):
+    with pytest.raises(UserError, match="expected a SentencePiece BPE model"):
         require_equal_ids(tokenizer, tmp_path)
 
 

@@ -96,7 +96,7 @@ def test_scores_of_other_questions_are_not_compared(model: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     for tasks, data, note in (
         (TASKS, "same", ""),
-        (TASKS, "other", "first: lastword with 0 shots asked other questions"),
+        (TASKS, "other", "first: lastword with 0 shots has other questions"),
         (template, "same", "first: lastword with 0 shots is another task"),
     ):
         more = ["--tasks-dir", tasks, "--data", tmp_path / f"{data}.jsonl", "--compare", first]

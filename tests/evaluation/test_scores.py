@@ -80,7 +80,7 @@ def test_only_the_same_questions_stand_beside() -> None:
     same = comparable(ours, [replace(s, value=0.75) for s in ours], "uniform")
     assert [score.value for score in same.scores] == [0.75, 0.75] and same.notes == []
     for change, what in (
-        ({"questions_digest": "c"}, "asked other questions"),
+        ({"questions_digest": "c"}, "has other questions"),
         ({"task_digest": "c"}, "is another task"),
     ):
         other = comparable(ours, [replace(s, **change) for s in ours], "uniform")

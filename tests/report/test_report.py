@@ -215,7 +215,7 @@ def test_labels_are_spread_in_order() -> None:
     assert len(spread(np.array([]), 0.1)) == 0
 
 
-def test_command_writes_both_pictures(make_run: Callable[..., Path], tmp_path: Path) -> None:
+def test_command_writes_both_plots(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     done = report(run, fresh=True)
     assert done.returncode == 0 and done.stderr == ""
@@ -223,7 +223,7 @@ def test_command_writes_both_pictures(make_run: Callable[..., Path], tmp_path: P
     assert done.stdout.split() == [str(path) for path in expected]
 
 
-def test_a_file_in_the_place_of_the_pictures_folder_is_left_alone(
+def test_a_file_in_the_place_of_the_plots_folder_is_left_alone(
     make_run: Callable[..., Path], tmp_path: Path
 ) -> None:
     run = make_run(tmp_path / "run", steps=100)
@@ -245,13 +245,13 @@ def test_mistakes_are_one_line_and_exit_code_2(
     torn = make_run(tmp_path / "torn", steps=100)
     (torn / "metrics.jsonl").write_text('{"step": 1, "phase": "train"}\n{"step"\n')
     cases = [
-        ((tmp_path,), "is no run: it has no metrics.jsonl"),
-        ((tmp_path / "gone",), "is no run"),
-        ((run, "--compare", tmp_path), "is no run"),
+        ((tmp_path,), "is not a run: it has no metrics.jsonl"),
+        ((tmp_path / "gone",), "is not a run"),
+        ((run, "--compare", tmp_path), "is not a run"),
         ((bare,), "has no weights in weights/*.parquet"),
-        ((broken,), "003.parquet holds no weights of a run"),
+        ((broken,), "003.parquet has no weights of a run"),
         ((torn,), "metrics.jsonl line 2 is not JSON"),
-        ((run, "--target-domain", "novels"), "--target-domain novels is no held-out domain"),
+        ((run, "--target-domain", "novels"), "--target-domain novels is not a held-out domain"),
     ]
     for arguments, message in cases:
         done = report(*arguments)
