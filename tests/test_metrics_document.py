@@ -93,7 +93,7 @@ def test_only_keys_marked_sometimes_are_absent_or_null(runs: list[Path]) -> None
 
 def test_every_column_of_weights_is_described_and_no_other(runs: list[Path]) -> None:
     keys, sometimes = described()
-    tables = [pq.read_table(file) for run in runs for file in (run / "weights").iterdir()]
+    tables = [pq.read_table(file) for run in runs for file in run.glob("weights/*.parquet")]
     for table in tables:
         assert set(table.column_names) == keys[WEIGHTS]
     empty = {name for table in tables for name in keys[WEIGHTS] if table[name].null_count}
