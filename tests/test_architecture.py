@@ -24,10 +24,10 @@ ALLOWED: dict[str, set[str]] = {
     "planning": {"config", "model", "weighting", "training.compute", "training.stages"},
     "preprocess": {"config", "tokenizer"},
     "convert": {
-        *("config", "tokenizer", "runtime", "model", "training.checkpoint", "training.manifest"),
+        *("config", "tokenizer", "runtime", "model", "training.manifest"),
         *("training.fingerprint", "training.kept_files"),
     },
-    "evaluation": {"config", "tokenizer", "convert"},
+    "evaluation": {"config"},
     "report": {"config"},
 }
 # Imported by one file of the package at most.

@@ -95,7 +95,7 @@ def test_gate_refuses_a_tokenizer_it_cannot_express(texts: list[str], tmp_path: 
 
 
 def test_a_tokenizer_json_keeps_its_ids(texts: list[str], tmp_path: Path) -> None:
-    """Byte-level BPE that puts a token before every text, as Llama 3's does."""
+    """Uses byte-level BPE that adds a token before every text, as Llama 3's does."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()

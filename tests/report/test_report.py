@@ -1,4 +1,4 @@
-"""The numbers of the report against plain Python over the files, and the command's manners."""
+"""The report's numbers against plain Python over the files, and how the command ends."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_mean_weight_by_domain_over_the_last_steps(
     assert mean_weight_by_domain(run, 1) == pytest.approx(mean_by_domain(last), rel=1e-6)
 
 
-def test_skipped_steps_are_told(
+def test_skipped_steps_are_reported(
     make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     run = make_run(tmp_path / "run")
@@ -139,7 +139,7 @@ def test_drawn_lines_carry_these_numbers(
 def test_names_of_domains_are_drawn_as_they_are_written(
     make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A dollar sign begins no formula, and a step's reason no line of the terminal."""
+    """A dollar sign starts no formula, and a skipped step's reason no new line."""
     from matplotlib.figure import Figure
 
     drawn = []
@@ -179,7 +179,7 @@ def test_steps_written_twice_count_once_and_an_unfinished_line_is_left_out(
 def test_samples_of_steps_and_of_updates_are_not_taken_for_each_other(
     make_run: Callable[..., Path], tmp_path: Path, old: bool
 ) -> None:
-    """Both number their samples from 0; files of earlier versions do not say which is which."""
+    """Both number their samples from 0; files of older versions have no column that says which."""
     run = make_run(tmp_path / "run")
     before = rows_of(run)
     of_step = [row for row in before if row["step"] == 1000]
