@@ -1,4 +1,4 @@
-"""Runs in processes of its own: held-out losses of a Hugging Face model in a parallel layout."""
+"""Runs in separate processes: held-out losses of a Hugging Face model in a parallel layout."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SEQUENCE_LENGTH = 64
 
 
 def evaluation_set(text: str, tokenizer: str) -> EvaluationSet:
-    """Held-out text as a run reads it."""
+    """Returns held-out text as a run reads it."""
     data = DataConfig(sequence_length=SEQUENCE_LENGTH, domain_key="domain")
     return EvaluationSet(EvaluationConfig(path=text), data, open_tokenizer(tokenizer))
 
