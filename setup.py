@@ -45,6 +45,11 @@ DEV = [
     "pytest-xdist>=3.5,<4",
     "hypothesis>=6.100,<7",
     "ruff==0.17.6",
+    "mypy>=2.4,<2.5",  # every minor release reports other things
+    # Type stubs of libraries that carry none; the releases follow the libraries above.
+    "types-PyYAML>=6,<7",
+    "types-psutil>=5.9,<8",
+    "types-tqdm>=4.66,<5",
 ]
 
 setup(

@@ -1,4 +1,4 @@
-"""Rules of DESIGN.md that a machine can hold: who imports whom, and how large things grow."""
+"""Rules that a test can check: which folder imports which, and how large files may become."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@
     s_i    = <z, grad l_i(theta)>                        one pass of an estimator
     dL_val(theta')/dw_i = -(eta/n) * s_i
 
-No second derivative appears: w enters the gradient linearly, and theta does not depend on it.
-Cost with the tangent probe: three plain training steps.
+There is no second derivative, because w enters the gradient linearly and theta does not depend on
+it. Cost with the tangent probe: three plain training steps.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ InnerProducts = Callable[[LLM, list[MicroBatch]], Tensor]
 def first_order(
     problem: Problem, *, halves: bool = False, inner_products: InnerProducts
 ) -> Hypergradient:
-    """The hypergradient from first-order passes; the LLM and its optimiser are left bit for bit as
-    they were, with zeroed gradient buffers. `halves`: see `from_gradient`.
+    """Returns the hypergradient from first-order passes, with a pass of its own for g(w).
+
+    Afterwards the LLM and its optimizer are bit for bit as before, and the gradient buffers are
+    zero. halves: see `from_gradient`.
     """
     train = weighted(problem.train_batch, problem.weights_n, problem.micro_batch_size)
     clear_gradients(problem.llm, problem.optimizer)
@@ -55,15 +57,15 @@ def first_order(
 def from_gradient(
     problem: Problem, *, halves: bool = False, inner_products: InnerProducts
 ) -> Hypergradient:
-    """The hypergradient where the pass for g(w) has been made: g(w) stands in the gradient buffers,
-    and stands there again afterwards. Two plain training steps.
+    """Returns the hypergradient from g(w) in the gradient buffers, at the cost of two plain steps.
 
-    theta is the parameters of now and the moments are those of now; theta' is what the optimiser's
-    own `step()` on this g(w) would make of them. If that step is then taken, theta' is where
-    training goes on.
+    Afterwards g(w) is in the gradient buffers again. theta and the moments are the current ones;
+    theta' is the result of the optimizer's own `step()` on this g(w). If training then takes that
+    step, it continues from theta'.
 
-    halves: also give the alignments of either half of the validation batch, for one more pass of
-    `inner_products`. They add up to the whole's: z is linear in the validation gradient.
+    halves: also return the alignments of each half of the validation batch, at the cost of one more
+    pass of `inner_products`. Their weighted sum is the whole's, because z is linear in the
+    validation gradient.
     """
     llm, optimizer = problem.llm, problem.optimizer
     with phase("virtual step"):
@@ -95,19 +97,20 @@ def from_gradient(
 
 
 def _validation_parts(problem: Problem, halves: bool) -> list[TokenBatch]:
-    """The validation batch, whole or in two halves: its even and its odd rows, which are those of
-    the global batch under every layout, since each rank has an even number of rows
-    (model/passes/micro_batches.py).
+    """Returns the validation batch, whole or as its even and its odd rows.
+
+    These are the even and odd rows of the global batch under every layout, because each rank has an
+    even number of rows (model/passes/micro_batches.py).
     """
     rows = problem.val_batch.tokens_BS.shape[0]
     if not halves:
         return [problem.val_batch]
-    assert rows % 2 == 0, "every rank has as many even rows as odd ones"
+    assert rows % 2 == 0, "every rank has as many even rows as odd rows"
     return [problem.val_batch.rows(0, rows, 2), problem.val_batch.rows(1, rows, 2)]
 
 
 def _validation_gradient(problem: Problem, batch: TokenBatch) -> Tensor:
-    """Leave grad L_val in the gradient buffers; float64 [L_val, divisor], over all ranks."""
+    """Write grad L_val into the gradient buffers; returns float64 [L_val, divisor] of all ranks."""
     llm, objective = problem.llm, problem.objective
     rows = batch.tokens_BS.shape[0]
     size = largest_micro_batch(rows, problem.micro_batch_size, llm.micro_batches_multiple)
@@ -123,7 +126,7 @@ INNER_PRODUCTS: dict[str, InnerProducts] = {
 }
 
 
-# Each makes its own pass for g(w).
+# Each of these runs its own pass for g(w).
 ESTIMATORS: dict[str, Callable[..., Hypergradient]] = {
     **{
         name: partial(first_order, inner_products=function)
@@ -134,7 +137,7 @@ ESTIMATORS: dict[str, Callable[..., Hypergradient]] = {
 
 
 def hypergradient(problem: Problem, estimator: str, *, halves: bool = False) -> Hypergradient:
-    """`from_gradient` by the name of an estimator; unroll makes its own passes and leaves g(w)."""
+    """`from_gradient` by the name of an estimator; unroll runs its own passes and keeps g(w)."""
     if estimator == "unroll":
         return unroll(problem, halves=halves)
     return from_gradient(problem, halves=halves, inner_products=INNER_PRODUCTS[estimator])

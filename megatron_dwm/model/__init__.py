@@ -1,4 +1,12 @@
-"""Llama on Megatron-Core: shapes, modules, the model of a rank, passes through the schedules."""
+"""Llama on Megatron-Core: its shape, its layers, the part of a rank, and passes through it.
+
+    shape.py, flops.py, llm.py, initialize.py   the model
+    layers/    Megatron-Core's layers, the same in emulated FP8, Transformer Engine's
+    passes/    micro-batches through the pipeline schedules, their losses and features
+    on_disk/   names and files of a saved model, Megatron-Core's and Hugging Face's
+
+The suffixes of tensor names (tokens_BS, hidden_SBD) are explained in docs/METHOD.md, section 0.
+"""
 
 from megatron_dwm.model.llm import (
     LLM,

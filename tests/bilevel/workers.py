@@ -1,4 +1,4 @@
-"""What the ranks of the bilevel tests run."""
+"""Functions that the ranks of the bilevel tests run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WEIGHTING_SHAPE = WeightingShape(
 def alignments(
     inner: str = "adam", estimator: str = "tangent_probe", halves: bool = False, **layout: Any
 ) -> Tensor:
-    """s of the global batch, in order, on every rank."""
+    """Returns the alignments of the global batch, in order, on every rank."""
     with tiny(**layout) as subject:
         options = {"halves": True} if halves else {}
         found = _hypergradient(subject, inner, estimator, **options)
@@ -44,7 +44,7 @@ def alignments(
 
 
 def problem_of(subject: Tiny, inner: str = "adam") -> Problem:
-    """The bi-level step that the tests take."""
+    """Returns the bi-level step that the tests take."""
     return Problem(
         llm=subject.llm,
         optimizer=subject.optimizer,
@@ -63,7 +63,7 @@ def _hypergradient(
 
 
 def everything_restored(**layout: Any) -> dict[str, bool]:
-    """Which parts of the state are bit-identical after a hypergradient."""
+    """Returns which parts of the state are bit-identical after a hypergradient."""
     with tiny(**layout) as subject:
         clear_gradients(subject.llm, subject.optimizer)
         before = _snapshot(subject)
@@ -83,7 +83,7 @@ def _snapshot(subject: Tiny) -> dict[str, list[Tensor]]:
     parts = {
         "model parameters": parameters,
         "main parameters": [slot.main.detach() for slot in slots],
-        "optimiser state": state,
+        "optimizer state": state,
         "gradient buffers": buffers,
         "random numbers": [torch.get_rng_state()],
         "still trainable": [torch.tensor(p.requires_grad) for p in subject.llm.parameters()],
@@ -92,7 +92,7 @@ def _snapshot(subject: Tiny) -> dict[str, list[Tensor]]:
 
 
 def virtual_and_real(**layout: Any) -> list[tuple[Tensor, Tensor]]:
-    """(virtual, real) parameters of this rank after a step on the same gradient."""
+    """Returns (virtual, real) parameters of this rank after a step on the same gradient."""
     with tiny(**layout) as subject:
         subject.gradient(TRAIN)
         step = prepare_virtual_step(subject.llm, subject.optimizer, "adam")
@@ -104,9 +104,9 @@ def virtual_and_real(**layout: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 def alignments_and_oracle(inner: str, **layout: Any) -> tuple[Tensor, Tensor]:
-    """dL_val(theta')/dw: ours, and autograd's through a step written in double precision.
+    """Returns dL_val(theta')/dw: ours, and autograd's through a step in double precision.
 
-    The second knows nothing of ours but the parameters and the moments: it builds per-sample
+    The second uses nothing of ours but the parameters and the moments: it builds per-sample
     gradients one by one from the model's logits, takes clipping and Adam by their textbook
     formulas as differentiable functions of w, and differentiates the validation loss.
     """
@@ -123,7 +123,7 @@ def _oracle(subject: Tiny, inner: str, clip: float) -> Tensor:
 
 
 def _val_loss_after_step(subject: Tiny, inner: str, clip: float) -> Callable[[Tensor], Tensor]:
-    """w -> L_val(theta'(w)) in double precision, differentiable in w."""
+    """Returns the function w -> L_val(theta'(w)) in double precision, differentiable in w."""
     module = subject.llm.modules[0]
     moments = _moments_by_name(subject)
     learning_rate = subject.optimizer.param_groups[0]["lr"]
@@ -158,14 +158,14 @@ def _textbook_step(
         m = b1 * first.double() + (1 - b1) * update
         v = b2 * second.double() + (1 - b2) * update**2
         t = step + 1
-        # The square root has no derivative at 0, where a never-seen token's row stays.
+        # The square root has no derivative at 0, and the row of an unseen token stays there.
         root = torch.where(v > 0, torch.where(v > 0, v, 1.0).sqrt(), 0.0)
         update = (m / (1 - b1**t)) / (root / (1 - b2**t) ** 0.5 + group["eps"])
     return theta * (1 - learning_rate * group["weight_decay"]) - learning_rate * update
 
 
 def _losses(module: torch.nn.Module, theta: dict[str, Tensor], batch: Any) -> Tensor:
-    """Token-mean loss of every sample in double precision, from logits."""
+    """Returns the token-mean loss of every sample in double precision, from logits."""
     inputs = (batch.tokens_BS, batch.position_ids_BS, None)
     logits = functional_call(module, theta, inputs)
     token_losses = F.cross_entropy(
@@ -184,7 +184,7 @@ def _moments_by_name(subject: Tiny) -> dict[str, tuple]:
 
 
 def forward_values_unchanged() -> bool:
-    """The probe's hooks do not change the loss of a pass, and are gone afterwards."""
+    """True if the probe's hooks do not change the loss of a pass and are gone afterwards."""
     with tiny() as subject:
         llm: LLM = subject.llm
         batch = subject.batch(VALIDATION)
@@ -202,7 +202,7 @@ def forward_values_unchanged() -> bool:
 
 
 def refused(estimator: str, halves: bool = False, **layout: Any) -> str:
-    """The message with which an estimator refuses; empty if it does not."""
+    """Returns the message with which an estimator refuses; empty if it does not refuse."""
     with tiny(**layout) as subject:
         try:
             _hypergradient(subject, "adam", estimator, **({"halves": True} if halves else {}))
@@ -212,7 +212,7 @@ def refused(estimator: str, halves: bool = False, **layout: Any) -> str:
 
 
 def unroll_and_probe(inner: str, **layout: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Alignments of the three estimators on one problem: unroll, probe, finite difference."""
+    """Returns alignments of one problem by unroll, tangent probe and finite difference."""
     with tiny(**layout) as subject:
         return tuple(
             _hypergradient(subject, inner, name).alignment_n
@@ -221,7 +221,7 @@ def unroll_and_probe(inner: str, **layout: Any) -> tuple[Tensor, Tensor, Tensor]
 
 
 def halves_add_up(micro_batch: int = MICRO_BATCH, **layout: Any) -> tuple[Tensor, Tensor]:
-    """Alignments of the whole validation batch: at once, and as its halves' weighted sum."""
+    """Returns alignments with the validation batch: its halves' weighted sum, and the whole's."""
     with tiny(**layout) as subject:
         problem = replace(problem_of(subject), micro_batch_size=micro_batch)
         whole = ESTIMATORS["tangent_probe"](problem)
@@ -233,7 +233,7 @@ def halves_add_up(micro_batch: int = MICRO_BATCH, **layout: Any) -> tuple[Tensor
 
 
 def _encoder_inputs(batch: Batch, outputs: ForwardOutputs, encoder: str) -> Tensor:
-    """What the weighting model's encoder takes, a row a sample."""
+    """Returns the input of the weighting model's encoder, one row per sample."""
     if encoder == "own":
         return batch.tokens_BS
     return torch.cat([outputs.features.flat(), outputs.losses_n[:, None]], dim=1).double()
@@ -242,8 +242,9 @@ def _encoder_inputs(batch: Batch, outputs: ForwardOutputs, encoder: str) -> Tens
 def chain_and_difference(
     inner: str, encoder: str = "own", bound: float = 0.0, **layout: Any
 ) -> tuple[Tensor, Tensor]:
-    """dL_val(theta'(phi))/dphi along random directions: ours from end to end, and central
-    differences of the whole chain, at the temperature of phi, in double precision.
+    """Returns dL_val(theta'(phi))/dphi along random directions: ours, and central differences.
+
+    The differences are of the whole chain at the temperature of phi, in double precision.
     """
     with tiny(**layout) as subject:
         width = subject.llm.shape.hidden_size

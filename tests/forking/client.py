@@ -28,7 +28,7 @@ from typing import Any
 REPOSITORY = Path(__file__).parent.parent.parent
 LIMIT_S = 150.0
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
-# What runs and preprocessing import sooner or later; pyarrow, gigatoken and torch's optimisers ask
+# What runs and preprocessing import sooner or later; pyarrow, gigatoken and torch's optimizers ask
 # for those of the second line. Left out is what reads the environment when it is imported:
 # huggingface_hub and what stands on it.
 PRELOADED = (

@@ -90,7 +90,7 @@ def test_an_update_leaves_nothing_behind(case: dict[str, Any]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_quantised_weights_follow_the_virtual_step(recipe: str) -> None:
+def test_quantized_weights_follow_the_virtual_step(recipe: str) -> None:
     [losses] = _runs("stale_weights", _fp8(recipe))
     assert losses["stepped"] != losses["before"]
     assert losses["after"] == pytest.approx(losses["before"], rel=1e-3)

@@ -107,14 +107,14 @@ def test_a_peer_that_hangs_is_named_after_the_time_limit(start: Start) -> None:
     os.kill(job.pids[1], signal.SIGSTOP)
     assert job.codes(0) == [1]
     [line] = job.text(0).splitlines()
-    assert f"(parallel.timeout_s) from rank 1 on {HOST}, though every process lives" in line
+    assert f"(parallel.timeout_s) from rank 1 on {HOST}, though every process is alive" in line
 
 
 def test_a_peer_that_never_comes_is_named(start: Start) -> None:
     job = start("come", 4, "2", ranks=[0, 2])
     assert job.codes(0, 2) == [1, 1]
     [line] = (job.text(0) + job.text(2)).splitlines()
-    assert line.startswith("error: ranks 1, 3 of 4 did not come in 2 s (parallel.timeout_s)")
+    assert line.startswith("error: ranks 1, 3 of 4 did not start within 2 s (parallel.timeout_s)")
 
 
 def test_without_rank_0_its_address_is_named(start: Start) -> None:

@@ -76,7 +76,7 @@ def test_attributes_that_adapters_read_are_set(inventory: dict[str, Any]) -> Non
     assert '"layer_norm_weight"' in inventory["classes"][FUSED]["source"]
 
 
-def test_layers_keep_quantised_weights_under_the_flag_that_we_raise(
+def test_layers_keep_quantized_weights_under_the_flag_that_we_raise(
     inventory: dict[str, Any],
 ) -> None:
     for name in (*LINEARS, FUSED):
@@ -100,7 +100,7 @@ def test_delayed_scales_can_be_read_and_put_back(inventory: dict[str, Any]) -> N
 
 
 def test_fused_weights_say_how_they_are_split(inventory: dict[str, Any]) -> None:
-    """Initialisation cuts gate and up apart by the stride that the layer was built with."""
+    """Initialization cuts gate and up apart by the stride that the layer was built with."""
     assert "stride" in inventory["classes"][FUSED]["init"]
     assert "'partition_stride', stride" in inventory["classes"][FUSED]["source"]
     assert "tensor=getattr(self, weight)" in inventory["classes"][FUSED]["source"]

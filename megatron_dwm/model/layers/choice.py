@@ -1,10 +1,10 @@
-"""Whose layers the LLM is made of, decided once from the configuration and the machine.
+"""Which implementation of the layers the LLM gets, from the configuration and the machine.
 
     local               Megatron-Core's own, in fp32 or bf16, on any device
     emulated_fp8        the same with FP8 products (fp8_emulation.py), on any device
     transformer_engine  NVIDIA's, in bf16 or FP8, on a GPU (transformer_engine.py)
 
-Pure functions; nothing is built here.
+Pure functions.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ LayerKind = Literal["local", "emulated_fp8", "transformer_engine"]
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """kind: whose layers.  reason: why not those that the configuration asks for, else None."""
+    """The chosen implementation.
+
+    reason: why it is not the one that the configuration asks for; None if it is.
+    """
 
     kind: LayerKind
     reason: str | None = None
 
     def message(self, model: ModelConfig) -> str | None:
-        """One line for the user; None where the choice is the expected one."""
+        """One line for the user; None if the choice is what the configuration asks for."""
         if self.reason is None:
             return None
         line = (
@@ -41,10 +44,10 @@ class LayerChoice:
 
 
 def choose_layers(model: ModelConfig, device: torch.device) -> LayerChoice:
-    """The layers for `model` on `device`.
+    """Choose the layers for `model` on `device`.
 
-    fp8 needs Transformer Engine; bf16 takes it on a GPU. Where it cannot be used the choice is
-    `local` and carries the reason.
+    fp8 needs Transformer Engine, and bf16 takes it on a GPU. If it cannot be used, the choice is
+    `local` with the reason.
     """
     if model.fp8_emulation:
         return LayerChoice("emulated_fp8")
@@ -55,14 +58,14 @@ def choose_layers(model: ModelConfig, device: torch.device) -> LayerChoice:
 
 
 def parameter_dtype(model: ModelConfig) -> torch.dtype:
-    """What the model's parameters and activations are kept in; FP8 is only multiplied in."""
+    """The type of parameters and activations. FP8 is a type of products only."""
     return torch.float32 if model.precision == "fp32" else torch.bfloat16
 
 
 def emulated_layers(model: ModelConfig, *, first: int, count: int, total: int) -> range:
-    """Which of a stage's `count` layers (from 0) multiply in emulated FP8.
+    """Returns which of a chunk's `count` layers (from 0) multiply in emulated FP8.
 
-    first: the model's number of the stage's layer 0; total: the model's layers.
+    first: number of the chunk's layer 0 in the whole model; total: layers of the whole model.
     """
     if not model.fp8_first_last_bf16:
         return range(count)
@@ -72,15 +75,16 @@ def emulated_layers(model: ModelConfig, *, first: int, count: int, total: int) -
 def fp8_fields(model: ModelConfig) -> dict[str, Any]:
     """Megatron-Core's TransformerConfig fields for `model.precision fp8` on Transformer Engine.
 
-    The maxima of the delayed recipe are reduced over the tensor- and data-parallel ranks of a
-    pipeline stage, which is Megatron-Core's group: every rank that holds a part or a copy of a
-    tensor then quantises it with one scale; other stages hold other tensors.
+    The delayed recipe reduces maxima over Megatron-Core's group, the tensor- and data-parallel
+    ranks of a pipeline stage: every rank that holds a part or a copy of a tensor then quantizes it
+    with one scale, and other stages hold other tensors.
     """
     if model.precision != "fp8":
         return {}
     per_tensor = model.fp8_recipe in ("delayed", "tensorwise")
     fields: dict[str, Any] = {
-        # hybrid: e5m2 for output gradients, whose range one scale a tensor would not hold in e4m3.
+        # hybrid: e5m2 for output gradients, because e4m3 with one scale for a whole tensor does not
+        # cover their range.
         "fp8": "hybrid" if per_tensor else "e4m3",
         "fp8_recipe": model.fp8_recipe,
         "first_last_layers_bf16": model.fp8_first_last_bf16,

@@ -1,17 +1,17 @@
 """FP8 linear layers without Transformer Engine: per-tensor current scaling on any device.
 
-With Q4 rounding to e4m3 (activations, weights) and Q5 to e5m2 (output gradients), each scaled so
-that the tensor's largest magnitude is the format's largest value, a layer y = x W^T computes
+Q4 rounds to e4m3 (activations, weights) and Q5 to e5m2 (output gradients). Each scales the tensor
+so that its largest magnitude becomes the format's largest value. A layer y = x W^T computes
 
     y  = Q4(x) Q4(W)^T      dx = Q5(dy) Q4(W)      dW = Q5(dy)^T Q4(x)
 
-through torch._scaled_mm, whose CPU kernel gives the product of the dequantised tensors. Rounding
+through torch._scaled_mm, whose CPU kernel gives the product of the dequantized tensors. Rounding
 passes gradients straight through. Parameters, their main copies and everything between the layers
-keep their precision. Under tensor parallelism the largest magnitude is taken over the group, so a
-layer computes with the same quantised values under every layout. Cost: a product, plus two passes
-over each operand; the saved input is one byte a value.
+keep their precision. Under tensor parallelism the largest magnitude is that of the group, so a
+layer computes with the same quantized values under every layout. Cost: a product, plus two passes
+over each operand; the saved input takes one byte per value.
 
-The classes are Megatron-Core's with the one function replaced in which they multiply.
+The classes are Megatron-Core's; only the function in which they multiply is replaced.
 """
 
 from __future__ import annotations
@@ -30,31 +30,30 @@ GRADIENTS = torch.float8_e5m2
 
 
 @dataclass(frozen=True)
-class Quantised:
-    """A tensor in FP8: values * scale is what it stands for. scale: float32, one value."""
+class Quantized:
+    """A tensor in FP8: it represents values * scale. scale: float32, one value."""
 
     values: Tensor
     scale: Tensor
 
-    def dequantised(self) -> Tensor:
-        """float32, shaped like the values."""
-        return self.values.float() * self.scale
 
+def quantize(tensor: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None) -> Quantized:
+    """Returns `tensor` in FP8, scaled to its largest magnitude over `group` (collective).
 
-def quantise(tensor: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None) -> Quantised:
-    """`tensor` in FP8, scaled to its largest magnitude over `group` (collective); None is alone."""
+    group: None for a tensor that no other rank shares.
+    """
     largest = tensor.detach().abs().amax().float()
     if group is not None and group.size() > 1:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     limit = torch.finfo(dtype).max
     scale = torch.where(largest > 0, largest / limit, 1.0)
-    # Rounding the quotient can leave the format by one bit, which the cast would turn into nan.
+    # Rounding the quotient can exceed the format's largest value, which the cast would make nan.
     values = (tensor.detach().float() / scale).clamp(-limit, limit).to(dtype)
-    return Quantised(values, scale)
+    return Quantized(values, scale)
 
 
-def _product(left_NK: Quantised, right_KM: Quantised, dtype: torch.dtype) -> Tensor:
-    """[N, M] in `dtype`. The layouts are those that CUDA's kernel asks for, too."""
+def _product(left_NK: Quantized, right_KM: Quantized, dtype: torch.dtype) -> Tensor:
+    """Returns [N, M] in `dtype`. CUDA's kernel requires these memory layouts, too."""
     return torch._scaled_mm(
         left_NK.values.contiguous(),
         right_KM.values.t().contiguous().t(),
@@ -64,19 +63,19 @@ def _product(left_NK: Quantised, right_KM: Quantised, dtype: torch.dtype) -> Ten
     )
 
 
-def _transposed(tensor: Quantised) -> Quantised:
-    return Quantised(tensor.values.t(), tensor.scale)
+def _transposed(tensor: Quantized) -> Quantized:
+    return Quantized(tensor.values.t(), tensor.scale)
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T in FP8; the gradient passes both roundings straight through."""
+    """y = x W^T in FP8; the gradient passes straight through both roundings."""
 
     @staticmethod
     def forward(
         ctx: Any, input_SBD: Tensor, weight_CD: Tensor, group: dist.ProcessGroup, sum_input: bool
     ) -> Tensor:
-        kept = quantise(input_SBD.flatten(0, 1), ACTIVATIONS, group)
-        weight = quantise(weight_CD, ACTIVATIONS, group)
+        kept = quantize(input_SBD.flatten(0, 1), ACTIVATIONS, group)
+        weight = quantize(weight_CD, ACTIVATIONS, group)
         ctx.save_for_backward(kept.values, kept.scale, weight.values, weight.scale)
         ctx.group, ctx.sum_input, ctx.weight_dtype = group, sum_input, weight_CD.dtype
         output = _product(kept, _transposed(weight), input_SBD.dtype)
@@ -85,8 +84,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient_SBC: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         tensors = ctx.saved_tensors
-        kept, weight = Quantised(*tensors[:2]), Quantised(*tensors[2:])
-        gradient = quantise(gradient_SBC.flatten(0, 1), GRADIENTS, ctx.group)
+        kept, weight = Quantized(*tensors[:2]), Quantized(*tensors[2:])
+        gradient = quantize(gradient_SBC.flatten(0, 1), GRADIENTS, ctx.group)
         input_gradient = _product(gradient, weight, gradient_SBC.dtype)
         if ctx.sum_input:
             dist.all_reduce(input_gradient, group=ctx.group)

@@ -1,4 +1,4 @@
-"""The two modules that Megatron-Core's local spec lacks, put in by spec, and the spec itself."""
+"""Megatron-Core's own layers as a spec, with two modules that it lacks: a norm and attention."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from megatron_dwm.model.layers.fp8_emulation import Fp8ColumnParallelLinear, Fp8
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm of the last dimension (Zhang and Sennrich 2019).
 
-    Stands in for megatron.core.transformer.torch_norm.WrappedTorchNorm, which refuses sequence
-    parallelism: there every rank normalises its own part of the sequence, and Megatron sums the
-    scale's gradient over the tensor-parallel group when it is marked so.
+    Replaces megatron.core.transformer.torch_norm.WrappedTorchNorm, which refuses sequence
+    parallelism. Under it every rank normalizes its own part of the sequence, and Megatron sums the
+    gradient of a scale that is marked `sequence_parallel` over the tensor-parallel group.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
@@ -39,21 +39,20 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_SBD: Tensor) -> Tensor:
-        """[..., D] -> [..., D], normalised and scaled."""
+        """Returns the input normalized and scaled, [..., D] as it came."""
         return F.rms_norm(hidden_SBD, self.weight.shape, self.weight, self.epsilon)
 
 
 class ScaledDotProductAttention(torch.nn.Module):
     """Causal attention on torch's fused kernel, which never forms the S x S matrix.
 
-    Stands in for megatron.core.transformer.dot_product_attention.DotProductAttention; takes the
-    arguments with which SelfAttention builds and calls its core.
+    Replaces megatron.core.transformer.dot_product_attention.DotProductAttention and takes the
+    arguments with which SelfAttention builds and calls it.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
-        layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
         **_: Any,
@@ -65,8 +64,8 @@ class ScaledDotProductAttention(torch.nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **_: Any
     ) -> Tensor:
-        """query [S, B, heads, d], key and value [S, B, groups, d] -> [S, B, heads * d]."""
-        assert attention_mask is None, "the causal mask is the kernel's own"
+        """Returns [S, B, heads * d]; query is [S, B, heads, d], key and value [S, B, groups, d]."""
+        assert attention_mask is None, "the kernel applies the causal mask itself"
         out_BHSd = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
@@ -80,10 +79,9 @@ class ScaledDotProductAttention(torch.nn.Module):
 def llama_block_spec(
     num_layers: int, fp8_layers: Collection[int] = ()
 ) -> TransformerBlockSubmodules:
-    """The layers of one pipeline stage, unfused: norm, attention, norm, SwiGLU; a final norm.
+    """Returns the spec of one chunk: layers of norm, attention, norm, SwiGLU, and a final norm.
 
-    `num_layers` counts this stage's layers; those in `fp8_layers` (from 0) multiply in emulated
-    FP8.
+    num_layers: layers of this chunk.  fp8_layers: those (from 0) that multiply in emulated FP8.
     """
     plain = _layer_spec(ColumnParallelLinear, RowParallelLinear)
     emulated = _layer_spec(Fp8ColumnParallelLinear, Fp8RowParallelLinear)

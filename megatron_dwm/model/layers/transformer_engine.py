@@ -1,8 +1,8 @@
-"""Transformer Engine's layers through Megatron-Core; the one file that knows them.
+"""Transformer Engine's layers through Megatron-Core; only this file imports the library.
 
-Nothing here has run on a GPU. Names, arguments and attributes are checked against the real
-packages by tests/signatures. Transformer Engine is imported inside the functions that need it:
-without a GPU it cannot even be loaded.
+Nothing here has run on a GPU. tests/signatures checks names, arguments and attributes against the
+real packages. The functions that need Transformer Engine import it themselves, because the import
+fails without a GPU.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 # What Megatron-Core 0.16.1 declares.
 FIRST_VERSION, END_VERSION = (2, 9), (2, 12)
 
-# Megatron-Core's names of the fused layers' norm scales, and those of the unfused spec, under
-# which parameters are initialised, saved and converted.
+# Megatron-Core's names of the norm scales in fused layers, and the names of the unfused spec, which
+# initialization, checkpoints and conversion use.
 UNFUSED_NAMES = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
@@ -31,7 +31,7 @@ UNFUSED_NAMES = {
 
 
 def missing_for(model: ModelConfig, device: torch.device) -> str | None:
-    """Why Transformer Engine cannot run `model` on `device`; None if it can."""
+    """Returns why Transformer Engine cannot run `model` on `device`; None if it can."""
     if device.type != "cuda":
         return "there is no GPU"
     try:
@@ -41,7 +41,7 @@ def missing_for(model: ModelConfig, device: torch.device) -> str | None:
     if not version_fits(version):
         return f"transformer-engine is {version}, Megatron-Core takes 2.9 to below 2.12"
     try:
-        import transformer_engine.pytorch as te  # noqa: PLC0415
+        import transformer_engine.pytorch as te
     except (ImportError, OSError, RuntimeError) as error:
         first_line = str(error).partition("\n")[0]
         return f"transformer-engine {version} cannot be loaded ({first_line})"
@@ -58,22 +58,22 @@ def missing_for(model: ModelConfig, device: torch.device) -> str | None:
 
 
 def version_fits(version: str) -> bool:
-    """Whether Megatron-Core takes that release, such as '2.11.0' or '2.9.0+70f53666'."""
+    """True if Megatron-Core accepts that release, such as '2.11.0' or '2.9.0+70f53666'."""
     major, minor = (int(part) for part in version.split(".")[:2])
     return FIRST_VERSION <= (major, minor) < END_VERSION
 
 
 def transformer_engine_block_spec(num_layers: int) -> TransformerBlockSubmodules:
-    """Megatron-Core's spec of a stage with `num_layers` Transformer Engine layers.
+    """Returns Megatron-Core's spec of a chunk with `num_layers` Transformer Engine layers.
 
-    The norm scales are saved under the names of the unfused spec, so that checkpoints do not
-    depend on whose layers wrote them.
+    Norm scales are saved under the names of the unfused spec, so that checkpoints do not depend on
+    the implementation that wrote them.
     """
-    from megatron.core.extensions.transformer_engine import TENorm  # noqa: PLC0415
-    from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: PLC0415
+    from megatron.core.extensions.transformer_engine import TENorm
+    from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_with_transformer_engine_spec,
     )
-    from megatron.core.transformer.transformer_block import (  # noqa: PLC0415
+    from megatron.core.transformer.transformer_block import (
         TransformerBlockSubmodules,
     )
 
@@ -83,17 +83,17 @@ def transformer_engine_block_spec(num_layers: int) -> TransformerBlockSubmodules
 
 
 def unfused_name(name: str) -> str:
-    """A parameter's name as the unfused spec calls it; other names are their own."""
+    """Returns the parameter's name in the unfused spec, which most names already are."""
     for fused, unfused in UNFUSED_NAMES.items():
         name = name.replace(fused, unfused)
     return name
 
 
 def read_scaling_state(modules: Iterable[Module]) -> dict[Module, torch.Tensor]:
-    """The scales and maxima that the delayed recipe carries from step to step, a layer at a time.
+    """Returns each layer's scales and maxima, which the delayed recipe keeps from step to step.
 
-    Every FP8 pass moves them on; they are what a pass that must leave no trace has to put back.
-    The other recipes keep nothing, and no other layer has such a state.
+    Every FP8 pass changes them, so a pass that must leave no trace has to restore them. The other
+    recipes keep no such state.
     """
     states = {
         module: module.get_extra_state()
@@ -105,6 +105,6 @@ def read_scaling_state(modules: Iterable[Module]) -> dict[Module, torch.Tensor]:
 
 
 def write_scaling_state(states: dict[Module, torch.Tensor]) -> None:
-    """Put back what `read_scaling_state` gave."""
+    """Restore the scales and maxima that `read_scaling_state` returned."""
     for module, state in states.items():
         module.set_extra_state(state)

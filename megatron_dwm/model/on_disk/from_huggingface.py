@@ -1,8 +1,7 @@
-"""Parameters of a rank taken from a Hugging Face model, in any parallel layout.
+"""Loads a rank's parameters from a Hugging Face model, in any parallel layout.
 
-Every rank reads the tensors of its own layers and keeps its slice, cut as initialize.py cuts a
-fresh parameter. Cost: one read of the stage's part of the files a rank, and one whole parameter in
-memory.
+Every rank reads the tensors of its own layers and keeps its slice, cut as in initialize.py. Cost:
+every rank reads its stage's part of the files, and holds one whole parameter at a time.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from megatron_dwm.model.on_disk.parameter_names import megatron_tensor
 
 @torch.no_grad()
 def load_huggingface(llm: LLM, source: HuggingFaceModel) -> None:
-    """Copy `source` into the parameters of this rank, in their own precision.
+    """Copy `source` into the parameters of this rank, in the precision of the parameters.
 
-    The LLM has the shape of `source`.
+    The LLM has to have the shape of `source`.
     """
     assert llm.shape == source.shape, (llm.shape, source.shape)
     runtime = llm.runtime

@@ -1,9 +1,9 @@
 """A Llama model in Hugging Face's files: its shape, and its tensors one at a time.
 
 Reads config.json and safetensors (one file or several with an index), or pytorch_model.bin with
-torch's restricted unpickler: no code of the directory runs. What the model has that ours has not
-(biases, other activations, other rotary embeddings) is refused. Opening reads headers only; a
-tensor read costs its own memory.
+torch's restricted unpickler: no code of the directory runs. A model with features that ours lacks
+(biases, other activations, other rotary embeddings) is refused. Opening reads headers only; reading
+a tensor costs its own memory.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from megatron_dwm.model.shape import LlamaShape
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceModel:
-    """A directory found to hold a whole Llama model.
+    """A directory that holds a whole Llama model.
 
-    context_tokens: longest sequence the model was made for (max_position_embeddings).
+    context_tokens: longest sequence that the model supports (max_position_embeddings).
     files: the file that holds each tensor.
     """
 
@@ -42,7 +42,7 @@ class HuggingFaceModel:
     files: Mapping[str, Path]
 
     def read(self, name: str) -> Tensor:
-        """The tensor Hugging Face calls `name`, on the CPU; it may be the file's own pages."""
+        """Returns the tensor with Hugging Face's `name`, on the CPU, maybe mapped from the file."""
         path = self.files[name]
         if path.suffix == ".bin":
             return _open_bin(path)[name]
@@ -51,20 +51,20 @@ class HuggingFaceModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model's parameters are kept in."""
+        """The type of the model's parameters, from its final norm."""
         return self.read("model.norm.weight").dtype
 
 
 def is_huggingface(directory: Path) -> bool:
-    """Whether `directory` looks like Hugging Face's (a checkpoint of ours has no config.json)."""
+    """True if `directory` has Hugging Face's config.json, which our checkpoints do not have."""
     return (directory / CONFIG_NAME).is_file()
 
 
 def open_huggingface(directory: Path) -> HuggingFaceModel:
-    """The model in `directory`.
+    """Open the model in `directory`.
 
-    Raises `UserError` if there is none, it is no Llama that ours can hold, or a tensor is missing,
-    unknown or wrongly shaped, or a file cut short.
+    Raises `UserError` if there is no model or none that Llama covers, if a tensor is missing,
+    unknown or has a wrong shape, or if a file is truncated.
     """
     config = read_huggingface_config(directory)
     shape = shape_of(config)
@@ -74,17 +74,17 @@ def open_huggingface(directory: Path) -> HuggingFaceModel:
         directory=directory,
         shape=shape,
         context_tokens=config.context_tokens,
-        files={name: place for name, (place, _) in found.items()},
+        files={name: path for name, (path, _) in found.items()},
     )
 
 
 def shape_of(config: HuggingFaceConfig) -> LlamaShape:
-    """The shape of the model that a config.json describes."""
+    """Returns the shape of the model that a config.json describes."""
     return LlamaShape(**{field.name: getattr(config, field.name) for field in fields(LlamaShape)})
 
 
 def _find_tensors(directory: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """File and shape of every tensor in the directory."""
+    """Returns file and shape of every tensor in the directory."""
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = directory / f"{stem}.{suffix}.index.json"
         whole = directory / f"{stem}.{suffix}"
@@ -92,7 +92,7 @@ def _find_tensors(directory: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
             names = read_json_object(index).get("weight_map")
             if not isinstance(names, dict):
                 raise UserError(f"{index}: has no weight_map; the model is damaged")
-            # Path(...).name: an index must not lead out of its directory.
+            # Path(...).name: an index must not name files outside its directory.
             paths = sorted({directory / Path(str(name)).name for name in names.values()})
         elif whole.is_file():
             paths = [whole]
@@ -113,7 +113,8 @@ def _sizes(path: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
     except UnpicklingError:
         raise UserError(
-            f"{path}: cannot be read: it holds more than tensors, and could run code"
+            f"{path}: cannot be read: it holds more than tensors, and could run code; take a file "
+            "with tensors only"
         ) from None
     except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError) as error:
         reason = str(error).splitlines()[0]
@@ -128,7 +129,7 @@ def _require_tensors(
     shape: LlamaShape, found: dict[str, tuple[Path, tuple[int, ...]]], directory: Path
 ) -> None:
     wanted = huggingface_shapes(shape)
-    # Written by old versions; they follow from the configuration.
+    # Old versions wrote these; the configuration determines them.
     extra = {name for name in set(found) - set(wanted) if not name.endswith("rotary_emb.inv_freq")}
     if shape.tied_embeddings:
         extra.discard("lm_head.weight")

@@ -1,20 +1,20 @@
 """Names and layouts of Llama's parameters: Megatron-Core's and Hugging Face's.
 
-The differences (H hidden, F inner width of the MLP, G query groups, q query heads a group, d head
-width):
+The differences (D hidden size, F inner width of the MLP, G query groups, q query heads per group, d
+width of a head):
 
-    linear_qkv  [G * (q + 2) * d, H]   group by group: its q query heads, its key, its value
-                                       = q_proj [G * q * d, H], k_proj and v_proj [G * d, H]
-    linear_fc1  [2 * F, H]             gate, then up = gate_proj, up_proj [F, H]
+    linear_qkv  [G * (q + 2) * d, D]   group by group: its q query heads, its key, its value
+                                       = q_proj [G * q * d, D], k_proj and v_proj [G * d, D]
+    linear_fc1  [2 * F, D]             gate, then up = gate_proj, up_proj [F, D]
     embeddings  rows of padding at the end that Hugging Face does not have
 
-The rotary embedding turns the same halves of a head on both sides, so no row of a head moves.
-Pure functions; cost: one copy of every tensor.
+Both rotate the same halves of a head, so the rows of a head keep their order. Pure functions; cost:
+one copy of every tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,38 +39,38 @@ WHOLE_TENSORS = {
 
 @dataclass(frozen=True)
 class LayerTensor:
-    """One parameter of a Megatron layer as Hugging Face's `parts`; split and join are inverse."""
+    """One parameter of a Megatron layer as Hugging Face's `parts`; `join` inverts `split`."""
 
     parts: tuple[str, ...]
     split: Callable[[LlamaShape, Tensor], Parts]
     join: Callable[[LlamaShape, Parts], Tensor]
 
 
-def split_qkv(shape: LlamaShape, qkv_CH: Tensor) -> Parts:
-    """One layer's linear_qkv [G * (q + 2) * d, H] as its three projections."""
+def split_qkv(shape: LlamaShape, qkv_CD: Tensor) -> Parts:
+    """Split one layer's linear_qkv [G * (q + 2) * d, D] into its three projections."""
     groups, width = shape.num_query_groups, shape.head_size
     queries = shape.num_attention_heads // groups
-    grouped = qkv_CH.view(groups, queries + 2, width, qkv_CH.shape[-1])
+    grouped = qkv_CD.view(groups, queries + 2, width, qkv_CD.shape[-1])
     parts = grouped.split([queries, 1, 1], dim=1)
     return {
-        name: part.reshape(-1, qkv_CH.shape[-1]) for name, part in zip(_QKV, parts, strict=True)
+        name: part.reshape(-1, qkv_CD.shape[-1]) for name, part in zip(_QKV, parts, strict=True)
     }
 
 
 def join_qkv(shape: LlamaShape, parts: Parts) -> Tensor:
-    """The inverse of `split_qkv`."""
+    """Join three projections into one layer's linear_qkv; the inverse of `split_qkv`."""
     groups, width = shape.num_query_groups, shape.head_size
     grouped = [parts[name].view(groups, -1, width, shape.hidden_size) for name in _QKV]
     return torch.cat(grouped, dim=1).view(-1, shape.hidden_size)
 
 
-def split_gate_up(shape: LlamaShape, fc1_CH: Tensor) -> Parts:
-    """One layer's linear_fc1 [2 * F, H] as gate and up."""
-    return dict(zip(_GATE_UP, fc1_CH.split(shape.ffn_hidden_size), strict=True))
+def split_gate_up(shape: LlamaShape, fc1_CD: Tensor) -> Parts:
+    """Split one layer's linear_fc1 [2 * F, D] into gate and up."""
+    return dict(zip(_GATE_UP, fc1_CD.split(shape.ffn_hidden_size), strict=True))
 
 
 def join_gate_up(_: LlamaShape, parts: Parts) -> Tensor:
-    """The inverse of `split_gate_up`."""
+    """Join gate and up into one layer's linear_fc1; the inverse of `split_gate_up`."""
     return torch.cat([parts[name] for name in _GATE_UP])
 
 
@@ -93,7 +93,7 @@ LAYER_TENSORS: dict[str, LayerTensor] = {
 
 
 def huggingface_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
-    """Every parameter of `LlamaForCausalLM` by name, the output layer only where it is its own."""
+    """Returns the size of every parameter of `LlamaForCausalLM`; a tied output layer has none."""
     width, head = shape.hidden_size, shape.head_size
     queries, keys = shape.num_attention_heads * head, shape.num_query_groups * head
     layer = {
@@ -122,10 +122,10 @@ def huggingface_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
 
 
 def megatron_tensor(shape: LlamaShape, name: str, read: Callable[[str], Tensor]) -> Tensor:
-    """The whole Megatron parameter of that global name, from Hugging Face's tensors.
+    """Returns the whole Megatron parameter of a global name, from Hugging Face's tensors.
 
-    name: as in `initialise.global_parameter_names`, layers numbered through the model.
-    read: gives Hugging Face's tensor of a name. Rows of padding are zero.
+    name: as in `initialize.global_parameter_names`, with layer numbers of the whole model.
+    read: returns Hugging Face's tensor of a name. Rows of padding are zero.
     """
     if name == OUTPUT and shape.tied_embeddings:
         name = EMBEDDING
@@ -138,19 +138,8 @@ def megatron_tensor(shape: LlamaShape, name: str, read: Callable[[str], Tensor])
     return of_layer.join(shape, parts)
 
 
-def megatron_names(shape: LlamaShape) -> Iterator[str]:
-    """The global name of every parameter that Megatron-Core saves."""
-    yield EMBEDDING
-    for number in range(shape.num_layers):
-        for name in LAYER_TENSORS:
-            yield f"decoder.layers.{number}.{name}.weight"
-    yield FINAL_NORM
-    if not shape.tied_embeddings:
-        yield OUTPUT
-
-
 def megatron_sizes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
-    """The size of every tensor that Megatron-Core saves, by its name: layers lie in one stack."""
+    """Returns the size of every tensor that Megatron-Core saves; it stacks the layers in one."""
     width, layers = shape.hidden_size, shape.num_layers
     queries = shape.num_attention_heads * shape.head_size
     keys = shape.num_query_groups * shape.head_size
@@ -172,8 +161,8 @@ def megatron_sizes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
     return sizes
 
 
-def _padded(shape: LlamaShape, tensor_VH: Tensor) -> Tensor:
-    missing = shape.padded_vocab_size - len(tensor_VH)
+def _padded(shape: LlamaShape, tensor_VD: Tensor) -> Tensor:
+    missing = shape.padded_vocab_size - len(tensor_VD)
     if not missing:
-        return tensor_VH
-    return torch.cat([tensor_VH, tensor_VH.new_zeros(missing, tensor_VH.shape[1])])
+        return tensor_VD
+    return torch.cat([tensor_VD, tensor_VD.new_zeros(missing, tensor_VD.shape[1])])

@@ -1,12 +1,11 @@
-"""The index of a saved model's tensors, read without trusting it.
+"""Reads the index of a saved model's tensors without trusting it.
 
 Megatron-Core's `torch_dist` format keeps its index, `.metadata`, as a pickle, and both torch's and
-Megatron-Core's readers unpickle whatever it names. It is read here with a list of the classes that
-it may name, before anything else reads it: a checkpoint from elsewhere cannot run code. Nor may it
-name files outside its folder.
+Megatron-Core's readers unpickle whatever it names. This file reads it first, with a list of the
+classes that it may name, so a checkpoint from elsewhere cannot run code. The index may not name
+files outside its folder, either.
 
-What torch says of a file that it will not read is a page of advice to read it unsafely. It is
-replaced by one line.
+When torch refuses a file it prints a page of advice on reading it unsafely; one line replaces it.
 """
 
 from __future__ import annotations
@@ -43,40 +42,40 @@ _MAY_NAME = {
     f"{_CHECKPOINT}.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
     "collections": {"OrderedDict"},
 }
-"""What an index may name, by module."""
+"""the names that an index may contain, by module"""
 
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """Only the classes of an index."""
+        """Find a class that an index may name; refuse all others."""
         if name not in _MAY_NAME.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint does")
         return super().find_class(module, name)
 
 
 def read_index(directory: Path) -> Metadata:
-    """The index in `directory`, a `torch_dist` folder.
+    """Read the index in `directory`, a `torch_dist` folder.
 
-    Raises OSError, or pickle.UnpicklingError that says in a few words what is wrong.
+    Raises OSError, or pickle.UnpicklingError with a few words on what is wrong.
     """
     with (directory / ".metadata").open("rb") as stream:
         try:
             metadata = _IndexUnpickler(stream).load()
         except (OSError, pickle.UnpicklingError):
             raise
-        except Exception as error:  # a pickle cut short or made up can raise anything
+        except Exception as error:  # a truncated or forged pickle can raise anything
             raise pickle.UnpicklingError(f"its index cannot be read: {error}") from error
     if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
-        raise pickle.UnpicklingError("it is no index of tensors")
+        raise pickle.UnpicklingError("it is not an index of tensors")
     _require_inside(metadata)
     return metadata
 
 
 def _require_inside(metadata: Metadata) -> None:
-    """Every file that the index names lies beside it."""
-    places = metadata.storage_data.values() if isinstance(metadata.storage_data, dict) else [None]
-    for place in places:
-        name = place.relative_path if isinstance(place, _StorageInfo) else None
+    """Refuse an index that names a file outside its folder."""
+    stored = metadata.storage_data.values() if isinstance(metadata.storage_data, dict) else [None]
+    for entry in stored:
+        name = entry.relative_path if isinstance(entry, _StorageInfo) else None
         if not isinstance(name, str):
             raise pickle.UnpicklingError("its index does not say where the tensors are")
         if name != PurePath(name).name or name in ("", ".."):
@@ -85,7 +84,7 @@ def _require_inside(metadata: Metadata) -> None:
 
 @contextmanager
 def data_only(path: Path) -> Iterator[None]:
-    """What cannot be read, or not without running it, becomes one line that names `path`.
+    """Turn the errors of reading `path` into one line, for damaged files and for hidden code.
 
     Raises UserError.
     """
@@ -95,8 +94,8 @@ def data_only(path: Path) -> Iterator[None]:
         cause = _cause(error)
         if isinstance(cause, pickle.UnpicklingError):
             raise UserError(
-                f"{path}: it holds something else than data, and nothing of it was run; take a "
-                f"checkpoint from whom you trust ({_in_short(cause)})"
+                f"{path}: it holds more than data, and nothing of it was run; take a checkpoint "
+                f"from a source that you trust ({_in_short(cause)})"
             ) from error
         raise UserError(
             f"{path}: it cannot be read; bring back a copy, or take another checkpoint "
@@ -105,14 +104,14 @@ def data_only(path: Path) -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Torch's reader gathers what went wrong, by rank."""
+    """Returns the first error inside torch's collection of errors by rank."""
     if isinstance(error, CheckpointException):
         return next((failure for failure, _ in error.failures.values()), error)
     return error
 
 
 def _in_short(error: BaseException) -> str:
-    """The first line of an error; of torch's refusal only what it refused."""
+    """Returns the first line of an error; for a refusal by torch, the name that it refused."""
     text = str(error)
     if "weights_only" in text:
         named = re.search(r"GLOBAL[: ]+([\w.]+)", text)

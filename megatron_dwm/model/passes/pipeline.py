@@ -1,12 +1,12 @@
 """One pass of micro-batches through Megatron-Core's pipeline schedules.
 
-Everything that runs the LLM goes through here: training, the validation pass at the virtual
-parameters, the tangent probe and evaluation. A pass minimises
+Training, the validation pass at the virtual parameters, the tangent probe and evaluation all run
+the LLM through this file. A pass minimizes
 
     sum over samples and tokens of coefficient * weight * token loss / denominator,
 
 where the denominator is a float summed over micro-batches and data-parallel ranks. The weights are
-1, or are formed inside the pass from what the LLM has just made of the samples (`weigh`). With
+1, or `weigh` computes them inside the pass from the losses and features of the samples. With
 coefficients and weights of 1 these are the operations of Megatron-LM's own per-token loss, bit for
 bit.
 """
@@ -29,19 +29,19 @@ from torch.nn import Module
 from megatron_dwm.model.llm import LLM
 from megatron_dwm.model.passes.forward_outputs import Features, FeatureTap, ForwardOutputs
 
-# Megatron-Core adds up an integer token count that we do not use: weights make it a float.
+# Megatron-Core sums an integer token count. It is unused here, because weights make it a float.
 _NO_COUNT = torch.zeros([], dtype=torch.int)
 
-# (index of a micro-batch, what its forward pass made of it) -> weights_B, on the last stage.
+# (index of a micro-batch, its losses and features) -> weights_B; called on the last stage.
 Weigh = Callable[[int, ForwardOutputs], Tensor]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass reads.
+    """The input of one forward pass.
 
     coefficients_BS: float32 factor of every token's loss.
-    loss_mask_BS: float32, 1 where a token's loss counts; for sample losses only.
+    loss_mask_BS: float32, 1 for a token that counts in its sample's loss; not in the objective.
     """
 
     tokens_BS: Tensor
@@ -53,12 +53,12 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class PassResult:
-    """What a pass leaves behind, known on every rank of the replica.
+    """Losses, weights and features of the local samples, on every rank of the replica.
 
-    loss_sums_n: float32, every local sample's masked sum of token losses, in order.
-    token_counts_n: float32, the tokens in each of those sums.
-    weights_n: float32, the weights that `weigh` gave; None without it.
-    features: what the pass was asked to keep.
+    loss_sums_n: float32, masked sum of the token losses of each sample, in order.
+    token_counts_n: float32, number of tokens in each of those sums.
+    weights_n: float32, the weights that `weigh` returned; None without it.
+    features: None unless the pass was asked to keep them.
     """
 
     loss_sums_n: Tensor
@@ -79,7 +79,7 @@ class PassResult:
 
 @dataclass(frozen=True, kw_only=True)
 class _Pass:
-    """What the functions that Megatron calls have to know."""
+    """The options of a pass, for the functions that Megatron calls."""
 
     on_micro_batch: Callable[[int], None] | None = None
     weigh: Weigh | None = None
@@ -97,13 +97,13 @@ def forward_backward(
     early_layer: int | None = None,
     keep_features: bool = False,
 ) -> PassResult:
-    """Run forward and backward over `micro_batches`; gradients end in the gradient buffers.
+    """Run forward and backward over `micro_batches`, adding gradients to the gradient buffers.
 
     denominator: this data-parallel rank's part of the global denominator. None leaves the
         gradients local and unscaled (the tangent probe forms none).
-    on_micro_batch: told the index of a micro-batch before its forward and its backward pass.
-    weigh: gives the weights of a micro-batch before its losses are reduced.
-    early_layer: take features, the early ones from this layer (from 1); for `weigh`, and for the
+    on_micro_batch: called with the index of a micro-batch before its forward and its backward pass.
+    weigh: returns the weights of a micro-batch before its losses are reduced.
+    early_layer: collect features, the early ones from this layer (from 1), for `weigh`, and for the
         result if `keep_features`.
     """
     tap = None if early_layer is None else FeatureTap(llm, early_layer)
@@ -114,7 +114,7 @@ def forward_backward(
 def forward_only(
     llm: LLM, micro_batches: Sequence[MicroBatch], *, early_layer: int | None = None
 ) -> PassResult:
-    """Losses of `micro_batches` without gradients, and features where `early_layer` is given."""
+    """Returns losses of `micro_batches` without gradients, and features if `early_layer` is set."""
     tap = None if early_layer is None else FeatureTap(llm, early_layer)
     what = _Pass(tap=tap, keeps_features=tap is not None)
     with torch.no_grad():
@@ -131,7 +131,7 @@ def _run(
 ) -> PassResult:
     batch_size, sequence_length = micro_batches[0].tokens_BS.shape
     llm.transformer.finalize_model_grads_func = (
-        None if denominator is None else partial(_finalise, llm, denominator)
+        None if denominator is None else partial(_finalize, llm, denominator)
     )
     with nullcontext() if what.tap is None else what.tap.attached():
         outputs = get_forward_backward_func()(
@@ -151,22 +151,22 @@ def _forward_step(
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     """Megatron's forward_step_func."""
     index, batch = next(iterator)
-    told = what.on_micro_batch
-    if told is not None:
-        told(index)
+    notify = what.on_micro_batch
+    if notify is not None:
+        notify(index)
     with nullcontext() if what.tap is None else what.tap.listening(index):
         output = chunk(batch.tokens_BS, batch.position_ids_BS, None, labels=batch.labels_BS)
-    if told is not None and output.requires_grad:
-        # Activation recomputation runs modules again in the backward pass, when another
-        # micro-batch may have gone forward since.
-        output.register_hook(lambda _: told(index))
+    if notify is not None and output.requires_grad:
+        # Activation recomputation runs modules again in the backward pass. By then another
+        # micro-batch may have run forward.
+        output.register_hook(lambda _: notify(index))
     return output, partial(_loss, what, index, batch)
 
 
 def _loss(
     what: _Pass, index: int, batch: MicroBatch, token_losses_BS: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Megatron's loss_func: (sum to differentiate, unused count, [B, columns] to keep)."""
+    """Megatron's loss_func: returns (sum to differentiate, unused count, [B, columns] to keep)."""
     losses = token_losses_BS.float()
     loss_sums_B = (losses.detach() * batch.loss_mask_BS).sum(dim=1)
     features = None if what.tap is None else what.tap.of(index)
@@ -183,8 +183,8 @@ def _loss(
     return total, _NO_COUNT, torch.cat(columns, dim=1)
 
 
-def _finalise(
-    llm: LLM, denominator: float, chunks: list[Module], _: Tensor | None, **options: Any
+def _finalize(
+    llm: LLM, denominator: float, chunks: list[Any], _: Tensor | None, **options: Any
 ) -> None:
     """Megatron's finalize_model_grads with a float denominator in place of its integer count."""
     finalize_model_grads(chunks, None, **options)
@@ -197,7 +197,7 @@ def _finalise(
 def _collect(
     llm: LLM, micro_batches: Sequence[MicroBatch], what: _Pass, outputs: list[Tensor]
 ) -> PassResult:
-    """Cut the kept columns apart, on every stage."""
+    """Split the kept columns into a result, on every stage."""
     counts_n = torch.cat([batch.loss_mask_BS.sum(dim=1) for batch in micro_batches])
     first = 1 if what.weigh is None else 2
     width = 2 * llm.shape.hidden_size if what.keeps_features else 0

@@ -1,9 +1,9 @@
-"""What the LLM predicts where: logits through Megatron-Core's pipeline schedules, no gradients.
+"""Logits and predictions of the LLM through Megatron-Core's pipeline schedules, without gradients.
 
-Training only ever sees token losses; an evaluation also asks for the likeliest token, and its
-probabilities must leave out the rows that pad the vocabulary, which an exported model has not.
-Cost: one forward pass, three messages of [B, S] floats in the tensor-parallel group, and the
-logits of one micro-batch in float32 (this rank's part of the vocabulary) in memory.
+Training needs token losses only. Evaluation also needs the likeliest token, and its probabilities
+must leave out the rows that pad the vocabulary, because an exported model has none. Cost: one
+forward pass, three messages of [B, S] floats in the tensor-parallel group, and the logits of one
+micro-batch in float32 (this rank's part of the vocabulary) in memory.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Kept = TypeVar("Kept")
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """What the model thinks of every label of a batch, known on every rank of the replica.
+    """The model's predictions for every label of a batch, on every rank of the replica.
 
     log_likelihood_BS: float32, nats.
-    is_likeliest_BS: whether no other token has a larger logit.
+    is_likeliest_BS: True if no other token has a larger logit.
     """
 
     log_likelihood_BS: Tensor
@@ -38,7 +38,7 @@ class Predictions:
 
 
 def predict(llm: LLM, batch: TokenBatch, micro_batch_size: int) -> Predictions:
-    """The predictions of every label of this replica's `batch` (collective in the replica)."""
+    """Returns the predictions for every label of this replica's `batch` (collective in it)."""
     starts = range(0, len(batch.tokens_BS), micro_batch_size)
     parts = [batch.rows(start, start + micro_batch_size) for start in starts]
     kept = forward_logits(llm, parts, partial(_judge_labels, llm))
@@ -54,10 +54,10 @@ def predict(llm: LLM, batch: TokenBatch, micro_batch_size: int) -> Predictions:
 def forward_logits(
     llm: LLM, parts: Sequence[TokenBatch], keep: Callable[[TokenBatch, Tensor], Kept]
 ) -> list[Kept]:
-    """What `keep` makes of every micro-batch's logits, on the last pipeline stage; else empty.
+    """Returns `keep`'s result for every micro-batch, in order; empty before the last stage.
 
-    keep: takes a micro-batch and its logits [B, S, V / tensor size] in the model's precision, this
-        tensor rank's rows of the padded vocabulary.
+    keep: called with a micro-batch and its logits [B, S, V / tensor size] in the model's precision,
+        for this tensor rank's rows of the padded vocabulary.
     """
     size, sequence_length = parts[0].tokens_BS.shape
     with torch.no_grad():
@@ -76,14 +76,19 @@ def forward_logits(
 def _forward_step(
     keep: Callable[[TokenBatch, Tensor], Any], iterator: Iterator[TokenBatch], chunk: Module
 ) -> tuple[Tensor, Callable[..., Any]]:
-    """Megatron's forward_step_func; without labels the model gives logits."""
+    """Megatron's forward_step_func; without labels the model returns logits."""
     batch = next(iterator)
     output = chunk(batch.tokens_BS, batch.position_ids_BS, None)
-    return output, lambda logits_BSV, non_loss_data: keep(batch, logits_BSV)
+
+    def kept(logits_BSV: Tensor, non_loss_data: bool) -> Any:  # the names are Megatron's
+        assert non_loss_data
+        return keep(batch, logits_BSV)
+
+    return output, kept
 
 
 def _judge_labels(llm: LLM, batch: TokenBatch, logits_BSV: Tensor) -> Tensor:
-    """[2, B, S]: log-likelihood of every label, and 1 where it is the likeliest token."""
+    """Returns [2, B, S]: log-likelihood of each label, and 1 if it is the likeliest token."""
     runtime = llm.runtime
     logits_BSV = logits_BSV.float()
     first = runtime.tensor_rank * logits_BSV.shape[-1]
@@ -99,8 +104,8 @@ def _judge_labels(llm: LLM, batch: TokenBatch, logits_BSV: Tensor) -> Tensor:
     return torch.stack([log_likelihood_BS, (sums_2BS[1] >= largest_BS).float()])
 
 
-def _logit_of_label(logits_BSV: Tensor, place_BS: Tensor) -> Tensor:
-    """The label's logit where this rank has its row, else 0."""
-    mine_BS = (place_BS >= 0) & (place_BS < logits_BSV.shape[-1])
-    found_BS = logits_BSV.gather(-1, place_BS.where(mine_BS, 0)[..., None])[..., 0]
+def _logit_of_label(logits_BSV: Tensor, row_BS: Tensor) -> Tensor:
+    """Returns the label's logit if this rank has its row of the vocabulary, else 0."""
+    mine_BS = (row_BS >= 0) & (row_BS < logits_BSV.shape[-1])
+    found_BS = logits_BSV.gather(-1, row_BS.where(mine_BS, 0)[..., None])[..., 0]
     return found_BS.where(mine_BS, 0.0)
