@@ -7,13 +7,13 @@ batch.
     with bring_up(ParallelConfig(), seed=1) as runtime:
         tiny = tiny_llm(runtime)
         batch = random_batch(0, runtime, rows=8)
-        loss = plain_step(tiny.llm, tiny.optimizer, batch, micro_batch_size=2)
+        loss = plain_step(tiny.llm, tiny.optimizer, batch, tiny.micro_batch_size)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from torch.nn import Module
@@ -31,14 +30,13 @@ from megatron_dwm.data import Batch
 from megatron_dwm.model import (
     LLM,
     PassResult,
-    build_llm,
     clear_gradients,
     forward_backward,
     resolve_shape,
 )
 from megatron_dwm.model.passes.objective import weighted, weighted_denominator
 from megatron_dwm.runtime import Runtime
-from megatron_dwm.training.optimizer import build_optimizer, build_scheduler
+from megatron_dwm.training import Learner, build_learner
 
 VOCAB_SIZE = 256
 SEQUENCE_LENGTH = 16
@@ -53,34 +51,13 @@ TINY_MODEL = ModelConfig(
     tied_embeddings=True,
 )
 """a model of 0.03 M parameters, small enough for a test and large enough for tensor size 2"""
-TINY_TRAINING = TrainingConfig(steps=20, learning_rate=3e-3, warmup_fraction=0.1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainableLLM:
-    """This rank's part of an LLM, with its optimizer and its learning-rate schedule."""
-
-    llm: LLM
-    optimizer: ChainedOptimizer
-    scheduler: OptimizerParamScheduler
-
-
-def trainable_llm(
-    runtime: Runtime,
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    training: TrainingConfig,
-    *,
-    sequence_length: int,
-    seed: int,
-) -> TrainableLLM:
-    """Build the LLM of a configuration without a run directory or data files (collective)."""
-    llm = build_llm(
-        resolve_shape(model), model, parallel, runtime, sequence_length=sequence_length, seed=seed
-    )
-    optimizer = build_optimizer(training, llm, sharded=parallel.sharded_optimizer)
-    scheduler = build_scheduler(training, optimizer)
-    return TrainableLLM(llm=llm, optimizer=optimizer, scheduler=scheduler)
+TINY_TRAINING = TrainingConfig(
+    steps=20,
+    global_batch_size=8,
+    micro_batch_size=2,
+    learning_rate=3e-3,
+    warmup_fraction=0.1,
+)
 
 
 def tiny_llm(
@@ -91,8 +68,10 @@ def tiny_llm(
     sequence_length: int = SEQUENCE_LENGTH,
     seed: int = 5,
     **changes: Any,
-) -> TrainableLLM:
-    """Build TINY_MODEL with `changes` to its keys, such as precision="bf16" (collective).
+) -> Learner:
+    """Build a learner of TINY_MODEL with `changes` to its keys, such as precision="bf16".
+
+    A collective call.
 
     parallel: the configuration that `runtime` was brought up with; None takes its tensor and
         pipeline sizes and the defaults for the rest.
@@ -100,8 +79,14 @@ def tiny_llm(
     if parallel is None:
         parallel = ParallelConfig(tensor=runtime.tensor_size, pipeline=runtime.pipeline_size)
     model = replace(TINY_MODEL, **changes)
-    return trainable_llm(
-        runtime, model, parallel, training, sequence_length=sequence_length, seed=seed
+    return build_learner(
+        resolve_shape(model),
+        model,
+        parallel,
+        training,
+        runtime,
+        sequence_length=sequence_length,
+        seed=seed,
     )
 
 

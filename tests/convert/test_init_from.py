@@ -17,8 +17,8 @@ from megatron_dwm.convert.from_hf import import_from_huggingface
 from megatron_dwm.convert.tokenizer_files import write_tokenizer_files
 from megatron_dwm.model import resolve_shape
 from megatron_dwm.model.on_disk.huggingface_files import open_huggingface
-from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.run.checks import check
+from megatron_dwm.tokenizer import Tokenizer
 from tests.convert.families import VOCAB_SIZE, write_llama
 from tests.forking.client import REPOSITORY, run_python
 from tests.own_environment import kept_environment

@@ -15,14 +15,12 @@ from megatron_dwm.bilevel import ESTIMATORS, Problem
 from megatron_dwm.bilevel.virtual_step import prepare_virtual_step
 from megatron_dwm.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dwm.data import Batch
-from megatron_dwm.model import LLM, clear_gradients, forward_backward
+from megatron_dwm.model import LLM, clear_gradients, forward_backward, resolve_shape
 from megatron_dwm.model.layers.choice import choose_layers
-from megatron_dwm.model.passes.objective import (
-    token_count,
-    token_mean,
-)
+from megatron_dwm.model.passes.objective import token_count, token_mean
 from megatron_dwm.runtime import bring_up
-from megatron_dwm.testing import random_batch, trainable_llm, weighted_gradient
+from megatron_dwm.testing import random_batch, weighted_gradient
+from megatron_dwm.training import build_learner
 
 SAMPLES, MICRO_BATCH, LENGTH, VOCAB = 8, 4, 128, 512
 SHAPE = {
@@ -56,10 +54,16 @@ def _problem(
     config = ModelConfig(precision=precision, **SHAPE, **model)
     training = TrainingConfig(learning_rate=1e-3, steps=100)
     with bring_up(parallel, seed=1) as runtime:
-        trainable = trainable_llm(
-            runtime, config, parallel, training, sequence_length=LENGTH, seed=5
+        learner = build_learner(
+            resolve_shape(config),
+            config,
+            parallel,
+            training,
+            runtime,
+            sequence_length=LENGTH,
+            seed=5,
         )
-        llm, optimizer = trainable.llm, trainable.optimizer
+        llm, optimizer = learner.llm, learner.optimizer
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate
         problem = Problem(
