@@ -31,10 +31,10 @@ from megatron_dwm.config.command_line import OneLineParser, run_command
 from megatron_dwm.config.load import load_config
 
 if TYPE_CHECKING:  # heavy: --help and mistakes are answered before torch and Megatron-Core load
-    from megatron_dwm.training.session import Session
     from torch import Tensor
 
     from megatron_dwm.bilevel import Hypergradient, Problem
+    from megatron_dwm.run.job import Job
     from megatron_dwm.runtime import Runtime
 
 
@@ -83,8 +83,10 @@ def _config_of(checkpoint: Path) -> Config:
             raise UserError(
                 f"{checkpoint / name} is missing; expected a run, or a checkpoint that it saved"
             )
+    from megatron_dwm.weighting import learns
+
     config = load_config([str(checkpoint / "config.yaml")])
-    if not config.learns:
+    if not learns(config):
         raise UserError(f"{checkpoint}: policy.name {config.policy.name} has no alignments")
     return config
 
@@ -128,36 +130,45 @@ def _in_fp8(unquantised: Config, of_run: Config) -> Config:
 def _hypergradients(
     config: Config, runtime: Runtime, checkpoint: Path, batches: int
 ) -> Iterator[Hypergradient]:
-    """One a batch, from the checkpoint's step on; passages in halves."""
-    from megatron_dwm.training.checkpoint import load_checkpoint
-    from megatron_dwm.training.session import build_session
-
+    """Yield one for every batch from the checkpoint's step on, with its passages in halves."""
     from megatron_dwm.bilevel import ESTIMATORS
+    from megatron_dwm.checkpoint.load import load_checkpoint
+    from megatron_dwm.checkpoint.parts import Parts
     from megatron_dwm.run.checks import check
+    from megatron_dwm.run.job import build_job
 
-    session = build_session(config, runtime, *check(config))
-    if session.passages < 2:
-        raise UserError(f"{config.validation.path} has one row, and one row has no halves")
-    load_checkpoint(session, checkpoint)
-    first = min(session.state.step, config.training.steps - batches)
-    for number in range(first, first + batches):
-        yield ESTIMATORS["tangent_probe"](_problem(session, number), halves=True)
+    job = build_job(config, runtime, check(config))
+    with job.feed:
+        if job.feed.passages < 2:
+            raise UserError(f"{config.validation.path} has one row, and one row has no halves")
+        parts = Parts(
+            llm=job.learner.llm,
+            optimizer=job.learner.optimizer,
+            method_name=config.policy.name,
+            method=job.method,
+            state=job.state,
+        )
+        load_checkpoint(parts, checkpoint)
+        first = min(job.state.step, config.training.steps - batches)
+        for number in range(first, first + batches):
+            problem = _problem(job, number, config)
+            yield ESTIMATORS["tangent_probe"](problem, halves=True)
 
 
-def _problem(session: Session, number: int) -> Problem:
+def _problem(job: Job, number: int, config: Config) -> Problem:
     import torch
 
     from megatron_dwm.bilevel import Problem
 
-    train = session.training_batch(number)
+    train = job.feed.training(number)
     return Problem(
-        llm=session.llm,
-        optimizer=session.optimizer,
+        llm=job.learner.llm,
+        optimizer=job.learner.optimizer,
         train_batch=train,
-        weights_n=torch.ones(train.size, device=session.runtime.device),
-        val_batch=session.validation_batch(number, halves=True),
-        micro_batch_size=session.config.training.micro_batch_size,
-        inner=session.config.bilevel.inner_optimizer,
+        weights_n=torch.ones(train.size, device=job.learner.runtime.device),
+        val_batch=job.feed.validation(number, halves=True),
+        micro_batch_size=job.learner.micro_batch_size,
+        inner=config.bilevel.inner_optimizer,
     )
 
 

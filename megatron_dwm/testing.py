@@ -52,7 +52,11 @@ TINY_MODEL = ModelConfig(
 )
 """a model of 0.03 M parameters, small enough for a test and large enough for tensor size 2"""
 TINY_TRAINING = TrainingConfig(
-    steps=20, micro_batch_size=2, learning_rate=3e-3, warmup_fraction=0.1
+    steps=20,
+    global_batch_size=8,
+    micro_batch_size=2,
+    learning_rate=3e-3,
+    warmup_fraction=0.1,
 )
 
 
@@ -65,7 +69,9 @@ def tiny_learner(
     seed: int = 5,
     **changes: Any,
 ) -> Learner:
-    """Build TINY_MODEL with `changes` to its keys, such as precision="bf16" (collective).
+    """Build a learner of TINY_MODEL with `changes` to its keys, such as precision="bf16".
+
+    A collective call.
 
     parallel: the configuration that `runtime` was brought up with; None takes its tensor and
         pipeline sizes and the defaults for the rest.

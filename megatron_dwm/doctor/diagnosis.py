@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-import torch.distributed as dist
-from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 
 from megatron_dwm.bilevel import ESTIMATORS, Problem
@@ -19,14 +17,15 @@ from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.printing import printable
 from megatron_dwm.config.validate import validate_layout, validate_options
 from megatron_dwm.data import Batch
-from megatron_dwm.model import LLM, build_llm, clear_gradients, forward_backward, resolve_shape
+from megatron_dwm.model import resolve_shape
 from megatron_dwm.model.layers.choice import choose_layers
-from megatron_dwm.model.passes.objective import weighted, weighted_denominator
 from megatron_dwm.model.shape import heads_of
 from megatron_dwm.runtime import Runtime, bring_up, world_size_from_environment
 from megatron_dwm.runtime.machine import describe_machine
 from megatron_dwm.runtime.profiling import check_profiling
-from megatron_dwm.training.optimizer import build_optimizer, build_scheduler
+from megatron_dwm.testing import random_batch, replica_rows, weighted_gradient
+from megatron_dwm.training import Learner, build_learner
+from megatron_dwm.training.gather import gather_samples
 from megatron_dwm.weighting import learns
 from megatron_dwm.weighting.rules import estimator_problems
 
@@ -108,68 +107,54 @@ def _agrees(problem: Problem, probed_n: Tensor, rival: str) -> bool:
 
 
 def _of_all_replicas(problem: Problem, estimator: str) -> Tensor:
-    """Alignments of the global batch, in order."""
-    runtime = problem.llm.runtime
-    mine_n = ESTIMATORS[estimator](problem).alignment_n.contiguous()
-    whole_n = mine_n.new_empty(len(mine_n) * runtime.data_size)
-    dist.all_gather_into_tensor(whole_n, mine_n, group=runtime.data_group)
-    return whole_n
+    """Returns the alignments of the global batch, in order (collective)."""
+    found = ESTIMATORS[estimator](problem)
+    return gather_samples(found.alignment_n, problem.llm.runtime)
 
 
 def _problem(config: Config, runtime: Runtime) -> Problem:
-    llm = build_llm(
-        resolve_shape(config.model),
-        config.model,
-        config.parallel,
-        runtime,
-        sequence_length=config.data.sequence_length,
-        seed=config.run.seed,
-    )
-    optimizer = build_optimizer(config.training, llm, sharded=config.parallel.sharded_optimizer)
+    """Returns a bi-level step at unequal weights, after a few training steps (collective)."""
     rows = config.training.global_batch_size
-    weights_n = torch.linspace(0.5, 1.5, rows).chunk(runtime.data_size)[runtime.data_rank]
-    weights_n = weights_n.to(runtime.device)
-    _warm_up(config, llm, optimizer, weights_n)
+    weights_n = torch.linspace(0.5, 1.5, rows)[replica_rows(runtime, rows)].to(runtime.device)
+    learner = _trained(config, runtime, weights_n)
     return Problem(
-        llm=llm,
-        optimizer=optimizer,
-        train_batch=_random_batch(config, llm, 0),
+        llm=learner.llm,
+        optimizer=learner.optimizer,
+        train_batch=_random_batch(config, learner, 0),
         weights_n=weights_n,
-        val_batch=_random_batch(config, llm, 1),
-        micro_batch_size=_MICRO_BATCH,
+        val_batch=_random_batch(config, learner, 1),
+        micro_batch_size=learner.micro_batch_size,
         inner=config.bilevel.inner_optimizer,
     )
 
 
-def _warm_up(config: Config, llm: LLM, optimizer: ChainedOptimizer, weights_n: Tensor) -> None:
-    """A few real steps at the peak learning rate."""
-    scheduler = build_scheduler(dataclasses.replace(config.training, warmup_fraction=0), optimizer)
-    for number in range(2, 2 + _WARM_UP_STEPS):
-        clear_gradients(llm, optimizer)
-        batch = _random_batch(config, llm, number)
-        passes = weighted(batch, weights_n, _MICRO_BATCH)
-        forward_backward(llm, passes, denominator=weighted_denominator(batch))
-        optimizer.step()
-        scheduler.step(increment=1)
-
-
-def _random_batch(config: Config, llm: LLM, number: int) -> Batch:
-    """This replica's rows of a batch of random tokens, the same batch under every layout."""
-    rows, length = config.training.global_batch_size, config.data.sequence_length
-    generator = torch.Generator().manual_seed(number)
-    text = torch.randint(llm.shape.vocab_size, (rows, length + 1), generator=generator)
-    share = rows // llm.runtime.data_size
-    batch = Batch(
-        tokens_BS=text[:, :-1].contiguous(),
-        labels_BS=text[:, 1:].contiguous(),
-        loss_mask_BS=torch.ones(rows, length),
-        position_ids_BS=torch.arange(length).repeat(rows, 1),
-        sample_ids_B=torch.arange(rows),
-        document_ids_B=torch.arange(rows),
-        domains=("random",) * rows,
+def _trained(config: Config, runtime: Runtime, weights_n: Tensor) -> Learner:
+    """Returns the LLM after a few weighted steps at the peak learning rate (collective)."""
+    learner = build_learner(
+        resolve_shape(config.model),
+        config.model,
+        config.parallel,
+        dataclasses.replace(config.training, warmup_fraction=0),
+        runtime,
+        sequence_length=config.data.sequence_length,
+        seed=config.run.seed,
     )
-    first = llm.runtime.data_rank * share
-    return batch.rows(first, first + share).to(llm.runtime.device)
+    for number in range(2, 2 + _WARM_UP_STEPS):
+        batch = _random_batch(config, learner, number)
+        weighted_gradient(learner.llm, learner.optimizer, batch, weights_n, _MICRO_BATCH)
+        learner.optimizer.step()
+        learner.scheduler.step(increment=1)
+    return learner
+
+
+def _random_batch(config: Config, learner: Learner, number: int) -> Batch:
+    return random_batch(
+        number,
+        learner.runtime,
+        rows=config.training.global_batch_size,
+        sequence_length=config.data.sequence_length,
+        vocab_size=learner.llm.shape.vocab_size,
+    )
 
 
 def _layout(config: Config, runtime: Runtime) -> str:

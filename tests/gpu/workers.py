@@ -17,10 +17,7 @@ from megatron_dwm.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dwm.data import Batch
 from megatron_dwm.model import LLM, clear_gradients, forward_backward, resolve_shape
 from megatron_dwm.model.layers.choice import choose_layers
-from megatron_dwm.model.passes.objective import (
-    token_count,
-    token_mean,
-)
+from megatron_dwm.model.passes.objective import token_count, token_mean
 from megatron_dwm.runtime import bring_up
 from megatron_dwm.testing import random_batch, weighted_gradient
 from megatron_dwm.training import build_learner
@@ -57,9 +54,14 @@ def _problem(
     config = ModelConfig(precision=precision, **SHAPE, **model)
     training = TrainingConfig(learning_rate=1e-3, steps=100)
     with bring_up(parallel, seed=1) as runtime:
-        shape = resolve_shape(config)
         learner = build_learner(
-            shape, config, parallel, training, runtime, sequence_length=LENGTH, seed=5
+            resolve_shape(config),
+            config,
+            parallel,
+            training,
+            runtime,
+            sequence_length=LENGTH,
+            seed=5,
         )
         llm, optimizer = learner.llm, learner.optimizer
         for group in optimizer.param_groups:

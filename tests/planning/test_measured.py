@@ -16,7 +16,7 @@ from megatron_dwm.planning.activations import head_bytes, kernels_of, layer_byte
 from megatron_dwm.planning.memory import Memory, stage_memory, weighting_parameters
 from megatron_dwm.planning.placement import rank_parameters
 from megatron_dwm.planning.traffic import traffic_of
-from megatron_dwm.weighting import weighting_shape
+from megatron_dwm.weighting import method_class
 from megatron_dwm.weighting.model import WeightingModel
 from tests.launch import REPOSITORY, run_ranks
 from tests.planning.runs import configured
@@ -167,7 +167,8 @@ def test_messages_are_what_torch_distributed_is_handed(found: Found) -> None:
 @pytest.mark.parametrize("encoder", ["own", "llm"])
 def test_parameters_of_the_weighting_model(encoder: str) -> None:
     config = configured(policy="dwm", weighting={"encoder": encoder, "num_layers": 3})
-    shape = weighting_shape(config, resolve_shape(config.model), 256)
+    shape = method_class(config).model_shape(config, resolve_shape(config.model))
+    assert shape is not None
     real = sum(parameter.numel() for parameter in WeightingModel(shape).parameters())
     assert weighting_parameters(shape) == real
 

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from megatron_dwm.model import resolve_shape
 from megatron_dwm.planning.activations import encoder_bytes
 from megatron_dwm.planning.memory import stage_memory
-from megatron_dwm.weighting import weighting_shape
+from megatron_dwm.weighting import method_class
 from megatron_dwm.weighting.encoder import TokenEncoder
 from megatron_dwm.weighting.encoding import encode
 from tests.launch import REPOSITORY
@@ -84,7 +84,7 @@ def test_peak_memory_of_an_update_on_a_cpu() -> None:
     )
     config = configured(**options)
     shape = resolve_shape(config.model)
-    weighting = weighting_shape(config, shape, shape.vocab_size)
+    weighting = method_class(config).model_shape(config, shape)
     plan = stage_memory(config, shape, weighting, world_size=1, stage=0, on_gpu=False)
     expected = plan.weighting_model + plan.weighting_activations
     assert plan.weighting_activations > 0.4 * expected

@@ -1,4 +1,4 @@
-"""Run in every process of a job: what a real model holds, keeps and sends."""
+"""Functions that every process of a job runs: what a real model holds, keeps and sends."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_dwm.config import Config
 from megatron_dwm.data import Batch
-from megatron_dwm.model import LLM, build_llm, forward_backward, resolve_shape
+from megatron_dwm.model import forward_backward, resolve_shape
 from megatron_dwm.model.passes.objective import unit
-from megatron_dwm.runtime import bring_up
-from megatron_dwm.training.optimizer import build_optimizer
+from megatron_dwm.runtime import Runtime, bring_up
+from megatron_dwm.testing import random_batch
+from megatron_dwm.training import Learner, build_learner
 from tests.planning.runs import configured
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))
@@ -26,17 +26,17 @@ from benchmarks.subject import build_subject, opened  # noqa: E402
 
 
 def measured(what: str, options: dict[str, Any]) -> Any:
-    """One start of the processes serves every measurement."""
+    """Run one measurement; one start of the processes serves them all."""
     return {"holdings": holdings, "kept": kept, "sent": sent}[what](**options)
 
 
 def holdings(**options: Any) -> dict[str, int]:
-    """Bytes of weights, gradient buffers and optimiser state after a step, counted."""
+    """Count the bytes of weights, gradient buffers and optimizer state after a step."""
     config = configured(**options)
     with bring_up(config.parallel, seed=1) as runtime:
-        llm = _llm(config, runtime)
-        optimizer = build_optimizer(config.training, llm, sharded=config.parallel.sharded_optimizer)
-        forward_backward(llm, unit(_batch(config, runtime.data_size), 2), denominator=1.0)
+        learner = _learner(config, runtime)
+        llm, optimizer = learner.llm, learner.optimizer
+        forward_backward(llm, unit(_batch(config, runtime), 2), denominator=1.0)
         optimizer.step()
         own = {parameter.untyped_storage().data_ptr() for parameter in llm.parameters()}
         state = [main for member in optimizer.chained_optimizers for main in _state(member, own)]
@@ -51,7 +51,7 @@ def holdings(**options: Any) -> dict[str, int]:
 
 
 def _state(member: Any, own: set[int]) -> list[Tensor]:
-    """Moments, and the tensors that are stepped where they are not the model's own memory."""
+    """Returns moments, and the stepped tensors that are not the model's own memory."""
     found = []
     for group in member.optimizer.param_groups:
         for main in group["params"]:
@@ -63,10 +63,10 @@ def _state(member: Any, own: set[int]) -> list[Tensor]:
 
 
 def kept(**options: Any) -> int:
-    """Bytes of the different tensors that autograd keeps of one micro-batch's forward pass."""
+    """Count the bytes of the tensors that autograd keeps of one micro-batch's forward pass."""
     config = configured(**options)
     with bring_up(config.parallel, seed=1) as runtime:
-        llm = _llm(config, runtime)
+        llm = _learner(config, runtime).llm
         own = {parameter.untyped_storage().data_ptr() for parameter in llm.parameters()}
         found: dict[int, Tensor] = {}
 
@@ -76,14 +76,14 @@ def kept(**options: Any) -> int:
                 found[address] = tensor
             return tensor
 
-        batch = _batch(config, runtime.data_size).rows(0, config.training.micro_batch_size)
+        batch = _batch(config, runtime).rows(0, config.training.micro_batch_size)
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             llm.chunks[0](batch.tokens_BS, batch.position_ids_BS, None, labels=batch.labels_BS)
         return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
 
 
 def sent(**settings: Any) -> dict[str, int]:
-    """Bytes that this process hands to torch.distributed in a plain step and a hypergradient."""
+    """Count the bytes this process sends to torch.distributed in a step and a hypergradient."""
     with opened(Settings(**settings)) as runtime:
         subject = build_subject(Settings(**settings), runtime)
         counts = {}
@@ -97,31 +97,21 @@ def sent(**settings: Any) -> dict[str, int]:
         return counts
 
 
-def _llm(config: Config, runtime: Any) -> LLM:
-    return build_llm(
+def _learner(config: Config, runtime: Runtime) -> Learner:
+    return build_learner(
         resolve_shape(config.model),
         config.model,
         config.parallel,
+        config.training,
         runtime,
         sequence_length=config.data.sequence_length,
         seed=1,
     )
 
 
-def _batch(config: Config, replicas: int) -> Batch:
-    size = config.training.global_batch_size // replicas
-    length = config.data.sequence_length
-    generator = torch.Generator().manual_seed(1)
-    text = torch.randint(0, 256, (size, length + 1), generator=generator)
-    return Batch(
-        tokens_BS=text[:, :-1].contiguous(),
-        labels_BS=text[:, 1:].contiguous(),
-        loss_mask_BS=torch.ones(size, length),
-        position_ids_BS=torch.arange(length).repeat(size, 1),
-        sample_ids_B=torch.arange(size),
-        document_ids_B=torch.arange(size),
-        domains=("d",) * size,
-    )
+def _batch(config: Config, runtime: Runtime) -> Batch:
+    rows, length = config.training.global_batch_size, config.data.sequence_length
+    return random_batch(1, runtime, rows=rows, sequence_length=length)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -26,9 +26,7 @@ def measure_steps(settings: Settings) -> None:
         subject = build_subject(settings, runtime)
         times_s = _times(subject, settings)
         if runtime.is_main:
-            print(
-                heading(settings, runtime, subject.session.llm.shape.num_parameters()), end="\n\n"
-            )
+            print(heading(settings, runtime, subject.num_parameters), end="\n\n")
             print(_table(times_s), flush=True)
 
 
