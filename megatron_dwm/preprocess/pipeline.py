@@ -29,10 +29,10 @@ from megatron_dwm.preprocess.read.inputs import (
 from megatron_dwm.preprocess.records import EncodedChunk
 from megatron_dwm.preprocess.settings import PreprocessSettings
 from megatron_dwm.preprocess.write.final_files import (
+    FinalPaths,
     PreprocessSummary,
-    Targets,
-    complete_run,
     move_into_place,
+    read_summary,
     summary_of,
 )
 from megatron_dwm.preprocess.write.outputs import GrowingOutputs
@@ -41,7 +41,7 @@ from megatron_dwm.preprocess.write.sidecar import SidecarColumns, facts_of
 from megatron_dwm.preprocess.write.workspace import Workspace
 from megatron_dwm.tokenizer import Tokenizer, build_tokenizer, remembered_engine
 
-_JUDGED_AFTER_RECORDS = 1000
+_FIRST_RECORDS = 1000
 
 
 class Stopped(Exception):
@@ -68,21 +68,21 @@ def preprocess(
         include_special_tokens=settings.include_special_tokens and not settings.pretokenized,
     )
     record = RunRecord.of(settings, inputs, tokenizer)
-    targets = Targets(prefix=settings.prefix, keys=settings.json_keys)
-    targets.require_possible_names()
-    if settings.resume and targets.record.exists():
-        return complete_run(targets, record)
+    final_paths = FinalPaths(prefix=settings.prefix, keys=settings.json_keys)
+    final_paths.require_possible_names()
+    if settings.resume and final_paths.record.exists():
+        return read_summary(final_paths, record)
     with (
         _disk_errors(settings),
         Workspace(settings.prefix, record, resume=settings.resume) as workspace,
     ):
         if workspace.state.phase == "reading":
-            targets.refuse_existing()
+            final_paths.refuse_existing()
             run = _Run(settings, inputs, tokenizer, workspace, should_stop)
             run.read_all()
             run.complete()
-        move_into_place(workspace, targets, record)
-        return summary_of(targets, workspace.state)
+        move_into_place(workspace, final_paths, record)
+        return summary_of(final_paths, workspace.state)
 
 
 @contextmanager
@@ -112,7 +112,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self._state = self.workspace.state
-        self._is_judged = False
+        self._first_are_checked = False
         self._refuse_mixed_modes()
 
     def read_all(self) -> None:
@@ -126,7 +126,7 @@ class _Run:
         )
         with closing(outputs):
             self._read_into(outputs)
-            self._judge_all()
+            self._check_all_records()
             outputs.checkpoint()
             outputs.check_counts()
 
@@ -165,7 +165,7 @@ class _Run:
                 self._refuse_rejects(chunk)
                 outputs.add(chunk)
                 bar.advance(chunk.consumed_bytes, len(chunk.rows))
-                self._judge_beginning()
+                self._check_first_records()
                 if self.should_stop():
                     outputs.checkpoint()
                     raise Stopped
@@ -221,11 +221,11 @@ class _Run:
                 self.workspace.remove()
                 raise UserError(f"{entry.name}: changed while it was read; begin again")
 
-    def _judge_beginning(self) -> None:
+    def _check_first_records(self) -> None:
         """Stop if the first thousand records are all rejected; warn of a key that none has."""
-        if self._is_judged or self._state.records < _JUDGED_AFTER_RECORDS:
+        if self._first_are_checked or self._state.records < _FIRST_RECORDS:
             return
-        self._is_judged = True
+        self._first_are_checked = True
         if self._state.num_rejected == self._state.records:
             self.workspace.remove()
             raise UserError(
@@ -238,13 +238,13 @@ class _Run:
                 "its column stays empty where no record has it"
             )
 
-    def _judge_all(self) -> None:
+    def _check_all_records(self) -> None:
         """Refuse to write a dataset of nothing."""
         for key, counts in self._state.keys.items():
             if counts.tokens == 0 and self.settings.num_shards == 1:
                 self.workspace.remove()
                 raise UserError(self._why_nothing(key))
-        if not self._is_judged:  # what was said of the first thousand is not said again
+        if not self._first_are_checked:  # what was said of the first thousand is not said again
             for key in self._metadata_not_seen():
                 warn(f"--metadata-keys {key}: no record has this key; its column is empty")
         for key, kind in zip(self.settings.metadata_keys, self._state.kinds, strict=True):
