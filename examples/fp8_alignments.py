@@ -3,10 +3,10 @@
 RUN_OR_CHECKPOINT is a run's directory, whose newest whole checkpoint is taken, or a directory such
 as RUN/checkpoints/step_00000400. The samples' alignments with the validation passages (all weights
 1) are found twice at that very state, parameters and moments, and on the same batches: in the run's
-unquantised precision (bf16 for a run in FP8, else fp32 or bf16 as the run is), and with the layers'
+unquantized precision (bf16 for a run in FP8, else fp32 or bf16 as the run is), and with the layers'
 products in emulated FP8, one scale a tensor. Printed are the correlation of the two, of values and
 of ranks, and as a yardstick that between the alignments with one half of the passages and those
-with the other half, unquantised: noise that the weighting lives with anyway. One process, on a CPU
+with the other half, unquantized: noise that the weighting lives with anyway. One process, on a CPU
 too; the run's parallel layout, profiling and logging play no part, and nothing of it is changed.
 """
 
@@ -49,13 +49,13 @@ def main() -> None:
         raise UserError("this is for one process; start it with python, without torchrun")
     checkpoint = named_checkpoint(arguments.checkpoint)
     of_run = _config_of(checkpoint)
-    unquantised = _unquantised(of_run, arguments.batches)
-    pair = (unquantised, _in_fp8(unquantised, of_run))
-    with bring_up(unquantised.parallel, unquantised.run.seed) as runtime:
-        exact, quantised = (
+    unquantized = _unquantized(of_run, arguments.batches)
+    pair = (unquantized, _in_fp8(unquantized, of_run))
+    with bring_up(unquantized.parallel, unquantized.run.seed) as runtime:
+        exact, quantized = (
             list(_hypergradients(config, runtime, checkpoint, arguments.batches)) for config in pair
         )
-    _print_table(unquantised.model.precision, exact, quantised)
+    _print_table(unquantized.model.precision, exact, quantized)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,7 +91,7 @@ def _config_of(checkpoint: Path) -> Config:
     return config
 
 
-def _unquantised(config: Config, batches: int) -> Config:
+def _unquantized(config: Config, batches: int) -> Config:
     """Without FP8, in one process, and without what only a run needs."""
     if not 1 <= batches <= config.training.steps:
         raise UserError(
@@ -120,11 +120,11 @@ def _unquantised(config: Config, batches: int) -> Config:
     )
 
 
-def _in_fp8(unquantised: Config, of_run: Config) -> Config:
+def _in_fp8(unquantized: Config, of_run: Config) -> Config:
     """The same in emulated FP8, in the layers that the run would have in FP8."""
     ends = of_run.model.fp8_first_last_bf16
-    model = replace(unquantised.model, fp8_emulation=True, fp8_first_last_bf16=ends)
-    return replace(unquantised, model=model)
+    model = replace(unquantized.model, fp8_emulation=True, fp8_first_last_bf16=ends)
+    return replace(unquantized, model=model)
 
 
 def _hypergradients(
@@ -173,13 +173,13 @@ def _problem(job: Job, number: int, config: Config) -> Problem:
 
 
 def _print_table(
-    precision: str, exact: list[Hypergradient], quantised: list[Hypergradient]
+    precision: str, exact: list[Hypergradient], quantized: list[Hypergradient]
 ) -> None:
     title = f"{precision} against emulated FP8"
     print(f"{title:39}| {precision}: one half of the passages against the other")
     print("correlation  of ranks  relative error  | correlation")
     rows = []
-    for one, other in zip(exact, quantised, strict=True):
+    for one, other in zip(exact, quantized, strict=True):
         assert one.halves_2n is not None
         a_n, b_n = one.alignment_n, other.alignment_n
         rows.append(

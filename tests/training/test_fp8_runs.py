@@ -133,7 +133,7 @@ def test_what_is_compared_may_be_run(model: ModelConfig, unquantised: str) -> No
         bilevel=BilevelConfig(estimator="finite_difference"),
         profiling=ProfilingConfig(tool="torch", ranks=[7]),
     )
-    exact = script()._unquantised(of_run, 8)
+    exact = script()._unquantized(of_run, 8)
     quantised = script()._in_fp8(exact, of_run)
     heads = heads_of(resolve_shape(of_run.model))
     for config in (exact, quantised):
