@@ -5,9 +5,9 @@ initial parameters do not depend on it, and `random_batch` gives each replica it
 batch.
 
     with bring_up(ParallelConfig(), seed=1) as runtime:
-        tiny = tiny_llm(runtime)
+        learner = tiny_learner(runtime)
         batch = random_batch(0, runtime, rows=8)
-        loss = plain_step(tiny.llm, tiny.optimizer, batch, tiny.micro_batch_size)
+        loss = plain_step(learner.llm, learner.optimizer, batch, learner.micro_batch_size)
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ TINY_TRAINING = TrainingConfig(
 )
 
 
-def tiny_llm(
+def tiny_learner(
     runtime: Runtime,
     *,
     parallel: ParallelConfig | None = None,

@@ -9,7 +9,7 @@ import torch
 
 from megatron_dwm.config import ParallelConfig
 from megatron_dwm.runtime import bring_up
-from megatron_dwm.testing import plain_step, random_batch, tiny_llm
+from megatron_dwm.testing import plain_step, random_batch, tiny_learner
 from tests.launch import run_ranks
 
 ROWS, STEPS = 8, 3
@@ -19,7 +19,7 @@ def rows_and_losses(**layout: Any) -> tuple[list[int], list[float]]:
     """Sample numbers of this replica's rows, and the losses of plain steps, 0 without a loss."""
     parallel = ParallelConfig(**layout)
     with bring_up(parallel, seed=1) as runtime:
-        tiny = tiny_llm(runtime, parallel=parallel)
+        tiny = tiny_learner(runtime, parallel=parallel)
         losses = []
         for number in range(STEPS):
             batch = random_batch(number, runtime, rows=ROWS)

@@ -21,7 +21,7 @@ from megatron_dwm.testing import (
     VOCAB_SIZE,
     random_batch,
     replica_rows,
-    tiny_llm,
+    tiny_learner,
     weighted_gradient,
 )
 from megatron_dwm.training.optimizer import begin_at
@@ -91,7 +91,7 @@ def tiny(
     training = replace(TINY_TRAINING, clip_grad=clip)
     model |= {"tied_embeddings": tied, "num_query_groups": query_groups, "num_layers": layers}
     with bring_up(parallel, seed=1) as runtime:
-        built = tiny_llm(runtime, parallel=parallel, training=training, **model)
+        built = tiny_learner(runtime, parallel=parallel, training=training, **model)
         if rounding_seed is not None:
             _round_otherwise(built.llm, rounding_seed)
         # The first step, at rate 0, only fills the moments. Adam's first step is the gradient's

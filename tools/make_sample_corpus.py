@@ -11,7 +11,7 @@ from megatron_dwm.config.command_line import OneLineParser, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Options of the command."""
+    """Read the options of the command."""
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     arguments = parse_arguments()
     totals = make_sample_corpus(arguments.source, arguments.lambada, Path(arguments.output))
     for domain, (documents, size_bytes) in totals.items():

@@ -10,7 +10,7 @@ from megatron_dwm.config.errors import UserError
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Options of the command."""
+    """Read the options of the command."""
     parser = OneLineParser(
         description=__doc__ + " BPE with byte fallback; ids: unk 0, bos 1, eos 2, bytes 3 to 258. "
         "The same input and options give the same file.",
@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     arguments = parse_arguments()
     if arguments.vocab_size < 1:
         raise UserError(f"--vocab-size {arguments.vocab_size}: expected a positive number")

@@ -84,7 +84,7 @@ def from_gradient(
         probe = unit(problem.train_batch, problem.micro_batch_size)
         found.append((loss_and_count, inner_products(llm, probe)))
     with phase("restore"):
-        step.give_back()
+        step.restore_gradient()
     losses_and_counts = torch.stack([pair for pair, _ in found])
     parts_Kn = torch.stack([alignment_n for _, alignment_n in found])
     share_K = losses_and_counts[:, 1] / losses_and_counts[:, 1].sum()

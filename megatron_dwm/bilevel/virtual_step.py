@@ -4,8 +4,8 @@
     z      = d(c*g)/dg^T  J(c*g)  grad L_val(theta')          c: global-norm clipping
 
 The moments are only read. Memory: a copy of g, and in pure fp32 training a copy of theta (in mixed
-precision the fp32 main parameters are that copy). After `restore` and `give_back` every bit is as
-it was before.
+precision the fp32 main parameters are that copy). After `restore` and `restore_gradient` every bit
+is as it was before.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ class VirtualStep:
             if pulled_back is not cotangent:
                 cotangent.copy_(pulled_back)
         if self.clip_factor < 1.0:
-            self._undo_clipping()
+            self._pull_back_clipping()
         if is_sharded(self.optimizer):
             gather_gradient_buffers(self.llm)
 
     @torch.no_grad()
-    def give_back(self) -> None:
+    def restore_gradient(self) -> None:
         """Write g back over z in the gradient buffers, bit for bit, and restore the FP8 scales."""
         for slot, gradient in zip(self.slots, self.gradients, strict=True):
             slot.gradient.copy_(gradient)
@@ -92,7 +92,7 @@ class VirtualStep:
     def _clipped(self, gradient: Tensor) -> Tensor:
         return gradient * self.clip_factor if self.clip_factor < 1.0 else gradient
 
-    def _undo_clipping(self) -> None:
+    def _pull_back_clipping(self) -> None:
         """z <- d(c*g)/dg^T z with c = C/(|g| + epsilon), |g| over the whole model."""
         norm, factor = self.grad_norm, self.clip_factor
         projection = factor * self._inner_product() / (norm * (norm + CLIP_EPSILON))

@@ -6,6 +6,7 @@ overwrites an output.
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.files.atomic import new_files, partial_path
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def require_possible_names(paths: Iterable[Path]) -> None:
@@ -49,6 +52,13 @@ def require_writable_parents(paths: Iterable[Path]) -> None:
                 f"{directory}: no file can be written in this directory ({error.strerror}); "
                 "choose another output"
             ) from None
+
+
+def why_unwritable(error: OSError) -> str | None:
+    """Why a disk that is full or read-only refused an output; None for any other error."""
+    if error.errno not in _NO_ROOM:
+        return None
+    return error.strerror or " ".join(str(error).split())
 
 
 @contextmanager

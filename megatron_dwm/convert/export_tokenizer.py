@@ -1,9 +1,9 @@
-"""How a checkpoint's text becomes ids, and whether that is the tokenizer the model came with.
+"""Chooses the tokenizer of an export: the one that the checkpoint was trained with, and no other.
 
-A checkpoint of a run has a copy of the run's tokenizer. Older ones have the path of it and its
-digest; converted ones have the tokenizer of the model they were converted from. Whatever else a
-user names is refused: a model with another tokenizer runs, passes every comparison of logits, and
-speaks garbage.
+A checkpoint of a run has a copy of the run's tokenizer. Checkpoints of older versions have its path
+and its digest; converted checkpoints have the tokenizer of the model that they were converted from.
+Any other tokenizer is refused: a model with the wrong one runs, passes every comparison of logits,
+and generates garbage.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from megatron_dwm.tokenizer import Tokenizer, open_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Words:
-    """Training's tokenizer, to be written anew, or else the model's own files as they came.
+class ExportTokenizer:
+    """The tokenizer of an export: training's, or the original model's files.
 
-    trained: None where the model's own are put back. encode: text to ids, nothing added; raises
-    `UserError` where there is no tokenizer. special_tokens: ids by config.json's names; None where
-    the model's own stay.
+    trained: training's tokenizer; None if the original model's files are copied instead.
+    encode: text to ids, without added tokens; raises `UserError` if there is no tokenizer.
+    special_tokens: ids, by config.json's names; None if the original ones stay.
+    separator: id of the token after every document; None if it is not known.
     """
 
     trained: Tokenizer | None
@@ -38,31 +39,33 @@ class Words:
     separator: int | None
 
 
-def open_words(saved: SavedLLM, given: str | Path | None) -> Words:
-    """The words of a checkpoint. given: the tokenizer that the user names, which has to be it.
+def choose_tokenizer(saved: SavedLLM, given: str | Path | None) -> ExportTokenizer:
+    """Returns the tokenizer for the export of a checkpoint.
+
+    given: the tokenizer that the user names, if any; it has to be the one of training.
 
     Raises `UserError` if it is another, is missing, or has more pieces than the model.
     """
     trained = _trained_tokenizer(saved, given)
-    carried = saved.huggingface_directory
-    if carried is not None and (trained is None or _is_own(trained, carried)):
-        end = special_tokens(carried).get("eos_token_id")
-        return Words(
+    original = saved.huggingface_directory
+    if original is not None and (trained is None or _is_original(trained, original)):
+        end = special_tokens(original).get("eos_token_id")
+        return ExportTokenizer(
             trained=None,
-            encode=lambda text: plain_encoder(carried)(text),
+            encode=lambda text: plain_encoder(original)(text),
             special_tokens=None,
             separator=end if isinstance(end, int) else None,
         )
     assert trained is not None
     ends = dict.fromkeys(("bos_token_id", "eos_token_id"), trained.eod_id)
     ids = {**ends, "pad_token_id": padding_id(trained.pieces(), trained.eod_id)}
-    return Words(
+    return ExportTokenizer(
         trained=trained, encode=trained.encode, special_tokens=ids, separator=trained.eod_id
     )
 
 
 def _trained_tokenizer(saved: SavedLLM, given: str | Path | None) -> Tokenizer | None:
-    """What the checkpoint's parameters know; None where there is nothing but the model's own."""
+    """Returns the tokenizer of training; None if the checkpoint has only the original model's."""
     copy = saved.tokenizer_copy
     if copy is None and not saved.was_trained_here:
         assert saved.huggingface_directory is not None
@@ -70,10 +73,10 @@ def _trained_tokenizer(saved: SavedLLM, given: str | Path | None) -> Tokenizer |
         if given is None:
             return None
     if copy is None:
-        return _fitting(saved, _without_copy(saved, given))
+        return _require_fitting(saved, _tokenizer_of_older_version(saved, given))
     if given is not None:
         _require_same(open_tokenizer(given), open_tokenizer(copy), saved)
-    return _fitting(saved, open_tokenizer(copy)) if saved.was_trained_here else None
+    return _require_fitting(saved, open_tokenizer(copy)) if saved.was_trained_here else None
 
 
 def _require_same(given: Tokenizer, own: Tokenizer, saved: SavedLLM) -> None:
@@ -85,19 +88,26 @@ def _require_same(given: Tokenizer, own: Tokenizer, saved: SavedLLM) -> None:
         )
 
 
-def _without_copy(saved: SavedLLM, given: str | Path | None) -> Tokenizer:
-    """The tokenizer given, or the one that config.yaml names, held to the recorded digest."""
+def _tokenizer_of_older_version(saved: SavedLLM, given: str | Path | None) -> Tokenizer:
+    """Returns the tokenizer given, or the one that config.yaml names.
+
+    Compares it with the digest that the checkpoint recorded.
+    """
     configured = saved.tokenizer_path
-    if given is None and configured is None:
-        raise UserError(f"{saved.directory}: its config.yaml names no data.tokenizer; --tokenizer")
-    if given is None and not Path(configured).exists():
+    path = given or configured
+    if path is None:
+        raise UserError(
+            f"{saved.directory}: its config.yaml names no data.tokenizer; name the run's tokenizer "
+            "with --tokenizer"
+        )
+    if given is None and not Path(path).exists():
         raise UserError(
             f"{configured}: no such file (data.tokenizer in {saved.directory / 'config.yaml'}); "
             "name the tokenizer model with --tokenizer"
         )
-    tokenizer = open_tokenizer(given or configured)
+    tokenizer = open_tokenizer(path)
     if saved.recorded_tokenizer is not None:
-        _require_recorded(saved, Path(given or configured), saved.recorded_tokenizer)
+        _require_recorded(saved, Path(path), saved.recorded_tokenizer)
     elif given is not None and configured is not None and Path(configured).exists():
         _require_configured(tokenizer, configured)
     return tokenizer
@@ -115,11 +125,12 @@ def _require_recorded(saved: SavedLLM, path: Path, recorded: str) -> None:
 def _require_configured(tokenizer: Tokenizer, configured: str) -> None:
     if open_tokenizer(configured).sha256 != tokenizer.sha256:
         raise UserError(
-            f"--tokenizer {tokenizer.model_path} is not the run's tokenizer {configured}"
+            f"--tokenizer {tokenizer.model_path} is not the run's tokenizer {configured}; leave "
+            "--tokenizer out"
         )
 
 
-def _fitting(saved: SavedLLM, tokenizer: Tokenizer) -> Tokenizer:
+def _require_fitting(saved: SavedLLM, tokenizer: Tokenizer) -> Tokenizer:
     if tokenizer.vocab_size > saved.shape.vocab_size:
         raise UserError(
             f"{tokenizer.model_path} has {tokenizer.vocab_size} pieces but the model only "
@@ -128,14 +139,14 @@ def _fitting(saved: SavedLLM, tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def _is_own(trained: Tokenizer, carried: Path) -> bool:
-    """Whether training's tokenizer is the one that came with the model, in whatever form."""
-    path = own_tokenizer(carried)
+def _is_original(trained: Tokenizer, original: Path) -> bool:
+    """True if training's tokenizer is the original model's, in whatever form."""
+    path = own_tokenizer(original)
     if path is None:
         return False
     if path.read_bytes() == trained.content:
         return True
     try:
         return gives_same_ids(trained, open_tokenizer(path))
-    except UserError:  # its end of document is not known: training did not use it
+    except UserError:  # its end-of-document token is unknown, so training did not use it
         return False

@@ -1,9 +1,9 @@
-"""A Hugging Face Llama as a checkpoint of ours that has passed the gate.
+"""Converts a Hugging Face Llama to a checkpoint; the gate compares both models first.
 
-What is written is what a run writes, the optimiser left out: `llm/` in Megatron-Core's distributed
-format, shape.json and config.yaml. `model.init_from` and `to-hf` read it under any layout. What the
-model has besides its weights is carried along. Cost: the model once in memory, on the CPU, and
-gate.py's.
+The checkpoint has what a run's has, without the optimizer: `llm/` in Megatron-Core's distributed
+format, shape.json and config.yaml. `model.init_from` and `to-hf` read it under any layout. The
+model's other files are copied too. Cost: the whole model in memory once, on the CPU, and the cost
+of gate.py.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ from megatron_dwm.runtime import bring_up
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """What was written. logits_deviation: fraction of the largest logit; None where skipped."""
+    """What was written.
+
+    logits_deviation: as a fraction of the largest logit; None if the comparison was skipped.
+    """
 
     directory: Path
     source: Path
@@ -49,17 +52,17 @@ def import_from_huggingface(
 ) -> Import:
     """Write Hugging Face directory `source` as checkpoint directory `output`.
 
-    Parameters keep their type.
+    Parameters keep their data type.
 
     Raises:
-        UserError: `output` exists, or `source` is not a whole Llama that ours can be, or has no
-            tokenizer for the check.
-        GateError: the checkpoint's model computes something else; `output` is then not written.
+        UserError: `output` exists; `source` is not a complete model of a supported kind; or it has
+            no tokenizer for the comparison of logits.
+        GateError: the two models compute different logits; `output` is then not written.
     """
     output = Path(output)
     require_free(output)
     model = open_huggingface(Path(source))
-    # Before the long part.
+    # Opened first, so that a missing tokenizer is an error before the long part.
     encode = None if skip_check else plain_encoder(model.directory)
     with new_directory(output) as partial:
         _write(model, partial)
@@ -100,12 +103,12 @@ def _fill(module: GPTModel, model: HuggingFaceModel) -> None:
 
 
 def _config(model: HuggingFaceModel) -> Config:
-    """The configuration of a run that would have made this model, as far as it is known."""
+    """Returns the configuration of a run that has this model, as far as it is known."""
     names = {field.name for field in fields(ModelConfig)}
     shape = {name: value for name, value in asdict(model.shape).items() if name in names}
-    precision = "bf16" if model.dtype == torch.bfloat16 else "fp32"
+    is_bf16 = model.dtype == torch.bfloat16
     return Config(
-        model=ModelConfig(precision=precision, **shape),
+        model=ModelConfig(precision="bf16" if is_bf16 else "fp32", **shape),
         data=DataConfig(sequence_length=model.context_tokens),
     )
 

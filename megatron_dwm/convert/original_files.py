@@ -1,8 +1,8 @@
-"""A model that came from Hugging Face goes out as it came, but for its weights.
+"""The files other than parameters of a Hugging Face model that training started from.
 
-Its checkpoints keep its other files (training/kept_files.py): configuration, settings of
-generation, tokenizer, chat templates, licence. They are put back byte for byte; of config.json only
-what training changed is written anew, and every change comes back in words, for the model card.
+Every checkpoint keeps them (training/kept_files.py): configuration, generation settings, tokenizer,
+chat templates, license. An export copies them byte for byte. In config.json it rewrites only what
+training changed, and it returns a line for each change, for the model card.
 """
 
 from __future__ import annotations
@@ -36,52 +36,56 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PutBack:
-    """context_tokens: the longest sequence by config.json. changes: what differs, a line each."""
+class CopiedFiles:
+    """What an export took from the original model.
+
+    context_tokens: the longest sequence, as config.json of the export says.
+    changes: what differs from the original files, one line each.
+    """
 
     context_tokens: int
     changes: tuple[str, ...]
 
 
-def put_back(
-    carried: Path,
+def copy_original_files(
+    original: Path,
     directory: Path,
     *,
     shape: LlamaShape,
     dtype: torch.dtype,
     trained_tokens: int,
     special_tokens: dict[str, Any] | None,
-) -> PutBack:
-    """Copy the files that a checkpoint keeps into an export.
+) -> CopiedFiles:
+    """Copy the original files that a checkpoint keeps into an export.
 
     Args:
-        carried: the checkpoint's folder of them.
+        original: the checkpoint's folder of original files.
         directory: the export.
-        shape: the checkpoint's, which has to be what config.json describes.
-        dtype: what the export keeps parameters in.
-        trained_tokens: tokens in a sequence of training; 0 for a model that was not trained here.
-        special_tokens: ids of another tokenizer, with which the model was trained; its files are
-            then left out. None for the model's own.
+        shape: shape of the checkpoint's model; config.json has to describe the same.
+        dtype: data type of the export's parameters.
+        trained_tokens: tokens in a training sequence; 0 for a model that was not trained here.
+        special_tokens: ids of the tokenizer that the model was trained with, if that is not the
+            original one, whose files are then left out. None for the original tokenizer.
 
     Raises `UserError` if config.json describes another model.
     """
-    config = read_json_object(carried / CONFIG_NAME)
-    described = check_huggingface_config(config, carried / CONFIG_NAME)
+    config = read_json_object(original / CONFIG_NAME)
+    described = check_huggingface_config(config, original / CONFIG_NAME)
     if shape_of(described) != shape:
         raise UserError(
-            f"{carried / CONFIG_NAME} describes another model than shape.json of the checkpoint; "
-            "the checkpoint is damaged"
+            f"{original / CONFIG_NAME} describes another model than shape.json of the checkpoint; "
+            "the checkpoint is damaged, take another one"
         )
-    for path in sorted(carried.rglob("*")):
-        name = path.relative_to(carried)
-        is_words = any(name.match(pattern) for pattern in TOKENIZER_FILES)
-        if path.is_file() and not (is_words and special_tokens is not None):
+    for path in sorted(original.rglob("*")):
+        name = path.relative_to(original)
+        is_tokenizer = any(name.match(pattern) for pattern in TOKENIZER_FILES)
+        if path.is_file() and not (is_tokenizer and special_tokens is not None):
             (directory / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, directory / name)
     changed, changes = _changes(config, described.context_tokens, dtype, trained_tokens)
     _write_changed({**changed, **(special_tokens or {})}, directory / CONFIG_NAME)
     _write_changed(special_tokens or {}, directory / SETTINGS_FILES[1])
-    return PutBack(
+    return CopiedFiles(
         context_tokens=max(described.context_tokens, trained_tokens), changes=tuple(changes)
     )
 
@@ -89,7 +93,7 @@ def put_back(
 def _changes(
     config: dict[str, Any], context_tokens: int, dtype: torch.dtype, trained_tokens: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """The keys of config.json with other values than they came with, and what that says."""
+    """Returns the keys of config.json that change, with their new values, and a line for each."""
     changed: dict[str, Any] = {}
     changes = []
     now = str(dtype).removeprefix("torch.")
@@ -97,38 +101,38 @@ def _changes(
     before = config[named[0]] if named else "float32"
     if any(config[key] != now for key in named) or before != now:
         changed |= dict.fromkeys(named or _DTYPE_KEYS[1:], now)
-        changes.append(f"parameters are kept in {now}; they came in {before}")
+        changes.append(f"parameters are kept in {now}; the original has {before}")
     if trained_tokens > context_tokens:
         changed["max_position_embeddings"] = trained_tokens
         changes.append(
-            f"the context is {trained_tokens:,} tokens, as long as the sequences of training; it "
-            f"came with {context_tokens:,}"
+            f"the context is {trained_tokens:,} tokens, as long as the training sequences; the "
+            f"original has {context_tokens:,}"
         )
     elif 0 < trained_tokens < context_tokens:
         changes.append(
-            f"training read sequences of {trained_tokens:,} tokens; the context of "
-            f"{context_tokens:,} tokens is what the model came with"
+            f"training sequences have {trained_tokens:,} tokens; the context of "
+            f"{context_tokens:,} tokens is the original one"
         )
     return changed, changes
 
 
 def _write_changed(values: dict[str, Any], path: Path) -> None:
-    """Set keys of a JSON file; without any it stays byte for byte."""
+    """Set keys of a JSON file; with no keys the file is left as it is, byte for byte."""
     if values and path.is_file():
         content = {**read_json_object(path), **values}
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def special_tokens(carried: Path) -> dict[str, Any]:
-    """The ids of the model's special tokens, as its own config.json has them."""
-    content = read_json_object(carried / CONFIG_NAME)
+def special_tokens(original: Path) -> dict[str, Any]:
+    """Returns the ids of the special tokens that the original config.json names."""
+    content = read_json_object(original / CONFIG_NAME)
     return {name: content[name] for name in SPECIAL_TOKENS if content.get(name) is not None}
 
 
 def plain_encoder(directory: Path) -> Callable[[str], list[int]]:
-    """Text to ids, nothing added, by the tokenizer in `directory`.
+    """Returns the function from text to ids of the tokenizer in `directory`; it adds no tokens.
 
-    Raises `UserError` if there is neither a tokenizer.json nor a tokenizer.model, or it is broken.
+    Raises `UserError` if there is no tokenizer.json and no tokenizer.model, or if it is broken.
     """
     path = own_tokenizer(directory)
     if path is None:

@@ -1,6 +1,6 @@
-"""A directory that appears whole or not at all.
+"""An output directory that appears complete or not at all.
 
-A conversion writes into a hidden directory beside the wanted one, which gets its name at the end.
+A conversion writes into a hidden directory beside the output, which is renamed at the end.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from megatron_dwm.config.outputs import require_possible_names, require_writable
 
 @contextmanager
 def new_directory(output: Path) -> Iterator[Path]:
-    """A directory to write into, renamed to `output` when the context ends without an exception.
+    """Yields a directory to write into; renames it to `output` unless an exception was raised.
 
-    Raises `UserError` if `output` exists, before and after, or cannot be made; its parent directory
-    has to be there.
+    Raises `UserError` if `output` exists, at the start or at the end, or cannot be created; its
+    parent directory has to exist.
     """
     require_free(output)
     partial = _partial(output)
@@ -34,7 +34,7 @@ def new_directory(output: Path) -> Iterator[Path]:
 
 
 def require_free(output: Path) -> None:
-    """`UserError` if there is anything at `output`, or nothing can be."""
+    """Raise `UserError` if `output` exists or cannot be created."""
     require_possible_names([output])
     if output.exists() or output.is_symlink():
         raise UserError(f"{output} exists; name another --output or remove it")
@@ -42,5 +42,5 @@ def require_free(output: Path) -> None:
 
 
 def _partial(output: Path) -> Path:
-    """The hidden directory of this process beside `output`; its name is the longer one."""
+    """Returns the hidden directory of this process beside `output`; its name is the longer one."""
     return output.with_name(f".{output.name}.partial-{os.getpid()}")

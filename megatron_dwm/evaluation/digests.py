@@ -1,9 +1,9 @@
-"""What a task asked, as two digests, so that figures of different questions are not compared.
+"""Two digests of an evaluated task, so that scores on different questions are not compared.
 
     task       its definition: templates, metrics, filters, shots, and the code that it names
-    questions  every text that the model was given, in order, with the record it was made of
+    questions  every text that the model was given, in order, with the record it was made from
 
-Neither depends on where files lie. Cost: one pass over the questions, which are in memory.
+Neither depends on where files are. Cost: one pass over the questions, which are in memory.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Where data lie, what a machine adds, and the name, which the scores have.
-_ELSEWHERE = (
+# Where the data are, what a machine adds, and the name, which the scores have already.
+_LEFT_OUT = (
     "dataset_path",
     "dataset_name",
     "dataset_kwargs",
@@ -28,21 +28,21 @@ _DIGITS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """Hexadecimal digests; None in records that were written before there were any."""
+class TaskDigests:
+    """Hexadecimal digests of one task; None in scores of older versions, which had none."""
 
     task: str | None = None
     questions: str | None = None
 
 
-def asked_by(definition: Mapping[str, Any], requests: Iterable[Any]) -> Asked:
-    """The digests of a task that has been run.
+def digests_of(definition: Mapping[str, Any], requests: Iterable[Any]) -> TaskDigests:
+    """Returns the digests of a task that has been evaluated.
 
-    requests: the harness's, each with its `args` (texts for the model) and `doc` (a record).
+    requests: the harness's requests, each with `args` (texts for the model) and `doc` (a record).
     """
-    kept = {key: value for key, value in definition.items() if key not in _ELSEWHERE}
+    kept = {key: value for key, value in definition.items() if key not in _LEFT_OUT}
     version = (definition.get("metadata") or {}).get("version")
-    return Asked(
+    return TaskDigests(
         task=_digest([{**kept, "version": version}]),
         questions=_digest([request.args, request.doc] for request in requests),
     )
@@ -52,6 +52,6 @@ def _digest(values: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for value in values:
         text = json.dumps(value, sort_keys=True, default=str)
-        # A function whose source cannot be had is spelled with its place in memory.
+        # A function whose source is not available is written with its address in memory.
         digest.update(re.sub(r" at 0x[0-9a-f]+", "", text).encode() + b"\n")
     return digest.hexdigest()[:_DIGITS]

@@ -1,19 +1,19 @@
-"""Corpora to indexed datasets with their sidecars: the whole of `tools/preprocess_data.py`.
+"""Turns corpora into indexed datasets with their sidecars: `tools/preprocess_data.py`.
 
 Reading is sequential, encoding parallel, writing sequential and in input order, so the output does
 not depend on the number of workers, the size of chunks or how often the run was interrupted.
-Memory: some chunks, the tokenizers' caches and a row group of the sidecar, whatever the input.
+Memory is some chunks, the tokenizers' caches and a row group of the sidecar, whatever the input.
 """
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.config.outputs import why_unwritable
 from megatron_dwm.preprocess.encode.encoder import EncodeSettings, token_dtype
 from megatron_dwm.preprocess.encode.workers import encode_all
 from megatron_dwm.preprocess.messages import warn
@@ -42,22 +42,21 @@ from megatron_dwm.preprocess.write.workspace import Workspace
 from megatron_dwm.tokenizer import Tokenizer, build_tokenizer, remembered_engine
 
 _JUDGED_AFTER_RECORDS = 1000
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class Stopped(Exception):
-    """The run was asked to stop and did; it can be resumed."""
+    """Raised when the run has stopped because it was asked to; it can be resumed."""
 
 
 def preprocess(
     settings: PreprocessSettings, should_stop: Callable[[], bool] = lambda: False
 ) -> PreprocessSummary:
-    """Write one dataset for each JSON key and say what became of the records.
+    """Write one dataset for each JSON key and return the totals.
 
-    `should_stop` is asked after every chunk; when it says so the run makes a checkpoint and raises
-    `Stopped`. Raises `UserError` for a missing or damaged input, an unusable tokenizer, an output
-    that exists, a bad record (unless they are to be skipped), a key that no record has, a corpus
-    without a single token, and a full disk. What was done before the last checkpoint is kept for
+    `should_stop` is called after every chunk; if it returns True the run makes a checkpoint and
+    raises `Stopped`. Raises `UserError` for a missing or damaged input, an unusable tokenizer, an
+    output that exists, a bad record (unless they are skipped), a key that no record has, a corpus
+    without a single token, and a full disk. The work before the last checkpoint is kept for
     `resume`.
     """
     everything = find_inputs(settings.inputs)
@@ -88,20 +87,17 @@ def preprocess(
 
 @contextmanager
 def _disk_errors(settings: PreprocessSettings) -> Iterator[None]:
-    """A full or read-only disk as one clear line."""
+    """Turn a full or read-only disk into a `UserError`."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_SPACE:
+        words = why_unwritable(error)
+        if words is None:
             raise
         raise UserError(
-            f"{settings.prefix}: the output cannot be written ({_words(error)}); nothing has "
+            f"{settings.prefix}: the output cannot be written ({words}); nothing has "
             "its final name yet; make room and run the same command with --resume"
         ) from None
-
-
-def _words(error: OSError) -> str:
-    return error.strerror or " ".join(str(error).split())
 
 
 @dataclass
@@ -212,7 +208,7 @@ class _Run:
             )
 
     def _refuse_mixed_modes(self) -> None:
-        """Skipping may begin with a resume; it may not end with one."""
+        """Refuse to resume with --on-bad-record error if records have been skipped."""
         if self.settings.on_bad_record == "error" and self._state.num_rejected:
             raise UserError(
                 f"{self.workspace.path}: cannot resume with --on-bad-record error: "
@@ -226,7 +222,7 @@ class _Run:
                 raise UserError(f"{entry.name}: changed while it was read; begin again")
 
     def _judge_beginning(self) -> None:
-        """Stop early, or warn, where a key is in no record of the first thousand."""
+        """Stop if the first thousand records are all rejected; warn of a key that none has."""
         if self._is_judged or self._state.records < _JUDGED_AFTER_RECORDS:
             return
         self._is_judged = True

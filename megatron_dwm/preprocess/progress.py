@@ -15,7 +15,7 @@ _LINE_INTERVAL_S = 30.0
 
 @dataclass(kw_only=True)
 class ByteProgress:
-    """Counts bytes of input and documents; `advance` after every batch."""
+    """Counts bytes of input and documents; call `advance` after every batch."""
 
     total_bytes: int
     bar: tqdm | None

@@ -16,7 +16,7 @@ CHECKPOINT_INTERVAL_S = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSettings:
-    """Fields are the options of `tools/preprocess_data.py`, and the size of a chunk."""
+    """The options of `tools/preprocess_data.py`, and the size of a chunk."""
 
     inputs: tuple[str, ...]
     output_prefix: str
@@ -38,7 +38,7 @@ class PreprocessSettings:
     chunk_bytes: int = CHUNK_BYTES
 
     def __post_init__(self) -> None:
-        """Raises `UserError` for keys that cannot be and numbers out of range."""
+        """Check the keys and numbers. Raises `UserError` for an impossible one."""
         self._check_keys()
         if self.num_workers < 1:
             raise UserError(f"--workers {self.num_workers}: at least 1 is needed")
@@ -60,7 +60,7 @@ class PreprocessSettings:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Top-level names that hold all that is asked for."""
+        """Top-level columns of a table that hold the JSON keys and the metadata keys."""
         outer = [key.split(".")[0] for key in self.metadata_keys]
         return tuple(dict.fromkeys((*self.json_keys, *self.metadata_keys, *outer)))
 

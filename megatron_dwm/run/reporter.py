@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +17,8 @@ from megatron_dwm.config import LoggingConfig
 from megatron_dwm.data import Origins
 from megatron_dwm.run.files import RunFiles
 from megatron_dwm.run.health import Health
-from megatron_dwm.run.records import STATISTICS, weight_statistics
+from megatron_dwm.run.records import weight_statistics
+from megatron_dwm.run.step_lines import StepLines, named_statistics
 from megatron_dwm.run.terminal import Terminal
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.training import Taken, UpdateResult
@@ -28,15 +28,6 @@ from megatron_dwm.weighting.costs import Costs
 
 # Where the rows of a global batch come from, looked up where it is needed.
 FindOrigins = Callable[[], Origins]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Line:
-    """A line of metrics.jsonl whose statistics are still on the device."""
-
-    values: dict[str, Any]
-    statistics: Tensor
-    counts: dict[str, Any]
 
 
 class Reporter:
@@ -56,7 +47,7 @@ class Reporter:
         self._state, self._costs, self._runtime, self._config = state, costs, runtime, config
         self.terminal, self._health, self._files = terminal, health, files
         self._clock_s = time.monotonic()
-        self._waiting: list[_Line] = []
+        self._step_lines = StepLines(health, files)
 
     def step(self, stage: int, outcome: Taken, origins: FindOrigins) -> None:
         """Report a step that was taken; the state counts it already."""
@@ -69,15 +60,9 @@ class Reporter:
             "lr": outcome.learning_rate,
             "grad_norm": outcome.grad_norm,
         }
-        self._waiting.append(
-            _Line(
-                values=self._begun(stage, "train") | values,
-                statistics=weight_statistics(weights_n),
-                counts=self._counts(),
-            )
-        )
+        self._step_lines.add(self._begun(stage, "train") | values, weights_n, self._counts())
         if self._state.step % self._config.metrics_interval_steps == 0:
-            self._write_waiting()
+            self._step_lines.write()
         interval = self._config.weights_interval_steps
         if interval and self._state.step % interval == 0 and outcome.update is None:
             # An update inside the step records the same weights, with alignments.
@@ -110,7 +95,7 @@ class Reporter:
             alignment_mean=float(alignment_n.mean()),
             alignment_std=float(alignment_n.std(correction=0)),
             **noise,
-            **_named(weight_statistics(weights_n)),
+            **named_statistics(weight_statistics(weights_n)),
         )
         if self._config.weights_interval_steps:
             self._record_weights(stage, origins, weights_n, alignment_n)
@@ -135,7 +120,7 @@ class Reporter:
 
     def flush(self) -> None:
         """Bring all records to the disk, and the clock up to now."""
-        self._write_waiting()
+        self._step_lines.write()
         self._lap()
         if self._files is None:
             return
@@ -146,7 +131,7 @@ class Reporter:
 
     def back_to_state(self) -> None:
         """Forget what comes after the run's state, which a checkpoint has just replaced."""
-        self._waiting = []
+        self._step_lines.drop()
         if self._files is not None:
             self._files.weights.forget()
             self._files.metrics.reopen_at(self._state)
@@ -154,7 +139,7 @@ class Reporter:
 
     def close(self) -> None:
         """Write what is left and leave the terminal tidy."""
-        self._write_waiting()
+        self._step_lines.write()
         self.terminal.close()
         if self._files is not None:
             self._files.metrics.close()
@@ -173,19 +158,10 @@ class Reporter:
             self._files.weights.add(self._state.step, stage, origins(), weights_n, alignment_n)
 
     def _write(self, stage: int, phase: str, **values: object) -> None:
-        self._write_waiting()
+        self._step_lines.write()
         self._lap()
         if self._files is not None:
             self._files.write({**self._begun(stage, phase), **values, **self._counts()})
-
-    def _write_waiting(self) -> None:
-        """Write the lines of the steps since the last time; waits for their statistics."""
-        waiting, self._waiting = self._waiting, []
-        for line in waiting:
-            statistics = _named(line.statistics)
-            self._health.effective_sample_size(statistics["weight_effective_sample_size"])
-            if self._files is not None:
-                self._files.write({**line.values, **statistics, **line.counts})
 
     def _begun(self, stage: int, phase: str) -> dict[str, Any]:
         return {"step": self._state.step, "stage": stage, "phase": phase}
@@ -202,7 +178,3 @@ class Reporter:
         now_s = time.monotonic()
         self._state.seconds += now_s - self._clock_s
         self._clock_s = now_s
-
-
-def _named(statistics: Tensor) -> dict[str, float]:
-    return dict(zip(STATISTICS, statistics.tolist(), strict=True))

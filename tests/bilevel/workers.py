@@ -19,10 +19,12 @@ from megatron_dwm.config import WeightingConfig
 from megatron_dwm.data import Batch
 from megatron_dwm.model import LLM, ForwardOutputs, clear_gradients, forward_backward, forward_only
 from megatron_dwm.model.passes.objective import token_count, token_mean, unit
-from megatron_dwm.weighting import DwmPolicy
+from megatron_dwm.weighting.dwm import Dwm
 from megatron_dwm.weighting.model import WeightingShape, build_weighting_model
+from megatron_dwm.weighting.trainer import WeightingTrainer
 from tests.tiny import MICRO_BATCH, SAMPLES, VOCAB_SIZE, Tiny, tiny
 from tests.weighting.fixed_temperature import FixedTemperature
+from tests.weighting.workers import learn, weigh
 
 TRAIN, VALIDATION = 100, 101
 DIFFERENCE_STEP = 1e-5
@@ -239,6 +241,23 @@ def _encoder_inputs(batch: Batch, outputs: ForwardOutputs, encoder: str) -> Tens
     return torch.cat([outputs.features.flat(), outputs.losses_n[:, None]], dim=1).double()
 
 
+def _central_difference(
+    model: torch.nn.Module, direction: list[Tensor], value: Callable[[], Tensor]
+) -> float:
+    """The derivative of `value` along a direction of the model's parameters, which stay."""
+    values = []
+    for sign in (1, -2):  # phi + h, then phi - h
+        _move(model, direction, sign * DIFFERENCE_STEP)
+        values.append(float(value()))
+    _move(model, direction, DIFFERENCE_STEP)
+    return (values[0] - values[1]) / (2 * DIFFERENCE_STEP)
+
+
+def _move(model: torch.nn.Module, direction: list[Tensor], step: float) -> None:
+    for parameter, v in zip(model.parameters(), direction, strict=True):
+        parameter.data += step * v
+
+
 def chain_and_difference(
     inner: str, encoder: str = "own", bound: float = 0.0, **layout: Any
 ) -> tuple[Tensor, Tensor]:
@@ -257,12 +276,13 @@ def chain_and_difference(
         config = WeightingConfig(
             group="global", standardize=False, clip_grad=0.0, min_effective_sample_size=bound
         )
-        policy = DwmPolicy(model, config, subject.runtime, MICRO_BATCH, learned=True)
-        policy.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # form phi's gradient only
+        trainer = WeightingTrainer(model, config, subject.runtime, MICRO_BATCH, learned=True)
+        trainer.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # form phi's gradient only
+        method = Dwm(trainer)
         train = subject.batch(TRAIN)
         passes = unit(train, MICRO_BATCH)
         outputs = forward_only(subject.llm, passes, early_layer=1).outputs
-        subject.weights_n = policy.weights(train, outputs)
+        subject.weights_n = weigh(method, train, outputs)
         val_loss = _val_loss_after_step(subject, inner, layout.get("clip", 1.0))
         problem = problem_of(subject, inner)
         found = ESTIMATORS["tangent_probe"](problem)
@@ -274,7 +294,8 @@ def chain_and_difference(
         )
         assert (float(held.temperature_G) > 1.0) == (bound > 0.0), "the bound is active"
         torch.testing.assert_close(held.weights(), subject.weights_n.double())
-        policy.update(train, outputs, found.alignment_n.double(), problem.learning_rate)
+        alignment_n = found.alignment_n.double()
+        learn(method, train, alignment_n, problem.learning_rate, outputs=outputs)
         gradients = [parameter.grad.clone() for parameter in model.parameters()]
         ours, differences = [], []
         for _ in range(4):
@@ -284,12 +305,7 @@ def chain_and_difference(
             ]
             pairs = zip(gradients, direction, strict=True)
             ours.append(float(sum((g * v).sum() for g, v in pairs)))
-            values = []
-            for sign in (1, -2):  # phi + h, then phi - h
-                for parameter, v in zip(model.parameters(), direction, strict=True):
-                    parameter.data += sign * DIFFERENCE_STEP * v
-                values.append(float(val_loss(held.weights())))
-            for parameter, v in zip(model.parameters(), direction, strict=True):
-                parameter.data += DIFFERENCE_STEP * v
-            differences.append((values[0] - values[1]) / (2 * DIFFERENCE_STEP))
+            differences.append(
+                _central_difference(model, direction, lambda: val_loss(held.weights()))
+            )
         return torch.tensor(ours), torch.tensor(differences)

@@ -39,7 +39,7 @@ def public(small_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def data(public: Path, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    """What a run on this model's tokenizer reads, preprocessed."""
+    """Returns data that were preprocessed with this model's tokenizer."""
     prefix = tmp_path_factory.mktemp("data") / "data"
     command = ["tools/preprocess_data.py", "--output-prefix", prefix, "--append-eod"]
     command += ["--input", REPOSITORY / "examples/corpus/validation.jsonl"]
@@ -75,7 +75,7 @@ def test_runs_start_from_public_weights(
         *("--data.tokenizer", str(public), "--data.sequence_length", str(SEQUENCE_LENGTH)),
         *("--evaluation.path", str(tmp_path / "heldout.jsonl")),
         *("--training.global_batch_size", "8", "--training.micro_batch_size", "4"),
-        # So small that the evaluation after the step sees the model as it came.
+        # So small that the evaluation after the step sees the original model.
         *("--training.steps", "1", "--training.learning_rate", "1e-12"),
         *("--logging.tensorboard", "false"),
     ]
@@ -132,7 +132,7 @@ def test_half_a_model_is_refused_before_anything_starts(
 def test_a_foreign_checkpoint_beside_a_shape_is_refused(
     public: Path, data: DataConfig, tmp_path: Path
 ) -> None:
-    """What lies in llm/ is not what shape.json says, or shape.json says nothing of a model."""
+    """The tensors in llm/ do not fit shape.json, or shape.json does not describe a model."""
     with kept_environment():
         import_from_huggingface(public, tmp_path / "ours", skip_check=True)
     path = tmp_path / "ours/shape.json"

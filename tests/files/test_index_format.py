@@ -6,36 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_dwm.files.dataset_paths import DatasetPaths
 from megatron_dwm.files.index_format import (
     IndexHeader,
     end_of_tokens_bytes,
     read_header,
     read_numbers,
 )
-
-LENGTHS = [3, 1, 2, 5]
-FIRST_SEQUENCES = [0, 1, 1, 4]
-
-
-def _written(prefix: Path, dtype: type[np.number], *, multimodal: bool = False) -> DatasetPaths:
-    """Documents of one, no and three sequences, as Megatron-Core writes them."""
-    paths = DatasetPaths.of(str(prefix))
-    builder = IndexedDatasetBuilder(str(paths.bin), dtype=dtype, multimodal=multimodal)
-    for first, end in zip(FIRST_SEQUENCES, FIRST_SEQUENCES[1:], strict=False):
-        for length in LENGTHS[first:end]:
-            builder.add_item(torch.arange(length), mode=int(multimodal))
-        builder.end_document()
-    builder.finalize(str(paths.idx))
-    return paths
+from tests.files.indexed import FIRST_SEQUENCES, LENGTHS, write_dataset
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64])
 def test_arrays_stand_where_the_header_says(tmp_path: Path, dtype: type[np.number]) -> None:
-    paths = _written(tmp_path / "p", dtype)
+    paths = write_dataset(tmp_path / "p", dtype)
     header = read_header(paths.idx)
     assert header == IndexHeader(dtype=dtype, num_sequences=4, num_documents=3)
     assert paths.idx.read_bytes().startswith(header.packed())
@@ -48,13 +31,13 @@ def test_arrays_stand_where_the_header_says(tmp_path: Path, dtype: type[np.numbe
 
 
 def test_modes_are_seen(tmp_path: Path) -> None:
-    header = read_header(_written(tmp_path / "p", np.int32, multimodal=True).idx)
+    header = read_header(write_dataset(tmp_path / "p", np.int32, multimodal=True).idx)
     assert header.has_modes
     assert header.num_documents == 3
 
 
 def test_what_is_no_index(tmp_path: Path) -> None:
-    path = _written(tmp_path / "p", np.int32).idx
+    path = write_dataset(tmp_path / "p", np.int32).idx
     content = path.read_bytes()
     broken = {
         "not a Megatron index": content[:20],

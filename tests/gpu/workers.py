@@ -155,7 +155,7 @@ def stale_weights(precision: str, **options: Any) -> dict[str, float]:
         step.enter()
         stepped = loss()
         step.restore()
-        step.give_back()
+        step.restore_gradient()
         return {"before": before, "stepped": stepped, "after": loss()}
 
 

@@ -1,4 +1,4 @@
-"""Documents of several sequences, however their marks come in blocks, in Megatron-Core's reader."""
+"""Documents of several sequences, in blocks of any size, in Megatron-Core's reader."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def test_documents_across_blocks(tmp_path: Path, block: int) -> None:
     documents = [generator.integers(1, 9, size=n).tolist() for n in generator.integers(0, 5, 60)]
     documents[0], documents[-1] = [], [3, 1, 2]
     entries = [[n if i == 0 else -n for i, n in enumerate(d)] or [0] for d in documents]
-    marks = np.array([mark for entry in entries for mark in entry], np.int32)
-    blocks = [marks[i : i + block] for i in range(0, len(marks), block)]
+    signed_lengths = np.array([length for entry in entries for length in entry], np.int32)
+    blocks = [signed_lengths[i : i + block] for i in range(0, len(signed_lengths), block)]
     header = write_index(tmp_path / "p.idx", np.uint16, lambda: iter(blocks))
     (tmp_path / "p.bin").write_bytes(bytes(2 * sum(map(sum, documents))))
     dataset = IndexedDataset(str(tmp_path / "p"))

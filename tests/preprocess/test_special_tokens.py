@@ -196,7 +196,7 @@ def test_merge_compares_ends_and_special_tokens(
     result = merge("plain", "new")
     assert result.returncode == 0, result.stderr
     [warning] = result.stderr.splitlines()
-    assert "not said which id ends a document" in warning
+    assert "the id that ends a document is not recorded" in warning
     assert b"eod_id" not in pq.read_schema(tmp_path / "m.meta.parquet").metadata
 
 

@@ -16,20 +16,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_dwm.training import loop, run, sharded_files, weighting_files
-from megatron_dwm.training.session import Session
+from megatron_dwm.checkpoint import sharded_files
+from megatron_dwm.data import Feed
+from megatron_dwm.run import checks, loop, start, upkeep, weighting_files
 
 _PLACES: dict[str, tuple[Any, str]] = {
-    "checking": (run, "check_data"),
-    "resuming": (run, "newest_whole_checkpoint"),
-    "building": (run, "build_session"),
-    "loading": (run, "load_checkpoint"),
+    "checking": (checks, "check_data"),
+    "resuming": (start, "newest_whole_checkpoint"),
+    "building": (start, "build_job"),
+    "loading": (start, "load_checkpoint"),
     "training": (loop, "train_step"),
     "weighting": (loop, "weighting_update"),
-    "evaluation": (loop, "evaluate"),
+    "evaluation": (upkeep, "evaluate"),
     "checkpoint": (sharded_files.ShardedFiles, "write"),
-    "weighting model": (weighting_files, "_publish"),
-    "file of a weighting model": (Path, "replace"),
+    "weighting model": (weighting_files, "move_files"),
 }
 
 
@@ -52,6 +52,20 @@ def send_signal(*, place: str, call: int, number: int, rank: int) -> None:
     """The rank gets signal `number` when it comes to a place."""
     if int(os.environ["RANK"]) == rank:
         _before(place, call, lambda: os.kill(os.getpid(), number))
+
+
+def kill_between_model_files(*, call: int) -> None:
+    """SIGKILL before file number `call` (from 1) of a weighting model gets its name."""
+    upstream, count = Path.replace, 0
+
+    def with_fault(self: Path, target: Path) -> Path:
+        nonlocal count
+        count += self.parent.name.startswith("stage_")
+        if count == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return upstream(self, target)
+
+    Path.replace = with_fault  # type: ignore[method-assign]
 
 
 def two_signals(*, place: str, call: int, apart_s: float) -> None:
@@ -109,46 +123,46 @@ def nan_batches(*, steps: list[int], rank: int) -> None:
 
 def spike_batches(*, steps: list[int]) -> None:
     """The labels of these steps (from 1) are not what follows in the text."""
-    upstream = Session.training_batch
+    upstream = Feed.training
 
-    def shuffled(session: Session, number: int) -> Any:
-        batch = upstream(session, number)
+    def shuffled(feed: Feed, number: int) -> Any:
+        batch = upstream(feed, number)
         if number + 1 not in steps:
             return batch
         return replace(batch, labels_BS=(batch.labels_BS * 7 + 131) % 512)
 
-    Session.training_batch = shuffled
+    Feed.training = shuffled
 
 
 def _change_batches(steps: list[int], rank: int, value: float) -> None:
-    upstream = Session.training_batch
+    upstream = Feed.training
 
-    def changed(session: Session, number: int) -> Any:
-        batch = upstream(session, number)
-        if number + 1 not in steps or session.runtime.rank != rank:
+    def changed(feed: Feed, number: int) -> Any:
+        batch = upstream(feed, number)
+        if number + 1 not in steps or int(os.environ["RANK"]) != rank:
             return batch
         mask_BS = batch.loss_mask_BS.clone()
         mask_BS[0, 0] = value
         return replace(batch, loss_mask_BS=mask_BS)
 
-    Session.training_batch = changed
+    Feed.training = changed
 
 
 def wrong_weights(*, step: int, value: float) -> None:
     """The policy gives a weight that is none."""
-    from megatron_dwm.weighting.policy import UniformPolicy
+    from megatron_dwm.weighting.uniform import Uniform
 
-    upstream, count = UniformPolicy.weights, 0
+    upstream, count = Uniform.weights, 0
 
-    def wrong(self: UniformPolicy, batch: Any, reading: Any = None) -> Any:
+    def wrong(self: Uniform, *args: Any) -> Any:
         nonlocal count
         count += 1
-        weights_n = upstream(self, batch, reading)
+        weights_n = upstream(self, *args)
         if count == step:
             weights_n[0] = value
         return weights_n
 
-    UniformPolicy.weights = wrong
+    Uniform.weights = wrong
 
 
 def slow_steps(*, seconds: float) -> None:

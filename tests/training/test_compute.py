@@ -7,13 +7,13 @@ import pytest
 from megatron_dwm.config import Config, DataConfig, PolicyConfig, TrainingConfig, WeightingConfig
 from megatron_dwm.model.flops import llm_forward_flops
 from megatron_dwm.model.shape import PRESETS
-from megatron_dwm.training.compute import Compute, compute_of
-from megatron_dwm.weighting import weighting_shape
+from megatron_dwm.weighting import method_class
+from megatron_dwm.weighting.costs import Costs
 
 LARGE = PRESETS["llama-1.3b"]
 
 
-def _compute(micro_batch: int = 16, **weighting: object) -> Compute:
+def _costs(micro_batch: int = 16, **weighting: object) -> Costs:
     """1.3B, 4M tokens a step, one replica."""
     config = Config(
         data=DataConfig(sequence_length=1024),
@@ -21,7 +21,7 @@ def _compute(micro_batch: int = 16, **weighting: object) -> Compute:
         policy=PolicyConfig(name="dwm"),
         weighting=WeightingConfig(**weighting),
     )
-    return compute_of(config, LARGE, weighting_shape(config, LARGE, LARGE.vocab_size), data_size=1)
+    return method_class(config).costs(config, LARGE, replicas=1)
 
 
 def test_a_forward_pass_is_two_flops_for_every_weight_and_token() -> None:
@@ -35,8 +35,8 @@ def test_a_forward_pass_is_two_flops_for_every_weight_and_token() -> None:
 
 def test_features_cost_below_one_percent_of_a_large_step() -> None:
     for hidden in (32, 1024):
-        spent = _compute(encoder="llm", hidden_size=hidden, ffn_hidden_size=4 * hidden)
-        assert spent.weights_step / spent.llm_step < 0.01
+        spent = _costs(encoder="llm", hidden_size=hidden, ffn_hidden_size=4 * hidden)
+        assert (spent.weighing + spent.reading) / spent.llm_step < 0.01
 
 
 def test_a_370m_encoder_costs_the_papers_nine_percent() -> None:
@@ -44,30 +44,30 @@ def test_a_370m_encoder_costs_the_papers_nine_percent() -> None:
     products and attention is extra, so it is 9 % here.
     """
     shape = PRESETS["llama-370m"]
-    spent = _compute(
+    spent = _costs(
         encoder="own",
         hidden_size=shape.hidden_size,
         num_layers=shape.num_layers,
         num_attention_heads=shape.num_attention_heads,
         ffn_hidden_size=shape.ffn_hidden_size,
     )
-    assert spent.weights_step / spent.llm_step == pytest.approx(0.0926, rel=0.1)
+    assert (spent.weighing + spent.reading) / spent.llm_step == pytest.approx(0.0926, rel=0.1)
 
 
 def test_an_encoder_in_chunks_runs_forward_once_more() -> None:
     """4,096 rows of one replica by sixteens, and by 4,096; the LLM's passes are the same."""
     in_chunks, at_once = (
-        _compute(micro_batch=size, encoder="own", group="global") for size in (16, 4096)
+        _costs(micro_batch=size, encoder="own", group="global") for size in (16, 4096)
     )
-    assert in_chunks.update - at_once.update == pytest.approx(in_chunks.weights_step, rel=1e-2)
+    assert in_chunks.update - at_once.update == pytest.approx(in_chunks.weighing, rel=1e-2)
 
 
 def test_updates_are_three_steps_or_two() -> None:
-    fresh, training = (_compute(encoder="llm", update_on=on) for on in ("fresh", "training"))
+    fresh, training = (_costs(encoder="llm", update_on=on) for on in ("fresh", "training"))
     assert fresh.update / fresh.llm_step == pytest.approx(3, rel=1e-4)
     assert training.update / training.llm_step == pytest.approx(2, rel=1e-4)
 
 
 def test_reading_first_is_counted() -> None:
-    grouped, whole = (_compute(encoder="llm", group=group) for group in ("micro_batch", "global"))
-    assert whole.weights_step - grouped.weights_step == pytest.approx(whole.llm_step / 3, rel=1e-4)
+    grouped, whole = (_costs(encoder="llm", group=group) for group in ("micro_batch", "global"))
+    assert whole.reading == pytest.approx(whole.llm_step / 3) and grouped.reading == 0.0

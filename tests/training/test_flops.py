@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dwm.checkpoint.kept_files import write_files
 from megatron_dwm.config import Config
 from megatron_dwm.config.load import load_config
 from megatron_dwm.model import resolve_shape
 from megatron_dwm.planning.cost import Cost, cost_of
-from megatron_dwm.weighting import weighting_shape
 from megatron_dwm.weighting.model import WeightingShape, build_weighting_model
 from tests.training.conftest import Corpus
 from tests.training.forked import Server
@@ -34,21 +34,21 @@ def weighing(width: int, layers: int, inner: int) -> int:
     return 2 * ROWS * (tokens + layer + 2 * width * ROWS + 2 * width)
 
 
-def in_config(config: Config, shape: WeightingShape) -> Cost:
-    return cost_of(config, resolve_shape(config.model, VOCAB_SIZE), shape, 1)
+def in_config(config: Config) -> Cost:
+    return cost_of(config, resolve_shape(config.model, VOCAB_SIZE), 1)
 
 
 def test_a_frozen_model_is_counted_with_its_own_sizes(
     server: Server, corpus: Corpus, tmp_path: Path
 ) -> None:
-    build_weighting_model(LOADED, seed=1).save(tmp_path / "model")
+    write_files(build_weighting_model(LOADED, seed=1).files(), tmp_path / "model")
     load = ["--weighting.load", str(tmp_path / "model"), "--weighting.frozen", "true"]
     arguments = [*corpus.arguments(), "--policy.name", "dwm", *load, "--training.steps", "3"]
     server.succeed(tmp_path / "run", arguments)
     a_step = 3 * FORWARD + weighing(48, 2, 80)
     flops = [line["flops"] for line in metrics(tmp_path / "run", "train")]
     assert flops == [a_step, 2 * a_step, 3 * a_step]
-    cost = in_config(load_config(arguments), LOADED)
+    cost = in_config(load_config(arguments))
     assert cost.llm + cost.weighting == pytest.approx(a_step)
 
 
@@ -60,7 +60,7 @@ def test_steps_and_updates_weigh_once_there_is_a_model(
     arguments = [*corpus.arguments(), "--policy.name", "dwm", *STAGED, "--training.steps", "7"]
     model = (32, 1, 64)
     if loads:
-        build_weighting_model(LOADED, seed=1).save(tmp_path / "model")
+        write_files(build_weighting_model(LOADED, seed=1).files(), tmp_path / "model")
         arguments += ["--weighting.load", str(tmp_path / "model")]
         model = (48, 2, 80)
     server.succeed(tmp_path / "run", arguments)
@@ -73,9 +73,7 @@ def test_steps_and_updates_weigh_once_there_is_a_model(
     steps = 7 * 3 * FORWARD + (7 if loads else 5) * weight
     updates = 4 * update + (4 if loads else 3) * weight + 3 * FORWARD
     assert train[-1] == steps + updates
-    config = load_config(arguments)
-    shape = LOADED if loads else weighting_shape(config, resolve_shape(config.model), VOCAB_SIZE)
-    cost = in_config(config, shape)
+    cost = in_config(load_config(arguments))
     assert 7 * (cost.llm + cost.weighting) == pytest.approx(train[-1])
 
 

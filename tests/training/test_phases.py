@@ -116,7 +116,8 @@ def test_a_kill_never_leaves_half_a_weighting_model(
     job = server.run(run_dir, online, fault=_sigkill("weighting model", 1))
     assert job.codes == [-signal.SIGKILL] and not (run_dir / "weighting" / "stage_1").exists()
     # At steps 4 (nothing has been learned), 8 and 12: two files each, but for the first.
-    job = server.run(run_dir, [*online, *RESUME], fault=_sigkill("file of a weighting model", 4))
+    between = {"name": "kill_between_model_files", "call": 4}
+    job = server.run(run_dir, [*online, *RESUME], fault=between)
     assert job.codes == [-signal.SIGKILL], job.text
     # The tensors may be of step 8 or of step 12, whose checkpoint was not begun; never half.
     found = load_file(run_dir / "weighting" / "stage_1" / "weighting.safetensors")

@@ -19,7 +19,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_dwm.config import Config, PolicyConfig, UserError, WeightingConfig
 from megatron_dwm.checkpoint.fingerprint import refuse_changes
 from megatron_dwm.checkpoint.manifest import (
     FileRecord,
@@ -34,6 +33,7 @@ from megatron_dwm.checkpoint.manifest import (
     write_manifest,
 )
 from megatron_dwm.checkpoint.state import TrainState
+from megatron_dwm.config import Config, PolicyConfig, UserError, WeightingConfig
 from tests.training.conftest import Corpus
 from tests.training.forked import Server
 from tests.training.runs import RESUME, metrics, scheduled_rate

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_dwm.config import BilevelConfig, Config, WeightingConfig
-from megatron_dwm.training.trust import Watch, signal_to_noise
+from megatron_dwm.run.health import Health
+from megatron_dwm.weighting.noise import SignalToNoise, signal_to_noise
 
 
 @pytest.mark.parametrize("ratio", [0.2, 1.0, 5.0])
@@ -16,26 +16,23 @@ def test_ratio_is_recovered(ratio: float) -> None:
     signal = torch.randn(n, generator=generator) * ratio**0.5
     # The whole batch's noise has variance 1; half a batch has twice that.
     halves = [signal + 2**0.5 * torch.randn(n, generator=generator) for _ in range(2)]
-    agreement, found = signal_to_noise(*halves)
+    found = signal_to_noise(*halves)
     # A correlation over n samples is uncertain by 1/sqrt(n) = 0.3 %.
-    assert agreement == pytest.approx(ratio / (ratio + 2), abs=0.015)
-    assert found == pytest.approx(ratio, rel=0.05)
+    assert found.agreement == pytest.approx(ratio / (ratio + 2), abs=0.015)
+    assert found.ratio == pytest.approx(ratio, rel=0.05)
 
 
 def test_ends() -> None:
     ramp = torch.arange(8.0)
-    assert signal_to_noise(ramp, ramp)[1] > 1e6
-    assert signal_to_noise(ramp, -ramp) == (pytest.approx(-1.0), 0.0)
-    assert signal_to_noise(torch.ones(8), ramp) == (0.0, 0.0)
+    assert signal_to_noise(ramp, ramp).ratio > 1e6
+    opposed = signal_to_noise(ramp, -ramp)
+    assert opposed.agreement == pytest.approx(-1.0) and opposed.ratio == 0.0
+    assert signal_to_noise(torch.ones(8), ramp) == SignalToNoise(0.0, 0.0)
 
 
 def test_warnings_come_once_and_name_the_keys() -> None:
-    config = Config(
-        weighting=WeightingConfig(warn_effective_sample_size=0.2),
-        bilevel=BilevelConfig(min_signal_to_noise=0.5),
-    )
     said: list[str] = []
-    watch = Watch(config, said.append)
+    watch = Health(min_effective_sample_size=0.2, min_signal_to_noise=0.5, warn=said.append)
     watch.effective_sample_size(0.3)
     for _ in range(4):
         watch.signal_to_noise(0.1)

@@ -14,15 +14,15 @@ import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from megatron_dwm.config import UserError
-from megatron_dwm.convert.checkpoint_reader import open_checkpoint
-from megatron_dwm.model.on_disk.saved_index import data_only, read_index
 from megatron_dwm.checkpoint.manifest import (
     list_checkpoints,
     read_manifest,
     record_file,
     write_manifest,
 )
+from megatron_dwm.config import UserError
+from megatron_dwm.convert.checkpoint_reader import open_checkpoint
+from megatron_dwm.model.on_disk.saved_index import data_only, read_index
 from tests.training.conftest import Corpus
 from tests.training.forked import Server
 

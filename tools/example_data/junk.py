@@ -1,4 +1,4 @@
-"""Junk to learn to avoid: a corpus in which a known part of the text is worthless.
+"""Mixes junk into a corpus, so that a known part of its text is worthless.
 
 Three kinds in equal parts, each a domain of its own:
 
@@ -31,7 +31,7 @@ JUNK_DOMAINS = {
     "random_words": "JunkRandomWords",
     "random_characters": "JunkRandomCharacters",
 }
-"""`domain` of each kind and its `meta.redpajama_set_name`."""
+"""The `domain` of each kind, and its `meta.redpajama_set_name`."""
 
 _LONGEST_DOCUMENT_BYTES = 8192  # no single junk document dominates a batch
 _WORDS_DRAWN = 256
@@ -48,7 +48,7 @@ class _Corpus:
 
 @dataclass(frozen=True, kw_only=True)
 class JunkSummary:
-    """What a mixed corpus is made of, in bytes of UTF-8 text."""
+    """The parts of a mixed corpus; bytes are of UTF-8 text."""
 
     real_documents: int
     real_bytes: int
@@ -100,7 +100,7 @@ def _read(source: str) -> _Corpus:
 def _junk_rows(
     texts: Sequence[str], kind_bytes: int, generator: random.Random
 ) -> list[dict[str, object]]:
-    """Documents with `kind_bytes` bytes of text for each kind."""
+    """Make documents with `kind_bytes` bytes of text for each kind."""
     with_words = [text for text in texts if text.split()]
     vocabulary = sorted({word for text in with_words for word in text.split()})
 
@@ -126,7 +126,7 @@ def _junk_rows(
 def _documents(
     make: Callable[[], str], total_bytes: int, models: Sequence[str], generator: random.Random
 ) -> list[str]:
-    """Texts of `total_bytes` together, each about as long as some real document."""
+    """Make texts of `total_bytes` together, each about as long as some real document."""
     documents = []
     while total_bytes > 0:
         model_bytes = _size_bytes(generator.choice(models))

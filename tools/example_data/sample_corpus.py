@@ -1,7 +1,7 @@
-"""The sample corpus of `examples/corpus`: permissive rows of a SlimPajama-like file, split.
+"""Makes the sample corpus of `examples/corpus`: permissive rows of a SlimPajama-like file, split.
 
-Documents are told apart by source and domain, put in the order of the SHA-256 of their text (a
-shuffle that needs no seed), and dealt out: first the held-out ones of each domain, then those to
+The domain of a document follows from its source. Documents are put in the order of the SHA-256 of
+their text (a shuffle that needs no seed). The first of each domain are held out; the next are to
 train on, up to the domain's share. Exact duplicates are dropped. One novel is held out whole.
 """
 
@@ -44,7 +44,7 @@ _INDECENT = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """How much of a domain goes where, in bytes of text."""
+    """Bytes of text of a domain to hold out and to train on."""
 
     held_out_bytes: int
     train_bytes: int
@@ -110,7 +110,7 @@ def _rows(source: str) -> Iterator[dict]:
 
 
 def _split(rows: Iterable[dict]) -> tuple[list[dict], list[dict]]:
-    """Rows to train on and held-out passages."""
+    """Split rows into those to train on and held-out passages."""
     unique = {_digest(row["text"]): row for row in rows}
     in_order = [dict(row, domain=domain_of(row)) for _, row in sorted(unique.items())]
     train: list[dict] = []
@@ -134,7 +134,7 @@ def _split(rows: Iterable[dict]) -> tuple[list[dict], list[dict]]:
 
 
 def _passages(text: str) -> list[str]:
-    """`text` cut at line ends into passages of at most about 2,000 characters."""
+    """Cut `text` at line ends into passages of at most about 2,000 characters."""
     passages, passage = [], ""
     for line in text.splitlines(keepends=True):
         if passage and len(passage) + len(line) > _PASSAGE_CHARACTERS:

@@ -78,7 +78,7 @@ class PassResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Pass:
+class _PassOptions:
     """The options of a pass, for the functions that Megatron calls."""
 
     on_micro_batch: Callable[[int], None] | None = None
@@ -107,8 +107,10 @@ def forward_backward(
         result if `keep_features`.
     """
     tap = None if early_layer is None else FeatureTap(llm, early_layer)
-    what = _Pass(on_micro_batch=on_micro_batch, weigh=weigh, tap=tap, keeps_features=keep_features)
-    return _run(llm, micro_batches, what, forward_only=False, denominator=denominator)
+    options = _PassOptions(
+        on_micro_batch=on_micro_batch, weigh=weigh, tap=tap, keeps_features=keep_features
+    )
+    return _run(llm, micro_batches, options, forward_only=False, denominator=denominator)
 
 
 def forward_only(
@@ -116,15 +118,15 @@ def forward_only(
 ) -> PassResult:
     """Returns losses of `micro_batches` without gradients, and features if `early_layer` is set."""
     tap = None if early_layer is None else FeatureTap(llm, early_layer)
-    what = _Pass(tap=tap, keeps_features=tap is not None)
+    options = _PassOptions(tap=tap, keeps_features=tap is not None)
     with torch.no_grad():
-        return _run(llm, micro_batches, what, forward_only=True, denominator=None)
+        return _run(llm, micro_batches, options, forward_only=True, denominator=None)
 
 
 def _run(
     llm: LLM,
     micro_batches: Sequence[MicroBatch],
-    what: _Pass,
+    options: _PassOptions,
     *,
     forward_only: bool,
     denominator: float | None,
@@ -133,9 +135,9 @@ def _run(
     llm.transformer.finalize_model_grads_func = (
         None if denominator is None else partial(_finalize, llm, denominator)
     )
-    with nullcontext() if what.tap is None else what.tap.attached():
+    with nullcontext() if options.tap is None else options.tap.attached():
         outputs = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, what),
+            forward_step_func=partial(_forward_step, options),
             data_iterator=[enumerate(micro_batches) for _ in llm.chunks],
             model=llm.chunks,
             num_microbatches=len(micro_batches),
@@ -143,51 +145,51 @@ def _run(
             micro_batch_size=batch_size,
             forward_only=forward_only,
         )
-    return _collect(llm, micro_batches, what, outputs)
+    return _collect(llm, micro_batches, options, outputs)
 
 
 def _forward_step(
-    what: _Pass, iterator: Iterator[tuple[int, MicroBatch]], chunk: Module
+    options: _PassOptions, iterator: Iterator[tuple[int, MicroBatch]], chunk: Module
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     """Megatron's forward_step_func."""
     index, batch = next(iterator)
-    notify = what.on_micro_batch
+    notify = options.on_micro_batch
     if notify is not None:
         notify(index)
-    with nullcontext() if what.tap is None else what.tap.listening(index):
+    with nullcontext() if options.tap is None else options.tap.listening(index):
         output = chunk(batch.tokens_BS, batch.position_ids_BS, None, labels=batch.labels_BS)
     if notify is not None and output.requires_grad:
         # Activation recomputation runs modules again in the backward pass. By then another
         # micro-batch may have run forward.
         output.register_hook(lambda _: notify(index))
-    return output, partial(_loss, what, index, batch)
+    return output, partial(_loss, options, index, batch)
 
 
 def _loss(
-    what: _Pass, index: int, batch: MicroBatch, token_losses_BS: Tensor
+    options: _PassOptions, index: int, batch: MicroBatch, token_losses_BS: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Megatron's loss_func: returns (sum to differentiate, unused count, [B, columns] to keep)."""
     losses = token_losses_BS.float()
     loss_sums_B = (losses.detach() * batch.loss_mask_BS).sum(dim=1)
-    features = None if what.tap is None else what.tap.of(index)
+    features = None if options.tap is None else options.tap.of(index)
     coefficients, columns = batch.coefficients_BS, [loss_sums_B[:, None]]
-    if what.weigh is not None:
+    if options.weigh is not None:
         counts_B = batch.loss_mask_BS.sum(dim=1).clamp(min=1.0)
         outputs = ForwardOutputs(losses_n=loss_sums_B / counts_B, features=features)
-        weights_B1 = what.weigh(index, outputs)[:, None]
+        weights_B1 = options.weigh(index, outputs)[:, None]
         coefficients = coefficients * weights_B1
         columns.append(weights_B1)
-    if what.keeps_features and features is not None:
+    if options.keeps_features and features is not None:
         columns.append(features.flat())
     total = torch.sum(losses.view(-1) * coefficients.reshape(-1))
     return total, _NO_COUNT, torch.cat(columns, dim=1)
 
 
 def _finalize(
-    llm: LLM, denominator: float, chunks: list[Any], _: Tensor | None, **options: Any
+    llm: LLM, denominator: float, chunks: list[Any], _: Tensor | None, **arguments: Any
 ) -> None:
     """Megatron's finalize_model_grads with a float denominator in place of its integer count."""
-    finalize_model_grads(chunks, None, **options)
+    finalize_model_grads(chunks, None, **arguments)
     total = torch.tensor(denominator, dtype=torch.float32, device=llm.runtime.device)
     dist.all_reduce(total, group=llm.runtime.data_group)
     for chunk in chunks:
@@ -195,12 +197,12 @@ def _finalize(
 
 
 def _collect(
-    llm: LLM, micro_batches: Sequence[MicroBatch], what: _Pass, outputs: list[Tensor]
+    llm: LLM, micro_batches: Sequence[MicroBatch], options: _PassOptions, outputs: list[Tensor]
 ) -> PassResult:
     """Split the kept columns into a result, on every stage."""
     counts_n = torch.cat([batch.loss_mask_BS.sum(dim=1) for batch in micro_batches])
-    first = 1 if what.weigh is None else 2
-    width = 2 * llm.shape.hidden_size if what.keeps_features else 0
+    first = 1 if options.weigh is None else 2
+    width = 2 * llm.shape.hidden_size if options.keeps_features else 0
     kept = (
         torch.cat(outputs)
         if llm.runtime.is_last_stage
@@ -210,6 +212,6 @@ def _collect(
     return PassResult(
         loss_sums_n=kept[:, 0],
         token_counts_n=counts_n,
-        weights_n=None if what.weigh is None else kept[:, 1],
-        features=Features.from_flat(kept[:, first:]) if what.keeps_features else None,
+        weights_n=None if options.weigh is None else kept[:, 1],
+        features=Features.from_flat(kept[:, first:]) if options.keeps_features else None,
     )

@@ -41,7 +41,7 @@ def predict(llm: LLM, batch: TokenBatch, micro_batch_size: int) -> Predictions:
     """Returns the predictions for every label of this replica's `batch` (collective in it)."""
     starts = range(0, len(batch.tokens_BS), micro_batch_size)
     parts = [batch.rows(start, start + micro_batch_size) for start in starts]
-    kept = forward_logits(llm, parts, partial(_judge_labels, llm))
+    kept = forward_logits(llm, parts, partial(_score_labels, llm))
     both_2BS = (
         torch.cat(kept, dim=1)
         if llm.runtime.is_last_stage
@@ -87,7 +87,7 @@ def _forward_step(
     return output, kept
 
 
-def _judge_labels(llm: LLM, batch: TokenBatch, logits_BSV: Tensor) -> Tensor:
+def _score_labels(llm: LLM, batch: TokenBatch, logits_BSV: Tensor) -> Tensor:
     """Returns [2, B, S]: log-likelihood of each label, and 1 if it is the likeliest token."""
     runtime = llm.runtime
     logits_BSV = logits_BSV.float()

@@ -1,7 +1,7 @@
-"""A chunk of records to token ids and sidecar rows: the work that runs in parallel.
+"""Encodes a chunk of records into token ids and rows of the sidecar: the work of a thread.
 
-Follows Megatron-LM's `tools/preprocess_data.py`, class Encoder: the ids of the text, then the end
-of document if asked for and only if there are ids. Nothing here imports torch.
+The ids are those of Megatron-LM's `tools/preprocess_data.py`, class Encoder: those of the text,
+then the end of document if it is asked for and only if there are ids. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FIRST_VOCABULARY_OF_INT32 = 65500
 
 
 class LostRecords(RuntimeError):
-    """The counts do not add up: a fault of this program, never of the input."""
+    """Raised if the counts do not add up: a fault of this program, never of the input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class EncodeSettings:
 
     documents: DocumentSettings
     dtype: type[np.number]
-    """of the ids in the `.bin`"""
+    """type of the ids in the `.bin`"""
     around: SpecialTokens
     """ids before and after every text"""
     eod_id: int | None
@@ -38,12 +38,12 @@ class EncodeSettings:
 
 
 def token_dtype(vocab_size: int) -> type[np.number]:
-    """Type of a stored id, as `DType.optimal_dtype` of Megatron-Core chooses it."""
+    """The type of a stored id, as `DType.optimal_dtype` of Megatron-Core chooses it."""
     return np.uint16 if vocab_size < _FIRST_VOCABULARY_OF_INT32 else np.int32
 
 
 def encode_chunk(settings: EncodeSettings, engine: Engine, chunk: Chunk) -> EncodedChunk:
-    """Documents and rejects of `chunk` in its order."""
+    """Encode the documents of `chunk`; they and the rejects keep its order."""
     found = documents_of(chunk, settings.documents)
     if found.num_records != len(found.numbers) + len(found.rejects):
         raise LostRecords(f"{chunk.source_file}: a record near {chunk.first_record} was lost")
@@ -64,12 +64,12 @@ def encode_chunk(settings: EncodeSettings, engine: Engine, chunk: Chunk) -> Enco
 
 
 def draft_columns(num_metadata: int) -> list[str]:
-    """Names in the sidecar's draft: user's keys may be anything, also equal to ours."""
+    """Names of the draft's columns; not the user's keys, which may equal ours."""
     return ["record", *(f"metadata{i}" for i in range(num_metadata))]
 
 
 def _encode_key(settings: EncodeSettings, engine: Engine, texts: list[Content]) -> EncodedKey:
-    """Encode the documents of one key into ids and marks.
+    """Encode the documents of one key into ids and signed lengths.
 
     As Megatron-LM: special tokens around each text, an end after a document's last sequence that
     has ids; a text without ids is no sequence.
@@ -94,13 +94,13 @@ def _encode_key(settings: EncodeSettings, engine: Engine, texts: list[Content]) 
         places = np.stack(at, axis=1)[is_added]
         ids = np.insert(ids, places, np.broadcast_to(added, is_added.shape)[is_added])
     lengths = (lengths + ended)[filled]
-    return EncodedKey(ids=ids, marks=_marks(lengths, owners, len(documents)))
+    return EncodedKey(ids=ids, signed_lengths=_signed_lengths(lengths, owners, len(documents)))
 
 
 def _encode_texts(
     settings: EncodeSettings, engine: Engine, texts: list[str | np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of all texts and where each ends; arrays of ids are taken as they are."""
+    """The ids of all texts and the end of each; arrays of ids are kept as they are."""
     if not settings.documents.pretokenized:
         encoded = engine.encode_texts(cast(list[str], texts))
         return encoded.ids.astype(settings.dtype, copy=False), encoded.ends
@@ -116,9 +116,9 @@ def _at(places: np.ndarray, size: int) -> np.ndarray:
     return found
 
 
-def _marks(lengths: np.ndarray, owners: np.ndarray, num_documents: int) -> np.ndarray:
-    """Lengths of the sequences of documents `owners` as marks (index_writer.py)."""
+def _signed_lengths(lengths: np.ndarray, owners: np.ndarray, num_documents: int) -> np.ndarray:
+    """Sign the lengths of the sequences of documents `owners` (index_writer.py)."""
     is_first = np.diff(owners, prepend=-1) > 0
-    marks = np.where(is_first, lengths, -lengths).astype(np.int32)
+    signed_lengths = np.where(is_first, lengths, -lengths).astype(np.int32)
     empty = np.flatnonzero(~_at(owners, num_documents))
-    return np.insert(marks, np.searchsorted(owners, empty), 0)
+    return np.insert(signed_lengths, np.searchsorted(owners, empty), 0)

@@ -1,10 +1,10 @@
-"""Metadata values as columns: what kind they are and how a column of strings holds them.
+"""Kinds of metadata values, and their spellings in a column of strings.
 
 A column is int64 or double if all its values are such numbers, else string; what is neither string
 nor null is then spelled as JSON. No value is rounded: a double holds whole numbers up to 2^53, so a
-column with larger ones ("long") and with fractions ("float") is one of strings ("mixed"). Only the
-last row can settle that, so values are spelled as strings first and cast at the end; the kind does
-not depend on the order of the values, nor on which worker saw which.
+column with larger ones ("long") and with fractions ("float") is one of strings ("mixed"). The last
+row can still change the kind, so values are spelled as strings first and cast at the end; the kind
+depends neither on the order of the values nor on the workers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Kind = Literal["none", "int", "long", "float", "mixed", "string"]
 LARGEST_IN_DOUBLE = 1 << 53
 """every whole number up to here, of either sign, is a double"""
 _INT64_LIMIT = 1 << 63
-# What a kind can hold besides itself; the narrowest kind that holds both is looked up here.
+# The kinds that each kind can hold; the narrowest kind that holds both is looked up here.
 _HELD: dict[Kind, set[Kind]] = {
     "none": {"none"},
     "int": {"none", "int"},
@@ -33,7 +33,7 @@ _HELD: dict[Kind, set[Kind]] = {
 
 
 def spell_column(values: Sequence[object]) -> tuple[Kind, pa.Array]:
-    """Kind of the values and the column of their spellings."""
+    """The kind of the values and the column of their spellings."""
     spelled = [_spell(value) for value in values]
     none: Kind = "none"
     kind = reduce(join_kinds, {kind for kind, _ in spelled}, none)
@@ -41,7 +41,7 @@ def spell_column(values: Sequence[object]) -> tuple[Kind, pa.Array]:
 
 
 def join_kinds(first: Kind, second: Kind) -> Kind:
-    """The narrowest kind that holds both."""
+    """The narrowest kind that holds the values of both kinds."""
     return next(kind for kind, held in _HELD.items() if {first, second} <= held)
 
 
@@ -52,9 +52,9 @@ def arrow_type(kind: Kind) -> pa.DataType:
 
 
 def spell_float(value: float) -> str:
-    """Shortest spelling that is read as this double; of a whole number without a fraction.
+    """The shortest spelling that is read as this double; a whole number has no fraction.
 
-    So a column of doubles, in which 1 and 1.0 are one, is spelled as its values would have been.
+    So a column of doubles, which does not tell 1 from 1.0, is spelled as its values were.
     """
     return repr(value).removesuffix(".0")
 

@@ -1,6 +1,6 @@
-"""From a chunk to the texts and metadata of its documents, with every other record as a reject.
+"""Parses a chunk into the texts and metadata of its documents; every other record is a reject.
 
-Runs in worker threads and holds Python's lock, so it does as little as it can for each record.
+This runs in worker threads and holds Python's lock, so it does little for each record.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class DocumentSettings:
     metadata_keys: tuple[str, ...]
     max_record_bytes: int
     vocab_size: int
-    """ids of pretokenized records are below it"""
+    """bound of the ids of pretokenized records"""
     pretokenized: bool
 
 
 def documents_of(chunk: Chunk, settings: DocumentSettings) -> Documents:
-    """The documents of `chunk`, in order; `UserError` for the beginning of one JSON array."""
+    """The documents of `chunk`, in order; `UserError` if the file is one JSON array."""
     found = Documents(
         texts=[[] for _ in settings.json_keys],
         metadata=[[] for _ in settings.metadata_keys],
@@ -74,7 +74,7 @@ def _take_lines(found: Documents, chunk: Chunk, content: bytes, settings: Docume
 
 
 def _refuse_array(chunk: Chunk, content: bytes) -> None:
-    """Raise `UserError` for a file of which the whole is one record, whatever bad records do."""
+    """Raise `UserError` for a file that is one JSON array, also where bad records are skipped."""
     if chunk.first_record:
         return
     firsts = [line for _, line in itertools.islice(lines_of(content), 1)]
@@ -127,12 +127,15 @@ def _take(
 
 
 def _may_be_rounded(value: object) -> bool:
-    """orjson reads an integer beyond 64 bits as a float; one inside an object is not looked for."""
+    """True for a float that may be an integer beyond 64 bits, which orjson rounds.
+
+    Integers inside an object are not checked.
+    """
     return isinstance(value, float) and abs(value) >= _FIRST_INTEGER_ORJSON_ROUNDS
 
 
 def _ids_of(record: dict[str, object], key: str, settings: DocumentSettings) -> np.ndarray:
-    """The ids under `key`; `BadRecord` if it holds anything else than ids of the vocabulary."""
+    """The ids under `key`; `BadRecord` if it holds anything but ids of the vocabulary."""
     value = value_of(record, key)
     if isinstance(value, list):
         if any(type(item) is not int for item in value):
@@ -158,7 +161,7 @@ def _rows(table: pa.Table) -> Iterator[dict[str, object] | BadRecord]:
 
 
 def _values(column: pa.ChunkedArray) -> list[object]:
-    """Python values; arrays for lists of integers; `BadRecord` for what is not valid UTF-8."""
+    """The column as Python values: arrays for lists of integers, `BadRecord` for invalid UTF-8."""
     kind = column.type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if is_list and pa.types.is_integer(kind.value_type):
@@ -208,7 +211,7 @@ def _reject(number: int, error: BadRecord, payload: bytes) -> Reject:
 
 
 def _spell_row(record: dict[str, object] | BadRecord) -> bytes:
-    """The beginning of a table's row, as JSON."""
+    """Spell the beginning of a table's row as JSON."""
     if isinstance(record, BadRecord):
         return b""
     short = {k: v[:_KEPT_BYTES] if isinstance(v, (str, list)) else v for k, v in record.items()}

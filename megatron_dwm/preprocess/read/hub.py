@@ -25,7 +25,7 @@ _ROWS = 256
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Data set and split of `hf://DATASET[:split]`; the split is "train" if none is named."""
+    """Split `hf://DATASET[:split]` into data set and split; "train" if none is named."""
     dataset, _, split = name.removeprefix(HUB_PREFIX).partition(":")
     return dataset, split or "train"
 
@@ -49,7 +49,7 @@ def read_hub(
     def tables() -> Iterator[pa.Table]:
         yield from dataset.with_format("arrow").iter(batch_size=_ROWS)
 
-    # How many rows there are is not known before the end; progress shows documents only.
+    # The number of rows is not known before the end; progress shows documents only.
     yield from table_chunks((1, tables()), name, start, size_bytes=0, chunk_bytes=chunk_bytes)
 
 

@@ -1,8 +1,8 @@
 """What `--input` names: files, directories, patterns and data sets of the hub.
 
 A directory stands for all files below it with a known ending, a pattern for the files it matches,
-both in the order of their paths as strings. A shard is a run of consecutive files, cut where the
-sizes of the files say; so the shards one after the other are the whole, in order.
+both in the order of their paths as strings. A shard is a number of consecutive files; the shards
+have about equal bytes, and one after the other they are the whole, in order.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class Input:
     """One file or one data set of the hub."""
 
     name: str
-    """as the sidecar has it"""
+    """its path or hf:// name, as the sidecar has it"""
     size_bytes: int
     modified_ns: int
     """time of the last change; 0 for a data set of the hub"""
 
     @property
     def is_hub(self) -> bool:
-        """Whether the `datasets` library reads it."""
+        """True if the `datasets` library reads it."""
         return self.name.startswith(HUB_PREFIX)
 
 
@@ -48,11 +48,11 @@ class ReadSettings:
     """How inputs are read."""
 
     columns: tuple[str, ...]
-    """top-level columns that tables are reduced to"""
+    """top-level columns that are read from tables"""
     max_record_bytes: int
     """longest line"""
     chunk_bytes: int = CHUNK_BYTES
-    """decompressed bytes a chunk of lines or rows"""
+    """decompressed bytes of a chunk of lines or rows"""
 
 
 def find_inputs(names: Sequence[str]) -> list[Input]:
@@ -80,7 +80,7 @@ def _require_different(inputs: Sequence[Input]) -> None:
 
 
 def take_shard(inputs: Sequence[Input], shard: int, num_shards: int) -> list[Input]:
-    """The `shard`-th (from 0) of `num_shards` runs of consecutive files of about equal bytes.
+    """Cut the files into `num_shards` shards and return the `shard`-th, from 0.
 
     Every file is in exactly one shard and no shard is without files. Raises `UserError` if there
     are fewer files than shards, or a data set of the hub, whose size is not known.
@@ -141,7 +141,7 @@ def read_inputs(
 
 
 def is_known(path: Path) -> bool:
-    """Whether the ending tells a format."""
+    """True if the file's ending names a format."""
     if path.suffix in COMPRESSIONS:
         return True
     return path.suffix in (*_LINES_SUFFIXES, *TABLE_SUFFIXES)
@@ -188,7 +188,7 @@ def _look_at(name: str) -> Input:
         raise UserError(f"{path}: you may not read this file")
     if not is_known(path):
         raise UserError(
-            f"{path}: format not known from its ending; expected one of {KNOWN_FORMATS}"
+            f"{path}: its ending names no known format; expected one of {KNOWN_FORMATS}"
         )
     status = path.stat()
     return Input(name=name, size_bytes=status.st_size, modified_ns=status.st_mtime_ns)

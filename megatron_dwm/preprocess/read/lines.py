@@ -1,7 +1,7 @@
 """JSON Lines files as chunks of whole lines.
 
-Memory is one chunk and one line: a line longer than the limit is passed over as it streams by,
-counted and reported, not held. A byte-order mark at the start of a file is left out.
+Memory is one chunk and one line: a line longer than the limit is read to its end and reported, but
+not held. A byte-order mark at the start of a file is left out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_dwm.preprocess.read.streams import (
 from megatron_dwm.preprocess.records import Chunk, Position, Reject
 
 CHUNK_BYTES = 8 << 20
-"""Decompressed bytes a chunk: a call of gigatoken costs some 5 ms besides its bytes."""
+"""Decompressed bytes of a chunk; a call of gigatoken costs some 5 ms, whatever its size."""
 _KEPT_BYTES = 200
 
 
@@ -49,7 +49,7 @@ class _LineReader:
     max_record_bytes: int
     chunk_bytes: int
     held: bytearray = field(default_factory=bytearray)
-    """bytes read and not given out: at most a chunk and the beginning of a line"""
+    """bytes that are read and in no chunk yet: at most a chunk and the beginning of a line"""
     raw_position: int = 0
     damage: str | None = None
 
@@ -61,13 +61,13 @@ class _LineReader:
             is_more = self._fill()
             cut = self.held.rfind(b"\n") + 1
             if cut:
-                yield self._give(cut)
+                yield self._take(cut)
             if len(self.held) > self.max_record_bytes:
-                yield self._pass_over()
+                yield self._overlong_line()
         if self.damage is not None:
-            yield self._give_damage()
+            yield self._damaged_rest()
         elif self.held:
-            yield self._give(len(self.held))
+            yield self._take(len(self.held))
 
     def _leave_out_mark(self) -> None:
         if self.position.offset == 0 and self.damage is None:
@@ -77,7 +77,7 @@ class _LineReader:
                 self.position = self._moved(len(codecs.BOM_UTF8), 0)
 
     def _fill(self) -> bool:
-        """Read on until there is a chunk; False at the end of the stream."""
+        """Read until there is a chunk; returns False at the end of the stream."""
         if self.damage is not None:  # a reader that has failed may go on from anywhere
             return False
         wanted = len(self.held) + self.chunk_bytes
@@ -97,7 +97,7 @@ class _LineReader:
         self.held += data
         return bool(data)
 
-    def _give(self, size: int) -> Chunk:
+    def _take(self, size: int) -> Chunk:
         content = bytes(memoryview(self.held)[:size])
         del self.held[:size]
         first = self.position.record
@@ -105,8 +105,8 @@ class _LineReader:
         self.position = self._moved(size, content.count(b"\n") + is_cut)
         return self._chunk(content, first)
 
-    def _pass_over(self) -> Chunk:
-        """An over-long line as a reject, read to its end."""
+    def _overlong_line(self) -> Chunk:
+        """Read an over-long line to its end and return it as a reject."""
         number, size = self.position.record, len(self.held)
         beginning = bytes(self.held[:_KEPT_BYTES])
         self.held.clear()
@@ -121,9 +121,9 @@ class _LineReader:
         reject = Reject(number=number, reason="over-long line", detail=detail, payload=beginning)
         return self._chunk(b"", number, reject)
 
-    def _give_damage(self) -> Chunk:
-        """The lines before the damage; what follows them is one reject and the file's end."""
-        before = self._give(self.held.rfind(b"\n") + 1)
+    def _damaged_rest(self) -> Chunk:
+        """Return the lines before the damage, with the rest of the file as one reject."""
+        before = self._take(self.held.rfind(b"\n") + 1)
         number = self.position.record
         reject = Reject(
             number=number,

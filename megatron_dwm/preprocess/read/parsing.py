@@ -1,4 +1,4 @@
-"""From a line to a JSON object, and from an object to what a key holds.
+"""Parses a line into a JSON object, and reads the values of an object's keys.
 
 orjson parses; what it refuses goes to the standard library, which decides (as in Megatron-LM's
 tool, which uses it) and says what is wrong. So NaN, numbers of any length and unpaired surrogates
@@ -27,7 +27,7 @@ def parse_record(payload: bytes) -> dict[str, object]:
 
 
 def parse_slowly(payload: bytes) -> object:
-    """As the standard library reads it; `BadRecord` with the place of the fault."""
+    """The value as the standard library parses it; `BadRecord` with the place of the fault."""
     try:
         return json.loads(payload.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -75,20 +75,20 @@ def _require_utf8(value: str, key: str) -> None:
 
 
 def value_of(record: dict[str, object], key: str) -> object:
-    """What is under `key`; `BadRecord` without it."""
+    """The value under `key`; `BadRecord` if there is none."""
     if key not in record:
         raise BadRecord("missing key", f'no key "{key}" in the record')
     return record[key]
 
 
 def json_type(value: object) -> str:
-    """What a JSON value is, in words."""
+    """The type of a JSON value, in words."""
     names = {dict: "an object", list: "an array", str: "a string", bool: "true or false"}
     return "null" if value is None else names.get(type(value), "a number")
 
 
 def begins_an_array(line: bytes) -> bool:
-    """Whether a file that begins with `line` is one JSON array of objects, not JSON Lines."""
+    """True if a file that begins with `line` is one JSON array of objects, not JSON Lines."""
     beginning = line.lstrip()
     if not beginning.startswith(b"["):
         return False

@@ -32,8 +32,9 @@ _DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
 
 def begins_as_named(path: Path, raw: BinaryIO) -> bool:
-    """Whether the first bytes are those of the compression that the ending tells; `raw` is at the
-    start of the file before and after.
+    """True if the first bytes are those of the compression that the file's ending names.
+
+    `raw` is at the start of the file before and after.
     """
     first = raw.read(8)
     raw.seek(0)
@@ -42,6 +43,8 @@ def begins_as_named(path: Path, raw: BinaryIO) -> bool:
 
 
 class ByteStream(Protocol):
+    """A source of bytes; an empty `read` is its end."""
+
     def read(self, size: int, /) -> bytes: ...
 
 
@@ -72,7 +75,7 @@ class _ZstdReader:
 
 
 class _SteppedReader:
-    """One step of a library's reader at a time: a long `read` loses what comes before damage."""
+    """Reads in steps of a library's reader: one long `read` loses the bytes before damage."""
 
     def __init__(self, stream: gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile) -> None:
         self._stream = stream
@@ -91,14 +94,17 @@ _DECOMPRESSORS: dict[str, Callable[[BinaryIO], ByteStream]] = {
 
 
 def open_stream(path: Path, raw: BinaryIO) -> ByteStream:
-    """The content of `path`, open as `raw`, decompressed. A file of no bytes has no content."""
+    """Return the decompressed content of `path`, which is open as `raw`.
+
+    A file of no bytes has no content, whatever its ending.
+    """
     if path.suffix not in _DECOMPRESSORS or path.stat().st_size == 0:
         return raw
     return _DECOMPRESSORS[path.suffix](raw)
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether `error` speaks of the content of a compressed file, not of the disk."""
+    """True if `error` is about the content of a compressed file, not about the disk."""
     return isinstance(error, _DAMAGE) or (isinstance(error, OSError) and error.errno is None)
 
 

@@ -53,7 +53,7 @@ def table_chunks(
     size_bytes: int,
     chunk_bytes: int,
 ) -> Iterator[Chunk]:
-    """`batches` of rows, of which there are so many in all, as chunks from `start` on."""
+    """Cut tables of rows into chunks from `start` on; `batches` has their total rows and them."""
     total_rows, tables = batches
     row = start.offset
     for table in tables:
@@ -70,7 +70,7 @@ def table_chunks(
 
 
 def _cut(table: pa.Table, chunk_bytes: int) -> Iterator[pa.Table]:
-    """Slices of about a chunk each."""
+    """Cut a table into slices of about `chunk_bytes`."""
     bytes_a_row = max(1, table.nbytes // max(1, table.num_rows))
     rows = max(1, chunk_bytes // bytes_a_row)
     for first in range(0, table.num_rows, rows):
@@ -112,7 +112,7 @@ def _rows_of_group(
 def _arrow_batches(
     path: Path, columns: Sequence[str], start_row: int
 ) -> tuple[int, Iterator[pa.Table]]:
-    """Both forms: the file format, and the stream that the `datasets` library caches."""
+    """Read both forms: the file format, and the stream that the `datasets` library caches."""
     source = pa.memory_map(str(path))
     is_file_format = source.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC
     source.seek(0)
@@ -145,5 +145,5 @@ def _select(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.Table:
 
 
 def _rows_without_columns(num_rows: int) -> pa.Table:
-    """Rows that lack every key asked for; the column is never looked at."""
+    """Make rows that lack every key; their only column is never read."""
     return pa.table({"": pa.nulls(num_rows)})

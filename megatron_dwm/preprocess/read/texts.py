@@ -1,4 +1,4 @@
-"""Corpora as plain records and texts, for tools that want one after the other."""
+"""Corpora as plain lines and texts, one after the other, for tools that do not encode."""
 
 from __future__ import annotations
 
@@ -39,9 +39,8 @@ def read_texts(
 ) -> Iterator[str]:
     """The text under `key` of every record, or its texts if it has a list of them.
 
-    Raises `UserError` with file and line for a bad record.
-
-    `advance` is told the bytes of input and the records of every chunk.
+    `advance` is called with the bytes of input and the records of every chunk. Raises `UserError`
+    with file and line for a bad record.
     """
     settings = DocumentSettings(
         json_keys=(key,),
@@ -62,7 +61,7 @@ def read_texts(
 
 
 def first_bytes(texts: Iterable[str], max_bytes: int | None) -> Iterator[str]:
-    """Whole texts until `max_bytes` of UTF-8 are reached (the last may go beyond); None: all."""
+    """Whole texts until they have `max_bytes` of UTF-8 (the last may go beyond); all for None."""
     size_bytes = 0
     for text in texts:
         yield text

@@ -46,11 +46,11 @@ class Targets:
         return moves + [(f"{i}.idx", path.idx) for i, path in enumerate(paths)]
 
     def require_possible_names(self) -> None:
-        """Raises `UserError` if the file system can have no files of these names."""
+        """Check the names. Raises `UserError` if the file system can have no files so named."""
         require_possible_names([self.record, *(path for _, path in self.moves())])
 
     def refuse_existing(self) -> None:
-        """Raises `UserError` if one of the files is there."""
+        """Raise `UserError` if one of the files exists."""
         for path in [self.record, *(path for _, path in self.moves())]:
             if path.exists():
                 raise UserError(f"{path} exists; choose another output or remove it")
@@ -58,7 +58,7 @@ class Targets:
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSummary:
-    """What became of the records; for every key: records = documents + empty + rejected."""
+    """The totals of a run; for every key: records = documents + empty + rejected."""
 
     prefix: str
     records: int

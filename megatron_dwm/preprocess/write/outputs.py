@@ -1,8 +1,8 @@
-"""The growing files of a run, their checkpoints, and their last forms.
+"""The growing files of a run, their checkpoints, and the files that are made of them at the end.
 
-For each JSON key the ids (`.bin`) and the marks of all documents (index_writer.py); for all keys
-together the draft of the sidecar (Arrow, a new file after every checkpoint) and the rejects.
-Memory: nothing that grows with the number of documents.
+Each JSON key has the ids (`.bin`) and the signed lengths of its documents (index_writer.py). All
+keys together have the draft of the sidecar (Arrow, a new file after every checkpoint) and the
+rejects. Memory does not grow with the number of documents.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def draft_schema(num_metadata: int) -> pa.Schema:
 
 
 class GrowingOutputs:
-    """Open files of one run, from its last checkpoint on."""
+    """The open files of one run, cut to the lengths of its last checkpoint."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class GrowingOutputs:
         state = self._workspace.state
         for i, encoded in enumerate(chunk.keys):
             self._files[_ids_name(i)].write(encoded.ids.data)
-            self._files[_lengths_name(i)].write(encoded.marks.data)
+            self._files[_lengths_name(i)].write(encoded.signed_lengths.data)
             _count(state.keys[self._keys[i]], encoded)
         if chunk.rows.num_rows:
             sources = pa.array(np.full(chunk.rows.num_rows, chunk.source, np.int32))
@@ -94,15 +94,15 @@ class GrowingOutputs:
         self._workspace.save()
 
     def check_counts(self) -> None:
-        """Raises `LostRecords` unless every record read is written, empty or rejected."""
+        """Check that every record is written, empty or rejected. Raises `LostRecords`."""
         state = self._workspace.state
         itemsize = np.dtype(self._dtype).itemsize
         for i, key in enumerate(self._keys):
             counts = state.keys[key]
             accounted = counts.documents + counts.empty + state.num_rejected
             sizes = (self._files[_lengths_name(i)].tell(), self._files[_ids_name(i)].tell())
-            marks = counts.documents + counts.empty + counts.continued
-            expected = (4 * marks, itemsize * counts.tokens)
+            num_lengths = counts.documents + counts.empty + counts.continued
+            expected = (4 * num_lengths, itemsize * counts.tokens)
             if state.records != accounted or sizes != expected:
                 raise LostRecords(
                     f'"{key}": {state.records} records, but {accounted} are accounted for; '
@@ -112,16 +112,16 @@ class GrowingOutputs:
     def finish(self, columns: SidecarColumns) -> None:
         """Write index and sidecar of each key in the workspace, and force them to the disk."""
         for i in range(len(self._keys)):
-            marks_path = self._workspace.file(_lengths_name(i))
+            lengths_path = self._workspace.file(_lengths_name(i))
 
-            def marks(path: Path = marks_path) -> Iterator[np.ndarray]:
+            def signed_lengths(path: Path = lengths_path) -> Iterator[np.ndarray]:
                 with path.open("rb") as file:
                     yield from read_numbers(file, 0, np.int32, path.stat().st_size // 4)
 
             index = self._workspace.file(f"{i}.idx")
-            write_index(index, self._dtype, marks)
+            write_index(index, self._dtype, signed_lengths)
             sidecar = self._workspace.file(f"{i}.meta.parquet")
-            write_sidecar(sidecar, columns, self._drafts(), tokens_of_documents(marks()))
+            write_sidecar(sidecar, columns, self._drafts(), tokens_of_documents(signed_lengths()))
             for path in (index, sidecar):
                 sync(path)
 
@@ -133,7 +133,7 @@ class GrowingOutputs:
                 file.close()
 
     def _open(self, name: str) -> BinaryIO:
-        """The file, cut to what the checkpoint knows of it."""
+        """Open a file at its end, cut to the length that the checkpoint says."""
         path = self._workspace.file(name)
         file = path.open("r+b" if path.exists() else "w+b")
         file.truncate(self._workspace.state.file_bytes.get(name, 0))
@@ -181,9 +181,9 @@ class GrowingOutputs:
 
 
 def _count(counts: KeyCounts, encoded: EncodedKey) -> None:
-    counts.documents += int(np.count_nonzero(encoded.marks > 0))
-    counts.empty += int(np.count_nonzero(encoded.marks == 0))
-    counts.continued += int(np.count_nonzero(encoded.marks < 0))
+    counts.documents += int(np.count_nonzero(encoded.signed_lengths > 0))
+    counts.empty += int(np.count_nonzero(encoded.signed_lengths == 0))
+    counts.continued += int(np.count_nonzero(encoded.signed_lengths < 0))
     counts.tokens += len(encoded.ids)
 
 

@@ -1,4 +1,4 @@
-"""What a run was made from, so that another run knows whether it may go on with it.
+"""What a run was made from: another run compares it to decide if it may resume.
 
 `P.preprocess.json` stays beside the finished output: inputs with size and time of change, options,
 tokenizer, and what became of the records.
@@ -29,14 +29,14 @@ class RunRecord:
 
     inputs: list[dict[str, Any]]
     options: dict[str, Any]
-    """all that shapes the output; not the workers, nor what happens to bad records"""
+    """all options that shape the output: not the workers, nor --on-bad-record"""
     format: int = _FORMAT
 
     @staticmethod
     def of(
         settings: PreprocessSettings, inputs: Sequence[Input], tokenizer: Tokenizer
     ) -> RunRecord:
-        """The record of what `settings` ask for now."""
+        """Build the record of the run that `settings` ask for."""
         return RunRecord(
             inputs=[asdict(entry) for entry in inputs],
             options={
@@ -56,7 +56,7 @@ class RunRecord:
 
     @staticmethod
     def read(path: Path) -> RunRecord:
-        """The record in `path`; `UserError` if it is none."""
+        """Read the record in `path`; `UserError` if it is none."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             return RunRecord(
@@ -67,18 +67,18 @@ class RunRecord:
 
     @property
     def lacks_end(self) -> bool:
-        """Whether it does not say which id ends a document, and the tokenizer's file does not."""
+        """True if neither the record nor the tokenizer's file says which id ends a document."""
         return (
             _END not in self.options and self.options["--tokenizer-type"] == "HuggingFaceTokenizer"
         )
 
     def _known_options(self, now: RunRecord) -> dict[str, Any]:
-        """The options, with what older versions did not record."""
+        """The options, completed by what older versions did not record."""
         older = {_END: now.options[_END], _SPECIAL_TOKENS: _spell_ids(SpecialTokens())}
         return {**older, **self.options}
 
     def difference(self, now: RunRecord) -> str | None:
-        """Why `now` is another run than this one, or None."""
+        """Say why `now` is another run than this one; None if it is the same."""
         if self.format != now.format:
             return "it was written by another version of this program"
         for name, before in self._known_options(now).items():
@@ -94,7 +94,10 @@ class RunRecord:
 
 
 def difference_to(path: Path, now: RunRecord) -> str | None:
-    """Why `now` is another run than the one recorded in `path`, or None; `UserError` as `read`."""
+    """Say why `now` is another run than the one recorded in `path`; None if it is the same.
+
+    Raises `UserError` if `path` holds no record.
+    """
     before = RunRecord.read(path)
     why = before.difference(now)
     if why is None and before.lacks_end:
