@@ -49,7 +49,7 @@ def main() -> None:
             raise
         time.sleep(_OTHERS_WAIT_S)
         sys.exit(2)
-    # Said by Megatron-Core on import, on every machine without its optional packages.
+    # Megatron-Core prints this on import on every machine without its optional packages.
     warnings.filterwarnings("ignore", message=".*(Apex|apex) (is|are) not installed.*")
     # Imported here, so that --help and mistakes answer at once.
     if arguments.command == "step":
@@ -170,7 +170,7 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     add("--ffn", 704, "inner width of the SwiGLU block")
     add("--vocab", 1024, "pieces in the vocabulary")
     add("--sequence", 128, "tokens in a sample")
-    add("--batch", 16, "samples in one optimiser step, over all processes")
+    add("--batch", 16, "samples in one optimizer step, over all processes")
     add("--micro-batch", 16, "samples in one forward pass of one process")
     parser.add_argument(
         "--precision",
@@ -199,7 +199,7 @@ def _add_layout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sharded-optimizer",
         action="store_true",
-        help="shard the optimiser's state over the data-parallel group (default: off)",
+        help="shard the optimizer's state over the data-parallel group (default: off)",
     )
 
 

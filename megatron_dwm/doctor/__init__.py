@@ -1,1 +1,1 @@
-"""The doctor: what a machine can do, and whether the hypergradient is right on it."""
+"""The doctor reports what a machine can do, and checks the hypergradient on it."""

@@ -1,6 +1,6 @@
 """`torchrun --nproc-per-node N -m megatron_dwm.doctor [CONFIG.yaml] [--section.key value ...]`
 
-Says what this machine and installation can do, then checks the hypergradient on it. Leaves with 1
+Reports what this machine and installation can do, then checks the hypergradient on it. Exits with 1
 if the estimators disagree.
 """
 
@@ -13,7 +13,7 @@ from megatron_dwm.entry import run_job
 
 
 def main() -> None:
-    """Report and check; see doctor/diagnosis.py."""
+    """Report and check, as doctor/diagnosis.py describes."""
 
     def job(loaded: Loaded) -> None:
         from megatron_dwm.doctor.diagnosis import diagnose  # noqa: PLC0415

@@ -1,8 +1,8 @@
-"""What a user runs first on a new cluster: the machine, and is the hypergradient right on it.
+"""The first thing to run on a new cluster: what the machine can do, and a check.
 
-The tangent probe is compared, under the given layout, with a finite difference and, in one process,
-with differentiating through the step. The model is the configuration's (or a tiny one), in fp32, on
-random tokens, after a few training steps so that no moment is empty.
+The check compares the tangent probe, under the given layout, with a finite difference and, in one
+process, with differentiating through the step. The model is the configuration's (or a tiny one), in
+fp32, on random tokens, after a few training steps, so that no moment is empty.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from megatron_dwm.training.gather import gather_samples
 from megatron_dwm.weighting import learns
 from megatron_dwm.weighting.rules import estimator_problems
 
-# A central difference in fp32 is right to about 2e-3 of the largest alignment
-# (bilevel/finite_difference.py); the unroll adds up the same numbers in another order.
+# A central difference in fp32 is accurate to about 2e-3 of the largest alignment
+# (bilevel/finite_difference.py); the unroll sums the same numbers in another order.
 TOLERANCES = {"finite_difference": 1e-2, "unroll": 1e-4}
 _MICRO_BATCH = 2
 _WARM_UP_STEPS = 4
 
 
 def diagnose(config: Config) -> bool:
-    """Print everything; True if the estimators agree (collective)."""
+    """Print the report; returns True if the estimators agree (collective)."""
     world_size = world_size_from_environment()
     asked = config
     validate_options(asked, heads_of(resolve_shape(asked.model)), world_size)
@@ -55,7 +55,7 @@ def diagnose(config: Config) -> bool:
 
 
 def _precision(asked: Config, runtime: Runtime) -> str:
-    """What a run of this configuration would compute in here, and what the check is in."""
+    """Returns the precision of such a run on this machine, and that of the check."""
     model = asked.model
     choice = choose_layers(model, runtime.device)
     layers = choice.message(model) or f"model.precision {model.precision}: {choice.kind} layers"
@@ -63,7 +63,7 @@ def _precision(asked: Config, runtime: Runtime) -> str:
 
 
 def _checkable(config: Config, world_size: int) -> Config:
-    """The configuration in fp32, with batches just large enough for its schedule."""
+    """Returns the configuration in fp32, with the smallest batches that its schedule allows."""
     replicas = max(1, config.data_parallel_size(world_size))
     rows = _MICRO_BATCH * 2 * config.parallel.pipeline * replicas
     return dataclasses.replace(
@@ -165,7 +165,7 @@ def _layout(config: Config, runtime: Runtime) -> str:
         f"data {runtime.data_size}",
         *(["sequence parallel"] if parallel.sequence else []),
         *([f"{parallel.virtual_stages} virtual stages"] if parallel.virtual_stages > 1 else []),
-        *(["sharded optimiser"] if parallel.sharded_optimizer else []),
+        *(["sharded optimizer"] if parallel.sharded_optimizer else []),
     ]
     parameters = resolve_shape(config.model).num_parameters()
     return f"{', '.join(parts)}; {parameters / 1e6:.2f} M parameters, fp32"

@@ -1,10 +1,10 @@
-"""FLOPs of a run by part, the share of weighting, and the time at a stated utilisation.
+"""FLOPs of a run by part, the share of weighting, and the time at a stated utilization.
 
-Counted by model/flops.py and weighting/costs.py; recomputation is added here,
-because it is work of the machine but not of the model. Utilisation is of the peak of the precision
-that a part runs in. That of the weighting model is bf16 for its own encoder where the LLM's is not
-fp32 (weighting/encoding.py), else fp32, which on a GPU is 10 to 30 times slower; so its share of
-the time can be larger than its share of the FLOPs.
+model/flops.py and weighting/costs.py count the FLOPs. Recomputation is added here, because it is
+work of the machine but not of the model. Utilization is a fraction of the peak of the precision
+that a part runs in. The weighting model's own encoder runs in bf16 if the LLM is not in fp32
+(weighting/encoding.py). Everything else of the weighting model runs in fp32, which on a GPU is 10
+to 30 times slower, so its share of the time can be larger than its share of the FLOPs.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ from megatron_dwm.weighting import method_class
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """FLOPs of the whole machine a step, means over the run's steps.
+    """FLOPs a step of the whole machine, as means over the run's steps.
 
-    llm: forward and backward.  recompute: again, in the backward pass.
+    llm: forward and backward passes.
+    recompute: forward work that the backward pass repeats.
     weighing: the weighting model on the batches of steps, from its first update on, or from the
-    start if it was loaded.  reading: a forward pass of the LLM that it waits for.
-    updates: the LLM's passes of weighting updates.  noise: one more of them in every
-    bilevel.noise_interval_updates-th update.  learning: the weighting model's own.
-    weighting_precision: what the weighting model multiplies in.
+        start if it was loaded.
+    reading: the LLM's forward pass that the weights wait for.
+    updates: the LLM's passes of weighting updates.
+    noise: one more such pass in every bilevel.noise_interval_updates-th update.
+    learning: the weighting model's own part of updates.
+    num_updates: weighting updates of the whole run.
+    weighting_precision: the precision of the weighting model's products.
     """
 
     llm: float
@@ -42,20 +46,20 @@ class Cost:
 
     @property
     def weighting(self) -> float:
-        """What is there only for the weights."""
+        """FLOPs a step that plain training does not have."""
         return self.weighing + self.reading + self.updates + self.noise + self.learning
 
     @property
     def share(self) -> float:
-        """Of weighting, against the plain run."""
+        """FLOPs of weighting as a fraction of the plain run's."""
         return self.weighting / (self.llm + self.recompute)
 
     def step_s(self, gpu: Gpu, gpus: int, precision: str, mfu: float) -> float:
-        """Seconds of a step, the mean over the run."""
+        """Returns the mean seconds of a step. mfu: fraction of the peak that is reached."""
         return self._time(gpu, gpus, precision, mfu, plain=False)
 
     def time_share(self, gpu: Gpu, precision: str) -> float:
-        """Of weighting, in time against the plain run."""
+        """Returns the time of weighting as a fraction of the plain run's."""
         whole, plain = (self._time(gpu, 1, precision, 1.0, plain=flag) for flag in (False, True))
         return whole / plain - 1.0
 
@@ -71,7 +75,7 @@ class Cost:
 
 
 def cost_of(config: Config, shape: LlamaShape, replicas: int) -> Cost:
-    """The cost of a run on `replicas` copies of the LLM, as the run itself will count it."""
+    """Returns the cost of a run on `replicas` copies of the LLM, counted as the run counts it."""
     method = method_class(config)
     costs, schedule = method.costs(config, shape, replicas=replicas), method.schedule(config)
     steps, num_updates = config.training.steps, schedule.num_updates
@@ -80,7 +84,7 @@ def cost_of(config: Config, shape: LlamaShape, replicas: int) -> Cost:
     validation = config.passages / config.training.global_batch_size
     passes = costs.update_passes + recompute * (1 + validation + fresh)
     first_weighed = method.first_weighed_step(config)
-    # A fresh batch is weighed as a step's is, but for the first that a new model learns from.
+    # A fresh batch is weighed like a step's, except the first one that a new model learns from.
     unweighed = 1 if first_weighed > 0 else 0
     weighed_updates = max(0, num_updates - unweighed) if fresh else 0
     weighed = (steps - first_weighed) / steps
@@ -103,7 +107,7 @@ def _weighting_precision(config: Config) -> str:
 
 
 def _recompute_flops(config: Config, shape: LlamaShape) -> float:
-    """Forward FLOPs that the backward pass of one step repeats."""
+    """Returns the forward FLOPs that the backward pass of one step repeats."""
     rows, length = config.training.global_batch_size, config.data.sequence_length
     attention = 2.0 * rows * length * shape.num_layers * shape.num_attention_heads
     attention *= shape.head_size * length

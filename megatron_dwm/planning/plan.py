@@ -17,8 +17,8 @@ from megatron_dwm.planning.memory import Memory, stage_memory
 from megatron_dwm.planning.traffic import Traffic, traffic_of
 from megatron_dwm.weighting import check_method, method_class
 
-# Of a GPU's memory: CUDA context, NCCL's and cuBLAS's buffers, fragmentation. A guess: no GPU was
-# at hand to measure it.
+# Fraction of a GPU's memory for the CUDA context, buffers of NCCL and cuBLAS, and fragmentation. It
+# is a guess: no GPU was at hand to measure it.
 RESERVE = 0.08
 
 
@@ -26,8 +26,10 @@ RESERVE = 0.08
 class Plan:
     """What a run on `gpus` GPUs needs.
 
-    stages: memory of a rank of every pipeline stage.  bubble: part of a pipeline's time that its
-    first stage waits, (p - 1) / (v m), which a measured utilisation includes.
+    mfu: fraction of the peak FLOPs that the run reaches.
+    stages: memory of one rank of every pipeline stage.
+    bubble: time that the first pipeline stage waits, as a fraction of its work, (p - 1) / (v m); a
+        measured utilization includes it.
     """
 
     config: Config
@@ -42,41 +44,41 @@ class Plan:
 
     @property
     def fullest(self) -> int:
-        """The stage that needs the most memory."""
+        """Number of the stage that needs the most memory."""
         return max(range(len(self.stages)), key=lambda stage: self.stages[stage].update)
 
     @property
     def needed_bytes(self) -> float:
-        """Of the fullest rank at the worst moment."""
+        """Peak bytes of the fullest rank."""
         return self.stages[self.fullest].update
 
     @property
     def usable_bytes(self) -> float:
-        """Of one GPU."""
+        """Bytes of one GPU's memory that a run may use, after the reserve."""
         return (1.0 - RESERVE) * self.gpu.memory_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether it does."""
+        """True if the fullest rank fits in usable memory."""
         return self.needed_bytes <= self.usable_bytes
 
     @property
     def step_s(self) -> float:
-        """Seconds of a step with its part of the updates."""
+        """Mean seconds of a step, weighting updates included."""
         return self.cost.step_s(self.gpu, self.gpus, self.config.model.precision, self.mfu)
 
     @property
     def tokens_a_step(self) -> int:
-        """Tokens of a global batch."""
+        """Tokens in a global batch."""
         return self.config.training.global_batch_size * self.config.data.sequence_length
 
     @property
     def time_share(self) -> float:
-        """Of weighting, in time against the plain run."""
+        """Time of weighting as a fraction of the plain run's."""
         return self.cost.time_share(self.gpu, self.config.model.precision)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as numbers: bytes, FLOPs, seconds, fractions."""
+        """Returns the plan as numbers: bytes, FLOPs, seconds and fractions."""
         return {
             "gpu": self.gpu.name,
             "gpus": self.gpus,
@@ -100,10 +102,12 @@ class Plan:
 
 
 def make_plan(config: Config, gpu: Gpu, *, gpus: int, mfu: float) -> Plan:
-    """The plan; mfu: part of the peak. No file of the run is read but the sizes of a Hugging Face
-    model and of a weighting model to start from.
+    """Returns the plan of a run on `gpus` GPUs. mfu: fraction of the peak that is reached.
 
-    Raises UserError for a run that pretrain would refuse, its files left aside.
+    Of the run's files only the sizes of a Hugging Face model and of a weighting model to start from
+    are read.
+
+    Raises UserError if pretrain would refuse the run for a reason other than its files.
     """
     if config.model.fp8_emulation:
         raise UserError("model.fp8_emulation: a plan is of a GPU's own layers; leave it out")
@@ -132,7 +136,7 @@ def make_plan(config: Config, gpu: Gpu, *, gpus: int, mfu: float) -> Plan:
 
 
 def advice(plan: Plan) -> list[str]:
-    """What to change where it does not fit, the largest part first; empty where it fits."""
+    """Returns what to change in a run that does not fit, the largest part first; else nothing."""
     if plan.fits:
         return []
     config, worst = plan.config, plan.stages[plan.fullest]
@@ -157,7 +161,7 @@ def advice(plan: Plan) -> list[str]:
 
 
 def _require_whole_replicas(config: Config, gpus: int) -> None:
-    """The rule of config/validate.py in this command's words."""
+    """Raise UserError by the rule of config/validate.py, in the words of this command."""
     parallel = config.parallel
     if parallel.model_size > 0 and gpus % parallel.model_size:
         raise UserError(
@@ -167,8 +171,9 @@ def _require_whole_replicas(config: Config, gpus: int) -> None:
 
 
 def _shape(config: Config) -> LlamaShape:
-    """The run's; the vocabulary is the preset's where the configuration leaves it to a tokenizer,
-    which need not exist yet.
+    """Returns the shape of the run's model.
+
+    The tokenizer need not exist yet: without `model.vocab_size` the vocabulary is the preset's.
     """
     start = config.model.init_from
     if start is None:

@@ -1,4 +1,4 @@
-"""A plan in words and columns for a terminal; every table in the unit of its largest value."""
+"""A plan in words and columns for a terminal; a table's unit is that of its largest value."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _SECONDS = {"h": 3600.0, "min": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}
 _PARTS = {
     "weights": "weights",
     "gradients": "gradient buffers (fp32)",
-    "optimizer": "optimiser state",
+    "optimizer": "optimizer state",
     "fp8_copies": "FP8 copies of weights",
-    "weighting_model": "weighting model, its optimiser",
+    "weighting_model": "weighting model, its optimizer",
     "activations": "activations",
     "working": "backward pass at work",
     "virtual_step": "virtual step's copies (update)",
@@ -33,7 +33,7 @@ _FLOPS = {
 
 
 def plan_text(plan: Plan) -> str:
-    """The whole plan."""
+    """Returns the whole plan as text."""
     blocks = [_heading(plan), _memory(plan), _flops(plan), _traffic(plan), _time(plan)]
     return "\n\n".join([*blocks, _verdict(plan)])
 
@@ -54,7 +54,7 @@ def _heading(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    """The first, the fullest and the last stage."""
+    """Returns a column for the first, the fullest and the last stage."""
     shown = sorted({0, plan.fullest, len(plan.stages) - 1})
     unit, size = _unit(_BYTES, max(plan.stages[stage].update for stage in shown))
     rows = [[f"{unit} a rank", *(f"stage {stage}" for stage in shown)]]
@@ -121,7 +121,7 @@ def _verdict(plan: Plan) -> str:
 
 
 def _unit(units: dict[str, float], largest: float) -> tuple[str, float]:
-    """The largest unit that `largest` has at least one of, else the smallest; its size."""
+    """Returns the largest unit that is at most `largest`, else the smallest, with its size."""
     fitting = (pair for pair in units.items() if largest >= pair[1])
     return next(fitting, list(units.items())[-1])
 

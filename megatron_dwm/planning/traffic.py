@@ -1,7 +1,8 @@
-"""Bytes that one rank hands to each parallel link in a step, and what an update adds.
+"""Bytes that one rank sends over each parallel link in a step, and in an update.
 
-A message counts as large as what is reduced, gathered, scattered or sent. A ring moves 2 (n - 1)/n
-of that through every rank's link for an all-reduce, (n - 1)/n for a gather or a scatter.
+The size of a message is that of the tensor that is reduced, gathered, scattered or sent. A ring
+moves 2 (n - 1)/n of it through every rank's link for an all-reduce, (n - 1)/n for a gather or a
+scatter.
 
     tensor    four all-reduces of [S, B, H] a layer and micro-batch, two each way; under sequence
               parallelism four gathers and four scatters, and two gathers for weight gradients
@@ -30,7 +31,10 @@ _CROSS_ENTROPY = 3 * _FP32
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Bytes of one rank. wire: through its link, by a ring."""
+    """Bytes of one rank on one link.
+
+    step, update: sizes of the messages.  step_wire, update_wire: bytes that a ring moves for them.
+    """
 
     link: str
     ranks: int
@@ -48,7 +52,7 @@ def traffic_of(
     *,
     on_gpu: bool,
 ) -> list[Traffic]:
-    """A line for every link. on_gpu: the layers are Transformer Engine's."""
+    """Returns a line for every link. on_gpu: the layers are Transformer Engine's."""
     fresh = config.weighting.update_on == "fresh"
     updates = float(learns(config))
     # Forward and backward passes of an update: g of its own batch, validation, probe.
@@ -92,15 +96,16 @@ def _line(link: str, ranks: int, step: float, update: float, factor: float) -> T
 
 
 def _hidden_bytes(config: Config, shape: LlamaShape) -> float:
-    """Of one micro-batch's hidden states, the whole sequence."""
+    """Returns the bytes of one micro-batch's hidden states, of the whole sequence."""
     value_bytes = 4 if config.model.precision == "fp32" else 2
     tokens = config.training.micro_batch_size * config.data.sequence_length
     return float(value_bytes * tokens * shape.hidden_size)
 
 
 def _tensor(config: Config, shape: LlamaShape, world_size: int) -> float:
-    """Messages of one step on the last stage, the busiest for its output layer; with one stage the
-    input embedding is there too.
+    """Returns the bytes of one step on the last stage, which is the busiest.
+
+    It has the output layer and, if it is the only stage, the input embedding.
     """
     if config.parallel.tensor == 1:
         return 0.0
@@ -116,9 +121,11 @@ def _tensor(config: Config, shape: LlamaShape, world_size: int) -> float:
 
 
 def _probe_gathers(config: Config, shape: LlamaShape, world_size: int) -> float:
-    """Under sequence parallelism the probe gathers the inputs of column-parallel products, as a
-    weight gradient does, and the output gradients of Transformer Engine's row-parallel layers, two
-    more a layer. Of Megatron-Core's layers it takes those that are gathered anyway.
+    """Returns the bytes of the gathers that a probe adds to a pass under sequence parallelism.
+
+    The probe gathers the inputs of column-parallel products, as a weight gradient does. It also
+    gathers the output gradients of Transformer Engine's row-parallel layers, two a layer; in
+    Megatron-Core's layers these are already gathered.
     """
     if config.parallel.tensor == 1 or not config.parallel.sequence:
         return 0.0
@@ -127,7 +134,7 @@ def _probe_gathers(config: Config, shape: LlamaShape, world_size: int) -> float:
 
 
 def _pipeline(config: Config, shape: LlamaShape, world_size: int) -> float:
-    """Sent by a stage in the middle, or by either of two."""
+    """Returns the bytes that a middle stage sends in a step, or either stage of two."""
     parallel = config.parallel
     if parallel.pipeline == 1:
         return 0.0
@@ -140,7 +147,10 @@ def _pipeline(config: Config, shape: LlamaShape, world_size: int) -> float:
 
 
 def _data(config: Config, shape: LlamaShape, replicas: int) -> tuple[float, float]:
-    """(gradients reduced in one pass, parameters gathered in one step), the largest stage's."""
+    """Returns the bytes of (gradients reduced in a pass, parameters gathered in a step).
+
+    They are those of the largest stage.
+    """
     if replicas == 1:
         return 0.0, 0.0
     stages = range(config.parallel.pipeline)

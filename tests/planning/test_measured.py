@@ -76,7 +76,7 @@ def planned(options: dict[str, Any], world_size: int) -> Memory:
 
 
 @pytest.mark.parametrize("world_size", HOLDINGS)
-def test_weights_gradients_and_optimiser(world_size: int, found: Found) -> None:
+def test_weights_gradients_and_optimizer(world_size: int, found: Found) -> None:
     for options in HOLDINGS[world_size]:
         ranks = found(world_size, "holdings", options)
         config, plan = configured(**options), planned(options, world_size)

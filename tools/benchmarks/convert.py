@@ -1,6 +1,6 @@
 """to-hf against copying the checkpoint's files, and its peak memory against what it may use.
 
-A checkpoint of random parameters without an optimiser is the hardest case: all that is copied has
+A checkpoint of random parameters without an optimizer is the hardest case: all that is copied has
 to be converted. Every round copies the files and then converts them, in a process each, from a warm
 file cache; the conversion's time has everything in it, its start and both models' logits too.
 """

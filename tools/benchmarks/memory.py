@@ -1,7 +1,7 @@
 """Peak memory of a plain step, an update and an unrolled update, each in a process of its own.
 
 Only a process of its own has a peak of its own. A child brings the runtime up, notes its memory,
-builds the model, takes plain steps until the optimiser has its state, then does the measured thing
+builds the model, takes plain steps until the optimizer has its state, then does the measured thing
 twice. What counts is the peak above what was noted.
 """
 

@@ -1,4 +1,4 @@
-"""Times of several things taken in turn, so that a busy machine slows all of them alike."""
+"""Times of several things taken in turn, so that a busy machine slows all of them equally."""
 
 from __future__ import annotations
 

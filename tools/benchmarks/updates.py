@@ -100,7 +100,7 @@ def _in_parts(subject: Subject) -> Contestant:
         tangent_probe(llm, unit(train, size))
         spent_s[PROBE] += clock.lap()
 
-        step.give_back()
+        step.restore_gradient()
         clear_gradients(llm, optimizer)
         spent_s[VIRTUAL] += clock.lap()
         spent_s[SUM] = sum(spent_s[part] for part in PARTS)
