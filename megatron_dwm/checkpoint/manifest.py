@@ -56,8 +56,8 @@ def checkpoint_dir(run_dir: Path, state: TrainState) -> Path:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Directories named as checkpoints, oldest first; whether they are whole is another matter."""
-    found = (run_dir / "checkpoints").glob("step_*")
-    return sorted((path for path in found if _order(path) is not None), key=_order)
+    found = [(_order(path), path) for path in (run_dir / "checkpoints").glob("step_*")]
+    return [path for _, path in sorted(pair for pair in found if pair[0] is not None)]
 
 
 def _order(path: Path) -> tuple[int, int] | None:

@@ -95,8 +95,8 @@ def _filled(key: Any, own: Any, loaded: Any, step: Any) -> Any:
         found = loaded if isinstance(loaded, dict) else {}
         return {name: _filled(name, item, found.get(name), step) for name, item in own.items()}
     if isinstance(own, list):
-        found = loaded if isinstance(loaded, list) else [None] * len(own)
-        return [_filled(None, item, other, step) for item, other in zip(own, found, strict=True)]
+        others = loaded if isinstance(loaded, list) else [None] * len(own)
+        return [_filled(None, item, other, step) for item, other in zip(own, others, strict=True)]
     return own
 
 

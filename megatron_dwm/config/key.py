@@ -18,7 +18,7 @@ Part = Literal[
 ]
 """What a method may consist of; which parts each has: weighting/build.py"""
 
-SET = "set"
+SET: Literal["set"] = "set"
 """in place of another key's values: all but an empty one, 0 and false"""
 
 Values = tuple[Any, ...] | Literal["set"]

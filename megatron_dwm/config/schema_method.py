@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from megatron_dwm.config.bounds import (
     COUNT,
@@ -22,7 +22,7 @@ from megatron_dwm.config.bounds import (
 from megatron_dwm.config.key import SET, key
 from megatron_dwm.config.methods import METHODS
 
-PolicyName = Literal[tuple(METHODS)]  # type: ignore[valid-type]
+PolicyName: TypeAlias = Literal[tuple(METHODS)]  # type: ignore[valid-type]
 
 _STAGED = {"weighting.mode": ("staged",)}
 _ONLINE = {"weighting.mode": ("online",)}

@@ -64,7 +64,7 @@ class IndexedFile:
         return max(0, self.num_tokens - 1) // sequence_length
 
 
-def parse_blend(train: Sequence[str]) -> list[BlendPart]:
+def parse_blend(train: Sequence[str | float]) -> list[BlendPart]:
     """The parts of `data.train`, in order.
 
     Raises:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from megatron_dwm.tokenizer import Tokenizer
 
 
-def has_special_tokens(train: Sequence[str]) -> bool:
+def has_special_tokens(train: Sequence[str | float]) -> bool:
     """True if a sidecar of `data.train` says that its documents have special tokens.
 
     Without a sidecar, or with one that says nothing, they have none. Raises `UserError` for a

@@ -23,6 +23,7 @@ class TokenEncoder(nn.Module):
         self, vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, ffn_size: int
     ) -> None:
         super().__init__()
+        self.head_size = hidden_size // num_heads
         self.embedding = nn.Embedding(vocab_size, hidden_size)
         self.layers = nn.ModuleList(
             EncoderLayer(hidden_size, num_heads, ffn_size) for _ in range(num_layers)
@@ -36,7 +37,7 @@ class TokenEncoder(nn.Module):
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """int64 [B, S] -> float32 [B, D]."""
         hidden_BSD = self.embedding(tokens_BS)
-        rotation = rotary_angles(tokens_BS.shape[1], self.layers[0].head_size, hidden_BSD.device)
+        rotation = rotary_angles(tokens_BS.shape[1], self.head_size, hidden_BSD.device)
         for layer in self.layers:
             hidden_BSD = layer(hidden_BSD, rotation)
         return self.norm(hidden_BSD).mean(dim=1)
