@@ -108,12 +108,12 @@ class MixedSource:
         """The origins of batch `number`."""
         corpus, kept = self.corpus.origins(number), self._border
         passages = self.target.batch(number, self.num_mixed)
-        numbered: tuple[Numbering, ...] = ("target",) * self.num_mixed
+        numbered: list[Numbering] = ["target"] * self.num_mixed
         return Origins(
             sample_ids_B=torch.cat([corpus.sample_ids_B[:kept], passages.sample_ids_B]),
             document_ids_B=torch.cat([corpus.document_ids_B[:kept], passages.document_ids_B]),
             domains=(*corpus.domains[:kept], *passages.domains),
-            numberings=corpus.numberings[:kept] + numbered,
+            numberings=(*corpus.numberings[:kept], *numbered),
         )
 
     def sample_range(self, number: int) -> range:
