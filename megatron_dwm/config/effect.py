@@ -12,19 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.config.key import SET, Condition, Entry, Part, Values, entries
+from megatron_dwm.config.key import PARTS, SET, Condition, Entry, Part, Values, entries
 from megatron_dwm.config.schema import Config
-
-# What a method lacks in which a key would work.
-_LACKS: dict[Part, str] = {
-    "target": "reads no target",
-    "updates": "makes no weighting updates",
-    "weighting_model": "has no weighting model",
-    "groups": "weighs every sample the same",
-    "alignments": "uses no alignments",
-    "domain_mean": "keeps no means of domains",
-    "mixing": "mixes no target passages into the batches",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +51,7 @@ def _idle(entry: Entry, config: Config, parts: Set[Part]) -> Iterator[tuple[str,
     """The key and the reason why it has no effect, if it has none."""
     rule = entry.rule
     if rule.part is not None and rule.part not in parts:
-        yield entry.name, f"{_method(config, parts)} {_LACKS[rule.part]}"
+        yield entry.name, f"{_method(config, parts)} {PARTS[rule.part]}"
     elif rule.only and not any(_unmet(config, each) is None for each in rule.only):
         unmet = _unmet(config, rule.only[0])
         assert unmet is not None

@@ -13,10 +13,20 @@ from typing import Any, Literal, TypeVar
 
 from megatron_dwm.config.bounds import Bound
 
-Part = Literal[
-    "target", "updates", "weighting_model", "groups", "alignments", "domain_mean", "mixing"
-]
-"""What a method may consist of; which parts each has: weighting/build.py"""
+Part = str
+"""what a method may consist of, a key of `PARTS`; each method says which parts it has"""
+
+PARTS: dict[Part, str] = {
+    "target": "reads no target",
+    "updates": "makes no weighting updates",
+    "weighting_model": "has no weighting model",
+    "groups": "weighs every sample the same",
+    "alignments": "uses no alignments",
+    "domain_mean": "keeps no means of domains",
+    "losses": "does not weigh by losses",
+    "mixing": "mixes no target passages into the batches",
+}
+"""every part, with what is said of a method that lacks it"""
 
 SET: Literal["set"] = "set"
 """in place of another key's values: all but an empty one, 0 and false"""
