@@ -1,8 +1,8 @@
 """The files other than parameters of a Hugging Face model that training started from.
 
-Every checkpoint keeps them (checkpoint/kept_files.py): configuration, generation settings, tokenizer,
-chat templates, license. An export copies them byte for byte. In config.json it rewrites only what
-training changed, and it returns a line for each change, for the model card.
+Every checkpoint keeps them (checkpoint/kept_files.py): configuration, generation settings,
+tokenizer, chat templates, license. An export copies them byte for byte. In config.json it rewrites
+only what training changed, and it returns a line for each change, for the model card.
 """
 
 from __future__ import annotations
