@@ -26,6 +26,10 @@ METHODS: dict[str, Registered] = {
         "weighs by a running mean of alignments for every domain, without a model",
         f"{_WEIGHTING}.domain_mean:DomainMean",
     ),
+    "loss_reweighting": Registered(
+        "weighs harder samples more, by their losses",
+        f"{_WEIGHTING}.loss_reweighting:LossReweighting",
+    ),
     "validation_mixing": Registered(
         "puts target passages into the training batch, all weights equal",
         f"{_WEIGHTING}.validation_mixing:ValidationMixing",

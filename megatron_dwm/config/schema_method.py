@@ -55,6 +55,11 @@ class PolicyConfig:
     domain_temperature: float = key(0.5, TEMPERATURE, part="domain_mean")
     """divides the domains' means before the softmax (domain_mean); the means are of size 1, without
     weighting.standardize nats of validation loss, some thousandths"""
+    loss_decay: float = key(0.9, FRACTION, part="losses")
+    """part of the running moments of the losses that a step keeps (loss_reweighting)"""
+    loss_temperature: float = key(1.0, TEMPERATURE, part="losses")
+    """divides the losses, in standard deviations from their mean, before the softmax
+    (loss_reweighting)"""
     mix_fraction: float = key(0.1, FRACTION, part="mixing")
     """part of every batch that is target passages, rounded to whole samples (validation_mixing)"""
 

@@ -45,6 +45,11 @@ class Costs:
     noise_interval: int = 0
 
     @property
+    def forward(self) -> float:
+        """One forward pass of the LLM over a global batch."""
+        return self.llm_step / FORWARD_BACKWARD
+
+    @property
     def update(self) -> float:
         """One weighting update, all of it but noise and, of a batch of its own, weighing it."""
         return self.learning + self.update_passes

@@ -1,0 +1,126 @@
+"""Loss-based reweighting: harder samples weigh more (Sow et al., ICLR 2025, arXiv 2502.06733).
+
+    u_i = (l_i - m) / d         l_i: token-mean loss of sample i under the LLM as it is
+    w   = the guarded softmax of u / temperature over the weighting group
+
+m and d are the running mean and standard deviation of the losses of the global batches before (the
+paper normalizes inside the batch), so the spread of the weights does not depend on the size of the
+group. There is no model, no target and no update. Cost: nothing where the group is the micro-batch;
+a forward pass where a global group has several (training/weighted_pass.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dwm.config import Config, PolicyConfig, WeightingConfig
+from megatron_dwm.config.key import Part
+from megatron_dwm.data import Batch
+from megatron_dwm.model import ForwardOutputs, LlamaShape
+from megatron_dwm.runtime import Runtime
+from megatron_dwm.weighting.concentration import weights_from_logits
+from megatron_dwm.weighting.costs import Costs, plain_costs
+from megatron_dwm.weighting.groups import Grouping, gather_over_data
+from megatron_dwm.weighting.method import BuildContext, Counters, Method, Needs
+from megatron_dwm.weighting.rules import group_problems
+
+
+class LossReweighting(Method):
+    """Two running moments of the losses, the same on every rank."""
+
+    @classmethod
+    def parts(cls, config: Config) -> frozenset[Part]:
+        """Losses, and groups to normalize weights in."""
+        return frozenset({"losses", "groups"})
+
+    @classmethod
+    def problems(cls, config: Config, num_layers: int, world_size: int) -> Iterator[str]:
+        """Rules of groups."""
+        yield from group_problems(config)
+
+    @classmethod
+    def first_weighed_step(cls, config: Config) -> int:
+        """The second: the first batch gives the moments."""
+        return 1
+
+    @classmethod
+    def costs(
+        cls, config: Config, llm: LlamaShape, *, replicas: int, passages: int | None = None
+    ) -> Costs:
+        """Plain training, and a forward pass where a global group has several micro-batches."""
+        costs, training = plain_costs(config, llm), config.training
+        rows = training.global_batch_size // replicas
+        waits = config.weighting.group == "global" and rows > training.micro_batch_size
+        return replace(costs, reading=costs.forward) if waits else costs
+
+    @classmethod
+    def build(cls, context: BuildContext) -> LossReweighting:
+        """With no batch seen."""
+        config = context.config
+        size = config.training.micro_batch_size
+        return cls(config.policy, config.weighting, context.llm.runtime, size)
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        weighting: WeightingConfig,
+        runtime: Runtime,
+        micro_batch_size: int,
+    ) -> None:
+        self.config, self.weighting, self.runtime = config, weighting, runtime
+        self.grouping = Grouping(runtime, micro_batch_size, weighting.group == "global")
+        # Means of l and of l^2, float64, on the device: a step does not wait for them.
+        self.moments: Tensor | None = None
+
+    def needs(self, counters: Counters) -> Needs:
+        """Losses, once a batch has been seen; weights are 1 until then."""
+        if self.moments is None:
+            return Needs()
+        return Needs(losses=True, whole_batch=self.grouping.is_global)
+
+    def weighs(self, counters: Counters) -> bool:
+        """True once a batch has been seen."""
+        return self.moments is not None
+
+    @torch.no_grad()
+    def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
+        """float32 [n], mean 1 in every weighting group; exactly 1 for the first batch."""
+        if self.moments is None:
+            return torch.ones(batch.size, device=batch.tokens_BS.device)
+        assert outputs is not None
+        mean, square = self.moments
+        deviation = (square - mean.square()).clamp(min=0.0).sqrt()
+        centered_n = outputs.losses_n.double() - mean
+        logits_n = torch.where(deviation > 0, centered_n / deviation, 0.0)
+        weights_Gn = weights_from_logits(
+            self.grouping.gather((logits_n / self.config.loss_temperature).float()),
+            min_effective_sample_size=self.weighting.min_effective_sample_size,
+            uniform_floor=self.weighting.uniform_floor,
+        )
+        return self.grouping.local(weights_Gn)
+
+    @torch.no_grad()
+    def after_step(self, losses_n: Tensor, counters: Counters) -> None:
+        """Move the moments towards those of this global batch (collective)."""
+        losses_N = gather_over_data(losses_n.detach(), self.runtime).double()
+        found = torch.stack([losses_N.mean(), losses_N.square().mean()])
+        if self.moments is None:
+            self.moments = found
+        else:
+            self.moments = torch.lerp(found, self.moments, self.config.loss_decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moments."""
+        return {"moments": None if self.moments is None else self.moments.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the state of `state_dict`."""
+        moments = state["moments"]
+        if moments is not None:
+            moments = torch.tensor(moments, dtype=torch.float64, device=self.runtime.device)
+        self.moments = moments
