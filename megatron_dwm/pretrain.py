@@ -11,9 +11,9 @@ def main() -> None:
     """Train one run; see `--help` for every key."""
 
     def job(loaded: Loaded) -> None:
-        from megatron_dwm.run.start import run  # noqa: PLC0415
-        from megatron_dwm.runtime.warn import print_warning  # noqa: PLC0415
-        from megatron_dwm.weighting import method_class  # noqa: PLC0415
+        from megatron_dwm.run.start import run
+        from megatron_dwm.runtime.warn import print_warning
+        from megatron_dwm.weighting import method_class
 
         config = loaded.config
         parts = method_class(config).parts(config)

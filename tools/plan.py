@@ -53,9 +53,9 @@ def main() -> None:
     config = loaded.config
     # Said by Megatron-Core on import, on every machine without these optional packages.
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
-    from megatron_dwm.planning import GPUS, make_plan  # noqa: PLC0415
-    from megatron_dwm.planning.table import plan_text  # noqa: PLC0415
-    from megatron_dwm.weighting import method_class  # noqa: PLC0415
+    from megatron_dwm.planning import GPUS, make_plan
+    from megatron_dwm.planning.table import plan_text
+    from megatron_dwm.weighting import method_class
 
     parts = method_class(config).parts(config)
     for line in warnings_of_effect(config, loaded.given, parts):

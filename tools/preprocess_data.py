@@ -201,7 +201,7 @@ class StopRequest:
         """True once a signal has arrived."""
         return self.signal_number is not None
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
+    def _take(self, number: int, _frame: FrameType | None) -> None:
         if self.signal_number is not None:
             raise KeyboardInterrupt  # asked twice: stop at once
         self.signal_number = number

@@ -16,7 +16,7 @@ def main() -> None:
     """Report and check, as doctor/diagnosis.py describes."""
 
     def job(loaded: Loaded) -> None:
-        from megatron_dwm.doctor.diagnosis import diagnose  # noqa: PLC0415
+        from megatron_dwm.doctor.diagnosis import diagnose
 
         if not diagnose(loaded.config):
             sys.exit(1)

@@ -86,7 +86,7 @@ def update_from_gradient(
     )
     with phase("hypergradient"):
         found = hypergradient(problem, upper.estimator, halves=upper.measure_noise)
-    if not _is_finite_everywhere(found, learner.runtime):
+    if not _is_finite_everywhere(found):
         return None
     noise = _noise(found, learner.runtime)
     alignments = Alignments(
@@ -107,7 +107,7 @@ def _noise(found: Hypergradient, runtime: Runtime) -> SignalToNoise | None:
     return signal_to_noise(*(gather_samples(half_n, runtime) for half_n in found.halves_2n))
 
 
-def _is_finite_everywhere(found: Hypergradient, runtime: Runtime) -> bool:
+def _is_finite_everywhere(found: Hypergradient) -> bool:
     """True if every replica's alignments and the validation loss are finite (collective)."""
     finite = torch.isfinite(found.alignment_n).all() & math.isfinite(found.val_loss)
     answer = finite.to(torch.int32)

@@ -48,7 +48,7 @@ def test_overrides_win_and_everything_comes_back(tmp_path: Path) -> None:
     assert load_config([str(tmp_path / "again.yaml")]) == config
 
 
-def test_blends_are_typed_as_megatrons_data_path(tmp_path: Path) -> None:
+def test_blends_are_typed_as_megatrons_data_path() -> None:
     words = ["--data.train", "0.3", "a", "0.7", "b", "--training.steps", "3"]
     config = load_config(words)
     assert config.data.train == ["0.3", "a", "0.7", "b"] and config.training.steps == 3

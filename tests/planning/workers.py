@@ -20,9 +20,9 @@ from tests.planning.runs import configured
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))
 
-from benchmarks.collectives import CountCalls  # noqa: E402
-from benchmarks.settings import Settings  # noqa: E402
-from benchmarks.subject import build_subject, opened  # noqa: E402
+from benchmarks.collectives import CountCalls
+from benchmarks.settings import Settings
+from benchmarks.subject import build_subject, opened
 
 
 def measured(what: str, options: dict[str, Any]) -> Any:
