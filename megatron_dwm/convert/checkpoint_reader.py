@@ -84,7 +84,7 @@ class SavedLLM:
 
     @property
     def recorded_tokenizer(self) -> str | None:
-        """Digest of the run's tokenizer in the manifest (training/fingerprint.py), if any."""
+        """Digest of the run's tokenizer in the manifest (checkpoint/fingerprint.py), if any."""
         if not (self.directory / MANIFEST).is_file():
             return None
         return read_manifest(self.directory).fingerprint.get(TOKENIZER_KEY)

@@ -1,6 +1,6 @@
 """The files other than parameters of a Hugging Face model that training started from.
 
-Every checkpoint keeps them (training/kept_files.py): configuration, generation settings, tokenizer,
+Every checkpoint keeps them (checkpoint/kept_files.py): configuration, generation settings, tokenizer,
 chat templates, license. An export copies them byte for byte. In config.json it rewrites only what
 training changed, and it returns a line for each change, for the model card.
 """

@@ -26,13 +26,14 @@ from megatron_dwm.preprocess.read.inputs import (
     read_inputs,
     take_shard,
 )
+from megatron_dwm.preprocess.record_checks import RecordChecks
 from megatron_dwm.preprocess.records import EncodedChunk
 from megatron_dwm.preprocess.settings import PreprocessSettings
 from megatron_dwm.preprocess.write.final_files import (
+    FinalPaths,
     PreprocessSummary,
-    Targets,
-    complete_run,
     move_into_place,
+    read_summary,
     summary_of,
 )
 from megatron_dwm.preprocess.write.outputs import GrowingOutputs
@@ -40,8 +41,6 @@ from megatron_dwm.preprocess.write.run_record import RunRecord
 from megatron_dwm.preprocess.write.sidecar import SidecarColumns, facts_of
 from megatron_dwm.preprocess.write.workspace import Workspace
 from megatron_dwm.tokenizer import Tokenizer, build_tokenizer, remembered_engine
-
-_JUDGED_AFTER_RECORDS = 1000
 
 
 class Stopped(Exception):
@@ -68,21 +67,21 @@ def preprocess(
         include_special_tokens=settings.include_special_tokens and not settings.pretokenized,
     )
     record = RunRecord.of(settings, inputs, tokenizer)
-    targets = Targets(prefix=settings.prefix, keys=settings.json_keys)
-    targets.require_possible_names()
-    if settings.resume and targets.record.exists():
-        return complete_run(targets, record)
+    final_paths = FinalPaths(prefix=settings.prefix, keys=settings.json_keys)
+    final_paths.require_possible_names()
+    if settings.resume and final_paths.record.exists():
+        return read_summary(final_paths, record)
     with (
         _disk_errors(settings),
         Workspace(settings.prefix, record, resume=settings.resume) as workspace,
     ):
         if workspace.state.phase == "reading":
-            targets.refuse_existing()
+            final_paths.refuse_existing()
             run = _Run(settings, inputs, tokenizer, workspace, should_stop)
             run.read_all()
             run.complete()
-        move_into_place(workspace, targets, record)
-        return summary_of(targets, workspace.state)
+        move_into_place(workspace, final_paths, record)
+        return summary_of(final_paths, workspace.state)
 
 
 @contextmanager
@@ -112,7 +111,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self._state = self.workspace.state
-        self._is_judged = False
+        self._checks = RecordChecks(self.settings, self.workspace)
         self._refuse_mixed_modes()
 
     def read_all(self) -> None:
@@ -126,7 +125,7 @@ class _Run:
         )
         with closing(outputs):
             self._read_into(outputs)
-            self._judge_all()
+            self._checks.all_records()
             outputs.checkpoint()
             outputs.check_counts()
 
@@ -140,7 +139,14 @@ class _Run:
             token_dtype(self.tokenizer.vocab_size),
         )
         with closing(outputs):
-            outputs.finish(self._columns())
+            outputs.finish(
+                SidecarColumns(
+                    metadata_keys=self.settings.metadata_keys,
+                    kinds=tuple(self._state.kinds),
+                    source_names=tuple(entry.name for entry in self.inputs),
+                    facts=facts_of(self.tokenizer, append_eod=self.settings.append_eod),
+                )
+            )
         self._state.phase = "publishing"
         self.workspace.save()
 
@@ -156,7 +162,10 @@ class _Run:
         )
         chunks = read_inputs(self.inputs, self._state.position, read)
         encoded = encode_all(
-            self._encoding(), choice.build, chunks, num_workers=settings.num_workers
+            _encode_settings(settings, self.tokenizer),
+            choice.build,
+            chunks,
+            num_workers=settings.num_workers,
         )
         last_checkpoint_s = time.monotonic()
         # Closed at once, so that an error does not wait for workers that go on tokenizing.
@@ -165,7 +174,7 @@ class _Run:
                 self._refuse_rejects(chunk)
                 outputs.add(chunk)
                 bar.advance(chunk.consumed_bytes, len(chunk.rows))
-                self._judge_beginning()
+                self._checks.first_records()
                 if self.should_stop():
                     outputs.checkpoint()
                     raise Stopped
@@ -175,29 +184,6 @@ class _Run:
 
     def _bytes_left(self) -> int:
         return sum(entry.size_bytes for entry in self.inputs[self._state.position.input :])
-
-    def _encoding(self) -> EncodeSettings:
-        settings = self.settings
-        return EncodeSettings(
-            documents=DocumentSettings(
-                json_keys=settings.json_keys,
-                metadata_keys=settings.metadata_keys,
-                max_record_bytes=settings.max_record_bytes,
-                vocab_size=self.tokenizer.vocab_size,
-                pretokenized=settings.pretokenized,
-            ),
-            dtype=token_dtype(self.tokenizer.vocab_size),
-            around=self.tokenizer.around,
-            eod_id=self.tokenizer.eod_id if settings.append_eod else None,
-        )
-
-    def _columns(self) -> SidecarColumns:
-        return SidecarColumns(
-            metadata_keys=self.settings.metadata_keys,
-            kinds=tuple(self._state.kinds),
-            source_names=tuple(entry.name for entry in self.inputs),
-            facts=facts_of(self.tokenizer, append_eod=self.settings.append_eod),
-        )
 
     def _refuse_rejects(self, chunk: EncodedChunk) -> None:
         if self.settings.on_bad_record == "error" and chunk.rejects:
@@ -221,46 +207,17 @@ class _Run:
                 self.workspace.remove()
                 raise UserError(f"{entry.name}: changed while it was read; begin again")
 
-    def _judge_beginning(self) -> None:
-        """Stop if the first thousand records are all rejected; warn of a key that none has."""
-        if self._is_judged or self._state.records < _JUDGED_AFTER_RECORDS:
-            return
-        self._is_judged = True
-        if self._state.num_rejected == self._state.records:
-            self.workspace.remove()
-            raise UserError(
-                f"none of the first {self._state.records} records is a document; the first: "
-                f"{self._state.first_reject}"
-            )
-        for key in self._metadata_not_seen():
-            warn(
-                f"--metadata-keys {key}: not in any of the first {self._state.records} records; "
-                "its column stays empty where no record has it"
-            )
 
-    def _judge_all(self) -> None:
-        """Refuse to write a dataset of nothing."""
-        for key, counts in self._state.keys.items():
-            if counts.tokens == 0 and self.settings.num_shards == 1:
-                self.workspace.remove()
-                raise UserError(self._why_nothing(key))
-        if not self._is_judged:  # what was said of the first thousand is not said again
-            for key in self._metadata_not_seen():
-                warn(f"--metadata-keys {key}: no record has this key; its column is empty")
-        for key, kind in zip(self.settings.metadata_keys, self._state.kinds, strict=True):
-            if kind == "mixed":
-                warn(
-                    f"--metadata-keys {key}: fractions, and whole numbers beyond 2^53, which a "
-                    "double would round: its column holds strings"
-                )
-
-    def _metadata_not_seen(self) -> list[str]:
-        pairs = zip(self.settings.metadata_keys, self._state.metadata_seen, strict=True)
-        return [key for key, is_seen in pairs if not is_seen]
-
-    def _why_nothing(self, key: str) -> str:
-        where = ", ".join(self.settings.inputs)
-        records = self._state.records
-        if self._state.num_rejected == records > 0:
-            return f"all {records} records were rejected; the first: {self._state.first_reject}"
-        return f'{where}: no document with any text under "{key}"; nothing to write'
+def _encode_settings(settings: PreprocessSettings, tokenizer: Tokenizer) -> EncodeSettings:
+    return EncodeSettings(
+        documents=DocumentSettings(
+            json_keys=settings.json_keys,
+            metadata_keys=settings.metadata_keys,
+            max_record_bytes=settings.max_record_bytes,
+            vocab_size=tokenizer.vocab_size,
+            pretokenized=settings.pretokenized,
+        ),
+        dtype=token_dtype(tokenizer.vocab_size),
+        around=tokenizer.around,
+        eod_id=tokenizer.eod_id if settings.append_eod else None,
+    )

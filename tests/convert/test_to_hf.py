@@ -18,7 +18,8 @@ from megatron_dwm.convert import to_hf
 from megatron_dwm.convert.gate import LOGITS_TOLERANCE, GateError, relative_deviation
 from megatron_dwm.convert.shards import plan_shards, write_shards
 from megatron_dwm.convert.to_hf import export_to_huggingface
-from megatron_dwm.model import LlamaShape, layout
+from megatron_dwm.model import LlamaShape
+from megatron_dwm.model.on_disk import parameter_names as layout
 from tests.convert.conftest import LAYOUTS, SEQUENCE_LENGTH, VOCAB_SIZE, Saved, make_run
 
 

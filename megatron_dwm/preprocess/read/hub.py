@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.read.tables import table_chunks
+from megatron_dwm.preprocess.read.tables import TableRows, table_chunks
 from megatron_dwm.preprocess.records import Chunk, Position
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def read_hub(
         yield from dataset.with_format("arrow").iter(batch_size=_ROWS)
 
     # The number of rows is not known before the end; progress shows documents only.
-    yield from table_chunks((1, tables()), name, start, size_bytes=0, chunk_bytes=chunk_bytes)
+    rows = TableRows(tables=tables(), total_rows=1)
+    yield from table_chunks(rows, name, start, size_bytes=0, chunk_bytes=chunk_bytes)
 
 
 def _open(name: str) -> IterableDataset:

@@ -7,6 +7,7 @@ one record batch (Arrow, mapped, not loaded). A row group or batch larger than a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,18 +22,28 @@ _ARROW_MAGIC = b"ARROW1"
 TABLE_SUFFIXES = (".parquet", ".arrow")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TableRows:
+    """The rows of a table that are left to read."""
+
+    tables: Iterator[pa.Table]
+    """these rows, some at a time"""
+    total_rows: int
+    """rows of the whole table; 1 if it is not known"""
+
+
 def read_table_file(
     path: Path, name: str, start: Position, *, columns: Sequence[str], chunk_bytes: int
 ) -> Iterator[Chunk]:
     """Chunks of the rows of `path` from row `start.offset` on.
 
-    Raises `UserError` for a file that is not of the format its ending tells, or damaged.
+    Raises `UserError` for a file that is not of the format that its ending names, or is damaged.
     """
-    batches = _parquet_batches if path.suffix == ".parquet" else _arrow_batches
+    open_rows = _parquet_rows if path.suffix == ".parquet" else _arrow_rows
     size_bytes = path.stat().st_size
     try:
-        found = batches(path, columns, start.offset)
-        yield from table_chunks(found, name, start, size_bytes=size_bytes, chunk_bytes=chunk_bytes)
+        rows = open_rows(path, columns, start.offset)
+        yield from table_chunks(rows, name, start, size_bytes=size_bytes, chunk_bytes=chunk_bytes)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         complaint = " ".join(str(error).split())
         raise UserError(
@@ -46,17 +57,16 @@ def read_table_file(
 
 
 def table_chunks(
-    batches: tuple[int, Iterator[pa.Table]],
+    rows: TableRows,
     name: str,
     start: Position,
     *,
     size_bytes: int,
     chunk_bytes: int,
 ) -> Iterator[Chunk]:
-    """Cut tables of rows into chunks from `start` on; `batches` has their total rows and them."""
-    total_rows, tables = batches
+    """Cut rows into chunks; the first row is that of `start`. size_bytes: of the whole table."""
     row = start.offset
-    for table in tables:
+    for table in rows.tables:
         for part in _cut(table, chunk_bytes):
             first, row = row, row + part.num_rows
             yield Chunk(
@@ -65,7 +75,7 @@ def table_chunks(
                 content=part,
                 first_record=first,
                 end=Position(input=start.input, offset=row, record=row),
-                consumed_bytes=size_bytes * part.num_rows // max(total_rows, 1),
+                consumed_bytes=size_bytes * part.num_rows // max(rows.total_rows, 1),
             )
 
 
@@ -77,9 +87,7 @@ def _cut(table: pa.Table, chunk_bytes: int) -> Iterator[pa.Table]:
         yield table.slice(first, rows)
 
 
-def _parquet_batches(
-    path: Path, columns: Sequence[str], start_row: int
-) -> tuple[int, Iterator[pa.Table]]:
+def _parquet_rows(path: Path, columns: Sequence[str], start_row: int) -> TableRows:
     file = pq.ParquetFile(path, pre_buffer=False)
     wanted = [name for name in columns if name in file.schema_arrow.names]
 
@@ -92,7 +100,7 @@ def _parquet_batches(
                     yield from _rows_of_group(file, group, wanted, max(0, start_row - first))
                 first += rows
 
-    return file.metadata.num_rows, tables()
+    return TableRows(tables=tables(), total_rows=file.metadata.num_rows)
 
 
 def _rows_of_group(
@@ -109,9 +117,7 @@ def _rows_of_group(
             yield pa.Table.from_batches([left])
 
 
-def _arrow_batches(
-    path: Path, columns: Sequence[str], start_row: int
-) -> tuple[int, Iterator[pa.Table]]:
+def _arrow_rows(path: Path, columns: Sequence[str], start_row: int) -> TableRows:
     """Read both forms: the file format, and the stream that the `datasets` library caches."""
     source = pa.memory_map(str(path))
     is_file_format = source.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC
@@ -134,7 +140,7 @@ def _arrow_batches(
                 if left.num_rows:
                     yield _select(left, columns)
 
-    return total_rows, tables()
+    return TableRows(tables=tables(), total_rows=total_rows)
 
 
 def _select(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.Table:

@@ -21,7 +21,7 @@ from megatron_dwm.preprocess.write.workspace import KeyCounts, Workspace, Worksp
 
 
 @dataclass(frozen=True, kw_only=True)
-class Targets:
+class FinalPaths:
     """The final paths of one run's files."""
 
     prefix: str
@@ -70,44 +70,44 @@ class PreprocessSummary:
     """True if the output was there already and nothing was done"""
 
 
-def move_into_place(workspace: Workspace, targets: Targets, record: RunRecord) -> None:
+def move_into_place(workspace: Workspace, final_paths: FinalPaths, record: RunRecord) -> None:
     """Move every file to its final name, write the run's record and remove the workspace."""
     state = workspace.state
     if not state.num_rejected:
         workspace.file(REJECTS).unlink(missing_ok=True)
-    for name, path in targets.moves():
+    for name, path in final_paths.moves():
         if workspace.file(name).exists():
             workspace.file(name).rename(path)
     content = {**asdict(record), "counts": _counts(state)}
-    write_json(targets.record, content, indent=1)
+    write_json(final_paths.record, content, indent=1)
     workspace.remove()
 
 
-def complete_run(targets: Targets, record: RunRecord) -> PreprocessSummary:
-    """Read the totals of the finished run at `targets`; `UserError` if it was another run."""
-    why = difference_to(targets.record, record)
+def read_summary(final_paths: FinalPaths, record: RunRecord) -> PreprocessSummary:
+    """Read the totals of the finished run at `final_paths`; `UserError` if it was another run."""
+    why = difference_to(final_paths.record, record)
     if why is not None:
         raise UserError(
-            f"{targets.record}: complete, but not this run: {why}; choose another output"
+            f"{final_paths.record}: complete, but not this run: {why}; choose another output"
         )
-    counts = json.loads(targets.record.read_text(encoding="utf-8"))["counts"]
+    counts = json.loads(final_paths.record.read_text(encoding="utf-8"))["counts"]
     return PreprocessSummary(
-        prefix=targets.prefix,
+        prefix=final_paths.prefix,
         records=counts["records"],
         rejected=counts["rejected"],
-        rejects_path=targets.rejects,
+        rejects_path=final_paths.rejects,
         datasets={key: KeyCounts(**value) for key, value in counts["keys"].items()},
         was_complete=True,
     )
 
 
-def summary_of(targets: Targets, state: WorkspaceState) -> PreprocessSummary:
+def summary_of(final_paths: FinalPaths, state: WorkspaceState) -> PreprocessSummary:
     """The totals of a run that is finished."""
     return PreprocessSummary(
-        prefix=targets.prefix,
+        prefix=final_paths.prefix,
         records=state.records,
         rejected=state.rejected,
-        rejects_path=targets.rejects,
+        rejects_path=final_paths.rejects,
         datasets=state.keys,
     )
 
