@@ -1,13 +1,14 @@
-"""What FP8 does to the weighting's signal:   python examples/fp8_alignments.py RUN_OR_CHECKPOINT
+"""The effect of FP8 on alignments:   python examples/fp8_alignments.py RUN_OR_CHECKPOINT
 
 RUN_OR_CHECKPOINT is a run's directory, whose newest whole checkpoint is taken, or a directory such
 as RUN/checkpoints/step_00000400. The samples' alignments with the validation passages (all weights
-1) are found twice at that very state, parameters and moments, and on the same batches: in the run's
-unquantized precision (bf16 for a run in FP8, else fp32 or bf16 as the run is), and with the layers'
-products in emulated FP8, one scale a tensor. Printed are the correlation of the two, of values and
-of ranks, and as a yardstick that between the alignments with one half of the passages and those
-with the other half, unquantized: noise that the weighting lives with anyway. One process, on a CPU
-too; the run's parallel layout, profiling and logging play no part, and nothing of it is changed.
+1) are computed twice from that state, parameters and moments, on the same batches: in the run's
+unquantized precision (bf16 for a run in FP8, else that of the run), and with the layers' products
+in emulated FP8, one scale a tensor. The output is the correlation of the two, of values and of
+ranks. For comparison it has the correlation between the alignments with one half of the passages
+and those with the other half, unquantized: noise that every update has. The script needs one
+process, with or without a GPU. It ignores the run's parallel layout, profiling and logging, and
+does not change the run.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ if TYPE_CHECKING:  # heavy: --help and mistakes are answered before torch and Me
 
 
 def main() -> None:
-    """Print a line a batch and their means."""
+    """Print a line for every batch, and their means."""
     arguments = _parser().parse_args()
     _quiet_upstream()
     from megatron_dwm.checkpoint.manifest import named_checkpoint
@@ -70,14 +71,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quiet_upstream() -> None:
-    """What Megatron-Core says on import without optional packages, and torch about its names."""
+    """Silence Megatron-Core's messages on import, and torch's about renamed functions."""
     warnings.filterwarnings("ignore", message=".*(Apex|apex) (is|are) not installed.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron_dwm\.runtime\.cpu")
 
 
 def _config_of(checkpoint: Path) -> Config:
-    """The run's. Raises UserError for what is no checkpoint of a run that learns."""
+    """Returns the run's configuration. Raises UserError unless it is a run that learns."""
     for name in ("config.yaml", "manifest.json"):
         if not (checkpoint / name).is_file():
             raise UserError(
@@ -92,7 +93,7 @@ def _config_of(checkpoint: Path) -> Config:
 
 
 def _unquantized(config: Config, batches: int) -> Config:
-    """Without FP8, in one process, and without what only a run needs."""
+    """Returns the configuration without FP8, in one process, and without parts only a run needs."""
     if not 1 <= batches <= config.training.steps:
         raise UserError(
             f"--batches: expected 1 to {config.training.steps}, the steps of the run, got {batches}"
@@ -121,7 +122,7 @@ def _unquantized(config: Config, batches: int) -> Config:
 
 
 def _in_fp8(unquantized: Config, of_run: Config) -> Config:
-    """The same in emulated FP8, in the layers that the run would have in FP8."""
+    """Returns the same in emulated FP8, in the layers that the run has in FP8."""
     ends = of_run.model.fp8_first_last_bf16
     model = replace(unquantized.model, fp8_emulation=True, fp8_first_last_bf16=ends)
     return replace(unquantized, model=model)
@@ -130,7 +131,7 @@ def _in_fp8(unquantized: Config, of_run: Config) -> Config:
 def _hypergradients(
     config: Config, runtime: Runtime, checkpoint: Path, batches: int
 ) -> Iterator[Hypergradient]:
-    """Yield one for every batch from the checkpoint's step on, with its passages in halves."""
+    """Yields one for every batch from the checkpoint's step on, with its passages in halves."""
     from megatron_dwm.bilevel import ESTIMATORS
     from megatron_dwm.checkpoint.load import load_checkpoint
     from megatron_dwm.checkpoint.parts import Parts

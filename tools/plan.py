@@ -1,8 +1,8 @@
-"""What a run will need, before anything is started: memory, FLOPs, messages, time, and if it fits.
+"""Print what a run will need before it is started: memory, FLOPs, messages, time, and if it fits.
 
 The configuration is that of pretrain, dotted options included; the files that it names need not
-exist, but for a model to start from (model.init_from, weighting.load). How the numbers come about,
-and what they were held to: docs/planning.md.
+exist, except a model to start from (model.init_from, weighting.load). docs/planning.md says how the
+numbers are computed, and with what they were compared.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
         raise UserError(f"--mfu: expected a fraction above 0, at most 1, got {options.mfu}")
     loaded = load(rest, "plan.py")
     config = loaded.config
-    # Said by Megatron-Core on import, on every machine without these optional packages.
+    # Megatron-Core prints this on import on every machine without these optional packages.
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     from megatron_dwm.planning import GPUS, make_plan
     from megatron_dwm.planning.table import plan_text

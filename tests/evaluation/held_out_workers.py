@@ -29,15 +29,16 @@ DATA = DataConfig(sequence_length=SEQUENCE_LENGTH, domain_key="domain")
 
 
 def evaluation_set(text: str, tokenizer: str) -> EvaluationSet:
-    """Held-out text as a run reads it."""
+    """Returns held-out text as a run reads it."""
     return EvaluationSet(EvaluationConfig(path=text), DATA, open_tokenizer(tokenizer))
 
 
 def held_out_losses(
     directory: str, tokenizer: str, text: str, parallel: dict[str, Any]
 ) -> tuple[dict[str, float], float]:
-    """Losses by domain as a run reports them; and what the first eight rows' would be, were the
-    vocabulary's padding counted, as it is in training.
+    """Returns the losses by domain as a run reports them, and that of the first rows in training.
+
+    The second counts the vocabulary's padding, as training does; the first do not.
     """
     source, layout = open_huggingface(Path(directory)), ParallelConfig(**parallel)
     held_out = HeldOut(

@@ -55,7 +55,7 @@ def layers(case: dict[str, Any], count: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found() -> Found:
-    """What every rank measured, by number of processes, measurement and options."""
+    """Returns what every rank measured, by number of processes, measurement and options."""
     results: dict[str, list[Any]] = {}
     for world_size in (1, 2):
         cases = [("holdings", options) for options in HOLDINGS[world_size]]
@@ -92,7 +92,7 @@ def test_weights_gradients_and_optimizer(world_size: int, found: Found) -> None:
 
 @pytest.mark.parametrize("world_size", KEPT)
 def test_activations_are_what_autograd_keeps(world_size: int, found: Found) -> None:
-    """One and two layers: their difference is a layer, the rest is the head."""
+    """The difference of two layers and one is a layer; the rest is the head."""
     for case in KEPT[world_size]:
         config = configured(**case)
         shape, kernels = resolve_shape(config.model), kernels_of(config, on_gpu=False)

@@ -26,7 +26,7 @@ LENGTH = 16
 
 
 def _kept(encoder: TokenEncoder, rows: int, *, bf16: bool) -> int:
-    """Bytes of the different tensors that autograd keeps of `rows` samples, parameters left out."""
+    """Count the bytes of the tensors that autograd keeps of `rows` samples, without parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
     found: dict[int, Tensor] = {}
 

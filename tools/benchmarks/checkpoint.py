@@ -2,8 +2,8 @@
 
 Every save of ours ends with checksums, a manifest and a rename, and its files are forced to the
 disk; torch.save is measured without and with that. The plan of a save is checked once in a run, so
-not here. An asynchronous save holds training up for what is timed here; its writing is then waited
-for outside the clock.
+not here. Of an asynchronous save the time is measured for which training stands still; the wait for
+its files is not.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _stall(subject: Subject, save: Callable[..., CheckpointSave]) -> Contestant:
 
 
 def _then_emptied(run: Contestant, folder: Path) -> Callable[[], dict[str, float]]:
-    """Without what a contestant leaves, so that the disk of a long benchmark does not fill up."""
+    """Returns the contestant with its files removed after each run, which keeps the disk free."""
 
     def emptied() -> dict[str, float]:
         found = run()

@@ -1,4 +1,4 @@
-"""How many messages an update sends beyond those of three plain training steps.
+"""Messages that an update sends beyond those of three plain training steps.
 
 Counted where torch.distributed hands a call to its back end, so that every caller is seen: ours,
 Megatron-Core's, and autograd's. Calls on a group of one process are left out, and so are receives
@@ -28,7 +28,7 @@ _STEPS = 3
 
 @dataclass(frozen=True)
 class Traffic:
-    """calls, num_bytes: by the name of the operation."""
+    """Calls of torch.distributed and their bytes, by the name of the operation."""
 
     calls: Counter[str] = field(default_factory=Counter)
     num_bytes: Counter[str] = field(default_factory=Counter)
@@ -57,7 +57,7 @@ class CountCalls(TorchDispatchMode):
 
 
 def collectives_table(subject: Subject) -> str:
-    """The table, or the reason why there is none (collective)."""
+    """Returns the table, or the reason why there is none (collective)."""
     if subject.runtime.world_size == 1:
         return "Collectives: none in one process; run under torchrun to count them."
     plain = _over_all(_count(subject.plain_step), subject)
@@ -84,7 +84,7 @@ def _count(call: Callable[[], object]) -> Traffic:
 
 
 def _over_all(traffic: Traffic, subject: Subject) -> Traffic:
-    """The sum over the processes."""
+    """Returns the sum over the processes (collective)."""
     found: list[Traffic | None] = [None] * subject.runtime.world_size
     dist.all_gather_object(found, traffic)
     total = Traffic()

@@ -46,7 +46,7 @@ class _Run:
 
 
 def measure_conversion(*, preset: str, checkpoint: Path | None, rounds: int) -> None:
-    """Print the table for a random model of `preset`, or for a checkpoint of the user's."""
+    """Print the table for a random model of `preset`, or for a given checkpoint."""
     environment = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -67,7 +67,7 @@ def measure_conversion(*, preset: str, checkpoint: Path | None, rounds: int) -> 
 
 
 def _made_elsewhere(shape: LlamaShape, scratch: Path) -> Path:
-    """A random model's checkpoint, from a process of its own.
+    """Make a checkpoint of a random model in a separate process.
 
     Linux counts what a process held when it started another one as that one's peak, too.
     """
@@ -105,7 +105,7 @@ def _random_checkpoint(shape: LlamaShape, directory: Path) -> None:
 
 
 def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> _Run:
-    """Wall-clock and peak resident memory of a process; its failure is ours."""
+    """Returns wall-clock seconds and peak resident memory of a process; raises if it fails."""
     start = time.monotonic()
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, env=environment)
     _, status, usage = os.wait4(process.pid, 0)

@@ -32,7 +32,7 @@ _TOOLS = Path(__file__).resolve().parent.parent
 
 
 def memory_table(settings: Settings, repeats: int) -> str:
-    """The table, or the reason why there is none; starts `repeats` processes a row."""
+    """Returns the table, or the reason why there is none; starts `repeats` processes a row."""
     if world_size_from_environment() > 1:
         return "Peak memory: measured only in a run of one process."
     if repeats == 0:
@@ -68,7 +68,7 @@ def _row(label: str, peaks: list[int], of: str, base: list[int], target: str) ->
 
 
 def _peak_of_child(kind: str, settings: Settings) -> int:
-    """Peak bytes of `kind` above a process without a model."""
+    """Returns the peak bytes of `kind` above a process without a model."""
     python_path = os.pathsep.join([str(_TOOLS), os.environ.get("PYTHONPATH", "")])
     child = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", kind, json.dumps(asdict(settings))],
@@ -106,7 +106,7 @@ def _used_bytes(device: torch.device) -> int:
 
 
 def _peak_bytes(device: torch.device) -> int:
-    """The most this process held. Not ru_maxrss, which starts at the peak of the parent process."""
+    """Returns this process's peak; ru_maxrss would start at the parent process's peak."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status_bytes("VmHWM")

@@ -1,4 +1,4 @@
-"""`step`: our LLM step against plain Megatron-Core's, weighted against uniform, and in FLOPs."""
+"""`step`: our LLM step against plain Megatron-Core's, and weighted steps against uniform."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def measure_updates(settings: Settings, *, memory_repeats: int) -> None:
 
 
 def can_unroll(settings: Settings, world_size: int) -> bool:
-    """Unrolling is for one process in fp32 (megatron_dwm/bilevel/unroll.py)."""
+    """True if the step can be unrolled: in one process and in fp32 (bilevel/unroll.py)."""
     return world_size == 1 and settings.precision == "fp32"
 
 
@@ -66,7 +66,7 @@ def _times(subject: Subject, settings: Settings) -> dict[str, list[float]]:
 
 
 def _in_parts(subject: Subject) -> Contestant:
-    """The calls of megatron_dwm/bilevel/hypergradient.py in their order, with a clock between."""
+    """Returns the calls of megatron_dwm/bilevel/hypergradient.py in order, each of them timed."""
 
     def run() -> dict[str, float]:
         problem = subject.problem()
