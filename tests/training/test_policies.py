@@ -17,7 +17,13 @@ LLM = ["--policy.name", "dwm", "--weighting.encoder", "llm"]
 TRAINING = [*LLM, "--weighting.update_on", "training"]
 DOMAINS = ["--policy.name", "domain_mean", "--weighting.damp_by_noise", "true"]
 MIXING = ["--policy.name", "validation_mixing", "--policy.mix_fraction", "0.25"]
-POLICIES = {"training": TRAINING, "domain_mean": DOMAINS, "validation_mixing": MIXING}
+LOSSES = ["--policy.name", "loss_reweighting"]
+POLICIES = {
+    "training": TRAINING,
+    "domain_mean": DOMAINS,
+    "validation_mixing": MIXING,
+    "loss_reweighting": LOSSES,
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +43,8 @@ def alone(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         ("training", ["--parallel.sharded_optimizer", "true"]),
         ("domain_mean", []),
         ("validation_mixing", []),
+        ("loss_reweighting", ["--parallel.tensor", "2"]),
+        ("loss_reweighting", ["--parallel.pipeline", "2"]),
     ],
     ids=str,
 )

@@ -19,13 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_dwm.checkpoint.fingerprint import refuse_changes
 from megatron_dwm.checkpoint.manifest import (
     FileRecord,
     Manifest,
     checkpoint_dir,
     list_checkpoints,
-    publish,
     read_manifest,
     record_file,
     remove_old,
@@ -34,6 +32,8 @@ from megatron_dwm.checkpoint.manifest import (
 )
 from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.config import Config, PolicyConfig, UserError, WeightingConfig
+from megatron_dwm.files.atomic import replace_folder
+from megatron_dwm.run.changes import refuse_changes
 from tests.training.conftest import Corpus
 from tests.training.forked import Server
 from tests.training.runs import RESUME, metrics, scheduled_rate
@@ -51,6 +51,7 @@ POLICIES = {
         *("--weighting.update_on", "training"),
     ],
     "domain_mean": ["--policy.name", "domain_mean"],
+    "loss_reweighting": ["--policy.name", "loss_reweighting", "--weighting.group", "global"],
     "validation_mixing": ["--policy.name", "validation_mixing", "--policy.mix_fraction", "0.25"],
 }
 LAYOUTS = {"own": ["--parallel.pipeline", "2"], "llm": ["--parallel.tensor", "2"]}
@@ -340,7 +341,7 @@ def test_a_replaced_checkpoint_is_there_until_the_new_one_is(tmp_path: Path) -> 
     shutil.copytree(final, partial)
     (partial / "newer").touch()
     shutil.copytree(tmp_path, tmp_path.with_name("killed"))
-    publish(partial, final)
+    replace_folder(partial, final)
     assert (final / "newer").exists() and [p.name for p in final.parent.iterdir()] == [final.name]
     killed = tmp_path.with_name("killed") / "checkpoints"
     (killed / final.name).rename(killed / f"{final.name}.replaced")
