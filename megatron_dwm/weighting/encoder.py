@@ -16,7 +16,7 @@ INIT_STD = 0.02
 class TokenEncoder(nn.Module):
     """tokens_BS -> mean over tokens of the last hidden state, [B, D].
 
-    The block is causal, like the LLM that it can be copied from (METHOD.md, section 1).
+    The block is causal, as the LLM is (METHOD.md, section 1).
     """
 
     def __init__(
