@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from megatron_dwm.checkpoint.kept_files import HUGGINGFACE, TOKENIZER
 from megatron_dwm.checkpoint.manifest import require_whole
-from megatron_dwm.checkpoint.names import MODEL_PREFIX
+from megatron_dwm.checkpoint.names import LLM_FOLDER, MODEL_PREFIX, SHAPE_FILE
 from megatron_dwm.checkpoint.sharded_files import data_only
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.model import LlamaShape
@@ -36,13 +36,13 @@ def shape_to_start_from(config: Config) -> LlamaShape | None:
     directory = Path(config.model.init_from)
     if is_huggingface(directory):
         return open_huggingface(directory).shape
-    shape = _read_shape(directory / "shape.json")
-    if not (directory / "llm" / ".metadata").is_file():
+    shape = _read_shape(directory / SHAPE_FILE)
+    if not (directory / LLM_FOLDER / ".metadata").is_file():
         raise UserError(
             f"{_KEY}: {directory / 'llm/.metadata'} is missing; the checkpoint is incomplete"
         )
     require_whole(directory, _KEY)
-    _require_tensors(directory / "llm", shape)
+    _require_tensors(directory / LLM_FOLDER, shape)
     return shape
 
 
