@@ -97,7 +97,7 @@ def test_another_file_in_the_place_of_the_records_is_set_aside(
     job = server.succeed(
         run_dir, arguments, fault={**fault, "path": str(run_dir / "metrics.jsonl")}
     )
-    assert "what lay in its place is metrics.jsonl.replaced" in job.text
+    assert "the file that replaced it is now metrics.jsonl.replaced" in job.text
     assert (run_dir / "metrics.jsonl.replaced").read_text() == "mine\n"
     assert without_time(run_dir) == without_time(expected)
 
