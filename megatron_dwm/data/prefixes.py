@@ -61,7 +61,7 @@ class IndexedFile:
         return DatasetPaths.of(self.prefix).sidecar
 
     def samples_per_epoch(self, sequence_length: int) -> int:
-        """Returns the samples of `sequence_length` tokens in an epoch; each needs one more token."""
+        """Returns the samples of `sequence_length` tokens in an epoch; each needs a token more."""
         return max(0, self.num_tokens - 1) // sequence_length
 
 
