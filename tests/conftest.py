@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.small_runs.fixtures import corpus, server, stopped  # noqa: F401
+
 # By processor time; begun first, so that no worker is left alone with one of them at the end.
 LONGEST = (
     *("test_quickstart.py", "test_faults.py", "test_runs.py", "test_benchmark.py"),

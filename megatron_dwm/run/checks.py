@@ -1,4 +1,4 @@
-"""Everything about a run that can be wrong without starting it."""
+"""All checks of a run that need no process group and no model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_dwm.weighting import check_method, method_class
 
 
 def check(config: Config) -> Opened:
-    """Check the run and return what was opened for it. Raises UserError for the first mistake."""
+    """Check the run and return the files that it opened. Raises UserError for the first mistake."""
     tokenizer, shape = open_model_and_tokenizer(config)
     world_size = world_size_from_environment()
     validate_config(config, heads_of(shape), world_size)
@@ -34,7 +34,7 @@ def check(config: Config) -> Opened:
 
 
 def _num_samples(config: Config) -> int:
-    """Of training steps, or of weighting updates where these draw more in an order of their own."""
+    """Returns the number of samples that steps read, or fresh updates if those read more."""
     updates = 0
     if config.weighting.update_on == "fresh":
         updates = method_class(config).schedule(config).num_updates

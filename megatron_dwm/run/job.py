@@ -1,4 +1,4 @@
-"""The components of one run, built from its configuration; each can be built without the others."""
+"""The components of a run, built from its configuration."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from megatron_dwm.weighting.costs import Costs
 from megatron_dwm.weighting.schedule import Schedule
 
 INDEX_CACHE = "index_cache"
-"""folder of a run for the orders of its samples, where data.cache_dir names no other"""
+"""folder of a run for its sample indices, unless data.cache_dir is set"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What the loop moves, and the state that says how far it is."""
+    """The components that the loop uses, and the counters of the run."""
 
     learner: Learner
     method: Method
@@ -35,7 +35,7 @@ class Job:
 
     @property
     def stage(self) -> int:
-        """Number of the stage of the last step or, inside a weighting phase, of the last update."""
+        """Number of the stage of the last step, or of the last update inside a weighting phase."""
         step, inside = self.state.step, self.state.stage_updates > 0
         return self.schedule.stage(step if inside else max(step - 1, 0))
 
@@ -73,13 +73,13 @@ def build_job(config: Config, runtime: Runtime, opened: Opened) -> Job:
 
 
 def build_feed(config: Config, learner: Learner, opened: Opened) -> Feed:
-    """What the steps and updates of the run read; a collective call."""
+    """Build the batches that the steps and updates of the run read; a collective call."""
     method, size = method_class(config), config.training.global_batch_size
     num_updates = method.schedule(config).num_updates
     updates = None
     if num_updates and config.weighting.update_on == "fresh":
-        # The same documents in an order of their own, so that weighting updates never change what
-        # the LLM reads.
+        # The same documents in another order, so that weighting updates never change what the LLM
+        # reads.
         data = _corpus(config, opened.tokenizer, num_updates, "weighting")
         updates = CorpusSource(data, size, "update")
     corpus = CorpusSource(

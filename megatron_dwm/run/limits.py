@@ -1,4 +1,4 @@
-"""When a run goes no further by itself: too many bad steps in a row, losses that are no numbers."""
+"""Decides when a run ends itself: too many bad steps in a row, or losses that are not finite."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _MEMORY = 0.98
 
 
 def running_mean(mean: float | None, loss: float) -> float:
-    """The mean that a spike is measured by, over about the last 50 steps."""
+    """Returns the running mean of the loss over about the last 50 steps, to find spikes."""
     return loss if mean is None else _MEMORY * mean + (1.0 - _MEMORY) * loss
 
 
 def largest_loss(config: TrainingConfig, mean: float | None) -> float | None:
-    """The loss above which a batch is a spike; None where none is."""
+    """Returns the loss above which a batch is a spike; None if there is no limit."""
     return config.spike_factor * mean if config.spike_factor and mean is not None else None
 
 
 def too_many_skipped(
     config: TrainingConfig, state: TrainState, reason: str, samples: range
 ) -> str | None:
-    """Why the run ends after the step that was just skipped; None if it goes on."""
+    """Returns why the run ends after the step that was just skipped; None if it continues."""
     if state.skipped_in_a_row <= config.max_skipped_steps:
         return None
     return (
@@ -36,9 +36,9 @@ def too_many_skipped(
 
 
 def too_many_spikes(config: TrainingConfig, spikes: list[int], step: int) -> str | None:
-    """Why the run ends after a spike at `step` (from 1); None if it goes on.
+    """Returns why the run ends after a spike at `step` (from 1); None if it continues.
 
-    As with numbers that are not finite: so many in a row are no accident of a batch.
+    So many spikes in a row are not caused by single batches.
     """
     limit = config.max_skipped_steps
     if not set(range(step - limit, step + 1)) <= set(spikes):
@@ -52,7 +52,7 @@ def too_many_spikes(config: TrainingConfig, spikes: list[int], step: int) -> str
 
 
 def not_finite(losses: Mapping[str, float], step: int) -> str | None:
-    """Why the run ends after an evaluation; None if it goes on."""
+    """Returns why the run ends after an evaluation; None if it continues."""
     if all(map(math.isfinite, losses.values())):
         return None
     return (

@@ -1,4 +1,4 @@
-"""What a user should know of a run before its first step: nothing of it stops the run.
+"""Warnings about a run before its first step; none of them stops the run.
 
 Costs one comparison of the passages' texts.
 """
@@ -15,7 +15,7 @@ from megatron_dwm.weighting import learns, method_class
 from megatron_dwm.weighting.costs import Costs
 from megatron_dwm.weighting.noise import why_no_noise
 
-# A fast CPU of many cores; a laptop's makes a tenth of it.
+# A fast CPU with many cores; a laptop has a tenth of it.
 _CPU_FLOPS = 1e12
 _SLOW_STEP_S = 60.0
 
@@ -23,7 +23,7 @@ _SLOW_STEP_S = 60.0
 def remarks(
     config: Config, opened: Opened, costs: Costs, runtime: Runtime, state: TrainState
 ) -> Iterator[str]:
-    """A line for everything that is not as the configuration lets one expect."""
+    """Yields a line for everything that a user would not expect from the configuration."""
     yield from _updates(config, opened)
     yield from _shared_passages(config, opened)
     yield from _slow_steps(config, costs, runtime)
@@ -33,7 +33,7 @@ def remarks(
 
 
 def _updates(config: Config, opened: Opened) -> Iterator[str]:
-    """What validation batches are not, of a method that learns from them."""
+    """Yields lines about small validation batches and noise that is not measured."""
     if opened.target is None or not learns(config):
         return
     passages = min(config.passages, opened.target.num_rows)
@@ -63,7 +63,7 @@ def _shared_passages(config: Config, opened: Opened) -> Iterator[str]:
     if shared:
         yield (
             f"{shared} of the {len(texts)} passages of {config.evaluation.path} "
-            f"(evaluation.path) stand in {config.validation.path} (validation.path) too: "
+            f"(evaluation.path) are also in {config.validation.path} (validation.path): "
             "the run learns from them, so their loss is not held out; take them out of one of "
             "the two"
         )
@@ -94,8 +94,8 @@ def _reads_first(costs: Costs) -> Iterator[str]:
     if costs.reading:
         yield (
             "weighting.group global with weighting.encoder llm and several micro-batches: "
-            "every step reads its batch once more before it weighs it (a third more time); "
-            "weighting.group micro_batch or a larger training.micro_batch_size spares that"
+            "every step needs an extra forward pass before it has weights (a third more time); set "
+            "weighting.group micro_batch or a larger training.micro_batch_size to avoid it"
         )
 
 

@@ -1,6 +1,6 @@
-"""What a run says about a step, an update or an evaluation: to the terminal and to the files.
+"""Reports steps, updates and evaluations of a run to the terminal and to its files.
 
-Every method is called by all ranks, since what it reports is gathered; the main process writes.
+All ranks call every method, since values are gathered; the main process writes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from megatron_dwm.training.evaluation import Evaluation
 from megatron_dwm.training.gather import gather_samples
 from megatron_dwm.weighting.costs import Costs
 
-# Where the rows of a global batch come from, looked up where it is needed.
+# Looks up the origins of a global batch's rows when they are needed.
 FindOrigins = Callable[[], Origins]
 
 
 class Reporter:
-    """The records of one run."""
+    """Writes the records of one run, and its lines on the terminal."""
 
     def __init__(
         self,
@@ -43,14 +43,14 @@ class Reporter:
         health: Health,
         files: RunFiles | None,
     ) -> None:
-        """files: the main process's; None elsewhere."""
+        """Start the clock; `files` is None except on the main process."""
         self._state, self._costs, self._runtime, self._config = state, costs, runtime, config
         self.terminal, self._health, self._files = terminal, health, files
         self._clock_s = time.monotonic()
         self._step_lines = StepLines(health, files)
 
     def step(self, stage: int, outcome: Taken, origins: FindOrigins) -> None:
-        """Report a step that was taken; the state counts it already."""
+        """Report a step that was taken and is already counted in the state."""
         weights_n = gather_samples(outcome.weights_n, self._runtime)
         self.terminal.step(self._state.step, stage, outcome)
         self._lap()
@@ -69,7 +69,7 @@ class Reporter:
             self._record_weights(stage, origins, weights_n, None)
 
     def update(self, stage: int, result: UpdateResult | None, origins: FindOrigins) -> None:
-        """Report a weighting update, made or left out; the state counts it already."""
+        """Report a weighting update, made or skipped, that is already counted in the state."""
         if result is None:
             self._skipped_update(stage)
             return
@@ -101,7 +101,7 @@ class Reporter:
             self._record_weights(stage, origins, weights_n, alignment_n)
 
     def skipped(self, stage: int, reason: str, samples: range) -> None:
-        """Report a step that was left out; the state counts it already."""
+        """Report a step that was skipped and is already counted in the state."""
         first, last = samples.start, samples.stop - 1
         self._write(stage, "skipped", reason=reason, first_sample=first, last_sample=last)
         self.terminal.warn(
@@ -109,7 +109,7 @@ class Reporter:
         )
 
     def evaluation(self, stage: int, found: Evaluation) -> None:
-        """Report held-out losses, and what is known of last words."""
+        """Report held-out losses and the scores of last words."""
         losses = found.losses
         mean = sum(losses.values()) / len(losses)
         perplexities = {name: math.exp(min(loss, 700.0)) for name, loss in losses.items()}
@@ -119,7 +119,7 @@ class Reporter:
         self.terminal.note(f"step {self._state.step} held-out loss: {text}")
 
     def flush(self) -> None:
-        """Bring all records to the disk, and the clock up to now."""
+        """Write all records to the disk, and update the run's clock."""
         self._step_lines.write()
         self._lap()
         if self._files is None:
@@ -130,7 +130,7 @@ class Reporter:
             self.terminal.warn(f"weights: {error}; records are kept until there is room")
 
     def back_to_state(self) -> None:
-        """Forget what comes after the run's state, which a checkpoint has just replaced."""
+        """Drop the records after the run's state, which was just loaded from a checkpoint."""
         self._step_lines.drop()
         if self._files is not None:
             self._files.weights.forget()
@@ -138,7 +138,7 @@ class Reporter:
         self._clock_s = time.monotonic()
 
     def close(self) -> None:
-        """Write what is left and leave the terminal tidy."""
+        """Write the remaining records and close terminal and files."""
         self._step_lines.write()
         self.terminal.close()
         if self._files is not None:
@@ -153,7 +153,7 @@ class Reporter:
     def _record_weights(
         self, stage: int, origins: FindOrigins, weights_n: Tensor, alignment_n: Tensor | None
     ) -> None:
-        """Keep the weights of a global batch (main process only)."""
+        """Record the weights of a global batch (main process only)."""
         if self._files is not None:
             self._files.weights.add(self._state.step, stage, origins(), weights_n, alignment_n)
 
@@ -174,7 +174,7 @@ class Reporter:
         }
 
     def _lap(self) -> None:
-        """Add the time since the last lap to the run's."""
+        """Add the time since the last call to the run's time."""
         now_s = time.monotonic()
         self._state.seconds += now_s - self._clock_s
         self._clock_s = now_s

@@ -15,8 +15,8 @@ from megatron_dwm.run.opened import Opened
 from megatron_dwm.run.remarks import remarks
 from megatron_dwm.tokenizer import build_tokenizer
 from megatron_dwm.weighting.costs import plain_costs
+from tests.subjects import config_of
 from tests.tiny import SAMPLES, tiny
-from tests.training.subjects import config_of
 
 # Of each batch: the rows of the global batch, those of its even half, those of its odd half.
 Halves = list[tuple[list[int], list[int], list[int]]]

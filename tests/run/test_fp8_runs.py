@@ -25,8 +25,8 @@ from megatron_dwm.config.validate import validate_config
 from megatron_dwm.model import resolve_shape
 from megatron_dwm.model.shape import heads_of
 from tests.forking.client import REPOSITORY, run_python
-from tests.training.conftest import Corpus
-from tests.training.runs import metrics, pretrain, succeed
+from tests.small_runs.command import metrics, pretrain, succeed
+from tests.small_runs.fixtures import Corpus
 
 SCRIPT = "examples/fp8_alignments.py"
 DWM = ("--policy.name", "dwm")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_dwm.checkpoint.manifest import list_checkpoints
-from tests.training.conftest import Corpus
-from tests.training.forked import Server
-from tests.training.runs import metrics
+from tests.small_runs.command import metrics
+from tests.small_runs.fixtures import Corpus
+from tests.small_runs.forked import Server
 
 
 @pytest.fixture
