@@ -26,14 +26,12 @@ from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
 from megatron_dwm.model import ForwardOutputs, LlamaShape
 from megatron_dwm.runtime import Runtime
-from megatron_dwm.weighting.concentration import weights_from_logits
+from megatron_dwm.weighting.by_rule import ByRule
 from megatron_dwm.weighting.costs import Costs, learning_costs
-from megatron_dwm.weighting.groups import Grouping, gather_over_data
+from megatron_dwm.weighting.groups import gather_over_data
 from megatron_dwm.weighting.method import (
     Alignments,
-    BuildContext,
     Counters,
-    Method,
     WeightingUpdate,
 )
 from megatron_dwm.weighting.noise import Reliability
@@ -42,7 +40,7 @@ from megatron_dwm.weighting.schedule import Schedule, schedule_of
 from megatron_dwm.weighting.standardize import centered, standardize
 
 
-class DomainMean(Method):
+class DomainMean(ByRule):
     """Weights from a running mean for every domain, the same on every rank."""
 
     @classmethod
@@ -69,13 +67,6 @@ class DomainMean(Method):
         """Returns the costs of learning without a weighting model."""
         return learning_costs(config, llm, passages=passages)
 
-    @classmethod
-    def build(cls, context: BuildContext) -> DomainMean:
-        """Build the method with no domain seen so far."""
-        config = context.config
-        size = config.training.micro_batch_size
-        return cls(config.policy, config.weighting, context.llm.runtime, size)
-
     def __init__(
         self,
         config: PolicyConfig,
@@ -83,8 +74,7 @@ class DomainMean(Method):
         runtime: Runtime,
         micro_batch_size: int,
     ) -> None:
-        self.config, self.weighting, self.runtime = config, weighting, runtime
-        self.grouping = Grouping(runtime, micro_batch_size, weighting.group == "global")
+        super().__init__(config, weighting, runtime, micro_batch_size)
         self.reliability = Reliability()
         self.means: dict[str, float] = {}
 
@@ -139,11 +129,7 @@ class DomainMean(Method):
     def _group_weights(self, batch: Batch) -> Tensor:
         means = [self.means.get(name, 0.0) for name in batch.domains]
         means_n = torch.tensor(means, dtype=torch.float32, device=self.runtime.device)
-        return weights_from_logits(
-            self.grouping.gather(means_n / self.config.domain_temperature),
-            min_effective_sample_size=self.weighting.min_effective_sample_size,
-            uniform_floor=self.weighting.uniform_floor,
-        )
+        return self.group_weights(means_n / self.config.domain_temperature)
 
     def _all_domains(self, batch: Batch) -> list[str]:
         """Returns the domains of the global batch, in order (collective)."""

@@ -23,14 +23,14 @@ from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
 from megatron_dwm.model import ForwardOutputs, LlamaShape
 from megatron_dwm.runtime import Runtime
-from megatron_dwm.weighting.concentration import weights_from_logits
+from megatron_dwm.weighting.by_rule import ByRule
 from megatron_dwm.weighting.costs import Costs, plain_costs
-from megatron_dwm.weighting.groups import Grouping, gather_over_data
-from megatron_dwm.weighting.method import BuildContext, Counters, Method, Needs
+from megatron_dwm.weighting.groups import gather_over_data
+from megatron_dwm.weighting.method import Counters, Needs
 from megatron_dwm.weighting.rules import group_problems
 
 
-class LossReweighting(Method):
+class LossReweighting(ByRule):
     """Weights from losses and their two running moments, the same on every rank."""
 
     @classmethod
@@ -58,13 +58,6 @@ class LossReweighting(Method):
         waits = config.weighting.group == "global" and rows > training.micro_batch_size
         return replace(costs, reading=costs.forward) if waits else costs
 
-    @classmethod
-    def build(cls, context: BuildContext) -> LossReweighting:
-        """Build the method with no batch seen so far."""
-        config = context.config
-        size = config.training.micro_batch_size
-        return cls(config.policy, config.weighting, context.llm.runtime, size)
-
     def __init__(
         self,
         config: PolicyConfig,
@@ -72,8 +65,7 @@ class LossReweighting(Method):
         runtime: Runtime,
         micro_batch_size: int,
     ) -> None:
-        self.config, self.weighting, self.runtime = config, weighting, runtime
-        self.grouping = Grouping(runtime, micro_batch_size, weighting.group == "global")
+        super().__init__(config, weighting, runtime, micro_batch_size)
         # Means of l and of l^2, float64, on the device, so that a step does not wait for them.
         self.moments: Tensor | None = None
 
@@ -97,12 +89,9 @@ class LossReweighting(Method):
         deviation = (square - mean.square()).clamp(min=0.0).sqrt()
         centered_n = outputs.losses_n.double() - mean
         logits_n = torch.where(deviation > 0, centered_n / deviation, 0.0)
-        weights_Gn = weights_from_logits(
-            self.grouping.gather((logits_n / self.config.loss_temperature).float()),
-            min_effective_sample_size=self.weighting.min_effective_sample_size,
-            uniform_floor=self.weighting.uniform_floor,
+        return self.grouping.local(
+            self.group_weights((logits_n / self.config.loss_temperature).float())
         )
-        return self.grouping.local(weights_Gn)
 
     @torch.no_grad()
     def after_step(self, losses_n: Tensor, counters: Counters) -> None:
