@@ -16,7 +16,7 @@ PACKAGE = REPOSITORY / "megatron_dwm"
 ALLOWED: dict[str, set[str]] = {
     "files": set(),
     "config": {"files"},
-    "tokenizer": {"config"},
+    "tokenizer": {"files", "config"},
     "runtime": {"config"},
     "model": {"config", "runtime"},
     "data": {"files", "config", "tokenizer", "runtime", "model"},
@@ -34,8 +34,8 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "runtime", "model", "data", "weighting", "bilevel", "training", "testing"),
     },
     "preprocess": {"files", "config", "tokenizer"},
-    "convert": {"config", "tokenizer", "runtime", "model", "checkpoint"},
-    "evaluation": {"config"},
+    "convert": {"files", "config", "tokenizer", "runtime", "model", "checkpoint"},
+    "evaluation": {"files", "config"},
     "report": {"config"},
 }
 MAX_CLASS_LINES = 150
