@@ -51,7 +51,7 @@ def _load_method(parts: Parts, rest: dict[str, Any], directory: Path) -> None:
     name = parts.method_name
     before = rest.get("policy_name", name)
     if before != name:
-        print_warning(f"{directory} has the state of policy {before}; {name} begins anew")
+        print_warning(f"{directory} has the state of policy {before}; {name} starts without one")
         return
     try:
         # Earlier versions saved None for a method without a state.

@@ -1,4 +1,4 @@
-"""Outputs of tools: checked before any work, and afterwards either complete or absent.
+"""Outputs of tools: checked before any work, and then either complete or absent.
 
 No tool creates a missing parent directory, since a misspelled path would create a tree. No tool
 overwrites an output.

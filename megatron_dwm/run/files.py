@@ -40,7 +40,7 @@ class RunFiles:
             self.metrics.restore()
             if not config.is_file():
                 save_config(self._config, config)
-                self._warn(f"{config} was removed: it is made again")
+                self._warn(f"{config} was removed: it is written again")
         except FileNotFoundError:
             return
         except OSError as error:
@@ -48,5 +48,5 @@ class RunFiles:
                 self._warned_of_removal = True
                 self._warn(
                     f"metrics.jsonl or config.yaml was removed from {self._run_dir} and cannot be "
-                    f"made again: {error.strerror}"
+                    f"written again: {error.strerror}"
                 )

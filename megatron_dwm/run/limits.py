@@ -30,7 +30,7 @@ def too_many_skipped(
     return (
         f"step {state.step}: {reason}; {state.skipped_in_a_row} steps in a row were not "
         f"finite (training.max_skipped_steps {config.max_skipped_steps}); "
-        f"samples {samples.start} to {samples.stop - 1}; go on from the last checkpoint with a "
+        f"samples {samples.start} to {samples.stop - 1}; continue from the last checkpoint with a "
         "smaller training.learning_rate, or look at these samples"
     )
 
@@ -46,7 +46,7 @@ def too_many_spikes(config: TrainingConfig, spikes: list[int], step: int) -> str
     return (
         f"step {step}: the losses of {limit + 1} batches in a row were spikes "
         f"(training.max_skipped_steps {limit}, training.spike_factor "
-        f"{config.spike_factor:g}); go on from the last checkpoint with a smaller "
+        f"{config.spike_factor:g}); continue from the last checkpoint with a smaller "
         "training.learning_rate or a larger factor"
     )
 
@@ -56,6 +56,6 @@ def not_finite(losses: Mapping[str, float], step: int) -> str | None:
     if all(map(math.isfinite, losses.values())):
         return None
     return (
-        f"step {step}: held-out loss {losses}; go on from the last checkpoint with a smaller "
+        f"step {step}: held-out loss {losses}; continue from the last checkpoint with a smaller "
         "training.learning_rate"
     )

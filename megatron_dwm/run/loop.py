@@ -53,7 +53,7 @@ class Loop:
             going = self._make_updates() and self._make_step()
         if not going:
             self._report.terminal.note(
-                f"stopped at step {self._state.step} ({self._upkeep.stop_reason}); go on with "
+                f"stopped at step {self._state.step} ({self._upkeep.stop_reason}); continue with "
                 "--run.resume true"
             )
         self._window.close()

@@ -120,7 +120,7 @@ def _drop_weights(folder: Path, state: TrainState, warn: Callable[[str], None]) 
         if updates is None:
             warn(
                 f"{file} is damaged: it cannot be read; it is set aside as "
-                f"{set_aside(file, 'damaged').name}, and the run goes on without these weights"
+                f"{set_aside(file, 'damaged').name}, and the run continues without these weights"
             )
         elif max(int(match[1]), int(match[2])) > state.step or updates > state.updates:
             file.unlink()

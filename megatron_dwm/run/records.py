@@ -115,7 +115,7 @@ class MetricsWriter:
         aside = set_aside(self._path, "replaced") if found else None
         self._copy_back()
         kept = f"; the file that replaced it is now {aside.name}" if aside else ""
-        self._warn(f"{self._path} was removed: it is made again, whole{kept}")
+        self._warn(f"{self._path} was removed: it is written again{kept}")
 
     def _copy_back(self) -> None:
         with new_file(self._path) as partial, partial.open("wb") as copy:

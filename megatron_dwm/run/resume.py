@@ -51,4 +51,4 @@ def _must_have_had_one(run_dir: Path, training: TrainingConfig) -> bool:
 def warn_of_keys_without_effect(keys: list[str], checkpoint: Path) -> None:
     """Print a warning for each changed key that has no effect on a resumed run."""
     for key in keys:
-        print_warning(f"{key}: changed, with no effect: the run goes on from {checkpoint}")
+        print_warning(f"{key}: changed, with no effect: the run continues from {checkpoint}")

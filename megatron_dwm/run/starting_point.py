@@ -85,12 +85,12 @@ def _require_tensors(directory: Path, shape: LlamaShape) -> None:
         if not isinstance(entry, TensorStorageMetadata):
             raise UserError(
                 f"{_KEY}: {directory} has no tensor {MODEL_PREFIX + name}; it is no checkpoint of "
-                "a model that the shape.json beside it describes"
+                "a model that the shape.json next to it describes"
             )
         if tuple(entry.size) != size:
             raise UserError(
                 f"{_KEY}: {directory}: tensor {MODEL_PREFIX + name} has shape {list(entry.size)}, "
-                f"the shape.json beside it asks for {list(size)}"
+                f"the shape.json next to it has {list(size)}"
             )
 
 

@@ -50,7 +50,7 @@ class Upkeep:
     def after_update(self, *, counts: bool) -> bool:
         """Do what is due after an update; False after a request to stop.
 
-        counts: the update counts towards the next checkpoint.
+        counts: the update counts toward the next checkpoint.
         """
         if counts:
             self._save_if_due(self._state.updates)

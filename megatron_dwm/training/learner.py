@@ -1,4 +1,4 @@
-"""The learner: the LLM, its optimizer and its schedule, as a step and a hypergradient need them."""
+"""The learner: the LLM with its optimizer and schedule, for steps and hypergradients."""
 
 from __future__ import annotations
 

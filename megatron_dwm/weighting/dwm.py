@@ -179,7 +179,7 @@ class Dwm(Method):
     def update(
         self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments
     ) -> WeightingUpdate:
-        """Take one AdamW step of the weighting model towards a lower validation loss."""
+        """Take one AdamW step of the weighting model toward a lower validation loss."""
         return self.trainer.update(batch, outputs, alignments)
 
     def files(self) -> dict[str, bytes]:

@@ -68,7 +68,7 @@ class WeightingTrainer:
     def update(
         self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments
     ) -> WeightingUpdate:
-        """Take one AdamW step towards a lower validation loss (collective over the job)."""
+        """Take one AdamW step toward a lower validation loss (collective over the job)."""
         self.reliability.observe(alignments.signal_to_noise)
         weights_Gn = self.group_weights(batch, outputs)
         advantage_Gn = self._advantage(alignments, weights_Gn.detach())

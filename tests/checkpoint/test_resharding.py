@@ -24,13 +24,13 @@ MOVES = {
 
 
 @pytest.mark.parametrize("name", MOVES)
-def test_optimiser_state_moves_between_layouts_and_kinds(
+def test_optimizer_state_moves_between_layouts_and_kinds(
     server: Server, corpus: Corpus, tmp_path: Path, name: str
 ) -> None:
     """Sharded and plain, one layout to another and on to a third, against one run alone."""
     arguments = [*corpus.arguments(), "--policy.name", "dwm", "--training.steps", "12"]
     # In bf16 another order of sums is seen at once, so there the layout stays and only kinds move,
-    # without clipping: a sharded optimiser adds up the gradient's norm in an order of its own.
+    # without clipping: a sharded optimizer adds up the gradient's norm in an order of its own.
     bf16 = ["--model.precision", "bf16", "--training.clip_grad", "0"]
     arguments += bf16 if name == "bf16" else []
     server.succeed(tmp_path / "alone", arguments, ranks=2 if name == "bf16" else 1)

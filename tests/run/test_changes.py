@@ -20,7 +20,7 @@ from megatron_dwm.run.changes import refuse_changes
 def test_the_group_of_weights_may_not_change(
     group: str, policy: str, refused: bool, frozen: bool
 ) -> None:
-    """A micro-batch is what learned weights are normalised over, where weighting.group says so."""
+    """A micro-batch is what learned weights are normalized over, where weighting.group says so."""
     weighting = WeightingConfig(group=group, frozen=frozen)
     old = Config(policy=PolicyConfig(name=policy), weighting=weighting)
     new = replace(old, training=replace(old.training, micro_batch_size=2))

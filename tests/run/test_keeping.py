@@ -79,8 +79,8 @@ def test_records_that_are_removed_are_made_again(
         arguments,
         fault={"name": "remove", "place": "training", "call": 3, "paths": gone},
     )
-    assert f"warning: {run_dir / 'metrics.jsonl'} was removed: it is made again, whole" in job.text
-    assert f"warning: {run_dir / 'config.yaml'} was removed: it is made again" in job.text
+    assert f"warning: {run_dir / 'metrics.jsonl'} was removed: it is written again" in job.text
+    assert f"warning: {run_dir / 'config.yaml'} was removed: it is written again" in job.text
     assert without_time(run_dir) == without_time(expected)
     ours, theirs = ((d / "config.yaml").read_text() for d in (run_dir, expected))
     assert ours == theirs.replace(str(expected), str(run_dir))
