@@ -90,7 +90,7 @@ def _require_tensors(directory: Path, shape: LlamaShape) -> None:
         if tuple(entry.size) != size:
             raise UserError(
                 f"{_KEY}: {directory}: tensor {MODEL_PREFIX + name} has shape {list(entry.size)}, "
-                f"the shape.json next to it has {list(size)}"
+                f"the shape.json next to it says {list(size)}"
             )
 
 

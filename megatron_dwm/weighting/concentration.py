@@ -72,6 +72,6 @@ def _size_at(logits_Gn: Tensor, temperature_G: Tensor) -> Tensor:
 
 
 def _softmax_times_n(logits_Gn: Tensor) -> Tensor:
-    """n * softmax, written so that equal logits give exactly 1 for every n."""
+    """Returns n * softmax, computed so that equal logits give exactly 1 for every n."""
     shifted_Gn = (logits_Gn - logits_Gn.amax(-1, keepdim=True).detach()).exp()
     return shifted_Gn * (logits_Gn.shape[-1] / shifted_Gn.sum(-1, keepdim=True))

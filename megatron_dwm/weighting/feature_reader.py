@@ -18,7 +18,7 @@ class FeatureReader(nn.Module):
     """Maps features and losses of samples to [G, n, width]."""
 
     def __init__(self, feature_size: int, width: int) -> None:
-        """feature_size: D, the LLM's hidden size."""
+        """Build the map; `feature_size` is D, the LLM's hidden size."""
         super().__init__()
         self.project = nn.Linear(2 * feature_size + 1, width)
 
