@@ -30,6 +30,7 @@ def warnings_of_effect(config: Config, given: Given, parts: Set[Part]) -> list[s
     parts: the parts that the method has. Raises UserError if a key of the command line has no
     effect.
     """
+    assert parts <= PARTS.keys(), parts - PARTS.keys()
     idle = {name: why for entry in entries(config) for name, why in _idle(entry, config, parts)}
     refused = [name for name in idle if name in given.command_line]
     if refused:

@@ -71,6 +71,7 @@ def key(
     only: Condition | tuple[Condition, ...] = (),
 ) -> T:
     """Returns a dataclass field with a `Rule`; a list is copied for every configuration."""
+    assert part is None or part in PARTS, part
     alternatives = only if isinstance(only, tuple) else (only,)
     metadata = {_METADATA: Rule(bound=bound, part=part, only=alternatives)}
     if isinstance(default, list):

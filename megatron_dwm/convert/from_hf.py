@@ -63,7 +63,7 @@ def import_from_huggingface(
     output = Path(output)
     require_free(output)
     model = open_huggingface(Path(source))
-    # Opened first, so that a missing tokenizer is an error before the long part.
+    # RunInputs first, so that a missing tokenizer is an error before the long part.
     encode = None if skip_check else plain_encoder(model.directory)
     with new_directory(output) as partial:
         _write(model, partial)

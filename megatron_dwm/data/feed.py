@@ -7,9 +7,9 @@ training batch of this replica in host memory.
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
+from threading import Thread
 
 import torch
 
@@ -38,8 +38,34 @@ class Share:
         return slice(self.replica * share, (self.replica + 1) * share)
 
 
+class _ReadAhead(Thread):
+    """Reads one batch. A daemon, so that a dead file system does not keep a failed run alive."""
+
+    def __init__(self, step: int, read: Callable[[int], Batch]) -> None:
+        super().__init__(name="feed", daemon=True)
+        self.step, self._read = step, read
+        self._batch: Batch | None = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Read the batch; what fails is kept for `result`."""
+        try:
+            self._batch = self._read(self.step)
+        except BaseException as error:  # raised where the batch is asked for
+            self._error = error
+
+    def result(self) -> Batch:
+        """Returns the batch once it is read; raises what its reading raised."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        assert self._batch is not None
+        return self._batch
+
+
 class Feed:
-    """Batches of a run. Use it as a context manager, which stops the thread at its end."""
+    """Batches of a run."""
 
     def __init__(
         self,
@@ -62,19 +88,7 @@ class Feed:
         self._device, self._updates, self._target = device, updates, target
         # A batch never has a row of the target twice.
         self.passages = passages if target is None else min(passages, target.num_rows)
-        self._thread = ThreadPoolExecutor(1, "feed")
-        self._next: tuple[int, Future[Batch]] | None = None
-
-    def __enter__(self) -> Feed:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._ahead: _ReadAhead | None = None
 
     @property
     def global_batch_size(self) -> int:
@@ -88,9 +102,13 @@ class Feed:
 
     def training(self, step: int) -> Batch:
         """Returns the batch of step `step` (from 0), and starts to read the next one."""
-        batch = self._read_ahead(step) or self._read_training(step)
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.step == step:
+            batch = ahead.result()
+        else:
+            batch = self._read_training(step)
         if step + 1 < self._steps:
-            self._next = (step + 1, self._thread.submit(self._read_training, step + 1))
+            self._ahead = _ReadAhead(step + 1, self._read_training)
         return batch.to(self._device)
 
     def update(self, number: int) -> Batch:
@@ -132,12 +150,6 @@ class Feed:
     def sample_range(self, step: int) -> range:
         """Returns the numbers of the corpus samples in the global batch of step `step`."""
         return self._training.sample_range(step)
-
-    def _read_ahead(self, step: int) -> Batch | None:
-        """Returns the batch of `step` if the thread has read it, else None."""
-        if self._next is None or self._next[0] != step:
-            return None
-        return self._next[1].result()
 
     def _read_training(self, step: int) -> Batch:
         return self._rows(self._training, step)

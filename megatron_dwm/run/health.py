@@ -17,6 +17,7 @@ class Health:
         *,
         min_effective_sample_size: float,
         min_signal_to_noise: float,
+        gentler: str,
         warn: Callable[[str], None],
     ) -> None:
         """Set the bounds of the two warnings.
@@ -24,7 +25,7 @@ class Health:
         They are `weighting.warn_effective_sample_size` and `bilevel.min_signal_to_noise`.
         """
         self._min_size, self._min_ratio = min_effective_sample_size, min_signal_to_noise
-        self._warn = warn
+        self._gentler, self._warn = gentler, warn
         self._ratios: deque[float] = deque(maxlen=_MEASUREMENTS)
         self._warned: set[str] = set()
 
@@ -34,8 +35,7 @@ class Health:
             self._warn_once(
                 "collapse",
                 f"the weights have collapsed: effective sample size {size:.3f} of a batch, below "
-                f"{self._min_size}; raise weighting.min_effective_sample_size or "
-                "weighting.uniform_floor, or lower weighting.learning_rate",
+                f"{self._min_size}; {self._gentler}",
             )
 
     def signal_to_noise(self, ratio: float) -> None:

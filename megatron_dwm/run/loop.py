@@ -47,10 +47,11 @@ class Loop:
 
         Returns True if the final state is saved.
         """
-        going = self._upkeep.begin()
-        while going and self._state.step < self._config.training.steps:
-            self._window.before_step(self._state.step + 1)
-            going = self._make_updates() and self._make_step()
+        try:
+            going = self._advance()
+        except BaseException:
+            self._report.write_what_waits()
+            raise
         if not going:
             self._report.terminal.note(
                 f"stopped at step {self._state.step} ({self._upkeep.stop_reason}); continue with "
@@ -58,6 +59,14 @@ class Loop:
             )
         self._window.close()
         return self._upkeep.end()
+
+    def _advance(self) -> bool:
+        """Take what is left of the run; False after a request to stop."""
+        going = self._upkeep.begin()
+        while going and self._state.step < self._config.training.steps:
+            self._window.before_step(self._state.step + 1)
+            going = self._make_updates() and self._make_step()
+        return going
 
     def _make_updates(self) -> bool:
         """Make the updates that are due with the LLM frozen; False after a request to stop."""
@@ -136,13 +145,13 @@ class Loop:
         samples = self._job.feed.sample_range(state.step)
         state.step, state.stage_updates, state.skipped = state.step + 1, 0, state.skipped + 1
         self._report.skipped(self._job.stage, reason, samples)
-        self._upkeep.end_if(limits.too_many_skipped(self._config.training, state, reason, samples))
+        self._upkeep.fail_if(limits.too_many_skipped(self._config.training, state, reason, samples))
 
     def _roll_back(self, spike: Spike) -> None:
         """Return to the last checkpoint; the batch of the spike will be skipped."""
         state, number = self._state, self._state.step + 1
         passed_over = sorted({*state.passed_over, number})
-        self._upkeep.end_if(limits.too_many_spikes(self._config.training, passed_over, number))
+        self._upkeep.fail_if(limits.too_many_spikes(self._config.training, passed_over, number))
         self._upkeep.load_newest()
         state.passed_over = passed_over
         self._report.terminal.warn(

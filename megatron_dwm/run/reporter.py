@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -128,6 +129,14 @@ class Reporter:
             self._files.weights.flush(self._state.updates)
         except OSError as error:
             self.terminal.warn(f"weights: {error}; records are kept until there is room")
+
+    def write_what_waits(self) -> None:
+        """Write the lines of finished steps when the run fails; they may explain why.
+
+        The failure is reported by its own error, so another one here is not.
+        """
+        with suppress(Exception):
+            self._step_lines.write()
 
     def back_to_state(self) -> None:
         """Drop the records after the run's state, which was just loaded from a checkpoint."""

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_dwm.checkpoint.fingerprint import DOMAINS, fingerprint
 from megatron_dwm.checkpoint.first_checkpoint import note_start
 from megatron_dwm.checkpoint.kept_files import kept_files
-from megatron_dwm.checkpoint.load import load_checkpoint, load_parameters
+from megatron_dwm.checkpoint.load import load_parameters
 from megatron_dwm.checkpoint.manifest import read_manifest
 from megatron_dwm.checkpoint.names import CONFIG_FILE, SHAPE_FILE
 from megatron_dwm.checkpoint.newest import newest_whole_checkpoint
@@ -33,10 +33,10 @@ from megatron_dwm.run.checks import check
 from megatron_dwm.run.directory import run_to_resume
 from megatron_dwm.run.files import RunFiles
 from megatron_dwm.run.health import Health
-from megatron_dwm.run.job import Job, build_job
+from megatron_dwm.run.inputs import RunInputs
+from megatron_dwm.run.job import Job, build_job, load_job
 from megatron_dwm.run.lock import only_job
 from megatron_dwm.run.loop import Loop
-from megatron_dwm.run.opened import Opened
 from megatron_dwm.run.recorded import drop_records_after
 from megatron_dwm.run.remarks import remarks
 from megatron_dwm.run.reporter import Reporter
@@ -48,7 +48,7 @@ from megatron_dwm.runtime import Runtime, bring_up
 from megatron_dwm.runtime.profiling import Window
 from megatron_dwm.runtime.stop import StopPoll, stop_signals
 from megatron_dwm.runtime.warn import print_warning
-from megatron_dwm.training.optimizer import begin_at
+from megatron_dwm.weighting import method_class
 
 
 def run(config: Config) -> None:
@@ -58,7 +58,7 @@ def run(config: Config) -> None:
     process at once. After that the run saves first, and a second signal of the launcher does no
     harm until everything is closed.
     """
-    opened = check(config)
+    inputs = check(config)
     before = run_to_resume(config)
     typed, config = typed_paths(config), with_absolute_paths(config)
     run_dir = Path(config.run.dir)
@@ -68,21 +68,20 @@ def run(config: Config) -> None:
         _claimed(run_dir, runtime) as is_lost,
     ):
         newest = newest_whole_checkpoint(run_dir, runtime) if before else None
-        found = fingerprint(config, opened.shape)
+        found = fingerprint(config, inputs.shape)
         if before and newest is None:
             require_no_loss(run_dir, before.training)
         if _is_over(config, _saved_state(config, newest, found), runtime):
             return
-        job = build_job(config, runtime, opened)
-        with job.feed:
-            parts = _parts(config, job, opened, newest)
-            _start(config, before, job, parts, opened, newest)
-            if runtime.is_main:
-                _write_start(config, job.state, typed, had_checkpoint=newest is not None)
-            received = until_exit.enter_context(stop_signals())
-            runtime.barrier()
-            stop = StopPoll(runtime, run_dir, received, is_lost)
-            saved = _loop(config, job, parts, opened, found, newest, stop).run()
+        job = build_job(config, runtime, inputs)
+        parts = _parts(config, job, inputs, newest)
+        _start(config, before, job, parts, inputs, newest)
+        if runtime.is_main:
+            _write_start(config, job.state, typed, had_checkpoint=newest is not None)
+        received = until_exit.enter_context(stop_signals())
+        runtime.barrier()
+        stop = StopPoll(runtime, run_dir, received, is_lost)
+        saved = _loop(config, job, parts, inputs, found, newest, stop).run()
         if not saved:
             sys.exit(1)
 
@@ -99,13 +98,13 @@ def _is_over(config: Config, state: TrainState, runtime: Runtime) -> bool:
     return True
 
 
-def _parts(config: Config, job: Job, opened: Opened, newest: Path | None) -> Parts:
+def _parts(config: Config, job: Job, inputs: RunInputs, newest: Path | None) -> Parts:
     files: dict[str, bytes] = {}
     if job.learner.runtime.is_main:
         files = {
             CONFIG_FILE: config_text(config).encode(),
-            SHAPE_FILE: json.dumps(asdict(opened.shape)).encode(),
-            **kept_files(config, opened.tokenizer, newest),
+            SHAPE_FILE: json.dumps(asdict(inputs.shape)).encode(),
+            **kept_files(config, inputs.tokenizer, newest),
         }
     return Parts(
         llm=job.learner.llm,
@@ -122,18 +121,17 @@ def _start(
     before: Config | None,
     job: Job,
     parts: Parts,
-    opened: Opened,
+    inputs: RunInputs,
     newest: Path | None,
 ) -> None:
     """Load the checkpoint to resume from, or the parameters of `model.init_from` (collective)."""
     if newest is not None:
         assert before is not None
-        load_checkpoint(parts, newest)
-        begin_at(job.learner.scheduler, job.state.step + 1)
+        load_job(job, parts, newest)
         warn_of_keys_without_effect(without_effect(before, config), newest)
     elif config.model.init_from is not None:
         if job.learner.runtime.is_main:
-            warn_of_another_tokenizer(config, opened.tokenizer)
+            warn_of_another_tokenizer(config, inputs.tokenizer)
         _start_from(job.learner.llm, Path(config.model.init_from))
         job.learner.optimizer.reload_model_params()
 
@@ -150,7 +148,7 @@ def _loop(
     config: Config,
     job: Job,
     parts: Parts,
-    opened: Opened,
+    inputs: RunInputs,
     found: dict[str, str],
     newest: Path | None,
     stop: StopPoll,
@@ -170,6 +168,7 @@ def _loop(
     health = Health(
         min_effective_sample_size=config.weighting.warn_effective_sample_size,
         min_signal_to_noise=config.bilevel.min_signal_to_noise,
+        gentler=method_class(config).gentler(),
         warn=terminal.warn,
     )
     files = RunFiles(run_dir, config, terminal.warn) if runtime.is_main else None
@@ -177,7 +176,7 @@ def _loop(
     report = Reporter(job.state, job.costs, runtime, logging, terminal, health, files)
     saver = Saver(parts, run_dir, config.training, found, newest=newest, warn=terminal.warn)
     window = Window(config.profiling, run_dir / "profile", runtime.rank)
-    for remark in remarks(config, opened, job.costs, runtime, job.state):
+    for remark in remarks(config, inputs, job.costs, runtime, job.state):
         terminal.warn(remark)
     return Loop(job, config, report, Upkeep(job, config, parts, saver, report, stop), window)
 

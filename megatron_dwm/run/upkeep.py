@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_dwm.checkpoint.load import load_checkpoint
 from megatron_dwm.checkpoint.parts import Parts
 from megatron_dwm.checkpoint.saver import Saver
 from megatron_dwm.config import Config, RunError
 from megatron_dwm.run import limits
-from megatron_dwm.run.job import Job
+from megatron_dwm.run.job import Job, load_job
 from megatron_dwm.run.reporter import Reporter
 from megatron_dwm.run.weighting_files import save_method_files
 from megatron_dwm.runtime.profiling import phase
 from megatron_dwm.runtime.stop import Request, StopPoll
 from megatron_dwm.training.evaluation import evaluate
-from megatron_dwm.training.optimizer import begin_at
 
 
 class _StopRequested(Exception):
@@ -75,12 +73,11 @@ class Upkeep:
         """Return the run to its newest checkpoint, if it has one."""
         self._saver.finish()
         if self._saver.newest is not None:
-            load_checkpoint(self._parts, self._saver.newest)
-            begin_at(self._job.learner.scheduler, self._state.step + 1)
+            load_job(self._job, self._parts, self._saver.newest)
             self._report.back_to_state()
             self._parts.runtime.barrier()
 
-    def end_if(self, problem: str | None) -> None:
+    def fail_if(self, problem: str | None) -> None:
         """If there is a problem, complete checkpoint and records and raise RunError."""
         if problem is not None:
             self._saver.finish()
@@ -107,7 +104,7 @@ class Upkeep:
                 )
         except _StopRequested:
             return False
-        self.end_if(limits.not_finite(found.losses, state.step))
+        self.fail_if(limits.not_finite(found.losses, state.step))
         state.evaluated_step = state.step
         self._report.evaluation(self._job.stage, found)
         return True

@@ -55,6 +55,6 @@ def require_sound_weights(mean: float, wrong: float) -> None:
     if wrong or not abs(mean - 1.0) <= _MEAN_TOLERANCE:
         raise RunError(
             f"the policy's weights must be finite, non-negative and of mean 1: {wrong:.1%} are "
-            f"not finite or negative, the mean is {mean}; continue from the last checkpoint with a "
-            "smaller weighting.learning_rate, and if that does not help, report it"
+            f"not finite or negative, the mean is {mean}; continue from the last checkpoint "
+            "(--run.resume true), and report it if it happens again"
         )

@@ -14,6 +14,9 @@ import math
 import torch
 from torch import Tensor
 
+GUARDS = "raise weighting.min_effective_sample_size or weighting.uniform_floor"
+"""what to change if a few samples get nearly all the weight"""
+
 _BISECTIONS = 40
 # Divided by this, any gap between logits that a head produces has an exp of 1 in float32.
 _LARGEST_TEMPERATURE = 1e6

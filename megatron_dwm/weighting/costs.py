@@ -30,7 +30,7 @@ class Costs:
 
     llm_step: forward and backward of one global batch.
     weighing: the weighting model on one batch, once it has learned.
-    reading: the LLM's extra forward pass that must finish before a batch has weights.
+    extra_forward: the LLM's extra forward pass that must finish before a batch has weights.
     update_passes: the LLM's passes of one weighting update.
     learning: the weighting model's own part of one update.
     noise: one measurement of signal-to-noise, made in every `noise_interval`-th update (0: none).
@@ -38,7 +38,7 @@ class Costs:
 
     llm_step: float
     weighing: float = 0.0
-    reading: float = 0.0
+    extra_forward: float = 0.0
     update_passes: float = 0.0
     learning: float = 0.0
     noise: float = 0.0
@@ -57,7 +57,7 @@ class Costs:
     def spent(self, counters: Spent) -> float:
         """Returns the FLOPs of a run so far."""
         passes = counters.step * self.llm_step
-        passes += counters.weighings * (self.weighing + self.reading)
+        passes += counters.weighings * (self.weighing + self.extra_forward)
         noise = self.measurements(counters.updates) * self.noise
         return passes + counters.updates * self.update + noise
 
@@ -77,7 +77,7 @@ def learning_costs(
     *,
     passages: int | None,
     model: WeightingShape | None = None,
-    reads_first: bool = False,
+    extra_forward: bool = False,
     encodes_twice: bool = False,
     frozen: bool = False,
 ) -> Costs:
@@ -85,7 +85,7 @@ def learning_costs(
 
     passages: number in a validation batch; None for the configured one.
     model: the weighting model, if there is one.
-    reads_first: weights need a forward pass of the whole batch first.
+    extra_forward: weights need a forward pass of the whole batch first.
     encodes_twice: an update runs the weighting model forward twice (weighting/encoding.py).
     frozen: the method makes no updates.
     """
@@ -102,7 +102,7 @@ def learning_costs(
     return Costs(
         llm_step=FORWARD_BACKWARD * forward,
         weighing=weighing,
-        reading=forward if reads_first else 0.0,
+        extra_forward=forward if extra_forward else 0.0,
         update_passes=0.0 if frozen else update_passes,
         learning=0.0 if frozen else (FORWARD_BACKWARD + encodes_twice) * weighing,
         noise=FORWARD_BACKWARD * forward,

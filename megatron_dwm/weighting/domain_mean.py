@@ -26,7 +26,7 @@ from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
 from megatron_dwm.model import ForwardOutputs, LlamaShape
 from megatron_dwm.runtime import Runtime
-from megatron_dwm.weighting.by_rule import ByRule
+from megatron_dwm.weighting.concentration import GUARDS
 from megatron_dwm.weighting.costs import Costs, learning_costs
 from megatron_dwm.weighting.groups import gather_over_data
 from megatron_dwm.weighting.method import (
@@ -35,12 +35,13 @@ from megatron_dwm.weighting.method import (
     WeightingUpdate,
 )
 from megatron_dwm.weighting.noise import Reliability
+from megatron_dwm.weighting.rule_based import RuleBased
 from megatron_dwm.weighting.rules import group_problems, learning_problems, target_problems
 from megatron_dwm.weighting.schedule import Schedule, schedule_of
 from megatron_dwm.weighting.standardize import centered, standardize
 
 
-class DomainMean(ByRule):
+class DomainMean(RuleBased):
     """Weights from a running mean for every domain, the same on every rank."""
 
     @classmethod
@@ -66,6 +67,11 @@ class DomainMean(ByRule):
     ) -> Costs:
         """Returns the costs of learning without a weighting model."""
         return learning_costs(config, llm, passages=passages)
+
+    @classmethod
+    def gentler(cls) -> str:
+        """Returns the keys that keep weights even."""
+        return f"{GUARDS}, or policy.domain_temperature"
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
 from megatron_dwm.model import ForwardOutputs, LlamaShape
 from megatron_dwm.tokenizer import Tokenizer
+from megatron_dwm.weighting.concentration import GUARDS
 from megatron_dwm.weighting.costs import Costs, learning_costs
 from megatron_dwm.weighting.method import (
     Alignments,
@@ -34,8 +35,8 @@ from megatron_dwm.weighting.model import (
     build_weighting_model,
     load_weighting_model,
     read_weighting_shape,
-    require_same_reading,
-    what_is_not_compared,
+    require_same_input,
+    unchecked_tokenizer_warning,
 )
 from megatron_dwm.weighting.rules import group_problems, learning_problems, target_problems
 from megatron_dwm.weighting.schedule import Schedule, schedule_of
@@ -74,7 +75,7 @@ class Dwm(Method):
         directory = Path(config.weighting.load)
         wanted = _wanted_shape(config, llm, tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256)
         found = load_weighting_model(directory, wanted).shape
-        if (text := what_is_not_compared(directory, found)) is not None:
+        if (text := unchecked_tokenizer_warning(directory, found)) is not None:
             yield text
 
     @classmethod
@@ -98,7 +99,7 @@ class Dwm(Method):
             return wanted
         directory = Path(config.weighting.load)
         found = read_weighting_shape(directory)
-        require_same_reading(directory, found, replace(wanted, vocab_size=found.vocab_size))
+        require_same_input(directory, found, replace(wanted, vocab_size=found.vocab_size))
         return found
 
     @classmethod
@@ -116,10 +117,15 @@ class Dwm(Method):
             llm,
             passages=passages,
             model=cls.model_shape(config, llm),
-            reads_first=not own and is_global and rows > training.micro_batch_size,
+            extra_forward=not own and is_global and rows > training.micro_batch_size,
             encodes_twice=own and share > training.micro_batch_size,
             frozen=weighting.frozen,
         )
+
+    @classmethod
+    def gentler(cls) -> str:
+        """Returns the keys that keep weights even."""
+        return f"{GUARDS}, or lower weighting.learning_rate"
 
     @classmethod
     def build(cls, context: BuildContext) -> Dwm:

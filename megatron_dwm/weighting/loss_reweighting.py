@@ -23,14 +23,15 @@ from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
 from megatron_dwm.model import ForwardOutputs, LlamaShape
 from megatron_dwm.runtime import Runtime
-from megatron_dwm.weighting.by_rule import ByRule
+from megatron_dwm.weighting.concentration import GUARDS
 from megatron_dwm.weighting.costs import Costs, plain_costs
 from megatron_dwm.weighting.groups import gather_over_data
 from megatron_dwm.weighting.method import Counters, Needs
+from megatron_dwm.weighting.rule_based import RuleBased
 from megatron_dwm.weighting.rules import group_problems
 
 
-class LossReweighting(ByRule):
+class LossReweighting(RuleBased):
     """Weights from losses and their two running moments, the same on every rank."""
 
     @classmethod
@@ -56,7 +57,12 @@ class LossReweighting(ByRule):
         costs, training = plain_costs(config, llm), config.training
         rows = training.global_batch_size // replicas
         waits = config.weighting.group == "global" and rows > training.micro_batch_size
-        return replace(costs, reading=costs.forward) if waits else costs
+        return replace(costs, extra_forward=costs.forward) if waits else costs
+
+    @classmethod
+    def gentler(cls) -> str:
+        """Returns the keys that keep weights even."""
+        return f"{GUARDS}, or policy.loss_temperature"
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ outside this folder depends on a method's name. All defaults are those of plain 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +162,11 @@ class Method(Protocol):
         return corpus
 
     @classmethod
+    def gentler(cls) -> str:
+        """Returns what to change if a few samples get nearly all the weight."""
+        return "report it: this method has equal weights"
+
+    @classmethod
     def build(cls, context: BuildContext) -> Method:
         """Build the method of a run. Raises UserError for files that do not fit."""
         return cls()
@@ -178,6 +184,7 @@ class Method(Protocol):
         """True if the method computes weights for the next batch, which costs FLOPs."""
         return False
 
+    @abstractmethod
     def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
         """Returns float32 [n], a weight per sample: finite, non-negative, mean 1 over the batch.
 
@@ -195,7 +202,10 @@ class Method(Protocol):
         """Record the token-mean losses of this replica's samples in a step that was taken."""
 
     def files(self) -> dict[str, bytes]:
-        """Returns files that another run can use, by name; empty if there are none."""
+        """Returns files that another run can use, by name; empty if there are none.
+
+        The main process alone calls it, so it may make no collective call.
+        """
         return {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def load_weighting_model(directory: Path, expected: WeightingShape) -> Weighting
     Raises UserError if there is none, or if its input is not that of `expected`.
     """
     shape = read_weighting_shape(directory)
-    require_same_reading(directory, shape, expected)
+    require_same_input(directory, shape, expected)
     model = WeightingModel(shape)
     model.load_state_dict(load_file(directory / _TENSOR_FILE))
     return model
@@ -118,7 +118,7 @@ def read_weighting_shape(directory: Path) -> WeightingShape:
         ) from None
 
 
-def what_is_not_compared(directory: Path, found: WeightingShape) -> str | None:
+def unchecked_tokenizer_warning(directory: Path, found: WeightingShape) -> str | None:
     """Returns a line if the file, of an earlier version, names no tokenizer; else None."""
     if found.encoder != "own" or found.tokenizer_sha256 is not None:
         return None
@@ -129,7 +129,7 @@ def what_is_not_compared(directory: Path, found: WeightingShape) -> str | None:
     )
 
 
-def require_same_reading(directory: Path, found: WeightingShape, wanted: WeightingShape) -> None:
+def require_same_input(directory: Path, found: WeightingShape, wanted: WeightingShape) -> None:
     """Raise UserError if the input of the model in `directory` is not that of the run."""
     if found.encoder != wanted.encoder:
         raise UserError(

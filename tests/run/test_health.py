@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from megatron_dwm.run.health import Health
+from megatron_dwm.weighting.dwm import Dwm
 
 
 def test_warnings_come_once_and_name_the_keys() -> None:
     said: list[str] = []
-    watch = Health(min_effective_sample_size=0.2, min_signal_to_noise=0.5, warn=said.append)
+    watch = Health(
+        min_effective_sample_size=0.2,
+        min_signal_to_noise=0.5,
+        gentler=Dwm.gentler(),
+        warn=said.append,
+    )
     watch.effective_sample_size(0.3)
     for _ in range(4):
         watch.signal_to_noise(0.1)

@@ -13,6 +13,7 @@ from megatron_dwm.run.files import RunFiles
 from megatron_dwm.run.health import Health
 from megatron_dwm.run.records import STATISTICS, weight_statistics
 from megatron_dwm.run.step_lines import StepLines
+from megatron_dwm.weighting.dwm import Dwm
 
 
 def test_statistics_by_hand() -> None:
@@ -29,7 +30,12 @@ def test_statistics_by_hand() -> None:
 def test_lines_wait_until_they_are_written(tmp_path: Path) -> None:
     said: list[str] = []
     files = RunFiles(tmp_path, Config(), said.append)
-    health = Health(min_effective_sample_size=0.3, min_signal_to_noise=0.0, warn=said.append)
+    health = Health(
+        min_effective_sample_size=0.3,
+        min_signal_to_noise=0.0,
+        gentler=Dwm.gentler(),
+        warn=said.append,
+    )
     lines = StepLines(health, files)
     for step in (1, 2):
         lines.add({"step": step, "phase": "train"}, torch.ones(4), {"tokens": step})

@@ -16,8 +16,8 @@ from megatron_dwm.weighting import method_class
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
-    """The opened files of a run.
+class RunInputs:
+    """The inputs files of a run.
 
     target: None if the method reads none. held_out: None without evaluation.
     """

@@ -1,4 +1,4 @@
-"""What methods share that weigh by a rule, without a weighting model: groups and their guards."""
+"""Groups and their guards, shared by rule-based methods: those without a weighting model."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megatron_dwm.weighting.groups import Grouping
 from megatron_dwm.weighting.method import BuildContext, Method
 
 
-class ByRule(Method):
-    """A method whose logits follow from a rule; the same on every rank."""
+class RuleBased(Method):
+    """A method whose logits follow from a rule, the same on every rank."""
 
     @classmethod
-    def build(cls, context: BuildContext) -> ByRule:
-        """The method as it begins."""
+    def build(cls, context: BuildContext) -> RuleBased:
+        """Build the method in its initial state."""
         config = context.config
         size = config.training.micro_batch_size
         return cls(config.policy, config.weighting, context.llm.runtime, size)
@@ -32,7 +32,7 @@ class ByRule(Method):
         self.grouping = Grouping(runtime, micro_batch_size, weighting.group == "global")
 
     def group_weights(self, logits_n: Tensor) -> Tensor:
-        """[G, n]: the guarded softmax of this replica's logits, in the groups that it sees."""
+        """Returns [G, n], the guarded softmax of this replica's logits in its groups."""
         return weights_from_logits(
             self.grouping.gather(logits_n),
             min_effective_sample_size=self.weighting.min_effective_sample_size,
