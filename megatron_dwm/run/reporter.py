@@ -5,7 +5,6 @@ All ranks call every method, since values are gathered; the main process writes.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -111,12 +110,8 @@ class Reporter:
 
     def evaluation(self, stage: int, found: Evaluation) -> None:
         """Report held-out losses and the scores of last words."""
-        losses = found.losses
-        mean = sum(losses.values()) / len(losses)
-        perplexities = {name: math.exp(min(loss, 700.0)) for name, loss in losses.items()}
-        figures = {"domain_loss": losses, "domain_perplexity": perplexities, **found.figures}
-        self._write(stage, "evaluation", loss=mean, **figures)
-        text = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        self._write(stage, "evaluation", **found.columns())
+        text = ", ".join(f"{name} {loss:.3f}" for name, loss in found.losses.items())
         self.terminal.note(f"step {self._state.step} held-out loss: {text}")
 
     def flush(self) -> None:

@@ -168,7 +168,7 @@ def _loop(
     health = Health(
         min_effective_sample_size=config.weighting.warn_effective_sample_size,
         min_signal_to_noise=config.bilevel.min_signal_to_noise,
-        gentler=method_class(config).gentler(),
+        gentler=method_class(config).gentler,
         warn=terminal.warn,
     )
     files = RunFiles(run_dir, config, terminal.warn) if runtime.is_main else None

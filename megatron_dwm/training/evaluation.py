@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,6 +37,16 @@ class Evaluation:
 
     losses: dict[str, float]
     figures: dict[str, float | dict[str, float]]
+
+    def columns(self) -> dict[str, float | dict[str, float]]:
+        """Returns everything by its name in metrics.jsonl; `loss` is the mean over domains."""
+        losses = self.losses
+        return {
+            "loss": sum(losses.values()) / len(losses),
+            "domain_loss": losses,
+            "domain_perplexity": {n: math.exp(min(loss, 700.0)) for n, loss in losses.items()},
+            **self.figures,
+        }
 
 
 def evaluate(

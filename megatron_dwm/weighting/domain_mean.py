@@ -44,6 +44,8 @@ from megatron_dwm.weighting.standardize import centered, standardize
 class DomainMean(RuleBased):
     """Weights from a running mean for every domain, the same on every rank."""
 
+    gentler = f"{GUARDS}, or policy.domain_temperature"
+
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
         """Returns the parts: a target, updates from alignments, groups and the means."""
@@ -67,11 +69,6 @@ class DomainMean(RuleBased):
     ) -> Costs:
         """Returns the costs of learning without a weighting model."""
         return learning_costs(config, llm, passages=passages)
-
-    @classmethod
-    def gentler(cls) -> str:
-        """Returns the keys that keep weights even."""
-        return f"{GUARDS}, or policy.domain_temperature"
 
     def __init__(
         self,

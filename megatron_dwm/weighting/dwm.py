@@ -51,6 +51,8 @@ _SEED_OFFSET = 7919
 class Dwm(Method):
     """Weights from a weighting model, which is the same on every rank of the job."""
 
+    gentler = f"{GUARDS}, or lower weighting.learning_rate"
+
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
         """Returns the parts: a weighting model and groups and, unless frozen, those of learning."""
@@ -121,11 +123,6 @@ class Dwm(Method):
             encodes_twice=own and share > training.micro_batch_size,
             frozen=weighting.frozen,
         )
-
-    @classmethod
-    def gentler(cls) -> str:
-        """Returns the keys that keep weights even."""
-        return f"{GUARDS}, or lower weighting.learning_rate"
 
     @classmethod
     def build(cls, context: BuildContext) -> Dwm:

@@ -34,6 +34,8 @@ from megatron_dwm.weighting.rules import group_problems
 class LossReweighting(RuleBased):
     """Weights from losses and their two running moments, the same on every rank."""
 
+    gentler = f"{GUARDS}, or policy.loss_temperature"
+
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
         """Returns the parts: losses and groups."""
@@ -58,11 +60,6 @@ class LossReweighting(RuleBased):
         rows = training.global_batch_size // replicas
         waits = config.weighting.group == "global" and rows > training.micro_batch_size
         return replace(costs, extra_forward=costs.forward) if waits else costs
-
-    @classmethod
-    def gentler(cls) -> str:
-        """Returns the keys that keep weights even."""
-        return f"{GUARDS}, or policy.loss_temperature"
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -102,6 +102,9 @@ class Method(Protocol):
     the forward pass but not the whole batch.
     """
 
+    gentler: ClassVar[str] = "report it: this method has equal weights"
+    """what to change if a few samples get nearly all the weight"""
+
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
         """Returns the parts of the method; keys of other parts have no effect with it."""
@@ -160,11 +163,6 @@ class Method(Protocol):
     ) -> Source:
         """Returns the batches that the LLM trains on."""
         return corpus
-
-    @classmethod
-    def gentler(cls) -> str:
-        """Returns what to change if a few samples get nearly all the weight."""
-        return "report it: this method has equal weights"
 
     @classmethod
     def build(cls, context: BuildContext) -> Method:

@@ -11,7 +11,7 @@ def test_warnings_come_once_and_name_the_keys() -> None:
     watch = Health(
         min_effective_sample_size=0.2,
         min_signal_to_noise=0.5,
-        gentler=Dwm.gentler(),
+        gentler=Dwm.gentler,
         warn=said.append,
     )
     watch.effective_sample_size(0.3)

@@ -33,7 +33,7 @@ def test_lines_wait_until_they_are_written(tmp_path: Path) -> None:
     health = Health(
         min_effective_sample_size=0.3,
         min_signal_to_noise=0.0,
-        gentler=Dwm.gentler(),
+        gentler=Dwm.gentler,
         warn=said.append,
     )
     lines = StepLines(health, files)
