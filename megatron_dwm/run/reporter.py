@@ -76,13 +76,8 @@ class Reporter:
         found = result.hypergradient
         weights_n = gather_samples(result.update.weights_n, self._runtime)
         alignment_n = gather_samples(found.alignment_n, self._runtime)
-        noise = {}
         if result.noise is not None:
             self._health.signal_to_noise(result.noise.ratio)
-            noise = {
-                "alignment_agreement": result.noise.agreement,
-                "alignment_signal_to_noise": result.noise.ratio,
-            }
         self._write(
             stage,
             "weighting",
@@ -94,7 +89,7 @@ class Reporter:
             weighting_gradient_cosine=result.update.cosine,
             alignment_mean=float(alignment_n.mean()),
             alignment_std=float(alignment_n.std(correction=0)),
-            **noise,
+            **({} if result.noise is None else result.noise.columns()),
             **named_statistics(weight_statistics(weights_n)),
         )
         if self._config.weights_interval_steps:

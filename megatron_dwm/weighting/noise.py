@@ -30,6 +30,13 @@ class SignalToNoise:
     agreement: float
     ratio: float
 
+    def columns(self) -> dict[str, float]:
+        """Returns both by their names in metrics.jsonl."""
+        return {
+            "alignment_agreement": self.agreement,
+            "alignment_signal_to_noise": self.ratio,
+        }
+
 
 def signal_to_noise(first_n: Tensor, second_n: Tensor) -> SignalToNoise:
     """Compare the alignments [n] of the same samples from the two halves."""
