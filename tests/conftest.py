@@ -7,7 +7,7 @@ import pytest
 # By processor time; begun first, so that no worker is left alone with one of them at the end.
 LONGEST = (
     *("test_quickstart.py", "test_faults.py", "test_runs.py", "test_benchmark.py"),
-    *("test_evaluate.py", "test_measured.py", "test_features.py"),
+    *("test_first_gpu_run.py", "test_evaluate.py", "test_measured.py", "test_features.py"),
 )
 
 

@@ -66,7 +66,7 @@ class _Sent:
 
 
 @dataclass(frozen=True)
-class _Pass:
+class Pass:
     """Micro-batches of one rank's forward and backward pass, and the samples in each."""
 
     micro_batches: int
@@ -90,7 +90,7 @@ def traffic_of(
     phi = _FP32 * weighting_parameters(weighting)
     learning = _Sent(1, phi) * updates if phi and world_size > 1 else _Sent()
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    batch, target = _training_pass(config, world_size), _validation_pass(config, world_size)
+    batch, target = _training_pass(config, world_size), validation_pass(config, world_size)
     layers, norms = _tensor(config, shape, batch), _norms(config, shape)
     in_update = layers * of_batch + _tensor(config, shape, target) * updates + norms * gradients
     if on_gpu:
@@ -106,12 +106,12 @@ def traffic_of(
     ]
 
 
-def _training_pass(config: Config, world_size: int) -> _Pass:
-    return _Pass(config.num_microbatches(world_size), config.training.micro_batch_size)
+def _training_pass(config: Config, world_size: int) -> Pass:
+    return Pass(config.num_microbatches(world_size), config.training.micro_batch_size)
 
 
-def _validation_pass(config: Config, world_size: int) -> _Pass:
-    """Returns the pass of a validation batch that is whole (data/feed.py)."""
+def validation_pass(config: Config, world_size: int) -> Pass:
+    """Returns a rank's pass of a validation batch, rows without loss included (data/feed.py)."""
     parallel, largest = config.parallel, config.training.micro_batch_size
     multiple = parallel.pipeline if parallel.virtual_stages > 1 else 1
     rows = rows_of_replica(
@@ -122,7 +122,7 @@ def _validation_pass(config: Config, world_size: int) -> _Pass:
         halves=False,
     )
     samples = largest_micro_batch(rows, largest, multiple)
-    return _Pass(rows // samples, samples)
+    return Pass(rows // samples, samples)
 
 
 def _line(link: str, ranks: int, step: _Sent, update: _Sent, factor: float) -> Traffic:
@@ -163,14 +163,14 @@ def _data_line(
     )
 
 
-def _hidden(config: Config, shape: LlamaShape, run: _Pass) -> _Sent:
+def _hidden(config: Config, shape: LlamaShape, run: Pass) -> _Sent:
     """Returns one message with a micro-batch's hidden states, of the whole sequence."""
     value_bytes = 4 if config.model.precision == "fp32" else 2
     tokens = run.samples * config.data.sequence_length
     return _Sent(1, float(value_bytes * tokens * shape.hidden_size))
 
 
-def _tensor(config: Config, shape: LlamaShape, run: _Pass) -> _Sent:
+def _tensor(config: Config, shape: LlamaShape, run: Pass) -> _Sent:
     """Returns the messages of one pass on the last stage, which is the busiest.
 
     It has the output layer and, if it is the only stage, the input embedding.
@@ -196,7 +196,7 @@ def _norms(config: Config, shape: LlamaShape) -> _Sent:
     return _Sent(1, _FP32 * rank_parameters(shape, config.parallel, last).norms)
 
 
-def _probe_gathers(config: Config, shape: LlamaShape, run: _Pass) -> _Sent:
+def _probe_gathers(config: Config, shape: LlamaShape, run: Pass) -> _Sent:
     """Returns the gathers that a probe adds to a pass under sequence parallelism.
 
     The probe gathers the inputs of column-parallel products, as a weight gradient does. It also
@@ -209,7 +209,7 @@ def _probe_gathers(config: Config, shape: LlamaShape, run: _Pass) -> _Sent:
     return _hidden(config, shape, run) * (2 * layers * run.micro_batches)
 
 
-def _pipeline(config: Config, shape: LlamaShape, run: _Pass) -> _Sent:
+def _pipeline(config: Config, shape: LlamaShape, run: Pass) -> _Sent:
     """Returns what a middle stage sends in a pass, or either stage of two."""
     parallel = config.parallel
     if parallel.pipeline == 1:
