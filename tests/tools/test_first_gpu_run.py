@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.forking.client import REPOSITORY
+from tests.forking.client import REPOSITORY, run_python
 
 SCRIPT = ["bash", str(REPOSITORY / "tools" / "first_gpu_run.sh")]
 LIMIT_S = 500
@@ -54,6 +54,21 @@ def test_the_report_of_a_cpu(tmp_path: Path) -> None:
     ):
         assert words in report, words
     assert "WORKDIR/data" in report
+
+
+def test_a_part_that_fails_is_reported_with_its_last_errors(tmp_path: Path) -> None:
+    rows = ["doctor\t1\t3\tpython -m x", "step_bf16\t124\t300\tpython y"]
+    rows.append("dwm_fp8\tleft out\t0\tno FP8")
+    (tmp_path / "parts.tsv").write_text("\n".join(rows) + "\n")
+    for name in ("doctor", "step_bf16"):
+        (tmp_path / f"{name}.out").write_text(f"{name} began\n")
+        (tmp_path / f"{name}.err").write_text("".join(f"line {n}\n" for n in range(40)))
+    done = run_python(["tools/first_run.py", "report", str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    report = (tmp_path / "report.md").read_text()
+    assert "| doctor | failed: exit code 1 | 3 | `python -m x` |" in report
+    assert "| step_bf16 | failed: over its time limit | 300 |" in report
+    assert "doctor began\nline 25\n" in report and "line 24\n" not in report
 
 
 @pytest.mark.parametrize(
