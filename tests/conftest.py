@@ -11,7 +11,7 @@ from tests.small_runs.fixtures import corpus, server, stopped  # noqa: F401
 # By processor time; begun first, so that no worker is left alone with one of them at the end.
 LONGEST = (
     *("test_quickstart.py", "test_faults.py", "test_runs.py", "test_benchmark.py"),
-    *("test_evaluate.py", "test_measured.py", "test_features.py"),
+    *("test_first_gpu_run.py", "test_evaluate.py", "test_measured.py", "test_features.py"),
 )
 
 # Folders and files whose tests start processes, train or convert models; `-m "not slow"` runs the

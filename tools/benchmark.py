@@ -174,9 +174,10 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     add("--micro-batch", 16, "samples in one forward pass of one process")
     parser.add_argument(
         "--precision",
-        choices=("fp32", "bf16"),
+        choices=("fp32", "bf16", "fp8"),
         default="fp32",
-        help="arithmetic of parameters and activations (default: fp32)",
+        help="arithmetic of parameters and activations; fp8 needs a GPU and Transformer Engine "
+        "(default: fp32)",
     )
     add("--repeats", 20, "counted rounds, each of which times everything once")
     add("--warm-up", 3, "rounds before them that are not counted")

@@ -31,7 +31,8 @@ from megatron_dwm.weighting.model import WeightingShape
 
 _FP32 = 4
 _MOMENTS = 2 * _FP32
-# AdamW's two moments, the parameters, and the gradient, the sum and the last update's gradient.
+# AdamW's two moments, the parameters, and the gradient, the sum and the last update's gradient. A
+# frozen model is only its parameters.
 _WEIGHTING_BYTES = _MOMENTS + 4 * _FP32
 # Both orientations of a weight in FP8; mxfp8 has a scale for every 32 values.
 _FP8_COPIES = {"delayed": 2.0, "tensorwise": 2.0, "blockwise": 2.0, "mxfp8": 2.0 * 33 / 32}
@@ -93,13 +94,13 @@ def stage_memory(
     mixed = config.model.precision != "fp32"
     state = (_MOMENTS + (_FP32 if mixed else 0)) * found.total / shards
     copies = (1 if mixed else 2) * _FP32 * found.total / shards
-    weighs = weighting is not None
+    of_weighting = _WEIGHTING_BYTES if learns(config) else _FP32
     return Memory(
         weights=kernels.value_bytes * found.total,
         gradients=_FP32 * found.total,
         optimizer=state,
         fp8_copies=_fp8_copies(config, shape, found, stage),
-        weighting_model=_WEIGHTING_BYTES * weighting_parameters(weighting) if weighs else 0.0,
+        weighting_model=float(of_weighting * weighting_parameters(weighting)),
         activations=_activations(config, shape, world_size, stage, on_gpu),
         working=_working(config, shape, found, on_gpu),
         virtual_step=copies if learns(config) else 0.0,

@@ -82,11 +82,15 @@ def _traffic(plan: Plan) -> str:
     if not used:
         return "No messages: one process."
     unit, size = _unit(_BYTES, max(max(line.step_wire, line.update_wire) for line in used))
-    head = [f"{unit} a rank on the link", "ranks", "a step", "by a ring", "an update", "by a ring"]
-    rows = [head]
+    head = [f"{unit} a rank on the link", "ranks"]
+    rows = [[*head, "a step", "by a ring", "messages", "an update", "by a ring", "messages"]]
     for line in used:
-        values = (line.step, line.step_wire, line.update, line.update_wire)
-        cells = (f"{value / size:,.1f}" for value in values)
+        cells = []
+        for sent, wire, messages in (
+            (line.step, line.step_wire, line.step_messages),
+            (line.update, line.update_wire, line.update_messages),
+        ):
+            cells += [f"{sent / size:,.1f}", f"{wire / size:,.1f}", f"{messages:,.0f}"]
         rows.append([line.link, str(line.ranks), *cells])
     return _columns(rows)
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_dwm.model import resolve_shape
 from megatron_dwm.planning.activations import encoder_bytes
-from megatron_dwm.planning.memory import stage_memory
+from megatron_dwm.planning.memory import stage_memory, weighting_parameters
 from megatron_dwm.weighting import method_class
 from megatron_dwm.weighting.encoder import TokenEncoder
 from megatron_dwm.weighting.encoding import encode
@@ -89,3 +90,16 @@ def test_peak_memory_of_an_update_on_a_cpu() -> None:
     expected = plan.weighting_model + plan.weighting_activations
     assert plan.weighting_activations > 0.4 * expected
     assert int(child.stdout.split()[-1]) == pytest.approx(expected, rel=0.15)
+
+
+def test_a_frozen_model_is_only_its_parameters(tmp_path: Path) -> None:
+    learned = configured(policy="dwm")
+    shape = method_class(learned).model_shape(learned, resolve_shape(learned.model))
+    frozen = configured(policy="dwm", weighting={"load": str(tmp_path), "frozen": True})
+    held = [
+        stage_memory(
+            config, resolve_shape(config.model), shape, world_size=1, stage=0, on_gpu=True
+        ).weighting_model
+        for config in (learned, frozen)
+    ]
+    assert held == [24 * weighting_parameters(shape), 4 * weighting_parameters(shape)]

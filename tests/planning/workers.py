@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -24,10 +26,13 @@ from benchmarks.collectives import CountCalls
 from benchmarks.settings import Settings
 from benchmarks.subject import build_subject, opened
 
+# Scalars, and the alignments of the few samples of a test.
+_SCALARS_BYTES = 64
+
 
 def measured(what: str, options: dict[str, Any]) -> Any:
     """Run one measurement; one start of the processes serves them all."""
-    return {"holdings": holdings, "kept": kept, "sent": sent}[what](**options)
+    return {"holdings": holdings, "kept": kept, "sent": sent, "by_link": by_link}[what](**options)
 
 
 def holdings(**options: Any) -> dict[str, int]:
@@ -95,6 +100,40 @@ def sent(**settings: Any) -> dict[str, int]:
                 call()
             counts[name] = sum(counter.traffic.num_bytes.values())
         return counts
+
+
+def by_link(*, passages: int, **settings: Any) -> dict[str, dict[str, tuple[int, int]]]:
+    """Count (messages, bytes) of this process on every link in a step and in a weighting update.
+
+    A layout with several tensor, pipeline and data ranks: then a group's ranks say what it is.
+    """
+    with opened(Settings(**settings)) as runtime:
+        subject = build_subject(Settings(**settings), runtime)
+        length, vocab_size = settings["sequence"], settings["vocab"]
+        sizes = {"rows": passages, "sequence_length": length, "vocab_size": vocab_size}
+        subject = replace(subject, val=random_batch(2, runtime, **sizes))
+        links = {
+            _ranks(runtime.tensor_group): "tensor",
+            _ranks(runtime.data_group): "data",
+            tuple(range(runtime.world_size)): "weighting",
+        }
+        counts = {}
+        for name, call in (("step", subject.plain_step), ("update", subject.weighting_update)):
+            with CountCalls() as counter:
+                call()
+            found: dict[str, tuple[int, int]] = {}
+            for message in counter.traffic.messages:
+                # Megatron-Core's interleaved schedule sends over the group of all processes.
+                link = "pipeline" if message.name == "send" else links.get(message.ranks)
+                if link is not None and message.num_bytes > _SCALARS_BYTES:
+                    messages, num_bytes = found.get(link, (0, 0))
+                    found[link] = (messages + 1, num_bytes + message.num_bytes)
+            counts[name] = found
+        return counts
+
+
+def _ranks(group: Any) -> tuple[int, ...]:
+    return tuple(dist.get_process_group_ranks(group))
 
 
 def _learner(config: Config, runtime: Runtime) -> Learner:

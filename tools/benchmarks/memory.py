@@ -45,7 +45,7 @@ def memory_table(settings: Settings, repeats: int) -> str:
             peaks[kind].append(_peak_of_child(kind, settings))
     rows = [
         _row(PLAIN, peaks[PLAIN], PLAIN, peaks[PLAIN], ""),
-        _row(UPDATE, peaks[UPDATE], PLAIN, peaks[PLAIN], _TARGETS[settings.precision]),
+        _row(UPDATE, peaks[UPDATE], PLAIN, peaks[PLAIN], _TARGETS.get(settings.precision, "")),
     ]
     if UNROLL in peaks:
         rows.append(_row(UNROLL, peaks[UNROLL], PLAIN, peaks[PLAIN], ""))

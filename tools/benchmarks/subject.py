@@ -11,9 +11,10 @@ import torch
 from benchmarks.settings import Settings
 from megatron_dwm.bilevel import ESTIMATORS, Hypergradient, Problem
 from megatron_dwm.checkpoint.state import TrainState
-from megatron_dwm.config import Config
+from megatron_dwm.config import Config, UserError
 from megatron_dwm.data import Batch
 from megatron_dwm.model import resolve_shape
+from megatron_dwm.model.layers.choice import choose_layers
 from megatron_dwm.runtime import Runtime, bring_up
 from megatron_dwm.testing import plain_step, random_batch
 from megatron_dwm.training import (
@@ -103,8 +104,15 @@ class Subject:
 
 @contextmanager
 def opened(settings: Settings) -> Iterator[Runtime]:
-    """The processes, joined for as long as the context lasts."""
-    with bring_up(settings.config().parallel, seed=_SEED) as runtime:
+    """The processes, joined for as long as the context lasts.
+
+    Raises UserError if the machine has no FP8: another precision would be measured under its name.
+    """
+    config = settings.config()
+    with bring_up(config.parallel, seed=_SEED) as runtime:
+        choice = choose_layers(config.model, runtime.device)
+        if settings.precision == "fp8" and choice.reason is not None:
+            raise UserError(f"--precision fp8: {choice.reason}; use bf16")
         yield runtime
 
 
