@@ -7,6 +7,7 @@ export DWM_REPOSITORY DWM_SITE
 
 # A job stops after this many attempts in a row without a new checkpoint.
 readonly MAX_ATTEMPTS=3
+readonly ATTEMPTS=attempts_without_a_checkpoint
 
 fail() {
     echo "error: $*" >&2
@@ -54,7 +55,7 @@ submit_job() {
     site_options "$script"
     said="$(sbatch --parsable "${site_options[@]}" "${options[@]}" \
         "$DWM_REPOSITORY/slurm/$script.sbatch" "$@" 2>&1)" ||
-        fail "$script: sbatch refuses: $(one_line "$said") (settings: $DWM_SITE)"
+        fail "$script: sbatch refuses: $(one_line "$said") (DWM_ACCOUNT, DWM_PARTITION, DWM_SBATCH in $DWM_SITE)"
     echo "${said##*$'\n'}"
 }
 
@@ -105,20 +106,25 @@ train() {
     local attempt="$logs/attempt_${SLURM_RESTART_COUNT:-0}"
     mkdir -p "$attempt"
     trap : TERM USR1 USR2 # the ranks stop; this script has to see how
-    before="$(run_status "$@")" || [ $? = 3 ] || exit 2
+    if before="$(run_status "$@")"; then
+        echo "== $before, nothing to do"
+        exit 0
+    elif [ $? != 3 ]; then
+        exit 2
+    fi
     echo "== $before; the ranks write to $attempt/rank_*.log"
     start_ranks "$attempt" "$@" || code=$?
     if [ "$code" = 2 ]; then
+        echo "== a mistake in the run's settings: not requeued, jobs after this one are cancelled"
         show_first_error "$attempt" error
-        fail "the run was not started (exit code 2); this job is not requeued, jobs after it are cancelled"
+        exit 2
     fi
-    [ "$code" = 0 ] || show_first_error "$attempt"
     if after="$(run_status "$@")" && [ "$code" = 0 ]; then
         echo "== $after"
         exit 0
     fi
     count_attempt "$logs" "$before" "$after"
-    go_on "$code" "$logs" "$after"
+    go_on "$code" "$attempt" "$after" "$(cat "$logs/$ATTEMPTS")"
 }
 
 run_status() { run_tool run_status "$@"; }
@@ -157,19 +163,19 @@ show_first_error() {
 
 # count_attempt LOGS BEFORE AFTER: count the attempts in a row that left no new checkpoint.
 count_attempt() {
-    local file="$1/attempts_without_a_checkpoint" number=0
+    local file="$1/$ATTEMPTS" number=0
     [ ! -f "$file" ] || number="$(cat "$file")"
     if [ "$2" = "$3" ]; then number=$((number + 1)); else number=0; fi
     echo "$number" >"$file"
 }
 
-# go_on CODE LOGS STATUS: requeue this job, unless the next one of a chain goes on.
+# go_on CODE LOGS STATUS ATTEMPTS: requeue this job, unless the next one of a chain goes on.
 go_on() {
-    local tried
-    tried="$(cat "$2/attempts_without_a_checkpoint")"
-    if [ "$tried" -ge "$MAX_ATTEMPTS" ]; then
-        echo "error: $tried attempts in a row without a new checkpoint, the last with exit code $1;" \
-            "not requeued, jobs after it are cancelled ($3)" >&2
+    local said
+    if [ "$4" -ge "$MAX_ATTEMPTS" ]; then
+        echo "== $3; not requeued, jobs after this one are cancelled"
+        [ "$1" = 0 ] || show_first_error "$2"
+        echo "error: $4 attempts in a row without a new checkpoint, the last with exit code $1" >&2
         exit 1
     fi
     if [ "$1" = 0 ] && [ -n "$(next_links)" ]; then
@@ -177,13 +183,15 @@ go_on() {
         exit 0
     fi
     echo "== $3, exit code $1; this job is requeued"
-    scontrol requeue "$SLURM_JOB_ID" ||
-        fail "Slurm does not requeue this job; submit it again: the run goes on from its last checkpoint"
+    [ "$1" = 0 ] || show_first_error "$2"
+    # After the failure of a node, Slurm has requeued it already.
+    said="$(scontrol requeue "$SLURM_JOB_ID" 2>&1)" || [[ "$said" == *pending* ]] ||
+        fail "Slurm does not requeue this job ($said); submit it again, and the run goes on"
     sleep 120 # Slurm ends this script
     exit 1
 }
 
 # next_links: numbers of the jobs of this name that wait for their turn (--dependency=singleton).
 next_links() {
-    squeue --noheader --user="$USER" --name="$SLURM_JOB_NAME" --states=PENDING --format=%i
+    squeue --noheader --user="$(id -un)" --name="$SLURM_JOB_NAME" --states=PENDING --format=%i
 }
