@@ -65,6 +65,13 @@ check_options() {
         fail "pipeline.sh: --input: no file matches $input"
 }
 
+# in_words DEPENDENCIES
+in_words() {
+    local text="${1/singleton,/singleton, }"
+    text="${text/afterok:/after }"
+    [ -z "$text" ] || echo " (${text//:/, })"
+}
+
 submitted=()
 cancel_submitted() {
     [ "${#submitted[@]}" = 0 ] || scancel "${submitted[@]}"
@@ -82,7 +89,7 @@ job() {
     [ -z "$after" ] || set -- --dependency="$after" "$@"
     last="$(submit_job "$script" --job-name="$name-$title" "$@")"
     submitted+=("$last")
-    printf '%-20s job %-8s %s\n' "$title" "$last" "${after:+after ${after#*:}}"
+    printf '%-20s job %-8s%s\n' "$title" "$last" "$(in_words "$after")"
 }
 
 # show_job NAME DEPENDENCIES SCRIPT [sbatch options] -- ARGUMENTS
@@ -94,7 +101,7 @@ show_job() {
         shift
     done
     shift
-    printf '\n%s%s\n  %s %s\n' "$title" "${after:+ (${after#*:})}" "$script.sbatch" "${options[*]}"
+    printf '\n%s%s\n  %s\n' "$title" "$(in_words "$after")" "$script.sbatch${options[*]:+ ${options[*]}}"
     case "$script" in
     pretrain) show_plan "${options[*]}" "$@" ;;
     transfer) # its weighting model is not there yet
