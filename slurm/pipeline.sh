@@ -165,7 +165,8 @@ common=(--data.train "${prefix}_text_document" --data.tokenizer "$tokenizer")
 job preprocess '' preprocess --array="0-$((shards - 1))" -- --input "$input" --output-prefix "$prefix" \
     --tokenizer-type "$tokenizer_type" --tokenizer-model "$tokenizer" --append-eod \
     ${metadata_keys:+--metadata-keys $metadata_keys}
-job merge "afterok:$last" merge -- --input "$prefix-*_text_document.idx" \
+# A single shard has the name of the whole.
+[ "$shards" = 1 ] || job merge "afterok:$last" merge -- --input "$prefix-*_text_document.idx" \
     --output-prefix "${prefix}_text_document"
 merged="afterok:$last"
 run_job uniform "$merged" pretrain "$nodes" "$config" --run.dir "$DWM_RUNS/$name/uniform" \

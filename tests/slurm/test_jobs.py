@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,26 @@ def test_a_dead_dependency_cancels_the_job(experiment: Experiment) -> None:
     assert "error: merge: no file matches /no/such/*.idx" in site.log(f"merge-{failed}")
     after = site.submit(f"--dependency=afterok:{failed}", "report", "x")
     assert site.cluster.wait(after, "CANCELLED", "COMPLETED")["JobState"] == "CANCELLED"
+
+
+def test_a_full_disk_ends_the_chain_in_one_line(experiment: Experiment, tmp_path: Path) -> None:
+    site, mount = experiment.site, ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs"]
+    if subprocess.run([*mount, str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs rights that this process has not")
+    try:
+        number = site.submit(
+            *("--array=0-1", "preprocess", "--input", site.folder / "corpus" / "*.jsonl"),
+            *("--tokenizer-type", "SentencePieceTokenizer", "--append-eod"),
+            *("--tokenizer-model", site.folder / "data" / "my.model"),
+            *("--output-prefix", tmp_path / "full"),
+        )
+        after = site.submit(f"--dependency=afterok:{number}", "report", "x")
+        assert site.cluster.wait(after, "CANCELLED", "COMPLETED")["JobState"] == "CANCELLED"
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+    logs = [file.read_text() for file in site.folder.glob("logs/preprocess-*.log")]
+    errors = [line for log in logs for line in log.splitlines() if line.startswith("error: ")]
+    assert errors and all("No space left on device" in line for line in errors), logs
 
 
 def test_a_partition_that_does_not_exist_is_one_line(experiment: Experiment) -> None:

@@ -77,6 +77,13 @@ def test_links_are_jobs_of_one_name(site: Path) -> None:
     assert done.stdout.count("no GPU in slurm/site.sh, so no plan") == 9
 
 
+def test_a_single_shard_is_not_merged(site: Path) -> None:
+    site.write_text(site.read_text().replace("GPUS_PER_NODE=8", "GPUS_PER_NODE=0"))
+    done = _pipeline(site, shards="1")
+    assert done.returncode == 0 and "dwm (after preprocess)" in done.stdout
+    assert "merge" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
