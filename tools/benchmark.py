@@ -18,6 +18,7 @@ from benchmarks.settings import Settings
 
 from megatron_dwm.config.command_line import OneLineParser, run_command
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.launch import find_launch
 
 # torchrun ends the other processes as soon as one leaves; the others let the main one speak first.
 _OTHERS_WAIT_S = 5.0
@@ -34,6 +35,7 @@ _CONVERT = "to-hf against copying the checkpoint's files; its peak memory."
 
 def main() -> None:
     """Parse the arguments, check the sizes, measure, print."""
+    launch = find_launch(os.environ)
     try:
         arguments = _parser().parse_args()
         if arguments.command == "convert":
@@ -43,9 +45,9 @@ def main() -> None:
             _measure_preprocessing(arguments)
             return
         settings = _settings(arguments)
-        settings.check(int(os.environ.get("WORLD_SIZE", "1")))
+        settings.check(launch.world_size)
     except UserError:
-        if os.environ.get("RANK", "0") == "0":
+        if launch.rank == 0:
             raise
         time.sleep(_OTHERS_WAIT_S)
         sys.exit(2)

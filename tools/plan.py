@@ -24,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         description=__doc__,
         usage="plan.py CONFIG.yaml --gpus N --gpu NAME [--mfu F] [--json] "
-        "[--section.key value ...]",
+        "[--brief] [--section.key value ...]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="CONFIG.yaml and --section.key are those of `python -m megatron_dwm.pretrain "
         "--help`. GB are 10^9 bytes. Exits 0 whether or not the run fits.",
@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         help="part of the peak FLOPs that the run is expected to reach",
     )
     parser.add_argument("--json", action="store_true", help="print numbers as JSON")
+    parser.add_argument("--brief", action="store_true", help="print one line")
     return parser
 
 
@@ -54,14 +55,17 @@ def main() -> None:
     # Megatron-Core prints this on import on every machine without these optional packages.
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     from megatron_dwm.planning import GPUS, make_plan
-    from megatron_dwm.planning.table import plan_text
+    from megatron_dwm.planning.table import plan_line, plan_text
     from megatron_dwm.weighting import method_class
 
     parts = method_class(config).parts(config)
     for line in warnings_of_effect(config, loaded.given, parts):
         print(f"warning: {line}", file=sys.stderr)
     plan = make_plan(config, GPUS[options.gpu], gpus=options.gpus, mfu=options.mfu)
-    print(json.dumps(plan.to_json(), indent=2) if options.json else plan_text(plan))
+    if options.brief:
+        print(plan_line(plan))
+    else:
+        print(json.dumps(plan.to_json(), indent=2) if options.json else plan_text(plan))
 
 
 if __name__ == "__main__":

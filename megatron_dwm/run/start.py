@@ -42,6 +42,7 @@ from megatron_dwm.run.remarks import remarks
 from megatron_dwm.run.reporter import Reporter
 from megatron_dwm.run.resume import require_no_loss, warn_of_keys_without_effect
 from megatron_dwm.run.starting_point import warn_of_another_tokenizer
+from megatron_dwm.run.status import is_finished
 from megatron_dwm.run.terminal import Terminal
 from megatron_dwm.run.upkeep import Upkeep
 from megatron_dwm.runtime import Runtime, bring_up
@@ -88,12 +89,10 @@ def run(config: Config) -> None:
 
 def _is_over(config: Config, state: TrainState, runtime: Runtime) -> bool:
     """True if a run at `state` has nothing left to do; prints a line if so."""
-    steps = config.training.steps
-    evaluated = config.evaluation.path is None or state.evaluated_step == state.step
-    if state.step < steps or (state.step == steps and not evaluated):
+    if not is_finished(config, state):
         return False
     if runtime.is_main:
-        run_dir = config.run.dir
+        run_dir, steps = config.run.dir, config.training.steps
         print(f"{run_dir} is at step {state.step}: nothing to do up to step {steps}")
     return True
 

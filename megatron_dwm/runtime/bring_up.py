@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_dwm.config import ParallelConfig
+from megatron_dwm.launch import Launch, Launcher, find_launch
 from megatron_dwm.runtime.cpu import cuda_redirected_to_cpu
 from megatron_dwm.runtime.peers import Peers, meet
 
@@ -86,29 +87,26 @@ class Runtime:
 def bring_up(config: ParallelConfig, seed: int) -> Iterator[Runtime]:
     """Initialize torch.distributed and Megatron's groups for the time of the context.
 
-    The backend is NCCL on GPUs and gloo on CPUs. A process started without torchrun is a job of
-    one. After an exception the groups are not destroyed, because a peer may be inside a collective
-    that never ends: the process exits, and the launcher ends the others. If a collective failed
-    because a peer does not answer, raises LostPeer with its name.
+    The backend is NCCL on GPUs and gloo on CPUs. A process that neither torchrun nor srun has
+    started among others is a job of one. After an exception the groups are not destroyed, because a
+    peer may be inside a collective that never ends: the process exits, and the launcher ends the
+    others. If a collective failed because a peer does not answer, raises LostPeer with its name.
     """
     _quiet_upstream()
-    set_here = _set_single_process_defaults()
+    launch = find_launch(os.environ)
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", _device_index(launch)) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    try:
-        with (
-            nullcontext() if on_gpu else cuda_redirected_to_cpu(),
-            _joined(config, on_gpu) as peers,
-        ):
-            _make_groups(config, on_gpu, seed)
-            yield _describe(device, peers, timedelta(seconds=config.timeout_s))
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
-    finally:
-        for name in set_here:
-            del os.environ[name]
+    with (
+        _exported(launch),
+        nullcontext() if on_gpu else cuda_redirected_to_cpu(),
+        _joined(config, on_gpu) as peers,
+    ):
+        _make_groups(config, on_gpu, seed)
+        yield _describe(device, peers, timedelta(seconds=config.timeout_s))
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 @contextmanager
@@ -187,22 +185,43 @@ def _side_group(timeout: timedelta) -> Group | None:
     return mine
 
 
-def _set_single_process_defaults() -> list[str]:
-    """Make a process started without torchrun a job of one; returns the variables that it set."""
-    if "RANK" in os.environ:
-        return []
+def _device_index(launch: Launch) -> int:
+    """Returns the number of this rank's GPU among those that it sees.
+
+    With --gpus-per-task, srun shows every rank its own GPU only.
+    """
+    own_only = launch.launcher is Launcher.SRUN and torch.cuda.device_count() == 1
+    return 0 if own_only else launch.local_rank
+
+
+@contextmanager
+def _exported(launch: Launch) -> Iterator[None]:
+    """Give torch and Megatron-Core torchrun's variables during the context, if they lack them."""
+    if launch.launcher is Launcher.TORCHRUN:
+        yield
+        return
+    values = {
+        "RANK": launch.rank,
+        "LOCAL_RANK": launch.local_rank,
+        "WORLD_SIZE": launch.world_size,
+        "MASTER_ADDR": launch.host,
+        "MASTER_PORT": launch.port or _free_port(),
+    }
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update({name: str(value) for name, value in values.items()})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
+
+
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    values = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    os.environ.update(values)
-    return list(values)
+        return probe.getsockname()[1]
 
 
 def _quiet_upstream() -> None:
@@ -212,10 +231,10 @@ def _quiet_upstream() -> None:
 
 
 def world_size_from_environment() -> int:
-    """Number of processes in this job, from torchrun's WORLD_SIZE; needs no process group."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Returns the number of processes in this job; needs no process group."""
+    return find_launch(os.environ).world_size
 
 
 def rank_from_environment() -> int:
-    """This process's rank, from torchrun's RANK; needs no process group."""
-    return int(os.environ.get("RANK", "0"))
+    """Returns this process's rank; needs no process group."""
+    return find_launch(os.environ).rank

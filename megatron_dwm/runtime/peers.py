@@ -29,7 +29,8 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from megatron_dwm.config.errors import LostPeer
+from megatron_dwm.config.errors import LostPeer, RunError
+from megatron_dwm.launch import Launch, find_launch
 
 _PREFIX = "megatron_dwm"
 _CONNECT_S = 3.0  # a host that is down does not refuse; it does not answer
@@ -134,22 +135,15 @@ class Peers:
 def meet(timeout_s: int) -> Iterator[tuple[dist.Store, Peers]]:
     """Wait until every rank has started; yields the store for torch's process groups and the peers.
 
-    Reads torchrun's environment. Raises LostPeer if a rank has not started after `timeout_s`. Waits
-    in Python, so that Ctrl-C works.
+    Raises LostPeer if a rank has not started after `timeout_s`. Waits in Python, so that Ctrl-C
+    works.
     """
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    stored_by_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    launch = find_launch(os.environ)
+    rank, world_size = launch.rank, launch.world_size
+    is_here = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     deadline = time.monotonic() + timeout_s
-    address = _wait_for_store(rank == 0 and stored_by_rank_0, timeout_s)
-    whole = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        world_size,
-        rank == 0 and stored_by_rank_0,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
+    address = _wait_for_store(launch, timeout_s, is_here=is_here)
+    whole = _store(launch, timeout_s, is_here=is_here)
     store = dist.PrefixStore(_PREFIX, whole)
     with _listener(2 * world_size) as listener:
         port = listener.getsockname()[1]
@@ -161,9 +155,30 @@ def meet(timeout_s: int) -> Iterator[tuple[dist.Store, Peers]]:
         yield dist.PrefixStore("default_pg", whole), Peers(rank, ranks, listener)
 
 
-def _wait_for_store(is_here: bool, timeout_s: int) -> str:
+def _store(launch: Launch, timeout_s: int, *, is_here: bool) -> dist.Store:
+    """Returns the job's store, opened here or at rank 0."""
+    try:
+        return dist.TCPStore(
+            launch.host,
+            launch.port,
+            launch.world_size,
+            is_here,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except dist.DistNetworkError as error:
+        if not is_here or "EADDRINUSE" not in str(error):
+            raise
+        raise RunError(
+            f"rank 0 on {socket.gethostname()}: port {launch.port} is in use; start again, with "
+            "another MASTER_PORT if it repeats"
+        ) from error
+
+
+def _wait_for_store(launch: Launch, timeout_s: int, *, is_here: bool) -> str:
     """Wait for the job's store to answer; returns this rank's address as the others see it."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = launch.host, launch.port
     deadline = time.monotonic() + timeout_s
     while not is_here:
         try:
@@ -174,7 +189,7 @@ def _wait_for_store(is_here: bool, timeout_s: int) -> str:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise LostPeer(
-                    f"rank {os.environ['RANK']} on {socket.gethostname()}: no answer for "
+                    f"rank {launch.rank} on {socket.gethostname()}: no answer for "
                     f"{timeout_s} s (parallel.timeout_s) from rank 0, expected at {host}:{port} "
                     f"(MASTER_ADDR, MASTER_PORT): {error}"
                 ) from error
