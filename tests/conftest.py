@@ -18,7 +18,17 @@ LONGEST = (
 # others in under a minute. A new file is slow if its folder is listed.
 SLOW = (
     *("bilevel/", "checkpoint/", "convert/", "doctor/", "evaluation/", "forking/", "gpu/"),
-    *("planning/", "preprocess/", "run/", "signatures/", "tools/", "training/", "weighting/"),
+    *(
+        "planning/",
+        "preprocess/",
+        "recipes/",
+        "run/",
+        "signatures/",
+        "slurm/",
+        "tools/",
+        "training/",
+        "weighting/",
+    ),
     *("config/test_examples.py", "config/test_printing.py", "model/test_fp8.py"),
     *("runtime/test_bring_up.py", "runtime/test_peers.py", "tokenizer/test_engine.py"),
     *("test_metrics_document.py", "test_quickstart.py", "test_testing.py"),
