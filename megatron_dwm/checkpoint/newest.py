@@ -71,5 +71,5 @@ def _damage(directory: Path, runtime: Runtime) -> str | None:
 def _warn(directory: Path, damage: str) -> None:
     print_warning(
         f"checkpoint {directory} is damaged: {damage}; it is set aside as "
-        f"{directory.name}.damaged and the one before it is next"
+        f"{directory.name}.damaged and the one before it, if there is one, is next"
     )

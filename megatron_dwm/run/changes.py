@@ -57,6 +57,8 @@ def refuse_changes(
         and not (key in PATH_KEYS and is_same_path(key, before[key], now[key], typed or {}))
     ]
     if changed:
+        # Another policy is why other keys changed.
+        changed.sort(key=lambda name: name != "policy.name")
         key, others = changed[0], ", ".join(changed[1:])
         raise UserError(
             f"{key}: the run in {where} has {before[key]!r}, now {now[key]!r}; a resumed run "
