@@ -6,7 +6,7 @@ import pytest
 
 # By processor time; begun first, so that no worker is left alone with one of them at the end.
 LONGEST = (
-    *("test_quickstart.py", "test_faults.py", "test_runs.py", "test_benchmark.py"),
+    *("test_jobs.py", "test_quickstart.py", "test_faults.py", "test_runs.py", "test_benchmark.py"),
     *("test_evaluate.py", "test_measured.py", "test_features.py"),
 )
 
