@@ -10,7 +10,7 @@ from tests.small_runs.fixtures import corpus, server, stopped  # noqa: F401
 
 # By processor time; begun first, so that no worker is left alone with one of them at the end.
 LONGEST = (
-    *("test_quickstart.py", "test_faults.py", "test_runs.py", "test_benchmark.py"),
+    *("test_jobs.py", "test_quickstart.py", "test_faults.py", "test_runs.py", "test_benchmark.py"),
     *("test_first_gpu_run.py", "test_evaluate.py", "test_measured.py", "test_features.py"),
 )
 
@@ -18,17 +18,8 @@ LONGEST = (
 # others in under a minute. A new file is slow if its folder is listed.
 SLOW = (
     *("bilevel/", "checkpoint/", "convert/", "doctor/", "evaluation/", "forking/", "gpu/"),
-    *(
-        "planning/",
-        "preprocess/",
-        "recipes/",
-        "run/",
-        "signatures/",
-        "slurm/",
-        "tools/",
-        "training/",
-        "weighting/",
-    ),
+    *("planning/", "preprocess/", "recipes/", "run/", "signatures/", "slurm/", "tools/"),
+    *("training/", "weighting/"),
     *("config/test_examples.py", "config/test_printing.py", "model/test_fp8.py"),
     *("runtime/test_bring_up.py", "runtime/test_peers.py", "tokenizer/test_engine.py"),
     *("test_metrics_document.py", "test_quickstart.py", "test_testing.py"),

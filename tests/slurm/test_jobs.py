@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.site import CORPUS, STEPS, Site
-from tests.training.runs import without_time
+from tests.small_runs.command import without_time
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -164,7 +164,7 @@ def test_a_dead_rank_ends_the_step_and_the_job_goes_on(experiment: Experiment) -
     _wait_for_steps(site, "dead_rank", 14)
     [killed] = _processes_of_rank(number, 1)
     os.kill(killed, signal.SIGKILL)
-    fields = site.cluster.wait(number, "PENDING", "COMPLETED", "FAILED", limit_s=30)
+    fields = site.cluster.wait(number, "PENDING", "COMPLETED", "FAILED")
     log = site.log(f"dead_rank-{number}")
     assert fields["JobState"] == "PENDING", log
     errors = [line for line in log.splitlines() if not line.startswith("slurmstepd")]
