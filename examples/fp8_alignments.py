@@ -133,27 +133,25 @@ def _hypergradients(
 ) -> Iterator[Hypergradient]:
     """Yields one for every batch from the checkpoint's step on, with its passages in halves."""
     from megatron_dwm.bilevel import ESTIMATORS
-    from megatron_dwm.checkpoint.load import load_checkpoint
     from megatron_dwm.checkpoint.parts import Parts
     from megatron_dwm.run.checks import check
-    from megatron_dwm.run.job import build_job
+    from megatron_dwm.run.job import build_job, load_job
 
     job = build_job(config, runtime, check(config))
-    with job.feed:
-        if job.feed.passages < 2:
-            raise UserError(f"{config.validation.path} has one row, and one row has no halves")
-        parts = Parts(
-            llm=job.learner.llm,
-            optimizer=job.learner.optimizer,
-            method_name=config.policy.name,
-            method=job.method,
-            state=job.state,
-        )
-        load_checkpoint(parts, checkpoint)
-        first = min(job.state.step, config.training.steps - batches)
-        for number in range(first, first + batches):
-            problem = _problem(job, number, config)
-            yield ESTIMATORS["tangent_probe"](problem, halves=True)
+    if job.feed.passages < 2:
+        raise UserError(f"{config.validation.path} has one row, and one row has no halves")
+    parts = Parts(
+        llm=job.learner.llm,
+        optimizer=job.learner.optimizer,
+        method_name=config.policy.name,
+        method=job.method,
+        state=job.state,
+    )
+    load_job(job, parts, checkpoint)
+    first = min(job.state.step, config.training.steps - batches)
+    for number in range(first, first + batches):
+        problem = _problem(job, number, config)
+        yield ESTIMATORS["tangent_probe"](problem, halves=True)
 
 
 def _problem(job: Job, number: int, config: Config) -> Problem:

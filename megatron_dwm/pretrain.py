@@ -1,4 +1,4 @@
-"""`torchrun --nproc-per-node N -m megatron_dwm.pretrain CONFIG.yaml [--section.key value ...]`"""
+"""Trains a model: `torchrun -m megatron_dwm.pretrain CONFIG.yaml [--section.key value ...]`."""
 
 from __future__ import annotations
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import NOT_SLOW, SLOW
+
 REPOSITORY = Path(__file__).parent.parent
 PACKAGE = REPOSITORY / "megatron_dwm"
 
@@ -16,7 +18,7 @@ PACKAGE = REPOSITORY / "megatron_dwm"
 ALLOWED: dict[str, set[str]] = {
     "files": set(),
     "config": {"files"},
-    "tokenizer": {"config"},
+    "tokenizer": {"files", "config"},
     "runtime": {"config"},
     "model": {"config", "runtime"},
     "data": {"files", "config", "tokenizer", "runtime", "model"},
@@ -34,8 +36,8 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "runtime", "model", "data", "weighting", "bilevel", "training", "testing"),
     },
     "preprocess": {"files", "config", "tokenizer"},
-    "convert": {"config", "tokenizer", "runtime", "model", "checkpoint"},
-    "evaluation": {"config"},
+    "convert": {"files", "config", "tokenizer", "runtime", "model", "checkpoint"},
+    "evaluation": {"files", "config"},
     "report": {"config"},
 }
 MAX_CLASS_LINES = 150
@@ -131,6 +133,12 @@ def test_only_runtime_knows_parallel_state_and_cuda() -> None:
 def test_planning_starts_nothing() -> None:
     for file in (PACKAGE / "planning").glob("*.py"):
         assert not any(name.split(".")[0] == "torch" for name in _imports(file)), file
+
+
+def test_slow_and_fast_tests_exist() -> None:
+    for name in (*SLOW, *NOT_SLOW):
+        assert (REPOSITORY / "tests" / name).exists(), name
+    assert all(name.startswith(SLOW) for name in NOT_SLOW)
 
 
 def test_report_never_imports_torch() -> None:

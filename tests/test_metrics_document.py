@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tests.training.conftest import CORPUS, Corpus, corpus  # noqa: F401
-from tests.training.runs import succeed
+from tests.small_runs.command import succeed
+from tests.small_runs.fixtures import CORPUS, Corpus
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "metrics.md"
 EVERY_LINE = "In every line"
@@ -46,7 +46,7 @@ def described() -> tuple[Keys, Keys]:
 
 
 @pytest.fixture(scope="module")
-def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:  # noqa: F811
+def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Short runs that together write every phase."""
     folder = tmp_path_factory.mktemp("runs")
     options = {

@@ -25,11 +25,11 @@ from megatron_dwm.evaluation.harness import run_harness
 from megatron_dwm.evaluation.scores import (
     comparable,
     format_table,
-    partial_name,
     read_written,
     write_scores,
 )
 from megatron_dwm.evaluation.suites import select_tasks
+from megatron_dwm.files.atomic import partial_path
 
 DEFAULT_SHOTS = {"dwm": [0, 2], "local": [0]}
 
@@ -77,7 +77,7 @@ def _require_writable(output: Path) -> None:
     require_possible_names([output])
     if output.exists():
         raise UserError(f"--output {output} exists; name another file or remove it")
-    require_writable_parents([partial_name(output)])
+    require_writable_parents([partial_path(output)])
 
 
 def _at_least(smallest: int) -> type[int]:

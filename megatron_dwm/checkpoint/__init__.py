@@ -7,6 +7,6 @@
     checkpoints/step_00000500/huggingface/   those of the model that the run started from
     checkpoints/step_00000500/manifest.json  counters, and size and checksum of every other file
 
-It is written under a temporary name and renamed when it is whole, the manifest last. Inside a
-weighting phase the name ends in `_update_` and the number of the phase's updates.
+A checkpoint is written under a temporary name, the manifest last, and renamed when it is complete.
+Inside a weighting phase the name ends in `_update_` and the number of the phase's updates.
 """

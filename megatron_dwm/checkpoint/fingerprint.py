@@ -1,8 +1,8 @@
-"""What a run depends on besides its configuration, so that a resumed run can refuse what changed.
+"""A digest of everything that a run depends on, so that a resumed run can refuse changes.
 
-Files are compared by a digest of their bytes. Of a file above 16 MiB only 256 blocks of 64
-KiB at even distances are read, the first and the last among them, and the size: a file that was
-swapped or made anew is noticed, one altered byte may not be.
+Files are compared by a digest of their bytes. Of a file above 16 MiB only the size and 256 blocks
+of 64 KiB are read, evenly spaced from the first to the last. A replaced file is noticed; a single
+changed byte may not be.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _NUM_BLOCKS = 256
 
 TOKENIZER_KEY = "data.tokenizer"
 DOMAINS = "data.train (domains in .meta.parquet)"
-"""the mark of every document's domain; checkpoints of earlier versions lack it"""
+"""key for the domains of all documents; checkpoints of earlier versions lack it"""
 
 
 def fingerprint(config: Config, shape: LlamaShape) -> dict[str, str]:
-    """What the run's results depend on besides its configuration, by the key that names it."""
-    marks = {"model": json.dumps(dataclasses.asdict(shape), sort_keys=True)}
+    """Returns digests of the model's shape, the data files and the domains, by key."""
+    digests = {"model": json.dumps(dataclasses.asdict(shape), sort_keys=True)}
     for key, paths in _files_by_key(config):
-        marks[key] = _digest(paths)
-    marks[DOMAINS] = _digest_of_domains(config.data)
-    return marks
+        digests[key] = _digest(paths)
+    digests[DOMAINS] = _digest_of_domains(config.data)
+    return digests
 
 
 def _files_by_key(config: Config) -> Iterator[tuple[str, list[Path]]]:
@@ -48,25 +48,25 @@ def _files_by_key(config: Config) -> Iterator[tuple[str, list[Path]]]:
 
 
 def tokenizer_digests(path: Path) -> set[str]:
-    """What a fingerprint can have under `TOKENIZER_KEY` for a run with the tokenizer at `path`.
+    """Returns the possible digests under `TOKENIZER_KEY` of a run with the tokenizer at `path`.
 
-    A tokenizer.json may have been named itself or by its directory.
+    There may be several, since a run can name a tokenizer.json or its directory.
     """
     named = [path, path / FILE_NAME] if path.is_dir() else [path]
     if path.name == FILE_NAME:
         named.append(path.parent)
-    return {_digest(_tokenizer_files(place)) for place in named if place.exists()}
+    return {_digest(_tokenizer_files(name)) for name in named if name.exists()}
 
 
 def _tokenizer_files(path: Path) -> list[Path]:
-    """The file, or the files of a directory that say how text becomes ids."""
+    """Returns the file itself, or the tokenizer's files in a directory."""
     if not path.is_dir():
         return [path]
     return sorted(file for file in path.iterdir() if file.name.startswith("tokenizer"))
 
 
 def _digest_of_domains(data: DataConfig) -> str:
-    """A few hexadecimal digits of every document's domain, and the number of documents."""
+    """Returns a short digest of every document's domain, and the number of documents."""
     digest, total = hashlib.sha256(), 0
     for part in parse_blend(data.train):
         file = read_indexed_file(part.prefix)
@@ -79,7 +79,7 @@ def _digest_of_domains(data: DataConfig) -> str:
 
 
 def _digest(paths: Iterable[Path]) -> str:
-    """A few hexadecimal digits and the number of bytes."""
+    """Returns a short digest of the files, and their number of bytes."""
     digest, total_bytes = hashlib.sha256(), 0
     for path in paths:
         size_bytes = path.stat().st_size
@@ -93,7 +93,7 @@ def _digest(paths: Iterable[Path]) -> str:
 
 
 def _starts(size_bytes: int) -> Iterable[int]:
-    """Where blocks begin: everywhere in a small file, at even distances in a large one."""
+    """Returns the offsets of the blocks to read: all in a small file, some in a large one."""
     if size_bytes <= _BLOCK_BYTES * _NUM_BLOCKS:
         return range(0, size_bytes, _BLOCK_BYTES)
     last = size_bytes - _BLOCK_BYTES

@@ -1,8 +1,8 @@
-"""Whether a run has ever completed a checkpoint, noted apart from the checkpoints themselves.
+"""A note that says if a run has ever completed a checkpoint, kept outside of `checkpoints/`.
 
-A run whose `checkpoints/` is gone must not begin again as if there had been none; one whose disk
-was full from the start has nothing to bring back. The note is an empty file that is renamed when
-the first checkpoint is whole: that needs no room on a full disk.
+A run that lost its `checkpoints/` must not silently start again. A run whose disk was full from the
+start never had one, and may. The note is an empty file that is renamed when the first checkpoint is
+complete: a rename needs no space on a full disk.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _HAD_ONE = ".had_checkpoint"
 
 
 def note_start(run_dir: Path, *, had_one: bool) -> None:
-    """Begin the note of a run that starts or goes on. Raises OSError."""
+    """Write the note of a run that starts or resumes. Raises OSError."""
     if had_one:
         note_checkpoint(run_dir)
     else:
@@ -22,7 +22,7 @@ def note_start(run_dir: Path, *, had_one: bool) -> None:
 
 
 def note_checkpoint(run_dir: Path) -> None:
-    """Note that a checkpoint of the run is whole. Raises OSError."""
+    """Note that a checkpoint of the run is complete. Raises OSError."""
     had_one = run_dir / _HAD_ONE
     if had_one.exists():
         return
@@ -33,7 +33,7 @@ def note_checkpoint(run_dir: Path) -> None:
 
 
 def ever_had_checkpoint(run_dir: Path) -> bool | None:
-    """Whether the run has ever had one; None if an older version began it, without a note."""
+    """True if the run ever had a checkpoint; None if a version without notes started it."""
     if (run_dir / _HAD_ONE).exists():
         return True
     return False if (run_dir / _NONE_YET).exists() else None

@@ -1,11 +1,11 @@
-"""Small files that every checkpoint keeps, so that it can be used alone.
+"""Small files that every checkpoint contains, so that it can be used on its own.
 
-    tokenizer/    what the run's text became ids with: tokenizer.model, or tokenizer.json and its
+    tokenizer/    the run's tokenizer: tokenizer.model, or tokenizer.json and its
                   tokenizer_config.json
-    huggingface/  what the model that the run started from had besides its weights: config.json,
-                  generation_config.json, the tokenizer's files, chat templates, licence
+    huggingface/  files of the model that the run started from, without its weights: config.json,
+                  generation_config.json, the tokenizer's files, chat templates, license
 
-They are read once, when the run begins, so a checkpoint has them as they were then. Cost: their
+They are read once, when the run starts, so later changes do not reach a checkpoint. Cost: their
 size, in the main process and in every checkpoint.
 """
 
@@ -34,26 +34,26 @@ _OTHER_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def kept_files(config: Config, tokenizer: Tokenizer, newest: Path | None) -> dict[str, bytes]:
-    """What the checkpoints of a run keep, by path inside a checkpoint.
+    """Returns the files that every checkpoint of a run contains, by path inside a checkpoint.
 
-    newest: the checkpoint that the run goes on from, whose files of the first model are kept on.
+    newest: the checkpoint that the run resumes from; its files of the first model are copied.
     """
-    came = _of_the_first_model(config, newest)
+    first = _of_the_first_model(config, newest)
     return {
         **{f"{TOKENIZER}/{name}": content for name, content in _of_tokenizer(tokenizer).items()},
-        **{f"{HUGGINGFACE}/{name}": content for name, content in came.items()},
+        **{f"{HUGGINGFACE}/{name}": content for name, content in first.items()},
     }
 
 
 def huggingface_files(directory: Path) -> dict[str, bytes]:
-    """The files of a Hugging Face directory that are neither weights nor its README, by name."""
+    """Returns the files of a Hugging Face directory except weights and README, by name."""
     patterns = (*SETTINGS_FILES, *TOKENIZER_FILES, *_OTHER_FILES)
     paths = sorted({path for pattern in patterns for path in directory.glob(pattern)})
     return {path.relative_to(directory).as_posix(): _read(path) for path in paths if path.is_file()}
 
 
 def own_tokenizer(directory: Path) -> Path | None:
-    """The file of a tokenizer in `directory` that says how text becomes ids; None without one."""
+    """Returns the main file of a tokenizer in `directory`, or None."""
     files = (directory / name for name in (_TOKENIZER_JSON, _TOKENIZER_MODEL))
     return next((file for file in files if file.is_file()), None)
 
@@ -77,7 +77,7 @@ def _of_tokenizer(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def _of_the_first_model(config: Config, newest: Path | None) -> dict[str, bytes]:
-    """Its files, by name; they go with the parameters from run to run."""
+    """Returns the files of the first Hugging Face model, which every run from it passes on."""
     start = config.model.init_from
     if start is None:
         return {}

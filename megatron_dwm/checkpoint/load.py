@@ -1,4 +1,4 @@
-"""Loading a checkpoint, under any layout. Its files have been verified; none of them is trusted."""
+"""Loads a checkpoint under any layout. Its checksums were verified, but no file may run code."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from megatron_dwm.runtime.warn import print_warning
 
 
 def load_checkpoint(parts: Parts, directory: Path) -> None:
-    """Put every part into the state that `directory` holds (collective).
+    """Load the state of every part from `directory` (collective).
 
-    The learning rate is not among them: it follows from the configuration and the step.
+    The learning rate is not loaded: it follows from the configuration and the step.
     """
     create_state(parts.llm, parts.optimizer)
     load_parameters(parts.llm, directory)
@@ -34,27 +34,27 @@ def load_checkpoint(parts: Parts, directory: Path) -> None:
     for name, value in asdict(read_manifest(directory).state).items():
         setattr(parts.state, name, value)
     _load_method(parts, rest, directory)
-    # Another number of ranks has other generators; they begin as the seed says.
+    # With another number of ranks the generators start from the seed.
     if len(rest["random"]) == parts.runtime.world_size:
         restore_random_state(rest["random"][parts.runtime.rank])
 
 
 def load_parameters(llm: LLM, directory: Path) -> None:
-    """Only the LLM's parameters of a checkpoint (`model.init_from`); collective."""
+    """Load only the LLM's parameters of a checkpoint (`model.init_from`); collective."""
     loaded = load_sharded(sharded_model(llm), directory / LLM_FOLDER)
     for name, module in named_chunks(llm):
         module.load_state_dict(loaded[name])
 
 
 def _load_method(parts: Parts, rest: dict[str, Any], directory: Path) -> None:
-    """The method's state; one of another method, which had to be allowed, is left out."""
+    """Load the method's state. The state of another method, if the user allowed it, is skipped."""
     name = parts.method_name
     before = rest.get("policy_name", name)
     if before != name:
-        print_warning(f"{directory} has the state of policy {before}; {name} begins anew")
+        print_warning(f"{directory} has the state of policy {before}; {name} starts without one")
         return
     try:
-        # Earlier versions kept nothing of a method without a state.
+        # Earlier versions saved None for a method without a state.
         parts.method.load_state_dict(rest["policy"] or {})
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(
@@ -64,13 +64,13 @@ def _load_method(parts: Parts, rest: dict[str, Any], directory: Path) -> None:
 
 
 def _load_optimizer(parts: Parts, directory: Path) -> None:
-    """Adam's state, whichever of the two kinds of optimizer saved it and loads it.
+    """Load Adam's state, from a plain or a sharded optimizer into either.
 
-    Apart from the parameters, since a sharded optimizer may ask for those again.
+    It is loaded apart from the parameters, since a sharded optimizer may read those again.
     """
     wanted = parts.sharded(is_loading=True)["optimizer"]
     optimizer = under_saved_names(wanted, saved_names(directory))
-    loaded = load_sharded({"asked": optimizer}, directory)
+    loaded = load_sharded({"wanted": optimizer}, directory)
     with loadable(parts.optimizer):
         step = saved_step(loaded["optimizer"])
-        parts.optimizer.load_state_dict(filled(optimizer, loaded["asked"], step))
+        parts.optimizer.load_state_dict(filled(optimizer, loaded["wanted"], step))

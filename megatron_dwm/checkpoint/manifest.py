@@ -1,8 +1,8 @@
-"""What makes a directory a checkpoint: manifest.json, with the size and checksum of every file.
+"""The manifest of a checkpoint: manifest.json, with the size and checksum of every file.
 
-It is written last, under another name, and renamed; then the directory is. A checkpoint without it
-does not exist. Checksums are CRC-32: they are against decay and truncation, not against people, and
-zlib's runs at several GB/s, so that a save is not slowed by them.
+It is written last, then the directory gets its name. A directory without a manifest is not a
+complete checkpoint. Checksums are CRC-32: they find corruption and truncation, not tampering, and
+zlib computes several GB/s, so they do not slow a save down.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BLOCK_BYTES = 1 << 20  # fits into a processor's cache
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
-    """One file of a checkpoint. crc32: eight hexadecimal digits."""
+    """Size and checksum of one file; `crc32` has eight hexadecimal digits."""
 
     bytes: int
     crc32: str
@@ -39,7 +39,11 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """state: the counters. fingerprint: what the run depends on, by key. files: by path inside."""
+    """Contents of manifest.json.
+
+    state: the counters. fingerprint: digests of what the run depends on, by key.
+    files: records by path inside the checkpoint.
+    """
 
     state: TrainState
     fingerprint: dict[str, str]
@@ -47,7 +51,7 @@ class Manifest:
 
 
 def checkpoint_dir(run_dir: Path, state: TrainState) -> Path:
-    """Where the checkpoint of a state lives; inside a weighting phase its updates are counted."""
+    """Returns the directory for the checkpoint of a state, by its step and updates."""
     name = f"step_{state.step:08d}"
     if state.stage_updates:
         name += f"_update_{state.stage_updates:08d}"
@@ -55,7 +59,7 @@ def checkpoint_dir(run_dir: Path, state: TrainState) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Directories named as checkpoints, oldest first; whether they are whole is another matter."""
+    """Returns the directories with a checkpoint's name, complete or not, oldest first."""
     found = [(_order(path), path) for path in (run_dir / "checkpoints").glob("step_*")]
     return [path for _, path in sorted(pair for pair in found if pair[0] is not None)]
 
@@ -66,7 +70,7 @@ def _order(path: Path) -> tuple[int, int] | None:
 
 
 def record_file(path: Path) -> FileRecord:
-    """Size and checksum of a file, read once through."""
+    """Read a file once and return its size and checksum."""
     checksum, size_bytes = 0, 0
     block = memoryview(bytearray(_BLOCK_BYTES))
     with path.open("rb", buffering=0) as stream:
@@ -76,14 +80,14 @@ def record_file(path: Path) -> FileRecord:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write `directory`/manifest.json; it is there whole or not at all."""
+    """Write `directory`/manifest.json, all of it or nothing."""
     content = {"format": _FORMAT, **asdict(manifest)}
     text = json.dumps({**content, "crc32": _own_checksum(content)}, indent=1)
     write_text(directory / MANIFEST, text)
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a checkpoint. Raises ValueError that names the file and what is wrong."""
+    """Read the manifest of a checkpoint. Raises ValueError with the file and the problem."""
     file = directory / MANIFEST
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -109,7 +113,7 @@ def _own_checksum(content: dict[str, Any]) -> str:
 
 
 def find_damage(directory: Path, files: Iterable[tuple[str, FileRecord]]) -> str | None:
-    """The first of these files that is not as the manifest says, and how; None if all are."""
+    """Returns what is wrong with the first file that differs from its record; None if all match."""
     for name, expected in files:
         path = directory / name
         try:
@@ -126,7 +130,7 @@ def find_damage(directory: Path, files: Iterable[tuple[str, FileRecord]]) -> str
 
 
 def damage_of(directory: Path) -> str | None:
-    """What is wrong with a checkpoint of a run, if anything; every file of it is read."""
+    """Returns what is wrong with a checkpoint, or None; reads every file of it."""
     try:
         return find_damage(directory, read_manifest(directory).files.items())
     except ValueError as error:
@@ -134,9 +138,9 @@ def damage_of(directory: Path) -> str | None:
 
 
 def require_whole(directory: Path, key: str) -> None:
-    """Check a checkpoint that a user names; converted ones have no manifest and pass.
+    """Check a checkpoint that a user named; a converted one has no manifest and passes.
 
-    Raises UserError naming the file.
+    Raises UserError with the damaged file.
     """
     damage = damage_of(directory) if (directory / MANIFEST).exists() else None
     if damage is not None:
@@ -144,9 +148,9 @@ def require_whole(directory: Path, key: str) -> None:
 
 
 def named_checkpoint(path: Path) -> Path:
-    """The whole checkpoint that a user names: `path` itself, or the newest whole one of a run.
+    """Returns the checkpoint that a user named: `path` itself, or the newest complete one of a run.
 
-    A damaged one of a run is named on stderr and left alone. Raises UserError if there is none.
+    Prints a warning for a damaged checkpoint of a run. Raises UserError if there is none.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; give a run directory or a checkpoint in it")
@@ -168,12 +172,12 @@ def named_checkpoint(path: Path) -> Path:
 
 
 def tidy(run_dir: Path) -> None:
-    """Remove what a killed save left behind; bring back what it was about to replace."""
+    """Remove the files of a killed save, and restore the checkpoint that it was replacing."""
     restore_replaced(run_dir / "checkpoints", "step_*")
 
 
 def set_aside(directory: Path) -> None:
-    """Rename a damaged checkpoint, so that it is neither loaded nor counted again."""
+    """Rename a damaged checkpoint, so that it is never loaded or counted again."""
     target = directory.with_name(f"{directory.name}.damaged")
     shutil.rmtree(target, ignore_errors=True)
     directory.rename(target)

@@ -1,8 +1,8 @@
-"""Names inside a checkpoint directory, and of the tensors in it: spelled here alone."""
+"""Names of the files in a checkpoint directory, and the prefix of its tensors."""
 
 LLM_FOLDER = "llm"
 TRAINING_FILE = "training.pt"
 CONFIG_FILE = "config.yaml"
 SHAPE_FILE = "shape.json"
 MODEL_PREFIX = "model."
-"""begins the names of the LLM's parameters"""
+"""prefix of the names of the LLM's parameters"""

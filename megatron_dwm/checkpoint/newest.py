@@ -1,8 +1,7 @@
-"""Which checkpoint a resumed run goes on from: the newest one that is whole.
+"""Finds the checkpoint that a resumed run continues from: the newest complete one.
 
-Every file of the candidates is read once, shared out over the ranks, so it costs what the load
-that follows costs. A damaged checkpoint is named, set aside under another name, and the one before
-it is tried.
+Every file of a candidate is read once, split over the ranks, so the cost is about that of the load
+that follows. A damaged checkpoint is reported and renamed, and the one before it is tried.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from megatron_dwm.runtime.warn import print_warning
 
 
 def newest_whole_checkpoint(run_dir: Path, runtime: Runtime) -> Path | None:
-    """The newest whole checkpoint, or None where the run has none (collective).
+    """Returns the newest complete checkpoint, or None if the run has none (collective).
 
-    Raises UserError if there are checkpoints, but none is whole.
+    Raises UserError if there are checkpoints, but none is complete.
     """
     if runtime.is_main:
         tidy(run_dir)
@@ -40,7 +39,7 @@ def newest_whole_checkpoint(run_dir: Path, runtime: Runtime) -> Path | None:
             return directory
         damaged.append(f"{directory.name} ({damage})")
         if runtime.is_main:
-            _say(directory, damage)
+            _warn(directory, damage)
             set_aside(directory)
         runtime.barrier()
     if damaged:
@@ -52,7 +51,7 @@ def newest_whole_checkpoint(run_dir: Path, runtime: Runtime) -> Path | None:
 
 
 def _damage(directory: Path, runtime: Runtime) -> str | None:
-    """What is wrong with a checkpoint, if anything; the same on every rank (collective)."""
+    """Returns what is wrong with a checkpoint, or None, the same on every rank (collective)."""
     try:
         manifest = read_manifest(directory)
         files = sorted(manifest.files.items())
@@ -69,7 +68,7 @@ def _damage(directory: Path, runtime: Runtime) -> str | None:
     return next((text for text in everyones if text is not None), None)
 
 
-def _say(directory: Path, damage: str) -> None:
+def _warn(directory: Path, damage: str) -> None:
     print_warning(
         f"checkpoint {directory} is damaged: {damage}; it is set aside as "
         f"{directory.name}.damaged and the one before it is next"

@@ -1,7 +1,7 @@
-"""Loading a saved optimizer, sharded over replicas or not, whatever the run has now.
+"""Loads a saved optimizer, sharded over replicas or not, into either kind.
 
-Both kinds save Adam's moments under the same names; they differ in where the fp32 parameters and
-Adam's step count stand:
+Both kinds save Adam's moments under the same names. They differ in the names of the fp32 parameters
+and of Adam's step count:
 
                      fp32 parameters                     step
     plain, fp32      the model's own, `K`                state.common_step
@@ -9,8 +9,8 @@ Adam's step count stand:
     sharded          `optimizer.state.param.K`           optimizer.param_groups[].step
     fused Adam       as above                            param_groups[].step
 
-So tensors are asked for under the names that the checkpoint has, and only they and the step come
-from it: learning rates, betas and the like are those of the run's configuration now.
+So tensors are requested by the names in the checkpoint. Only they and the step count are loaded;
+learning rates, betas and the rest come from the run's configuration.
 (Megatron-Core 0.16.1, optimizer/optimizer.py and optimizer/distrib_optimizer.py,
 `sharded_state_dict`.)
 """
@@ -35,9 +35,9 @@ _STEP = ("step", "common_step")
 
 
 def under_saved_names(state: ShardedStateDict, saved: set[str]) -> ShardedStateDict:
-    """What an optimizer asks for, by the names that a checkpoint has for it.
+    """Returns the optimizer's state with the names that the checkpoint has for its tensors.
 
-    saved: every name in the checkpoint. A name that is not there stays, and loading will say so.
+    saved: every name in the checkpoint. A missing name does not change, and loading will report it.
     """
 
     def renamed(item: Any) -> Any:
@@ -49,17 +49,17 @@ def under_saved_names(state: ShardedStateDict, saved: set[str]) -> ShardedStateD
 
 
 def filled(state: ShardedStateDict, tensors: StateDict, step: Any) -> StateDict:
-    """The optimizer's own state with the loaded tensors and Adam's step in their places.
+    """Returns the optimizer's state, filled with the loaded tensors and Adam's step count.
 
-    tensors: what loading `state` gave. step: the saved count, a number or a tensor of one.
+    tensors: the loaded `state`. step: the saved count, a number or a tensor of one element.
     """
     return {key: _filled(key, item, tensors.get(key), step) for key, item in state.items()}
 
 
 def saved_step(common: Any) -> Any:
-    """Adam's step count in what a checkpoint keeps of an optimizer besides tensors.
+    """Returns Adam's step count from the part of an optimizer's state that is no tensor.
 
-    Raises ValueError if it has none.
+    Raises ValueError if there is none.
     """
     for step in _steps(common):
         return step
@@ -101,7 +101,7 @@ def _filled(key: Any, own: Any, loaded: Any, step: Any) -> Any:
 
 
 def _steps(value: Any) -> Iterator[Any]:
-    """Every step count in a nested state."""
+    """Yields every step count in a nested state."""
     if isinstance(value, dict):
         yield from (value[key] for key in _STEP if value.get(key) is not None)
         value = list(value.values())

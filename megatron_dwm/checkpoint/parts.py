@@ -1,4 +1,4 @@
-"""What a checkpoint holds: the stateful parts of a run, and how each is told to Megatron-Core."""
+"""The contents of a checkpoint: the stateful parts of a run, in the form for Megatron-Core."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 class Stateful(Protocol):
-    """Anything with a state of its own, the same on every rank."""
+    """An object whose state is the same on every rank."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -32,8 +32,8 @@ class Stateful(Protocol):
 class Parts:
     """The stateful parts of a run.
 
-    state: the counters.  method_name: whose state `method` has.
-    files: small files that every checkpoint has, by path inside; the main process alone has them.
+    state: the counters. method_name: the policy's name, saved with its state.
+    files: small files of every checkpoint, by path inside; only the main process has them.
     """
 
     llm: LLM
@@ -45,11 +45,11 @@ class Parts:
 
     @property
     def runtime(self) -> Runtime:
-        """Where this process stands."""
+        """The processes of the job, and this one's position."""
         return self.llm.runtime
 
     def sharded(self, *, is_loading: bool) -> ShardedStateDict:
-        """The LLM and its optimizer, as Megatron-Core plans them."""
+        """Returns the LLM's and its optimizer's state, in the sharded form of Megatron-Core."""
         model = sharded_model(self.llm)
         optimizer = self.optimizer.sharded_state_dict(
             model, is_loading=is_loading, metadata=_metadata(self.runtime)
@@ -57,7 +57,7 @@ class Parts:
         return {**model, "optimizer": optimizer}
 
     def rest(self) -> dict[str, Any]:
-        """What is no part of the LLM (collective); whole on the main process only."""
+        """Returns the rest of the state (collective); complete only on the main process."""
         runtime = self.runtime
         generators: list[Any] | None = [None] * runtime.world_size if runtime.is_main else None
         if runtime.world_size == 1:
@@ -72,14 +72,14 @@ class Parts:
 
 
 def named_chunks(llm: LLM) -> list[tuple[str, GPTModel]]:
-    """Megatron-LM's names of the model chunks in a state; one chunk is `model`."""
+    """Returns the model chunks with Megatron-LM's names; a single chunk is `model`."""
     if len(llm.modules) == 1:
         return [("model", llm.modules[0])]
     return [(f"model{number}", module) for number, module in enumerate(llm.modules)]
 
 
 def sharded_model(llm: LLM) -> ShardedStateDict:
-    """Every chunk's parameters by local name; the names in the files are global."""
+    """Returns every chunk's parameters by local name; the names in the files are global."""
     state = {}
     for chunk, module in named_chunks(llm):
         sharded = module.sharded_state_dict(prefix=MODEL_PREFIX, metadata=_metadata(llm.runtime))

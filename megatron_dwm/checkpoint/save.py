@@ -1,4 +1,4 @@
-"""One checkpoint on its way to the disk."""
+"""Writes one checkpoint."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from megatron_dwm.files.atomic import partial_path, replace_folder
 
 
 class CheckpointSave:
-    """A checkpoint that is being written; making one is collective.
+    """A checkpoint that is being written; the constructor is collective.
 
-    Raises SaveError, on every rank, where the disk refuses.
+    Raises SaveError on every rank if writing fails on any.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class CheckpointSave:
         plan: SavePlan,
         background: bool = False,
     ) -> None:
-        """Take the state of this moment; with `background` as a copy that a thread writes.
+        """Save the current state; with `background`, copy it and let a thread write the copy.
 
-        plan: one for all saves of a run.
+        plan: shared by all saves of a run.
         """
         self._fingerprint, self._runtime, self._kept = fingerprint, parts.runtime, parts.files
         self._state = replace(parts.state, passed_over=list(parts.state.passed_over))
@@ -73,21 +73,21 @@ class CheckpointSave:
         return self._thread is None or not self._thread.is_alive()
 
     def finish(self) -> Path:
-        """Wait for the files, and give the checkpoint its name (collective)."""
+        """Wait for the files, then rename the checkpoint to its final name (collective)."""
         if self._thread is not None:
             self._thread.join()
         records = self._files.finish(self._failure)
         failure = None
         if self._runtime.is_main:
             try:
-                self._publish(records)
+                self._complete(records)
             except OSError as error:
                 failure = reason(error)
         agree(failure)
         return self.directory
 
     def discard(self) -> None:
-        """Remove what was written of a failed save."""
+        """Remove the files of a failed save."""
         if self._runtime.is_main:
             shutil.rmtree(self._partial, ignore_errors=True)
 
@@ -96,7 +96,7 @@ class CheckpointSave:
         if self._runtime.is_main:
             try:
                 shutil.rmtree(self._partial, ignore_errors=True)
-                # Not the run directory: one that was removed is not to be there again.
+                # Without `parents`: a run directory that was removed must not be created again.
                 self._partial.parent.mkdir(exist_ok=True)
                 self._partial.mkdir()
                 (self._partial / LLM_FOLDER).mkdir()
@@ -113,7 +113,7 @@ class CheckpointSave:
             except DISK_ERRORS as error:
                 self._failure = reason(error)
 
-    def _publish(self, of_llm: dict[str, FileRecord]) -> None:
+    def _complete(self, of_llm: dict[str, FileRecord]) -> None:
         files = {f"{LLM_FOLDER}/{name}": record for name, record in sorted(of_llm.items())}
         rest = (TRAINING_FILE, *self._kept)
         files |= {name: record_file(self._partial / name) for name in rest}

@@ -1,4 +1,4 @@
-"""When a run's checkpoints are finished, how many are kept, and what a failed one means."""
+"""Writes the checkpoints of a run: when they are complete, how many are kept, what may fail."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_dwm.config import TrainingConfig
 class Saver:
     """Writes checkpoints, one at a time; every method is collective.
 
-    newest: the newest whole checkpoint of the run; None before the first.
+    newest: the newest complete checkpoint of the run; None before the first.
     """
 
     def __init__(
@@ -33,35 +33,35 @@ class Saver:
         newest: Path | None,
         warn: Callable[[str], None],
     ) -> None:
-        """config: how many checkpoints are kept, and whether they are written beside training."""
+        """Prepare to save `parts`; `config` says how many are kept, and if a thread writes them."""
         self.newest = newest
         self._parts, self._run_dir, self._config = parts, run_dir, config
         self._fingerprint, self._warn = fingerprint, warn
-        self._under_way: CheckpointSave | None = None
+        self._pending: CheckpointSave | None = None
         self._plan = SavePlan()
-        self._saved = self._mark() if newest is not None else None
+        self._saved = self._position() if newest is not None else None
 
     @property
     def is_current(self) -> bool:
-        """True if the newest checkpoint has everything up to now.
+        """True if the newest checkpoint has the current state.
 
-        Before the first step there is nothing to keep, and Adam has no state to be saved.
+        Also true before the first step, when there is nothing to save and Adam has no state.
         """
         state = self._parts.state
         nothing_yet = state.step == state.skipped
-        return self._under_way is None and (nothing_yet or self._saved == self._mark())
+        return self._pending is None and (nothing_yet or self._saved == self._position())
 
     def save(self, *, wait: bool = True) -> bool:
-        """Write a checkpoint of this moment; False, and a warning, if the disk refuses it.
+        """Write a checkpoint of the current state; if that fails, warn and return False.
 
-        wait: it is to be whole when this returns; otherwise, with training.checkpoint_async, as
-        soon as a thread has written it.
+        wait: the checkpoint is complete on return; without it, and with training.checkpoint_async,
+        a thread may still write it.
         """
         self.finish()
         background = self._config.checkpoint_async and not wait
-        mark = self._mark()
+        position = self._position()
         try:
-            self._under_way = CheckpointSave(
+            self._pending = CheckpointSave(
                 self._parts,
                 self._run_dir,
                 self._fingerprint,
@@ -72,18 +72,18 @@ class Saver:
             self._refused(error)
             return False
         if background:
-            self._saved = mark
+            self._saved = position
             return True
         if not self.finish():
             return False
-        self._saved = mark
+        self._saved = position
         return True
 
     def finish_if_written(self) -> None:
-        """Give a checkpoint its name once every rank has written its part."""
-        if self._under_way is None:
+        """Complete the pending checkpoint if every rank has written its part."""
+        if self._pending is None:
             return
-        writing = torch.tensor([int(not self._under_way.is_written)], dtype=torch.int32)
+        writing = torch.tensor([int(not self._pending.is_written)], dtype=torch.int32)
         writing = writing.to(self._parts.runtime.device)
         if self._parts.runtime.world_size > 1:
             dist.all_reduce(writing, op=dist.ReduceOp.MAX)
@@ -91,25 +91,25 @@ class Saver:
             self.finish()
 
     def finish(self) -> bool:
-        """Wait for the checkpoint under way; False if it failed."""
-        under_way, self._under_way = self._under_way, None
-        if under_way is None:
+        """Wait for the pending checkpoint and complete it; False if that failed."""
+        pending, self._pending = self._pending, None
+        if pending is None:
             return True
         try:
-            self.newest = under_way.finish()
+            self.newest = pending.finish()
         except SaveError as error:
-            under_way.discard()
+            pending.discard()
             self._saved = None
             self._refused(error)
             return False
         if self._parts.runtime.is_main:
-            self._after_a_whole_one()
+            self._note_and_remove_old()
         return True
 
-    def _after_a_whole_one(self) -> None:
+    def _note_and_remove_old(self) -> None:
         try:
             note_checkpoint(self._run_dir)
-        except OSError as error:  # noted with the next one
+        except OSError as error:  # the next checkpoint tries again
             self._warn(f"{self._run_dir} cannot be written: {error.strerror}")
         kept = self._config
         remove_old(self._run_dir, keep_last=kept.keep_last, keep_every=kept.keep_every)
@@ -121,6 +121,6 @@ class Saver:
             f"not be written: {error}; the one before it: {kept}; see to the disk or directory"
         )
 
-    def _mark(self) -> tuple[int, int, int]:
+    def _position(self) -> tuple[int, int, int]:
         state = self._parts.state
         return state.step, state.stage_updates, state.evaluated_step

@@ -1,9 +1,9 @@
-"""Loading Megatron-Core's sharded optimizer where torch's own Adam stands in for a fused one.
+"""Loads Megatron-Core's sharded optimizer when its Adam is torch's and not a fused one.
 
-Without Transformer Engine and apex (every CPU) Megatron-Core 0.16.1's DistributedOptimizer cannot
-load what it saved, for three reasons, all in optimizer/distrib_optimizer.py and all about `step`,
-which torch keeps with every tensor. This file answers each; fused optimizers keep `step` with the
-parameter group and pass through untouched.
+Without Transformer Engine and apex (on every CPU) the DistributedOptimizer of Megatron-Core 0.16.1
+cannot load what it saved. There are three reasons, all in optimizer/distrib_optimizer.py and all
+about `step`, which torch stores for every tensor. This file works around each. Fused optimizers
+store `step` in the parameter group and need no workaround.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from megatron_dwm.model import LLM, clear_gradients
 
 
 def create_state(llm: LLM, optimizer: ChainedOptimizer) -> None:
-    """Give Adam its state by a step on zero gradients; the load that follows overwrites it.
+    """Create Adam's state with a step on zero gradients; the load that follows overwrites it.
 
-    `sharded_state_dict` reads `step` from state that is not there before the first step.
+    `sharded_state_dict` reads `step` from state that does not exist before the first step.
     """
     clear_gradients(llm, optimizer)
     optimizer.step()
@@ -32,7 +32,7 @@ def create_state(llm: LLM, optimizer: ChainedOptimizer) -> None:
 
 @contextmanager
 def loadable(optimizer: ChainedOptimizer) -> Iterator[None]:
-    """Within this context `optimizer.load_state_dict` works, and leaves sound state behind."""
+    """Make `optimizer.load_state_dict` work inside this context."""
     members = [m for m in optimizer.chained_optimizers if isinstance(m, DistributedOptimizer)]
     with ExitStack() as stack:
         for member in members:
@@ -44,7 +44,7 @@ def loadable(optimizer: ChainedOptimizer) -> Iterator[None]:
 
 @contextmanager
 def _step_kept(member: DistributedOptimizer) -> Iterator[None]:
-    """`_set_main_param_and_optimizer_states` wants a `step` among tensors that carry none."""
+    """Add the `step` that `_set_main_param_and_optimizer_states` needs and tensors lack."""
     upstream = member._set_main_param_and_optimizer_states
 
     def with_step(parameter: Parameter, tensors: dict[str, Any]) -> None:
@@ -61,8 +61,9 @@ def _step_kept(member: DistributedOptimizer) -> Iterator[None]:
 
 
 def _separate_steps(member: DistributedOptimizer) -> None:
-    """`load_state_dict` hands one `step` tensor to all: each step of Adam would add to it once for
-    every parameter.
+    """Give every parameter its own `step` tensor.
+
+    `load_state_dict` gives all parameters the same one, and each would add 1 to it in every step.
     """
     for state in member.optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):

@@ -1,15 +1,15 @@
-"""Megatron-Core's distributed checkpoint in three parts, so that writing can go on beside training.
+"""Megatron-Core's distributed checkpoint in three parts, so that training can continue meanwhile.
 
-    plan     collective   who writes which part of which tensor; optionally a copy to host memory
-    write    alone        this rank's files, in this process; may run in a thread
-    finish   collective   the index, and the size and checksum of every file
+    plan     collective   which rank writes which part of which tensor; optionally copy to the host
+    write    local        write this rank's files, in this process; may run in a thread
+    finish   collective   write the index; gather the size and checksum of every file
 
-The format and the planning are Megatron-Core's. Its own writing forks two processes a rank and
-talks to them through a third; and a rank that fails there (a full disk) leaves the others waiting.
-Here every failure is gathered, and raised on every rank as `SaveError`.
+The format and the planning are Megatron-Core's. Its own writing forks two processes per rank and
+talks to them through a third, and if a rank fails there (a full disk), the others wait forever.
+Here failures of all ranks are gathered and raised on every rank as `SaveError`.
 
-Loading reads the index with a list of allowed classes first, and makes `torch.load` refuse objects
-for as long as Megatron-Core's reader runs: it asks for `weights_only=False`
+Loading first reads the index with a list of allowed classes. It makes `torch.load` refuse objects
+while Megatron-Core's reader runs, because that passes `weights_only=False`
 (torch/distributed/checkpoint/default_planner.py, `load_bytes`).
 """
 
@@ -37,7 +37,7 @@ from megatron_dwm.checkpoint.manifest import FileRecord, record_file
 from megatron_dwm.checkpoint.sharded_plan import BACKEND, VERSION, RankFile, SavePlan
 from megatron_dwm.model.on_disk.saved_index import data_only, read_index
 
-# What a full or failing disk raises; torch's own writer makes a RuntimeError of it.
+# Errors of a full or failing disk; torch's own writer turns OSError into RuntimeError.
 DISK_ERRORS = (OSError, RuntimeError)
 
 
@@ -56,7 +56,7 @@ class ShardedFiles:
         *,
         copy: bool,
     ) -> None:
-        """Plan (collective). copy: also take a copy in host memory, that training may go on."""
+        """Plan the save (collective). copy: copy to host memory, so that training can continue."""
         self._directory = directory
         self._planned = plan.of(state, directory)
         self._files, self._common = self._planned.files, self._planned.common
@@ -75,9 +75,9 @@ class ShardedFiles:
             save_object(self._common, self._directory / COMMON_STATE_FNAME)
 
     def finish(self, failure: str | None) -> dict[str, FileRecord]:
-        """The index (collective). The records of all files come back, on rank 0 only.
+        """Write the index (collective); returns the records of all files, complete on rank 0 only.
 
-        failure: what went wrong in this rank's `write`. Raises SaveError if anything did anywhere.
+        failure: the error of this rank's `write`, if any. Raises SaveError if any rank failed.
         """
         parts = _everyones((failure, self._results, self._records))
         _raise_first([part[0] for part in parts])
@@ -99,7 +99,7 @@ class ShardedFiles:
 
 
 def _written(writer: FileSystemWriterAsync, file: RankFile, path: Path) -> list[WriteResult]:
-    """Write one file with Megatron-Core's function, which speaks through queues."""
+    """Write one file with Megatron-Core's function, which returns its results in a queue."""
     done: queue.Queue[Any] = queue.Queue()
     counted: queue.Queue[int] = queue.Queue()
     counted.put(0)
@@ -117,7 +117,7 @@ def _written(writer: FileSystemWriterAsync, file: RankFile, path: Path) -> list[
 
 @contextmanager
 def _without_inner_checksums() -> Iterator[None]:
-    """torch.save puts one into every archive, a third of its time; the manifest has the file's."""
+    """Save without torch.save's checksums, a third of its time; the manifest has its own."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -127,12 +127,12 @@ def _without_inner_checksums() -> Iterator[None]:
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """A part of another tensor as one of its own: torch.save would write the whole of the other."""
+    """Copy a view of a larger tensor, since torch.save would write the whole storage."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _forced_record(path: Path) -> FileRecord:
-    """The record of a file, found while the disk takes it."""
+    """Returns the record of a file, computed while the file is forced to the disk."""
     with path.open("rb") as stream, ThreadPoolExecutor(1) as pool:
         record = pool.submit(record_file, path)
         os.fsync(stream.fileno())
@@ -140,7 +140,7 @@ def _forced_record(path: Path) -> FileRecord:
 
 
 def try_write(files: ShardedFiles) -> str | None:
-    """`files.write`; what went wrong, or None."""
+    """Call `files.write`; returns the error, or None."""
     try:
         files.write()
     except DISK_ERRORS as error:
@@ -149,13 +149,13 @@ def try_write(files: ShardedFiles) -> str | None:
 
 
 def save_object(value: Any, path: Path) -> None:
-    """torch.save through a stream of Python's, which says what the disk says."""
+    """Save through a Python stream, whose errors name the disk's reason."""
     with path.open("wb") as stream:
         torch.save(value, stream)
 
 
 def reason(error: BaseException) -> str:
-    """What the disk said; torch's own writer speaks of positions in its archive instead."""
+    """Returns the disk's reason, from the causes of an error; torch's own message lacks it."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
@@ -170,7 +170,7 @@ def agree(failure: str | None) -> None:
 
 
 def _everyones(value: Any) -> list[Any]:
-    """What every rank gives, in their order (collective)."""
+    """Gather the value of every rank, by rank (collective)."""
     values = [value]
     if dist.get_world_size() > 1:
         values = [None] * dist.get_world_size()
@@ -187,9 +187,9 @@ def _raise_first(failures: list[str | None]) -> None:
 
 
 def load_sharded(state: ShardedStateDict, directory: Path) -> StateDict:
-    """What `state` asks for, from a directory that need not be trusted (collective).
+    """Load the tensors of `state` from a directory that is not trusted (collective).
 
-    Raises UserError if a file in it names code or cannot be read.
+    Raises UserError if a file names code or cannot be read.
     """
     with data_only(directory), _weights_only():
         read_index(directory)
@@ -197,7 +197,7 @@ def load_sharded(state: ShardedStateDict, directory: Path) -> StateDict:
 
 
 def saved_names(directory: Path) -> set[str]:
-    """The names of the tensors in a directory that need not be trusted.
+    """Returns the names of the tensors in a directory that is not trusted.
 
     Raises UserError if its index names code.
     """
@@ -207,7 +207,7 @@ def saved_names(directory: Path) -> set[str]:
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """torch.load refuses objects, whatever its caller asks for."""
+    """Make torch.load refuse objects, whatever its caller passes."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -221,7 +221,7 @@ def _weights_only() -> Iterator[None]:
 
 
 def _copied(value: Any) -> Any:
-    """Nested lists and dicts with the tensors copied."""
+    """Copy nested lists and dicts and their tensors."""
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().clone()
     if isinstance(value, dict):

@@ -1,9 +1,8 @@
-"""Which rank writes which part of which tensor: Megatron-Core's plan, made once for a run's saves.
+"""Which rank writes which part of which tensor: Megatron-Core's plan, made once per run.
 
-Making it costs 10 to 30 milliseconds and several collective calls, and it depends on what the
-tensors are called and how they are cut, not on their values. So the first save makes it, and later
-ones look up the tensors of their moment by name and offset, and serialise what is not a tensor
-(Transformer Engine's scales) anew.
+A plan costs 10 to 30 milliseconds and several collective calls. It depends on the names and splits
+of tensors, not on their values. So the first save makes the plan; later saves look up the current
+tensors by name and offset, and serialize only what is not a tensor (Transformer Engine's scales).
 """
 
 from __future__ import annotations
@@ -43,12 +42,13 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 
 BACKEND, VERSION = "torch_dist", 1
-_Place = tuple[str, tuple[int, ...]]
+_PartKey = tuple[str, tuple[int, ...]]
+"""name of a tensor or object, and offset of a part in it"""
 
 
 @dataclass(frozen=True)
 class RankFile:
-    """What this rank writes into its file. objects: already serialised."""
+    """The contents of this rank's file; `objects` are already serialized."""
 
     name: str
     objects: list[tuple[WriteItem, io.BytesIO]]
@@ -57,9 +57,9 @@ class RankFile:
 
 @dataclass(frozen=True)
 class Planned:
-    """A save that only has to be written. index: what rank 0 writes besides, before its results.
+    """A save that is ready to be written.
 
-    common: what is not a tensor.
+    index: written by rank 0 with the results of all ranks. common: everything that is no tensor.
     """
 
     files: list[RankFile]
@@ -68,14 +68,14 @@ class Planned:
 
 
 class SavePlan:
-    """The plan of all saves of one run; `of` is collective."""
+    """The plan of all saves of a run; `of` is collective."""
 
     def __init__(self) -> None:
         self._first: Planned | None = None
         self._copies: dict[MetadataIndex, Tensor] = {}
 
     def of(self, state: ShardedStateDict, directory: Path) -> Planned:
-        """What to write of a state into a directory."""
+        """Returns what this rank writes of a state into a directory."""
         if self._first is None:
             planned = _plan(state, directory)
             self._first = _without_tensors(planned)
@@ -83,7 +83,7 @@ class SavePlan:
         return _by_plan(self._first, state)
 
     def copied(self, files: list[RankFile]) -> list[RankFile]:
-        """The same with copies in host memory, which are used again by the next save."""
+        """Copy the tensors to host memory, into buffers that the next save uses again."""
         return [
             RankFile(file.name, file.objects, [(i, self._copy(i, t)) for i, t in file.tensors])
             for file in files
@@ -91,7 +91,7 @@ class SavePlan:
 
     def _copy(self, item: WriteItem, tensor: Tensor) -> Tensor:
         if item.index not in self._copies:
-            # Page-locked beside a GPU, which copies into it several times as fast.
+            # Page-locked memory: a GPU copies into it several times as fast.
             self._copies[item.index] = torch.empty(
                 tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
             )
@@ -99,7 +99,7 @@ class SavePlan:
 
 
 def _without_tensors(planned: Planned) -> Planned:
-    """With empty tensors of the same shapes in place of a moment's."""
+    """Replace the tensors by empty ones of the same shapes."""
     files = [
         RankFile(
             file.name, file.objects, [(item, tensor.to("meta")) for item, tensor in file.tensors]
@@ -110,26 +110,26 @@ def _without_tensors(planned: Planned) -> Planned:
 
 
 def _by_plan(first: Planned, state: ShardedStateDict) -> Planned:
-    """The tensors of this moment in the places of the first plan.
+    """Fill the first plan with the current tensors.
 
-    A plan is for one model and optimizer, whose tensors keep their names and shapes.
+    A plan belongs to one model and optimizer, whose tensors keep their names and shapes.
     """
     sharded, common = save_preprocess(state, validate_access_integrity=False)
     mine = [value for value in nested_values(sharded) if is_main_replica(value.replica_id)]
     assert len(mine) == sum(len(file.objects) + len(file.tensors) for file in first.files)
-    now = {_place_of(value): value.data for value in mine}
+    now = {_key_of(value): value.data for value in mine}
     files = []
     for file in first.files:
-        objects = [(item, _bytes(now[_place(item.index)], old)) for item, old in file.objects]
+        objects = [(item, _bytes(now[_key(item.index)], old)) for item, old in file.objects]
         tensors = [
-            (item, now[_place(item.index)].detach().view(old.shape)) for item, old in file.tensors
+            (item, now[_key(item.index)].detach().view(old.shape)) for item, old in file.tensors
         ]
         files.append(RankFile(file.name, objects, tensors))
     return Planned(files, first.index, common)
 
 
 def _bytes(value: Any, old: io.BytesIO) -> io.BytesIO:
-    """As Megatron-Core serialises an object: in a list. `old` has nothing, as most have."""
+    """Serialize an object as Megatron-Core does, in a list; None, the usual case, reuses `old`."""
     if value is None:
         return old
     stream = io.BytesIO()
@@ -137,20 +137,20 @@ def _bytes(value: Any, old: io.BytesIO) -> io.BytesIO:
     return stream
 
 
-def _place_of(value: ShardedBase) -> _Place:
-    """Where in the checkpoint a part belongs: its name and offset."""
+def _key_of(value: ShardedBase) -> _PartKey:
+    """Returns the name and offset of a part."""
     if isinstance(value, ShardedObject):
         return value.unique_key, ()
     assert isinstance(value, ShardedTensor)
     return value.key, tuple(value.global_offset)
 
 
-def _place(index: MetadataIndex) -> _Place:
+def _key(index: MetadataIndex) -> _PartKey:
     return index.fqn, tuple(index.offset or ())
 
 
 class _KeptCommon(TorchCommonSaveStrategy):
-    """Keeps what is not a tensor, instead of writing it while the others go on."""
+    """Keeps everything that is no tensor in memory, instead of writing it."""
 
     def __init__(self) -> None:
         super().__init__("torch", VERSION)
@@ -161,7 +161,7 @@ class _KeptCommon(TorchCommonSaveStrategy):
 
 
 class _Planner(TorchDistSaveShardedStrategy):
-    """Plans as its base class; what it would hand to other processes is kept here."""
+    """Plans as its base class, but keeps the plan instead of passing it to other processes."""
 
     def __init__(self) -> None:
         super().__init__(BACKEND, VERSION, thread_count=1)
@@ -174,9 +174,9 @@ class _Planner(TorchDistSaveShardedStrategy):
 
 
 def _plan(state: ShardedStateDict, directory: Path) -> Planned:
-    """Megatron-Core's plan, which checks that the ranks' parts cover every tensor once."""
+    """Make Megatron-Core's plan, which checks that the ranks' parts cover every tensor once."""
     planner, common = _Planner(), _KeptCommon()
-    # Answers filesystem_async.py, `_get_write_results_queue`: a process for a queue.
+    # filesystem_async.py, `_get_write_results_queue`, would start a process for a queue.
     filesystem_async._results_queue = queue.Queue()
     with _common_strategy(common):
         dist_checkpointing.save(
@@ -196,7 +196,7 @@ def _plan(state: ShardedStateDict, directory: Path) -> Planned:
 
 @contextmanager
 def _common_strategy(strategy: TorchCommonSaveStrategy) -> Iterator[None]:
-    """dist_checkpointing.save takes this one from its registry only."""
+    """Register the strategy, since dist_checkpointing.save reads it from its registry only."""
     before = get_default_strategy(StrategyAction.SAVE_COMMON, "torch", VERSION)
     register_default_strategy(StrategyAction.SAVE_COMMON, "torch", VERSION, strategy)
     try:

@@ -1,7 +1,7 @@
-"""Where a run stands: everything besides tensors that a resumed run needs.
+"""The counters of a run: everything except tensors that a resumed run needs.
 
-The data needs no cursor of its own: training sample ids follow from `step`, the weighting model's
-training samples and validation batches from `updates`.
+The data needs no cursor: training sample ids follow from `step`; samples of weighting updates and
+validation batches follow from `updates`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 class TrainState:
     """Counters; the only mutable record of the loop.
 
-    step: LLM steps taken, or skipped.  updates: weighting updates made, over all stages.
-    stage_updates: updates made of the stage that is under way.
-    tokens: training tokens read by LLM steps.  seconds: wall-clock of the loop.
+    step: LLM steps taken or skipped. updates: weighting updates made, over all stages.
+    stage_updates: updates made in the current stage.
+    tokens: training tokens read by LLM steps. seconds: wall-clock time of the loop.
     evaluated_step: the last step after which the held-out loss was measured.
-    skipped: steps skipped, over the whole run.  skipped_in_a_row: up to now without a step taken.
-    passed_over: numbers of steps (from 1) whose batch is not trained on, after a spike of the loss.
-    weighings: global batches that the weighting model has weighed, of steps and of updates.
-    mean_loss: running mean that a spike is measured by; None before the first step.
+    skipped: steps skipped in the whole run. skipped_in_a_row: steps skipped since the last one
+    taken. passed_over: numbers of steps (from 1) whose batch is skipped after a spike of the loss.
+    weighings: global batches that a method weighed, in steps and in updates.
+    mean_loss: running mean of the loss, to find spikes; None before the first step.
     """
 
     step: int = 0

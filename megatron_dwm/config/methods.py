@@ -1,7 +1,7 @@
-"""The one registry of methods: what `policy.name` may be, what each does, and where it is built.
+"""The registry of methods: the values of `policy.name`, what each method does, and its class.
 
-A new method is a file in weighting/ and a line here. The class is named and not imported, so that
-`--help` is answered before torch is loaded; weighting/registry.py imports it.
+A new method is a file in weighting/ and an entry here. The entry names the class without importing
+it, so that `--help` does not wait for torch; weighting/registry.py imports it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Registered:
-    """A method. does: what it does, in a few words for `--help`. path: `module:Class`."""
+    """A method: `does` says in a few words what it does, for `--help`; `path` is `module:Class`."""
 
     does: str
     path: str
@@ -38,5 +38,5 @@ METHODS: dict[str, Registered] = {
 
 
 def methods_help() -> str:
-    """Every name with what it does, for `--help`."""
+    """Returns every method's name and what it does, for `--help`."""
     return "; ".join(f"{name}: {method.does}" for name, method in METHODS.items())

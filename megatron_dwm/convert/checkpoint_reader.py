@@ -33,11 +33,10 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_dwm.checkpoint.fingerprint import TOKENIZER_KEY
 from megatron_dwm.checkpoint.kept_files import HUGGINGFACE, TOKENIZER, own_tokenizer
 from megatron_dwm.checkpoint.manifest import MANIFEST, named_checkpoint, read_manifest
+from megatron_dwm.checkpoint.names import CONFIG_FILE, LLM_FOLDER, MODEL_PREFIX, SHAPE_FILE
 from megatron_dwm.config import UserError
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.model.on_disk.saved_index import data_only, read_index
-
-MODEL_PREFIX = "model."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +63,7 @@ class SavedLLM:
     @property
     def tensors_directory(self) -> Path:
         """The `torch_dist` directory in the checkpoint."""
-        return self.directory / "llm"
+        return self.directory / LLM_FOLDER
 
     @property
     def tokenizer_copy(self) -> Path | None:
@@ -160,8 +159,8 @@ def open_checkpoint(path: str | Path) -> SavedLLM:
     files is missing, broken or cut short.
     """
     directory = named_checkpoint(Path(path))
-    shape = _read_shape(directory / "shape.json")
-    config = _read_mapping(directory / "config.yaml")
+    shape = _read_shape(directory / SHAPE_FILE)
+    config = _read_mapping(directory / CONFIG_FILE)
     data = config.get("data")
     if not isinstance(data, dict) or not isinstance(data.get("sequence_length"), int):
         raise UserError(

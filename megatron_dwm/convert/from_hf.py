@@ -20,10 +20,11 @@ from megatron.core.models.gpt import GPTModel
 from tqdm import tqdm
 
 from megatron_dwm.checkpoint.kept_files import HUGGINGFACE, huggingface_files, write_files
+from megatron_dwm.checkpoint.names import CONFIG_FILE, LLM_FOLDER, MODEL_PREFIX, SHAPE_FILE
 from megatron_dwm.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_dwm.config.load import save_config
 from megatron_dwm.config.printing import printable
-from megatron_dwm.convert.checkpoint_reader import MODEL_PREFIX, open_checkpoint
+from megatron_dwm.convert.checkpoint_reader import open_checkpoint
 from megatron_dwm.convert.gate import gate_tokens, require_equal_logits
 from megatron_dwm.convert.original_files import plain_encoder, special_tokens
 from megatron_dwm.convert.output import new_directory, require_free
@@ -62,7 +63,7 @@ def import_from_huggingface(
     output = Path(output)
     require_free(output)
     model = open_huggingface(Path(source))
-    # Opened first, so that a missing tokenizer is an error before the long part.
+    # RunInputs first, so that a missing tokenizer is an error before the long part.
     encode = None if skip_check else plain_encoder(model.directory)
     with new_directory(output) as partial:
         _write(model, partial)
@@ -74,7 +75,7 @@ def import_from_huggingface(
 
 def _write(model: HuggingFaceModel, directory: Path) -> None:
     shape, parallel = model.shape, ParallelConfig()
-    (directory / "llm").mkdir()
+    (directory / LLM_FOLDER).mkdir()
     with bring_up(parallel, seed=0):
         config = transformer_config(shape, ModelConfig(precision="fp32"), parallel)
         module = build_module(
@@ -87,9 +88,9 @@ def _write(model: HuggingFaceModel, directory: Path) -> None:
         )
         _fill(module, model)
         state = {"model": module.sharded_state_dict(prefix=MODEL_PREFIX)}
-        dist_checkpointing.save(state, str(directory / "llm"))
-    (directory / "shape.json").write_text(json.dumps(asdict(shape)), encoding="utf-8")
-    save_config(_config(model), directory / "config.yaml")
+        dist_checkpointing.save(state, str(directory / LLM_FOLDER))
+    (directory / SHAPE_FILE).write_text(json.dumps(asdict(shape)), encoding="utf-8")
+    save_config(_config(model), directory / CONFIG_FILE)
     write_files(huggingface_files(model.directory), directory / HUGGINGFACE)
 
 

@@ -25,8 +25,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import Module, ModuleList
 
+from megatron_dwm.checkpoint.names import MODEL_PREFIX
 from megatron_dwm.config import ModelConfig, ParallelConfig
-from megatron_dwm.convert.checkpoint_reader import MODEL_PREFIX, SavedLLM
+from megatron_dwm.convert.checkpoint_reader import SavedLLM
 from megatron_dwm.model.llm import build_module, transformer_config
 from megatron_dwm.runtime import bring_up
 

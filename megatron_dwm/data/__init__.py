@@ -1,4 +1,4 @@
-"""What the models read: indexed training data, the target, held-out text, and a run's feed."""
+"""The data of a run: indexed training data, the target, held-out text, and batches of them."""
 
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.feed import Feed, Share

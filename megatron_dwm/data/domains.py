@@ -1,8 +1,8 @@
-"""Domains of documents, read from the metadata sidecar beside an indexed file.
+"""Domains of documents, read from the metadata sidecar of an indexed file.
 
-The sidecar (files/sidecar_format.py) has a row a document, in the order of the index, and names the
-tokenizer that made the data. Only the domain column is read, a row group at a time, into one small
-integer a document. Without a sidecar every document is of domain "unknown".
+The sidecar (files/sidecar_format.py) has one row per document, in the order of the index, and names
+the tokenizer that made the data. Only the domain column is read, one row group at a time, into a
+small integer per document. Without a sidecar every document has the domain "unknown".
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class DocumentDomains:
 
     names: tuple[str, ...]
     codes: np.ndarray | None
-    """one index into `names` a document; None when all documents are of `names[0]`"""
+    """an index into `names` for each document; None if all documents have `names[0]`"""
 
     def of(self, document: int) -> str:
-        """Domain of the document with this number in its file."""
+        """Returns the domain of the document with this number in its file."""
         return self.names[0] if self.codes is None else self.names[self.codes[document]]
 
 
 def read_domains(file: IndexedFile, domain_key: str) -> DocumentDomains:
-    """The domains of all documents of `file`; a null or empty value counts as "unknown".
+    """Read the domains of all documents of `file`; a null or empty value counts as "unknown".
 
     Raises:
         UserError: the sidecar cannot be read, has another number of rows than the index has
@@ -135,7 +135,7 @@ def _has_domains(sidecar: pq.ParquetFile, file: IndexedFile, domain_key: str) ->
 
 
 def _encode(column: pa.ChunkedArray, codes_by_name: dict[str, int]) -> np.ndarray:
-    """Codes of the column's values; names not seen before are appended to `codes_by_name`."""
+    """Returns the codes of the column's values, and adds new names to `codes_by_name`."""
     text = pc.fill_null(pc.cast(column, pa.string()), UNKNOWN_DOMAIN).combine_chunks()
     encoded = text.dictionary_encode()
     lookup = np.array(

@@ -1,15 +1,15 @@
-"""What steps and updates read, by number: this replica's rows, on its device.
+"""The batches of steps and updates, by number: this replica's rows, on its device.
 
-The next training batch is read in a thread while the step computes. Nothing depends on it: a batch
-follows from its number alone, so a run that goes on, or a step that is passed over, reads on as if
-nothing had happened. Cost: one training batch of this replica in host memory.
+A thread reads the next training batch while the step computes. Results do not depend on it: a batch
+follows from its number alone, so resuming or skipping a step needs no special care. Cost: one
+training batch of this replica in host memory.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
+from threading import Thread
 
 import torch
 
@@ -23,8 +23,8 @@ from megatron_dwm.model.passes.micro_batches import rows_of_replica
 class Share:
     """This replica's part of every global batch, and the shape of its micro-batches.
 
-    replicas, replica: how many there are, and which one this is.
-    micro_batches_multiple: micro-batches come in multiples of this (interleaved stages).
+    replicas, replica: number of replicas, and the number of this one.
+    micro_batches_multiple: the number of micro-batches is a multiple of this (interleaved stages).
     """
 
     replicas: int
@@ -33,13 +33,39 @@ class Share:
     micro_batches_multiple: int = 1
 
     def rows(self, size: int) -> slice:
-        """This replica's rows of a batch of `size`, contiguous in the order of the replicas."""
+        """Returns this replica's rows of a batch of `size`; replicas have consecutive rows."""
         share = size // self.replicas
         return slice(self.replica * share, (self.replica + 1) * share)
 
 
+class _ReadAhead(Thread):
+    """Reads one batch. A daemon, so that a dead file system does not keep a failed run alive."""
+
+    def __init__(self, step: int, read: Callable[[int], Batch]) -> None:
+        super().__init__(name="feed", daemon=True)
+        self.step, self._read = step, read
+        self._batch: Batch | None = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Read the batch; what fails is kept for `result`."""
+        try:
+            self._batch = self._read(self.step)
+        except BaseException as error:  # raised where the batch is asked for
+            self._error = error
+
+    def result(self) -> Batch:
+        """Returns the batch once it is read; raises what its reading raised."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        assert self._batch is not None
+        return self._batch
+
+
 class Feed:
-    """Batches of a run. Use it as a context: its end stops the thread."""
+    """Batches of a run."""
 
     def __init__(
         self,
@@ -52,28 +78,17 @@ class Feed:
         target: ValidationSet | None = None,
         passages: int = 0,
     ) -> None:
-        """steps: batches of `training` that the run reads.
+        """Open the feed.
 
-        updates: what updates read that draw batches of their own; None where they use the step's.
-        target: what validation batches are made of, of at most `passages` rows each.
+        steps: number of batches of `training` that the run reads.
+        updates: batches of fresh updates; None if updates use the step's batch.
+        target: passages for validation batches of at most `passages` rows each.
         """
         self._training, self._share, self._steps = training, share, steps
         self._device, self._updates, self._target = device, updates, target
-        # No row of the target comes twice in a batch.
+        # A batch never has a row of the target twice.
         self.passages = passages if target is None else min(passages, target.num_rows)
-        self._thread = ThreadPoolExecutor(1, "feed")
-        self._next: tuple[int, Future[Batch]] | None = None
-
-    def __enter__(self) -> Feed:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._ahead: _ReadAhead | None = None
 
     @property
     def global_batch_size(self) -> int:
@@ -82,26 +97,32 @@ class Feed:
 
     @property
     def draws_updates(self) -> bool:
-        """True if updates read batches of their own."""
+        """True if updates read their own batches."""
         return self._updates is not None
 
     def training(self, step: int) -> Batch:
-        """The samples of the step after `step` steps; the batch after it is read meanwhile."""
-        batch = self._read_ahead(step) or self._read_training(step)
+        """Returns the batch of step `step` (from 0), and starts to read the next one."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.step == step:
+            batch = ahead.result()
+        else:
+            batch = self._read_training(step)
         if step + 1 < self._steps:
-            self._next = (step + 1, self._thread.submit(self._read_training, step + 1))
+            self._ahead = _ReadAhead(step + 1, self._read_training)
         return batch.to(self._device)
 
     def update(self, number: int) -> Batch:
-        """The samples of weighting update `number` (from 0), where updates draw their own."""
+        """Returns the batch of weighting update `number` (from 0), if updates read their own."""
         assert self._updates is not None
         return self._rows(self._updates, number).to(self._device)
 
     def validation(self, number: int, *, halves: bool = False) -> Batch:
-        """The passages of validation batch `number`, and rows without loss where the replicas
-        cannot share them out evenly. Which passages these are does not depend on the layout.
+        """Returns this replica's passages of validation batch `number`.
 
-        halves: its even and odd rows are then those of the global batch.
+        Rows without loss are added if replicas cannot have the same number of passages. The
+        passages of the global batch do not depend on the layout.
+
+        halves: the replica's even and odd rows are even and odd rows of the global batch.
         """
         assert self._target is not None
         share = self._share
@@ -118,23 +139,17 @@ class Feed:
         return batch.rows(rows.start, rows.stop).to(self._device)
 
     def origins(self, step: int) -> Origins:
-        """The origins of the global batch of the step after `step` steps; reads no token."""
+        """Returns the origins of the global batch of step `step`; reads no token."""
         return self._training.origins(step)
 
     def update_origins(self, number: int) -> Origins:
-        """The origins of the global batch that update `number` drew."""
+        """Returns the origins of the global batch of update `number`."""
         assert self._updates is not None
         return self._updates.origins(number)
 
     def sample_range(self, step: int) -> range:
-        """Numbers of the corpus samples of that step's global batch."""
+        """Returns the numbers of the corpus samples in the global batch of step `step`."""
         return self._training.sample_range(step)
-
-    def _read_ahead(self, step: int) -> Batch | None:
-        """The batch that the thread has read, if it is this one."""
-        if self._next is None or self._next[0] != step:
-            return None
-        return self._next[1].result()
 
     def _read_training(self, step: int) -> Batch:
         return self._rows(self._training, step)

@@ -1,7 +1,7 @@
-"""Reading JSON Lines files of text: validation sets and held-out text.
+"""Reads JSON Lines files of text: validation sets and held-out text.
 
-Costs one pass over the file and the ids of all its tokens in memory (4 bytes each); these files are
-small beside the training data. Blank lines are skipped.
+Cost: one read of the file, and the ids of all its tokens in memory (4 bytes each). These files are
+small compared with the training data. Blank lines are skipped.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class Passage:
 
 
 def bare_text(text: str) -> str:
-    """The text by which two passages are compared: white space makes no difference."""
+    """Returns the text by which two passages are compared, which ignores white space."""
     return " ".join(text.split())
 
 
 def read_passages(path: str, key: str, domain_keys: tuple[str, ...]) -> Iterator[Passage]:
-    """The passages of the file at `path`, in order.
+    """Yields the passages of the file at `path`, in order.
 
     Args:
         path: a JSON Lines file, an object with a string `text` in every line.
         key: the configuration key that named it, for messages.
-        domain_keys: dotted paths to look for the domain under, best first.
+        domain_keys: dotted paths of the domain in an object; the first one with a value counts.
 
     Raises:
         UserError: no such file, no passage in it, or a line that is not such an object.
@@ -66,7 +66,7 @@ def _passage(raw: bytes, where: str, domain_keys: tuple[str, ...], line: int) ->
 
 
 def _domain(record: dict[str, Any], domain_keys: tuple[str, ...]) -> str | None:
-    """The value of the first of the keys that is present, and neither null nor empty, as text."""
+    """Returns, as text, the value of the first key that is neither missing, null nor empty."""
     for key in domain_keys:
         _, value = look_up(record, key)
         if value is not None and value != "":

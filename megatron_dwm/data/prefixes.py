@@ -1,8 +1,9 @@
-"""Indexed files on disk: which ones a configuration names, and whether they can be used.
+"""Indexed files on disk: finds those that a configuration names, and checks that they are usable.
 
-`data.train` is a list of prefixes, or weights and prefixes in turn, as Megatron's `--data-path`.
-A prefix stands for `PREFIX.bin` (tokens) and `PREFIX.idx` (files/index_format.py). Only the header
-and the last entries of the latter are read here, so a check costs the same for any size of data.
+`data.train` is a list of prefixes, or `weight prefix weight prefix ...`, as Megatron's
+`--data-path`. A prefix stands for `PREFIX.bin` (tokens) and `PREFIX.idx` (files/index_format.py).
+Only the header and the last entries of the .idx file are read here, so the cost does not depend on
+the size of the data.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ class BlendPart:
 
     prefix: str
     weight: float | None
-    """None when the configuration names no weights: the share then follows the size"""
+    """None if the configuration has no weights; the share is then in proportion to the size"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexedFile:
-    """What the header of an indexed file says."""
+    """The header of an indexed file."""
 
     prefix: str
     dtype: TokenType
@@ -56,16 +57,16 @@ class IndexedFile:
 
     @property
     def sidecar_path(self) -> Path:
-        """Path of the documents' metadata; there may be none."""
+        """Path of the documents' metadata, which may not exist."""
         return DatasetPaths.of(self.prefix).sidecar
 
     def samples_per_epoch(self, sequence_length: int) -> int:
-        """Samples of `sequence_length` tokens in one epoch; each needs a next token, too."""
+        """Returns the samples of `sequence_length` tokens in an epoch; each needs a token more."""
         return max(0, self.num_tokens - 1) // sequence_length
 
 
 def parse_blend(train: Sequence[str | float]) -> list[BlendPart]:
-    """The parts of `data.train`, in order.
+    """Returns the parts of `data.train`, in order.
 
     Raises:
         UserError: the list is empty, weights and prefixes do not alternate, a weight is not a
@@ -147,7 +148,7 @@ def _read_header(idx: Path) -> IndexHeader:
 
 
 def _prefix_hint(prefix: str) -> str:
-    """Advice for the usual slips: a file name instead of its prefix, or the suffix left out."""
+    """Returns advice for common mistakes: a file name as prefix, or a missing suffix."""
     stem = prefix.removesuffix(".bin").removesuffix(".idx")
     for candidate in (stem, f"{stem}_text_document"):
         if candidate != prefix and Path(f"{candidate}.idx").is_file():

@@ -1,7 +1,6 @@
-"""Global batches by number, before they are cut into replicas: the corpus, and the corpus mixed.
+"""Global batches by number, before they are split over replicas: the corpus, and a mixture.
 
-A source reads what it is asked for and keeps no state, so a run that goes on reads the same batches
-as one that was never stopped.
+A source has no state, so a resumed run reads the same batches as one that was never stopped.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from megatron_dwm.data.stream import TrainingData
 from megatron_dwm.data.validation import ValidationSet
 
 Numbering = Literal["training", "update", "target"]
-"""What a sample's number counts in: samples that the LLM trains on, samples that a weighting update
-drew for itself, passages of the target."""
+"""what a sample's number counts: samples that the LLM trains on, samples that a fresh weighting
+update drew, or passages of the target"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origins:
-    """Where the rows of a global batch come from; nothing of the text.
+    """The origins of the rows of a global batch, without their text.
 
-    sample_ids_B, document_ids_B: int64.  domains, numberings: one a row.
+    sample_ids_B, document_ids_B: int64. domains, numberings: one per row.
     """
 
     sample_ids_B: Tensor
@@ -41,15 +40,15 @@ class Source(Protocol):
     def size(self) -> int: ...
 
     def rows(self, number: int, start: int, stop: int) -> Batch:
-        """Rows `start` to `stop - 1` of batch `number` (from 0), on the CPU."""
+        """Returns rows `start` to `stop - 1` of batch `number` (from 0), on the CPU."""
         ...
 
     def origins(self, number: int) -> Origins:
-        """The origins of batch `number`, without reading a token of the corpus."""
+        """Returns the origins of batch `number`; reads no token of the corpus."""
         ...
 
     def sample_range(self, number: int) -> range:
-        """Numbers of the corpus samples in batch `number`."""
+        """Returns the numbers of the corpus samples in batch `number`."""
         ...
 
 
@@ -62,11 +61,11 @@ class CorpusSource:
     numbering: Numbering = "training"
 
     def rows(self, number: int, start: int, stop: int) -> Batch:
-        """Rows of batch `number`."""
+        """Returns rows of batch `number`."""
         return self.data.batch(self.sample_range(number)[start:stop])
 
     def origins(self, number: int) -> Origins:
-        """The origins of batch `number`."""
+        """Returns the origins of batch `number`."""
         ids = self.sample_range(number)
         documents, domains = self.data.documents_and_domains(ids)
         return Origins(
@@ -77,13 +76,13 @@ class CorpusSource:
         )
 
     def sample_range(self, number: int) -> range:
-        """Numbers of the samples in batch `number`."""
+        """Returns the numbers of the samples in batch `number`."""
         return range(number * self.size, (number + 1) * self.size)
 
 
 @dataclass(frozen=True)
 class MixedSource:
-    """The batches of `corpus`, their last `num_mixed` rows replaced by passages of the target."""
+    """The batches of `corpus`, with passages of the target as their last `num_mixed` rows."""
 
     corpus: Source
     target: ValidationSet
@@ -91,11 +90,11 @@ class MixedSource:
 
     @property
     def size(self) -> int:
-        """Rows of a batch."""
+        """Number of rows in a batch."""
         return self.corpus.size
 
     def rows(self, number: int, start: int, stop: int) -> Batch:
-        """Rows of batch `number`; the target passages come last."""
+        """Returns rows of batch `number`; passages of the target come last."""
         first, last = max(0, start - self._border), max(0, stop - self._border)
         if first == last:
             return self.corpus.rows(number, start, stop)
@@ -105,7 +104,7 @@ class MixedSource:
         return Batch.concatenate([self.corpus.rows(number, start, self._border), passages])
 
     def origins(self, number: int) -> Origins:
-        """The origins of batch `number`."""
+        """Returns the origins of batch `number`."""
         corpus, kept = self.corpus.origins(number), self._border
         passages = self.target.batch(number, self.num_mixed)
         numbered: list[Numbering] = ["target"] * self.num_mixed
@@ -117,7 +116,7 @@ class MixedSource:
         )
 
     def sample_range(self, number: int) -> range:
-        """Numbers of the corpus samples whose place batch `number` takes."""
+        """Returns the numbers of the corpus samples of batch `number`, also of replaced ones."""
         return self.corpus.sample_range(number)
 
     @property

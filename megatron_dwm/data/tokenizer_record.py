@@ -1,8 +1,9 @@
-"""What a sidecar says of the tokenizer that made the data, against the tokenizer of a run.
+"""Compares the tokenizer that a sidecar records with the tokenizer of a run.
 
-The files of two tokenizers may be equal and their documents not: the end-of-document id is named
-outside of a tokenizer.json, and documents may have special tokens around their text (Llama 3's
-beginning) or not. Validation and held-out text is given the same ones as the training data.
+Two tokenizers with equal files may produce different documents: the end-of-document id is
+configured outside of tokenizer.json, and documents may or may not have special tokens around their
+text (such as Llama 3's beginning of text). Validation and held-out text gets the same special
+tokens as the training data.
 """
 
 from __future__ import annotations
@@ -32,19 +33,18 @@ if TYPE_CHECKING:
 def has_special_tokens(train: Sequence[str | float]) -> bool:
     """True if a sidecar of `data.train` says that its documents have special tokens.
 
-    Without a sidecar, or with one that says nothing, they have none. Raises `UserError` for a
-    malformed list; what is wrong with the files is for `check_data` to say.
+    Without a sidecar, or with one that does not record them, there are none. Raises `UserError` for
+    a malformed list; `check_data` reports problems with the files.
     """
     sidecars = (DatasetPaths.of(part.prefix).sidecar for part in parse_blend(train))
     return any(any(special_tokens(_facts_or_none(sidecar))) for sidecar in sidecars)
 
 
 def check_record(recorded: Facts, sidecar: Path, tokenizer: Tokenizer) -> None:
-    """Check the end of a document and the special tokens that `sidecar` records.
+    """Check the end-of-document id and the special tokens that `sidecar` records.
 
     Raises:
-        UserError: the end-of-document id or the special tokens around a text are others than those
-            of `tokenizer`.
+        UserError: they differ from those of `tokenizer`.
     """
     end = recorded.get(EOD_ID)
     if end is None:

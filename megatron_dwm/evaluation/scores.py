@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from megatron_dwm.config import UserError
 from megatron_dwm.config.printing import printable
+from megatron_dwm.files.atomic import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,17 +126,9 @@ def _join(row: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join([*words, *figures])
 
 
-def partial_name(path: Path) -> Path:
-    """Returns the path that the scores are written to before they are renamed."""
-    return path.with_name(f"{path.name}.partial-{os.getpid()}")
-
-
 def write_scores(path: Path, scores: Sequence[Score], about: dict[str, Any]) -> None:
     """Write {**about, "scores": [...]} as JSON; the file appears complete or not at all."""
-    content = {**about, "scores": [asdict(score) for score in scores]}
-    partial = partial_name(path)
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.rename(path)
+    write_json(path, {**about, "scores": [asdict(score) for score in scores]}, indent=2)
 
 
 def read_written(path: Path, *, limit: int | None) -> list[Score]:

@@ -136,7 +136,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=virtual_stages,
-        # With two stages both neighbours are one peer, and batched messages of the interleaved
+        # With two stages both neighbors are one peer, and batched messages of the interleaved
         # schedule pair up wrongly: gradients are corrupted without an error.
         overlap_p2p_comm=virtual_stages is not None,
         batch_p2p_comm=virtual_stages is None,

@@ -73,8 +73,8 @@ def draw_losses(
     rows = -(-len(panels) // columns)
     figure = _figure(4.2 * columns + 0.6, 3.1 * rows + 0.7)
     grid = figure.subplots(rows, columns, squeeze=False)
-    for place, axes in enumerate(grid.flat):
-        axes.set_visible(place < len(panels))
+    for number, axes in enumerate(grid.flat):
+        axes.set_visible(number < len(panels))
     for axes, (title, lines) in zip(grid.flat, panels, strict=False):
         _clean(axes, title, "optimizer step", "loss (nats a token)")
         for run, line in lines.items():
@@ -122,7 +122,7 @@ def _line(axes: Axes, series: Series, number: int, label: str, dash: Dash) -> No
 
 
 def _as_written(text: str) -> str:
-    """Returns text that may come from data, with dollar signs that begin no formula."""
+    """Returns text that may come from data, whose dollar signs start no formula."""
     return printable(text).replace("$", r"\$")
 
 
@@ -158,14 +158,14 @@ def _label_lines(figure: Figure, axes: Axes, ends: Mapping[str, float]) -> None:
     height_points = figure.get_size_inches()[1] * 72 * 0.8
     gap = 1.35 * _FONT_POINTS / height_points
     names = sorted(ends, key=lambda name: ends[name])
-    places = spread(np.array([(ends[name] - low) / (high - low) for name in names]), gap)
-    for name, place in zip(names, places, strict=True):
+    heights = spread(np.array([(ends[name] - low) / (high - low) for name in names]), gap)
+    for name, height in zip(names, heights, strict=True):
         number = list(ends).index(name)
         axes.annotate(
             _as_written(f"{name}  {ends[name]:.2f}"),
             xy=(1.0, (ends[name] - low) / (high - low)),
             xycoords="axes fraction",
-            xytext=(1.06, place),
+            xytext=(1.06, height),
             textcoords="axes fraction",
             color=_color(number),
             fontsize=_FONT_POINTS,
@@ -182,20 +182,20 @@ def _label_lines(figure: Figure, axes: Axes, ends: Mapping[str, float]) -> None:
         )
 
 
-def spread(places: np.ndarray, gap: float) -> np.ndarray:
-    """Returns sorted `places`, moved as little as possible, so that neighbors are `gap` apart.
+def spread(heights: np.ndarray, gap: float) -> np.ndarray:
+    """Returns sorted `heights`, moved as little as possible, so that neighbors are `gap` apart.
 
-    Groups that touch are merged and centered on the mean of their members' original places.
+    Groups that touch are merged and centered on the mean of their members' original heights.
     """
-    groups: list[list[float]] = []  # [sum of its first place by each member, members]
-    for index, place in enumerate(places):
-        groups.append([place - index * gap, 1])
+    groups: list[list[float]] = []  # [sum of its first height by each member, members]
+    for index, height in enumerate(heights):
+        groups.append([height - index * gap, 1])
         while len(groups) > 1 and groups[-2][0] / groups[-2][1] > groups[-1][0] / groups[-1][1]:
             total, members = groups.pop()
             groups[-1][0] += total
             groups[-1][1] += members
     first = [total / members for total, members in groups for _ in range(int(members))]
-    return np.array(first) + gap * np.arange(len(places))
+    return np.array(first) + gap * np.arange(len(heights))
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Reads the files of a run: `metrics.jsonl` and `weights/*.parquet`.
 
-A run may be read while it is still writing: an unfinished last line is left out. A step that was
-written twice (the run died after it and was resumed before it) counts once, as it was written last.
+A run may be read while it is still writing: an unfinished last line is ignored. If a step was
+written twice (the run was killed after it and resumed before it), the last record counts.
 Sample ids are compared only within the same `source` column.
 """
 
@@ -127,8 +127,8 @@ def _encode(column: pa.ChunkedArray) -> tuple[tuple[str, ...], np.ndarray]:
     encoded = column.combine_chunks().dictionary_encode()
     found = encoded.dictionary.to_pylist()
     names = tuple(sorted(found))
-    place = np.array([names.index(name) for name in found])
-    return names, place[encoded.indices.to_numpy()]
+    index_of = np.array([names.index(name) for name in found])
+    return names, index_of[encoded.indices.to_numpy()]
 
 
 def _weight_table(path: Path) -> pa.Table:
@@ -147,8 +147,8 @@ def _weight_table(path: Path) -> pa.Table:
 
 
 def _guessed_source(alignment: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Returns the source for files of older versions: rows with an alignment are of an update.
+    """Returns the source column for files of older versions: `update` for rows with an alignment.
 
-    So are those of an update on the training batch, but its step has no other record.
+    That is wrong for updates on the training batch, but their steps have no other record.
     """
     return pc.if_else(alignment.is_null(), "training", "update")

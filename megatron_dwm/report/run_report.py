@@ -1,4 +1,4 @@
-"""The report of a run: reads everything first, then plots into `RUN/report/`."""
+"""Writes the report of a run: reads all files first, then plots into `RUN/report/`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ DEFAULT_TARGET = "target"
 def write_report(
     run_dir: Path, compare: Sequence[Path] = (), target_domain: str | None = None
 ) -> list[Path]:
-    """Write the plots of a run: mean weight by domain over steps, and losses beside other runs.
+    """Write the plots of a run: mean weight by domain over steps, and losses with those of other
+    runs.
 
     Returns the paths of the PNG files.
 
@@ -56,7 +57,7 @@ def write_report(
         weight_png,
         weight_by_domain_over_steps(weights),
         first_steps_of_stages(weights),
-        f"{names[0]}: what the weighting model wanted to read",
+        f"{names[0]}: mean weight by domain",
     )
     training = {name: training_loss(lines) for name, lines in metrics.items()}
     draw_losses(loss_png, training, held_out, target)

@@ -1,1 +1,1 @@
-"""One run: its start and its checks, the loop, its records, what it says and when it ends."""
+"""One run: its checks, its start, the loop, its records and messages, and its end."""

@@ -1,4 +1,4 @@
-"""What a resumed run may change, and what it must keep (docs/robustness.md)."""
+"""Checks which keys and files a resumed run has changed (docs/robustness.md)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_dwm.weighting import method_class
 
 _ALLOWED_BY = {DOMAINS: ("data.train", "data.domain_key")}
 
-# Keys that a resumed run may change; everything else decides what is trained.
+# Keys that a resumed run may change; all others decide what is trained.
 MAY_CHANGE = {
     "run.dir",
     "run.resume",
@@ -35,7 +35,7 @@ MAY_CHANGE = {
     "model.recompute",
     "weighting.learning_rate",
 }
-# What a run starts from: once it has a checkpoint, that has all of it.
+# Keys about the start of a run: a resumed run reads its checkpoint instead.
 _STARTS_FROM = ("model.init_from", "weighting.load")
 MAY_CHANGE_SECTIONS = ("parallel", "logging", "evaluation", "profiling")
 
@@ -43,9 +43,9 @@ MAY_CHANGE_SECTIONS = ("parallel", "logging", "evaluation", "profiling")
 def refuse_changes(
     old: Config, new: Config, where: Path, typed: Mapping[str, Any] | None = None
 ) -> None:
-    """Raise UserError for the first key that a resumed run changes and may not.
+    """Raise UserError for the first key that a resumed run changed but may not change.
 
-    typed: how the paths of the old configuration were typed.
+    typed: the paths of the old configuration as the user typed them.
     """
     before, now = _flat(old), _flat(new)
     _require_known(new.run.allow_changed, [*now, "model"])
@@ -66,7 +66,7 @@ def refuse_changes(
 
 
 def without_effect(old: Config, new: Config) -> list[str]:
-    """Changed keys of a resumed run that its checkpoint overrules."""
+    """Returns the changed keys that have no effect, since the run reads its checkpoint instead."""
     before, now = _flat(old), _flat(new)
     if old.policy.name != new.policy.name:  # the new one's weighting model has no state yet
         before["weighting.load"] = now["weighting.load"]
@@ -81,9 +81,10 @@ def _require_known(allowed: Iterable[str], known: list[str]) -> None:
 
 
 def refuse_changed_files(old: dict[str, str], new: dict[str, str], config: Config) -> None:
-    """Raise UserError for the first key behind which something else lies than when it was saved.
+    """Raise UserError for the first key whose files have other content than at the checkpoint.
 
-    What only one of the two reads, since the policy may change by name, is nothing to compare.
+    Keys that are in only one of the two are not compared, since an allowed change of policy can
+    add or remove files.
     """
     for key in sorted(old.keys() & new.keys()):
         before, now = old[key], new[key]
@@ -101,7 +102,7 @@ def _may_change(key: str, config: Config) -> bool:
     if key in config.run.allow_changed:
         return True
     if key == "training.micro_batch_size" and "groups" in method_class(config).parts(config):
-        # Weights are normalised over the group: another one is another method.
+        # Weights are normalized over the group, so another group would be another method.
         return config.weighting.group != "micro_batch"
     return key in MAY_CHANGE or key.split(".")[0] in MAY_CHANGE_SECTIONS
 

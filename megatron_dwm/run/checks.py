@@ -1,4 +1,4 @@
-"""Everything about a run that can be wrong without starting it."""
+"""All checks of a run that need no process group and no model."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from megatron_dwm.config import Config
 from megatron_dwm.config.validate import validate_config
 from megatron_dwm.data.checks import check_data
 from megatron_dwm.model.shape import heads_of
-from megatron_dwm.run.opened import (
-    Opened,
+from megatron_dwm.run.inputs import (
+    RunInputs,
     open_held_out,
     open_model_and_tokenizer,
     open_target,
@@ -18,8 +18,8 @@ from megatron_dwm.runtime.warn import print_warning
 from megatron_dwm.weighting import check_method, method_class
 
 
-def check(config: Config) -> Opened:
-    """Check the run and return what was opened for it. Raises UserError for the first mistake."""
+def check(config: Config) -> RunInputs:
+    """Check the run and return the files that it inputs. Raises UserError for the first mistake."""
     tokenizer, shape = open_model_and_tokenizer(config)
     world_size = world_size_from_environment()
     validate_config(config, heads_of(shape), world_size)
@@ -30,11 +30,11 @@ def check(config: Config) -> Opened:
     held_out = open_held_out(config, tokenizer)
     for remark in method_class(config).remarks(config, shape, tokenizer):
         print_warning(remark)
-    return Opened(tokenizer=tokenizer, shape=shape, target=target, held_out=held_out)
+    return RunInputs(tokenizer=tokenizer, shape=shape, target=target, held_out=held_out)
 
 
 def _num_samples(config: Config) -> int:
-    """Of training steps, or of weighting updates where these draw more in an order of their own."""
+    """Returns the number of samples that steps read, or fresh updates if those read more."""
     updates = 0
     if config.weighting.update_on == "fresh":
         updates = method_class(config).schedule(config).num_updates

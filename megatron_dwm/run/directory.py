@@ -1,4 +1,4 @@
-"""The run directory before a start: is a run in it, may it go on, can the directory be written."""
+"""Checks of the run directory before a start: does it contain a run that may be resumed?"""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from megatron_dwm.run.changes import refuse_changes
 from megatron_dwm.run.job import INDEX_CACHE
 from megatron_dwm.run.lock import LOCK
 
-# What a start leaves that ended before the run's first file.
+# Files of a start that ended before it wrote config.yaml.
 _BEFORE_THE_RUN = {LOCK, INDEX_CACHE, "config.yaml.partial"}
 
 
 def run_to_resume(config: Config) -> Config | None:
-    """The configuration of the run that the directory holds and that may go on; None for a new one.
+    """Returns the configuration of the run to resume; None if the directory has no run.
 
-    A run is never written over.
+    Raises UserError if the directory has a run that must not be resumed: a run is never
+    overwritten.
     """
     run_dir = Path(config.run.dir)
     _require_writable(run_dir)
@@ -34,8 +35,8 @@ def run_to_resume(config: Config) -> Config | None:
         return None
     if not config.run.resume:
         raise UserError(
-            f"run.dir: {run_dir} already holds a run; choose another directory, or go on with "
-            "--run.resume true"
+            f"run.dir: {run_dir} already holds a run; choose another directory, or continue it "
+            "with --run.resume true"
         )
     try:
         before, typed = load_config([str(saved)]), read_typed_paths(saved)
@@ -47,11 +48,11 @@ def run_to_resume(config: Config) -> Config | None:
 
 
 def _require_directory(checkpoints: Path) -> None:
-    """Raise UserError where checkpoints could not be kept, a link to nowhere included."""
+    """Raise UserError if `checkpoints` is a file or a broken link."""
     if (checkpoints.exists() or checkpoints.is_symlink()) and not checkpoints.is_dir():
         raise UserError(
-            f"run.dir: {checkpoints} is no directory (a disk that is not mounted?); bring it back, "
-            "or choose another run.dir"
+            f"run.dir: {checkpoints} is no directory (is a disk not mounted?); restore it, or "
+            "choose another run.dir"
         )
 
 

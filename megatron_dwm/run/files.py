@@ -1,4 +1,4 @@
-"""The files that a run keeps whole while it goes on, whoever removes them."""
+"""The files of a run that it restores if somebody removes them."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ class RunFiles:
 
     def __init__(self, run_dir: Path, config: Config, warn: Callable[[str], None]) -> None:
         self._run_dir, self._config, self._warn = run_dir, config, warn
-        self._place = run_dir.stat()
+        self._identity = run_dir.stat()
         self.metrics = MetricsWriter(run_dir, tensorboard=config.logging.tensorboard, warn=warn)
         self.weights = WeightRecorder(run_dir)
-        self._said_gone = False
+        self._warned_of_removal = False
 
     def write(self, line: dict[str, Any]) -> None:
         """Write a line of metrics.jsonl.
 
-        metrics.jsonl and config.yaml are made again if they were removed: without them the
-        directory holds no run that could go on or be read. If the directory itself is gone or
-        another, the run ends instead (runtime/stop.py).
+        First restores metrics.jsonl and config.yaml if they were removed, since without them the
+        run cannot be resumed or read. If the directory itself was removed or replaced, the run ends
+        instead (runtime/stop.py).
         """
-        self._make_whole()
+        self._restore()
         self.metrics.write(line)
 
-    def _make_whole(self) -> None:
+    def _restore(self) -> None:
         config = self._run_dir / "config.yaml"
         try:
-            if not os.path.samestat(self._run_dir.stat(), self._place):
+            if not os.path.samestat(self._run_dir.stat(), self._identity):
                 return
-            self.metrics.make_whole()
+            self.metrics.restore()
             if not config.is_file():
                 save_config(self._config, config)
-                self._warn(f"{config} was removed: it is made again")
+                self._warn(f"{config} was removed: it is written again")
         except FileNotFoundError:
             return
         except OSError as error:
-            if not self._said_gone:
-                self._said_gone = True
+            if not self._warned_of_removal:
+                self._warned_of_removal = True
                 self._warn(
                     f"metrics.jsonl or config.yaml was removed from {self._run_dir} and cannot be "
-                    f"made again: {error.strerror}"
+                    f"written again: {error.strerror}"
                 )

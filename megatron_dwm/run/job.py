@@ -1,29 +1,32 @@
-"""The components of one run, built from its configuration; each can be built without the others."""
+"""The components of a run, built from its configuration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_dwm.checkpoint.load import load_checkpoint
+from megatron_dwm.checkpoint.parts import Parts
 from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.config import Config
 from megatron_dwm.data import CorpusSource, Feed, Share, TrainingData
-from megatron_dwm.run.opened import Opened
+from megatron_dwm.run.inputs import RunInputs
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.training import Learner, build_learner
 from megatron_dwm.training.evaluation import HeldOut
+from megatron_dwm.training.optimizer import begin_at
 from megatron_dwm.weighting import BuildContext, Method, method_class
 from megatron_dwm.weighting.costs import Costs
 from megatron_dwm.weighting.schedule import Schedule
 
 INDEX_CACHE = "index_cache"
-"""folder of a run for the orders of its samples, where data.cache_dir names no other"""
+"""folder of a run for its sample indices, unless data.cache_dir is set"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What the loop moves, and the state that says how far it is."""
+    """The components that the loop uses, and the counters of the run."""
 
     learner: Learner
     method: Method
@@ -35,15 +38,15 @@ class Job:
 
     @property
     def stage(self) -> int:
-        """Number of the stage of the last step or, inside a weighting phase, of the last update."""
+        """Number of the stage of the last step, or of the last update inside a weighting phase."""
         step, inside = self.state.step, self.state.stage_updates > 0
         return self.schedule.stage(step if inside else max(step - 1, 0))
 
 
-def build_job(config: Config, runtime: Runtime, opened: Opened) -> Job:
+def build_job(config: Config, runtime: Runtime, inputs: RunInputs) -> Job:
     """Build every component; a collective call. Raises UserError for data that cannot be used."""
     learner = build_learner(
-        opened.shape,
+        inputs.shape,
         config.model,
         config.parallel,
         config.training,
@@ -53,41 +56,50 @@ def build_job(config: Config, runtime: Runtime, opened: Opened) -> Job:
     )
     method = method_class(config)
     context = BuildContext(
-        config=config, llm=learner.llm, tokenizer=opened.tokenizer, target=opened.target
+        config=config, llm=learner.llm, tokenizer=inputs.tokenizer, target=inputs.target
     )
-    feed = build_feed(config, learner, opened)
+    feed = build_feed(config, learner, inputs)
     return Job(
         learner=learner,
         method=method.build(context),
         schedule=method.schedule(config),
         feed=feed,
-        held_out=opened.held_out,
+        held_out=inputs.held_out,
         costs=method.costs(
             config,
-            opened.shape,
+            inputs.shape,
             replicas=runtime.data_size,
-            passages=None if opened.target is None else feed.passages,
+            passages=None if inputs.target is None else feed.passages,
         ),
         state=TrainState(),
     )
 
 
-def build_feed(config: Config, learner: Learner, opened: Opened) -> Feed:
-    """What the steps and updates of the run read; a collective call."""
+def load_job(job: Job, parts: Parts, directory: Path) -> None:
+    """Put the job into the state that a checkpoint holds, the learning rate included (collective).
+
+    parts: the job's own.
+    """
+    load_checkpoint(parts, directory)
+    begin_at(job.learner.scheduler, job.state.step + 1)
+
+
+def build_feed(config: Config, learner: Learner, inputs: RunInputs) -> Feed:
+    """Build the batches that the steps and updates of the run read; a collective call."""
     method, size = method_class(config), config.training.global_batch_size
     num_updates = method.schedule(config).num_updates
     updates = None
     if num_updates and config.weighting.update_on == "fresh":
-        # The same documents in an order of their own, so that weighting updates never change what
-        # the LLM reads.
-        data = _corpus(config, opened.tokenizer, num_updates, "weighting")
+        # The same documents in another order, so that weighting updates never change what the LLM
+        # reads.
+        data = _corpus(config, inputs.tokenizer, num_updates, "weighting")
         updates = CorpusSource(data, size, "update")
     corpus = CorpusSource(
-        _corpus(config, opened.tokenizer, config.training.steps, "training"), size
+        _corpus(config, inputs.tokenizer, config.training.steps, "training"), size
     )
     runtime = learner.runtime
     return Feed(
-        method.training_source(config, corpus, opened.target),
+        method.training_source(config, corpus, inputs.target),
         Share(
             replicas=runtime.data_size,
             replica=runtime.data_rank,
@@ -97,7 +109,7 @@ def build_feed(config: Config, learner: Learner, opened: Opened) -> Feed:
         steps=config.training.steps,
         device=runtime.device,
         updates=updates,
-        target=opened.target,
+        target=inputs.target,
         passages=config.passages,
     )
 

@@ -1,9 +1,10 @@
-"""One job to a run directory, and the directory that it was to the end.
+"""Ensures that one job at a time uses a run directory, and notices if the directory is removed.
 
-The main process holds a lock on `.lock` for as long as it lives (files/lock.py).
+The main process holds a lock on `.lock` until it ends (files/lock.py).
 
-Whoever removes or moves the directory takes the run's records and checkpoints with it. A save would
-make parts of it anew and look like a run, so the job asks now and then whether it is still there.
+If somebody removes or moves the directory, the run's records and checkpoints are gone. The next
+save would create parts of the directory again, which would look like a run. So the job checks from
+time to time that the directory still exists.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ class HeldDirectory:
 
     def __init__(self, run_dir: Path, lock: BinaryIO) -> None:
         self._run_dir, self._lock = run_dir, lock
-        self._place = run_dir.stat()
+        self._identity = run_dir.stat()
 
     def is_lost(self) -> bool:
-        """True if the path leads nowhere or elsewhere, or another job has taken the lock.
+        """True if the directory was removed or replaced, or another job has the lock.
 
-        A lock file that was removed is made and taken anew. Cost: two look-ups of file names.
+        A lock file that was removed is created and locked again. Cost: two look-ups of file names.
         """
         try:
-            if not os.path.samestat(self._run_dir.stat(), self._place):
+            if not os.path.samestat(self._run_dir.stat(), self._identity):
                 return True
             if os.path.samestat((self._run_dir / LOCK).stat(), os.fstat(self._lock.fileno())):
                 return False
@@ -42,12 +43,12 @@ class HeldDirectory:
                 return True
         except NotADirectoryError:
             return True
-        except OSError:  # the file system is in trouble, which says nothing about the directory
+        except OSError:  # an error of the file system says nothing about the directory
             return False
-        return not self._retaken()
+        return not self._lock_again()
 
-    def _retaken(self) -> bool:
-        """True if the lock file at the path could be locked, made if need be."""
+    def _lock_again(self) -> bool:
+        """Create the lock file if necessary and lock it; False if that fails."""
         try:
             lock = lock_file(self._run_dir / LOCK)
         except OSError:
@@ -57,7 +58,7 @@ class HeldDirectory:
         return True
 
     def close(self) -> None:
-        """Let go."""
+        """Release the lock."""
         self._lock.close()
 
 

@@ -1,15 +1,15 @@
-"""The training loop. It owns time alone: what comes next, and when to save, stop and roll back.
+"""The training loop. It decides what comes next, and when to save, stop and roll back.
 
-    for step in the steps that are left:
+    for step in the remaining steps:
         for each update that is due before it:          # LLM frozen
             weighting_update(batch, passages)
         train_step(batch)                               # taken, skipped or a spike
-        evaluate, save and stop if it is time to
+        evaluate, save and stop if due
 
-With `weighting.update_on training` an update comes inside the step before it.
+With `weighting.update_on training` an update comes inside the preceding step.
 
-Wherever the state stands between two of these things, the run can be stopped, saved and resumed:
-requests are polled after every step and update, and between the batches of an evaluation.
+The run can be stopped, saved and resumed between any two of these: requests are polled after every
+step and update, and between the batches of an evaluation.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_dwm.training import (
 
 
 class Loop:
-    """One run, from where its state stands to its last step."""
+    """Runs the remaining steps of a run."""
 
     def __init__(
         self, job: Job, config: Config, report: Reporter, upkeep: Upkeep, window: Window
@@ -43,24 +43,33 @@ class Loop:
         self._report, self._upkeep, self._window = report, upkeep, window
 
     def run(self) -> bool:
-        """Train to the last step, or until asked to stop (collective).
+        """Train to the last step, or until a request to stop (collective).
 
-        True if the state at the end is saved.
+        Returns True if the final state is saved.
         """
-        going = self._upkeep.begin()
-        while going and self._state.step < self._config.training.steps:
-            self._window.before_step(self._state.step + 1)
-            going = self._make_updates() and self._make_step()
+        try:
+            going = self._advance()
+        except BaseException:
+            self._report.write_what_waits()
+            raise
         if not going:
             self._report.terminal.note(
-                f"stopped at step {self._state.step} ({self._upkeep.stop_reason}); go on with "
+                f"stopped at step {self._state.step} ({self._upkeep.stop_reason}); continue with "
                 "--run.resume true"
             )
         self._window.close()
         return self._upkeep.end()
 
+    def _advance(self) -> bool:
+        """Take what is left of the run; False after a request to stop."""
+        going = self._upkeep.begin()
+        while going and self._state.step < self._config.training.steps:
+            self._window.before_step(self._state.step + 1)
+            going = self._make_updates() and self._make_step()
+        return going
+
     def _make_updates(self) -> bool:
-        """The updates that are due with the LLM frozen; False if a stop was asked for."""
+        """Make the updates that are due with the LLM frozen; False after a request to stop."""
         job, state = self._job, self._state
         due = 0 if job.schedule.in_step else job.schedule.updates_before(state.step)
         while state.stage_updates < due:
@@ -72,13 +81,13 @@ class Loop:
             state.updates, state.stage_updates = state.updates + 1, state.stage_updates + 1
             origins = partial(job.feed.update_origins, state.updates - 1)
             self._report.update(self._job.stage, result, origins)
-            # A single update is soon followed by a step that counts.
+            # After a single update the step that follows counts for checkpoints.
             if not self._upkeep.after_update(counts=due > 1):
                 return False
         return True
 
     def _make_step(self) -> bool:
-        """One step and what is due after it; False if a stop was asked for."""
+        """Make one step and what is due after it; False after a request to stop."""
         state = self._state
         if state.step + 1 in state.passed_over:
             self._job.learner.scheduler.step(increment=1)
@@ -98,12 +107,12 @@ class Loop:
 
     @property
     def _updates_inside(self) -> bool:
-        """True if the step that comes makes the update that is due after it."""
+        """True if the next step makes the update that is due after it."""
         schedule = self._job.schedule
         return schedule.in_step and schedule.updates_before(self._state.step + 1) > 0
 
     def _outcome(self, upper: UpperLevel | None) -> StepOutcome:
-        """What becomes of the step that comes."""
+        """Run the next step and return its outcome."""
         job, state = self._job, self._state
         weighed = job.method.weighs(state)
         with phase("step"):
@@ -119,7 +128,7 @@ class Loop:
         return outcome
 
     def _take(self, outcome: Taken, *, updates: bool) -> None:
-        """Count and report a step that was taken. updates: with an update inside."""
+        """Count and report a step that was taken; `updates` is true if it had an update inside."""
         state, feed = self._state, self._job.feed
         state.step, state.stage_updates, state.skipped_in_a_row = state.step + 1, 0, 0
         state.tokens += feed.global_batch_size * self._config.data.sequence_length
@@ -131,18 +140,18 @@ class Loop:
             self._report.update(self._job.stage, outcome.update, origins)
 
     def _skip(self, reason: str) -> None:
-        """Count the step that comes as done without having taken it."""
+        """Count and report the next step as skipped."""
         state = self._state
         samples = self._job.feed.sample_range(state.step)
         state.step, state.stage_updates, state.skipped = state.step + 1, 0, state.skipped + 1
         self._report.skipped(self._job.stage, reason, samples)
-        self._upkeep.end_if(limits.too_many_skipped(self._config.training, state, reason, samples))
+        self._upkeep.fail_if(limits.too_many_skipped(self._config.training, state, reason, samples))
 
     def _roll_back(self, spike: Spike) -> None:
-        """Return to the last checkpoint, to pass over this batch when its turn comes again."""
+        """Return to the last checkpoint; the batch of the spike will be skipped."""
         state, number = self._state, self._state.step + 1
         passed_over = sorted({*state.passed_over, number})
-        self._upkeep.end_if(limits.too_many_spikes(self._config.training, passed_over, number))
+        self._upkeep.fail_if(limits.too_many_spikes(self._config.training, passed_over, number))
         self._upkeep.load_newest()
         state.passed_over = passed_over
         self._report.terminal.warn(
@@ -151,7 +160,7 @@ class Loop:
         )
 
     def _upper_level(self) -> UpperLevel:
-        """What the update that comes is to lower."""
+        """Returns the validation batch and the options of the next update."""
         updates, bilevel = self._state.updates, self._config.bilevel
         interval = self._job.costs.noise_interval
         measure_noise = interval > 0 and updates % interval == 0

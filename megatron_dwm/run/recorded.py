@@ -1,8 +1,8 @@
-"""What an earlier start of a run recorded, read back when the run goes on.
+"""Reads the records of an earlier start of a run when the run resumes.
 
-What lies beyond the checkpoint is dropped, since it is written again. What is no record of a run (a
-line that a process died over, or somebody's own; a file of weights that cannot be read) is set
-aside under another name and named in one line, as damaged checkpoints are: nothing is lost, and
+Records after the checkpoint are dropped, since the run writes them again. Anything that is no
+record of a run (a line that was cut short by a kill, a foreign line, an unreadable file of weights)
+is moved to another name and reported in one line, as damaged checkpoints are: nothing is lost, and
 nothing stops the run.
 """
 
@@ -30,7 +30,7 @@ _MAX_NAMED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class _Line:
-    """A line of metrics.jsonl. number: from 1. record: None where it is none."""
+    """A line of metrics.jsonl; `number` counts from 1, `record` is None if it is no record."""
 
     number: int
     raw: bytes
@@ -38,15 +38,15 @@ class _Line:
 
 
 def recorded_steps(run_dir: Path, phases: tuple[str, ...] = STEP_PHASES) -> list[int]:
-    """The steps of these phases in metrics.jsonl, in order; none without it."""
+    """Returns the steps of these phases in metrics.jsonl, in order; empty if there is no file."""
     records = (line.record for line in _lines(run_dir / "metrics.jsonl"))
     return sorted({r["step"] for r in records if r is not None and r["phase"] in phases})
 
 
 def drop_records_after(run_dir: Path, state: TrainState, warn: Callable[[str], None]) -> int:
-    """Remove lines and weight records that a checkpoint's state does not know of.
+    """Remove lines and weight records after a checkpoint's state.
 
-    Returns the number of its steps that metrics.jsonl lacks. Raises OSError.
+    Returns the number of steps that the checkpoint has and metrics.jsonl lacks. Raises OSError.
     """
     metrics = run_dir / "metrics.jsonl"
     lines = _lines(metrics)
@@ -60,7 +60,7 @@ def drop_records_after(run_dir: Path, state: TrainState, warn: Callable[[str], N
 
 
 def set_aside(file: Path, ending: str) -> Path:
-    """Rename a file to a free name that ends in `ending`; the new path. Raises OSError."""
+    """Rename a file to a free name with `ending`, and return the new path. Raises OSError."""
     numbered = (f"{file.name}.{ending}_{number}" for number in range(1, 1000))
     names = (f"{file.name}.{ending}", *numbered)
     target = next(t for t in map(file.with_name, names) if not t.exists())
@@ -69,7 +69,7 @@ def set_aside(file: Path, ending: str) -> Path:
 
 
 def _lines(metrics: Path) -> list[_Line]:
-    """Lines that hold anything."""
+    """Returns the lines that are not blank."""
     if not metrics.is_file():
         return []
     numbered = enumerate(metrics.read_bytes().split(b"\n"), start=1)
@@ -77,7 +77,7 @@ def _lines(metrics: Path) -> list[_Line]:
 
 
 def _record(raw: bytes) -> dict[str, Any] | None:
-    """The record of a line, or None if no run wrote it so."""
+    """Returns the record of a line, or None if no run wrote it."""
     try:
         record = json.loads(raw.decode())
     except (ValueError, RecursionError):
@@ -89,7 +89,7 @@ def _record(raw: bytes) -> dict[str, Any] | None:
 
 
 def _knows(state: TrainState, record: dict[str, Any]) -> bool:
-    """Whether what a record tells of lies before a checkpoint's state."""
+    """True if a record is not later than a checkpoint's state."""
     if "update" in record:
         return record["update"] <= state.updates
     limit = state.evaluated_step if record["phase"] == "evaluation" else state.step
@@ -120,14 +120,14 @@ def _drop_weights(folder: Path, state: TrainState, warn: Callable[[str], None]) 
         if updates is None:
             warn(
                 f"{file} is damaged: it cannot be read; it is set aside as "
-                f"{set_aside(file, 'damaged').name}, and the run goes on without these weights"
+                f"{set_aside(file, 'damaged').name}, and the run continues without these weights"
             )
         elif max(int(match[1]), int(match[2])) > state.step or updates > state.updates:
             file.unlink()
 
 
 def _updates_of(file: Path) -> int | None:
-    """Updates made when the file was written; None if its footer cannot be read."""
+    """Returns the updates made when the file was written; None if its footer cannot be read."""
     try:
         return int((pq.read_schema(file).metadata or {}).get(UPDATES, b"0"))
     except (OSError, ValueError, pa.ArrowException):

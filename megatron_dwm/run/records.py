@@ -1,6 +1,6 @@
-"""What a run leaves to read: metrics.jsonl, TensorBoard events and weights/*.parquet.
+"""The records of a run: metrics.jsonl, TensorBoard events and weights/*.parquet.
 
-Only the main process writes. A resumed run first drops what lies beyond its checkpoint
+Only the main process writes. A resumed run first drops the records after its checkpoint
 (recorded.py), so every step appears once.
 """
 
@@ -37,10 +37,13 @@ _WEIGHT_SCHEMA = pa.schema(
         ("alignment", pa.float32()),
     ]
 )
-"""One row a weight. source: what sample_id and document_id count in, as three numberings start
-from 0: samples that the LLM trains on (training), samples that a weighting update drew for itself
-(update), passages of the target that are mixed into the batch (target). alignment: empty where no
-update was made."""
+"""one row per weight
+
+source: what sample_id and document_id number, since three numberings start from 0: samples that the
+    LLM trains on (training), samples that a fresh weighting update drew (update), passages of the
+    target that are mixed into the batch (target)
+alignment: empty if there was no update
+"""
 
 
 STATISTICS = (
@@ -50,8 +53,9 @@ STATISTICS = (
 
 
 def weight_statistics(weights_n: Tensor) -> Tensor:
-    """`STATISTICS` of a global batch's weights, on their device; the last two are fractions of the
-    largest.
+    """Returns `STATISTICS` of a global batch's weights, on their device.
+
+    The last two are fractions of their largest value.
     """
     return torch.stack(
         [
@@ -66,10 +70,10 @@ def weight_statistics(weights_n: Tensor) -> Tensor:
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl, one object a line, and to TensorBoard.
+    """Appends to metrics.jsonl, one object per line, and to TensorBoard.
 
-    What a full disk does not take is kept, and written when there is room again. The file stays
-    open, so that one that was removed can be made again.
+    If the disk is full, lines are kept and written when there is space again. The file stays open,
+    so that it can be restored if it was removed.
     """
 
     def __init__(self, run_dir: Path, *, tensorboard: bool, warn: Callable[[str], None]) -> None:
@@ -80,7 +84,7 @@ class MetricsWriter:
         self._board = Board(run_dir / "tensorboard", warn) if tensorboard else None
 
     def write(self, line: dict[str, Any]) -> None:
-        """Write one line; its `phase` and `step` name the TensorBoard series and abscissa."""
+        """Write one line; its `phase` names the TensorBoard series, its `step` the abscissa."""
         had_room = not self._pending
         self._pending += (json.dumps(line) + "\n").encode()
         try:
@@ -94,24 +98,24 @@ class MetricsWriter:
             self._board.add(line["step"], curves)
 
     def reopen_at(self, state: TrainState) -> None:
-        """Forget what comes after `state`."""
+        """Drop the records after `state`."""
         self._file.close()
         self._pending = b""
         drop_records_after(self._path.parent, state, self._warn)
         self._file = self._path.open("a+b", buffering=0)
 
-    def make_whole(self) -> None:
-        """Make the file again if it was removed or another one put into its place.
+    def restore(self) -> None:
+        """Write the file again if it was removed or replaced by another one.
 
         Raises OSError.
         """
-        there = self._path.stat() if self._path.exists() else None
-        if there and os.path.samestat(there, os.fstat(self._file.fileno())):
+        found = self._path.stat() if self._path.exists() else None
+        if found and os.path.samestat(found, os.fstat(self._file.fileno())):
             return
-        aside = set_aside(self._path, "replaced") if there else None
+        aside = set_aside(self._path, "replaced") if found else None
         self._copy_back()
-        kept = f"; what lay in its place is {aside.name}" if aside else ""
-        self._warn(f"{self._path} was removed: it is made again, whole{kept}")
+        kept = f"; the file that replaced it is now {aside.name}" if aside else ""
+        self._warn(f"{self._path} was removed: it is written again{kept}")
 
     def _copy_back(self) -> None:
         with new_file(self._path) as partial, partial.open("wb") as copy:
@@ -136,7 +140,7 @@ def _scalars(line: dict[str, Any]) -> dict[str, float]:
 
 
 class WeightRecorder:
-    """Collects weights by sample and writes them, a Parquet file a checkpoint interval."""
+    """Collects weights by sample and writes them, one Parquet file per checkpoint."""
 
     def __init__(self, run_dir: Path) -> None:
         self._dir = run_dir / "weights"
@@ -151,7 +155,7 @@ class WeightRecorder:
         weights_n: Tensor,
         alignment_n: Tensor | None,
     ) -> None:
-        """Keep the weights of a global batch; `alignment_n` where an update computed it."""
+        """Keep the weights of a global batch; `alignment_n` is None if no update computed it."""
         rows = len(origins.domains)
         alignment = [None] * rows if alignment_n is None else alignment_n.tolist()
         columns = [
@@ -172,13 +176,13 @@ class WeightRecorder:
         self._steps.append(step)
 
     def forget(self) -> None:
-        """Drop what has not been written."""
+        """Drop the weights that were not written yet."""
         self._tables, self._steps = [], []
 
     def flush(self, updates: int) -> None:
-        """Write what was kept since the last call as one file, marked with the updates so far.
+        """Write the weights since the last call as one file, whose metadata has `updates`.
 
-        Raises OSError if the disk refuses; everything is then still kept.
+        Raises OSError if writing fails; the weights are then still kept.
         """
         if not self._tables:
             return
@@ -191,7 +195,7 @@ class WeightRecorder:
 
 
 def _free_name(directory: Path, name: str) -> str:
-    """`name`, or with a letter behind where two intervals begin and end alike."""
+    """Returns `name`, or `name` with a number if a file with this name exists."""
     stem = name.removesuffix(".parquet")
     names = [name, *(f"{stem}_{number}.parquet" for number in range(1, 1000))]
     return next(candidate for candidate in names if not (directory / candidate).exists())

@@ -1,4 +1,4 @@
-"""What a user should know of a run before its first step: nothing of it stops the run.
+"""Warnings about a run before its first step; none of them stops the run.
 
 Costs one comparison of the passages' texts.
 """
@@ -9,34 +9,34 @@ from collections.abc import Iterator
 
 from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.config import Config
-from megatron_dwm.run.opened import Opened
+from megatron_dwm.run.inputs import RunInputs
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting import learns, method_class
 from megatron_dwm.weighting.costs import Costs
 from megatron_dwm.weighting.noise import why_no_noise
 
-# A fast CPU of many cores; a laptop's makes a tenth of it.
+# A fast CPU with many cores; a laptop has a tenth of it.
 _CPU_FLOPS = 1e12
 _SLOW_STEP_S = 60.0
 
 
 def remarks(
-    config: Config, opened: Opened, costs: Costs, runtime: Runtime, state: TrainState
+    config: Config, inputs: RunInputs, costs: Costs, runtime: Runtime, state: TrainState
 ) -> Iterator[str]:
-    """A line for everything that is not as the configuration lets one expect."""
-    yield from _updates(config, opened)
-    yield from _shared_passages(config, opened)
+    """Yields a line for everything that a user would not expect from the configuration."""
+    yield from _updates(config, inputs)
+    yield from _shared_passages(config, inputs)
     yield from _slow_steps(config, costs, runtime)
     yield from _nothing_is_learned(config)
-    yield from _reads_first(costs)
+    yield from _extra_forward_pass(costs)
     yield from _nothing_is_profiled(config, state)
 
 
-def _updates(config: Config, opened: Opened) -> Iterator[str]:
-    """What validation batches are not, of a method that learns from them."""
-    if opened.target is None or not learns(config):
+def _updates(config: Config, inputs: RunInputs) -> Iterator[str]:
+    """Yields lines about small validation batches and noise that is not measured."""
+    if inputs.target is None or not learns(config):
         return
-    passages = min(config.passages, opened.target.num_rows)
+    passages = min(config.passages, inputs.target.num_rows)
     if passages != config.passages:
         asked_by = (
             "validation.batch_size"
@@ -55,15 +55,15 @@ def _updates(config: Config, opened: Opened) -> Iterator[str]:
         )
 
 
-def _shared_passages(config: Config, opened: Opened) -> Iterator[str]:
-    if opened.target is None or opened.held_out is None:
+def _shared_passages(config: Config, inputs: RunInputs) -> Iterator[str]:
+    if inputs.target is None or inputs.held_out is None:
         return
-    texts = opened.held_out.rows.texts
-    shared = opened.target.num_shared(texts)
+    texts = inputs.held_out.rows.texts
+    shared = inputs.target.num_shared(texts)
     if shared:
         yield (
             f"{shared} of the {len(texts)} passages of {config.evaluation.path} "
-            f"(evaluation.path) stand in {config.validation.path} (validation.path) too: "
+            f"(evaluation.path) are also in {config.validation.path} (validation.path): "
             "the run learns from them, so their loss is not held out; take them out of one of "
             "the two"
         )
@@ -83,19 +83,19 @@ def _slow_steps(config: Config, costs: Costs, runtime: Runtime) -> Iterator[str]
 
 def _nothing_is_learned(config: Config) -> Iterator[str]:
     method = method_class(config)
-    if "updates" in method.parts(config) and not method.schedule(config).num_updates:
+    if learns(config) and not method.schedule(config).num_updates:
         yield (
             f"policy {config.policy.name} makes no weighting update in {config.training.steps} "
             "steps: lower weighting.warmup_steps, raise weighting.freeze_after or train longer"
         )
 
 
-def _reads_first(costs: Costs) -> Iterator[str]:
-    if costs.reading:
+def _extra_forward_pass(costs: Costs) -> Iterator[str]:
+    if costs.extra_forward:
         yield (
-            "weighting.group global with weighting.encoder llm and several micro-batches: "
-            "every step reads its batch once more before it weighs it (a third more time); "
-            "weighting.group micro_batch or a larger training.micro_batch_size spares that"
+            "weighting.group global with several micro-batches: "
+            "every step needs an extra forward pass before it has weights (a third more time); set "
+            "weighting.group micro_batch or a larger training.micro_batch_size to avoid it"
         )
 
 

@@ -1,13 +1,13 @@
-"""What a run says about a step, an update or an evaluation: to the terminal and to the files.
+"""Reports steps, updates and evaluations of a run to the terminal and to its files.
 
-Every method is called by all ranks, since what it reports is gathered; the main process writes.
+All ranks call every method, since values are gathered; the main process writes.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -26,12 +26,12 @@ from megatron_dwm.training.evaluation import Evaluation
 from megatron_dwm.training.gather import gather_samples
 from megatron_dwm.weighting.costs import Costs
 
-# Where the rows of a global batch come from, looked up where it is needed.
+# Looks up the origins of a global batch's rows when they are needed.
 FindOrigins = Callable[[], Origins]
 
 
 class Reporter:
-    """The records of one run."""
+    """Writes the records of one run, and its lines on the terminal."""
 
     def __init__(
         self,
@@ -43,14 +43,14 @@ class Reporter:
         health: Health,
         files: RunFiles | None,
     ) -> None:
-        """files: the main process's; None elsewhere."""
+        """Start the clock; `files` is None except on the main process."""
         self._state, self._costs, self._runtime, self._config = state, costs, runtime, config
         self.terminal, self._health, self._files = terminal, health, files
         self._clock_s = time.monotonic()
         self._step_lines = StepLines(health, files)
 
     def step(self, stage: int, outcome: Taken, origins: FindOrigins) -> None:
-        """Report a step that was taken; the state counts it already."""
+        """Report a step that was taken and is already counted in the state."""
         weights_n = gather_samples(outcome.weights_n, self._runtime)
         self.terminal.step(self._state.step, stage, outcome)
         self._lap()
@@ -69,20 +69,15 @@ class Reporter:
             self._record_weights(stage, origins, weights_n, None)
 
     def update(self, stage: int, result: UpdateResult | None, origins: FindOrigins) -> None:
-        """Report a weighting update, made or left out; the state counts it already."""
+        """Report a weighting update, made or skipped, that is already counted in the state."""
         if result is None:
             self._skipped_update(stage)
             return
         found = result.hypergradient
         weights_n = gather_samples(result.update.weights_n, self._runtime)
         alignment_n = gather_samples(found.alignment_n, self._runtime)
-        noise = {}
         if result.noise is not None:
             self._health.signal_to_noise(result.noise.ratio)
-            noise = {
-                "alignment_agreement": result.noise.agreement,
-                "alignment_signal_to_noise": result.noise.ratio,
-            }
         self._write(
             stage,
             "weighting",
@@ -94,14 +89,14 @@ class Reporter:
             weighting_gradient_cosine=result.update.cosine,
             alignment_mean=float(alignment_n.mean()),
             alignment_std=float(alignment_n.std(correction=0)),
-            **noise,
+            **({} if result.noise is None else result.noise.columns()),
             **named_statistics(weight_statistics(weights_n)),
         )
         if self._config.weights_interval_steps:
             self._record_weights(stage, origins, weights_n, alignment_n)
 
     def skipped(self, stage: int, reason: str, samples: range) -> None:
-        """Report a step that was left out; the state counts it already."""
+        """Report a step that was skipped and is already counted in the state."""
         first, last = samples.start, samples.stop - 1
         self._write(stage, "skipped", reason=reason, first_sample=first, last_sample=last)
         self.terminal.warn(
@@ -109,17 +104,13 @@ class Reporter:
         )
 
     def evaluation(self, stage: int, found: Evaluation) -> None:
-        """Report held-out losses, and what is known of last words."""
-        losses = found.losses
-        mean = sum(losses.values()) / len(losses)
-        perplexities = {name: math.exp(min(loss, 700.0)) for name, loss in losses.items()}
-        figures = {"domain_loss": losses, "domain_perplexity": perplexities, **found.figures}
-        self._write(stage, "evaluation", loss=mean, **figures)
-        text = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        """Report held-out losses and the scores of last words."""
+        self._write(stage, "evaluation", **found.columns())
+        text = ", ".join(f"{name} {loss:.3f}" for name, loss in found.losses.items())
         self.terminal.note(f"step {self._state.step} held-out loss: {text}")
 
     def flush(self) -> None:
-        """Bring all records to the disk, and the clock up to now."""
+        """Write all records to the disk, and update the run's clock."""
         self._step_lines.write()
         self._lap()
         if self._files is None:
@@ -129,8 +120,16 @@ class Reporter:
         except OSError as error:
             self.terminal.warn(f"weights: {error}; records are kept until there is room")
 
+    def write_what_waits(self) -> None:
+        """Write the lines of finished steps when the run fails; they may explain why.
+
+        The failure is reported by its own error, so another one here is not.
+        """
+        with suppress(Exception):
+            self._step_lines.write()
+
     def back_to_state(self) -> None:
-        """Forget what comes after the run's state, which a checkpoint has just replaced."""
+        """Drop the records after the run's state, which was just loaded from a checkpoint."""
         self._step_lines.drop()
         if self._files is not None:
             self._files.weights.forget()
@@ -138,7 +137,7 @@ class Reporter:
         self._clock_s = time.monotonic()
 
     def close(self) -> None:
-        """Write what is left and leave the terminal tidy."""
+        """Write the remaining records and close terminal and files."""
         self._step_lines.write()
         self.terminal.close()
         if self._files is not None:
@@ -153,7 +152,7 @@ class Reporter:
     def _record_weights(
         self, stage: int, origins: FindOrigins, weights_n: Tensor, alignment_n: Tensor | None
     ) -> None:
-        """Keep the weights of a global batch (main process only)."""
+        """Record the weights of a global batch (main process only)."""
         if self._files is not None:
             self._files.weights.add(self._state.step, stage, origins(), weights_n, alignment_n)
 
@@ -174,7 +173,7 @@ class Reporter:
         }
 
     def _lap(self) -> None:
-        """Add the time since the last lap to the run's."""
+        """Add the time since the last call to the run's time."""
         now_s = time.monotonic()
         self._state.seconds += now_s - self._clock_s
         self._clock_s = now_s

@@ -1,4 +1,4 @@
-"""A run that goes on: what it may not have lost, and what it is told in vain."""
+"""Checks of a resumed run: lost checkpoints, and changed keys without effect."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from megatron_dwm.runtime.warn import print_warning
 
 
 def require_no_loss(run_dir: Path, training: TrainingConfig) -> None:
-    """Raise UserError if a run without a whole checkpoint once had one; else say it begins again.
+    """Raise UserError if a run without a complete checkpoint once had one; else warn and continue.
 
-    training: as the run was started with.
+    training: the section with which the run was started.
     """
     lost = sorted(path.name for path in (run_dir / "checkpoints").glob("step_*.damaged"))
     steps, noted = len(recorded_steps(run_dir)), ever_had_checkpoint(run_dir)
@@ -34,10 +34,11 @@ def require_no_loss(run_dir: Path, training: TrainingConfig) -> None:
 
 
 def _must_have_had_one(run_dir: Path, training: TrainingConfig) -> bool:
-    """Whether the steps of a run without a note show that a checkpoint was over and done with.
+    """True if the recorded steps of a run without a note show that it had completed a checkpoint.
 
-    One is begun after the first step that is taken from an interval's end on (in trouble it waits)
-    and is over before the next step; beside training (checkpoint_async), before the next is begun.
+    A checkpoint begins after the first step taken at or after the end of an interval (it waits
+    while steps are skipped). It is complete before the next step, or with checkpoint_async before
+    the next checkpoint begins.
     """
     taken, interval = recorded_steps(run_dir, ("train",)), training.checkpoint_interval_steps
     begun = 0
@@ -47,7 +48,7 @@ def _must_have_had_one(run_dir: Path, training: TrainingConfig) -> bool:
     return bool(taken) and taken[-1] > begun
 
 
-def say_what_has_no_effect(keys: list[str], checkpoint: Path) -> None:
-    """keys: those that a resumed run has changed in vain."""
+def warn_of_keys_without_effect(keys: list[str], checkpoint: Path) -> None:
+    """Print a warning for each changed key that has no effect on a resumed run."""
     for key in keys:
-        print_warning(f"{key}: changed, with no effect: the run goes on from {checkpoint}")
+        print_warning(f"{key}: changed, with no effect: the run continues from {checkpoint}")

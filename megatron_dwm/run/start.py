@@ -1,4 +1,4 @@
-"""One run from configuration to its last step: checks first, processes after."""
+"""Starts a run: checks first, then processes, components and the loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_dwm.checkpoint.fingerprint import DOMAINS, fingerprint
 from megatron_dwm.checkpoint.first_checkpoint import note_start
 from megatron_dwm.checkpoint.kept_files import kept_files
-from megatron_dwm.checkpoint.load import load_checkpoint, load_parameters
+from megatron_dwm.checkpoint.load import load_parameters
 from megatron_dwm.checkpoint.manifest import read_manifest
 from megatron_dwm.checkpoint.names import CONFIG_FILE, SHAPE_FILE
 from megatron_dwm.checkpoint.newest import newest_whole_checkpoint
@@ -33,14 +33,14 @@ from megatron_dwm.run.checks import check
 from megatron_dwm.run.directory import run_to_resume
 from megatron_dwm.run.files import RunFiles
 from megatron_dwm.run.health import Health
-from megatron_dwm.run.job import Job, build_job
+from megatron_dwm.run.inputs import RunInputs
+from megatron_dwm.run.job import Job, build_job, load_job
 from megatron_dwm.run.lock import only_job
 from megatron_dwm.run.loop import Loop
-from megatron_dwm.run.opened import Opened
 from megatron_dwm.run.recorded import drop_records_after
 from megatron_dwm.run.remarks import remarks
 from megatron_dwm.run.reporter import Reporter
-from megatron_dwm.run.resume import require_no_loss, say_what_has_no_effect
+from megatron_dwm.run.resume import require_no_loss, warn_of_keys_without_effect
 from megatron_dwm.run.starting_point import warn_of_another_tokenizer
 from megatron_dwm.run.terminal import Terminal
 from megatron_dwm.run.upkeep import Upkeep
@@ -48,47 +48,46 @@ from megatron_dwm.runtime import Runtime, bring_up
 from megatron_dwm.runtime.profiling import Window
 from megatron_dwm.runtime.stop import StopPoll, stop_signals
 from megatron_dwm.runtime.warn import print_warning
-from megatron_dwm.training.optimizer import begin_at
+from megatron_dwm.weighting import method_class
 
 
 def run(config: Config) -> None:
-    """Train as `config` says. Raises UserError before any process group exists where it can.
+    """Train the run of `config`. Raises UserError, if possible before any process group exists.
 
-    Leaves the process with 1 if the state at the end could not be saved. Until the loop begins a
-    signal ends the process at once; from then on the run saves first, and a launcher's second one
-    is harmless until all is taken down.
+    Exits with 1 if the final state could not be saved. Until the loop begins, a signal ends the
+    process at once. After that the run saves first, and a second signal of the launcher does no
+    harm until everything is closed.
     """
-    opened = check(config)
+    inputs = check(config)
     before = run_to_resume(config)
     typed, config = typed_paths(config), with_absolute_paths(config)
     run_dir = Path(config.run.dir)
     with (
-        ExitStack() as to_the_end,
+        ExitStack() as until_exit,
         bring_up(config.parallel, config.run.seed) as runtime,
         _claimed(run_dir, runtime) as is_lost,
     ):
         newest = newest_whole_checkpoint(run_dir, runtime) if before else None
-        prints = fingerprint(config, opened.shape)
+        found = fingerprint(config, inputs.shape)
         if before and newest is None:
             require_no_loss(run_dir, before.training)
-        if _is_over(config, _saved_state(config, newest, prints), runtime):
+        if _is_over(config, _saved_state(config, newest, found), runtime):
             return
-        job = build_job(config, runtime, opened)
-        with job.feed:
-            parts = _parts(config, job, opened, newest)
-            _start(config, before, job, parts, opened, newest)
-            if runtime.is_main:
-                _write_start(config, job.state, typed, had_checkpoint=newest is not None)
-            received = to_the_end.enter_context(stop_signals())
-            runtime.barrier()
-            stop = StopPoll(runtime, run_dir, received, is_lost)
-            saved = _loop(config, job, parts, opened, prints, newest, stop).run()
+        job = build_job(config, runtime, inputs)
+        parts = _parts(config, job, inputs, newest)
+        _start(config, before, job, parts, inputs, newest)
+        if runtime.is_main:
+            _write_start(config, job.state, typed, had_checkpoint=newest is not None)
+        received = until_exit.enter_context(stop_signals())
+        runtime.barrier()
+        stop = StopPoll(runtime, run_dir, received, is_lost)
+        saved = _loop(config, job, parts, inputs, found, newest, stop).run()
         if not saved:
             sys.exit(1)
 
 
 def _is_over(config: Config, state: TrainState, runtime: Runtime) -> bool:
-    """True, and a line says so, if a run at `state` has nothing left to do."""
+    """True if a run at `state` has nothing left to do; prints a line if so."""
     steps = config.training.steps
     evaluated = config.evaluation.path is None or state.evaluated_step == state.step
     if state.step < steps or (state.step == steps and not evaluated):
@@ -99,13 +98,13 @@ def _is_over(config: Config, state: TrainState, runtime: Runtime) -> bool:
     return True
 
 
-def _parts(config: Config, job: Job, opened: Opened, newest: Path | None) -> Parts:
+def _parts(config: Config, job: Job, inputs: RunInputs, newest: Path | None) -> Parts:
     files: dict[str, bytes] = {}
     if job.learner.runtime.is_main:
         files = {
             CONFIG_FILE: config_text(config).encode(),
-            SHAPE_FILE: json.dumps(asdict(opened.shape)).encode(),
-            **kept_files(config, opened.tokenizer, newest),
+            SHAPE_FILE: json.dumps(asdict(inputs.shape)).encode(),
+            **kept_files(config, inputs.tokenizer, newest),
         }
     return Parts(
         llm=job.learner.llm,
@@ -122,18 +121,17 @@ def _start(
     before: Config | None,
     job: Job,
     parts: Parts,
-    opened: Opened,
+    inputs: RunInputs,
     newest: Path | None,
 ) -> None:
-    """Put the job where it goes on, or where `model.init_from` lets it begin (collective)."""
+    """Load the checkpoint to resume from, or the parameters of `model.init_from` (collective)."""
     if newest is not None:
         assert before is not None
-        load_checkpoint(parts, newest)
-        begin_at(job.learner.scheduler, job.state.step + 1)
-        say_what_has_no_effect(without_effect(before, config), newest)
+        load_job(job, parts, newest)
+        warn_of_keys_without_effect(without_effect(before, config), newest)
     elif config.model.init_from is not None:
         if job.learner.runtime.is_main:
-            warn_of_another_tokenizer(config, opened.tokenizer)
+            warn_of_another_tokenizer(config, inputs.tokenizer)
         _start_from(job.learner.llm, Path(config.model.init_from))
         job.learner.optimizer.reload_model_params()
 
@@ -150,12 +148,15 @@ def _loop(
     config: Config,
     job: Job,
     parts: Parts,
-    opened: Opened,
-    prints: dict[str, str],
+    inputs: RunInputs,
+    found: dict[str, str],
     newest: Path | None,
     stop: StopPoll,
 ) -> Loop:
-    """The loop with everything around it, and what a user should know before it begins."""
+    """Build the loop and everything around it, and print remarks about the run.
+
+    found: fingerprint of the run's files.
+    """
     run_dir, runtime = Path(config.run.dir), parts.runtime
     terminal = Terminal(
         shown=runtime.is_main,
@@ -167,23 +168,24 @@ def _loop(
     health = Health(
         min_effective_sample_size=config.weighting.warn_effective_sample_size,
         min_signal_to_noise=config.bilevel.min_signal_to_noise,
+        gentler=method_class(config).gentler,
         warn=terminal.warn,
     )
     files = RunFiles(run_dir, config, terminal.warn) if runtime.is_main else None
     logging = config.logging
     report = Reporter(job.state, job.costs, runtime, logging, terminal, health, files)
-    saver = Saver(parts, run_dir, config.training, prints, newest=newest, warn=terminal.warn)
+    saver = Saver(parts, run_dir, config.training, found, newest=newest, warn=terminal.warn)
     window = Window(config.profiling, run_dir / "profile", runtime.rank)
-    for remark in remarks(config, opened, job.costs, runtime, job.state):
+    for remark in remarks(config, inputs, job.costs, runtime, job.state):
         terminal.warn(remark)
     return Loop(job, config, report, Upkeep(job, config, parts, saver, report, stop), window)
 
 
 @contextmanager
 def _claimed(run_dir: Path, runtime: Runtime) -> Iterator[Callable[[], bool]]:
-    """The main process holds the directory for the job; if it cannot, all ranks raise UserError.
+    """Hold the run directory for the job; raises UserError on all ranks if another job holds it.
 
-    The value is asked by the main process whether it has lost the directory since.
+    Gives a function that is true on the main process if the directory was lost since.
     """
     with ExitStack() as stack:
         refusal: list[str | None] = [None]
@@ -200,15 +202,15 @@ def _claimed(run_dir: Path, runtime: Runtime) -> Iterator[Callable[[], bool]]:
         yield is_lost
 
 
-def _saved_state(config: Config, newest: Path | None, prints: dict[str, str]) -> TrainState:
-    """The counters to go on from. Raises UserError if what the run depends on has changed.
+def _saved_state(config: Config, newest: Path | None, found: dict[str, str]) -> TrainState:
+    """Returns the counters to resume from. Raises UserError if a file of the run has changed.
 
-    A run that was killed before its first checkpoint begins again.
+    found: fingerprint of the run's files. A run without a checkpoint starts from step 0.
     """
     if newest is None:
         return TrainState()
     manifest = read_manifest(newest)
-    refuse_changed_files(manifest.fingerprint, prints, config)
+    refuse_changed_files(manifest.fingerprint, found, config)
     if DOMAINS not in manifest.fingerprint:
         print_warning(
             f"{newest} does not say what domains the documents of data.train had, as earlier "
@@ -220,9 +222,9 @@ def _saved_state(config: Config, newest: Path | None, prints: dict[str, str]) ->
 def _write_start(
     config: Config, state: TrainState, typed: dict[str, Any], *, had_checkpoint: bool
 ) -> None:
-    """Write the resolved configuration; drop what a resumed run will write again.
+    """Write the resolved configuration, and drop records that a resumed run writes again.
 
-    typed: how its paths were typed.
+    typed: its paths as the user typed them.
     """
     run_dir = Path(config.run.dir)
     try:

@@ -1,8 +1,8 @@
-"""The checkpoint or Hugging Face model that a run starts from, found whole before anything starts.
+"""Checks the checkpoint or Hugging Face model that a run starts from, before processes start.
 
-Of a checkpoint, its manifest's checksums are compared, and the names and sizes in the index of its
-tensors with what its shape.json describes: a checkpoint of something else is named here, and not
-by Megatron-Core's loader.
+A checkpoint's files are compared with the checksums in its manifest. The names and sizes in the
+index of its tensors are compared with its shape.json, so that a wrong checkpoint gives one clear
+line and not an error of Megatron-Core's loader.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from megatron_dwm.checkpoint.kept_files import HUGGINGFACE, TOKENIZER
 from megatron_dwm.checkpoint.manifest import require_whole
-from megatron_dwm.checkpoint.names import MODEL_PREFIX
+from megatron_dwm.checkpoint.names import LLM_FOLDER, MODEL_PREFIX, SHAPE_FILE
 from megatron_dwm.checkpoint.sharded_files import data_only
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.model import LlamaShape
@@ -30,19 +30,19 @@ _KEY = "model.init_from"
 
 
 def shape_to_start_from(config: Config) -> LlamaShape | None:
-    """The shape of the model that the run starts from, which has to be whole; None without one."""
+    """Returns the shape of the model of `model.init_from` and checks its files; None without it."""
     if config.model.init_from is None:
         return None
     directory = Path(config.model.init_from)
     if is_huggingface(directory):
         return open_huggingface(directory).shape
-    shape = _read_shape(directory / "shape.json")
-    if not (directory / "llm" / ".metadata").is_file():
+    shape = _read_shape(directory / SHAPE_FILE)
+    if not (directory / LLM_FOLDER / ".metadata").is_file():
         raise UserError(
             f"{_KEY}: {directory / 'llm/.metadata'} is missing; the checkpoint is incomplete"
         )
     require_whole(directory, _KEY)
-    _require_tensors(directory / "llm", shape)
+    _require_tensors(directory / LLM_FOLDER, shape)
     return shape
 
 
@@ -66,7 +66,7 @@ def _read_shape(path: Path) -> LlamaShape:
 
 
 def _checked(shape: LlamaShape) -> LlamaShape:
-    """`shape`, whose numbers have to be above 0; ValueError otherwise."""
+    """Returns `shape`; raises ValueError unless its numbers are above 0."""
     for field in fields(LlamaShape):
         value: Any = getattr(shape, field.name)
         if field.name == "tied_embeddings" or (value is None and field.default is None):
@@ -78,19 +78,19 @@ def _checked(shape: LlamaShape) -> LlamaShape:
 
 
 def _require_tensors(directory: Path, shape: LlamaShape) -> None:
-    """The tensors of such a model are in the index of `directory`, in their sizes."""
+    """Raise UserError unless the index in `directory` has the tensors of such a model."""
     found = _read_index(directory).state_dict_metadata
     for name, size in megatron_sizes(shape).items():
         entry = found.get(MODEL_PREFIX + name)
         if not isinstance(entry, TensorStorageMetadata):
             raise UserError(
                 f"{_KEY}: {directory} has no tensor {MODEL_PREFIX + name}; it is no checkpoint of "
-                "a model that the shape.json beside it describes"
+                "a model that the shape.json next to it describes"
             )
         if tuple(entry.size) != size:
             raise UserError(
                 f"{_KEY}: {directory}: tensor {MODEL_PREFIX + name} has shape {list(entry.size)}, "
-                f"the shape.json beside it asks for {list(size)}"
+                f"the shape.json next to it says {list(size)}"
             )
 
 
@@ -106,9 +106,9 @@ def _read_index(directory: Path) -> Metadata:
 
 
 def warn_of_another_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
-    """Say on stderr that the run's tokenizer is not that of the model that it starts from.
+    """Warn on stderr if the run's tokenizer is not that of the model that it starts from.
 
-    Nothing is said where the model's is not known.
+    Prints nothing if the model's tokenizer is not known.
     """
     directory = Path(config.model.init_from or "")
     folders = [directory] if is_huggingface(directory) else []
@@ -124,7 +124,7 @@ def warn_of_another_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
         print(
             f"warning: data.tokenizer {config.data.tokenizer} is not the tokenizer of {_KEY} "
             f"{directory}: the model learned other ids for the same words; name the model's own, "
-            "unless the data were made for this",
+            "unless this is intended",
             file=sys.stderr,
             flush=True,
         )

@@ -1,6 +1,6 @@
-"""Lines of steps whose weight statistics are still on the device.
+"""Lines of metrics.jsonl whose weight statistics are still on the device.
 
-Reading them makes the host wait for the device, so it is done once every
+Reading a statistic makes the host wait for the device, so lines are written together, once every
 `logging.metrics_interval_steps` steps.
 """
 
@@ -24,19 +24,19 @@ class _Line:
 
 
 class StepLines:
-    """The lines of metrics.jsonl that are still to be written."""
+    """The lines of steps that are not written yet."""
 
     def __init__(self, health: Health, files: RunFiles | None) -> None:
         self._health, self._files = health, files
         self._waiting: list[_Line] = []
 
     def add(self, before: dict[str, Any], weights_n: Tensor, after: dict[str, Any]) -> None:
-        """Keep a line. before, after: its keys before and after the statistics."""
+        """Keep a line; `before` and `after` are its keys before and after the statistics."""
         statistics = weight_statistics(weights_n)
         self._waiting.append(_Line(before=before, statistics=statistics, after=after))
 
     def write(self) -> None:
-        """Write what was kept; waits for the device."""
+        """Write the lines; waits for the device."""
         waiting, self._waiting = self._waiting, []
         for line in waiting:
             statistics = named_statistics(line.statistics)
@@ -45,10 +45,10 @@ class StepLines:
                 self._files.write({**line.before, **statistics, **line.after})
 
     def drop(self) -> None:
-        """Forget what was kept."""
+        """Drop the lines."""
         self._waiting = []
 
 
 def named_statistics(statistics: Tensor) -> dict[str, float]:
-    """The values of `weight_statistics` by their names; waits for the device."""
+    """Returns the values of `weight_statistics` by name; waits for the device."""
     return dict(zip(STATISTICS, statistics.tolist(), strict=True))

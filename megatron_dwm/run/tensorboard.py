@@ -1,8 +1,8 @@
-"""TensorBoard's event files, written beside metrics.jsonl.
+"""Writes TensorBoard's event files in addition to metrics.jsonl.
 
-The format is TensorBoard's own. Its writer has a thread that opens the file by name every time, and
-that dies with a traceback, and the run after it, when the disk is full or the folder is gone. Here
-the file stays open, and a disk that refuses it costs the curves, not the run.
+The format is TensorBoard's. Its own writer has a thread that opens the file by name for every
+write; if the disk is full or the folder was removed, the thread fails with a traceback, and then
+the run. Here the file stays open, and an error of the disk ends the curves but not the run.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Board:
             folder.mkdir(exist_ok=True)
             self._records = RecordWriter(self._path.open("xb"))
         except OSError as error:
-            self._say(error)
+            self._warn_of(error)
         self._write([Event(wall_time=time.time(), file_version=_VERSION)])
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write values of one step by the names of their curves."""
+        """Write the values of one step; keys are the names of curves."""
         now_s = time.time()
         self._write(
             [
@@ -50,7 +50,7 @@ class Board:
         """Close the file."""
         records, self._records = self._records, None
         if records is not None:
-            with suppress(OSError):  # what could not be written has been said
+            with suppress(OSError):  # the warning was printed before
                 records.close()
 
     def _write(self, events: list[Event]) -> None:
@@ -61,8 +61,8 @@ class Board:
                 self._records.write(event.SerializeToString())
             self._records.flush()
         except OSError as error:
-            self._say(error)
+            self._warn_of(error)
             self.close()
 
-    def _say(self, error: OSError) -> None:
+    def _warn_of(self, error: OSError) -> None:
         self._warn(f"{self._path}: {error.strerror}; TensorBoard has no curves from here on")

@@ -1,4 +1,4 @@
-"""What the terminal shows: a bar where there is a terminal, plain lines where there is none."""
+"""Shows progress: a bar on an interactive terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_dwm.training import Taken
 
 
 class Terminal:
-    """Loss, tokens per second and time left of the main process; other processes show nothing."""
+    """Shows loss, speed and remaining time on the main process, and nothing on the others."""
 
     def __init__(
         self, *, shown: bool, first_step: int, steps: int, tokens_per_step: int, interval_steps: int
@@ -32,7 +32,7 @@ class Terminal:
         )
 
     def step(self, step: int, stage: int, result: Taken) -> None:
-        """Show that `step` steps are done."""
+        """Show the result of step `step`."""
         if self._bar is not None:
             self._bar.update(1)
             self._bar.set_postfix_str(
@@ -48,21 +48,21 @@ class Terminal:
             )
 
     def note(self, text: str) -> None:
-        """Print a line beside the progress."""
+        """Print a line without disturbing the bar."""
         if self._bar is not None:
             self._bar.write(printable(text))
         elif self._shown:
             print(printable(text), flush=True)
 
     def warn(self, text: str) -> None:
-        """Print a warning on stderr, beside the progress."""
+        """Print a warning on stderr without disturbing the bar."""
         if self._bar is not None:
             self._bar.write(f"warning: {printable(text)}", file=sys.stderr)
         elif self._shown:
             print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the terminal tidy."""
+        """Close the bar."""
         if self._bar is not None:
             self._bar.close()
 

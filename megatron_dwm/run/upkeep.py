@@ -1,29 +1,27 @@
-"""What comes between steps and updates: requests, evaluations, checkpoints, the way back."""
+"""The work between steps and updates: requests, evaluations, checkpoints, rolling back."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_dwm.checkpoint.load import load_checkpoint
 from megatron_dwm.checkpoint.parts import Parts
 from megatron_dwm.checkpoint.saver import Saver
 from megatron_dwm.config import Config, RunError
 from megatron_dwm.run import limits
-from megatron_dwm.run.job import Job
+from megatron_dwm.run.job import Job, load_job
 from megatron_dwm.run.reporter import Reporter
 from megatron_dwm.run.weighting_files import save_method_files
 from megatron_dwm.runtime.profiling import phase
 from megatron_dwm.runtime.stop import Request, StopPoll
 from megatron_dwm.training.evaluation import evaluate
-from megatron_dwm.training.optimizer import begin_at
 
 
-class _StopAsked(Exception):
-    """A stop was asked for in the middle of an evaluation."""
+class _StopRequested(Exception):
+    """A request to stop came during an evaluation."""
 
 
 class Upkeep:
-    """Does what is due at the place where the state of a run stands; every method is collective."""
+    """Evaluates, saves and stops a run when due; every method is collective."""
 
     def __init__(
         self,
@@ -40,53 +38,56 @@ class Upkeep:
 
     @property
     def stop_reason(self) -> str:
-        """Why the run stops, as far as this process knows."""
+        """The reason why the run stops, as far as this process knows."""
         return self._stop.reason
 
     def begin(self) -> bool:
-        """Before the first step of a start or after a way back; False if a stop was asked for."""
+        """Do what is due at a start or after rolling back; False after a request to stop."""
         return self._poll() and self._evaluate_if_due()
 
     def after_update(self, *, counts: bool) -> bool:
-        """False if a stop was asked for. counts: the update brings a checkpoint nearer."""
+        """Do what is due after an update; False after a request to stop.
+
+        counts: the update counts toward the next checkpoint.
+        """
         if counts:
-            self._ask_for_save(self._state.updates)
+            self._save_if_due(self._state.updates)
         return self._poll()
 
     def after_step(self) -> bool:
-        """False if a stop was asked for."""
+        """Do what is due after a step; False after a request to stop."""
         if self._job.schedule.ends_stage(self._state.step):
             self._save_method()
         going = self._evaluate_if_due()
-        self._ask_for_save(self._state.step)
+        self._save_if_due(self._state.step)
         return going and self._poll()
 
     def end(self) -> bool:
-        """Make checkpoint and records whole; False if the state at the end cannot be saved."""
+        """Complete checkpoint and records; False if the final state could not be saved."""
         self._saver.finish()
         saved = self._saver.is_current or self._save(wait=True)
         self._report.close()
         return saved
 
     def load_newest(self) -> None:
-        """Put the run back to its newest checkpoint, if it has one."""
+        """Return the run to its newest checkpoint, if it has one."""
         self._saver.finish()
         if self._saver.newest is not None:
-            load_checkpoint(self._parts, self._saver.newest)
-            begin_at(self._job.learner.scheduler, self._state.step + 1)
+            load_job(self._job, self._parts, self._saver.newest)
             self._report.back_to_state()
             self._parts.runtime.barrier()
 
-    def end_if(self, problem: str | None) -> None:
-        """Raise RunError for a problem that ends the run, checkpoint and records made whole."""
+    def fail_if(self, problem: str | None) -> None:
+        """If there is a problem, complete checkpoint and records and raise RunError."""
         if problem is not None:
             self._saver.finish()
             self._report.close()
             raise RunError(problem)
 
     def _evaluate_if_due(self) -> bool:
-        """Held-out losses, once for a step; False if a stop was asked for in between, which leaves
-        them to the resumed run.
+        """Evaluate once at a step where it is due; False after a request to stop.
+
+        A request to stop ends the evaluation, and the resumed run makes it again.
         """
         job, state, config = self._job, self._state, self._config
         last = state.step == config.training.steps
@@ -101,26 +102,26 @@ class Upkeep:
                     batch_size=job.feed.global_batch_size,
                     between=self._poll_inside,
                 )
-        except _StopAsked:
+        except _StopRequested:
             return False
-        self.end_if(limits.not_finite(found.losses, state.step))
+        self.fail_if(limits.not_finite(found.losses, state.step))
         state.evaluated_step = state.step
         self._report.evaluation(self._job.stage, found)
         return True
 
-    def _ask_for_save(self, count: int) -> None:
-        """A checkpoint is due at multiples of the interval, in steps and in updates of phases."""
+    def _save_if_due(self, count: int) -> None:
+        """Request a checkpoint if `count`, of steps or updates, is a multiple of the interval."""
         interval = self._config.training.checkpoint_interval_steps
         self._wants_save |= interval > 0 and count % interval == 0
 
     def _poll(self) -> bool:
-        """Do what is asked for, the state between two steps or updates; False for a stop."""
+        """Handle requests between two steps or updates; False after a request to stop."""
         request = self._stop.poll()
         self._saver.finish_if_written()
         if request is Request.STOP:
             return False
         self._wants_save |= request is Request.SAVE
-        # In the middle of trouble the last good checkpoint stays the newest.
+        # While steps are being skipped, the last good checkpoint stays the newest.
         if self._wants_save and not self._state.skipped_in_a_row:
             self._wants_save = False
             if not self._saver.is_current:
@@ -128,10 +129,10 @@ class Upkeep:
         return True
 
     def _poll_inside(self) -> None:
-        """Only a stop counts inside an evaluation."""
+        """Handle requests during an evaluation, where only a stop acts at once."""
         request = self._stop.poll()
         if request is Request.STOP:
-            raise _StopAsked
+            raise _StopRequested
         self._wants_save |= request is Request.SAVE
 
     def _save(self, *, wait: bool) -> bool:

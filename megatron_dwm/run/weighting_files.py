@@ -1,7 +1,7 @@
-"""weighting/stage_K of a run: what its method has learned, as another run can load it.
+"""Writes weighting/stage_K of a run: the files of its method, which another run can load.
 
-It is written at the end of every stage and with every checkpoint, so that a run that is stopped or
-killed leaves the model of its last checkpoint. At every moment the directory is whole or not there.
+They are written at the end of every stage and with every checkpoint, so that a run that is stopped
+or killed leaves the model of its last checkpoint. The directory is always complete or absent.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from megatron_dwm.files.atomic import move_files, partial_path
 def save_method_files(
     files: Mapping[str, bytes], run_dir: Path, stage: int, warn: Callable[[str], None]
 ) -> None:
-    """Write `Method.files` (main process); a full disk costs them, not the run.
+    """Write `Method.files` (main process); if that fails, warn and let the run continue.
 
-    What a run describes its model with does not change, so its tensors of this moment go with the
-    description of an earlier one: no order of the renames, cut short anywhere, leaves a mixture.
+    The description of the model does not change during a run, so new tensors fit an older
+    description: after a kill between two renames the files still belong together.
     """
     directory = run_dir / "weighting" / f"stage_{stage}"
     partial = partial_path(directory)

@@ -33,8 +33,8 @@ from megatron_dwm.config.errors import LostPeer
 
 _PREFIX = "megatron_dwm"
 _CONNECT_S = 3.0  # a host that is down does not refuse; it does not answer
-_MOMENT_S = 0.3  # ranks that fail within this time fail at the same moment
-_OTHERS_S = 0.6  # silent ranks wait, so that the reporting rank prints first
+_MOMENT_S = 1.0  # ranks that fail within this time fail at the same moment, on a busy machine too
+_OTHERS_S = 1.5  # silent ranks wait, so that the reporting rank prints first
 _ENDING_S = 3.0  # a killed process may close its connections before its port
 _LATER_S = 3.0  # ranks that wait in the same collective give up within this time
 _AT_ONCE = 256  # connections open at the same time

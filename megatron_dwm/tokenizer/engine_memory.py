@@ -13,11 +13,11 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from megatron_dwm.files.atomic import write_bytes
 from megatron_dwm.tokenizer.interface import Tokenizer
 
 _TRIAL = 2
@@ -58,27 +58,20 @@ def remember(tokenizer: Tokenizer, verdict: Verdict) -> None:
     with contextlib.suppress(OSError, RuntimeError):
         path = _path(tokenizer)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(head + b"\n" + definition)
-            Path(partial).replace(path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        write_bytes(path, head + b"\n" + definition, shared=True)
 
 
 def _path(tokenizer: Tokenizer) -> Path:
     asked = os.environ.get("XDG_CACHE_HOME")
     caches = Path(asked) if asked else Path.home() / ".cache"
-    marks = [
+    properties = [
         _TRIAL,
         *map(_version, _LIBRARIES),
         tokenizer.kind,
         tokenizer.eod_id,
         hashlib.sha256(tokenizer.content).hexdigest(),
     ]
-    key = hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps(properties).encode()).hexdigest()[:32]
     return caches / "megatron_dwm" / "engines" / key
 
 

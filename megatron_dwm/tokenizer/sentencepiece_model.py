@@ -21,7 +21,7 @@ from pathlib import Path
 import sentencepiece
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.config.outputs import require_possible_names, require_writable_parents
+from megatron_dwm.config.outputs import new_outputs
 from megatron_dwm.tokenizer.files import read_tokenizer_file
 from megatron_dwm.tokenizer.interface import Piece, PieceRole, SpecialTokens
 
@@ -105,22 +105,13 @@ def train_sentencepiece(
     pieces. The same texts give the same file. Documents are split into lines first, so that no
     piece spans two lines and a line break stays one byte piece, as in Llama 2's vocabulary.
     Characters beyond `character_coverage` of the text become bytes; `on_text_read` is called
-    between reading and learning. Missing parent directories are made. Raises `UserError` if the
-    vocabulary does not fit the texts, or if `output` exists or cannot be written.
+    between reading and learning. Raises `UserError` if the vocabulary does not fit the texts, or if
+    `output` exists or cannot be written.
     """
     output = Path(output)
-    partial = output.with_name(f"{output.name}.partial")
-    require_possible_names([output, partial])
-    if output.exists():
-        raise UserError(f"{output} exists; name another output file or remove it")
-    require_writable_parents([partial])
-    lines = _Lines(texts, on_text_read)
-    content = _train(lines, vocab_size, character_coverage)
-    try:
-        partial.write_bytes(content)
-        partial.rename(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_outputs([output]) as partials:
+        lines = _Lines(texts, on_text_read)
+        partials[output].write_bytes(_train(lines, vocab_size, character_coverage))
 
 
 class _Lines:

@@ -1,4 +1,4 @@
-"""The LLM in training: the learner, one step of it, one weighting update, one evaluation."""
+"""Training of the LLM: the learner, one step, one weighting update, one evaluation."""
 
 from megatron_dwm.training.learner import Learner, build_learner
 from megatron_dwm.training.step import Skipped, Spike, StepOutcome, Taken, train_step

@@ -1,7 +1,8 @@
-"""The held-out loss of the model in training, by domain, and what it knows of last words."""
+"""The held-out loss of the model during training, by domain, and its accuracy on last words."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,8 +20,8 @@ from megatron_dwm.training.learner import Learner
 class HeldOut:
     """Held-out text: packed rows, and the same passages with their last words.
 
-    The two are read apart, since a last word is predicted from its own passage alone, and a row
-    packs several.
+    Both are needed, since a last word is predicted from its own passage alone, and a packed row has
+    several passages.
     """
 
     rows: EvaluationSet
@@ -29,18 +30,31 @@ class HeldOut:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """losses: token-mean loss of every domain, nats.  figures: of last words, by column name."""
+    """Results of an evaluation.
+
+    losses: token-mean loss of every domain, in nats. figures: those of last words, by column name.
+    """
 
     losses: dict[str, float]
     figures: dict[str, float | dict[str, float]]
+
+    def columns(self) -> dict[str, float | dict[str, float]]:
+        """Returns everything by its name in metrics.jsonl; `loss` is the mean over domains."""
+        losses = self.losses
+        return {
+            "loss": sum(losses.values()) / len(losses),
+            "domain_loss": losses,
+            "domain_perplexity": {n: math.exp(min(loss, 700.0)) for n, loss in losses.items()},
+            **self.figures,
+        }
 
 
 def evaluate(
     learner: Learner, held_out: HeldOut, *, batch_size: int, between: Callable[[], None]
 ) -> Evaluation:
-    """Evaluate the exported model, which has no rows that pad the vocabulary (collective).
+    """Evaluate the LLM without the rows that pad its vocabulary, as it is exported (collective).
 
-    batch_size: rows in one pass over all replicas.  between: called after every batch.
+    batch_size: rows in one pass over all replicas. between: called after every batch.
     """
     return Evaluation(
         losses=_losses(learner, held_out.rows, batch_size, between),
@@ -53,7 +67,7 @@ def evaluate(
 def _losses(
     learner: Learner, rows: EvaluationSet, batch_size: int, between: Callable[[], None]
 ) -> dict[str, float]:
-    """Token-mean loss of every domain (collective)."""
+    """Returns the token-mean loss of every domain (collective)."""
     runtime, domains = learner.runtime, rows.domains
     sums = torch.zeros(2, len(domains), dtype=torch.float64)
     share = batch_size // runtime.data_size
@@ -72,5 +86,5 @@ def _losses(
 
 
 def _index(domains: list[str], name: str) -> int:
-    """Padding rows carry no tokens, so any domain will do for them."""
+    """Returns the index of a domain; 0 for padding rows, which count no tokens."""
     return domains.index(name) if name in domains else 0

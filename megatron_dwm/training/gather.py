@@ -1,4 +1,4 @@
-"""Values of this replica's samples, over all replicas."""
+"""Gathers values of samples over all replicas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_dwm.runtime import Runtime
 
 
 def gather_samples(values_n: Tensor, runtime: Runtime) -> Tensor:
-    """Values of every replica's samples, in the order of the global batch (collective)."""
+    """Gather values of the samples of all replicas, in the order of the batch (collective)."""
     if runtime.data_size == 1:
         return values_n
     whole = values_n.new_empty(len(values_n) * runtime.data_size)
@@ -18,7 +18,7 @@ def gather_samples(values_n: Tensor, runtime: Runtime) -> Tensor:
 
 
 def mean_over_samples(values_Kn: Tensor, runtime: Runtime) -> Tensor:
-    """[K], float64: means over the samples of the global batch (collective)."""
+    """Returns [K], float64: means over the samples of the global batch (collective)."""
     means_K = values_Kn.double().mean(dim=1)
     dist.all_reduce(means_K, group=runtime.data_group)
     return means_K / runtime.data_size

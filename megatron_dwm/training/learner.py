@@ -1,4 +1,4 @@
-"""The learner: what a step and a hypergradient need of the LLM, and no more."""
+"""The learner: the LLM with its optimizer and schedule, for steps and hypergradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_dwm.training.optimizer import build_optimizer, build_scheduler
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
-    """The LLM with its optimizer. micro_batch_size: samples in one forward pass."""
+    """The LLM with its optimizer; `micro_batch_size` is the number of samples in a forward pass."""
 
     llm: LLM
     optimizer: ChainedOptimizer
@@ -24,7 +24,7 @@ class Learner:
 
     @property
     def runtime(self) -> Runtime:
-        """Where this process stands."""
+        """The processes of the job, and this one's position."""
         return self.llm.runtime
 
     @property
@@ -43,7 +43,7 @@ def build_learner(
     sequence_length: int,
     seed: int,
 ) -> Learner:
-    """A new learner; a collective call."""
+    """Build a new learner; a collective call."""
     llm = build_llm(shape, model, parallel, runtime, sequence_length=sequence_length, seed=seed)
     optimizer = build_optimizer(training, llm, sharded=parallel.sharded_optimizer)
     return Learner(

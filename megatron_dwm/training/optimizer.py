@@ -10,7 +10,7 @@ from megatron_dwm.model import LLM
 
 
 def build_optimizer(config: TrainingConfig, llm: LLM, *, sharded: bool) -> ChainedOptimizer:
-    """AdamW with global-norm clipping; its state sharded over the data-parallel group on demand."""
+    """Build AdamW with global-norm clipping; `sharded` splits its state over replicas."""
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -31,14 +31,14 @@ def build_optimizer(config: TrainingConfig, llm: LLM, *, sharded: bool) -> Chain
 
 
 def build_scheduler(config: TrainingConfig, optimizer: ChainedOptimizer) -> OptimizerParamScheduler:
-    """Linear warm-up, then a cosine to the smallest rate; counted in steps.
+    """Build a linear warm-up and then a cosine to the smallest rate, counted in steps.
 
-    With S steps of which W warm up, step k from 1 has the rate
+    With S steps, W of them warm-up, step k (from 1) has the rate
 
         peak * k / W                                                    k <= W
         least + (peak - least) * (1 + cos(pi * (k - W) / (S - W))) / 2  k > W
 
-    Megatron-LM gives step k the rate of k - 1 here, so that its first step changes nothing.
+    In Megatron-LM step k has the rate of k - 1, so its first step changes nothing.
     """
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -58,6 +58,6 @@ def build_scheduler(config: TrainingConfig, optimizer: ChainedOptimizer) -> Opti
 
 
 def begin_at(scheduler: OptimizerParamScheduler, step: int) -> None:
-    """Give the optimiser the rate of `step`, counted from 1, which comes next."""
+    """Set the optimizer's rate to that of the next step, `step`, counted from 1."""
     scheduler.num_steps = step
     scheduler.step(increment=0)

@@ -1,9 +1,9 @@
-"""One step of the LLM: the weighted gradient, the optimizer, and perhaps an update on the way.
+"""One step of the LLM: the weighted gradient, possibly a weighting update, then the optimizer.
 
-An update on the training batch comes between the two: g(w) at theta, the hypergradient through the
-very step that follows, the step. So theta is the parameters before the step, the moments are those
-before the step, and theta' is, bit for bit, the parameters after it; the new weighting model speaks
-from the next step on.
+An update on the training batch comes between the gradient and the optimizer: first g(w) at theta,
+then the hypergradient through the step that follows, then that step. So theta and the moments are
+those before the step, and theta' is bit-identical to the parameters after it. The updated weighting
+model gives the weights from the next step on.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Taken:
     """A step that was taken.
 
     loss: mean of the samples' token-mean losses over the global batch.
-    weights_n: float32, of this replica's samples.
-    update: the weighting update made inside the step; None where none was, or could be, made.
+    weights_n: float32, weights of this replica's samples.
+    update: the weighting update inside the step; None if there was none or it was not finite.
     """
 
     loss: float
@@ -43,7 +43,7 @@ class Taken:
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """A step whose loss or gradient norm is not finite; the LLM is as it was."""
+    """A step that was not taken, since its loss or gradient norm is not finite."""
 
     loss: float
     grad_norm: float
@@ -51,7 +51,7 @@ class Skipped:
 
 @dataclass(frozen=True, kw_only=True)
 class Spike:
-    """A step whose loss is above `limit`; nothing has been changed."""
+    """A step that was not taken, since its loss is above `limit`."""
 
     loss: float
     limit: float
@@ -69,12 +69,12 @@ def train_step(
     upper: UpperLevel | None = None,
     largest_loss: float | None = None,
 ) -> StepOutcome:
-    """One optimizer step of the LLM on this replica's `batch` (collective).
+    """Take one optimizer step of the LLM on this replica's `batch` (collective).
 
-    upper: make a weighting update from this step's own gradient; the step itself is the same.
-    largest_loss: above it the batch is a spike.
+    upper: make a weighting update from this step's own gradient; the step itself does not change.
+    largest_loss: a larger loss is a spike.
 
-    Raises RunError for weights that are no weights.
+    Raises RunError for weights that are not finite, negative or of another mean than 1.
     """
     learning_rate = learner.learning_rate
     with phase("weighted gradient"):
@@ -106,8 +106,10 @@ def train_step(
 
 
 def _means(learner: Learner, losses_n: Tensor, weights_n: Tensor) -> list[float]:
-    """Of losses, weighted losses, weights, and the fraction of weights that are not finite or
-    negative, over the global batch (collective).
+    """Returns means over the global batch (collective).
+
+    They are those of losses, weighted losses and weights, and the fraction of weights that are not
+    finite or negative.
     """
     wrong_n = ~(torch.isfinite(weights_n) & (weights_n >= 0))
     rows = [losses_n, losses_n * weights_n, weights_n, wrong_n.to(losses_n.dtype)]

@@ -1,7 +1,7 @@
 """One weighting update, from the weighted gradient of a batch.
 
-g(w) stands in the gradient buffers; the hypergradient through the virtual step along it says what
-the weights should have been (bilevel/), and the method learns from that.
+The gradient buffers contain g(w). The hypergradient through the virtual step along g(w) says how
+the weights should change (bilevel/), and the method learns from that.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from megatron_dwm.weighting.noise import SignalToNoise, signal_to_noise
 
 @dataclass(frozen=True, kw_only=True)
 class UpperLevel:
-    """The upper level of the bi-level problem, as one update sees it.
+    """The upper level of the bi-level problem in one update.
 
-    passages: this replica's.  measure_noise: also find the alignments of either half of them, their
-    even and their odd rows.  estimator, inner_optimizer: as in `bilevel.*`.
+    passages: this replica's passages of the target.
+    measure_noise: also compute the alignments of both halves of them, the even and the odd rows.
+    estimator, inner_optimizer: as in `bilevel.*`.
     """
 
     passages: Batch
@@ -41,9 +42,9 @@ class UpperLevel:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateResult:
-    """One weighting update: what it learned from, and what it did to the method.
+    """The result of one weighting update.
 
-    noise: of the alignments, where it was measured.
+    noise: signal-to-noise of the alignments; None if it was not measured.
     train_loss: mean of the samples' token-mean losses over the global batch, at theta.
     """
 
@@ -56,9 +57,9 @@ class UpdateResult:
 def weighting_update(
     learner: Learner, method: Method, train: Batch, upper: UpperLevel, counters: Counters
 ) -> UpdateResult | None:
-    """One update on a batch of its own, the LLM frozen (collective).
+    """Make one update on its own batch, with the LLM frozen (collective).
 
-    None, and nothing is learned, where what it would learn from is not finite.
+    Returns None, without an update, if alignments or validation loss are not finite.
     """
     with phase("weighted gradient"):
         result = weighted_pass(learner, method, train, counters, for_update=True)
@@ -70,9 +71,9 @@ def weighting_update(
 def update_from_gradient(
     learner: Learner, method: Method, train: Batch, result: PassResult, upper: UpperLevel
 ) -> UpdateResult | None:
-    """One update from g(w), which stands in the gradient buffers before and after (collective).
+    """Make one update from g(w), which is in the gradient buffers before and after (collective).
 
-    result: of the pass that left it there. None as `weighting_update`.
+    result: the pass that computed g(w). Returns None as `weighting_update` does.
     """
     assert result.weights_n is not None
     problem = Problem(
@@ -101,7 +102,7 @@ def update_from_gradient(
 
 
 def _noise(found: Hypergradient, runtime: Runtime) -> SignalToNoise | None:
-    """Over the global batch (collective)."""
+    """Compute the signal-to-noise ratio over the global batch, if halves exist (collective)."""
     if found.halves_2n is None:
         return None
     return signal_to_noise(*(gather_samples(half_n, runtime) for half_n in found.halves_2n))

@@ -1,4 +1,4 @@
-"""The pass that a step and an update begin with: weights from the method, g(w) in the buffers."""
+"""The first pass of a step or an update: weights from the method, and g(w) in the buffers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from megatron_dwm.weighting import Counters, Method, Needs
 def weighted_pass(
     learner: Learner, method: Method, batch: Batch, counters: Counters, *, for_update: bool
 ) -> PassResult:
-    """Leave g(w) in the gradient buffers, with the method's weights, which the result has
-    (collective).
+    """Compute g(w) into the gradient buffers; the result has the method's weights (collective).
 
     for_update: keep what an update of the method reads.
     """
@@ -36,8 +35,8 @@ def weighted_pass(
     if not needs.forward_pass:
         weights_n = method.weights(batch, None, counters)
     elif needs.whole_batch and batch.size > size:
-        # Every weight waits for the last micro-batch, and a pipeline cannot hold all of them back:
-        # read first. One forward pass more.
+        # Every weight needs all micro-batches, and a pipeline cannot keep all of them in memory. So
+        # an extra forward pass comes first.
         first = forward_only(llm, unit(batch, size), early_layer=needs.early_layer)
         weights_n = method.weights(batch, first.outputs, counters)
     else:

@@ -1,4 +1,4 @@
-"""Methods: what decides the weight of a sample; and the learned one's model."""
+"""Methods that decide the weights of samples, and the weighting model."""
 
 from megatron_dwm.weighting.method import (
     Alignments,

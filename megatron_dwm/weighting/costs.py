@@ -1,7 +1,7 @@
-"""What a run's steps and updates cost in FLOPs, so that methods are compared at equal compute.
+"""FLOPs of a run's steps and updates, so that methods can be compared at equal compute.
 
-Counted by formula as in model/flops.py. The run reports what it has spent (`Costs.spent`), and the
-planner says beforehand what it will spend, from the same record.
+The formulas follow model/flops.py. A run reports what it has spent (`Costs.spent`), and the planner
+computes in advance what it will spend, from the same record.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_dwm.weighting.noise import why_no_noise
 
 
 class Spent(Protocol):
-    """What a run counts: steps, batches weighed by a weighting model, updates."""
+    """Counters of a run: steps, batches that a weighting model weighed, updates."""
 
     step: int
     weighings: int
@@ -26,11 +26,11 @@ class Spent(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """FLOPs by part; evaluation is not training and is left out.
+    """FLOPs by part, without evaluation.
 
     llm_step: forward and backward of one global batch.
     weighing: the weighting model on one batch, once it has learned.
-    reading: the LLM's forward pass that the weights of one batch wait for.
+    extra_forward: the LLM's extra forward pass that must finish before a batch has weights.
     update_passes: the LLM's passes of one weighting update.
     learning: the weighting model's own part of one update.
     noise: one measurement of signal-to-noise, made in every `noise_interval`-th update (0: none).
@@ -38,7 +38,7 @@ class Costs:
 
     llm_step: float
     weighing: float = 0.0
-    reading: float = 0.0
+    extra_forward: float = 0.0
     update_passes: float = 0.0
     learning: float = 0.0
     noise: float = 0.0
@@ -51,23 +51,23 @@ class Costs:
 
     @property
     def update(self) -> float:
-        """One weighting update, all of it but noise and, of a batch of its own, weighing it."""
+        """One weighting update, without noise and without weighing a fresh batch."""
         return self.learning + self.update_passes
 
     def spent(self, counters: Spent) -> float:
-        """FLOPs of a run so far."""
+        """Returns the FLOPs of a run so far."""
         passes = counters.step * self.llm_step
-        passes += counters.weighings * (self.weighing + self.reading)
+        passes += counters.weighings * (self.weighing + self.extra_forward)
         noise = self.measurements(counters.updates) * self.noise
         return passes + counters.updates * self.update + noise
 
     def measurements(self, updates: int) -> int:
-        """Measurements of signal-to-noise in so many updates: the first, then every interval-th."""
+        """Returns how often noise is measured in `updates` updates: first, then every interval."""
         return -(-updates // self.noise_interval) if self.noise_interval else 0
 
 
 def plain_costs(config: Config, llm: LlamaShape) -> Costs:
-    """The costs of plain training."""
+    """Returns the costs of plain training."""
     return Costs(llm_step=FORWARD_BACKWARD * _forward(config, llm))
 
 
@@ -77,16 +77,17 @@ def learning_costs(
     *,
     passages: int | None,
     model: WeightingShape | None = None,
-    reads_first: bool = False,
+    extra_forward: bool = False,
     encodes_twice: bool = False,
     frozen: bool = False,
 ) -> Costs:
-    """The costs of a method that learns from alignments.
+    """Returns the costs of a method that learns from alignments.
 
-    passages: in a validation batch; None as configured.  model: the weighting model, if any.
-    reads_first: the weights wait for a forward pass of the whole batch.
+    passages: number in a validation batch; None for the configured one.
+    model: the weighting model, if there is one.
+    extra_forward: weights need a forward pass of the whole batch first.
     encodes_twice: an update runs the weighting model forward twice (weighting/encoding.py).
-    frozen: it makes no updates.
+    frozen: the method makes no updates.
     """
     rows, length = config.training.global_batch_size, config.data.sequence_length
     forward = _forward(config, llm)
@@ -101,7 +102,7 @@ def learning_costs(
     return Costs(
         llm_step=FORWARD_BACKWARD * forward,
         weighing=weighing,
-        reading=forward if reads_first else 0.0,
+        extra_forward=forward if extra_forward else 0.0,
         update_passes=0.0 if frozen else update_passes,
         learning=0.0 if frozen else (FORWARD_BACKWARD + encodes_twice) * weighing,
         noise=FORWARD_BACKWARD * forward,
@@ -112,7 +113,7 @@ def learning_costs(
 def weighting_forward_flops(
     shape: WeightingShape, samples: int, sequence_length: int, group_size: int
 ) -> float:
-    """FLOPs of weighing `samples` rows of `sequence_length` tokens in groups of `group_size`."""
+    """Returns the FLOPs of weighing `samples` samples of `sequence_length` tokens in groups."""
     width = shape.hidden_size
     layer = 4 * width * width + 3 * width * shape.ffn_hidden_size
     if shape.encoder == "own":

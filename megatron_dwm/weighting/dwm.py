@@ -1,7 +1,7 @@
 """DWM: weights from a weighting model that learns by hypergradients (arXiv 2507.16178).
 
-The model reads a sample's tokens with an encoder of its own, or what the LLM's forward pass made of
-it (`weighting.encoder`); how it is trained: weighting/trainer.py, METHOD.md, section 2.
+The model reads a sample's tokens with its own encoder, or the LLM's hidden states of the sample
+(`weighting.encoder`). weighting/trainer.py trains it (METHOD.md, section 2).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
 from megatron_dwm.model import ForwardOutputs, LlamaShape
 from megatron_dwm.tokenizer import Tokenizer
+from megatron_dwm.weighting.concentration import GUARDS
 from megatron_dwm.weighting.costs import Costs, learning_costs
 from megatron_dwm.weighting.method import (
     Alignments,
@@ -34,8 +35,8 @@ from megatron_dwm.weighting.model import (
     build_weighting_model,
     load_weighting_model,
     read_weighting_shape,
-    require_same_reading,
-    what_is_not_compared,
+    require_same_input,
+    unchecked_tokenizer_warning,
 )
 from megatron_dwm.weighting.rules import group_problems, learning_problems, target_problems
 from megatron_dwm.weighting.schedule import Schedule, schedule_of
@@ -43,21 +44,23 @@ from megatron_dwm.weighting.trainer import WeightingTrainer
 
 _PARTS: frozenset[Part] = frozenset({"weighting_model", "groups"})
 _LEARNING: frozenset[Part] = frozenset({"target", "updates", "alignments"})
-# Keeps the weighting model's parameters apart from the LLM's under one run seed.
+# Gives the weighting model another seed than the LLM's, from the same run.seed.
 _SEED_OFFSET = 7919
 
 
 class Dwm(Method):
-    """A weighting model, the same on every rank of the world."""
+    """Weights from a weighting model, which is the same on every rank of the job."""
+
+    gentler = f"{GUARDS}, or lower weighting.learning_rate"
 
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
-        """A weighting model and, unless it is frozen, what it learns from."""
+        """Returns the parts: a weighting model and groups and, unless frozen, those of learning."""
         return _PARTS if config.weighting.frozen else _PARTS | _LEARNING
 
     @classmethod
     def problems(cls, config: Config, num_layers: int, world_size: int) -> Iterator[str]:
-        """Rules of the weighting model, of its groups and, unless it is frozen, of learning."""
+        """Check the rules of the weighting model, its groups and, unless frozen, of learning."""
         learns = not config.weighting.frozen
         if learns:
             yield from target_problems(config)
@@ -68,44 +71,44 @@ class Dwm(Method):
 
     @classmethod
     def remarks(cls, config: Config, llm: LlamaShape, tokenizer: Tokenizer) -> Iterator[str]:
-        """What an older file of `weighting.load` does not say."""
+        """Yields a line if an older file of `weighting.load` does not name its tokenizer."""
         if config.weighting.load is None:
             return
         directory = Path(config.weighting.load)
         wanted = _wanted_shape(config, llm, tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256)
         found = load_weighting_model(directory, wanted).shape
-        if (text := what_is_not_compared(directory, found)) is not None:
+        if (text := unchecked_tokenizer_warning(directory, found)) is not None:
             yield text
 
     @classmethod
     def schedule(cls, config: Config) -> Schedule:
-        """As `weighting.mode` says; no updates where the model is frozen."""
+        """Returns the schedule of `weighting.mode`, or one without updates if frozen."""
         return super().schedule(config) if config.weighting.frozen else schedule_of(config)
 
     @classmethod
     def first_weighed_step(cls, config: Config) -> int:
-        """The start with a loaded model, else the first update."""
+        """Returns 0 with a loaded model, else the step of the first update."""
         return 0 if config.weighting.load is not None else cls.schedule(config).first_update
 
     @classmethod
     def model_shape(cls, config: Config, llm: LlamaShape) -> WeightingShape:
-        """The model of `weighting.load`, or the configured one.
+        """Returns the shape of the model of `weighting.load`, or the configured shape.
 
-        Vocabularies are not compared: the tokenizer that says the run's need not exist yet.
+        Vocabulary sizes are not compared, since the run's tokenizer may not exist yet.
         """
         wanted = _wanted_shape(config, llm, llm.vocab_size)
         if config.weighting.load is None:
             return wanted
         directory = Path(config.weighting.load)
         found = read_weighting_shape(directory)
-        require_same_reading(directory, found, replace(wanted, vocab_size=found.vocab_size))
+        require_same_input(directory, found, replace(wanted, vocab_size=found.vocab_size))
         return found
 
     @classmethod
     def costs(
         cls, config: Config, llm: LlamaShape, *, replicas: int, passages: int | None = None
     ) -> Costs:
-        """Learning costs with the weighting model's own."""
+        """Returns the costs of learning, including those of the weighting model."""
         training, weighting = config.training, config.weighting
         rows = training.global_batch_size // replicas
         share = -(-rows // config.parallel.model_size)
@@ -116,14 +119,17 @@ class Dwm(Method):
             llm,
             passages=passages,
             model=cls.model_shape(config, llm),
-            reads_first=not own and is_global and rows > training.micro_batch_size,
+            extra_forward=not own and is_global and rows > training.micro_batch_size,
             encodes_twice=own and share > training.micro_batch_size,
             frozen=weighting.frozen,
         )
 
     @classmethod
     def build(cls, context: BuildContext) -> Dwm:
-        """With a new weighting model, or that of `weighting.load`, which counts from the start."""
+        """Build the method with a new weighting model, or with that of `weighting.load`.
+
+        A loaded model gives the weights from the first step on.
+        """
         config, tokenizer = context.config, context.tokenizer
         shape = _wanted_shape(
             config,
@@ -146,12 +152,12 @@ class Dwm(Method):
         self.trainer = trainer
 
     def needs(self, counters: Counters) -> Needs:
-        """Nothing before the first update: weights are 1 until then."""
+        """Returns what the weighting model reads; nothing before the first update."""
         return self.update_needs if self.trainer.learned else Needs()
 
     @property
     def update_needs(self) -> Needs:
-        """What the weighting model reads."""
+        """What the weighting model reads of the samples."""
         trainer = self.trainer
         if trainer.model.shape.encoder == "own":
             return Needs(whole_batch=trainer.grouping.is_global)
@@ -162,12 +168,12 @@ class Dwm(Method):
         )
 
     def weighs(self, counters: Counters) -> bool:
-        """True once the model has learned."""
+        """True after the first update, or with a loaded model."""
         return self.trainer.learned
 
     @torch.no_grad()
     def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
-        """float32 [n], mean 1 in every weighting group; exactly 1 before the first update."""
+        """Returns float32 [n], mean 1 in every weighting group; all 1 before the first update."""
         trainer = self.trainer
         if not trainer.learned:
             return torch.ones(batch.size, device=batch.tokens_BS.device)
@@ -176,19 +182,19 @@ class Dwm(Method):
     def update(
         self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments
     ) -> WeightingUpdate:
-        """One AdamW step of the weighting model towards a lower validation loss."""
+        """Take one AdamW step of the weighting model toward a lower validation loss."""
         return self.trainer.update(batch, outputs, alignments)
 
     def files(self) -> dict[str, bytes]:
-        """The weighting model, for `weighting.load` of another run."""
+        """Returns the files of the weighting model, for `weighting.load` of another run."""
         return self.trainer.model.files()
 
     def state_dict(self) -> dict[str, Any]:
-        """The model, its optimizer and what the updates remember."""
+        """Returns the state of the model, its optimizer and its updates."""
         return self.trainer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the state of `state_dict`; learning rate and weight decay stay as configured."""
+        """Load the state of `state_dict`, but not its learning rate and weight decay."""
         self.trainer.load_state_dict(state)
 
 
@@ -212,9 +218,9 @@ def _model_problems(config: Config, num_layers: int) -> Iterator[str]:
 def _wanted_shape(
     config: Config, llm: LlamaShape, vocab_size: int, *, tokenizer_sha256: str | None = None
 ) -> WeightingShape:
-    """The weighting model that the configuration asks for.
+    """Returns the shape of the weighting model in the configuration.
 
-    tokenizer_sha256: None where only sizes are wanted, and no tokenizer is at hand.
+    tokenizer_sha256: None if only sizes are needed and there is no tokenizer.
     """
     weighting = config.weighting
     return WeightingShape(

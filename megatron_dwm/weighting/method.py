@@ -1,19 +1,20 @@
-"""Everything that decides weights: one Protocol, one file a method, one registry (config/methods).
+"""The interface of methods: one Protocol, one file per method, one registry (config/methods.py).
 
-A method says what it needs to know of a sample. Tokens and labels are there before the LLM runs;
-losses and features are what the LLM's own forward pass has just made of the sample, and weights
-from them are formed inside that pass (training/step.py), on the last pipeline stage.
+A method declares what it needs to know about a sample. Tokens and labels exist before the LLM runs.
+Losses and features are outputs of the LLM's own forward pass; weights from them are computed inside
+that pass (training/step.py), on the last pipeline stage.
 
-The class methods speak of a configuration, before anything is built: nothing outside this folder
-asks for a method's name. Their defaults, and those of the rest, are plain training.
+The class methods answer questions about a configuration, before anything is built, so that no code
+outside this folder depends on a method's name. All defaults are those of plain training.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from megatron_dwm.weighting.schedule import Schedule
 
 
 class Counters(Protocol):
-    """How far the run is. step: LLM steps done. updates: weighting updates made."""
+    """Progress of the run. step: LLM steps done. updates: weighting updates made."""
 
     @property
     def step(self) -> int: ...
@@ -39,10 +40,10 @@ class Counters(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a method reads of its samples besides their tokens.
+    """What a method reads of its samples in addition to their tokens.
 
     losses: token-mean losses.
-    early_layer: pooled hidden states, the early ones after this layer (from 1); None for none.
+    early_layer: layer (from 1) of the early pooled hidden states; None if it reads none.
     whole_batch: a sample's weight depends on every sample of the global batch.
     """
 
@@ -52,17 +53,17 @@ class Needs:
 
     @property
     def forward_pass(self) -> bool:
-        """True if the LLM has to read the samples first."""
+        """True if a forward pass of the LLM must come before the weights."""
         return self.losses or self.early_layer is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Alignments:
-    """What a method learns from.
+    """The alignments that a method learns from.
 
     values_n: float32, s_i of this replica's samples (METHOD.md, section 2).
-    learning_rate: the LLM's eta, where the scale of alignments matters.
-    signal_to_noise: of these alignments, where it was measured.
+    learning_rate: the LLM's eta, needed if the scale of the alignments matters.
+    signal_to_noise: ratio of these alignments; None if it was not measured.
     """
 
     values_n: Tensor
@@ -72,11 +73,11 @@ class Alignments:
 
 @dataclass(frozen=True)
 class WeightingUpdate:
-    """One update of a method.
+    """The result of one update.
 
     weights_n: float32, this replica's weights before the update.
-    grad_norm: of the weighting model's gradient, before clipping; None without a model.
-    cosine: of that gradient to the previous update's; None for the first.
+    grad_norm: norm of the weighting model's gradient before clipping; None without a model.
+    cosine: cosine similarity of that gradient and the previous one; None in the first update.
     """
 
     weights_n: Tensor
@@ -86,7 +87,7 @@ class WeightingUpdate:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildContext:
-    """What a method may be built from. target: None where the method reads none."""
+    """Everything that a method may be built from; `target` is None if the method reads none."""
 
     config: Config
     llm: LLM
@@ -95,85 +96,97 @@ class BuildContext:
 
 
 class Method(Protocol):
-    """A method sees this replica's samples of one optimizer step, or, where it needs the forward
-    pass and not the whole batch, one micro-batch of them.
+    """Decides the weights of samples.
+
+    It gets this replica's samples of one optimizer step; or one micro-batch of them, if it needs
+    the forward pass but not the whole batch.
     """
+
+    gentler: ClassVar[str] = "report it: this method has equal weights"
+    """what to change if a few samples get nearly all the weight"""
 
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
-        """What the method consists of; a key of another part has no effect with it."""
+        """Returns the parts of the method; keys of other parts have no effect with it."""
         return frozenset()
 
     @classmethod
     def problems(cls, config: Config, num_layers: int, world_size: int) -> Iterator[str]:
-        """A line for every rule that the configuration breaks. num_layers: of the LLM."""
+        """Yields a line for every rule that the configuration breaks.
+
+        num_layers: layers of the LLM.
+        """
         yield from ()
 
     @classmethod
     def remarks(cls, config: Config, llm: LlamaShape, tokenizer: Tokenizer) -> Iterator[str]:
-        """A line for everything that cannot be checked of the files that the method starts from.
+        """Yields a line for each property of the method's files that cannot be checked.
 
-        Raises UserError if one of them is missing or does not fit.
+        Raises UserError if a file is missing or does not fit.
         """
         yield from ()
 
     @classmethod
     def depends_on(cls, config: Config) -> Iterator[tuple[str, Path]]:
-        """Files whose content a resumed run must find unchanged, with the keys that name them."""
+        """Yields the keys and files whose content must be the same in a resumed run."""
         if "target" in cls.parts(config) and config.validation.path is not None:
             yield "validation.path", Path(config.validation.path)
 
     @classmethod
     def schedule(cls, config: Config) -> Schedule:
-        """When the method updates."""
+        """Returns the steps at which the method updates."""
         return Schedule(steps=config.training.steps)
 
     @classmethod
     def first_weighed_step(cls, config: Config) -> int:
-        """The first step (from 0) whose weights a weighting model gives; past the last without."""
+        """Returns the first step (from 0) with weights from a model; `training.steps` if none."""
         return config.training.steps
 
     @classmethod
     def model_shape(cls, config: Config, llm: LlamaShape) -> WeightingShape | None:
-        """The weighting model that the method keeps on every rank, for memory and messages."""
+        """Returns the shape of the weighting model, for the planner; None if there is none."""
         return None
 
     @classmethod
     def costs(
         cls, config: Config, llm: LlamaShape, *, replicas: int, passages: int | None = None
     ) -> Costs:
-        """FLOPs of the run's parts. passages: in a validation batch, if not as configured."""
+        """Returns the FLOPs of the run's parts.
+
+        passages: number in a validation batch, if it is not the configured one.
+        """
         return plain_costs(config, llm)
 
     @classmethod
     def training_source(
         cls, config: Config, corpus: Source, target: ValidationSet | None
     ) -> Source:
-        """What the LLM trains on."""
+        """Returns the batches that the LLM trains on."""
         return corpus
 
     @classmethod
     def build(cls, context: BuildContext) -> Method:
-        """The method of a run. Raises UserError for files that do not fit."""
+        """Build the method of a run. Raises UserError for files that do not fit."""
         return cls()
 
     def needs(self, counters: Counters) -> Needs:
-        """What `weights` reads at this moment."""
+        """Returns what `weights` reads at this point of the run."""
         return Needs()
 
     @property
     def update_needs(self) -> Needs:
-        """What `update` reads of its samples."""
+        """What `update` reads of its samples in addition to their tokens."""
         return Needs()
 
     def weighs(self, counters: Counters) -> bool:
-        """True if the next batch goes through a weighting model, which costs FLOPs."""
+        """True if the method computes weights for the next batch, which costs FLOPs."""
         return False
 
+    @abstractmethod
     def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
-        """float32 [n], one a sample, finite, non-negative, mean 1 over the global batch.
+        """Returns float32 [n], a weight per sample: finite, non-negative, mean 1 over the batch.
 
-        outputs: what the LLM made of the same samples; None where nothing of it is needed.
+        outputs: the LLM's outputs for the same samples; None if the method needs none.
         """
         ...
 
@@ -184,14 +197,17 @@ class Method(Protocol):
         raise NotImplementedError("a method whose schedule has updates learns from them")
 
     def after_step(self, losses_n: Tensor, counters: Counters) -> None:
-        """Note the token-mean losses of this replica's samples of a step that was taken."""
+        """Record the token-mean losses of this replica's samples in a step that was taken."""
 
     def files(self) -> dict[str, bytes]:
-        """What can be used in another run, by file name; empty for nothing."""
+        """Returns files that another run can use, by name; empty if there are none.
+
+        The main process alone calls it, so it may make no collective call.
+        """
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs."""
+        """Returns everything that a resumed run needs."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

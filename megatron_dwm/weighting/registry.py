@@ -1,4 +1,4 @@
-"""From a method's name to its class (config/methods.py has the names)."""
+"""Finds a method's class by its name; config/methods.py has the names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_dwm.weighting.method import Method
 
 
 def method_class(config: Config) -> type[Method]:
-    """The class that `policy.name` stands for."""
+    """Returns the class of `policy.name`."""
     module, name = METHODS[config.policy.name].path.split(":")
     return getattr(importlib.import_module(module), name)
 
@@ -23,7 +23,7 @@ def learns(config: Config) -> bool:
 def check_method(config: Config, num_layers: int, world_size: int) -> None:
     """Raise UserError for the first of the method's rules that the configuration breaks.
 
-    num_layers: of the LLM. world_size: processes of the job.
+    num_layers: layers of the LLM. world_size: number of processes.
     """
     for problem in method_class(config).problems(config, num_layers, world_size):
         raise UserError(problem)

@@ -1,4 +1,4 @@
-"""Rules between keys that several methods share; each is a line for every way to break it."""
+"""Rules between keys that several methods share; each yields a line for every violation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_dwm.config import Config
 
 
 def target_problems(config: Config) -> Iterator[str]:
-    """A method that reads a target needs one."""
+    """Check that there is a target, for a method that reads one."""
     if config.validation.path is None:
         yield (
             f"validation.path: policy {config.policy.name} needs the target's text (JSON Lines), "
@@ -17,7 +17,7 @@ def target_problems(config: Config) -> Iterator[str]:
 
 
 def group_problems(config: Config) -> Iterator[str]:
-    """What weights need that are normalized over a group, learned in this run or before it."""
+    """Check the sizes of weighting groups, for a method whose weights are normalized in groups."""
     weighting, training = config.weighting, config.training
     per_micro_batch = weighting.group == "micro_batch"
     if per_micro_batch and training.micro_batch_size < 2:
@@ -28,7 +28,7 @@ def group_problems(config: Config) -> Iterator[str]:
     key = "micro_batch_size" if per_micro_batch else "global_batch_size"
     size = training.micro_batch_size if per_micro_batch else training.global_batch_size
     bound = weighting.min_effective_sample_size
-    # A bound that no weights can break looks like a guard and is none.
+    # A bound that no weights can violate looks like a guard but never acts.
     if 0.0 < bound <= 1.0 / size:
         yield (
             f"weighting.min_effective_sample_size {bound}: the effective sample size of a group of "
@@ -38,7 +38,7 @@ def group_problems(config: Config) -> Iterator[str]:
 
 
 def learning_problems(config: Config, world_size: int) -> Iterator[str]:
-    """What updates need."""
+    """Check the schedule, the noise measurements and the estimator, for a method that learns."""
     weighting = config.weighting
     if weighting.mode == "staged" and weighting.stages > config.training.steps:
         yield (
@@ -65,7 +65,7 @@ def learning_problems(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _first_update(config: Config) -> Iterator[str]:
-    """Adam's first step does not depend on the gradient's size, so it teaches nothing."""
+    """Check the warm-up: Adam's first step does not depend on the size of the gradient."""
     weighting = config.weighting
     if (weighting.mode, weighting.update_on) != ("online", "training"):
         return
@@ -78,7 +78,7 @@ def _first_update(config: Config) -> Iterator[str]:
 
 
 def estimator_problems(config: Config, world_size: int) -> Iterator[str]:
-    """What the cross-check estimators cannot do exactly; each also refuses by itself."""
+    """Check what the estimators for comparison cannot compute; each also checks it itself."""
     name, advice = config.bilevel.estimator, "use tangent_probe"
     if name == "tangent_probe":
         return

@@ -1,7 +1,7 @@
-"""When a method updates: pure functions of the step, so that nothing has to be remembered.
+"""When a method updates: pure functions of the step, so a checkpoint need not save anything.
 
 `staged` makes many updates at each stage boundary, `online` one every few steps (METHOD.md, section
-1). Steps are counted as the LLM has taken them: before step k means after k steps.
+1). Steps are numbered from 0: an update before step k comes after the LLM has taken k steps.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Schedule:
 
     update_steps: the steps before which updates are made, ascending.
     updates_each: updates before each of them, with the LLM frozen.
-    borders: the first step of every stage, ascending, from 0.
-    in_step: the one update comes inside the step before, from that step's own batch and gradient.
+    borders: the first step of every stage, ascending, beginning with 0.
+    in_step: the update comes inside the preceding step, from that step's own batch and gradient.
     """
 
     steps: int
@@ -31,22 +31,22 @@ class Schedule:
     in_step: bool = False
 
     def updates_before(self, step: int) -> int:
-        """Number of updates due between `step` steps and the next one."""
-        place = bisect_right(self.update_steps, step) - 1
-        due = place >= 0 and self.update_steps[place] == step
+        """Returns the number of updates that are due before step `step`."""
+        last = bisect_right(self.update_steps, step) - 1
+        due = last >= 0 and self.update_steps[last] == step
         return self.updates_each if due else 0
 
     def stage(self, step: int) -> int:
-        """Number, from 1, of the stage that the step after `step` steps belongs to."""
+        """Returns the number, from 1, of the stage of step `step`."""
         return bisect_right(self.borders, min(step, self.steps - 1))
 
     def ends_stage(self, step: int) -> bool:
-        """True if a stage is over after `step` steps."""
+        """True if a stage ends after `step` steps."""
         return step == self.steps or self.stage(step) != self.stage(step - 1)
 
     @property
     def num_updates(self) -> int:
-        """Updates of the whole run."""
+        """Number of updates in the whole run."""
         return self.updates_each * len(self.update_steps)
 
     @property
@@ -56,7 +56,7 @@ class Schedule:
 
 
 def schedule_of(config: Config) -> Schedule:
-    """The schedule of a method that learns, by `weighting.mode`."""
+    """Returns the schedule of a method that learns, by `weighting.mode`."""
     weighting = config.weighting
     last = weighting.freeze_after * config.training.steps
     if weighting.mode == "online":
@@ -76,8 +76,9 @@ def schedule_of(config: Config) -> Schedule:
 
 
 def staged(steps: int, *, stages: int, updates: int, last: float) -> Schedule:
-    """Stages of equal length, each but the first begun by `updates` updates: in the first one
-    Adam's moments are still empty. last: the step after which no update is made.
+    """Returns stages of equal length; each but the first begins with `updates` updates.
+
+    In the first one Adam's moments are still empty. last: the step after which no update is made.
     """
     borders = [steps * number // stages for number in range(stages)]
     return Schedule(
@@ -89,6 +90,6 @@ def staged(steps: int, *, stages: int, updates: int, last: float) -> Schedule:
 
 
 def online(steps: int, *, warmup: int, interval: int, last: float, in_step: bool) -> Schedule:
-    """One update after `warmup` steps and every `interval` steps from then on, in one stage."""
+    """Returns one update after `warmup` steps and then every `interval` steps, in one stage."""
     end = min(steps, int(last) + 1)
     return Schedule(steps=steps, update_steps=range(max(warmup, 1), end, interval), in_step=in_step)

@@ -1,13 +1,13 @@
-"""The weighting model in training: weights of a group, and one update from alignments.
+"""Training of the weighting model: the weights of a group, and one update from alignments.
 
-One update follows the chain rule (METHOD.md, section 2):
+An update follows the chain rule (METHOD.md, section 2):
 
     dL_val/dphi = sum_i dL_val/dw_i * dw_i/dphi,   dL_val/dw_i = -(eta/n) * s_i
 
-as the gradient of -(1/n) sum_i a_i w_i(phi) with a_i held constant. a_i is s_i standardized inside
-the weighting group, or eta * s_i as it stands. The raw scale of s drifts by orders of magnitude
-during training (section 6), so standardizing is the default. What the LLM has made of a sample does
-not depend on phi, so features are constants here.
+It is computed as the gradient of -(1/n) sum_i a_i w_i(phi) with constant a_i. a_i is s_i
+standardized inside the weighting group, or eta * s_i. The raw scale of s drifts by orders of
+magnitude during training (section 6), so standardized alignments are the default. The LLM's
+features of a sample do not depend on phi, so they are constants here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megatron_dwm.weighting.standardize import standardize
 
 
 class WeightingTrainer:
-    """A weighting model that is replicated on every rank of the world, and its optimizer."""
+    """A weighting model, equal on every rank of the job, and its optimizer."""
 
     def __init__(
         self,
@@ -45,9 +45,10 @@ class WeightingTrainer:
         learned: bool = False,
         bf16: bool = False,
     ) -> None:
-        """learned: the model has been trained before, so its weights count from the start.
+        """Move the model to the device and build its optimizer.
 
-        bf16: the model's own encoder multiplies in bf16; see encoding.py.
+        learned: the model was trained before, so it gives the weights from the first step on.
+        bf16: the model's own encoder computes products in bf16; see encoding.py.
         """
         self.model = model.to(runtime.device)
         self.bf16 = bf16
@@ -67,7 +68,7 @@ class WeightingTrainer:
     def update(
         self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments
     ) -> WeightingUpdate:
-        """One AdamW step towards a lower validation loss (collective over the world)."""
+        """Take one AdamW step toward a lower validation loss (collective over the job)."""
         self.reliability.observe(alignments.signal_to_noise)
         weights_Gn = self.group_weights(batch, outputs)
         advantage_Gn = self._advantage(alignments, weights_Gn.detach())
@@ -84,7 +85,7 @@ class WeightingTrainer:
         return WeightingUpdate(self.grouping.local(weights_Gn.detach()), grad_norm, cosine)
 
     def group_weights(self, batch: Batch, outputs: ForwardOutputs | None) -> Tensor:
-        """[G, n]: weights of the groups that this rank sees."""
+        """Returns [G, n]: the weights of this rank's groups."""
         if self.model.shape.encoder == "own":
             pooled_GnD = self.grouping.gather(self._encoded(batch))
         else:
@@ -98,7 +99,7 @@ class WeightingTrainer:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs."""
+        """Returns everything that a resumed run needs."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -108,7 +109,7 @@ class WeightingTrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the state of `state_dict`; learning rate and weight decay stay as configured."""
+        """Load the state of `state_dict`, but not its learning rate and weight decay."""
         self.model.load_state_dict(state["model"])
         mine = self.optimizer.state_dict()["param_groups"]
         moments = state["optimizer"]["state"]
@@ -118,7 +119,7 @@ class WeightingTrainer:
         self.reliability.value = state["reliability"]
 
     def _encoded(self, batch: Batch) -> Tensor:
-        """[n, D]: every rank of the inner group encodes its share of the replica's samples."""
+        """Returns [n, D]; the ranks of the inner group share out the replica's samples."""
         share = share_of_rank(batch.size, self.runtime).to(batch.tokens_BS.device)
         pooled_BD = encode(
             self.model.encoder,
@@ -151,7 +152,7 @@ class WeightingTrainer:
         return float(torch.nn.functional.cosine_similarity(gradient, previous, dim=0))
 
     def _sum_gradients(self) -> Tensor:
-        """Sum phi's gradient over the world in one collective; returns the flat sum."""
+        """Sum phi's gradient over all ranks in one collective; returns the flat sum."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat)

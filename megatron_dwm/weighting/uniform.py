@@ -1,4 +1,4 @@
-"""Uniform weights: plain training, bit for bit Megatron-Core's own loop."""
+"""Uniform weights: plain training, bit-identical to Megatron-Core's own loop."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ class Uniform(Method):
     """Every sample weighs 1."""
 
     def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
-        """Ones, [n]."""
+        """Returns ones, [n]."""
         return torch.ones(batch.size, device=batch.tokens_BS.device)

@@ -1,7 +1,7 @@
 """A baseline: train on the target's own passages, all weights equal (METHOD.md, section 6).
 
-A part of every batch is passages of the target in place of samples of the corpus. It wins on the
-target's own text and transfers less than learned weights do.
+In every batch, passages of the target replace some samples of the corpus. This baseline is better
+than learned weights on the target's own text, but transfers less.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class ValidationMixing(Uniform):
 
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
-        """A target, and its part of every batch."""
+        """Returns the parts: a target, and its fraction of every batch."""
         return frozenset({"target", "mixing"})
 
     @classmethod
     def problems(cls, config: Config, num_layers: int, world_size: int) -> Iterator[str]:
-        """A target is there, and the batch holds some of it and not only it."""
+        """Check that there is a target and that batches have passages and corpus samples."""
         yield from target_problems(config)
         size = config.training.global_batch_size
         if not 0 < _num_mixed(config) < size:
@@ -38,7 +38,7 @@ class ValidationMixing(Uniform):
     def training_source(
         cls, config: Config, corpus: Source, target: ValidationSet | None
     ) -> Source:
-        """The corpus with the target's passages as the last rows of every batch."""
+        """Returns the corpus with the target's passages as the last rows of every batch."""
         assert target is not None
         return MixedSource(corpus, target, num_mixed=_num_mixed(config))
 

@@ -198,7 +198,7 @@ def test_impossible_combinations_are_named(
     ],
     ids=" ".join,
 )
-def test_their_neighbours_pass(arguments: list[str]) -> None:
+def test_their_neighbors_pass(arguments: list[str]) -> None:
     judge(load_config([*GOOD, *arguments]), SHAPE, world_size=1)
 
 

@@ -22,7 +22,7 @@ from megatron_dwm.tokenizer import Tokenizer
 from tests.convert.families import VOCAB_SIZE, write_llama
 from tests.forking.client import REPOSITORY, run_python
 from tests.own_environment import kept_environment
-from tests.training.runs import metrics, succeed
+from tests.small_runs.command import metrics, succeed
 
 SEQUENCE_LENGTH = 64
 PASSAGES = 12

@@ -113,7 +113,7 @@ def test_sidecar_of_another_run(
     assert "p.meta.parquet is not a readable Parquet file" in text
 
 
-def test_misspelt_domain_key(corpus: str, tokenizer: Tokenizer) -> None:
+def test_misspelled_domain_key(corpus: str, tokenizer: Tokenizer) -> None:
     config = DataConfig(train=[corpus], sequence_length=96, domain_key="meta.sett")
     text = refused(config, tokenizer)
     assert "no column meta.sett" in text and "it has meta.redpajama_set_name" in text

@@ -72,17 +72,17 @@ def assert_equal(found: Batch, expected: Batch) -> None:
 def test_batches_do_not_depend_on_what_was_read_before(
     data: TrainingData, order: list[int]
 ) -> None:
-    with feed_of(CorpusSource(data, SIZE), alone()) as feed:
-        for step in order:
-            assert_equal(feed.training(step), data.batch(range(step * SIZE, (step + 1) * SIZE)))
+    feed = feed_of(CorpusSource(data, SIZE), alone())
+    for step in order:
+        assert_equal(feed.training(step), data.batch(range(step * SIZE, (step + 1) * SIZE)))
 
 
 def test_replicas_share_the_batch_out_in_order(data: TrainingData) -> None:
     shares = [Share(replicas=3, replica=r, micro_batch_size=2) for r in range(3)]
     parts = []
     for share in shares:
-        with feed_of(CorpusSource(data, SIZE), share) as feed:
-            parts.append(feed.training(2))
+        feed = feed_of(CorpusSource(data, SIZE), share)
+        parts.append(feed.training(2))
     assert_equal(Batch.concatenate(parts), data.batch(range(2 * SIZE, 3 * SIZE)))
 
 
@@ -114,22 +114,22 @@ def test_an_error_in_the_thread_is_raised_by_the_step_that_reads_it(data: Traini
                 raise OSError("the disk is gone")
             return super().rows(number, start, stop)
 
-    with feed_of(Broken(data, SIZE), alone()) as feed:
-        feed.training(0)
-        with pytest.raises(OSError, match="the disk is gone"):
-            feed.training(1)
+    feed = feed_of(Broken(data, SIZE), alone())
+    feed.training(0)
+    with pytest.raises(OSError, match="the disk is gone"):
+        feed.training(1)
 
 
 def test_nothing_is_read_past_the_last_step(data: TrainingData) -> None:
     """The batch after it may not exist."""
-    with feed_of(CorpusSource(data, SIZE), alone()) as feed:
-        feed.training(STEPS - 1)
+    feed = feed_of(CorpusSource(data, SIZE), alone())
+    feed.training(STEPS - 1)
 
 
 def test_a_validation_batch_has_no_more_passages_than_asked_for(
     data: TrainingData, target: ValidationSet
 ) -> None:
-    with feed_of(CorpusSource(data, SIZE), alone(), target) as feed:
-        assert feed.passages == 4
-        found = feed.validation(0)
-        assert int((found.loss_mask_BS.sum(dim=1) > 0).sum()) == 4
+    feed = feed_of(CorpusSource(data, SIZE), alone(), target)
+    assert feed.passages == 4
+    found = feed.validation(0)
+    assert int((found.loss_mask_BS.sum(dim=1) > 0).sum()) == 4

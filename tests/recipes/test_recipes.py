@@ -13,8 +13,8 @@ import pytest
 from megatron_dwm.tokenizer.opening import open_tokenizer
 from megatron_dwm.weighting.model import WeightingShape, build_weighting_model
 from tests.forking.client import REPOSITORY, run_python
-from tests.training.conftest import CORPUS, Corpus, corpus  # noqa: F401
-from tests.training.runs import metrics
+from tests.small_runs.command import metrics
+from tests.small_runs.fixtures import CORPUS, Corpus
 
 FOLDER = REPOSITORY / "examples" / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -119,7 +119,7 @@ def test_the_plan_says_what_the_head_says(recipe: str, checkout: Path) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_few_steps_at_a_small_size(
     recipe: str,
-    corpus: Corpus,  # noqa: F811
+    corpus: Corpus,
     tmp_path: Path,
 ) -> None:
     """The same file: only sizes, and where the data is, are given on the command line."""
@@ -140,7 +140,7 @@ def test_a_few_steps_at_a_small_size(
     assert bool(metrics(run, "weighting")) == learns
 
 
-def _places(recipe: str, corpus: Corpus, folder: Path) -> dict[str, object]:  # noqa: F811
+def _places(recipe: str, corpus: Corpus, folder: Path) -> dict[str, object]:
     places: dict[str, object] = {
         "data.train": corpus.prefix,
         "data.tokenizer": corpus.tokenizer,

@@ -13,8 +13,8 @@ from megatron_dwm.model import forward_only
 from megatron_dwm.model.passes.objective import token_mean, unit
 from megatron_dwm.training import UpperLevel
 from megatron_dwm.training.weighted_pass import weighted_pass
+from tests.subjects import with_dwm
 from tests.tiny import MICRO_BATCH, Tiny, tiny
-from tests.training.subjects import with_dwm
 
 TRAIN, VALIDATION, NEXT = 100, 101, 102
 

@@ -13,8 +13,8 @@ from megatron_dwm.model import clear_gradients, forward_backward
 from megatron_dwm.model.passes.objective import weighted, weighted_denominator
 from megatron_dwm.testing import plain_step
 from megatron_dwm.weighting.uniform import Uniform
+from tests.subjects import with_method
 from tests.tiny import MICRO_BATCH, Tiny, tiny
-from tests.training.subjects import with_method
 
 STEPS = 6
 

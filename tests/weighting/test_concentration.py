@@ -96,7 +96,7 @@ def test_statistics_at_their_ends() -> None:
     assert float(normalized_entropy(one)) == 0.0
 
 
-def test_standardised_alignments_have_weighted_mean_zero_and_unit_spread() -> None:
+def test_standardized_alignments_have_weighted_mean_zero_and_unit_spread() -> None:
     alignment = _logits(3, 16, 1e-7, seed=1)
     weights = weights_from_logits(
         _logits(3, 16, 1.0), min_effective_sample_size=0.0, uniform_floor=0.0

@@ -133,8 +133,8 @@ def gradient_and_difference(standardize: bool, group: str) -> tuple[Tensor, Tens
         weights_Gn = weigh(method, rows).view(-1, size)
         s_Gn = signal_n.view(-1, size)
         if standardize:
-            centred = s_Gn - (s_Gn * weights_Gn).mean(-1, keepdim=True)
-            advantage_Gn = centred / s_Gn.std(-1, keepdim=True, correction=0)
+            centered = s_Gn - (s_Gn * weights_Gn).mean(-1, keepdim=True)
+            advantage_Gn = centered / s_Gn.std(-1, keepdim=True, correction=0)
         else:
             advantage_Gn = s_Gn * 0.25
 

@@ -24,9 +24,10 @@ from statistics import median
 from megatron.core import dist_checkpointing
 
 from benchmarks.table import command, markdown
+from megatron_dwm.checkpoint.names import CONFIG_FILE, LLM_FOLDER, MODEL_PREFIX, SHAPE_FILE
 from megatron_dwm.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_dwm.config.load import save_config
-from megatron_dwm.convert.checkpoint_reader import MODEL_PREFIX, open_checkpoint
+from megatron_dwm.convert.checkpoint_reader import open_checkpoint
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.model.llm import build_module, transformer_config
 from megatron_dwm.model.on_disk.parameter_names import huggingface_shapes
@@ -82,7 +83,7 @@ def _made_elsewhere(shape: LlamaShape, scratch: Path) -> Path:
 
 def _random_checkpoint(shape: LlamaShape, directory: Path) -> None:
     tokenizer = directory.parent / "tokenizer.model"
-    (directory / "llm").mkdir(parents=True)
+    (directory / LLM_FOLDER).mkdir(parents=True)
     lines = (_ROOT / "examples/corpus/validation.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     train_sentencepiece(texts, vocab_size=_VOCABULARY, output=tokenizer)
@@ -98,10 +99,10 @@ def _random_checkpoint(shape: LlamaShape, directory: Path) -> None:
             is_last=True,
         )
         state = {"model": module.sharded_state_dict(prefix=MODEL_PREFIX)}
-        dist_checkpointing.save(state, str(directory / "llm"))
+        dist_checkpointing.save(state, str(directory / LLM_FOLDER))
     data = DataConfig(tokenizer=str(tokenizer), sequence_length=_SEQUENCE_LENGTH)
-    save_config(Config(data=data), directory / "config.yaml")
-    (directory / "shape.json").write_text(json.dumps(asdict(shape)), encoding="utf-8")
+    save_config(Config(data=data), directory / CONFIG_FILE)
+    (directory / SHAPE_FILE).write_text(json.dumps(asdict(shape)), encoding="utf-8")
 
 
 def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> _Run:

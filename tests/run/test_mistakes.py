@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_dwm.checkpoint.manifest import list_checkpoints
-from tests.training.conftest import Corpus
-from tests.training.forked import Server
-from tests.training.runs import metrics
+from tests.small_runs.command import metrics
+from tests.small_runs.fixtures import Corpus
+from tests.small_runs.forked import Server
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_what_a_user_may_have_done_to_a_run_is_named(
     other = ["--policy.name", "domain_mean", "--run.allow_changed", "policy.name"]
     job = server.succeed(run_dir, [*arguments, *other])
     assert f"it is {checkpoint.name} by its manifest" in job.text
-    assert "has the state of policy dwm; domain_mean begins anew" in job.text
+    assert "has the state of policy dwm; domain_mean starts without one" in job.text
     assert [line["step"] for line in metrics(run_dir, "train")] == [1, 2, 3]
 
 

@@ -3,7 +3,7 @@
 Every rank is a fork of tests/forking's server and calls `pretrain` with the arguments of a user,
 after it has prepared the fault that the test wants.
 
-    python -m tests.training.forked FAULT [pretrain's arguments]     FAULT is JSON, or null
+    python -m tests.small_runs.forked FAULT [pretrain's arguments]     FAULT is JSON, or null
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Server:
     ) -> Job:
         """Start a run. fault: the `name` of a function of faults.py, and its arguments."""
         log = self._folder / f"{len(self._jobs)}.log"
-        command = ["-m", "tests.training.forked", json.dumps(fault), *arguments]
+        command = ["-m", "tests.small_runs.forked", json.dumps(fault), *arguments]
         pids = [
             fork_server().start(
                 [*command, "--run.dir", str(run_dir)],
@@ -99,7 +99,7 @@ def _main() -> None:
     prepared = json.loads(fault)
     if prepared:
         name = prepared.pop("name")
-        getattr(importlib.import_module("tests.training.faults"), name)(**prepared)
+        getattr(importlib.import_module("tests.small_runs.faults"), name)(**prepared)
     from megatron_dwm.pretrain import main
 
     sys.argv = ["pretrain", *arguments]

@@ -11,12 +11,12 @@ from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.config import DataConfig, ValidationConfig
 from megatron_dwm.data import CorpusSource, Feed, Share, ValidationSet
 from megatron_dwm.data.batch import NO_ROW
-from megatron_dwm.run.opened import Opened
+from megatron_dwm.run.inputs import RunInputs
 from megatron_dwm.run.remarks import remarks
 from megatron_dwm.tokenizer import build_tokenizer
 from megatron_dwm.weighting.costs import plain_costs
+from tests.subjects import config_of
 from tests.tiny import SAMPLES, tiny
-from tests.training.subjects import config_of
 
 # Of each batch: the rows of the global batch, those of its even half, those of its odd half.
 Halves = list[tuple[list[int], list[int], list[int]]]
@@ -66,10 +66,10 @@ def said_of_a_step(flops: float) -> list[str]:
     with tiny(steps=0) as subject:
         config, shape = config_of(4, policy="uniform"), subject.llm.shape
         costs = replace(plain_costs(config, shape), llm_step=flops)
-        opened = Opened(
+        inputs = RunInputs(
             tokenizer=None,  # type: ignore[arg-type]  # nothing is read
             shape=shape,
             target=None,
             held_out=None,
         )
-        return list(remarks(config, opened, costs, subject.runtime, TrainState()))
+        return list(remarks(config, inputs, costs, subject.runtime, TrainState()))

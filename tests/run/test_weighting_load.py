@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.forking.client import run_python
-from tests.training.conftest import CORPUS, Corpus
-from tests.training.runs import pretrain, succeed
+from tests.small_runs.command import pretrain, succeed
+from tests.small_runs.fixtures import CORPUS, Corpus
 
 OWN = ["--policy.name", "dwm", "--weighting.encoder", "own"]
 

@@ -13,8 +13,8 @@ import pytest
 import yaml
 import zstandard
 
-from tests.training.forked import Server
-from tests.training.runs import RESUME
+from tests.small_runs.command import RESUME
+from tests.small_runs.forked import Server
 
 REPOSITORY = Path(__file__).parent.parent.parent
 CORPUS = REPOSITORY / "examples" / "corpus"

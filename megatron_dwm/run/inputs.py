@@ -1,4 +1,4 @@
-"""What a run reads of its user's files before it starts, read once and handed on."""
+"""Opens the user's files before a run starts; each is read once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from megatron_dwm.weighting import method_class
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
-    """target: None where the method reads none.  held_out: None where nothing is evaluated."""
+class RunInputs:
+    """The inputs files of a run.
+
+    target: None if the method reads none. held_out: None without evaluation.
+    """
 
     tokenizer: Tokenizer
     shape: LlamaShape
@@ -26,9 +29,9 @@ class Opened:
 
 
 def open_model_and_tokenizer(config: Config) -> tuple[Tokenizer, LlamaShape]:
-    """The tokenizer, and the shape of the model over its vocabulary.
+    """Open the tokenizer and find the model's shape.
 
-    Raises UserError if one of them cannot be used, or if they do not fit each other.
+    Raises UserError if one of them cannot be used, or if they do not fit together.
     """
     if config.data.tokenizer is None:
         raise UserError("data.tokenizer: expected a tokenizer model, got none")
@@ -46,7 +49,7 @@ def open_model_and_tokenizer(config: Config) -> tuple[Tokenizer, LlamaShape]:
 
 
 def open_target(config: Config, tokenizer: Tokenizer) -> ValidationSet | None:
-    """The target of a method that reads one. Raises UserError if it cannot be used."""
+    """Open the target of a method that reads one. Raises UserError if it cannot be used."""
     parts = method_class(config).parts(config)
     if "target" not in parts:
         return None
@@ -60,7 +63,7 @@ def open_target(config: Config, tokenizer: Tokenizer) -> ValidationSet | None:
 
 
 def open_held_out(config: Config, tokenizer: Tokenizer) -> HeldOut | None:
-    """The held-out text, if it is configured. Raises UserError if it cannot be used."""
+    """Open the held-out text, if configured. Raises UserError if it cannot be used."""
     if config.evaluation.path is None:
         return None
     return HeldOut(

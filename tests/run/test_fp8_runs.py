@@ -25,8 +25,8 @@ from megatron_dwm.config.validate import validate_config
 from megatron_dwm.model import resolve_shape
 from megatron_dwm.model.shape import heads_of
 from tests.forking.client import REPOSITORY, run_python
-from tests.training.conftest import Corpus
-from tests.training.runs import metrics, pretrain, succeed
+from tests.small_runs.command import metrics, pretrain, succeed
+from tests.small_runs.fixtures import Corpus
 
 SCRIPT = "examples/fp8_alignments.py"
 DWM = ("--policy.name", "dwm")
@@ -114,7 +114,7 @@ def script() -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    ("model", "unquantised"),
+    ("model", "unquantized"),
     [
         (ModelConfig(), "fp32"),
         (ModelConfig(fp8_emulation=True, fp8_first_last_bf16=True), "fp32"),
@@ -123,7 +123,7 @@ def script() -> ModuleType:
         (ModelConfig(precision="fp8", fp8_recipe="delayed"), "bf16"),
     ],
 )
-def test_what_is_compared_may_be_run(model: ModelConfig, unquantised: str) -> None:
+def test_what_is_compared_may_be_run(model: ModelConfig, unquantized: str) -> None:
     """Whatever the run was; the rules of a run hold for both sides, in one process."""
     of_run = Config(
         model=replace(model, num_layers=4),
@@ -134,10 +134,10 @@ def test_what_is_compared_may_be_run(model: ModelConfig, unquantised: str) -> No
         profiling=ProfilingConfig(tool="torch", ranks=[7]),
     )
     exact = script()._unquantized(of_run, 8)
-    quantised = script()._in_fp8(exact, of_run)
+    quantized = script()._in_fp8(exact, of_run)
     heads = heads_of(resolve_shape(of_run.model))
-    for config in (exact, quantised):
+    for config in (exact, quantized):
         validate_config(config, heads, world_size=1)
-    assert exact.model.precision == unquantised and not exact.model.uses_fp8
-    assert quantised.model.precision == unquantised and quantised.model.fp8_emulation
-    assert quantised.model.fp8_first_last_bf16 == model.fp8_first_last_bf16
+    assert exact.model.precision == unquantized and not exact.model.uses_fp8
+    assert quantized.model.precision == unquantized and quantized.model.fp8_emulation
+    assert quantized.model.fp8_first_last_bf16 == model.fp8_first_last_bf16

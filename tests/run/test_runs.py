@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 from pathlib import Path
 
@@ -15,15 +14,15 @@ from megatron_dwm.config import UserError
 from megatron_dwm.config.load import load_config
 from megatron_dwm.run.start import run
 from tests.forking.client import run_python
-from tests.training.conftest import CORPUS, Corpus
-from tests.training.forked import Server
-from tests.training.runs import (
+from tests.small_runs.command import (
     kill_after_checkpoint,
     metrics,
     pretrain,
     succeed,
     without_time,
 )
+from tests.small_runs.fixtures import CORPUS, Corpus
+from tests.small_runs.forked import Server
 
 DWM = ("--policy.name", "dwm")
 # Sums in another order are 1e-7 apart; 20 steps of Adam at 3e-3 may multiply that.
@@ -157,19 +156,6 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(
     assert without_time(tmp_path / "run") == before
     weights = ds.dataset(tmp_path / "run" / "weights").to_table().to_pylist()
     assert len(weights) == 2 * 8
-
-
-def test_a_checkpoint_loads_under_another_layout(corpus: Corpus, tmp_path: Path) -> None:
-    arguments = [*corpus.arguments(), "--training.checkpoint_interval_steps", "5"]
-    whole, moved = tmp_path / "whole", tmp_path / "moved"
-    succeed(whole, *arguments)
-    shutil.copytree(whole, moved)
-    for step in (10, 15, 20):
-        shutil.rmtree(moved / "checkpoints" / f"step_{step:08d}")
-    tensor = ("--parallel.tensor", "2")
-    succeed(moved, *arguments, "--run.resume", "true", *tensor, processes=2)
-    for line, other in zip(metrics(moved, "train"), metrics(whole, "train"), strict=True):
-        assert abs(line["loss"] - other["loss"]) < LAYOUT_TOLERANCE, line["step"]
 
 
 MISTAKES = [

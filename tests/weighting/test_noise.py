@@ -1,11 +1,10 @@
-"""Signal-to-noise against alignments made with a known one; warnings come once and help."""
+"""Signal-to-noise against alignments made with a known one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from megatron_dwm.run.health import Health
 from megatron_dwm.weighting.noise import SignalToNoise, signal_to_noise
 
 
@@ -28,18 +27,3 @@ def test_ends() -> None:
     opposed = signal_to_noise(ramp, -ramp)
     assert opposed.agreement == pytest.approx(-1.0) and opposed.ratio == 0.0
     assert signal_to_noise(torch.ones(8), ramp) == SignalToNoise(0.0, 0.0)
-
-
-def test_warnings_come_once_and_name_the_keys() -> None:
-    said: list[str] = []
-    watch = Health(min_effective_sample_size=0.2, min_signal_to_noise=0.5, warn=said.append)
-    watch.effective_sample_size(0.3)
-    for _ in range(4):
-        watch.signal_to_noise(0.1)
-    assert said == []
-    for _ in range(3):
-        watch.effective_sample_size(0.1)
-        watch.signal_to_noise(0.1)
-    assert len(said) == 2
-    assert "weighting.min_effective_sample_size" in said[0]
-    assert "validation.batch_size" in said[1]

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_dwm.checkpoint.manifest import list_checkpoints, read_manifest, write_manifest
-from tests.training.forked import Job, Server
+from tests.small_runs.forked import Job, Server
 
 WARNS_OF_DOMAINS = re.compile(r"^warning: .*domains", re.MULTILINE)
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_dwm.checkpoint.manifest import list_checkpoints, read_manifest
-from tests.training.conftest import Corpus
-from tests.training.forked import Server
-from tests.training.runs import RESUME, metrics
-from tests.training.test_faults import assert_same
+from tests.small_runs.command import RESUME, metrics
+from tests.small_runs.fixtures import Corpus
+from tests.small_runs.forked import Server
+from tests.small_runs.progress import assert_same
 
 OWN = ["--policy.name", "dwm", "--weighting.encoder", "own"]
 

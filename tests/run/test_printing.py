@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from tests.training.conftest import Corpus
-from tests.training.forked import Server
-from tests.training.runs import metrics
+from tests.small_runs.command import metrics
+from tests.small_runs.fixtures import Corpus
+from tests.small_runs.forked import Server
 
 FORGED = "books\x1b[2K\nstep 20/20 stage 1 loss 0.0001"
 

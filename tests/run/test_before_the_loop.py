@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.forking.client import fork_server
-from tests.training.conftest import Corpus
-from tests.training.forked import LIMIT_S, Job, Server
-from tests.training.runs import metrics, pretrain
-from tests.training.test_faults import wait_for_step
+from tests.small_runs.command import metrics, pretrain
+from tests.small_runs.fixtures import Corpus
+from tests.small_runs.forked import LIMIT_S, Job, Server
+from tests.small_runs.progress import wait_for_step
 
 
 def _codes(job: Job) -> list[int]:

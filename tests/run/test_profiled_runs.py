@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.conftest import Corpus
-from tests.training.runs import pretrain, succeed, without_time
+from tests.small_runs.command import pretrain, succeed, without_time
+from tests.small_runs.fixtures import Corpus
 
 DWM = ("--policy.name", "dwm")
-# Updates before steps 6 and 9 (from 1): warm-up 5, then every 3 (tests/training/conftest.py).
+# Updates before steps 6 and 9 (from 1): warm-up 5, then every 3 (tests/small_runs/fixtures.py).
 WINDOW = "--profiling.tool torch --profiling.first_step 6 --profiling.last_step 9".split()
 
 

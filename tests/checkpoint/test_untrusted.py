@@ -23,8 +23,8 @@ from megatron_dwm.checkpoint.manifest import (
 from megatron_dwm.config import UserError
 from megatron_dwm.convert.checkpoint_reader import open_checkpoint
 from megatron_dwm.model.on_disk.saved_index import data_only, read_index
-from tests.training.conftest import Corpus
-from tests.training.forked import Server
+from tests.small_runs.fixtures import Corpus
+from tests.small_runs.forked import Server
 
 PARAMETER = "model.embedding.word_embeddings.weight"
 
@@ -156,3 +156,40 @@ def test_a_good_index_passes(stopped: tuple[Path, list[str], Path]) -> None:
     folder = list_checkpoints(stopped[0])[-1] / "llm"
     with data_only(folder):
         assert PARAMETER in read_index(folder).state_dict_metadata
+
+
+@pytest.mark.parametrize("name", ["llm/.metadata", "llm/common.pt", "training.pt"])
+@pytest.mark.parametrize("use", ["resume", "init_from"])
+def test_a_harmful_checkpoint_runs_nothing(
+    server: Server,
+    corpus: Corpus,
+    stopped: tuple[Path, list[str], Path],
+    tmp_path: Path,
+    name: str,
+    use: str,
+) -> None:
+    """Its manifest fits, as one who means harm would see to."""
+    if (name, use) == ("training.pt", "init_from"):
+        pytest.skip("init_from does not read it")
+    run_dir, marker = tmp_path / "run", tmp_path / "marker"
+    shutil.copytree(stopped[0], run_dir)
+    checkpoint = list_checkpoints(run_dir)[-1]
+    payload = _Payload(marker)
+    if name.endswith(".pt"):
+        torch.save({"model": payload, "state": payload}, checkpoint / name)
+    else:
+        (checkpoint / name).write_bytes(pickle.dumps(payload))
+    manifest = read_manifest(checkpoint)
+    files = {**manifest.files, name: record_file(checkpoint / name)}
+    write_manifest(checkpoint, replace(manifest, files=files))
+    assert pickle.loads(pickle.dumps(_Payload(tmp_path / "proof"))) == 0
+    assert (tmp_path / "proof").exists(), "the payload does what it says"
+    if use == "resume":
+        job = server.run(run_dir, stopped[1])
+    else:
+        init = ["--model.init_from", str(checkpoint), "--training.steps", "1"]
+        job = server.run(tmp_path / "new", [*corpus.arguments(), *init])
+    assert job.codes == [2] and not marker.exists(), job.text
+    [line] = [line for line in job.text.splitlines() if line.startswith("error: ")]
+    assert str(checkpoint) in line and "Traceback" not in job.text
+    assert "nothing of it was run" in line and "weights_only" not in job.text

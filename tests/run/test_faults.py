@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,9 +18,10 @@ from pathlib import Path
 import pytest
 
 from megatron_dwm.checkpoint.manifest import list_checkpoints, read_manifest
-from tests.training.conftest import CORPUS, Corpus
-from tests.training.forked import LIMIT_S, Job, Server
-from tests.training.runs import RESUME, metrics, scheduled_rate, without_time
+from tests.small_runs.command import RESUME, metrics, scheduled_rate
+from tests.small_runs.fixtures import CORPUS, Corpus
+from tests.small_runs.forked import Server
+from tests.small_runs.progress import assert_same, last_step, saved_step, wait_for_step
 
 INTERVAL = 4
 STEPS = 16
@@ -79,38 +79,6 @@ def undisturbed(server: Server, arguments: list[str], tmp_path_factory: object) 
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     server.succeed(run_dir, arguments, ranks=2)
     return run_dir
-
-
-def assert_same(run_dir: Path, expected: Path) -> None:
-    """Bit for bit: every metric, and parameters, moments and counters of the last checkpoint."""
-    assert without_time(run_dir) == without_time(expected)
-    ours, theirs = (read_manifest(list_checkpoints(d)[-1]) for d in (run_dir, expected))
-    for name, record in theirs.files.items():
-        if name.endswith(".distcp") or name == "training.pt":
-            assert ours.files[name] == record, name
-
-
-def last_step(run_dir: Path) -> int:
-    """The step of the newest line that is whole."""
-    file = run_dir / "metrics.jsonl"
-    if not file.is_file():
-        return 0
-    lines = file.read_text().splitlines()
-    return sum('"phase": "train"' in line and line.endswith("}") for line in lines)
-
-
-def saved_step(run_dir: Path) -> int:
-    """The step that a resumed run goes on from."""
-    found = list_checkpoints(run_dir)
-    return read_manifest(found[-1]).state.step if found else 0
-
-
-def wait_for_step(job: Job, run_dir: Path, step: int) -> None:
-    """Return as soon as the run has reported a step."""
-    deadline = time.monotonic() + LIMIT_S
-    while last_step(run_dir) < step:
-        assert time.monotonic() < deadline, job.text
-        time.sleep(0.002)
 
 
 def test_kill_at_random_moments(
@@ -239,18 +207,6 @@ def test_damage_is_named_and_the_one_before_is_taken(
     job = server.run(run_dir, [*arguments, *RESUME])
     assert job.codes == [2] and "no checkpoint" in job.text and "manifest.json" in job.text
     assert "Traceback" not in job.text
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 9 MB: a few checkpoints of the test's model."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs rights that this process has not")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("background", ["false", "true"])

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from tests.launch import run_ranks
-from tests.training.conftest import CORPUS, Corpus
-from tests.training.forked import Server
-from tests.training.runs import RESUME, metrics, without_time
-from tests.training.target_workers import Halves
+from tests.run.target_workers import Halves
+from tests.small_runs.command import RESUME, metrics, without_time
+from tests.small_runs.fixtures import CORPUS, Corpus
+from tests.small_runs.forked import Server
 
 # Sums in another order are 1e-7 apart; ten steps of Adam at 3e-3 may multiply that.
 LAYOUT_TOLERANCE = 1e-5
@@ -73,7 +73,7 @@ def test_halves_are_the_even_and_the_odd_rows_of_the_global_batch(
     found: list[Halves] = []
     for world_size, layouts in ((1, [{}]), (2, [{}, interleaved]), (4, [{}, interleaved])):
         these = [{**given, **case, **layout} for layout in layouts for case in cases]
-        results = run_ranks("tests.training.target_workers:halves", world_size, these)
+        results = run_ranks("tests.run.target_workers:halves", world_size, these)
         found += [rank for ranks in results for rank in ranks]
     for batches in found:
         for whole, even, odd in batches:
@@ -155,14 +155,14 @@ def test_shared_passages_and_what_measures_no_noise_are_named(
     unroll = ["--bilevel.estimator", "unroll", "--training.steps", "6"]
     apart = ["--evaluation.path", str(CORPUS / "heldout.jsonl"), "--evaluation.interval_steps", "9"]
     job = server.succeed(tmp_path / "unroll", [*arguments, *apart, *unroll])
-    assert "stand in" not in job.text
+    assert "are also in" not in job.text
     assert job.text.count("not measured: bilevel.estimator unroll gives no alignments") == 1
 
 
 def test_a_step_that_a_cpu_cannot_finish_is_said_before_it() -> None:
     """A line where the run was silent; 6e13 FLOPs are a minute of a fast CPU."""
     [[[short]], [[long]]] = [
-        [run_ranks("tests.training.target_workers:said_of_a_step", 1, [{"flops": flops}])[0]]
+        [run_ranks("tests.run.target_workers:said_of_a_step", 1, [{"flops": flops}])[0]]
         for flops in (5e13, 6e14)
     ]
     assert short == []

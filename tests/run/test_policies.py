@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow.dataset as ds
 import pytest
 
-from tests.training.conftest import Corpus
-from tests.training.runs import metrics, succeed
+from tests.small_runs.command import metrics, succeed
+from tests.small_runs.fixtures import Corpus
 
 # Sums in another order are 1e-7 apart; 20 steps of Adam at 3e-3 may multiply that.
 LAYOUT_TOLERANCE = 1e-5

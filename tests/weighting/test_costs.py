@@ -36,7 +36,7 @@ def test_a_forward_pass_is_two_flops_for_every_weight_and_token() -> None:
 def test_features_cost_below_one_percent_of_a_large_step() -> None:
     for hidden in (32, 1024):
         spent = _costs(encoder="llm", hidden_size=hidden, ffn_hidden_size=4 * hidden)
-        assert (spent.weighing + spent.reading) / spent.llm_step < 0.01
+        assert (spent.weighing + spent.extra_forward) / spent.llm_step < 0.01
 
 
 def test_a_370m_encoder_costs_the_papers_nine_percent() -> None:
@@ -51,7 +51,7 @@ def test_a_370m_encoder_costs_the_papers_nine_percent() -> None:
         num_attention_heads=shape.num_attention_heads,
         ffn_hidden_size=shape.ffn_hidden_size,
     )
-    assert (spent.weighing + spent.reading) / spent.llm_step == pytest.approx(0.0926, rel=0.1)
+    assert (spent.weighing + spent.extra_forward) / spent.llm_step == pytest.approx(0.0926, rel=0.1)
 
 
 def test_an_encoder_in_chunks_runs_forward_once_more() -> None:
@@ -70,4 +70,4 @@ def test_updates_are_three_steps_or_two() -> None:
 
 def test_reading_first_is_counted() -> None:
     grouped, whole = (_costs(encoder="llm", group=group) for group in ("micro_batch", "global"))
-    assert whole.reading == pytest.approx(whole.llm_step / 3) and grouped.reading == 0.0
+    assert whole.extra_forward == pytest.approx(whole.llm_step / 3) and grouped.extra_forward == 0.0

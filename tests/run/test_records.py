@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow.dataset as ds
 
 from megatron_dwm.report.run_files import read_weights
-from tests.training.conftest import Corpus
-from tests.training.runs import metrics, succeed
+from tests.small_runs.command import metrics, succeed
+from tests.small_runs.fixtures import Corpus
 
 ROWS = 8
 EVERY_STEP = ["--logging.weights_interval_steps", "1"]

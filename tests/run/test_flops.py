@@ -12,9 +12,9 @@ from megatron_dwm.config.load import load_config
 from megatron_dwm.model import resolve_shape
 from megatron_dwm.planning.cost import Cost, cost_of
 from megatron_dwm.weighting.model import WeightingShape, build_weighting_model
-from tests.training.conftest import Corpus
-from tests.training.forked import Server
-from tests.training.runs import metrics
+from tests.small_runs.command import metrics
+from tests.small_runs.fixtures import Corpus
+from tests.small_runs.forked import Server
 
 VOCAB_SIZE, ROWS, LENGTH = 512, 8, 32
 # The tiny LLM's forward pass: query, out; key, value; SwiGLU; half of the positions are seen.
