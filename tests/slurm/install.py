@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -21,8 +24,12 @@ def require_slurm() -> None:
         return
     if shutil.which("apt-get") is None:
         pytest.skip(f"Slurm is not installed ({', '.join(_missing())}), and apt-get is missing")
-    _apt("update")
-    _apt("install", "--yes", "--no-install-recommends", *_PACKAGES)
+    # Another worker of pytest may be at it; apt-get refuses a second process.
+    with (Path(tempfile.gettempdir()) / "megatron_dwm_tests_apt.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _missing():
+            _apt("update")
+            _apt("install", "--yes", "--no-install-recommends", *_PACKAGES)
     if _missing():
         pytest.skip(f"Debian's packages do not have {', '.join(_missing())}")
 
