@@ -38,8 +38,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="F",
         help="part of the peak FLOPs that the run is expected to reach",
     )
-    parser.add_argument("--json", action="store_true", help="print numbers as JSON")
-    parser.add_argument("--brief", action="store_true", help="print one line")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print numbers as JSON")
+    form.add_argument("--brief", action="store_true", help="print one line")
     return parser
 
 

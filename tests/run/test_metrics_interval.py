@@ -14,6 +14,9 @@ from megatron_dwm.run.health import Health
 from megatron_dwm.run.records import STATISTICS, weight_statistics
 from megatron_dwm.run.step_lines import StepLines
 from megatron_dwm.weighting.dwm import Dwm
+from tests.small_runs.command import RESUME, metrics, without_time
+from tests.small_runs.fixtures import Corpus
+from tests.small_runs.forked import Server
 
 
 def test_statistics_by_hand() -> None:
@@ -61,3 +64,29 @@ def test_a_missing_configuration_is_written_again(tmp_path: Path) -> None:
     files.metrics.reopen_at(TrainState())
     assert not (tmp_path / "metrics.jsonl").read_text()
     files.metrics.close()
+
+
+def test_a_run_with_an_interval_writes_the_same_lines(
+    server: Server, corpus: Corpus, tmp_path: Path
+) -> None:
+    """Stopped and killed on the way; seven steps do not divide what is between its updates."""
+    arguments = [*corpus.arguments(), "--policy.name", "dwm", "--training.steps", "12"]
+    server.succeed(tmp_path / "each", arguments)
+    run_dir, seven = tmp_path / "seven", [*arguments, "--logging.metrics_interval_steps", "7"]
+    stop = {"name": "send_signal", "place": "training", "call": 3, "number": 15, "rank": 0}
+    server.succeed(run_dir, seven, fault=stop)
+    killed = server.run(run_dir, [*seven, *RESUME], fault={**stop, "number": 9})
+    assert killed.codes == [-9], killed.text
+    server.succeed(run_dir, [*seven, *RESUME])
+    assert without_time(run_dir) == without_time(tmp_path / "each")
+
+
+def test_a_run_that_fails_leaves_the_lines_of_its_steps(
+    server: Server, corpus: Corpus, tmp_path: Path
+) -> None:
+    wrong = {"name": "wrong_weights", "step": 5, "value": -1.0}
+    arguments = [*corpus.arguments(), "--policy.name", "uniform", "--training.steps", "9"]
+    arguments += ["--logging.metrics_interval_steps", "7"]
+    job = server.run(tmp_path / "run", arguments, fault=wrong)
+    assert job.codes == [1] and "must be finite, non-negative and of mean 1" in job.text
+    assert [line["step"] for line in metrics(tmp_path / "run", "train")] == [1, 2, 3, 4]
