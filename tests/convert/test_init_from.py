@@ -139,7 +139,7 @@ def test_a_foreign_checkpoint_beside_a_shape_is_refused(
     right = json.loads(path.read_text())
     cases: dict[str, dict[str, Any]] = {
         r"no tensor model.output_layer.weight": {**right, "tied_embeddings": False},
-        r"linear_fc1.weight has shape \[4, 160, 64\], .* asks for \[4, 192, 64\]": {
+        r"linear_fc1.weight has shape \[4, 160, 64\], .* says \[4, 192, 64\]": {
             **right,
             "ffn_hidden_size": 96,
         },

@@ -24,7 +24,7 @@ _PLACES: dict[str, tuple[Any, str]] = {
     "checking": (checks, "check_data"),
     "resuming": (start, "newest_whole_checkpoint"),
     "building": (start, "build_job"),
-    "loading": (start, "load_checkpoint"),
+    "loading": (start, "load_job"),
     "training": (loop, "train_step"),
     "weighting": (loop, "weighting_update"),
     "evaluation": (upkeep, "evaluate"),
