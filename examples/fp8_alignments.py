@@ -1,13 +1,14 @@
-"""What FP8 does to the weighting's signal:   python examples/fp8_alignments.py RUN_OR_CHECKPOINT
+"""The effect of FP8 on alignments:   python examples/fp8_alignments.py RUN_OR_CHECKPOINT
 
 RUN_OR_CHECKPOINT is a run's directory, whose newest whole checkpoint is taken, or a directory such
 as RUN/checkpoints/step_00000400. The samples' alignments with the validation passages (all weights
-1) are found twice at that very state, parameters and moments, and on the same batches: in the run's
-unquantised precision (bf16 for a run in FP8, else fp32 or bf16 as the run is), and with the layers'
-products in emulated FP8, one scale a tensor. Printed are the correlation of the two, of values and
-of ranks, and as a yardstick that between the alignments with one half of the passages and those
-with the other half, unquantised: noise that the weighting lives with anyway. One process, on a CPU
-too; the run's parallel layout, profiling and logging play no part, and nothing of it is changed.
+1) are computed twice from that state, parameters and moments, on the same batches: in the run's
+unquantized precision (bf16 for a run in FP8, else that of the run), and with the layers' products
+in emulated FP8, one scale a tensor. The output is the correlation of the two, of values and of
+ranks. For comparison it has the correlation between the alignments with one half of the passages
+and those with the other half, unquantized: noise that every update has. The script needs one
+process, with or without a GPU. It ignores the run's parallel layout, profiling and logging, and
+does not change the run.
 """
 
 from __future__ import annotations
@@ -34,28 +35,28 @@ if TYPE_CHECKING:  # heavy: --help and mistakes are answered before torch and Me
     from torch import Tensor
 
     from megatron_dwm.bilevel import Hypergradient, Problem
+    from megatron_dwm.run.job import Job
     from megatron_dwm.runtime import Runtime
-    from megatron_dwm.training.session import Session
 
 
 def main() -> None:
-    """Print a line a batch and their means."""
+    """Print a line for every batch, and their means."""
     arguments = _parser().parse_args()
     _quiet_upstream()
+    from megatron_dwm.checkpoint.manifest import named_checkpoint
     from megatron_dwm.runtime import bring_up, world_size_from_environment
-    from megatron_dwm.training.manifest import named_checkpoint
 
     if world_size_from_environment() > 1:
         raise UserError("this is for one process; start it with python, without torchrun")
     checkpoint = named_checkpoint(arguments.checkpoint)
     of_run = _config_of(checkpoint)
-    unquantised = _unquantised(of_run, arguments.batches)
-    pair = (unquantised, _in_fp8(unquantised, of_run))
-    with bring_up(unquantised.parallel, unquantised.run.seed) as runtime:
-        exact, quantised = (
+    unquantized = _unquantized(of_run, arguments.batches)
+    pair = (unquantized, _in_fp8(unquantized, of_run))
+    with bring_up(unquantized.parallel, unquantized.run.seed) as runtime:
+        exact, quantized = (
             list(_hypergradients(config, runtime, checkpoint, arguments.batches)) for config in pair
         )
-    _print_table(unquantised.model.precision, exact, quantised)
+    _print_table(unquantized.model.precision, exact, quantized)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,27 +71,29 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quiet_upstream() -> None:
-    """What Megatron-Core says on import without optional packages, and torch about its names."""
+    """Silence Megatron-Core's messages on import, and torch's about renamed functions."""
     warnings.filterwarnings("ignore", message=".*(Apex|apex) (is|are) not installed.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron_dwm\.runtime\.cpu")
 
 
 def _config_of(checkpoint: Path) -> Config:
-    """The run's. Raises UserError for what is no checkpoint of a run that learns."""
+    """Returns the run's configuration. Raises UserError unless it is a run that learns."""
     for name in ("config.yaml", "manifest.json"):
         if not (checkpoint / name).is_file():
             raise UserError(
                 f"{checkpoint / name} is missing; expected a run, or a checkpoint that it saved"
             )
+    from megatron_dwm.weighting import learns
+
     config = load_config([str(checkpoint / "config.yaml")])
-    if not config.learns:
+    if not learns(config):
         raise UserError(f"{checkpoint}: policy.name {config.policy.name} has no alignments")
     return config
 
 
-def _unquantised(config: Config, batches: int) -> Config:
-    """Without FP8, in one process, and without what only a run needs."""
+def _unquantized(config: Config, batches: int) -> Config:
+    """Returns the configuration without FP8, in one process, and without parts only a run needs."""
     if not 1 <= batches <= config.training.steps:
         raise UserError(
             f"--batches: expected 1 to {config.training.steps}, the steps of the run, got {batches}"
@@ -118,56 +121,64 @@ def _unquantised(config: Config, batches: int) -> Config:
     )
 
 
-def _in_fp8(unquantised: Config, of_run: Config) -> Config:
-    """The same in emulated FP8, in the layers that the run would have in FP8."""
+def _in_fp8(unquantized: Config, of_run: Config) -> Config:
+    """Returns the same in emulated FP8, in the layers that the run has in FP8."""
     ends = of_run.model.fp8_first_last_bf16
-    model = replace(unquantised.model, fp8_emulation=True, fp8_first_last_bf16=ends)
-    return replace(unquantised, model=model)
+    model = replace(unquantized.model, fp8_emulation=True, fp8_first_last_bf16=ends)
+    return replace(unquantized, model=model)
 
 
 def _hypergradients(
     config: Config, runtime: Runtime, checkpoint: Path, batches: int
 ) -> Iterator[Hypergradient]:
-    """One a batch, from the checkpoint's step on; passages in halves."""
+    """Yields one for every batch from the checkpoint's step on, with its passages in halves."""
     from megatron_dwm.bilevel import ESTIMATORS
-    from megatron_dwm.training.checkpoint import load_checkpoint
-    from megatron_dwm.training.run import check
-    from megatron_dwm.training.session import build_session
+    from megatron_dwm.checkpoint.parts import Parts
+    from megatron_dwm.run.checks import check
+    from megatron_dwm.run.job import build_job, load_job
 
-    session = build_session(config, runtime, *check(config))
-    if session.passages < 2:
+    job = build_job(config, runtime, check(config))
+    if job.feed.passages < 2:
         raise UserError(f"{config.validation.path} has one row, and one row has no halves")
-    load_checkpoint(session, checkpoint)
-    first = min(session.state.step, config.training.steps - batches)
+    parts = Parts(
+        llm=job.learner.llm,
+        optimizer=job.learner.optimizer,
+        method_name=config.policy.name,
+        method=job.method,
+        state=job.state,
+    )
+    load_job(job, parts, checkpoint)
+    first = min(job.state.step, config.training.steps - batches)
     for number in range(first, first + batches):
-        yield ESTIMATORS["tangent_probe"](_problem(session, number), halves=True)
+        problem = _problem(job, number, config)
+        yield ESTIMATORS["tangent_probe"](problem, halves=True)
 
 
-def _problem(session: Session, number: int) -> Problem:
+def _problem(job: Job, number: int, config: Config) -> Problem:
     import torch
 
     from megatron_dwm.bilevel import Problem
 
-    train = session.training_batch(number)
+    train = job.feed.training(number)
     return Problem(
-        llm=session.llm,
-        optimizer=session.optimizer,
+        llm=job.learner.llm,
+        optimizer=job.learner.optimizer,
         train_batch=train,
-        weights_n=torch.ones(train.size, device=session.runtime.device),
-        val_batch=session.validation_batch(number, halves=True),
-        micro_batch_size=session.config.training.micro_batch_size,
-        inner=session.config.bilevel.inner_optimizer,
+        weights_n=torch.ones(train.size, device=job.learner.runtime.device),
+        val_batch=job.feed.validation(number, halves=True),
+        micro_batch_size=job.learner.micro_batch_size,
+        inner=config.bilevel.inner_optimizer,
     )
 
 
 def _print_table(
-    precision: str, exact: list[Hypergradient], quantised: list[Hypergradient]
+    precision: str, exact: list[Hypergradient], quantized: list[Hypergradient]
 ) -> None:
     title = f"{precision} against emulated FP8"
     print(f"{title:39}| {precision}: one half of the passages against the other")
     print("correlation  of ranks  relative error  | correlation")
     rows = []
-    for one, other in zip(exact, quantised, strict=True):
+    for one, other in zip(exact, quantized, strict=True):
         assert one.halves_2n is not None
         a_n, b_n = one.alignment_n, other.alignment_n
         rows.append(

@@ -3,13 +3,13 @@
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 corpus="$repository/examples/corpus"
 tools="$repository/tools"
-# glibc otherwise gives every large tensor's memory back to the system and asks for it again.
+# Otherwise glibc returns every large tensor's memory to the system and requests it again.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000 MALLOC_TOP_PAD_=200000000
 
-# show_help SCRIPT: the comment at its head.
+# show_help SCRIPT: print the comment at its head.
 show_help() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$1"; }
 
-# require_new DIRECTORY: leave with one line if there is something in it.
+# require_new DIRECTORY: exit with one line unless it is new or empty.
 require_new() {
     if [ -e "$1" ] && { [ ! -d "$1" ] || [ -n "$(ls -A "$1")" ]; }; then
         echo "error: $1 exists and is not empty; name another WORKDIR" >&2
@@ -34,11 +34,11 @@ preprocess() { # preprocess DATA_DIR
         --append-eod --metadata-keys domain --workers "$(nproc)"
 }
 
-train() { # train DATA_DIR RUN_DIR SEED [options]: examples/tiny.yaml, but for the options
+train() { # train DATA_DIR RUN_DIR SEED [options]: examples/tiny.yaml with these options
     local data="$1" run="$2" seed="$3"
     local target="$corpus/validation.jsonl"
     shift 3
-    case " $* " in *" --policy.name uniform "*) target="" ;; esac # reads none, and refuses the key
+    case " $* " in *" --policy.name uniform "*) target="" ;; esac # uniform reads no target and refuses the key
     OMP_NUM_THREADS=1 python -m megatron_dwm.pretrain "$repository/examples/tiny.yaml" \
         --run.dir "$run" --run.seed "$seed" \
         --data.train "$data/corpus_text_document" --data.tokenizer "$data/tokenizer.model" \

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The whole main job on one CPU, from raw text to a scored model:   bash examples/quickstart.sh [WORKDIR]
 #
-# Makes .venv if it is missing; trains a tokenizer; mixes the sample corpus with as much junk;
-# preprocesses it; trains the model of examples/tiny.yaml three times on the same data in the same
-# order: with weights learned from the LLM's own features (dwm), with weights from an encoder of
+# Creates .venv if it is missing; trains a tokenizer; mixes the sample corpus with the same amount of
+# junk; preprocesses it; trains the model of examples/tiny.yaml three times on the same data in the
+# same order: with weights learned from the LLM's own features (dwm), with weights from an encoder of
 # their own, the paper's form (dwm_own), and with uniform weights; exports the first and the last to
-# Hugging Face; scores both on last words; prints a table. WORKDIR (default ./quickstart_run) must be
-# new or empty. SEED (default 1234) and STEPS (default: examples/tiny.yaml's) may be set in the
-# environment.
+# Hugging Face; evaluates both on last words; prints a table. WORKDIR (default ./quickstart_run) must
+# be new or empty. The environment variables SEED (default 1234) and STEPS (default:
+# examples/tiny.yaml's) may be set.
 set -euo pipefail
 
 . "$(dirname "${BASH_SOURCE[0]}")/parts.sh"
@@ -28,7 +28,7 @@ mkdir -p "$workdir/data" "$workdir/runs" "$workdir/export"
 cd "$workdir"
 workdir="$PWD"
 
-# part NAME COMMAND...: run a part of the job and keep its wall-clock for the closing table.
+# part NAME COMMAND...: run a part of the job and record its wall-clock time for the closing table.
 part() {
     local name="$1" start=$SECONDS
     shift
@@ -40,13 +40,13 @@ part() {
 
 train_dwm() { train data runs/dwm "$seed"; }
 
-# The runs to compare with, one after the other.
+# The other two runs, one after the other.
 train_others() {
     train data runs/uniform "$seed" --policy.name uniform
     train data runs/dwm_own "$seed" --weighting.encoder own --weighting.update_on fresh
 }
 
-# Side by side where there are two cores; the others' output goes to a file.
+# At the same time if there are two cores; the output of the other runs goes to a file.
 train_all() {
     if [ "$(nproc)" -lt 2 ]; then
         train_dwm
@@ -57,10 +57,10 @@ train_all() {
     local others=$!
     trap 'kill '"$others"' 2>/dev/null || true' EXIT
     train_dwm
-    echo "waiting for the runs to compare with: $workdir/runs/others.log"
+    echo "waiting for the other runs: $workdir/runs/others.log"
     if ! wait "$others"; then
         tail -n 20 runs/others.log >&2
-        echo "error: a run to compare with failed, see $workdir/runs/others.log" >&2
+        echo "error: one of the other runs failed, see $workdir/runs/others.log" >&2
         exit 1
     fi
     trap - EXIT

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Seven ways of weighting at equal steps and data order:   bash examples/study.sh WORKDIR [SEED...]
 #
-# For every SEED (default 1234 1235 1236): junk is mixed into the sample corpus anew, and the model
-# of examples/tiny.yaml is trained with uniform weights, with the paper's own encoder (staged and
-# online), with the LLM's features (updates on fresh batches and on the training batch), and with two
-# baselines without a model. Runs that are finished are left alone, so the study can be stopped and
-# begun again. Two at a time where there are two cores: about 12 minutes a seed. STEPS (default:
-# examples/tiny.yaml's) may be set in the environment.
+# For every SEED (default 1234 1235 1236) this mixes new junk into the sample corpus and trains the
+# model of examples/tiny.yaml with uniform weights, with the paper's own encoder (staged and online),
+# with the LLM's features (updates on fresh batches and on the training batch), and with two baselines
+# without a model. Finished runs are not repeated, so the study can be stopped and started again. Two
+# runs at a time if there are two cores: about 12 minutes a seed. The environment variable STEPS
+# (default: examples/tiny.yaml's) may be set.
 set -euo pipefail
 
 . "$(dirname "${BASH_SOURCE[0]}")/parts.sh"

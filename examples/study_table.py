@@ -1,6 +1,6 @@
-"""The table of examples/study.sh:   python examples/study_table.py WORKDIR
+"""Prints the table of examples/study.sh:   python examples/study_table.py WORKDIR
 
-Mean and standard deviation over the seeds, at equal steps, of METHOD.SEED in WORKDIR.
+Mean and standard deviation over the seeds, at equal steps, of the runs WORKDIR/METHOD.SEED.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ Lines = list[dict[str, Any]]
 def main() -> None:
     """Print the study's table, Markdown."""
     if len(sys.argv) != 2:
-        raise UserError("expected one argument, the study's WORKDIR")
+        raise UserError("expected one argument, the WORKDIR of a study")
     runs = _runs(Path(sys.argv[1]))
     if BASE not in runs:
-        raise UserError(f"{sys.argv[1]}: no finished run of {BASE} to compare with")
+        raise UserError(
+            f"{sys.argv[1]}: no finished run of {BASE} to compare with; let examples/study.sh end"
+        )
     domains = sorted(
         _final(next(iter(runs[BASE].values()))), key=lambda name: (name != "target", name)
     )
@@ -52,7 +54,7 @@ def main() -> None:
 
 
 def _runs(workdir: Path) -> dict[str, dict[str, Lines]]:
-    """method -> seed -> lines of a run, uniform first."""
+    """Returns the lines of every finished run by method and seed, uniform first."""
     found: dict[str, dict[str, Lines]] = {}
     for directory in sorted(
         workdir.glob("*.*"), key=lambda path: (not path.name.startswith(BASE), path)
@@ -75,7 +77,7 @@ def _final(lines: Lines) -> dict[str, float]:
 
 
 def _cell(method: str, by_seed: dict[str, Lines], base: dict[str, Lines], domain: str) -> str:
-    """The loss of the baseline; of every other method the change against it, seed by seed."""
+    """Returns the baseline's loss, or another method's change against it, seed by seed."""
     if method == BASE:
         return _spread([_final(lines)[domain] for lines in by_seed.values()], ".3f")
     changes = [_final(by_seed[seed])[domain] - _final(base[seed])[domain] for seed in by_seed]
@@ -100,7 +102,7 @@ def _costs(by_seed: dict[str, Lines], runs: dict[str, dict[str, Lines]]) -> list
 
 
 def _reached(lines: Lines, base: Lines) -> str:
-    """The first evaluation at which the target's loss is no more than the baseline's last."""
+    """Returns the first step at which the target's loss is at most the baseline's last one."""
     goal = _final(base)["target"]
     series = held_out_loss(lines)["target"]
     steps = [

@@ -1,4 +1,4 @@
-"""`torchrun --nproc-per-node N -m megatron_dwm.pretrain CONFIG.yaml [--section.key value ...]`"""
+"""Trains a model: `torchrun -m megatron_dwm.pretrain CONFIG.yaml [--section.key value ...]`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ def main() -> None:
     """Train one run; see `--help` for every key."""
 
     def job(loaded: Loaded) -> None:
-        from megatron_dwm.training.resume import print_warning  # noqa: PLC0415
-        from megatron_dwm.training.run import run  # noqa: PLC0415
-        from megatron_dwm.weighting.build import parts_of  # noqa: PLC0415
+        from megatron_dwm.run.start import run
+        from megatron_dwm.runtime.warn import print_warning
+        from megatron_dwm.weighting import method_class
 
         config = loaded.config
-        for line in warnings_of_effect(config, loaded.given, parts_of(config)):
+        parts = method_class(config).parts(config)
+        for line in warnings_of_effect(config, loaded.given, parts):
             print_warning(line)
         run(config)
 

@@ -1,14 +1,40 @@
-"""Options of the whole test suite."""
+"""Options of the whole test suite, its fixtures, and which tests are slow."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+
+from tests.small_runs.fixtures import corpus, server, stopped  # noqa: F401
 
 # By processor time; begun first, so that no worker is left alone with one of them at the end.
 LONGEST = (
-    *("test_quickstart.py", "test_faults.py", "test_runs.py", "test_benchmark.py"),
-    *("test_evaluate.py", "test_measured.py", "test_features.py"),
+    *("test_jobs.py", "test_quickstart.py", "test_faults.py", "test_runs.py", "test_benchmark.py"),
+    *("test_first_gpu_run.py", "test_evaluate.py", "test_measured.py", "test_features.py"),
 )
+
+# Folders and files whose tests start processes, train or convert models; `-m "not slow"` runs the
+# others in under a minute. A new file is slow if its folder is listed.
+SLOW = (
+    *("bilevel/", "checkpoint/", "convert/", "doctor/", "evaluation/", "forking/", "gpu/"),
+    *("planning/", "preprocess/", "recipes/", "run/", "signatures/", "slurm/", "tools/"),
+    *("training/", "weighting/"),
+    *("config/test_examples.py", "config/test_printing.py", "model/test_fp8.py"),
+    *("runtime/test_bring_up.py", "runtime/test_peers.py", "tokenizer/test_engine.py"),
+    *("test_metrics_document.py", "test_quickstart.py", "test_testing.py"),
+)
+# Files of these folders that only call functions.
+NOT_SLOW = (
+    *("bilevel/test_adapters.py", "checkpoint/test_manifest.py", "convert/test_generate.py"),
+    *("evaluation/test_scores.py", "planning/test_published.py"),
+    *("preprocess/test_index_writer.py", "preprocess/test_merge_types.py"),
+    *("preprocess/test_metadata.py", "preprocess/test_preprocess_output.py"),
+    *("run/test_changes.py", "run/test_health.py", "run/test_lost_checkpoints.py"),
+    *("weighting/test_concentration.py", "weighting/test_costs.py", "weighting/test_noise.py"),
+    "weighting/test_schedule.py",
+)
+_TESTS = Path(__file__).parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,6 +49,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files in their order, but the longest before the others; tests/run.sh deals them out so."""
+    """Mark slow tests, and put the longest files first; tests/run.sh starts them in this order."""
+    for item in items:
+        name = item.path.relative_to(_TESTS).as_posix()
+        if name.startswith(SLOW) and name not in NOT_SLOW:
+            item.add_marker("slow")
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))

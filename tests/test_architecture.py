@@ -1,4 +1,4 @@
-"""Rules of DESIGN.md that a machine can hold: who imports whom, and how large things grow."""
+"""Rules that a test can check: which folder imports which, and how large files may become."""
 
 from __future__ import annotations
 
@@ -8,28 +8,40 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import NOT_SLOW, SLOW
+
 REPOSITORY = Path(__file__).parent.parent
 PACKAGE = REPOSITORY / "megatron_dwm"
 
-# A folder may import itself and the folders named here; `training.checkpoint` names one module.
+# A folder may import itself, and of those above it in this table the ones named here. Two rows are
+# modules, launch.py and testing.py; the other modules beside the folders are entry points.
 ALLOWED: dict[str, set[str]] = {
-    "config": set(),
-    "tokenizer": {"config"},
-    "runtime": {"config"},
+    "files": set(),
+    "config": {"files"},
+    "tokenizer": {"files", "config"},
+    "launch": {"config"},
+    "runtime": {"config", "launch"},
     "model": {"config", "runtime"},
-    "data": {"config", "runtime", "tokenizer"},
-    "weighting": {"config", "runtime", "model", "data"},
-    "bilevel": {"runtime", "model", "data"},
-    "training": {"config", "tokenizer", "runtime", "model", "data", "weighting", "bilevel"},
-    "planning": {"config", "model", "weighting", "training.compute", "training.stages"},
-    "preprocess": {"config", "tokenizer"},
-    "convert": {
-        *("config", "tokenizer", "runtime", "model", "training.checkpoint", "training.manifest"),
-        *("training.fingerprint", "training.kept_files"),
+    "data": {"files", "config", "tokenizer", "runtime", "model"},
+    "weighting": {"config", "tokenizer", "runtime", "model", "data"},
+    "bilevel": {"runtime", "model"},
+    "checkpoint": {"files", "config", "tokenizer", "runtime", "model", "data", "weighting"},
+    "training": {"config", "runtime", "model", "data", "weighting", "bilevel"},
+    "run": {
+        *("files", "config", "tokenizer", "runtime", "model", "data", "weighting", "checkpoint"),
+        "training",
     },
-    "evaluation": {"config", "tokenizer", "convert"},
+    "testing": {"config", "runtime", "model", "data", "training"},
+    "planning": {"config", "model", "weighting"},
+    "doctor": {
+        *("config", "runtime", "model", "data", "weighting", "bilevel", "training", "testing"),
+    },
+    "preprocess": {"files", "config", "tokenizer"},
+    "convert": {"files", "config", "tokenizer", "runtime", "model", "checkpoint"},
+    "evaluation": {"files", "config"},
     "report": {"config"},
 }
+MAX_CLASS_LINES = 150
 # Imported by one file of the package at most.
 ONE_FILE = ("transformer_engine", "apex", "transformers", "lm_eval", "datasets", "matplotlib")
 MAX_FILE_LINES = 350
@@ -54,6 +66,11 @@ def _imports(file: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def _row(file: Path) -> str:
+    """Returns the row of the table that a file of the package falls under, if there is one."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
 def _may_import(folder: str, module: str) -> bool:
     target = module.removeprefix("megatron_dwm.")
     names = ALLOWED[folder] | {folder}
@@ -62,17 +79,34 @@ def _may_import(folder: str, module: str) -> bool:
 
 @pytest.mark.parametrize("file", _files(), ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_imports_go_one_way(file: Path) -> None:
-    parts = file.relative_to(PACKAGE).parts
-    if len(parts) == 1:  # entry points stand above everything
+    row = _row(file)
+    if row not in ALLOWED or file.name == "__main__.py":  # entry points stand above everything
         return
     ours = {name for name in _imports(file) if name.startswith("megatron_dwm.")}
-    wrong = {name for name in ours if not _may_import(parts[0], name)}
-    assert not wrong, f"{parts[0]}/ may not import {sorted(wrong)}"
+    wrong = {name for name in ours if not _may_import(row, name)}
+    assert not wrong, f"{row} may not import {sorted(wrong)}"
+
+
+def test_no_folder_may_import_what_it_does_not() -> None:
+    imported: dict[str, set[str]] = {folder: set() for folder in ALLOWED}
+    for file in _files():
+        ours = [name for name in _imports(file) if name.startswith("megatron_dwm.")]
+        if _row(file) in ALLOWED:
+            imported[_row(file)] |= {name.split(".")[1] for name in ours}
+    unused = {folder: ALLOWED[folder] - imported[folder] for folder in ALLOWED}
+    assert not any(unused.values()), unused
+
+
+def test_arrows_point_one_way() -> None:
+    """No folder may import one that stands below it in the table, so there is no circle."""
+    order = list(ALLOWED)
+    for folder, above in ALLOWED.items():
+        assert all(order.index(other) < order.index(folder) for other in above), folder
 
 
 def test_every_folder_has_a_rule() -> None:
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert folders == set(ALLOWED)
+    assert folders == set(ALLOWED) - {"launch", "testing"}
 
 
 def test_relative_imports_are_not_used() -> None:
@@ -102,6 +136,12 @@ def test_planning_starts_nothing() -> None:
         assert not any(name.split(".")[0] == "torch" for name in _imports(file)), file
 
 
+def test_slow_and_fast_tests_exist() -> None:
+    for name in (*SLOW, *NOT_SLOW):
+        assert (REPOSITORY / "tests" / name).exists(), name
+    assert all(name.startswith(SLOW) for name in NOT_SLOW)
+
+
 def test_report_never_imports_torch() -> None:
     for file in (PACKAGE / "report").glob("*.py"):
         assert not any(name.split(".")[0] == "torch" for name in _imports(file)), file
@@ -115,3 +155,5 @@ def test_sizes_and_signatures(file: Path) -> None:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
             assert node.returns is not None, node.name
+        if isinstance(node, ast.ClassDef):
+            assert node.end_lineno - node.lineno < MAX_CLASS_LINES, node.name

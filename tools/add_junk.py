@@ -9,7 +9,7 @@ from megatron_dwm.config.command_line import OneLineParser, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Options of the command."""
+    """Read the options of the command."""
     parser = OneLineParser(
         description=__doc__ + " Each kind is a domain of its own; all real documents are kept.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -35,9 +35,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     arguments = parse_arguments()
-    from megatron_dwm.preprocess.junk import add_junk
+    from example_data.junk import add_junk
 
     summary = add_junk(
         arguments.input, Path(arguments.output), fraction=arguments.fraction, seed=arguments.seed

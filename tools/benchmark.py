@@ -18,6 +18,7 @@ from benchmarks.settings import Settings
 
 from megatron_dwm.config.command_line import OneLineParser, run_command
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.launch import find_launch
 
 # torchrun ends the other processes as soon as one leaves; the others let the main one speak first.
 _OTHERS_WAIT_S = 5.0
@@ -34,6 +35,7 @@ _CONVERT = "to-hf against copying the checkpoint's files; its peak memory."
 
 def main() -> None:
     """Parse the arguments, check the sizes, measure, print."""
+    launch = find_launch(os.environ)
     try:
         arguments = _parser().parse_args()
         if arguments.command == "convert":
@@ -43,13 +45,13 @@ def main() -> None:
             _measure_preprocessing(arguments)
             return
         settings = _settings(arguments)
-        settings.check(int(os.environ.get("WORLD_SIZE", "1")))
+        settings.check(launch.world_size)
     except UserError:
-        if os.environ.get("RANK", "0") == "0":
+        if launch.rank == 0:
             raise
         time.sleep(_OTHERS_WAIT_S)
         sys.exit(2)
-    # Said by Megatron-Core on import, on every machine without its optional packages.
+    # Megatron-Core prints this on import on every machine without its optional packages.
     warnings.filterwarnings("ignore", message=".*(Apex|apex) (is|are) not installed.*")
     # Imported here, so that --help and mistakes answer at once.
     if arguments.command == "step":
@@ -170,13 +172,14 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     add("--ffn", 704, "inner width of the SwiGLU block")
     add("--vocab", 1024, "pieces in the vocabulary")
     add("--sequence", 128, "tokens in a sample")
-    add("--batch", 16, "samples in one optimiser step, over all processes")
+    add("--batch", 16, "samples in one optimizer step, over all processes")
     add("--micro-batch", 16, "samples in one forward pass of one process")
     parser.add_argument(
         "--precision",
-        choices=("fp32", "bf16"),
+        choices=("fp32", "bf16", "fp8"),
         default="fp32",
-        help="arithmetic of parameters and activations (default: fp32)",
+        help="arithmetic of parameters and activations; fp8 needs a GPU and Transformer Engine "
+        "(default: fp32)",
     )
     add("--repeats", 20, "counted rounds, each of which times everything once")
     add("--warm-up", 3, "rounds before them that are not counted")
@@ -199,7 +202,7 @@ def _add_layout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sharded-optimizer",
         action="store_true",
-        help="shard the optimiser's state over the data-parallel group (default: off)",
+        help="shard the optimizer's state over the data-parallel group (default: off)",
     )
 
 

@@ -1,4 +1,4 @@
-"""Convert models between checkpoints of ours and Hugging Face directories, either way.
+"""Convert models between checkpoints of a run and Hugging Face directories, in both directions.
 
 python tools/convert_checkpoint.py to-hf RUN_OR_CHECKPOINT --output DIR
 python tools/convert_checkpoint.py from-hf DIR --output CHECKPOINT
@@ -16,17 +16,17 @@ from megatron_dwm.convert.output import require_free
 
 _TO_HF = """
 Write a checkpoint as a Hugging Face directory (safetensors, config, tokenizer, model card). The
-directory gets its name only when the exported tokenizer gives training's ids and the exported
-model's logits are within 1e-4 of the largest logit of Megatron-Core's own model. Works for any
-parallel layout, one tensor at a time. Text is encoded as in training: no beginning of sequence,
-and "</s>" in a text is plain text. A model that training began with (model.init_from) goes out with
-its own configuration and tokenizer files.
+directory is written only if the exported tokenizer gives training's ids and the exported model's
+logits differ from Megatron-Core's by at most 1e-4 of the largest logit. Reads any parallel layout,
+one tensor at a time. Text is encoded as in training: no beginning of sequence, and "</s>" in a text
+is plain text. If training started from a Hugging Face model (model.init_from), its configuration
+and tokenizer files are copied.
 """
 _FROM_HF = """
-Write a Llama of Hugging Face's (LlamaForCausalLM: Llama 2, Llama 3, SmolLM2, TinyLlama, ...) as a
-checkpoint, which model.init_from starts from under any parallel layout. (model.init_from takes the
-Hugging Face directory itself too.) The checkpoint gets its name only when Megatron-Core's logits
-are within 1e-4 of the largest logit of transformers'.
+Write a Hugging Face Llama (LlamaForCausalLM: Llama 2, Llama 3, SmolLM2, TinyLlama, ...) as a
+checkpoint, from which a run can start under any parallel layout (model.init_from, which also
+accepts the Hugging Face directory itself). The checkpoint is written only if Megatron-Core's logits
+differ from transformers' by at most 1e-4 of the largest logit.
 """
 _SKIP = "do not compare logits; the model card of to-hf says so (default: compare)"
 
@@ -61,7 +61,7 @@ def _to_hf(arguments: argparse.Namespace) -> None:
 
 
 def _from_hf(arguments: argparse.Namespace) -> None:
-    # What is wrong with a small file is said before torch is imported, which takes seconds.
+    # Mistakes in small files are reported before torch is imported, which takes seconds.
     require_free(arguments.output)
     read_huggingface_config(arguments.directory)
     from megatron_dwm.convert.from_hf import import_from_huggingface
@@ -76,7 +76,7 @@ def _from_hf(arguments: argparse.Namespace) -> None:
 
 
 def _ids(texts_compared: int) -> str:
-    return f"ids equal on {texts_compared} texts" if texts_compared else "tokenizer as it came"
+    return f"ids equal on {texts_compared} texts" if texts_compared else "tokenizer files copied"
 
 
 def _logits(deviation: float | None) -> str:
@@ -90,27 +90,29 @@ def _parser() -> OneLineParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="{to-hf,from-hf}")
-    to_hf = commands.add_parser("to-hf", description=_TO_HF, help="ours to Hugging Face")
+    to_hf = commands.add_parser("to-hf", description=_TO_HF, help="checkpoint to Hugging Face")
     to_hf.set_defaults(convert=_to_hf)
     to_hf.add_argument(
         "checkpoint",
         type=Path,
         metavar="RUN_OR_CHECKPOINT",
-        help="run directory (its newest whole checkpoint is taken) or RUN/checkpoints/step_N",
+        help="run directory (its newest complete checkpoint) or RUN/checkpoints/step_N",
     )
     to_hf.add_argument(
         "--tokenizer",
         metavar="MODEL",
-        help="the run's tokenizer, only needed for checkpoints of older versions, which have no "
-        "copy of it; another one is refused (default: the checkpoint's copy, else data.tokenizer "
-        "of its configuration)",
+        help="the run's tokenizer; only checkpoints of older versions, which have no copy of it, "
+        "need this; any other tokenizer is refused (default: the checkpoint's copy, else "
+        "data.tokenizer of its configuration)",
     )
     to_hf.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="type the parameters are kept in (default: the checkpoint's)",
+        help="data type of the exported parameters (default: the checkpoint's)",
     )
-    from_hf = commands.add_parser("from-hf", description=_FROM_HF, help="Hugging Face to ours")
+    from_hf = commands.add_parser(
+        "from-hf", description=_FROM_HF, help="Hugging Face to checkpoint"
+    )
     from_hf.set_defaults(convert=_from_hf)
     from_hf.add_argument("directory", type=Path, metavar="DIR", help="Hugging Face directory")
     for command in (to_hf, from_hf):
@@ -118,7 +120,7 @@ def _parser() -> OneLineParser:
             "--output",
             type=Path,
             required=True,
-            help="directory to create; must not exist, its parent must",
+            help="directory to create; it must not exist, and its parent must",
         )
         command.add_argument("--skip-check", action="store_true", help=_SKIP)
     return parser

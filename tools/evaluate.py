@@ -1,14 +1,14 @@
 """Evaluate a Hugging Face model directory with lm-evaluation-harness.
 
---suite dwm runs ten public tasks (the nine of the papers and LAMBADA) with 0 and with 2 solved
-examples. Their data sets come from the hub, from its cache, or from files of yours (--data-dir).
---suite local runs the task files in --tasks-dir on data files of yours and fetches nothing; data
-file names in a task file are relative to it. Prints a table with the harness's standard errors.
+--suite dwm runs ten public tasks (the papers' nine and LAMBADA) with 0 and with 2 solved examples.
+Their data sets come from the Hugging Face hub, from its cache, or from your files (--data-dir).
+--suite local runs the task files in --tasks-dir on your data files and downloads nothing; names of
+data files in a task file are relative to it. Prints a table with the harness's standard errors.
 
 Without network: fill a cache where there is network (HF_HOME=/shared/hf, the same command with
 --limit 1), then run here with the same HF_HOME and HF_HUB_OFFLINE=1. Or keep each task's splits as
-JSON Lines in DIR/TASK/SPLIT.jsonl, such as DIR/sciq/test.jsonl, and give --data-dir DIR.
-docs/evaluation.md has both step by step.
+JSON Lines in DIR/TASK/SPLIT.jsonl, such as DIR/sciq/test.jsonl, and use --data-dir DIR.
+docs/evaluation.md shows both step by step.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from megatron_dwm.evaluation.harness import run_harness
 from megatron_dwm.evaluation.scores import (
     comparable,
     format_table,
-    partial_name,
     read_written,
     write_scores,
 )
 from megatron_dwm.evaluation.suites import select_tasks
+from megatron_dwm.files.atomic import partial_path
 
 DEFAULT_SHOTS = {"dwm": [0, 2], "local": [0]}
 
@@ -48,7 +48,9 @@ def main() -> None:
         _require_writable(arguments.output)
     others = {path.stem: read_written(path, limit=arguments.limit) for path in arguments.compare}
     if len(others) < len(arguments.compare):
-        raise UserError("--compare: two files have the same name, which heads their columns")
+        raise UserError(
+            "--compare: two files have the same name, which heads their columns; rename one"
+        )
     scores = run_harness(
         arguments.model,
         tasks,
@@ -56,11 +58,11 @@ def main() -> None:
         limit=arguments.limit,
         batch_size=arguments.batch_size,
     )
-    beside = {name: comparable(scores, theirs, name) for name, theirs in others.items()}
-    for other in beside.values():
+    compared = {name: comparable(scores, theirs, name) for name, theirs in others.items()}
+    for other in compared.values():
         for note in other.notes:
             print(f"warning: --compare {note}", file=sys.stderr)
-    print(format_table(scores, {name: other.scores for name, other in beside.items()}))
+    print(format_table(scores, {name: other.scores for name, other in compared.items()}))
     if arguments.output is not None:
         about = {
             "model": str(arguments.model),
@@ -75,7 +77,7 @@ def _require_writable(output: Path) -> None:
     require_possible_names([output])
     if output.exists():
         raise UserError(f"--output {output} exists; name another file or remove it")
-    require_writable_parents([partial_name(output)])
+    require_writable_parents([partial_path(output)])
 
 
 def _at_least(smallest: int) -> type[int]:
@@ -92,23 +94,41 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory")
+    _add_tasks(parser)
+    _add_scoring(parser)
+    return parser
+
+
+def _add_tasks(parser: OneLineParser) -> None:
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="Hugging Face directory")
-    add("--suite", choices=("dwm", "local"), required=True, help="tasks to choose from")
-    add("--tasks", nargs="+", default=[], metavar="NAME", help="only these (default: all)")
-    add("--tasks-dir", type=Path, metavar="DIR", help="task files of --suite local")
+    add("--suite", choices=("dwm", "local"), required=True, help="set of tasks")
+    add(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="tasks to run (default: all of the suite)",
+    )
+    add(
+        "--tasks-dir", type=Path, metavar="DIR", help="directory of the task files of --suite local"
+    )
     add(
         "--data",
         type=Path,
         metavar="FILE",
-        help="JSON Lines file in place of the local task's own (one task only)",
+        help="JSON Lines file to use instead of the local task's own (for one task only)",
     )
     add(
         "--data-dir",
         type=Path,
         metavar="DIR",
-        help="read the tasks of --suite dwm from DIR/TASK/SPLIT.jsonl and fetch nothing",
+        help="read the data of --suite dwm from DIR/TASK/SPLIT.jsonl and download nothing",
     )
+
+
+def _add_scoring(parser: OneLineParser) -> None:
+    add = parser.add_argument
     add(
         "--num-fewshot",
         type=_at_least(0),
@@ -117,7 +137,12 @@ def _parser() -> OneLineParser:
         help="solved examples before each question; several numbers run one after the other "
         "(default: 0 2 for --suite dwm, 0 for local)",
     )
-    add("--limit", type=_at_least(1), metavar="N", help="first examples of a task (default: all)")
+    add(
+        "--limit",
+        type=_at_least(1),
+        metavar="N",
+        help="use the first N examples of each task (default: all)",
+    )
     add(
         "--batch-size",
         type=_at_least(1),
@@ -131,11 +156,10 @@ def _parser() -> OneLineParser:
         nargs="+",
         default=[],
         metavar="FILE.json",
-        help="scores that --output wrote for other models; their columns stand beside, but for "
-        "tasks that asked other questions",
+        help="scores that --output wrote for other models, shown in columns of their own; tasks "
+        "with other questions are left out",
     )
-    add("--output", type=Path, metavar="FILE.json", help="also write the scores here")
-    return parser
+    add("--output", type=Path, metavar="FILE.json", help="also write the scores to this file")
 
 
 if __name__ == "__main__":

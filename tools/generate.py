@@ -1,10 +1,9 @@
-"""Sample text from a Hugging Face model directory, through transformers.
+"""Sample text from a Hugging Face model directory with transformers.
 
 python tools/generate.py --model DIR --prompt "Once upon a time" "The river"
 
-Prints each prompt with its continuation. A prompt is given to the model as training would have
-encoded it; an empty one ("") is the beginning of a document. What does not fit into the model's
-context is said.
+Prints each prompt with its continuation. Prompts are encoded as in training; an empty prompt ("")
+is the start of a document. A warning names prompts that do not fit in the model's context.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def main() -> None:
         raise UserError(f"--top-p {arguments.top_p}: expected above 0, at most 1")
     # Megatron-Core warns on import that optional GPU packages are missing.
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
-    # Imported here, so that --help and mistakes answer at once.
+    # Imported here, so that --help and mistakes are answered at once.
     from megatron_dwm.convert.huggingface import generate_text
 
     texts = generate_text(
@@ -50,7 +49,7 @@ def main() -> None:
 
 
 def _require_text(prompts: list[str]) -> None:
-    """`UserError` for a prompt whose bytes are no UTF-8, which Python keeps as surrogates."""
+    """Raise `UserError` for a prompt that is not UTF-8; Python keeps its bytes as surrogates."""
     for number, prompt in enumerate(prompts, start=1):
         try:
             prompt.encode("utf-8")
@@ -68,34 +67,40 @@ def _parser() -> OneLineParser:
     )
     add = parser.add_argument
     add("--model", type=Path, required=True, help="Hugging Face directory")
-    add("--prompt", nargs="+", required=True, metavar="TEXT", help="one sample for each")
+    add(
+        "--prompt",
+        nargs="+",
+        required=True,
+        metavar="TEXT",
+        help="prompts, in UTF-8; one sample each",
+    )
     add(
         "--max-new-tokens",
         type=_number(int, 1),
         default=64,
         metavar="N",
-        help="longest continuation in tokens (default: 64)",
+        help="longest continuation, in tokens (default: 64)",
     )
     add(
         "--temperature",
         type=_number(float, 0),
         default=0.8,
         metavar="T",
-        help="divides the logits; 0 always takes the likeliest token (default: 0.8)",
+        help="divides the logits; 0 always takes the most likely token (default: 0.8)",
     )
     add(
         "--top-p",
         type=float,
         default=1.0,
         metavar="P",
-        help="sample among the likeliest tokens that together have this probability (default: 1)",
+        help="sample from the most likely tokens that together have this probability (default: 1)",
     )
     add(
         "--seed",
         type=_number(int, 0),
         default=1234,
         metavar="N",
-        help="of the random choice (default: 1234)",
+        help="seed of the sampling (default: 1234)",
     )
     return parser
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from example_data.sample_corpus import make_sample_corpus
+
 from megatron_dwm.config.command_line import OneLineParser, run_command
-from megatron_dwm.preprocess.sample_corpus import make_sample_corpus
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Options of the command."""
+    """Read the options of the command."""
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -34,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     arguments = parse_arguments()
     totals = make_sample_corpus(arguments.source, arguments.lambada, Path(arguments.output))
     for domain, (documents, size_bytes) in totals.items():

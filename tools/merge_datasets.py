@@ -8,7 +8,7 @@ from megatron_dwm.config.command_line import OneLineParser, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Options of the command."""
+    """Read the options of the command."""
     parser = OneLineParser(
         description=__doc__ + " Documents keep their order: all of the first dataset, then all of "
         "the second, and so on. Files are copied at the disk's speed with a fixed buffer.",
@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     arguments = parse_arguments()
     from megatron_dwm.preprocess.merge import merge_datasets, total_bytes
     from megatron_dwm.preprocess.progress import progress_over

@@ -1,8 +1,8 @@
-"""What a run will need, before anything is started: memory, FLOPs, messages, time, and if it fits.
+"""Print what a run will need before it is started: memory, FLOPs, messages, time, and if it fits.
 
 The configuration is that of pretrain, dotted options included; the files that it names need not
-exist, but for a model to start from (model.init_from, weighting.load). How the numbers come about,
-and what they were held to: docs/planning.md.
+exist, except a model to start from (model.init_from, weighting.load). docs/planning.md says how the
+numbers are computed, and with what they were compared.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         description=__doc__,
         usage="plan.py CONFIG.yaml --gpus N --gpu NAME [--mfu F] [--json] "
-        "[--section.key value ...]",
+        "[--brief] [--section.key value ...]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="CONFIG.yaml and --section.key are those of `python -m megatron_dwm.pretrain "
         "--help`. GB are 10^9 bytes. Exits 0 whether or not the run fits.",
@@ -38,7 +38,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="F",
         help="part of the peak FLOPs that the run is expected to reach",
     )
-    parser.add_argument("--json", action="store_true", help="print numbers as JSON")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print numbers as JSON")
+    form.add_argument("--brief", action="store_true", help="print one line")
     return parser
 
 
@@ -51,16 +53,20 @@ def main() -> None:
         raise UserError(f"--mfu: expected a fraction above 0, at most 1, got {options.mfu}")
     loaded = load(rest, "plan.py")
     config = loaded.config
-    # Said by Megatron-Core on import, on every machine without these optional packages.
+    # Megatron-Core prints this on import on every machine without these optional packages.
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
-    from megatron_dwm.planning import GPUS, make_plan  # noqa: PLC0415
-    from megatron_dwm.planning.table import plan_text  # noqa: PLC0415
-    from megatron_dwm.weighting.build import parts_of  # noqa: PLC0415
+    from megatron_dwm.planning import GPUS, make_plan
+    from megatron_dwm.planning.table import plan_line, plan_text
+    from megatron_dwm.weighting import method_class
 
-    for line in warnings_of_effect(config, loaded.given, parts_of(config)):
+    parts = method_class(config).parts(config)
+    for line in warnings_of_effect(config, loaded.given, parts):
         print(f"warning: {line}", file=sys.stderr)
     plan = make_plan(config, GPUS[options.gpu], gpus=options.gpus, mfu=options.mfu)
-    print(json.dumps(plan.to_json(), indent=2) if options.json else plan_text(plan))
+    if options.brief:
+        print(plan_line(plan))
+    else:
+        print(json.dumps(plan.to_json(), indent=2) if options.json else plan_text(plan))
 
 
 if __name__ == "__main__":

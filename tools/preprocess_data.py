@@ -14,8 +14,8 @@ from megatron_dwm.config.errors import UserError
 from megatron_dwm.preprocess.megatron_flags import add_foreign_flags
 
 if TYPE_CHECKING:
-    from megatron_dwm.preprocess.publishing import PreprocessSummary
     from megatron_dwm.preprocess.settings import PreprocessSettings
+    from megatron_dwm.preprocess.write.final_files import PreprocessSummary
 
 _EPILOG = """
 Writes P_KEY_document.bin and .idx, byte for byte what Megatron-LM's tool (d98e8a6) writes;
@@ -29,7 +29,7 @@ _MIB = 1 << 20
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Options, named as Megatron-LM names them where it has them."""
+    """Read the options, named as Megatron-LM names them where it has them."""
     parser = OneLineParser(
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def asked_special_tokens(arguments: argparse.Namespace) -> bool | None:
-    """Whether special tokens are to be included; None if neither of the flags is given."""
+    """True if special tokens are to be included; None if neither of the flags is given."""
     return vars(arguments).get("include_special_tokens")
 
 
@@ -61,7 +61,7 @@ def _check_special_tokens(arguments: argparse.Namespace) -> None:
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
-    """What is read and written, and with which tokenizer."""
+    """Add the options for input, output and tokenizer."""
 
     def add(flag: str, metavar: str, text: str, nargs: str | None = None) -> None:
         parser.add_argument(
@@ -92,7 +92,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_records(parser: argparse.ArgumentParser) -> None:
-    """How records become documents."""
+    """Add the options that say how records become documents."""
     add = parser.add_argument
     add(
         "--json-keys",
@@ -150,7 +150,7 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_running(parser: argparse.ArgumentParser) -> None:
-    """How the work is done; none of these changes the output."""
+    """Add the options of the work itself, which do not change the output."""
     add = parser.add_argument
     add(
         "--workers",
@@ -190,7 +190,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM (how a scheduler ends a job): the first lets the run make a checkpoint."""
+    """Notes Ctrl-C or SIGTERM (how a scheduler ends a job), so that the run makes a checkpoint."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
@@ -198,16 +198,17 @@ class StopRequest:
             signal.signal(number, self._take)
 
     def __call__(self) -> bool:
+        """True once a signal has arrived."""
         return self.signal_number is not None
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
+    def _take(self, number: int, _frame: FrameType | None) -> None:
         if self.signal_number is not None:
             raise KeyboardInterrupt  # asked twice: stop at once
         self.signal_number = number
 
 
 def report(summary: PreprocessSummary) -> None:
-    """Print what became of the records."""
+    """Print the totals of the records."""
     rejected = sum(summary.rejected.values())
     if summary.was_complete:
         print(f"{summary.prefix}: complete already; nothing to do")
@@ -222,7 +223,7 @@ def report(summary: PreprocessSummary) -> None:
 
 
 def settings_of(arguments: argparse.Namespace) -> PreprocessSettings:
-    """The settings that the options ask for."""
+    """Build the settings that the options ask for."""
     from megatron_dwm.preprocess.settings import PreprocessSettings
 
     return PreprocessSettings(
@@ -246,7 +247,7 @@ def settings_of(arguments: argparse.Namespace) -> PreprocessSettings:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     arguments = parse_arguments()
     # Imported after the arguments are read, and inside `run_command`: --help answers at once, and
     # Ctrl-C meanwhile is one line.

@@ -1,4 +1,4 @@
-"""Draw what a run did: mean weight by domain, and losses beside those of other runs."""
+"""Plot a run: mean weight by domain, and losses beside those of other runs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ def main() -> None:
     parser = OneLineParser(
         description=__doc__,
         epilog="Writes RUN_DIR/report/weight_by_domain.png and RUN_DIR/report/loss.png. "
-        "Steps are optimiser steps, losses nats a token, and a weight of 1 is uniform.",
+        "Steps are optimizer steps, losses are in nats a token, and a weight of 1 is uniform.",
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="directory of the run")
+    parser.add_argument(
+        "run_dir", metavar="RUN_DIR", type=Path, help="directory of the run to plot"
+    )
     parser.add_argument(
         "--compare",
         metavar="RUN_DIR",
         type=Path,
         nargs="+",
         default=[],
-        help="runs whose losses to draw beside it (default: none)",
+        help="other runs, whose losses are plotted too (default: none)",
     )
     parser.add_argument(
         "--target-domain",

@@ -10,7 +10,7 @@ from megatron_dwm.config.errors import UserError
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Options of the command."""
+    """Read the options of the command."""
     parser = OneLineParser(
         description=__doc__ + " BPE with byte fallback; ids: unk 0, bos 1, eos 2, bytes 3 to 258. "
         "The same input and options give the same file.",
@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     arguments = parse_arguments()
     if arguments.vocab_size < 1:
         raise UserError(f"--vocab-size {arguments.vocab_size}: expected a positive number")
@@ -64,9 +64,9 @@ def main() -> None:
         )
     if arguments.max_bytes is not None and arguments.max_bytes < 1:
         raise UserError(f"--max-bytes {arguments.max_bytes}: expected a positive number")
-    from megatron_dwm.preprocess.inputs import find_inputs
     from megatron_dwm.preprocess.progress import progress_over
-    from megatron_dwm.preprocess.texts import first_bytes, read_texts
+    from megatron_dwm.preprocess.read.inputs import find_inputs
+    from megatron_dwm.preprocess.read.texts import first_bytes, read_texts
     from megatron_dwm.tokenizer import train_sentencepiece
 
     total_bytes = sum(entry.size_bytes for entry in find_inputs(arguments.input))

@@ -1,4 +1,4 @@
-"""The hypergradient of the validation loss: three estimators behind one interface and one dict."""
+"""The hypergradient of the validation loss, with three estimators behind one interface."""
 
 from megatron_dwm.bilevel.hypergradient import ESTIMATORS, hypergradient
 from megatron_dwm.bilevel.problem import Hypergradient, Problem

@@ -4,7 +4,7 @@
     u = (m/c1) / (sqrt(v/c2) + eps)
     J = du/dg = (1-b1)/c1/(sqrt(V)+eps) - M*(1-b2)*g / (c2*sqrt(V)*(sqrt(V)+eps)^2)
 
-with V = v/c2 and M = m/c1. Pure functions; the moments are read and never written.
+with V = v/c2 and M = m/c1. Pure functions; they never write the moments.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AdamMoments:
-    """State and constants of one tensor. `step` counts the steps already taken."""
+    """Adam's state and constants for one tensor. `step` counts the steps already taken."""
 
     first: Tensor
     second: Tensor
@@ -27,9 +27,9 @@ class AdamMoments:
     epsilon: float
 
     def after(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """(m, sqrt(V)): the moments that a step with `gradient` would use, m not yet corrected.
+        """Returns (m, sqrt(V)) after a step with `gradient`; m is not yet bias-corrected.
 
-        The operations, and their order, are those of torch.optim.AdamW on one tensor.
+        The operations and their order are those of torch.optim.AdamW on one tensor.
         """
         first = torch.lerp(self.first, gradient, 1 - self.beta1)
         second = (self.second * self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
@@ -37,26 +37,26 @@ class AdamMoments:
 
     @property
     def correction1(self) -> float:
-        """c1 of the next step."""
+        """Bias correction c1 of the next step."""
         return 1 - self.beta1 ** (self.step + 1)
 
     @property
     def correction2(self) -> float:
-        """c2 of the next step."""
+        """Bias correction c2 of the next step."""
         return 1 - self.beta2 ** (self.step + 1)
 
 
 def adam_step(theta: Tensor, gradient: Tensor, moments: AdamMoments, lr: float) -> Tensor:
-    """theta - lr * u(g), as a new tensor."""
+    """Returns theta - lr * u(g) as a new tensor."""
     first, root = moments.after(gradient)
     return theta.addcdiv(first, root.add_(moments.epsilon), value=-lr / moments.correction1)
 
 
 def adam_jacobian(gradient: Tensor, moments: AdamMoments) -> Tensor:
-    """The diagonal of du/dg, shaped like the gradient."""
+    """Returns the diagonal of du/dg, shaped like the gradient."""
     first, root = moments.after(gradient)
     outer = root + moments.epsilon
-    # Where V is 0 so are g and m, and the second term vanishes: 0/0 is written as 0/1.
+    # If V is 0, so are g and m, and the second term is 0: 0/0 is computed as 0/1.
     safe_root = torch.where(root > 0, root, 1.0)
     factor = (1 - moments.beta2) / (moments.correction1 * moments.correction2)
     second_term = first.mul_(gradient).mul_(factor).div_(safe_root).div_(outer).div_(outer)

@@ -1,29 +1,29 @@
-"""How the tangent of every module class is formed: the table that the probe reads.
+"""The table of module classes that the tangent probe reads: how each class forms its tangent.
 
 A module with parameters W, input a and output gradient d contributes <d_t, f(a_t; Z)> for every
-token t, with Z the slices of z that belong to W (METHOD.md, section 2). For each class that the
-specs can produce the table says how; a class that is not in it has no tangent, and the probe
-refuses the model. Classes are named, not imported: Transformer Engine cannot be loaded without a
-GPU (tests/signatures resolves the names in the real packages).
+token t, with Z the slices of z that belong to W (METHOD.md, section 2). The table has every class
+that the specs can produce; the probe refuses a model with a class that is not in it. Classes are
+named, not imported, because Transformer Engine cannot be imported without a GPU (tests/signatures
+resolves the names in the real packages).
 
-    x -> W x                  <d Z, x>                  the product of an input gradient's size
+    x -> W x                  <d Z, x>                  one product of an input gradient's size
     x -> g * n(x)             <d, z * n(x)>             n(x) = x / rms(x), recomputed
-    x -> W (g * n(x))         <d Z, g * n(x)> + <d W, z * n(x)>     bilinear: one product more
+    x -> W (g * n(x))         <d Z, g * n(x)> + <d W, z * n(x)>     bilinear: a second product
     tokens -> W[tokens]       <d, Z[tokens]>
-    x -> Q4(W) Q4(x)          <Q5(d) Z, Q4(x)>          emulated FP8: z on the very gradient,
-                                                        Q5(d)^T Q4(x), that the layer itself forms
+    x -> Q4(W) Q4(x)          <Q5(d) Z, Q4(x)>          emulated FP8: the inner product of z with
+                                                        Q5(d)^T Q4(x), which the layer itself forms
 
-On Transformer Engine's FP8 layers d, x and z are taken as they are, in bf16: the tangent of the
+For Transformer Engine's FP8 layers d, x and z stay in bf16: this is the tangent of the
 straight-through gradient without the rounding of the weight gradient's product.
 
-Tensor parallel: a split weight gives each rank a partial sum; partial sums meet in the probe's one
-reduction. Under sequence parallelism a column-parallel layer gathers its input, a row-parallel one
-scatters its output. The input is gathered here, as it is in plain training for the weight gradient
-that the probe does not form. The output's gradient is gathered by Megatron-Core's own backward pass
-before it reaches the product, so it is taken there, and nothing is added; of a Transformer Engine
-layer only the scattered output can be had, and its gradient is gathered once more. A norm is
-counted on one rank, or on all where each sees a part: of the sequence, or of the heads (a norm of
-queries or keys).
+Tensor parallel: with a split weight each rank forms a partial sum, and the probe's one reduction
+adds them. Under sequence parallelism a column-parallel layer gathers its input and a row-parallel
+layer scatters its output. The column-parallel input is gathered here, as plain training gathers it
+for the weight gradient that the probe does not form. Megatron-Core's own backward pass gathers the
+output gradient of a row-parallel layer before the product, so the hook is on that product and
+gathers nothing. In a Transformer Engine layer the hook only sees the scattered output, so its
+gradient is gathered a second time. A norm is counted on one rank, or on all ranks if each sees a
+part of the sequence or of the heads (a norm of queries or keys).
 """
 
 from __future__ import annotations
@@ -36,20 +36,21 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 
-from megatron_dwm.model.fp8_emulation import ACTIVATIONS, GRADIENTS, quantise
+from megatron_dwm.bilevel.slots import slice_of_z
+from megatron_dwm.model.layers.fp8_emulation import ACTIVATIONS, GRADIENTS, quantize
 
 # (output gradient, kept input) -> [B]
 Tangent = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a module stands. group: the tensor-parallel group.
+class TensorParallelPosition:
+    """A module's part in tensor parallelism. group: the tensor-parallel group.
 
-    sees_part: this rank's input is its own part of the sequence or of the heads, and no copy of
-    what the other tensor-parallel ranks see.
+    sees_part: this rank's input is its own part of the sequence or of the heads, not a copy of
+    the input of the other tensor-parallel ranks.
     """
 
     sequence_parallel: bool
@@ -58,11 +59,11 @@ class Place:
     sees_part: bool
 
     def counts(self, adapter: Adapter) -> bool:
-        """True if this rank's value belongs into the sum over the tensor-parallel ranks."""
+        """True if this rank's value belongs in the sum over the tensor-parallel ranks."""
         return adapter.splits_weight or self.sees_part or self.tensor_rank == 0
 
     def whole(self, tensor_SBD: Tensor) -> Tensor:
-        """[S / tensor size, B, D] -> [S, B, D] under sequence parallelism, else as it is."""
+        """Returns the whole sequence, [S, B, D]; gathers it under sequence parallelism."""
         if not self.sequence_parallel:
             return tensor_SBD
         assert self.group is not None
@@ -76,27 +77,27 @@ class Place:
 class Adapter:
     """The tangent of one module class.
 
-    form: (module, its keyword arguments, place) -> the function of one forward pass.
-    input_name: of the input, where it is not passed by position.
-    splits_weight: every tensor-parallel rank holds a part of the parameter. False where each holds
-    all of it: whether the ranks then form equal values is for the place to say.
-    method: of the module; its arguments and output are probed instead of the module's own.
+    form: (module, its keyword arguments, position) -> the tangent for one forward pass.
+    input_name: keyword of the input, for calls that do not pass it by position.
+    splits_weight: True if every tensor-parallel rank holds a part of the parameter. If False, each
+    holds all of it, and the position tells whether the ranks form equal values.
+    method: a method of the module, whose arguments and output are probed instead of the module's.
     """
 
-    form: Callable[[Module, Mapping[str, Any], Place], Tangent]
+    form: Callable[[Module, Mapping[str, Any], TensorParallelPosition], Tangent]
     input_name: str
     splits_weight: bool = True
     method: str = ""
 
 
 def linear_tangent(gradient_SBC: Tensor, kept_SBD: Tensor, z_CD: Tensor) -> Tensor:
-    """[B]: sum_t <d_t, Z x_t>, as (d Z) * x."""
+    """Returns sum_t <d_t, Z x_t> for each sample, [B], computed as (d Z) * x."""
     product_SBD = gradient_SBC.matmul(z_CD.to(gradient_SBC.dtype)) * kept_SBD
     return product_SBD.sum(dim=(0, 2), dtype=_at_least_fp32(gradient_SBC))
 
 
 def norm_tangent(gradient_SBD: Tensor, kept_SBD: Tensor, z_D: Tensor, epsilon: float) -> Tensor:
-    """[B]: sum_t <d_t, z * n(x_t)>; a norm of heads sees [S, B, heads, D]."""
+    """Returns sum_t <d_t, z * n(x_t)>, [B] by sample; a norm of heads takes [S, B, heads, D]."""
     normed_SBD = F.rms_norm(kept_SBD, z_D.shape, None, epsilon)
     others = [dim for dim in range(kept_SBD.dim()) if dim != 1]
     return (gradient_SBD * normed_SBD * z_D).sum(dim=others, dtype=_at_least_fp32(gradient_SBD))
@@ -109,7 +110,7 @@ def norm_linear_tangent(
     weight: tuple[Tensor, Tensor],
     epsilon: float,
 ) -> Tensor:
-    """[B]: sum_t <d_t, Z (g * n(x_t)) + W (z * n(x_t))>.
+    """Returns sum_t <d_t, Z (g * n(x_t)) + W (z * n(x_t))> for each sample, [B].
 
     gain: (g, z) [D]; weight: (W, Z) [C, D].
     """
@@ -124,19 +125,22 @@ def norm_linear_tangent(
 def embedding_tangent(
     gradient_BSD: Tensor, tokens_BS: Tensor, z_VD: Tensor, first: int, last: int
 ) -> Tensor:
-    """[B]: sum_t <d_t, Z[token_t]> over the rows first to last - 1 that this rank holds."""
+    """Returns sum_t <d_t, Z[token_t]> for each sample, [B], over this rank's rows of Z.
+
+    first, last: this rank holds the rows first to last - 1 of the vocabulary.
+    """
     here_BS = (tokens_BS >= first) & (tokens_BS < last)
     rows_BSD = F.embedding((tokens_BS - first).where(here_BS, 0), z_VD)
     dtype = _at_least_fp32(gradient_BSD)
     return ((gradient_BSD * rows_BSD).sum(dim=2, dtype=dtype) * here_BS).sum(dim=1)
 
 
-def quantised_linear_tangent(
+def quantized_linear_tangent(
     gradient_SBC: Tensor, kept_SBD: Tensor, z_CD: Tensor, group: dist.ProcessGroup | None
 ) -> Tensor:
-    """[B]: sum_t <Q5(d)_t, Z Q4(x)_t>, with the scales of the layer's own products (collective)."""
-    gradient = quantise(gradient_SBC, GRADIENTS, group)
-    kept = quantise(kept_SBD, ACTIVATIONS, group)
+    """Returns sum_t <Q5(d)_t, Z Q4(x)_t>, [B] by sample, with the layer's scales (collective)."""
+    gradient = quantize(gradient_SBC, GRADIENTS, group)
+    kept = quantize(kept_SBD, ACTIVATIONS, group)
     product_SBD = gradient.values.float().matmul(z_CD.float()) * kept.values.float()
     return product_SBD.sum(dim=(0, 2)) * (gradient.scale * kept.scale)
 
@@ -145,65 +149,64 @@ def _at_least_fp32(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _z(parameter: Parameter) -> Tensor:
-    """z's slice of a parameter stands in its gradient buffer."""
-    return parameter.main_grad
-
-
-def _column(module: Module, kwargs: Mapping[str, Any], place: Place) -> Tangent:
+def _column(module: Any, kwargs: Mapping[str, Any], position: TensorParallelPosition) -> Tangent:
     tied = kwargs.get("weight")  # a tied output layer is handed the embedding's
-    z = _z(module.weight if tied is None else tied)
-    return lambda gradient, kept: linear_tangent(gradient, place.whole(kept), z)
+    z = slice_of_z(module.weight if tied is None else tied)
+    return lambda gradient, kept: linear_tangent(gradient, position.whole(kept), z)
 
 
-def _row(module: Module, _: Mapping[str, Any], __: Place) -> Tangent:
-    z = _z(module.weight)
+def _row(module: Any, _: Mapping[str, Any], __: TensorParallelPosition) -> Tangent:
+    z = slice_of_z(module.weight)
     return lambda gradient, kept: linear_tangent(gradient, kept, z)
 
 
-def _te_row(module: Module, _: Mapping[str, Any], place: Place) -> Tangent:
-    z = _z(module.weight)
-    return lambda gradient, kept: linear_tangent(place.whole(gradient), kept, z)
+def _te_row(module: Any, _: Mapping[str, Any], position: TensorParallelPosition) -> Tangent:
+    z = slice_of_z(module.weight)
+    return lambda gradient, kept: linear_tangent(position.whole(gradient), kept, z)
 
 
-def _quantised_column(module: Module, _: Mapping[str, Any], place: Place) -> Tangent:
-    z = _z(module.weight)
-    return lambda gradient, kept: quantised_linear_tangent(
-        gradient, place.whole(kept), z, place.group
+def _quantized_column(
+    module: Any, _: Mapping[str, Any], position: TensorParallelPosition
+) -> Tangent:
+    z = slice_of_z(module.weight)
+    return lambda gradient, kept: quantized_linear_tangent(
+        gradient, position.whole(kept), z, position.group
     )
 
 
-def _quantised_row(module: Module, _: Mapping[str, Any], place: Place) -> Tangent:
-    z = _z(module.weight)
-    return lambda gradient, kept: quantised_linear_tangent(gradient, kept, z, place.group)
+def _quantized_row(module: Any, _: Mapping[str, Any], position: TensorParallelPosition) -> Tangent:
+    z = slice_of_z(module.weight)
+    return lambda gradient, kept: quantized_linear_tangent(gradient, kept, z, position.group)
 
 
-def _norm_then_column(module: Module, _: Mapping[str, Any], place: Place) -> Tangent:
+def _norm_then_column(
+    module: Any, _: Mapping[str, Any], position: TensorParallelPosition
+) -> Tangent:
     assert module.normalization == "RMSNorm" and not module.zero_centered_gamma
-    gain = (module.layer_norm_weight.detach(), _z(module.layer_norm_weight))
-    weight = (module.weight.detach(), _z(module.weight))
+    gain = (module.layer_norm_weight.detach(), slice_of_z(module.layer_norm_weight))
+    weight = (module.weight.detach(), slice_of_z(module.weight))
     return lambda gradient, kept: norm_linear_tangent(
-        gradient, place.whole(kept), gain, weight, module.eps
+        gradient, position.whole(kept), gain, weight, module.eps
     )
 
 
-def _norm(module: Module, _: Mapping[str, Any], __: Place) -> Tangent:
-    z = _z(module.weight)
+def _norm(module: Any, _: Mapping[str, Any], __: TensorParallelPosition) -> Tangent:
+    z = slice_of_z(module.weight)
     return lambda gradient, kept: norm_tangent(gradient, kept, z, module.epsilon)
 
 
-def _te_norm(module: Module, _: Mapping[str, Any], __: Place) -> Tangent:
+def _te_norm(module: Any, _: Mapping[str, Any], __: TensorParallelPosition) -> Tangent:
     assert not module.zero_centered_gamma
-    z = _z(module.weight)
+    z = slice_of_z(module.weight)
     return lambda gradient, kept: norm_tangent(gradient, kept, z, module.eps)
 
 
-def _embedding(module: Module, _: Mapping[str, Any], place: Place) -> Tangent:
-    first, last, z = module.vocab_start_index, module.vocab_end_index, _z(module.weight)
+def _embedding(module: Any, _: Mapping[str, Any], position: TensorParallelPosition) -> Tangent:
+    first, last, z = module.vocab_start_index, module.vocab_end_index, slice_of_z(module.weight)
 
     def tangent(gradient: Tensor, tokens_BS: Tensor) -> Tensor:
         if module.reduce_scatter_embeddings:  # the output is [S, B, D] then
-            gradient = place.whole(gradient).transpose(0, 1)
+            gradient = position.whole(gradient).transpose(0, 1)
         return embedding_tangent(gradient, tokens_BS, z, first, last)
 
     return tangent
@@ -214,15 +217,15 @@ _PRODUCT = "_forward_impl"
 
 _MEGATRON = "megatron.core.tensor_parallel.layers."
 _MEGATRON_TE = "megatron.core.extensions.transformer_engine."
-_OURS = "megatron_dwm.model."
+_OURS = "megatron_dwm.model.layers."
 
 ADAPTERS: Mapping[str, Adapter] = {
     _MEGATRON + "ColumnParallelLinear": Adapter(_column, "input_"),
     _MEGATRON + "RowParallelLinear": Adapter(_row, "input", method=_PRODUCT),
     _MEGATRON + "VocabParallelEmbedding": Adapter(_embedding, "input_"),
-    _OURS + "modules.RMSNorm": Adapter(_norm, "hidden_SBD", splits_weight=False),
-    _OURS + "fp8_emulation.Fp8ColumnParallelLinear": Adapter(_quantised_column, "input_"),
-    _OURS + "fp8_emulation.Fp8RowParallelLinear": Adapter(_quantised_row, "input", method=_PRODUCT),
+    _OURS + "local.RMSNorm": Adapter(_norm, "hidden_SBD", splits_weight=False),
+    _OURS + "fp8_emulation.Fp8ColumnParallelLinear": Adapter(_quantized_column, "input_"),
+    _OURS + "fp8_emulation.Fp8RowParallelLinear": Adapter(_quantized_row, "input", method=_PRODUCT),
     _MEGATRON_TE + "TEColumnParallelLinear": Adapter(_column, "x"),
     _MEGATRON_TE + "TERowParallelLinear": Adapter(_te_row, "x"),
     _MEGATRON_TE + "TELayerNormColumnParallelLinear": Adapter(_norm_then_column, "x"),
@@ -231,22 +234,22 @@ ADAPTERS: Mapping[str, Adapter] = {
         _te_norm, "input", splits_weight=False
     ),
 }
-"""Class name -> adapter. Exactly these classes: a subclass may compute something else."""
+"""class name -> adapter; it is for that class only, since a subclass may compute otherwise"""
 
 WITHOUT_PARAMETERS = (_MEGATRON_TE + "TEDotProductAttention",)
-"""Transformer Engine's classes in the specs that have no parameters, and so no tangent."""
+"""Transformer Engine's classes in the specs without parameters, which have no tangent"""
 
 
-# Megatron-Core's names of the norms that see this rank's heads (transformer/attention.py).
+# Megatron-Core's names of the norms over this rank's heads (transformer/attention.py).
 _NORMS_OF_HEADS = ("q_layernorm", "k_layernorm")
 
 
-def place_of(
+def position_of(
     name: str, *, sequence_parallel: bool, tensor_rank: int, group: dist.ProcessGroup | None
-) -> Place:
-    """The place of the module with this dotted name in the model."""
+) -> TensorParallelPosition:
+    """Returns the position of the module with this dotted name in the model."""
     of_heads = name.rsplit(".", 1)[-1] in _NORMS_OF_HEADS
-    return Place(
+    return TensorParallelPosition(
         sequence_parallel=sequence_parallel,
         tensor_rank=tensor_rank,
         group=group,
@@ -255,10 +258,10 @@ def place_of(
 
 
 def adapter_for(module: Module, adapters: Mapping[str, Adapter] = ADAPTERS) -> Adapter | None:
-    """The adapter of a module; None for one without parameters of its own.
+    """Returns the adapter of a module; None for a module without parameters of its own.
 
-    Raises NotImplementedError for parameters of a class that the table does not name: a parameter
-    that was left out would make every alignment wrong.
+    Raises NotImplementedError for a class with parameters that is not in the table: without its
+    tangent every alignment would be wrong.
     """
     kind = type(module)
     name = f"{kind.__module__}.{kind.__qualname__}"

@@ -6,8 +6,8 @@
     s_i    = <z, grad l_i(theta)>                        one pass of an estimator
     dL_val(theta')/dw_i = -(eta/n) * s_i
 
-No second derivative appears: w enters the gradient linearly, and theta does not depend on it.
-Cost with the tangent probe: three plain training steps.
+There is no second derivative, because w enters the gradient linearly and theta does not depend on
+it. Cost with the tangent probe: three plain training steps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from megatron_dwm.bilevel.tangent_probe import tangent_probe
 from megatron_dwm.bilevel.unroll import unroll
 from megatron_dwm.bilevel.virtual_step import prepare_virtual_step
 from megatron_dwm.model import LLM, MicroBatch, clear_gradients, forward_backward
-from megatron_dwm.model.objective import (
+from megatron_dwm.model.passes.micro_batches import largest_micro_batch
+from megatron_dwm.model.passes.objective import (
     TokenBatch,
     unit,
     weighted,
@@ -39,8 +40,10 @@ InnerProducts = Callable[[LLM, list[MicroBatch]], Tensor]
 def first_order(
     problem: Problem, *, halves: bool = False, inner_products: InnerProducts
 ) -> Hypergradient:
-    """The hypergradient from first-order passes; the LLM and its optimiser are left bit for bit as
-    they were, with zeroed gradient buffers. `halves`: see `from_gradient`.
+    """Returns the hypergradient from first-order passes, with a pass of its own for g(w).
+
+    Afterwards the LLM and its optimizer are bit for bit as before, and the gradient buffers are
+    zero. halves: see `from_gradient`.
     """
     train = weighted(problem.train_batch, problem.weights_n, problem.micro_batch_size)
     clear_gradients(problem.llm, problem.optimizer)
@@ -54,15 +57,15 @@ def first_order(
 def from_gradient(
     problem: Problem, *, halves: bool = False, inner_products: InnerProducts
 ) -> Hypergradient:
-    """The hypergradient where the pass for g(w) has been made: g(w) stands in the gradient buffers,
-    and stands there again afterwards. Two plain training steps.
+    """Returns the hypergradient from g(w) in the gradient buffers, at the cost of two plain steps.
 
-    theta is the parameters of now and the moments are those of now; theta' is what the optimiser's
-    own `step()` on this g(w) would make of them. If that step is then taken, theta' is where
-    training goes on.
+    Afterwards g(w) is in the gradient buffers again. theta and the moments are the current ones;
+    theta' is the result of the optimizer's own `step()` on this g(w). If training then takes that
+    step, it continues from theta'.
 
-    halves: also give the alignments of either half of the validation batch, for one more pass of
-    `inner_products`. They add up to the whole's: z is linear in the validation gradient.
+    halves: also return the alignments of each half of the validation batch, at the cost of one more
+    pass of `inner_products`. Their weighted sum is the whole's, because z is linear in the
+    validation gradient.
     """
     llm, optimizer = problem.llm, problem.optimizer
     with phase("virtual step"):
@@ -81,7 +84,7 @@ def from_gradient(
         probe = unit(problem.train_batch, problem.micro_batch_size)
         found.append((loss_and_count, inner_products(llm, probe)))
     with phase("restore"):
-        step.give_back()
+        step.restore_gradient()
     losses_and_counts = torch.stack([pair for pair, _ in found])
     parts_Kn = torch.stack([alignment_n for _, alignment_n in found])
     share_K = losses_and_counts[:, 1] / losses_and_counts[:, 1].sum()
@@ -94,21 +97,23 @@ def from_gradient(
 
 
 def _validation_parts(problem: Problem, halves: bool) -> list[TokenBatch]:
-    """The validation batch, whole or in two halves: its even and its odd rows, which are those of
-    the global batch under every layout, since each rank has an even number of rows
-    (`rows_of_replica`).
+    """Returns the validation batch, whole or as its even and its odd rows.
+
+    These are the even and odd rows of the global batch under every layout, because each rank has an
+    even number of rows (model/passes/micro_batches.py).
     """
     rows = problem.val_batch.tokens_BS.shape[0]
     if not halves:
         return [problem.val_batch]
-    assert rows % 2 == 0, "every rank has as many even rows as odd ones"
+    assert rows % 2 == 0, "every rank has as many even rows as odd rows"
     return [problem.val_batch.rows(0, rows, 2), problem.val_batch.rows(1, rows, 2)]
 
 
 def _validation_gradient(problem: Problem, batch: TokenBatch) -> Tensor:
-    """Leave grad L_val in the gradient buffers; float64 [L_val, divisor], over all ranks."""
+    """Write grad L_val into the gradient buffers; returns float64 [L_val, divisor] of all ranks."""
     llm, objective = problem.llm, problem.objective
-    size = _micro_batch_rows(llm, batch.tokens_BS.shape[0], problem.micro_batch_size)
+    rows = batch.tokens_BS.shape[0]
+    size = largest_micro_batch(rows, problem.micro_batch_size, llm.micro_batches_multiple)
     micro_batches = objective.micro_batches(batch, size)
     result = forward_backward(llm, micro_batches, denominator=objective.denominator(batch))
     loss_sum, count = sum_over_data(llm, objective.sums(result))
@@ -121,38 +126,7 @@ INNER_PRODUCTS: dict[str, InnerProducts] = {
 }
 
 
-def rows_of_replica(llm: LLM, passages: int, micro_batch_size: int, *, halves: bool) -> int:
-    """Rows that every data-parallel replica takes of a global batch of `passages`, which rows
-    without loss fill up: as few as go through the pipeline in even micro-batches, in either half.
-    """
-    parts, multiple = 2 if halves else 1, _micro_batches_multiple(llm)
-    replicas = llm.runtime.data_size
-    whole = passages % (parts * multiple * replicas) == 0
-    if whole and passages % (micro_batch_size * replicas) == 0:
-        return passages // replicas
-    share = -(-passages // (parts * replicas))
-    micro_batches = multiple * -(-share // (micro_batch_size * multiple))
-    return parts * micro_batches * -(-share // micro_batches)
-
-
-def _micro_batches_multiple(llm: LLM) -> int:
-    """Interleaved stages want a multiple of the pipeline's length of micro-batches."""
-    return llm.runtime.pipeline_size if len(llm.chunks) > 1 else 1
-
-
-def _micro_batch_rows(llm: LLM, rows: int, largest: int) -> int:
-    """Rows of the largest micro-batch that shares `rows` out evenly.
-
-    Raises ValueError where interleaved stages have fewer rows than they want micro-batches.
-    """
-    multiple = _micro_batches_multiple(llm)
-    sizes = [size for size in range(1, largest + 1) if rows % (size * multiple) == 0]
-    if not sizes:
-        raise ValueError(f"{rows} validation rows are no multiple of {multiple} pipeline stages")
-    return max(sizes)
-
-
-# Each makes its own pass for g(w).
+# Each of these runs its own pass for g(w).
 ESTIMATORS: dict[str, Callable[..., Hypergradient]] = {
     **{
         name: partial(first_order, inner_products=function)
@@ -163,7 +137,7 @@ ESTIMATORS: dict[str, Callable[..., Hypergradient]] = {
 
 
 def hypergradient(problem: Problem, estimator: str, *, halves: bool = False) -> Hypergradient:
-    """`from_gradient` by the name of an estimator; unroll makes its own passes and leaves g(w)."""
+    """`from_gradient` by the name of an estimator; unroll runs its own passes and keeps g(w)."""
     if estimator == "unroll":
         return unroll(problem, halves=halves)
     return from_gradient(problem, halves=halves, inner_products=INNER_PRODUCTS[estimator])

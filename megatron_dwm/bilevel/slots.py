@@ -1,8 +1,8 @@
-"""The optimiser's view of the parameters, under Megatron-Core's three optimisers.
+"""The optimizer's view of the parameters, under Megatron-Core's three optimizers.
 
 FP32Optimizer steps the model's parameters themselves; Float16OptimizerWithFloat16Params steps fp32
 main copies; DistributedOptimizer steps this data-parallel rank's shard of either. A `Slot` hides
-which.
+the difference.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from megatron_dwm.model import LLM
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor that the optimiser steps.
+    """One tensor that the optimizer steps.
 
     main: fp32 values that are stepped; `main.grad` is a view of Megatron's gradient buffer.
     model: the same elements of the model's parameter; `main` itself in pure fp32 training.
-    group: the optimiser's parameter group (lr, weight_decay, betas, eps).
-    state: the optimiser's state of `main`; empty before the first step.
-    counted: this rank's copy enters norms and inner products (each parameter once in the world).
+    group: the optimizer's parameter group (lr, weight_decay, betas, eps).
+    state: the optimizer's state of `main`; empty before the first step.
+    counted: True if this rank's copy counts in norms and inner products; each parameter counts once
+    in the world.
     """
 
     main: Tensor
@@ -41,15 +42,21 @@ class Slot:
     counted: bool
 
     @property
+    def gradient(self) -> Tensor:
+        """The gradient of `main`: a view of Megatron's gradient buffer."""
+        assert self.main.grad is not None
+        return self.main.grad
+
+    @property
     def has_main_copy(self) -> bool:
-        """Main and model values are different tensors (mixed precision)."""
+        """True if main and model values are different tensors (mixed precision)."""
         return self.main is not self.model
 
     def moments(self) -> AdamMoments:
-        """Adam's moments, zero before the first step."""
+        """Returns Adam's moments, which are zero before the first step."""
         first = self.state.get("exp_avg")
         second = self.state.get("exp_avg_sq")
-        # torch keeps the count with the tensor, fused implementations with the group.
+        # torch keeps the step count with the tensor, fused implementations keep it with the group.
         step = self.state.get("step", self.group.get("step", 0))
         beta1, beta2 = self.group["betas"]
         return AdamMoments(
@@ -63,7 +70,7 @@ class Slot:
 
 
 def collect_slots(optimizer: ChainedOptimizer) -> list[Slot]:
-    """Every tensor that this rank's optimiser steps."""
+    """Returns a slot for every tensor that this rank's optimizer steps."""
     return [slot for member in optimizer.chained_optimizers for slot in _slots_of(member)]
 
 
@@ -86,7 +93,7 @@ def _slots_of(member: MegatronOptimizer) -> list[Slot]:
 
 
 def _model_tensors(member: MegatronOptimizer) -> dict[int, Tensor]:
-    """id(main copy) -> the model's tensor, where they differ."""
+    """Returns the model's tensor by id(main copy), for those that differ."""
     if isinstance(member, DistributedOptimizer):
         pairs = zip(member.shard_fp32_from_float16_groups, member.shard_float16_groups, strict=True)
     elif isinstance(member, Float16OptimizerWithFloat16Params):
@@ -100,19 +107,24 @@ def _model_tensors(member: MegatronOptimizer) -> dict[int, Tensor]:
     }
 
 
+def slice_of_z(parameter: Any) -> Tensor:
+    """Returns the slice of z that belongs to a model parameter: its part of the gradient buffer."""
+    return parameter.main_grad
+
+
 def is_sharded(optimizer: ChainedOptimizer) -> bool:
-    """The optimiser's state is sharded over the data-parallel group."""
+    """True if the optimizer's state is sharded over the data-parallel group."""
     return any(isinstance(m, DistributedOptimizer) for m in optimizer.chained_optimizers)
 
 
 def gather_parameters(llm: LLM) -> None:
-    """Give every data-parallel rank the model parameters that the others hold in their shards."""
+    """Gather the model parameters from the shards of all data-parallel ranks (collective)."""
     for chunk in llm.chunks:
         chunk.start_param_sync(force_sync=True)
 
 
 def gather_gradient_buffers(llm: LLM) -> None:
-    """Give every data-parallel rank the gradient-buffer shards of the others."""
+    """Gather the gradient buffers from the shards of all data-parallel ranks (collective)."""
     size, rank = llm.runtime.data_size, llm.runtime.data_rank
     for chunk in llm.chunks:
         for buffer in chunk.buffers:

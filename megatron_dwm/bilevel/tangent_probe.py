@@ -4,15 +4,16 @@ Every parameter W enters its module linearly, f(a; W), so
 
     <z, grad l_i> = sum over modules and over the tokens t of sample i of <d_t, f(a_t; Z)>,
 
-with d the gradient of the module's output and Z the slice of z that belongs to W. A hook hands
-each module's output through a function that is the identity forward and adds those inner products
-to `alignment_n` backward; it saves only what plain training saves too. The parameters are frozen
-meanwhile, so no weight gradient is formed and the pass costs one plain training step: forward,
-input gradients, and one product of a weight gradient's size. z is read from `main_grad`. What each
-module class contributes stands in adapters.py.
+with d the gradient of the module's output and Z the slice of z that belongs to W. A hook applies a
+function to each module's output that is the identity forward and adds those inner products to
+`alignment_n` backward; it saves only what plain training saves, too. The parameters are frozen in
+this pass, so no weight gradient is formed and the pass costs one plain training step: forward,
+input gradients, and one product of a weight gradient's size. z is read from the gradient buffers.
+adapters.py has the inner products of each module class.
 
-Tensor parallel: a module whose weight is split gives each rank a partial sum; one that every rank
-holds whole (a norm) is counted on one rank, or on all where each sees another part of the input.
+Tensor parallel: a module whose weight is split gives each rank a partial sum. A module that every
+rank holds whole (a norm) is counted on one rank, or on all ranks if each has its own part of the
+input.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from torch.nn import Module
 from megatron_dwm.bilevel.adapters import (
     ADAPTERS,
     Adapter,
-    Place,
     Tangent,
+    TensorParallelPosition,
     adapter_for,
-    place_of,
+    position_of,
 )
 from megatron_dwm.model import LLM, MicroBatch, forward_backward
 from megatron_dwm.runtime.profiling import phase
@@ -41,7 +42,7 @@ from megatron_dwm.runtime.profiling import phase
 
 @dataclass
 class _Samples:
-    """Which samples the tokens that now pass belong to. Written by the pass, read by the hooks."""
+    """The samples of the current micro-batch. The pass writes it and the hooks read it."""
 
     alignment_n: Tensor
     micro_batch_size: int
@@ -57,10 +58,10 @@ class _Samples:
 def tangent_probe(
     llm: LLM, micro_batches: list[MicroBatch], adapters: Mapping[str, Adapter] = ADAPTERS
 ) -> Tensor:
-    """float32 [n]: <z, grad l_i> of every local sample, with z in the gradient buffers.
+    """Returns <z, grad l_i> of every local sample, float32 [n], with z in the gradient buffers.
 
     `micro_batches` carry the unit objective. Costs one plain training step and one all-reduce of n
-    floats over the inner group. Parameters and gradient buffers are left as they are.
+    floats over the inner group. Parameters and gradient buffers keep their values.
     """
     size = micro_batches[0].tokens_BS.shape[0]
     zeros_n = torch.zeros(len(micro_batches) * size, device=llm.runtime.device)
@@ -68,6 +69,7 @@ def tangent_probe(
     with phase("tangent probe"), _frozen(llm), _hooked(llm, samples, adapters):
         forward_backward(llm, micro_batches, denominator=None, on_micro_batch=samples.enter)
     alignment_n = samples.alignment_n.grad
+    assert alignment_n is not None
     dist.all_reduce(alignment_n, group=llm.runtime.inner_group)
     return alignment_n
 
@@ -95,7 +97,7 @@ def _hooked(llm: LLM, samples: _Samples, adapters: Mapping[str, Adapter]) -> Ite
 
 
 def _attach(hook: _Hook, module: Module) -> Callable[[], None]:
-    """Have a module's output, or that of one of its methods, probed; what undoes it."""
+    """Probe the output of a module or of one of its methods; returns a function to undo it."""
     name = hook.adapter.method
     if not name:
         return module.register_forward_hook(hook, with_kwargs=True).remove
@@ -104,35 +106,36 @@ def _attach(hook: _Hook, module: Module) -> Callable[[], None]:
     def probed(*args: Any, **kwargs: Any) -> Any:
         return hook(module, args, kwargs, upstream(*args, **kwargs))
 
-    setattr(module, name, probed)  # before the class's own
+    setattr(module, name, probed)  # shadows the class's method
     return lambda: delattr(module, name)
 
 
 def _hook_for(
     name: str, module: Module, llm: LLM, samples: _Samples, adapters: Mapping[str, Adapter]
 ) -> _Hook | None:
-    """The hook of a module that uses a parameter; None for one that only holds others, or whose
-    value another rank counts.
+    """Returns the hook of a module.
+
+    None for a module without parameters of its own, or if another rank counts its value.
     """
     adapter = adapter_for(module, adapters)
     if adapter is None:
         return None
-    place = place_of(
+    position = position_of(
         name,
         sequence_parallel=llm.transformer.sequence_parallel,
         tensor_rank=llm.runtime.tensor_rank,
         group=llm.runtime.tensor_group,
     )
-    return _Hook(samples, adapter, place) if place.counts(adapter) else None
+    return _Hook(samples, adapter, position) if position.counts(adapter) else None
 
 
 @dataclass(frozen=True)
 class _Hook:
-    """Torch's forward hook of one module, or of a method of it."""
+    """Torch's forward hook of one module, or of one of its methods."""
 
     samples: _Samples
     adapter: Adapter
-    place: Place
+    position: TensorParallelPosition
 
     def __call__(
         self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -140,7 +143,7 @@ class _Hook:
         if not torch.is_grad_enabled():  # the first forward pass of activation recomputation
             return output
         kept = args[0] if args else kwargs[self.adapter.input_name]
-        tangent = self.adapter.form(module, kwargs, self.place)
+        tangent = self.adapter.form(module, kwargs, self.position)
         if isinstance(output, tuple):
             return (self._probed(output[0], kept, tangent), *output[1:])
         return self._probed(output, kept, tangent)
@@ -150,16 +153,14 @@ class _Hook:
 
 
 class _Identity(torch.autograd.Function):
-    """Identity in `output`; backward adds the tangent's inner products to `alignment_B`."""
+    """(output, alignment_B, ...) -> output; backward adds the tangent's values to `alignment_B`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, alignment_B: Tensor, kept: Tensor, tangent: Tangent
-    ) -> Tensor:
+    def forward(ctx: Any, output: Tensor, _: Tensor, kept: Tensor, tangent: Tangent) -> Tensor:
         ctx.save_for_backward(kept)
         ctx.tangent = tangent
-        # `.data` shares the memory without being a view: Megatron's cross-entropy works in place
-        # on logits, and its pipeline schedule frees outputs, neither of which allows a view.
+        # `.data` shares the memory without being a view. Megatron's cross-entropy works in place on
+        # logits and its pipeline schedule frees outputs; neither allows a view.
         return output.data
 
     @staticmethod

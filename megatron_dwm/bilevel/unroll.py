@@ -1,9 +1,9 @@
-"""The hypergradient by differentiating through the step itself: the oracle.
+"""The hypergradient by differentiating through the step itself: the reference for the others.
 
-theta'(w) is built as a function of w with its graph kept, and the validation loss is propagated
-back to w. Costs the memory of two graphs and a backward pass through a backward pass. For small
-models in one tensor- and pipeline-parallel rank: Megatron's tensor-parallel backward uses an
-all-reduce that autograd does not record, and would be wrong without an error.
+theta'(w) is computed as a function of w with its graph kept, and the validation loss is propagated
+back to w. Costs the memory of two graphs and a backward pass through a backward pass. It is for
+small models in one process: Megatron's tensor-parallel backward uses an all-reduce that autograd
+does not record, so the result would be wrong without an error.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from megatron_dwm.bilevel.objectives import TokenMean
 from megatron_dwm.bilevel.problem import Hypergradient, Problem
 from megatron_dwm.bilevel.slots import Slot, collect_slots
 from megatron_dwm.bilevel.virtual_step import CLIP_EPSILON
-from megatron_dwm.model.modules import RMSNorm
-from megatron_dwm.model.objective import TokenBatch
+from megatron_dwm.model.layers.local import RMSNorm
+from megatron_dwm.model.passes.objective import TokenBatch
 from megatron_dwm.runtime.profiling import phase
 
 Parameters = dict[str, Tensor]
@@ -27,7 +27,7 @@ Parameters = dict[str, Tensor]
 
 @phase("unroll")
 def unroll(problem: Problem, *, halves: bool = False) -> Hypergradient:
-    """The hypergradient of one process's samples; the LLM is left as it was.
+    """Returns the hypergradient of one process's samples; the LLM keeps its state.
 
     Raises ValueError for a layout or a model that it cannot differentiate exactly.
     """
@@ -58,7 +58,7 @@ def _refuse(problem: Problem, halves: bool) -> None:
             "bilevel.estimator unroll: runs in one process (autograd does not record "
             f"Megatron's collectives), got {runtime.world_size}; use tangent_probe"
         )
-    if problem.llm.is_quantised or problem.llm.transformer.params_dtype != torch.float32:
+    if problem.llm.is_quantized or problem.llm.transformer.params_dtype != torch.float32:
         raise ValueError(
             "bilevel.estimator unroll: needs model.precision fp32 without FP8; use tangent_probe"
         )
@@ -68,9 +68,11 @@ def _refuse(problem: Problem, halves: bool) -> None:
             "model.recompute none or use tangent_probe"
         )
     if not isinstance(problem.objective, TokenMean):
-        raise ValueError("bilevel.estimator unroll: knows the token mean only; use tangent_probe")
+        raise ValueError(
+            "bilevel.estimator unroll: supports the token mean only; use tangent_probe"
+        )
     if halves:
-        raise ValueError("bilevel.estimator unroll: gives no signal-to-noise; use tangent_probe")
+        raise ValueError("bilevel.estimator unroll: measures no signal-to-noise; use tangent_probe")
     if not any(isinstance(module, RMSNorm) for module in problem.llm.modules[0].modules()):
         raise ValueError(
             "bilevel.estimator unroll: fused layers are not twice differentiable; use tangent_probe"
@@ -78,7 +80,7 @@ def _refuse(problem: Problem, halves: bool) -> None:
 
 
 def _sample_losses(problem: Problem, theta: Parameters, batch: TokenBatch) -> Tensor:
-    """[n]: token-mean losses, from logits. Megatron's own cross-entropy works in place."""
+    """Returns token-mean losses, [n], from logits: Megatron's cross-entropy works in place."""
     return _masked_losses(problem, theta, batch) / batch.loss_mask_BS.sum(dim=1).clamp(min=1.0)
 
 
@@ -96,7 +98,7 @@ def _masked_losses(problem: Problem, theta: Parameters, batch: TokenBatch) -> Te
 def _step(
     problem: Problem, theta: Parameters, gradients: tuple[Tensor, ...]
 ) -> tuple[Parameters, Tensor]:
-    """theta'(w), and |g|."""
+    """Returns theta'(w) and |g|."""
     slots = {id(slot.main): slot for slot in collect_slots(problem.optimizer)}
     names = dict(problem.llm.modules[0].named_parameters())
     norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
@@ -117,7 +119,7 @@ def _stepped(problem: Problem, slot: Slot, theta: Tensor, gradient: Tensor) -> T
     moments = slot.moments()
     first = moments.beta1 * moments.first + (1 - moments.beta1) * gradient
     second = moments.beta2 * moments.second + (1 - moments.beta2) * gradient.square()
-    # A square root has no derivative at 0, where the row of an unseen token stays.
+    # A square root has no derivative at 0, and the row of an unseen token stays there.
     root = torch.where(second > 0, torch.where(second > 0, second, 1.0).sqrt(), 0.0)
     corrected = root / moments.correction2**0.5 + moments.epsilon
     return theta * (1 - eta * decay) - eta * (first / moments.correction1) / corrected

@@ -1,10 +1,10 @@
-"""The optimizer's update of one tensor, and its pullback: what the virtual step knows of either.
+"""The optimizer's update of one tensor and its pullback, as the virtual step uses them.
 
     step      theta' = theta - lr * u(g), decoupled weight decay first, as torch.optim.AdamW
     pullback  J^T v with J = du/dg at g
 
-A rule is a pair of functions of a slot, so an optimizer whose Jacobian is no diagonal is one more
-class and one more line in UPDATE_RULES. The moments are read and never written.
+A rule is a pair of functions of a slot. An optimizer whose Jacobian is not diagonal needs one more
+class and one more line in UPDATE_RULES. Rules read the moments and never write them.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from megatron_dwm.bilevel.slots import Slot
 
 
 class UpdateRule(Protocol):
-    """How one tensor is stepped along a gradient of its own shape, after clipping."""
+    """The step of one tensor along a clipped gradient of the same shape."""
 
     def step(self, slot: Slot, gradient: Tensor) -> Tensor:
         """Returns theta' as a new tensor."""
         ...
 
-    def pullback(self, slot: Slot, gradient: Tensor, cotangent: Tensor) -> Tensor:
+    def pullback(self, slot: Slot, gradient: Tensor, cotangent: Tensor, /) -> Tensor:
         """Returns J^T cotangent at `gradient`; may overwrite `cotangent` and return it."""
         ...
 
 
 class AdamW:
-    """The step that training would take, with the moments that stand (METHOD.md, section 2)."""
+    """The step that training would take, with the current moments (METHOD.md, section 2)."""
 
     def step(self, slot: Slot, gradient: Tensor) -> Tensor:
         """Returns theta' as a new tensor."""
@@ -49,7 +49,7 @@ class GradientDescent:
         """Returns theta' as a new tensor."""
         return _decayed(slot).sub_(gradient, alpha=slot.group["lr"])
 
-    def pullback(self, slot: Slot, gradient: Tensor, cotangent: Tensor) -> Tensor:
+    def pullback(self, _: Slot, __: Tensor, cotangent: Tensor) -> Tensor:
         """Returns the cotangent: J is 1."""
         return cotangent
 

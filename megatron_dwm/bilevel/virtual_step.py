@@ -1,11 +1,11 @@
-"""One virtual step of the LLM's optimiser, the way back, and z (METHOD.md, sections 2 and 3).
+"""A virtual step of the LLM's optimizer, its reversal, and z (METHOD.md, sections 2 and 3).
 
     theta' = theta - lr * (u(c*g) + weight_decay * theta)     g in the gradient buffers
     z      = d(c*g)/dg^T  J(c*g)  grad L_val(theta')          c: global-norm clipping
 
 The moments are only read. Memory: a copy of g, and in pure fp32 training a copy of theta (in mixed
-precision the fp32 main parameters are that copy). `restore` and `give_back` leave every bit as it
-was.
+precision the fp32 main parameters are that copy). After `restore` and `restore_gradient` every bit
+is as it was before.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_dwm.bilevel.slots import (
 )
 from megatron_dwm.bilevel.update_rules import UPDATE_RULES, UpdateRule
 from megatron_dwm.model import LLM, invalidate_weight_caches
-from megatron_dwm.model.transformer_engine import read_scaling_state, write_scaling_state
+from megatron_dwm.model.layers.transformer_engine import read_scaling_state, write_scaling_state
 
 # megatron.core.optimizer.clip_grads.clip_grad_by_total_norm_fp32 divides by the norm plus this.
 CLIP_EPSILON = 1e-6
@@ -36,12 +36,12 @@ CLIP_EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class VirtualStep:
-    """A virtual step, ready to be entered and left.
+    """A virtual step: `enter` takes it, `restore` reverses it.
 
     gradients: g, tensor by tensor, before clipping.
-    parameters: theta of the slots without a main copy, else None.
-    grad_norm: |g| before clipping.  clip_factor: c, 1 when clipping is not active.
-    scaling_state: what the delayed FP8 recipe carries from step to step; empty without it.
+    parameters: theta of the slots without a main copy; None for the others.
+    grad_norm: |g| before clipping.  clip_factor: c, 1 if clipping is not active.
+    scaling_state: scales and maxima of the delayed FP8 recipe; empty for other recipes.
     """
 
     llm: LLM
@@ -63,7 +63,7 @@ class VirtualStep:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put theta back, bit for bit."""
+        """Write theta back into the model's parameters, bit for bit."""
         for slot, kept in zip(self.slots, self.parameters, strict=True):
             slot.model.copy_(slot.main if kept is None else kept)
         self._publish()
@@ -73,40 +73,38 @@ class VirtualStep:
         """Turn grad L_val(theta') in the gradient buffers into z, in place, on every rank."""
         self.optimizer.prepare_grads()
         for slot, gradient in zip(self.slots, self.gradients, strict=True):
-            cotangent = slot.main.grad
+            cotangent = slot.gradient
             pulled_back = self.rule.pullback(slot, self._clipped(gradient), cotangent)
             if pulled_back is not cotangent:
                 cotangent.copy_(pulled_back)
         if self.clip_factor < 1.0:
-            self._undo_clipping()
+            self._pull_back_clipping()
         if is_sharded(self.optimizer):
             gather_gradient_buffers(self.llm)
 
     @torch.no_grad()
-    def give_back(self) -> None:
-        """Put g back into the gradient buffers, bit for bit, where `direction` left z; and the FP8
-        scales that the passes since have moved on.
-        """
+    def restore_gradient(self) -> None:
+        """Write g back over z in the gradient buffers, bit for bit, and restore the FP8 scales."""
         for slot, gradient in zip(self.slots, self.gradients, strict=True):
-            slot.main.grad.copy_(gradient)
+            slot.gradient.copy_(gradient)
         write_scaling_state(self.scaling_state)
 
     def _clipped(self, gradient: Tensor) -> Tensor:
         return gradient * self.clip_factor if self.clip_factor < 1.0 else gradient
 
-    def _undo_clipping(self) -> None:
+    def _pull_back_clipping(self) -> None:
         """z <- d(c*g)/dg^T z with c = C/(|g| + epsilon), |g| over the whole model."""
         norm, factor = self.grad_norm, self.clip_factor
         projection = factor * self._inner_product() / (norm * (norm + CLIP_EPSILON))
         for slot, gradient in zip(self.slots, self.gradients, strict=True):
-            slot.main.grad.mul_(factor).sub_(gradient, alpha=projection)
+            slot.gradient.mul_(factor).sub_(gradient, alpha=projection)
 
     def _inner_product(self) -> float:
-        """<z, g>, every parameter of the model counted once."""
+        """Returns <z, g>, in which every parameter of the model counts once."""
         total = torch.zeros([], dtype=torch.float64, device=self.llm.runtime.device)
         for slot, gradient in zip(self.slots, self.gradients, strict=True):
             if slot.counted:
-                total += torch.sum(slot.main.grad.double() * gradient)
+                total += torch.sum(slot.gradient.double() * gradient)
         group = self.optimizer.chained_optimizers[0].get_grad_stats_parallel_group()
         dist.all_reduce(total, group=group)
         return float(total)
@@ -121,13 +119,13 @@ class VirtualStep:
 def prepare_virtual_step(
     llm: LLM, optimizer: ChainedOptimizer, inner: InnerOptimizer
 ) -> VirtualStep:
-    """The step along the gradient in the gradient buffers; the parameters are not touched yet."""
+    """Prepare the step along the gradient in the gradient buffers; parameters keep their values."""
     optimizer.prepare_grads()
     grad_norm = optimizer.get_grad_norm()
     clip = optimizer.config.clip_grad
     factor = min(1.0, clip / (grad_norm + CLIP_EPSILON)) if clip > 0.0 else 1.0
     slots = collect_slots(optimizer)
-    gradients = [slot.main.grad.clone() for slot in slots]
+    gradients = [slot.gradient.clone() for slot in slots]
     parameters = [None if slot.has_main_copy else slot.main.clone() for slot in slots]
     return VirtualStep(
         llm,

@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses read from YAML and dotted overrides."""
+"""The configuration of a run: frozen dataclasses, read from YAML and dotted overrides."""
 
 from megatron_dwm.config.errors import LostPeer, RunError, UserError
 from megatron_dwm.config.schema import (

@@ -1,7 +1,7 @@
-"""What a number of a configuration may be; every key of the schema names its bound.
+"""Bounds of the numbers in a configuration; every numeric key of the schema names its bound.
 
-Within these bounds nothing overflows on its way through fp32, seeds fit the generators, and counts
-fit the arrays that they number. They are wide: what is sensible is the user's to know.
+Within these bounds nothing overflows in fp32, seeds fit the generators, and counts fit the arrays
+that they index. The bounds are wide: they exclude what cannot work, not what is unwise.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ _MAX_COUNT = 10**9
 _MAX_WIDTH = 2**20
 _MAX_RATE = 1e4
 _MAX_FACTOR = 1e30
-"""far from fp32's largest number, 3.4e38, so that a product still fits"""
+"""well below fp32's largest number, 3.4e38, so that a product still fits"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """A range of numbers, ends included unless they are open; None where it has no end.
+    """A range of numbers. An end is included unless it is open; None means no limit on that side.
 
     or_zero: 0 is allowed too, though it lies outside the range.
     """
@@ -29,7 +29,7 @@ class Bound:
     or_zero: bool = False
 
     def allows(self, value: float) -> bool:
-        """True for a number of the range; NaN and the infinities are in none."""
+        """True if `value` is in the range; NaN and the infinities are in no range."""
         if not -float("inf") < value < float("inf"):
             return False
         return (self.or_zero and value == 0) or (self._above_low(value) and self._below_high(value))

@@ -1,4 +1,4 @@
-"""How every command ends: 0 on success, 2 on a user's mistake, 1 on a failure of ours."""
+"""Exit codes and one-line errors of every command: 0 success, 2 a user's mistake, 1 a failure."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Call `main` and leave the process.
+    """Call `main` and end the process.
 
-    A `UserError` becomes one line on stderr and exit code 2, a `RunError` one and exit code 1. Any
-    other exception keeps its traceback, which Python ends with exit code 1. Ctrl-C is one line and
-    exit code 130.
+    A `UserError` prints one line on stderr and exits with 2; a `RunError` prints one line and exits
+    with 1. Any other exception prints its traceback and exits with 1. Ctrl-C prints one line and
+    exits with 130.
     """
     try:
         main()

@@ -1,8 +1,8 @@
-"""Keys that are set and have no effect in the chosen mode.
+"""Keys that are set but have no effect with the chosen method and mode.
 
-On the command line such a key is a mistake: whoever typed it expects something of it. In a file it
-is a warning, and only where it differs from the default, because a file may be shared by several
-methods, and the `config.yaml` of a run has every key.
+On the command line such a key is an error, because whoever typed it expects an effect. In a file it
+is a warning, and only if its value differs from the default: several methods may share a file, and
+the `config.yaml` of a run has every key.
 """
 
 from __future__ import annotations
@@ -12,34 +12,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.config.key import SET, Condition, Entry, Part, Values, entries
+from megatron_dwm.config.key import PARTS, SET, Condition, Entry, Part, Values, entries
 from megatron_dwm.config.schema import Config
-
-# What a method lacks in which a key would work.
-_LACKS: dict[Part, str] = {
-    "target": "reads no target",
-    "updates": "makes no weighting updates",
-    "weighting_model": "has no weighting model",
-    "groups": "weighs every sample the same",
-    "alignments": "uses no alignments",
-    "domain_mean": "keeps no means of domains",
-    "mixing": "mixes no target passages into the batches",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """Keys that the user set, dotted: by an option, or in a file without an option over it."""
+    """The dotted keys that the user set: on the command line, or only in a file."""
 
     command_line: frozenset[str] = field(default_factory=frozenset)
     file: frozenset[str] = field(default_factory=frozenset)
 
 
 def warnings_of_effect(config: Config, given: Given, parts: Set[Part]) -> list[str]:
-    """A line for every reason why keys of a file have no effect. parts: the method's.
+    """Returns one line for each reason why keys of a file have no effect.
 
-    Raises UserError if a key of the command line has none.
+    parts: the parts that the method has. Raises UserError if a key of the command line has no
+    effect.
     """
+    assert parts <= PARTS.keys(), parts - PARTS.keys()
     idle = {name: why for entry in entries(config) for name, why in _idle(entry, config, parts)}
     refused = [name for name in idle if name in given.command_line]
     if refused:
@@ -59,10 +50,10 @@ def _warning(names: list[str], why: str) -> str:
 
 
 def _idle(entry: Entry, config: Config, parts: Set[Part]) -> Iterator[tuple[str, str]]:
-    """The key and the reason why it has no effect, if it has none."""
+    """Yields the key and the reason if the key has no effect, else nothing."""
     rule = entry.rule
     if rule.part is not None and rule.part not in parts:
-        yield entry.name, f"{_method(config, parts)} {_LACKS[rule.part]}"
+        yield entry.name, f"{_method(config, parts)} {PARTS[rule.part]}"
     elif rule.only and not any(_unmet(config, each) is None for each in rule.only):
         unmet = _unmet(config, rule.only[0])
         assert unmet is not None
@@ -70,12 +61,13 @@ def _idle(entry: Entry, config: Config, parts: Set[Part]) -> Iterator[tuple[str,
 
 
 def _method(config: Config, parts: Set[Part]) -> str:
+    """Returns the method in words; it names `frozen` only if the method has a weighting model."""
     frozen = "weighting_model" in parts and config.weighting.frozen
     return f"policy {config.policy.name}{' with weighting.frozen' if frozen else ''}"
 
 
 def _unmet(config: Config, condition: Condition) -> str | None:
-    """The first key whose value is none of those that the condition asks for."""
+    """Returns the first key whose value the condition does not allow, or None."""
     unmet = (name for name, values in condition.items() if not _has(config, name, values))
     return next(unmet, None)
 
@@ -96,7 +88,7 @@ def _now(config: Config, name: str) -> str:
 
 
 def condition_text(alternatives: tuple[Condition, ...]) -> str:
-    """What has to hold, in words."""
+    """Returns the alternatives in words, for `--help` and messages."""
     return " or ".join(
         " and ".join(_wanted(name, values) for name, values in condition.items())
         for condition in alternatives

@@ -1,6 +1,6 @@
 """The config.json of a Hugging Face Llama, checked key by key before anything heavy is imported.
 
-What the model has that ours has not (biases, other activations, other rotary embeddings) is
+A model with features that ours lacks (biases, other activations, other rotary embeddings) is
 refused. Cost: one read of a small file.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from megatron_dwm.config.errors import UserError
 
 CONFIG_NAME = "config.json"
-# What Megatron-Core's own Llama 3 scaling holds fixed.
+# Constants of Megatron-Core's Llama 3 scaling, which has no options for them.
 _LLAMA3_SCALING = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -28,14 +28,14 @@ _REFUSED = {
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
 }
-"""Keys of config.json, and the values that a model of ours can have."""
+"""keys of config.json, each with the values that our model supports"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceConfig:
-    """What a config.json says, under the names of model.LlamaShape.
+    """The contents of a config.json, under the names of model.LlamaShape.
 
-    context_tokens: longest sequence the model was made for (max_position_embeddings).
+    context_tokens: longest sequence that the model supports (max_position_embeddings).
     """
 
     hidden_size: int
@@ -54,7 +54,7 @@ class HuggingFaceConfig:
 
 
 def read_huggingface_config(directory: Path) -> HuggingFaceConfig:
-    """The config.json in `directory`; `UserError` naming it for what ours cannot be."""
+    """Read the config.json in `directory`; raises `UserError` if it is not supported."""
     path = directory / CONFIG_NAME
     if not path.is_file():
         raise UserError(f"{directory}: not a Hugging Face model directory (no {CONFIG_NAME})")
@@ -62,7 +62,7 @@ def read_huggingface_config(directory: Path) -> HuggingFaceConfig:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model; `UserError` if there is none."""
+    """Read the object in a JSON file of a model; raises `UserError` if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -73,7 +73,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def check_huggingface_config(config: Mapping[str, Any], path: Path) -> HuggingFaceConfig:
-    """What `config`, read from `path`, describes; `UserError` naming the key for what it cannot."""
+    """Check `config`, read from `path`; raises `UserError` with the key that is not supported."""
     if config.get("model_type") != "llama":
         raise UserError(
             f"{path}: model_type {config.get('model_type')!r}; only 'llama' can be converted"
@@ -110,7 +110,10 @@ def check_huggingface_config(config: Mapping[str, Any], path: Path) -> HuggingFa
 
 
 def _rotary(config: Mapping[str, Any], path: Path) -> tuple[float, float | None]:
-    """(base, factor of Llama 3's scaling), as transformers 5 and its forerunners spell them."""
+    """Returns the base and the factor of Llama 3's scaling, from keys old and new.
+
+    Transformers 5 has `rope_parameters`; earlier releases have `rope_theta` and `rope_scaling`.
+    """
     rope = {**_object(config, "rope_scaling", path), **_object(config, "rope_parameters", path)}
     named = [rope.get("rope_theta"), config.get("rope_theta")]
     base = next((value for value in named if value is not None), 10000.0)
@@ -143,7 +146,7 @@ def _truth(config: Mapping[str, Any], key: str, path: Path) -> bool:
 
 
 def _positive(value: Any, name: str, path: Path) -> float:
-    # JSON of Python's knows NaN, Infinity and whole numbers beyond a float's range.
+    # Python's JSON parser accepts NaN, Infinity and integers beyond a float's range.
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 < value <= 1e300:
         raise UserError(f"{path}: {name} is {value!r}; expected a number above 0")

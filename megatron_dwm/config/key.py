@@ -1,7 +1,8 @@
-"""What the schema says of a key beside its type, default and help text: its rule.
+"""The rule of a key: its bound, and when the key has an effect.
 
-A rule has the key's bound, and when the key has an effect: in which part of a method it works, and
-with which values of other keys. `bounds.py` has the bounds, `effect.py` judges the effects.
+A key has an effect if the method has the part that reads it, and if other keys have certain values.
+The schema declares the rule next to the key's type, default and help text. `bounds.py` defines the
+bounds; `effect.py` finds keys without effect.
 """
 
 from __future__ import annotations
@@ -13,17 +14,27 @@ from typing import Any, Literal, TypeVar
 
 from megatron_dwm.config.bounds import Bound
 
-Part = Literal[
-    "target", "updates", "weighting_model", "groups", "alignments", "domain_mean", "mixing"
-]
-"""What a method may consist of; which parts each has: weighting/build.py"""
+Part = str
+"""a key of `PARTS`; each method declares which parts it has"""
 
-SET = "set"
-"""in place of another key's values: all but an empty one, 0 and false"""
+PARTS: dict[Part, str] = {
+    "target": "reads no target",
+    "updates": "makes no weighting updates",
+    "weighting_model": "has no weighting model",
+    "groups": "weighs every sample the same",
+    "alignments": "uses no alignments",
+    "domain_mean": "keeps no means of domains",
+    "losses": "does not weigh by losses",
+    "mixing": "mixes no target passages into the batches",
+}
+"""every part, with the words for a method that lacks it"""
+
+SET: Literal["set"] = "set"
+"""stands for every value of another key except an empty one, 0 and false"""
 
 Values = tuple[Any, ...] | Literal["set"]
 Condition = Mapping[str, Values]
-"""other keys, each with the values that it may have"""
+"""other keys, each with the values of which it must have one"""
 
 _METADATA = "rule"
 T = TypeVar("T")
@@ -31,9 +42,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """bound: of a number.  part: of a method, without which the key has no effect.
+    """When a key's value is valid, and when it has an effect.
 
-    only: alternatives, one of which has to hold for the key to have an effect; empty for always.
+    bound: of the number. part: the part of a method that reads the key.
+    only: alternatives, one of which must hold for the key to have an effect; empty for always.
     """
 
     bound: Bound | None = None
@@ -43,7 +55,7 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One key of a configuration. name: dotted, as users type it."""
+    """One key of a configuration; `name` is dotted, as users type it."""
 
     name: str
     value: Any
@@ -58,7 +70,8 @@ def key(
     part: Part | None = None,
     only: Condition | tuple[Condition, ...] = (),
 ) -> T:
-    """A field of the schema with its rule; see `Rule`. A list is copied for every configuration."""
+    """Returns a dataclass field with a `Rule`; a list is copied for every configuration."""
+    assert part is None or part in PARTS, part
     alternatives = only if isinstance(only, tuple) else (only,)
     metadata = {_METADATA: Rule(bound=bound, part=part, only=alternatives)}
     if isinstance(default, list):
@@ -67,7 +80,7 @@ def key(
 
 
 def entries(config: Any) -> Iterator[Entry]:
-    """Every key of a `Config`, in the order of the schema."""
+    """Yields every key of a `Config`, in the order of the schema."""
     for section in dataclasses.fields(config):
         values = getattr(config, section.name)
         for of_key in dataclasses.fields(values):
@@ -82,7 +95,7 @@ def entries(config: Any) -> Iterator[Entry]:
 
 
 def number_problems(config: Any) -> Iterator[str]:
-    """A line for every number of a `Config` that is out of its bound; an empty value is in it."""
+    """Yields a line for every number of a `Config` outside its bound; an empty value is allowed."""
     for entry in entries(config):
         bound, value = entry.rule.bound, entry.value
         if bound is not None and value is not None and not bound.allows(value):

@@ -1,8 +1,8 @@
 """Reading a configuration: a YAML file, then dotted overrides, into frozen dataclasses.
 
-jsonargparse does the typing. What is ours: one line for a user's mistake, the nearest known key for
-an unknown one, which keys were set where, the bounds of numbers, and `--data.train` with values in
-turn, as Megatron's --data-path takes them.
+jsonargparse checks types. This file adds: one line for a user's mistake, the nearest known key for
+an unknown one, which keys were set where, the bounds of numbers, and `--data.train` with several
+values, as Megatron's --data-path has them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from megatron_dwm.config.effect import Given, condition_text
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.key import entries, number_problems
+from megatron_dwm.config.methods import methods_help
 from megatron_dwm.config.names import known_keys, known_sections, nearest_section, unknown_key
 from megatron_dwm.config.paths import TYPED_PATHS
 from megatron_dwm.config.schema import Config
+from megatron_dwm.files.atomic import write_text
 
 _LIST_KEYS = ("--data.train", "--run.allow_changed")
 
@@ -39,15 +41,15 @@ class Loaded:
 
 
 def load_config(arguments: Sequence[str], prog: str = "megatron_dwm.pretrain") -> Config:
-    """The run that `[CONFIG.yaml] [--section.key value ...]` asks for; later values win.
+    """Read the configuration in `[CONFIG.yaml] [--section.key value ...]`; later values win.
 
-    Raises UserError naming the file or key. `--help` prints and leaves with 0.
+    Raises UserError with the file or key. `--help` prints the keys and exits with 0.
     """
     return load(arguments, prog).config
 
 
 def load(arguments: Sequence[str], prog: str = "megatron_dwm.pretrain") -> Loaded:
-    """As `load_config`, with where each key was set."""
+    """Read as `load_config`, and also return where each key was set."""
     rest = list(arguments)
     file = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
     if file is not None:
@@ -67,31 +69,35 @@ def load(arguments: Sequence[str], prog: str = "megatron_dwm.pretrain") -> Loade
     return Loaded(config, given)
 
 
-def save_config(config: Config, path: Path, typed_paths: Mapping[str, Any] | None = None) -> None:
-    """Write the resolved configuration, whole or not at all; `load_config([path])` gives it back.
+def config_text(config: Config, typed_paths: Mapping[str, Any] | None = None) -> str:
+    """Returns the resolved configuration as YAML, which `load_config` can read.
 
-    typed_paths: what `read_typed_paths` gives back. Raises OSError.
+    typed_paths: what `read_typed_paths` returned.
     """
-    # In C where that is built: ten times faster, and every checkpoint has a copy.
+    # The version in C is ten times faster, but not every build of PyYAML has it.
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     content = dataclasses.asdict(config)
     if typed_paths:
         content[TYPED_PATHS] = dict(typed_paths)
-    text = yaml.dump(content, Dumper=dumper, sort_keys=False, allow_unicode=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
+    return yaml.dump(content, Dumper=dumper, sort_keys=False, allow_unicode=True)
+
+
+def save_config(config: Config, path: Path, typed_paths: Mapping[str, Any] | None = None) -> None:
+    """Write `config_text` to `path`, all of it or nothing. Raises OSError."""
+    write_text(path, config_text(config, typed_paths))
 
 
 def read_typed_paths(path: Path) -> dict[str, Any]:
-    """How the paths in a run's config.yaml were typed, where they were not absolute (paths.py)."""
+    """Returns the paths of a run's config.yaml as typed, if they were not absolute (paths.py)."""
     typed = _read_yaml(path).get(TYPED_PATHS)
     return typed if isinstance(typed, dict) else {}
 
 
 def _as_configuration(file: Path) -> str:
-    """The file's name or, of a run's own config.yaml, which also has what is no configuration, its
-    content without that: jsonargparse takes text, too.
+    """Returns what jsonargparse should read: the file's name, or text.
+
+    The config.yaml of a run also has the section `typed_paths`, which is no configuration. For such
+    a file it is the content without that section.
     """
     content = _read_yaml(file)
     return str(file) if content.pop(TYPED_PATHS, None) is None else json.dumps(content)
@@ -115,7 +121,7 @@ def _parser(prog: str) -> ArgumentParser:
 
 
 def _add_rules(parser: ArgumentParser) -> None:
-    """Have `--help` say of each key what its number may be, and what it needs to have an effect."""
+    """Add to each key's help its bound, and what the key needs to have an effect."""
     rules = {entry.name: entry.rule for entry in entries(Config())}
     for action in parser._actions:
         if (rule := rules.get(action.dest)) is None:
@@ -124,22 +130,24 @@ def _add_rules(parser: ArgumentParser) -> None:
         needs = [f"needs {condition_text(rule.only)}"] if rule.only else []
         if bound or needs:
             action.help = f"{action.help} [{'; '.join(bound + needs)}]"
+        if action.dest == "policy.name":
+            action.help = f"{action.help}: {methods_help()}"
 
 
 def _given(words: Sequence[str]) -> Given:
-    """Where each key is set, the last place counting. Checks the keys of files."""
-    places: dict[str, str] = {}
+    """Returns where each key is set; a later setting counts. Checks the keys of files."""
+    set_in: dict[str, str] = {}
     for word, following in zip(words, [*words, ""][1:], strict=True):
         option, equals, value = word.partition("=")
-        option = option.removesuffix("+")  # of a list: adds to it
+        option = option.removesuffix("+")  # `--key+` appends to a list
         if option == "--config":
             file = Path(value if equals else following)
-            places |= dict.fromkeys(_keys_of_file(file), "file")
+            set_in |= dict.fromkeys(_keys_of_file(file), "file")
         elif option.startswith("--") and option[2:] in known_keys():
-            places[option[2:]] = "command line"
+            set_in[option[2:]] = "command line"
     return Given(
-        command_line=frozenset(key for key, place in places.items() if place == "command line"),
-        file=frozenset(key for key, place in places.items() if place == "file"),
+        command_line=frozenset(key for key, by in set_in.items() if by == "command line"),
+        file=frozenset(key for key, by in set_in.items() if by == "file"),
     )
 
 
@@ -159,7 +167,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _keys_of_file(file: Path) -> Iterator[str]:
-    """The keys that a file sets. Raises UserError for one that does not exist."""
+    """Yields the keys that a file sets. Raises UserError for one that does not exist."""
     for section, values in _read_yaml(file).items():
         if section == TYPED_PATHS:
             continue
@@ -178,7 +186,7 @@ def _keys_of_file(file: Path) -> Iterator[str]:
 
 
 def _join_lists(arguments: Sequence[str]) -> list[str]:
-    """`--data.train 0.3 a 0.7 b` as one JSON list; also checks the names of options."""
+    """Turn `--data.train 0.3 a 0.7 b` into one JSON list; also checks the names of options."""
     joined: list[str] = []
     position = 0
     while position < len(arguments):
@@ -208,7 +216,7 @@ def _check_option(word: str) -> None:
 
 
 def _one_line(message: str, file: Path | None) -> str:
-    """jsonargparse's message on one line, its types in plain words."""
+    """Returns jsonargparse's message on one line, with plain words for types."""
     text = re.sub(r"\s+", " ", message)
     text = re.sub(r"Parser key \"([\w.]+)\":", r"\1:", text)
     text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
@@ -218,7 +226,7 @@ def _one_line(message: str, file: Path | None) -> str:
 
 
 def exit_on_help(prog: str, arguments: Sequence[str]) -> None:
-    """Print the keys and leave with 0 if `arguments` ask for help, before anything heavy loads."""
+    """Print the keys and exit with 0 if `arguments` ask for help, before heavy imports."""
     if "--help" in arguments or "-h" in arguments:
         _parser(prog).print_help()
         sys.exit(0)

@@ -1,8 +1,8 @@
-"""The names of all keys, and the one that a user meant who typed another.
+"""The names of all keys, and the key that a user most likely meant by an unknown name.
 
-A key is looked for in the section that was typed. Abbreviations are common (`weighting.lr`,
-`parallel.tp`), and no measure of similar spelling knows them, so initials and whole words come
-first, and the spelling (difflib) decides the rest.
+The search starts in the section that was typed. Abbreviations are common (`weighting.lr`,
+`parallel.tp`) and score low on similar spelling, so initials and whole words are compared first,
+then the spelling (difflib).
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ import functools
 from megatron_dwm.config.key import entries
 from megatron_dwm.config.schema import Config
 
-# Below this the spelling says little, and a key of another section may have the very name.
+# Below this ratio a match of spelling is chance; a key of another section may match exactly.
 _SIMILAR = 0.6
 _SAME, _INITIALS, _WHOLE_WORDS, _BEGINNINGS = 3.0, 2.0, 1.5, 1.25
 
 
 @functools.cache
 def known_keys() -> tuple[str, ...]:
-    """Every dotted key of a configuration, in the order of the schema."""
+    """Returns every dotted key of a configuration, in the order of the schema."""
     return tuple(entry.name for entry in entries(Config()))
 
 
 def known_sections() -> list[str]:
-    """The sections of a configuration, in the order of the schema."""
+    """Returns the sections of a configuration, in the order of the schema."""
     return [section.name for section in dataclasses.fields(Config)]
 
 
 def unknown_key(name: str) -> str:
-    """What is said of a key that does not exist."""
+    """Returns the message about a key that does not exist."""
     return f"unknown key '{name}'; the nearest known key is '{nearest_key(name)}'"
 
 
 def nearest_key(name: str) -> str:
-    """The known key that is most likely meant by `name`, which is dotted or a key's last part."""
+    """Returns the known key most likely meant by `name`, a dotted key or a key without section."""
     section, _, key = name.rpartition(".")
     mine = _section_of(section)
     inside = [known for known in known_keys() if known.startswith(f"{mine}.")]
@@ -48,24 +48,25 @@ def nearest_key(name: str) -> str:
 
 
 def nearest_section(name: str) -> str:
-    """The section that is most likely meant by `name`."""
+    """Returns the section most likely meant by `name`."""
     return difflib.get_close_matches(name, known_sections(), n=1, cutoff=0.0)[0]
 
 
 def _section_of(typed: str) -> str | None:
-    """The section that was typed, or one of very similar spelling."""
+    """Returns the section of this or similar spelling, or None."""
     found = difflib.get_close_matches(typed, known_sections(), n=1, cutoff=_SIMILAR)
     return found[0] if found else None
 
 
 def _best(key: str, known: list[str]) -> str:
-    """Of equals the first, in the order of the schema."""
+    """Returns the most likely key; of several equally likely ones, the first in the schema."""
     return max(known, key=lambda name: _likeness(key, name))
 
 
 def _likeness(key: str, known: str) -> float:
-    """How likely `key`, a name without its section, means the known key: above 1 by its words,
-    else the ratio of similar spelling.
+    """Returns a score for `key`, a name without section, meaning the key `known`.
+
+    A match of whole words or initials scores above 1; otherwise the score is difflib's ratio.
     """
     section, name = known.split(".")
     words, typed = name.split("_"), key.lower().replace("-", "_")
@@ -82,12 +83,12 @@ def _likeness(key: str, known: str) -> float:
 
 
 def _abbreviations(section: str, words: list[str]) -> set[str]:
-    """Initials: lr of learning_rate, bs of global_batch_size, tp of parallel.tensor."""
+    """Returns initials: lr for learning_rate, bs for global_batch_size, tp for parallel.tensor."""
     letters = "".join(word[0] for word in words)
     return {found for found in (letters, letters[1:], letters + section[0]) if len(found) > 1}
 
 
 def _begin(pieces: list[str], words: list[str]) -> bool:
-    """True if the pieces begin some of the words, in order: seq_len of sequence_length."""
+    """True if the pieces begin some of the words, in order, as seq_len does sequence_length."""
     rest = iter(words)
     return all(any(word.startswith(piece) for word in rest) for piece in pieces if piece)

@@ -1,19 +1,25 @@
-"""Where outputs go, looked at before any work: names that can be, directories that can be written.
+"""Outputs of tools: checked before any work, and then either complete or absent.
 
-No tool makes a missing parent directory: a slip of the hand in a path would become a tree.
+No tool creates a missing parent directory, since a misspelled path would create a tree. No tool
+overwrites an output.
 """
 
 from __future__ import annotations
 
+import errno
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.files.atomic import new_files, partial_path
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def require_possible_names(paths: Iterable[Path]) -> None:
-    """Raise `UserError` if the file system can have no file of one of these names."""
+    """Raise `UserError` if the file system does not allow one of these names."""
     for path in paths:
         try:
             path.lstat()
@@ -26,23 +32,51 @@ def require_possible_names(paths: Iterable[Path]) -> None:
 
 
 def require_writable_parents(paths: Iterable[Path]) -> None:
-    """Check that files can be made in the parent directories of `paths`.
+    """Check that files can be created in the parent directories of `paths`.
 
-    Raises `UserError` for a name that cannot be and for a directory that is missing or cannot be
-    written.
+    Raises `UserError` for a name that is not allowed, and for a directory that is missing or
+    cannot be written.
     """
     paths = list(paths)
     require_possible_names(paths)
     for directory in dict.fromkeys(path.parent for path in paths):
         try:
-            # Tried, since permissions do not tell: a file system may be read-only, also for root.
+            # Permissions are not enough to know: a file system may be read-only, even for root.
             with tempfile.TemporaryFile(dir=directory):
                 pass
         except OSError as error:
-            # The error alone does not tell: /proc is there, and says that a new file is not.
+            # The error is not enough to know: /proc exists and raises it for every new file.
             if isinstance(error, FileNotFoundError) and not directory.is_dir():
                 raise UserError(f"{directory}: no such output directory; make it first") from None
             raise UserError(
                 f"{directory}: no file can be written in this directory ({error.strerror}); "
                 "choose another output"
             ) from None
+
+
+def why_unwritable(error: OSError) -> str | None:
+    """Returns the reason if the disk is full or read-only; None for any other error."""
+    if error.errno not in _NO_ROOM:
+        return None
+    return error.strerror or " ".join(str(error).split())
+
+
+@contextmanager
+def new_outputs(paths: Sequence[Path]) -> Iterator[Mapping[Path, Path]]:
+    """Give a temporary name for each of `paths`; when the context ends, the files become `paths`.
+
+    Files that were not written are left out; after an exception none appears. Raises `UserError`,
+    before and after, if one of `paths` exists, and before if one cannot be written.
+    """
+    require_possible_names(paths)
+    _refuse_existing(paths)
+    require_writable_parents([partial_path(path) for path in paths])
+    with new_files(paths) as partials:
+        yield partials
+        _refuse_existing(paths)
+
+
+def _refuse_existing(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.exists() or path.is_symlink():
+            raise UserError(f"{path} exists; choose another output or remove it")

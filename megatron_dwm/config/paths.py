@@ -1,8 +1,8 @@
-"""The paths of a configuration: as they were typed, and from the root of the file system.
+"""The paths of a configuration: as they were typed, and absolute.
 
-A run's config.yaml holds absolute paths, so that it and what it names can be used from anywhere.
-Those that were typed otherwise stand at its end as they were typed, with the directory they were
-typed in: a resumed run may type them again, there or in a tree that was moved as a whole.
+A run's config.yaml has absolute paths, so that it can be used from any directory. Paths that were
+typed as relative ones are also kept at its end, with the directory in which they were typed. A
+resumed run may type them again, in the same directory or in a tree that was moved as a whole.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from megatron_dwm.config.schema import Config
 
 TYPED_PATHS = "typed_paths"
-"""Section of config.yaml that is no configuration."""
+"""a section of config.yaml that is no configuration"""
 
 _DIRECTORY = "directory"
 _TRAIN = "data.train"
@@ -28,7 +28,7 @@ PATH_KEYS = (*_KEYS, _TRAIN)
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """`config` with every path absolute; links stay links."""
+    """Returns `config` with every path absolute; symbolic links are not resolved."""
     for key in PATH_KEYS:
         value = _get(config, key)
         if value is not None:
@@ -37,7 +37,7 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def typed_paths(config: Config) -> dict[str, Any]:
-    """The values with a path that is not absolute, by key, and the directory; empty without any."""
+    """Returns the values with relative paths, by key, and the directory; empty without any."""
     absolute = with_absolute_paths(config)
     typed = {
         key: _get(config, key) for key in PATH_KEYS if _get(config, key) != _get(absolute, key)
@@ -46,9 +46,9 @@ def typed_paths(config: Config) -> dict[str, Any]:
 
 
 def is_same_path(key: str, before: Any, now: Any, typed: Mapping[str, Any]) -> bool:
-    """Whether a key of `PATH_KEYS` names what it named before.
+    """True if a key of `PATH_KEYS` still names the same path.
 
-    before: what a run's config.yaml has; typed: its `typed_paths`. now: as it is typed today.
+    before: the value in a run's config.yaml. typed: its `typed_paths`. now: the value typed today.
     """
     if before == now or (key in typed and typed[key] == now):
         return True
@@ -58,7 +58,7 @@ def is_same_path(key: str, before: Any, now: Any, typed: Mapping[str, Any]) -> b
 
 
 def _each(value: Any, change: Callable[[str], str]) -> Any:
-    """A path, or the prefixes of `data.train` among their weights, changed."""
+    """Apply `change` to a path, or to the prefixes (not the weights) of a `data.train` list."""
     if isinstance(value, list):
         return [entry if _is_weight(entry) else change(entry) for entry in value]
     return change(value)

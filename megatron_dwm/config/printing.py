@@ -1,23 +1,23 @@
-"""Text that comes from data, as a terminal may be shown it.
+"""Text from data, made safe to print on a terminal.
 
-Names of domains, metadata, file names and what a library says of a file are other people's text: an
-escape sequence or a line break in them would move the cursor, recolour the terminal or look like a
-line of ours. Whatever prints them spells such characters out.
+Names of domains, metadata, file names and messages of libraries are other people's text. An escape
+sequence or a line break in them could move the cursor, change colors or look like our own output.
+Code that prints them escapes such characters.
 """
 
 from __future__ import annotations
 
 import unicodedata
 
-# Controls (line breaks, tabs and escapes among them), invisible marks that turn the direction of
-# writing, halves of surrogate pairs, and separators of lines and paragraphs.
+# Controls (including line breaks, tabs and escapes), invisible characters that change the direction
+# of writing, halves of surrogate pairs, and separators of lines and paragraphs.
 _NOT_SHOWN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def printable(text: object, *, keep: str = "") -> str:
-    """`str(text)` on one line that a terminal shows as it is: `\\x1b` instead of an escape.
+    """Returns `str(text)` on one line, with `\\x1b` instead of an escape character.
 
-    keep: characters that are let through all the same.
+    keep: characters that are not escaped.
     """
     return "".join(_spelled(character, keep) for character in str(text))
 

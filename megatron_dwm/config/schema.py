@@ -1,9 +1,9 @@
-"""What a run is: frozen dataclasses, one for each section of a configuration file.
+"""The configuration of a run: frozen dataclasses, one for each section of a configuration file.
 
-The order of the sections is the order in which a reader meets them in `examples/tiny.yaml`.
-Every field is a key that users type (`--section.key value`); its docstring is its help text, so
-it states units and what a special value means. `key` adds the rule beside it: the number's bound,
-and what the key needs in order to have an effect. Values that follow from others are properties.
+The sections have the order of `examples/tiny.yaml`. Every field is a key that users type
+(`--section.key value`). Its docstring is its help text, so it states units and what a special value
+means. `key` adds a rule: the number's bound, and what the key needs in order to have an effect.
+Derived values are properties.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from megatron_dwm.config.bounds import (
 from megatron_dwm.config.key import SET, key
 from megatron_dwm.config.schema_llm import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dwm.config.schema_method import (
-    LEARNING_POLICIES,
     BilevelConfig,
     PolicyConfig,
     ValidationConfig,
@@ -32,27 +31,28 @@ _PROFILED = {"profiling.tool": ("torch", "nvtx", "dlprof")}
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where a run lives and what makes it repeatable."""
+    """The directory of a run, its seed, and how it resumes."""
 
     dir: str = "runs/run"
-    """directory that receives everything the run writes"""
+    """directory for everything that the run writes"""
     seed: int = key(1234, SEED)
     """seed of parameters, data order and validation order"""
     resume: bool = False
-    """go on from the newest whole checkpoint in run.dir (start afresh if there is none)"""
+    """continue from the newest complete checkpoint in run.dir; start from step 0 if there is
+    none"""
     allow_changed: list[str] = key([], only={"run.resume": (True,)})
-    """keys that a resumed run may change against the rule, one by one by name (data.train also
-    allows files with other content, and other domains); docs/robustness.md has the rule"""
+    """names of keys that a resumed run may change although they normally may not change; data.train
+    also allows files with other content and other domains (docs/robustness.md)"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What the LLM reads."""
+    """The training data."""
 
     train: list[str | float] = field(default_factory=list)
-    """prefixes of indexed files, or weights and prefixes in turn, as Megatron's --data-path"""
+    """prefixes of indexed files, or weight prefix weight prefix ..., as Megatron's --data-path"""
     tokenizer: str | None = None
-    """what the data was tokenized with: a SentencePiece model or a tokenizer.json"""
+    """the tokenizer that the data was made with: a SentencePiece model or a tokenizer.json"""
     sequence_length: int = key(1024, TOKENS)
     """tokens in a training sample"""
     domain_key: str = "meta.redpajama_set_name"
@@ -63,7 +63,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Held-out loss while training; its rows are never trained on, nor is the weighting model."""
+    """Held-out loss during training; neither the LLM nor the weighting model trains on its rows."""
 
     path: str | None = None
     """JSON Lines file with a `text` and the domain key in every line; empty switches it off"""
@@ -73,25 +73,29 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """What is kept of the run."""
+    """What the run records."""
 
     tensorboard: bool = True
     """write TensorBoard event files"""
+    metrics_interval_steps: int = key(1, COUNT)
+    """steps whose lines are written to metrics.jsonl together; until then their weight statistics
+    stay on the device, which saves one wait in every step. If the run is killed, lines that are not
+    yet written are lost; a resumed run writes them again"""
     weights_interval_steps: int = key(10, COUNT_OR_ZERO)
-    """steps between records of every sample's weight in weights/*.parquet; 0 keeps none. Its column
-    source says what sample_id counts in: samples that the LLM trains on (training), that updates
-    draw for themselves (update), or target passages (target)"""
+    """steps between records of every sample's weight in weights/*.parquet; 0 records none. The
+    column source says what sample_id numbers: samples that the LLM trains on (training), samples
+    that weighting updates draw (update), or passages of the target (target)"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfilingConfig:
-    """Where the time of a few steps goes (docs/planning.md)."""
+    """Profiling of a few steps (docs/planning.md)."""
 
     tool: Literal["none", "torch", "nvtx", "dlprof"] = "none"
-    """torch: traces in run.dir/profile, on a CPU too; nvtx: ranges for Nsight Systems; dlprof:
-    NVIDIA's DLProf, where it is installed"""
+    """torch: PyTorch traces in run.dir/profile, also on a CPU; nvtx: ranges for Nsight Systems;
+    dlprof: ranges for NVIDIA's DLProf, which must be installed"""
     first_step: int = key(10, COUNT, only=_PROFILED)
-    """first step that is profiled, from 1, with the weighting updates before it"""
+    """first step that is profiled, counted from 1, with the weighting updates before it"""
     last_step: int = key(12, COUNT, only=_PROFILED)
     """last step that is profiled"""
     ranks: list[int] = key([0], only=_PROFILED)
@@ -100,7 +104,7 @@ class ProfilingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run."""
+    """The configuration of a run."""
 
     run: RunConfig = field(default_factory=RunConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -116,21 +120,15 @@ class Config:
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
     @property
-    def learns(self) -> bool:
-        """True if the run updates its policy from hypergradients; only dwm can be frozen."""
-        frozen = self.policy.name == "dwm" and self.weighting.frozen
-        return self.policy.name in LEARNING_POLICIES and not frozen
-
-    @property
     def passages(self) -> int:
-        """Passages asked for in a validation batch; the target may have fewer rows."""
+        """Passages requested for a validation batch; the target may have fewer rows."""
         return self.validation.batch_size or self.training.global_batch_size
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Replicas of the LLM among `world_size` processes."""
+        """Returns the number of replicas of the LLM in a job of `world_size` processes."""
         return world_size // self.parallel.model_size
 
     def num_microbatches(self, world_size: int) -> int:
-        """Micro-batches that one process runs in one optimiser step."""
+        """Returns the number of micro-batches that one process runs in one optimizer step."""
         rows = self.training.micro_batch_size * self.data_parallel_size(world_size)
         return self.training.global_batch_size // rows

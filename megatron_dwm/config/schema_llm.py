@@ -35,20 +35,20 @@ _IN_FP8 = ({"model.precision": ("fp8",)}, {"model.fp8_emulation": (True,)})
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How one model is split over processes; what is left of the world is data parallel."""
+    """How the LLM is split over processes; the remaining factor of the job is data parallel."""
 
     tensor: int = key(1, WIDTH)
-    """tensor-parallel size (processes)"""
+    """processes in a tensor-parallel group"""
     pipeline: int = key(1, WIDTH)
-    """pipeline-parallel size (processes)"""
+    """processes in a pipeline"""
     virtual_stages: int = key(1, LAYERS)
-    """model chunks on every pipeline stage; above 1 Megatron's interleaved schedule runs"""
+    """model chunks on every pipeline stage; above 1, Megatron's interleaved schedule runs"""
     sequence: bool = False
     """sequence parallelism inside the tensor-parallel group"""
     sharded_optimizer: bool = False
-    """shard the optimiser's state over the data-parallel group (Megatron's DistributedOptimizer)"""
+    """shard the optimizer's state over the data-parallel group (Megatron's DistributedOptimizer)"""
     timeout_s: int = key(600, SECONDS)
-    """seconds after which a collective that a dead rank never joined fails"""
+    """seconds that a rank waits for the others in a collective before it fails"""
 
     @property
     def model_size(self) -> int:
@@ -58,24 +58,25 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The LLM; a field left empty takes the preset's value."""
+    """The LLM; an empty key has the preset's value."""
 
     preset: Preset | None = None
-    """shape to start from; empty takes model.init_from's, else tiny"""
+    """shape to start from; empty means the shape of model.init_from, or tiny without it"""
     precision: Precision = "fp32"
-    """arithmetic of parameters and activations; bf16 keeps fp32 main parameters; fp8 is bf16 with
-    the layers' matrix products in FP8 (Transformer Engine on a GPU)"""
+    """precision of parameters and activations; bf16 has fp32 main parameters in the optimizer; fp8
+    is bf16 with the matrix products of the layers in FP8 (Transformer Engine on a GPU)"""
     fp8_recipe: Fp8Recipe = key("tensorwise", only=_IN_FP8)
-    """how FP8 scales are found: from the maxima of earlier steps (delayed), of the tensor itself
-    (tensorwise), of blocks of 128 (blockwise, Hopper on) or of 32 values (mxfp8, Blackwell on)"""
+    """how FP8 scales are computed: from the maxima of earlier steps (delayed), of the whole tensor
+    (tensorwise), of blocks of 128 values (blockwise; Hopper or newer) or of 32 values (mxfp8;
+    Blackwell or newer)"""
     fp8_first_last_bf16: bool = key(False, only=_IN_FP8)
     """keep the first and the last layer out of FP8 (not with fp8_recipe delayed)"""
     fp8_emulation: bool = False
-    """FP8 numerics in the layers' matrix products without Transformer Engine, on a CPU too; slower
-    than the products they stand for (fp8_recipe tensorwise)"""
+    """emulate FP8 rounding in the layers' matrix products, without Transformer Engine and also on a
+    CPU; slower than products without it (needs fp8_recipe tensorwise)"""
     init_from: str | None = None
-    """where the LLM's parameters come from: a Hugging Face directory (LlamaForCausalLM), or a
-    checkpoint of an earlier run; the model then has that one's shape"""
+    """initial parameters of the LLM: a Hugging Face directory (LlamaForCausalLM) or a checkpoint of
+    an earlier run; the LLM then has the shape of that model"""
     hidden_size: int | None = key(None, WIDTH)
     """width of the residual stream"""
     num_layers: int | None = key(None, LAYERS)
@@ -83,11 +84,11 @@ class ModelConfig:
     num_attention_heads: int | None = key(None, WIDTH)
     """query heads"""
     num_query_groups: int | None = key(None, WIDTH)
-    """key-value heads (grouped-query attention); equal to the query heads for plain attention"""
+    """key-value heads (grouped-query attention); as many as query heads for plain attention"""
     ffn_hidden_size: int | None = key(None, INNER_WIDTH)
     """inner width of the SwiGLU block"""
     vocab_size: int | None = key(None, PIECES)
-    """pieces in the vocabulary; empty takes the tokenizer's"""
+    """tokens in the vocabulary; empty means the tokenizer's size"""
     tied_embeddings: bool | None = None
     """share the input embedding with the output layer"""
     rotary_base: float | None = key(None, FACTOR_ABOVE_ZERO)
@@ -95,35 +96,37 @@ class ModelConfig:
     norm_epsilon: float | None = key(None, EPSILON)
     """epsilon of RMSNorm"""
     init_std: float | None = key(None, DEVIATION, only={"model.init_from": (None,)})
-    """standard deviation of the normal initialisation"""
+    """standard deviation of the normal initialization"""
     recompute: Literal["none", "selective", "full"] = "none"
-    """recompute activations in the backward pass: nothing, core attention, or whole layers"""
+    """activations that the backward pass recomputes: none, of core attention (selective), or of
+    whole layers (full)"""
 
     @property
     def uses_fp8(self) -> bool:
-        """Whether the layers' matrix products are asked for in FP8, emulated or not."""
+        """True if the layers' matrix products are in FP8, emulated or not."""
         return self.precision == "fp8" or self.fp8_emulation
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """The LLM's optimiser and the loop."""
+    """The LLM's optimizer, the training loop and its checkpoints."""
 
     steps: int = key(1000, COUNT)
-    """optimiser steps"""
+    """optimizer steps"""
     global_batch_size: int = key(32, ROWS)
-    """samples in one optimiser step, over all processes"""
+    """samples in one optimizer step, over all processes"""
     micro_batch_size: int = key(32, ROWS)
     """samples in one forward pass of one process"""
     learning_rate: float = key(3e-3, RATE)
     """peak learning rate"""
     min_learning_rate_fraction: float = key(0.1, WHOLE_FRACTION)
-    """fraction of the peak that the cosine reaches with the last step; 1 keeps the rate constant"""
+    """learning rate of the last step, where the cosine ends, as a fraction of the peak; 1 keeps the
+    rate constant"""
     warmup_fraction: float = key(0.05, FRACTION)
-    """fraction of the steps over which the learning rate rises linearly: of W steps, step k has k/W
-    of the peak (Megatron-LM: (k - 1)/W, so that its first step changes nothing)"""
+    """fraction of the steps in which the learning rate rises linearly: in a warm-up of W steps,
+    step k has k/W of the peak (in Megatron-LM (k - 1)/W, so that its first step changes nothing)"""
     weight_decay: float = key(0.1, DECAY)
-    """decoupled weight decay (norms and biases are exempt)"""
+    """decoupled weight decay (not of norms and biases)"""
     clip_grad: float = key(1.0, FACTOR)
     """largest global gradient norm; 0 switches clipping off"""
     adam_beta1: float = key(0.9, FRACTION)
@@ -133,20 +136,20 @@ class TrainingConfig:
     adam_epsilon: float = key(1e-8, EPSILON)
     """epsilon of Adam"""
     checkpoint_interval_steps: int = key(500, COUNT_OR_ZERO)
-    """steps between checkpoints; inside a weighting phase of several updates, updates between them
-    too; the last step always writes one; 0 writes only that"""
+    """steps between checkpoints, and updates between checkpoints inside a weighting phase of
+    several updates; the last step always writes a checkpoint; 0 writes only that one"""
     checkpoint_async: bool = False
-    """write checkpoints beside training, which stands still only for a copy to host memory"""
+    """write checkpoints in the background; training waits only for a copy to host memory"""
     keep_last: int = key(0, COUNT_OR_ZERO)
-    """checkpoints that are kept, the newest, inside weighting phases or not; 0 keeps all"""
+    """number of newest checkpoints to keep, those inside weighting phases included; 0 keeps all"""
     keep_every: int = key(0, COUNT_OR_ZERO, only={"training.keep_last": SET})
-    """checkpoints at multiples of this many steps are kept besides; 0 keeps none besides"""
+    """also keep checkpoints at multiples of this many steps; 0 keeps only the newest"""
     max_skipped_steps: int = key(5, COUNT_OR_ZERO)
-    """steps in a row that are skipped because their loss or gradient norm is not finite; one more
-    stops the run"""
+    """consecutive steps that may be skipped because the loss or the gradient norm is not finite;
+    one more stops the run"""
     spike_factor: float = key(0.0, FACTOR_ABOVE_ONE)
-    """a loss above this many times its running mean takes the run back to the last checkpoint and
-    passes over the batch; more than max_skipped_steps of them in a row stop the run; 0 switches it
+    """if the loss exceeds this many times its running mean, the run returns to the last checkpoint
+    and skips the batch; more than max_skipped_steps of them in a row stop the run; 0 switches it
     off"""
     log_interval_steps: int = key(10, COUNT)
-    """steps between lines on the terminal when it is not interactive"""
+    """steps between lines of output if there is no interactive terminal"""

@@ -1,7 +1,7 @@
-"""Combinations that cannot work, found before any process group exists.
+"""Combinations of keys that cannot work, found before any process group exists.
 
-Each check is one rule between keys: a predicate over the configuration and the message of its
-violation. What a single number may be stands beside its key, in the schema.
+Each check is one rule between keys, with the message for a violation. The bound of a single number
+is next to its key, in the schema; the rules of a method are in its file, in weighting/.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.key import number_problems
 from megatron_dwm.config.names import known_keys, nearest_key
 from megatron_dwm.config.schema import Config
-from megatron_dwm.config.validate_policy import policy_problems
 from megatron_dwm.config.validate_profiling import profiling_problems
 
-# What a run depends on without a key of its own: its shape, whatever keys it comes from.
+# Properties of a run that several keys decide together: the model's shape.
 _FINGERPRINTS = ("model",)
 
 
 class Heads(NamedTuple):
-    """What the model's shape must share out over processes."""
+    """Sizes of the model that are divided over processes."""
 
     num_layers: int
     hidden_size: int
@@ -35,23 +34,22 @@ class Heads(NamedTuple):
 def validate_config(config: Config, shape: Heads, world_size: int) -> None:
     """Raise UserError for the first rule that the run breaks.
 
-    shape: the resolved model's. world_size: processes of the job.
+    shape: sizes of the resolved model. world_size: number of processes.
     """
     for problem in _problems(config, shape, world_size):
         raise UserError(problem)
 
 
 def validate_layout(config: Config, shape: Heads, world_size: int) -> None:
-    """Only the rules about sizes and processes: for commands that read no data."""
+    """Check only the rules about sizes and processes, for commands that read no data."""
     for problem in _layout_problems(config, shape, world_size):
         raise UserError(problem)
 
 
 def validate_options(config: Config, shape: Heads, world_size: int) -> None:
-    """Only the rules about what is computed how: for the doctor, which chooses its own sizes."""
+    """Check only the rules about FP8 and profiling, for the doctor, which has its own sizes."""
     problems = (
         _fp8(config, shape),
-        _estimator(config, world_size),
         profiling_problems(config, world_size),
     )
     for problem in chain(*problems):
@@ -61,8 +59,7 @@ def validate_options(config: Config, shape: Heads, world_size: int) -> None:
 def _problems(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
     yield from _layout_problems(config, shape, world_size)
     yield from _allowed_changes(config)
-    yield from policy_problems(config, shape.num_layers)
-    yield from _estimator(config, world_size)
+    yield from _data(config)
     yield from profiling_problems(config, world_size)
 
 
@@ -75,23 +72,15 @@ def _layout_problems(config: Config, shape: Heads, world_size: int) -> Iterator[
     yield from _batches(config, world_size)
 
 
-def _estimator(config: Config, world_size: int) -> Iterator[str]:
-    """What the cross-check estimators cannot do exactly; each also refuses by itself."""
-    name, advice = config.bilevel.estimator, "use tangent_probe"
-    if not config.learns or name == "tangent_probe":
-        return
-    if config.model.precision != "fp32" or config.model.fp8_emulation:
-        yield f"bilevel.estimator {name}: needs model.precision fp32 without FP8; {advice}"
-    if name == "unroll" and world_size > 1:
-        yield f"bilevel.estimator unroll: runs in one process, got {world_size}; {advice}"
-    if name == "unroll" and config.model.recompute != "none":
-        yield f"bilevel.estimator unroll: needs model.recompute none; {advice}"
-    if name == "unroll" and config.weighting.damp_by_noise:
-        yield f"weighting.damp_by_noise: estimator unroll measures no noise; {advice}"
+def _data(config: Config) -> Iterator[str]:
+    if not config.data.train:
+        yield "data.train: expected at least one prefix of indexed files, got none"
+    if config.data.tokenizer is None:
+        yield "data.tokenizer: expected the tokenizer model that the data was tokenized with"
 
 
 def _allowed_changes(config: Config) -> Iterator[str]:
-    """A misspelled name would allow nothing, which a run that begins anew would not notice."""
+    """Check the names: a misspelled one allows nothing, and a new run would not notice."""
     for name in config.run.allow_changed:
         if name not in known_keys() and name not in _FINGERPRINTS:
             yield f"run.allow_changed {name}: no such key; the nearest is {nearest_key(name)}"

@@ -8,7 +8,7 @@ from megatron_dwm.config.schema import Config
 
 
 def profiling_problems(config: Config, world_size: int) -> Iterator[str]:
-    """A line for every rule that the run breaks. world_size: processes of the job."""
+    """Yields a line for every rule that the run breaks. world_size: number of processes."""
     profiling, steps = config.profiling, config.training.steps
     if profiling.tool == "none":
         return

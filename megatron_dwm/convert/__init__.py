@@ -1,1 +1,1 @@
-"""Checkpoints of ours as Hugging Face directories that have passed a gate."""
+"""Conversion between checkpoints of a run and Hugging Face directories, checked by a gate."""

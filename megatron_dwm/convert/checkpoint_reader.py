@@ -1,11 +1,12 @@
 """A saved LLM read tensor by tensor, without building it.
 
-Megatron-Core's `torch_dist` format names every tensor as a whole, whatever the parallel layout
-that saved it: layers stacked along a leading axis, and the gate and up halves of SwiGLU one after
-the other. torch's own reader of that format therefore reads any layout. A read costs the memory of
-one layer's tensor, and once more that of its largest saved part.
+Megatron-Core's `torch_dist` format names whole tensors, whatever parallel layout saved them. Layers
+are stacked along a leading axis, and the gate and up halves of SwiGLU follow each other. Therefore
+torch's own reader of that format reads checkpoints of any layout. A read needs memory for one
+layer's tensor and for its largest saved part.
 
-The index of the tensors is a pickle, read by model/saved_index.py: a checkpoint cannot run code.
+The index of the tensors is a pickle, which only model/on_disk/saved_index.py reads: a checkpoint
+cannot run code.
 """
 
 from __future__ import annotations
@@ -29,21 +30,20 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_dwm.checkpoint.fingerprint import TOKENIZER_KEY
+from megatron_dwm.checkpoint.kept_files import HUGGINGFACE, TOKENIZER, own_tokenizer
+from megatron_dwm.checkpoint.manifest import MANIFEST, named_checkpoint, read_manifest
+from megatron_dwm.checkpoint.names import CONFIG_FILE, LLM_FOLDER, MODEL_PREFIX, SHAPE_FILE
 from megatron_dwm.config import UserError
 from megatron_dwm.model import LlamaShape
-from megatron_dwm.model.saved_index import data_only, read_index
-from megatron_dwm.training.fingerprint import TOKENIZER_KEY
-from megatron_dwm.training.kept_files import HUGGINGFACE, TOKENIZER, own_tokenizer
-from megatron_dwm.training.manifest import MANIFEST, named_checkpoint, read_manifest
-
-MODEL_PREFIX = "model."
+from megatron_dwm.model.on_disk.saved_index import data_only, read_index
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedLLM:
-    """A checkpoint directory found complete.
+    """A checkpoint directory that has been found complete.
 
-    config: its config.yaml, the configuration of the run that saved it.
+    config: content of its config.yaml, the configuration of the run that saved it.
     """
 
     directory: Path
@@ -57,33 +57,33 @@ class SavedLLM:
 
     @property
     def tokenizer_path(self) -> str | None:
-        """The tokenizer that the run's configuration names, if any."""
+        """Path of the tokenizer that the run's configuration names, if any."""
         return self.config["data"].get("tokenizer")
 
     @property
     def tensors_directory(self) -> Path:
-        """The `torch_dist` directory inside."""
-        return self.directory / "llm"
+        """The `torch_dist` directory in the checkpoint."""
+        return self.directory / LLM_FOLDER
 
     @property
     def tokenizer_copy(self) -> Path | None:
-        """The checkpoint's own copy of the run's tokenizer; older checkpoints have none."""
+        """The checkpoint's copy of the run's tokenizer; None in checkpoints of older versions."""
         return own_tokenizer(self.directory / TOKENIZER)
 
     @property
     def huggingface_directory(self) -> Path | None:
-        """Files of the Hugging Face model that the parameters once came from; None without one."""
+        """Files of the Hugging Face model that training started from; None if there is none."""
         directory = self.directory / HUGGINGFACE
         return directory if directory.is_dir() else None
 
     @property
     def was_trained_here(self) -> bool:
-        """Whether a run saved it, and not `from-hf`."""
+        """True if a run saved the checkpoint, False if `from-hf` did."""
         return self.tokenizer_path is not None or self.huggingface_directory is None
 
     @property
     def recorded_tokenizer(self) -> str | None:
-        """The digest of the run's tokenizer in the manifest (training/fingerprint.py), if any."""
+        """Digest of the run's tokenizer in the manifest (checkpoint/fingerprint.py), if any."""
         if not (self.directory / MANIFEST).is_file():
             return None
         return read_manifest(self.directory).fingerprint.get(TOKENIZER_KEY)
@@ -94,23 +94,23 @@ class SavedLLM:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model's parameters were saved as."""
+        """Data type of the saved parameters."""
         return self._entry("embedding.word_embeddings.weight").properties.dtype
 
     def read(self, name: str, *, rows: int | None = None) -> Tensor:
-        """A parameter that is not of a layer, or its first `rows`, as saved, on the CPU."""
+        """Returns a parameter outside the layers, or its first `rows`, as saved, on the CPU."""
         size = list(self._entry(name).size)
         return self.read_box(name, [0] * len(size), [rows or size[0], *size[1:]])
 
     def read_layer(self, name: str, layer: int) -> Tensor:
-        """The parameter `decoder.layers.{name}` of layer number `layer` (from 0)."""
+        """Returns the parameter `decoder.layers.{name}` of layer number `layer` (from 0)."""
         name = f"decoder.layers.{name}"
         size = self._entry(name).size
         box = self.read_box(name, [layer, *[0] * (len(size) - 1)], [1, *size[1:]])
         return box[0]
 
     def read_box(self, name: str, offsets: list[int], sizes: list[int]) -> Tensor:
-        """Only what was saved of the part of tensor `name` that begins at `offsets`."""
+        """Returns the part of tensor `name` that begins at `offsets` and has these sizes."""
         entry = self._entry(name)
         target = torch.empty(sizes, dtype=entry.properties.dtype)
         box = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
@@ -136,34 +136,37 @@ class SavedLLM:
 
 
 class _Into(DefaultLoadPlanner):
-    """Puts what torch's reader reads into its place in one tensor."""
+    """Copies what torch's reader reads into one tensor."""
 
     def __init__(self, target: Tensor) -> None:
         super().__init__()
         self._target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """The part of the target that the item fills."""
+        """Returns the part of the target that the item fills."""
         where = zip(read_item.dest_offsets, read_item.lengths, strict=True)
         return self._target[tuple(slice(start, start + size) for start, size in where)]
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing is left to do: the part shares the target's memory."""
+        """Does nothing: the part shares the target's memory."""
 
 
 def open_checkpoint(path: str | Path) -> SavedLLM:
-    """The LLM saved at `path`: a checkpoint, or a run directory (its newest whole checkpoint).
+    """Open the LLM at `path`: a checkpoint, or a run directory (its newest whole checkpoint).
 
-    Every file is compared with the checkpoint's manifest first, which reads it once; a converted
-    checkpoint has none. Raises `UserError` if there is no checkpoint, or a file of it is missing,
-    broken or cut short.
+    Compares every file with the checkpoint's manifest first, which reads each file once; converted
+    checkpoints have no manifest. Raises `UserError` if there is no checkpoint, or if one of its
+    files is missing, broken or cut short.
     """
     directory = named_checkpoint(Path(path))
-    shape = _read_shape(directory / "shape.json")
-    config = _read_mapping(directory / "config.yaml")
+    shape = _read_shape(directory / SHAPE_FILE)
+    config = _read_mapping(directory / CONFIG_FILE)
     data = config.get("data")
     if not isinstance(data, dict) or not isinstance(data.get("sequence_length"), int):
-        raise UserError(f"{directory / 'config.yaml'}: no data.sequence_length")
+        raise UserError(
+            f"{directory / 'config.yaml'}: no data.sequence_length; the checkpoint is damaged, "
+            "take another one"
+        )
     saved = SavedLLM(directory=directory, shape=shape, config=config)
     _require_complete(saved)
     return saved
@@ -173,7 +176,9 @@ def _read_shape(path: Path) -> LlamaShape:
     values = _read_mapping(path)
     unknown = set(values) - {field.name for field in fields(LlamaShape)}
     if unknown:
-        raise UserError(f"{path}: {min(unknown)} is not known; a newer version wrote it")
+        raise UserError(
+            f"{path}: {min(unknown)} is not known; a newer version wrote it: use that version"
+        )
     try:
         return LlamaShape(**values)
     except TypeError as error:
@@ -181,7 +186,7 @@ def _read_shape(path: Path) -> LlamaShape:
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON or YAML file."""
+    """Returns the mapping in a JSON or YAML file."""
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
@@ -195,7 +200,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _require_complete(saved: SavedLLM) -> None:
-    """Every file that the index of the tensors names is there, and long enough."""
+    """Raise UserError unless every file that the tensors' index names exists and is long enough."""
     index = saved.tensors_directory / ".metadata"
     if not index.is_file():
         raise UserError(f"{index}: no such file; the checkpoint is incomplete, take an older one")

@@ -1,9 +1,9 @@
-"""A Hugging Face Llama as a checkpoint of ours that has passed the gate.
+"""Converts a Hugging Face Llama to a checkpoint; the gate compares both models first.
 
-What is written is what a run writes, the optimiser left out: `llm/` in Megatron-Core's distributed
-format, shape.json and config.yaml. `model.init_from` and `to-hf` read it under any layout. What the
-model has besides its weights is carried along. Cost: the model once in memory, on the CPU, and
-gate.py's.
+The checkpoint has what a run's has, without the optimizer: `llm/` in Megatron-Core's distributed
+format, shape.json and config.yaml. `model.init_from` and `to-hf` read it under any layout. The
+model's other files are copied too. Cost: the whole model in memory once, on the CPU, and the cost
+of gate.py.
 """
 
 from __future__ import annotations
@@ -19,24 +19,28 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from tqdm import tqdm
 
+from megatron_dwm.checkpoint.kept_files import HUGGINGFACE, huggingface_files, write_files
+from megatron_dwm.checkpoint.names import CONFIG_FILE, LLM_FOLDER, MODEL_PREFIX, SHAPE_FILE
 from megatron_dwm.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_dwm.config.load import save_config
 from megatron_dwm.config.printing import printable
-from megatron_dwm.convert.carried_files import plain_encoder, special_tokens
-from megatron_dwm.convert.checkpoint_reader import MODEL_PREFIX, open_checkpoint
+from megatron_dwm.convert.checkpoint_reader import open_checkpoint
 from megatron_dwm.convert.gate import gate_tokens, require_equal_logits
+from megatron_dwm.convert.original_files import plain_encoder, special_tokens
 from megatron_dwm.convert.output import new_directory, require_free
-from megatron_dwm.model.huggingface_files import HuggingFaceModel, open_huggingface
-from megatron_dwm.model.initialise import global_parameter_names
-from megatron_dwm.model.layout import megatron_tensor
+from megatron_dwm.model.initialize import global_parameter_names
 from megatron_dwm.model.llm import build_module, transformer_config
+from megatron_dwm.model.on_disk.huggingface_files import HuggingFaceModel, open_huggingface
+from megatron_dwm.model.on_disk.parameter_names import megatron_tensor
 from megatron_dwm.runtime import bring_up
-from megatron_dwm.training.kept_files import HUGGINGFACE, huggingface_files, write_files
 
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """What was written. logits_deviation: fraction of the largest logit; None where skipped."""
+    """What was written.
+
+    logits_deviation: as a fraction of the largest logit; None if the comparison was skipped.
+    """
 
     directory: Path
     source: Path
@@ -49,17 +53,17 @@ def import_from_huggingface(
 ) -> Import:
     """Write Hugging Face directory `source` as checkpoint directory `output`.
 
-    Parameters keep their type.
+    Parameters keep their data type.
 
     Raises:
-        UserError: `output` exists, or `source` is not a whole Llama that ours can be, or has no
-            tokenizer for the check.
-        GateError: the checkpoint's model computes something else; `output` is then not written.
+        UserError: `output` exists; `source` is not a complete model of a supported kind; or it has
+            no tokenizer for the comparison of logits.
+        GateError: the two models compute different logits; `output` is then not written.
     """
     output = Path(output)
     require_free(output)
     model = open_huggingface(Path(source))
-    # Before the long part.
+    # RunInputs first, so that a missing tokenizer is an error before the long part.
     encode = None if skip_check else plain_encoder(model.directory)
     with new_directory(output) as partial:
         _write(model, partial)
@@ -71,7 +75,7 @@ def import_from_huggingface(
 
 def _write(model: HuggingFaceModel, directory: Path) -> None:
     shape, parallel = model.shape, ParallelConfig()
-    (directory / "llm").mkdir()
+    (directory / LLM_FOLDER).mkdir()
     with bring_up(parallel, seed=0):
         config = transformer_config(shape, ModelConfig(precision="fp32"), parallel)
         module = build_module(
@@ -84,9 +88,9 @@ def _write(model: HuggingFaceModel, directory: Path) -> None:
         )
         _fill(module, model)
         state = {"model": module.sharded_state_dict(prefix=MODEL_PREFIX)}
-        dist_checkpointing.save(state, str(directory / "llm"))
-    (directory / "shape.json").write_text(json.dumps(asdict(shape)), encoding="utf-8")
-    save_config(_config(model), directory / "config.yaml")
+        dist_checkpointing.save(state, str(directory / LLM_FOLDER))
+    (directory / SHAPE_FILE).write_text(json.dumps(asdict(shape)), encoding="utf-8")
+    save_config(_config(model), directory / CONFIG_FILE)
     write_files(huggingface_files(model.directory), directory / HUGGINGFACE)
 
 
@@ -100,12 +104,12 @@ def _fill(module: GPTModel, model: HuggingFaceModel) -> None:
 
 
 def _config(model: HuggingFaceModel) -> Config:
-    """The configuration of a run that would have made this model, as far as it is known."""
+    """Returns the configuration of a run that has this model, as far as it is known."""
     names = {field.name for field in fields(ModelConfig)}
     shape = {name: value for name, value in asdict(model.shape).items() if name in names}
-    precision = "bf16" if model.dtype == torch.bfloat16 else "fp32"
+    is_bf16 = model.dtype == torch.bfloat16
     return Config(
-        model=ModelConfig(precision=precision, **shape),
+        model=ModelConfig(precision="bf16" if is_bf16 else "fp32", **shape),
         data=DataConfig(sequence_length=model.context_tokens),
     )
 

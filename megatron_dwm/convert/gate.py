@@ -1,12 +1,11 @@
-"""What a conversion has to pass before it gets its name: equal ids and equal logits.
+"""The gate of a conversion: equal ids and equal logits, or the output is not written.
 
-The wrong exports that people meet (query rows of the wrong head, gate and up exchanged, padding
-kept, another norm epsilon, a tokenizer that drops a space) all load and run. They are caught only
-by running both models and both tokenizers.
+The usual wrong exports (query rows of the wrong head, gate and up exchanged, padding kept, another
+norm epsilon, a tokenizer that drops a space) all load and run. Only running both models and both
+tokenizers finds them.
 
 Cost: one forward pass of at most `GATE_TOKENS` tokens in float32 by transformers and one by
-Megatron-Core, one after the other, each with one layer in memory; and two encodings of the
-vocabulary.
+Megatron-Core, each with one layer in memory at a time; and two encodings of the vocabulary.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from megatron_dwm.config import RunError, UserError
 from megatron_dwm.convert.checkpoint_reader import SavedLLM
 from megatron_dwm.convert.huggingface import encode_with_huggingface, huggingface_logits
 from megatron_dwm.convert.megatron_logits import megatron_logits
-from megatron_dwm.model.huggingface_files import HuggingFaceModel
+from megatron_dwm.model.on_disk.huggingface_files import HuggingFaceModel
 from megatron_dwm.tokenizer import Tokenizer
 
 GATE_TOKENS = 128
 LOGITS_TOLERANCE = 1e-4
-"""Largest deviation, as a fraction of the largest logit; float32 rounding gives some 1e-6."""
+"""Largest deviation, as a fraction of the largest logit; float32 rounding gives about 1e-6."""
 
 AWKWARD_TEXTS = (
     "",
@@ -63,15 +62,15 @@ REAL_TEXT = (
 
 
 class GateError(RunError):
-    """The export is wrong; nothing was written."""
+    """The two models differ; nothing was written."""
 
 
 def require_equal_ids(tokenizer: Tokenizer, directory: Path) -> int:
-    """Compare the ids of the exported tokenizer with training's; the number of texts compared.
+    """Compare the exported tokenizer's ids with training's; returns the number of texts compared.
 
-    The texts are awkward ones, real text, and every piece of the vocabulary between two letters
-    and at the start of a text. Raises `UserError` at the first difference: the SentencePiece
-    model is of a kind that tokenizer_files.py cannot express.
+    The texts are `AWKWARD_TEXTS`, `REAL_TEXT`, and every piece of the vocabulary, once between two
+    letters and once at the start of a text. Raises `UserError` at the first difference: the
+    SentencePiece model is then of a kind that tokenizer_files.py cannot express.
     """
     texts = [*AWKWARD_TEXTS, REAL_TEXT, *_texts_of_pieces(tokenizer)]
     for text, ids in zip(texts, encode_with_huggingface(directory, texts), strict=True):
@@ -80,14 +79,14 @@ def require_equal_ids(tokenizer: Tokenizer, directory: Path) -> int:
             raise UserError(
                 f"{tokenizer.model_path}: cannot be written as a Hugging Face tokenizer with the "
                 f"same ids (text {text[:40]!r} gives {ids[:12]} instead of {expected[:12]}); "
-                "of SentencePiece's only BPE models laid out as Llama 2's can: train one with "
+                "expected a SentencePiece BPE model with the layout of Llama 2's: train one with "
                 "train_tokenizer.py"
             )
     return len(texts)
 
 
 def gives_same_ids(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether two tokenizers are alike on the texts of `require_equal_ids`."""
+    """True if two tokenizers give equal ids on the texts of `require_equal_ids`."""
     if one.vocab_size != other.vocab_size:
         return False
     texts = [*AWKWARD_TEXTS, REAL_TEXT, *_texts_of_pieces(one)]
@@ -95,18 +94,18 @@ def gives_same_ids(one: Tokenizer, other: Tokenizer) -> bool:
 
 
 def _texts_of_pieces(tokenizer: Tokenizer) -> list[str]:
-    words = [piece.text.replace("\u2581", " ") for piece in tokenizer.pieces()]
-    return [f"x{word}x" for word in words] + words
+    texts = [piece.text.replace("\u2581", " ") for piece in tokenizer.pieces()]
+    return [f"x{text}x" for text in texts] + texts
 
 
 def require_equal_logits(
     saved: SavedLLM, source: HuggingFaceModel, tokens_BS: Tensor, dtype: torch.dtype
 ) -> float:
-    """Compare a checkpoint's logits by Megatron-Core with a Hugging Face model's; the deviation.
+    """Compare Megatron-Core's logits of a checkpoint with those of a Hugging Face model.
 
-    `dtype` is what the converted model keeps its parameters in: Megatron's are rounded to it, and
-    both models then compute in float32. The deviation is a fraction of the largest logit. Raises
-    `GateError` above `LOGITS_TOLERANCE`.
+    Returns the largest deviation as a fraction of the largest logit. `dtype` is the data type of
+    the converted parameters: Megatron-Core's are rounded to it, and both models then compute in
+    float32. Raises `GateError` above `LOGITS_TOLERANCE`.
     """
     found_BSV = huggingface_logits(source, tokens_BS)
     expected_BSV = megatron_logits(saved, tokens_BS, dtype)
@@ -115,7 +114,7 @@ def require_equal_logits(
     if not deviation <= LOGITS_TOLERANCE:
         raise GateError(
             f"the logits of the two models differ by {deviation:.1e} of the largest logit (at most "
-            f"{LOGITS_TOLERANCE:.0e} expected); nothing was written"
+            f"{LOGITS_TOLERANCE:.0e} expected); nothing was written; please report it"
         )
     return deviation
 
@@ -123,9 +122,9 @@ def require_equal_logits(
 def gate_tokens(
     encode: Callable[[str], list[int]], separator: int | None, context_tokens: int
 ) -> Tensor:
-    """[1, S]: real text and awkward texts as training would pack them, S at most GATE_TOKENS.
+    """Returns [1, S] tokens: real and awkward texts, packed as in training, S at most GATE_TOKENS.
 
-    separator: token after every text, the end of a document; None for none.
+    separator: token after every text, the end of a document; None adds nothing.
     """
     end = [] if separator is None else [separator]
     packed = [token for text in (REAL_TEXT, *AWKWARD_TEXTS) for token in (*encode(text), *end)]
@@ -133,6 +132,6 @@ def gate_tokens(
 
 
 def relative_deviation(found: Tensor, expected: Tensor) -> float:
-    """Largest difference as a fraction of the largest expected value."""
+    """Returns the largest difference as a fraction of the largest expected value."""
     assert found.shape == expected.shape, (found.shape, expected.shape)
     return ((found - expected).abs().max() / expected.abs().max()).item()

@@ -1,7 +1,7 @@
-"""What we ask of transformers: a Llama's configuration, its logits, its tokenizer, samples.
+"""Everything that needs transformers: configuration, logits, tokenizer and samples of a Llama.
 
-The only file of the package that imports transformers. Nothing is fetched, and no code of a
-directory runs.
+No other file of the package imports transformers. Nothing is downloaded, and code in a model
+directory is never run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import Module
 
 from megatron_dwm.config import UserError
 from megatron_dwm.model import LlamaShape
-from megatron_dwm.model.huggingface_files import HuggingFaceModel
+from megatron_dwm.model.on_disk.huggingface_files import HuggingFaceModel
 
 try:
     from transformers import (
@@ -45,9 +45,9 @@ def write_config(
     dtype: torch.dtype,
     directory: Path,
 ) -> None:
-    """Write config.json and generation_config.json of a model of this shape.
+    """Write config.json and generation_config.json for a model of this shape.
 
-    special_tokens: ids by the names of `SPECIAL_TOKENS`.
+    special_tokens: ids, by the names in `SPECIAL_TOKENS`.
     """
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": shape.rotary_base}
     if shape.rope_scaling_factor is not None:
@@ -75,11 +75,11 @@ def write_config(
     config.dtype = dtype
     config.save_pretrained(directory)
     GenerationConfig(**special_tokens).save_pretrained(directory)
-    _spell_for_older_readers(directory / "config.json", rope, dtype)
+    _add_older_spellings(directory / "config.json", rope, dtype)
 
 
-def _spell_for_older_readers(path: Path, rope: dict[str, Any], dtype: torch.dtype) -> None:
-    """transformers before version 5 knows these by other names, and has defaults for them."""
+def _add_older_spellings(path: Path, rope: dict[str, Any], dtype: torch.dtype) -> None:
+    """Add the names that transformers before version 5 reads, which else takes its defaults."""
     content = json.loads(path.read_text(encoding="utf-8"))
     content["rope_theta"] = rope["rope_theta"]
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -90,15 +90,15 @@ def _spell_for_older_readers(path: Path, rope: dict[str, Any], dtype: torch.dtyp
 
 @torch.no_grad()
 def huggingface_logits(source: HuggingFaceModel, tokens_BS: Tensor) -> Tensor:
-    """float32 logits [B, S, V] by transformers' own model, computed on the CPU in float32.
+    """Returns float32 logits [B, S, V] of transformers' own model, computed on the CPU.
 
-    The model is built without memory; every layer's parameters are read when its turn comes and
-    dropped afterwards.
+    The model is built without memory. Each layer's parameters are read just before the layer runs
+    and dropped afterwards.
     """
     config = AutoConfig.from_pretrained(source.directory, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    # Its frequencies are no parameters and are not in the files.
+    # The rotary frequencies are not parameters, and the files do not have them.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     for prefix, part in _parts(model):
         part.register_forward_pre_hook(_loader(source, prefix))
@@ -106,8 +106,8 @@ def huggingface_logits(source: HuggingFaceModel, tokens_BS: Tensor) -> Tensor:
     return model(input_ids=tokens_BS, use_cache=False).logits
 
 
-def _parts(model: Module) -> Iterator[tuple[str, Module]]:
-    """What is in memory at one time: a layer, or a parameter outside the layers."""
+def _parts(model: Any) -> Iterator[tuple[str, Module]]:
+    """Yields the parts that are in memory one at a time: layers, and what is outside them."""
     yield "model.embed_tokens.", model.model.embed_tokens
     for number, layer in enumerate(model.model.layers):
         yield f"model.layers.{number}.", layer
@@ -129,7 +129,7 @@ def _drop(part: Module, *_: Any) -> None:
 
 
 def encode_with_huggingface(directory: Path, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text by the tokenizer in `directory`, loaded as any user would.
+    """Returns the ids of each text by the tokenizer in `directory`, loaded as users load it.
 
     Raises `UserError` if there is no tokenizer that transformers can read.
     """
@@ -140,13 +140,13 @@ def encode_with_huggingface(directory: Path, texts: Sequence[str]) -> list[list[
 def _load_tokenizer(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # whatever transformers makes of a missing or broken file
+    except Exception as error:  # transformers raises many kinds for a missing or broken file
         reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"{directory}: its tokenizer cannot be read: {reason}") from error
+        raise UserError(f"{directory}: transformers cannot read its tokenizer: {reason}") from error
 
 
 def hide_bars_without_terminal() -> None:
-    """No progress bars of transformers in log files."""
+    """Keep transformers' progress bars out of log files."""
     if not sys.stderr.isatty():
         disable_progress_bar()
 
@@ -161,11 +161,11 @@ def generate_text(
     top_p: float,
     seed: int,
 ) -> list[str]:
-    """Each prompt with its continuation; temperature 0 takes the likeliest token every time.
+    """Returns each prompt with its continuation; temperature 0 always takes the most likely token.
 
-    Prompts are given to the model as its tokenizer encodes them; an empty prompt is the beginning
-    of a document. Samples do not depend on the other prompts. A line on stderr says which do not
-    fit into the model's context.
+    Prompts are encoded by the model's tokenizer; an empty prompt is the start of a document. A
+    sample does not depend on the other prompts. A line on stderr names each prompt that does not
+    fit in the model's context.
     """
     hide_bars_without_terminal()
     tokenizer = _load_tokenizer(directory)
@@ -178,9 +178,7 @@ def generate_text(
     for number, prompt in enumerate(prompts, start=1):
         torch.manual_seed(seed)
         start = tokenizer(prompt, verbose=False)["input_ids"] or [tokenizer.bos_token_id]
-        _say_what_does_not_fit(
-            number, len(start), max_new_tokens, model.config.max_position_embeddings
-        )
+        _warn_if_too_long(number, len(start), max_new_tokens, model.config.max_position_embeddings)
         ids = torch.tensor([start], device=model.device)
         found = model.generate(
             ids,
@@ -193,15 +191,15 @@ def generate_text(
     return texts
 
 
-def _say_what_does_not_fit(number: int, tokens: int, new_tokens: int, context: int) -> None:
+def _warn_if_too_long(number: int, tokens: int, new_tokens: int, context: int) -> None:
     if tokens > context:
         what = f"has {tokens} tokens"
     elif tokens + new_tokens > context:
-        what = f"has {tokens} tokens, and {new_tokens} are asked for after it"
+        what = f"has {tokens} tokens, and {new_tokens} more are requested"
     else:
         return
     print(
-        f"warning: prompt {number} {what}; the model's context is {context} tokens, and it has not "
-        "learned to read further",
+        f"warning: prompt {number} {what}; the model's context is {context} tokens, and it was not "
+        "trained beyond that",
         file=sys.stderr,
     )

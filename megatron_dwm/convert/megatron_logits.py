@@ -1,9 +1,9 @@
-"""The logits of a checkpoint by Megatron-Core's own model, one layer in memory at a time.
+"""Logits of a checkpoint, computed by Megatron-Core's own model with one layer in memory at a time.
 
-A GPTModel with a single layer runs that layer as often as the model has layers, with the next
-layer's parameters each time. Megatron-Core itself says which part of which saved tensor a parameter
-is (`sharded_state_dict`), so that nothing is shared with the names and layouts that the export
-uses. (Its loader is not used: in one process it insists on whole stacks of layers, and it reads
+A GPTModel with a single layer runs that layer once for every layer of the model, each time with the
+next layer's parameters. Megatron-Core itself says which part of which saved tensor a parameter is
+(`sharded_state_dict`), so this shares no names or layouts with the export that it checks.
+(Megatron-Core's loader is not used: in one process it needs whole stacks of layers, and it reads
 pickles.) Cost: one read of the model's tensors and one forward pass in this process.
 """
 
@@ -21,11 +21,13 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import Module, ModuleList
 
+from megatron_dwm.checkpoint.names import MODEL_PREFIX
 from megatron_dwm.config import ModelConfig, ParallelConfig
-from megatron_dwm.convert.checkpoint_reader import MODEL_PREFIX, SavedLLM
+from megatron_dwm.convert.checkpoint_reader import SavedLLM
 from megatron_dwm.model.llm import build_module, transformer_config
 from megatron_dwm.runtime import bring_up
 
@@ -34,30 +36,30 @@ _LAYER = f"{MODEL_PREFIX}decoder.layers."
 
 @torch.no_grad()
 def megatron_logits(saved: SavedLLM, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 logits [B, S, V], padding cut off; parameters are rounded to `dtype` first.
+    """Returns float32 logits [B, S, V] without padding; parameters are rounded to `dtype` first.
 
-    Runs in this one process: brings up Megatron's groups and takes them down again.
+    Runs in this one process: creates Megatron's process groups and destroys them at the end.
     """
     parallel = ParallelConfig()
     with bring_up(parallel, seed=0) as runtime:
         config = transformer_config(saved.shape, ModelConfig(precision="fp32"), parallel)
         module = build_module(
             saved.shape,
-            # Without initialisation no memory is touched before a parameter is read.
+            # Without initialization no memory is touched before a parameter is read.
             replace(config, num_layers=1, perform_initialization=False),
             1,
             sequence_length=tokens_BS.shape[1],
             is_first=True,
             is_last=True,
         ).to(runtime.device)
-        _read_as_it_goes(module.eval(), saved, dtype)
+        _load_parameters_on_demand(module.eval(), saved, dtype)
         tokens_BS = tokens_BS.to(runtime.device)
         positions_BS = torch.arange(tokens_BS.shape[1], device=runtime.device)
         logits_BSV = module(tokens_BS, positions_BS.expand_as(tokens_BS), None)
     return logits_BSV[..., : saved.shape.vocab_size].float().cpu()
 
 
-def _read_as_it_goes(module: GPTModel, saved: SavedLLM, dtype: torch.dtype) -> None:
+def _load_parameters_on_demand(module: GPTModel, saved: SavedLLM, dtype: torch.dtype) -> None:
     """Make every part of the one-layer `module` read its parameters just before it runs."""
     (layer,) = module.decoder.layers
     whole = module.sharded_state_dict(prefix=MODEL_PREFIX)
@@ -69,7 +71,7 @@ def _read_as_it_goes(module: GPTModel, saved: SavedLLM, dtype: torch.dtype) -> N
         name = MODEL_PREFIX + prefix
         state = {key: value for key, value in whole.items() if key.startswith(name)}
         part.register_forward_pre_hook(_reader(saved, name, _once(state), dtype))
-        # A tied output layer takes the embedding's parameter at the end.
+        # A tied output layer needs the embedding's parameter at the end.
         if not (saved.shape.tied_embeddings and part is module.embedding):
             part.register_forward_hook(_drop)
     states = (_state_of_layer(layer, i, saved.shape.num_layers) for i in count())
@@ -78,14 +80,14 @@ def _read_as_it_goes(module: GPTModel, saved: SavedLLM, dtype: torch.dtype) -> N
 
 
 def _once(state: ShardedStateDict) -> Iterator[ShardedStateDict]:
-    """`state`, whose tensors are then no longer held."""
+    """Yields `state` once and keeps no reference to its tensors."""
     waiting = [state]
     while waiting:
         yield waiting.pop()
 
 
-def _state_of_layer(layer: Module, number: int, num_layers: int) -> ShardedStateDict:
-    """What `layer` would save as layer `number` (from 0) of a whole model."""
+def _state_of_layer(layer: TransformerLayer, number: int, num_layers: int) -> ShardedStateDict:
+    """Returns what `layer` would save as layer `number` (from 0) of a whole model."""
     return layer.sharded_state_dict(_LAYER, ((0, number, num_layers),))
 
 
@@ -106,8 +108,8 @@ def _drop(part: Module, *_: Any) -> None:
 
 
 def _read(saved: SavedLLM, place: ShardedTensor | ShardedTensorFactory) -> Tensor:
-    """What was saved of the place that Megatron-Core gives a parameter."""
-    if isinstance(place, ShardedTensorFactory):  # gate and up are two places of one tensor
+    """Returns the saved part that Megatron-Core assigns to a parameter."""
+    if isinstance(place, ShardedTensorFactory):  # gate and up are two parts of one tensor
         return place.merge_fn([_read(saved, part) for part in place.build()])
     leading = [1] * place.prepend_axis_num
     name = place.key.removeprefix(MODEL_PREFIX)

@@ -1,7 +1,6 @@
-"""The export's README.md: where the model comes from, what it was trained on, what it reached.
+"""The export's README.md: origin of the model, its training data and its last metrics.
 
-Everything is read from the checkpoint and from metrics.jsonl of its run. Cost: one pass over that
-file.
+Everything is read from the checkpoint and, in one pass, from metrics.jsonl of its run.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ def model_card(
     changes: Sequence[str],
     logits_deviation: float | None,
 ) -> str:
-    """The text of the card.
+    """Returns the text of the model card.
 
     Args:
         saved: the checkpoint.
-        dtype: what parameters are kept in.
-        context_tokens: the longest sequence that config.json says.
-        changes: what differs from the files that the model came with, a line each.
-        logits_deviation: what the gate found; None where it was skipped.
+        dtype: data type of the parameters.
+        context_tokens: the longest sequence, as config.json says.
+        changes: what differs from the original model's files, one line each.
+        logits_deviation: what the gate measured; None if it was skipped.
     """
     about = _about(saved, dtype, context_tokens)
     parts = [_HEADER, f"# {_title(saved)}\n", about, _check(logits_deviation)]
@@ -62,12 +61,12 @@ def _title(saved: SavedLLM) -> str:
 
 
 def _origin(saved: SavedLLM, changes: Sequence[str]) -> str:
-    """What is as it came, and what is not."""
+    """Returns the section that says what is unchanged, and what changed."""
     weights = ["the weights were trained here"] if saved.was_trained_here else []
     lines = "\n".join(f"* {change}" for change in [*weights, *changes]) or "* nothing"
     return (
         "## From a Hugging Face model\n\nConfiguration, generation settings, tokenizer, chat "
-        f"template and licence are the files that the model came with. What changed:\n\n{lines}\n"
+        f"template and license are the original files. What changed:\n\n{lines}\n"
     )
 
 
@@ -91,7 +90,7 @@ def _check(deviation: float | None) -> str:
     if deviation is None:
         return (
             "**The comparison of logits was skipped (`--skip-check`).** Nothing shows that this "
-            "model computes what the trained one did.\n"
+            "model computes what the trained model did.\n"
         )
     return (
         "Before this directory was written, the logits of this model (transformers) and of the "
@@ -101,12 +100,12 @@ def _check(deviation: float | None) -> str:
 
 
 def _training(config: dict[str, Any]) -> str:
-    """What decided the training, in short; the whole configuration follows it."""
+    """Returns the main settings of the training; the whole configuration follows in the card."""
     of = {section: config.get(section) or {} for section in ("training", "data", "policy", "run")}
     batch = of["training"].get("global_batch_size")
     rows = {
         "training data": ", ".join(f"`{entry}`" for entry in of["data"].get("train") or ()),
-        "policy (who weighs the samples)": of["policy"].get("name"),
+        "policy (how samples are weighted)": of["policy"].get("name"),
         "target text": (config.get("validation") or {}).get("path"),
         "start": (config.get("model") or {}).get("init_from") or "random parameters",
         "steps planned": of["training"].get("steps"),
@@ -118,7 +117,7 @@ def _training(config: dict[str, Any]) -> str:
 
 
 def _metrics(saved: SavedLLM) -> str:
-    """The last figures of every phase up to the checkpoint's step."""
+    """Returns the last metrics of every phase up to the checkpoint's step."""
     path = saved.directory.resolve().parent.parent / "metrics.jsonl"
     step = saved.directory.resolve().name.removeprefix(_STEP)
     if not path.is_file() or not step.isdigit():
@@ -158,5 +157,5 @@ def _table(rows: dict[str, Any]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A key or a value, which may come from data, where no part of it ends the cell or the row."""
+    """Returns a key or value, which may come from data, without what would end a cell or row."""
     return printable(value).replace("|", "/")

@@ -1,46 +1,33 @@
-"""A directory that appears whole or not at all.
-
-A conversion writes into a hidden directory beside the wanted one, which gets its name at the end.
-"""
+"""An output directory that appears complete or not at all."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_dwm.config import UserError
 from megatron_dwm.config.outputs import require_possible_names, require_writable_parents
+from megatron_dwm.files.atomic import new_folder, partial_path
 
 
 @contextmanager
 def new_directory(output: Path) -> Iterator[Path]:
-    """A directory to write into, renamed to `output` when the context ends without an exception.
+    """Yields a directory to write into, which becomes `output` unless an exception was raised.
 
-    Raises `UserError` if `output` exists, before and after, or cannot be made; its parent directory
-    has to be there.
+    Raises `UserError` if `output` exists, at the start or at the end, or cannot be created; its
+    parent directory has to exist.
     """
     require_free(output)
-    partial = _partial(output)
-    partial.mkdir()
-    try:
+    # Its temporary name is random, so that no directory of the user's has it.
+    with new_folder(output, shared=True) as partial:
         yield partial
         require_free(output)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def require_free(output: Path) -> None:
-    """`UserError` if there is anything at `output`, or nothing can be."""
+    """Raise `UserError` if `output` exists or cannot be created."""
     require_possible_names([output])
     if output.exists() or output.is_symlink():
         raise UserError(f"{output} exists; name another --output or remove it")
-    require_writable_parents([_partial(output)])
-
-
-def _partial(output: Path) -> Path:
-    """The hidden directory of this process beside `output`; its name is the longer one."""
-    return output.with_name(f".{output.name}.partial-{os.getpid()}")
+    require_writable_parents([partial_path(output)])

@@ -1,8 +1,8 @@
-"""Safetensors files written shard by shard, with Hugging Face's index.
+"""Writes safetensors files shard by shard, with Hugging Face's index.
 
-The shapes are known beforehand, so the shards are planned before the first tensor is read, and
-only one shard is in memory at a time. A shard holds at most twice the largest tensor (but
-`SMALLEST_SHARD_BYTES` where that is more, and `LARGEST_SHARD_BYTES` where it is less).
+The shapes are known, so the shards are planned before the first tensor is read, and only one shard
+is in memory at a time. A shard has at most twice the bytes of the largest tensor, at least
+`SMALLEST_SHARD_BYTES` and at most `LARGEST_SHARD_BYTES`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 SMALLEST_SHARD_BYTES = 200 * 2**20
 LARGEST_SHARD_BYTES = 5 * 10**9
-# transformers and vLLM look for it.
+# transformers and vLLM read this.
 _FILE_METADATA = {"format": "pt"}
 
 
@@ -35,8 +35,8 @@ def write_shards(
     Args:
         shapes: name and shape of every tensor.
         tensors: the same names in the same order, with the tensors.
-        dtype: what the tensors are kept in.
-        directory: where the files go.
+        dtype: data type of the written tensors.
+        directory: where the files are written.
         shard_bytes: largest shard (a larger tensor is a shard of its own); None chooses.
     """
     shards = plan_shards(shapes, dtype, shard_bytes)
@@ -57,7 +57,7 @@ def write_shards(
 def plan_shards(
     shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int | None = None
 ) -> list[list[str]]:
-    """The names that go into each file, in order."""
+    """Returns the names of the tensors in each file, in order."""
     sizes = {name: prod(size) * dtype.itemsize for name, size in shapes.items()}
     if shard_bytes is None:
         wanted = max(SMALLEST_SHARD_BYTES, 2 * max(sizes.values()))

@@ -1,7 +1,7 @@
-"""A checkpoint of ours as a Hugging Face directory that has passed the gates.
+"""Converts a checkpoint to a Hugging Face directory; the gate compares ids and logits first.
 
-Everything is written into a directory beside the wanted one, which is renamed when the gates have
-passed. Cost: one pass over the model's tensors to write them, and gate.py's; in memory one shard
+Everything is written into a directory beside the output, which is renamed when the comparisons have
+succeeded. Cost: one pass over the model's tensors, and the cost of gate.py; memory for one shard
 (shards.py) or one layer.
 """
 
@@ -17,26 +17,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_dwm.config.printing import printable
-from megatron_dwm.convert.carried_files import PutBack, put_back
 from megatron_dwm.convert.checkpoint_reader import SavedLLM, open_checkpoint
+from megatron_dwm.convert.export_tokenizer import ExportTokenizer, choose_tokenizer
 from megatron_dwm.convert.gate import gate_tokens, require_equal_ids, require_equal_logits
 from megatron_dwm.convert.huggingface import write_config
 from megatron_dwm.convert.model_card import model_card
+from megatron_dwm.convert.original_files import CopiedFiles, copy_original_files
 from megatron_dwm.convert.output import new_directory, require_free
 from megatron_dwm.convert.shards import write_shards
+from megatron_dwm.convert.tensors import huggingface_tensors
 from megatron_dwm.convert.tokenizer_files import write_tokenizer_files
-from megatron_dwm.convert.weights import huggingface_tensors
-from megatron_dwm.convert.words import Words, open_words
-from megatron_dwm.model.huggingface_files import open_huggingface
-from megatron_dwm.model.layout import huggingface_shapes
+from megatron_dwm.model.on_disk.huggingface_files import open_huggingface
+from megatron_dwm.model.on_disk.parameter_names import huggingface_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
     """What was written.
 
-    texts_compared: texts whose ids were equal; 0 where the tokenizer's files were carried along.
-    logits_deviation: fraction of the largest logit; None where the check was skipped.
+    texts_compared: texts whose ids were equal; 0 if the original tokenizer's files were copied.
+    logits_deviation: as a fraction of the largest logit; None if the comparison was skipped.
     """
 
     directory: Path
@@ -59,26 +59,26 @@ def export_to_huggingface(
     Args:
         source: a run directory or a checkpoint directory.
         output: directory to create.
-        tokenizer_model: the run's tokenizer. None takes the checkpoint's own copy; only older
-            checkpoints have none, and then it is the one that their configuration names.
-        dtype: what parameters are kept in; None keeps the checkpoint's.
-        skip_check: leave out the comparison of logits, and say so in the model card.
+        tokenizer_model: the run's tokenizer. None takes the checkpoint's copy, or, in checkpoints
+            of older versions, which have no copy, the tokenizer that their configuration names.
+        dtype: data type of the exported parameters; None keeps the checkpoint's.
+        skip_check: do not compare logits, and say so in the model card.
 
     Raises:
-        UserError: `output` exists, `source` is not a whole checkpoint, or the tokenizer is
-            missing, not the run's, or not expressible.
-        GateError: the exported model computes something else; `output` is then not written.
+        UserError: `output` exists, `source` is not a complete checkpoint, or the tokenizer is
+            missing, is not the run's, or cannot be written in Hugging Face's format.
+        GateError: the exported model computes different logits; `output` is then not written.
     """
     output = Path(output)
     require_free(output)
     saved = open_checkpoint(source)
-    words = open_words(saved, tokenizer_model)
+    tokenizer = choose_tokenizer(saved, tokenizer_model)
     dtype = dtype or saved.dtype
     with new_directory(output) as partial:
-        came = _write(saved, words, dtype, partial)
-        compared = 0 if words.trained is None else require_equal_ids(words.trained, partial)
-        deviation = None if skip_check else _compare_logits(saved, words, partial, dtype)
-        card = _card(saved, words, came, dtype, deviation)
+        copied = _write(saved, tokenizer, dtype, partial)
+        compared = 0 if tokenizer.trained is None else require_equal_ids(tokenizer.trained, partial)
+        deviation = None if skip_check else _compare_logits(saved, tokenizer, partial, dtype)
+        card = _card(saved, tokenizer, copied, dtype, deviation)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return Export(
         directory=output,
@@ -89,61 +89,69 @@ def export_to_huggingface(
     )
 
 
-def _write(saved: SavedLLM, words: Words, dtype: torch.dtype, directory: Path) -> PutBack | None:
-    """Everything but the card; what came back of a model from elsewhere."""
-    came = None
+def _write(
+    saved: SavedLLM, tokenizer: ExportTokenizer, dtype: torch.dtype, directory: Path
+) -> CopiedFiles | None:
+    """Write everything but the card; returns what was copied from an original model, if any."""
+    copied = None
     if saved.huggingface_directory is None:
-        # The end-of-document token is also the beginning of sequence (see tokenizer_files.py).
+        # The end-of-document token is also the beginning of sequence (tokenizer_files.py).
         write_config(
             saved.shape,
             context_tokens=saved.sequence_length,
-            special_tokens=words.special_tokens or {},
+            special_tokens=tokenizer.special_tokens or {},
             dtype=dtype,
             directory=directory,
         )
     else:
-        came = put_back(
+        copied = copy_original_files(
             saved.huggingface_directory,
             directory,
             shape=saved.shape,
             dtype=dtype,
             trained_tokens=saved.sequence_length if saved.was_trained_here else 0,
-            special_tokens=words.special_tokens,
+            special_tokens=tokenizer.special_tokens,
         )
     shapes = huggingface_shapes(saved.shape)
     tensors = _with_progress(huggingface_tensors(saved), saved, len(shapes))
     write_shards(shapes, tensors, dtype, directory)
-    for path in directory.glob("*.safetensors"):  # written readable by their owner alone
+    for path in directory.glob("*.safetensors"):  # safetensors lets only their owner read them
         path.chmod((directory / "config.json").stat().st_mode)
-    if words.trained is not None:
-        write_tokenizer_files(words.trained, _context(saved, came), directory)
-    return came
+    if tokenizer.trained is not None:
+        write_tokenizer_files(tokenizer.trained, _context(saved, copied), directory)
+    return copied
 
 
-def _context(saved: SavedLLM, came: PutBack | None) -> int:
-    return saved.sequence_length if came is None else came.context_tokens
+def _context(saved: SavedLLM, copied: CopiedFiles | None) -> int:
+    return saved.sequence_length if copied is None else copied.context_tokens
 
 
 def _card(
-    saved: SavedLLM, words: Words, came: PutBack | None, dtype: torch.dtype, deviation: float | None
+    saved: SavedLLM,
+    tokenizer: ExportTokenizer,
+    copied: CopiedFiles | None,
+    dtype: torch.dtype,
+    deviation: float | None,
 ) -> str:
-    changes = () if came is None else came.changes
-    if came is not None and words.trained is not None:
+    changes = () if copied is None else copied.changes
+    if copied is not None and tokenizer.trained is not None:
         changes += (
-            f"the tokenizer is another (`{saved.tokenizer_path or words.trained.model_path}`); "
-            "the one that the model came with, and its chat template, are left out",
+            f"the tokenizer is another (`{saved.tokenizer_path or tokenizer.trained.model_path}`); "
+            "the original one, and its chat template, are left out",
         )
     return model_card(
         saved,
         dtype=_name(dtype),
-        context_tokens=_context(saved, came),
+        context_tokens=_context(saved, copied),
         changes=changes,
         logits_deviation=deviation,
     )
 
 
-def _compare_logits(saved: SavedLLM, words: Words, directory: Path, dtype: torch.dtype) -> float:
-    tokens_BS = gate_tokens(words.encode, words.separator, saved.sequence_length)
+def _compare_logits(
+    saved: SavedLLM, tokenizer: ExportTokenizer, directory: Path, dtype: torch.dtype
+) -> float:
+    tokens_BS = gate_tokens(tokenizer.encode, tokenizer.separator, saved.sequence_length)
     return require_equal_logits(saved, open_huggingface(directory), tokens_BS, dtype)
 
 

@@ -1,28 +1,27 @@
-"""A tokenizer of ours as the files of a Hugging Face tokenizer that gives the same ids.
+"""Writes a training tokenizer as the files of a Hugging Face tokenizer that gives the same ids.
 
-A tokenizer.json stays what it is, but for the step that adds special tokens around a text: training
-has none there. A SentencePiece BPE model is written anew: transformers' own reading of one does not
-keep the ids (leading and double spaces differ).
+A tokenizer.json is kept, except for the step that adds special tokens around a text, which training
+does not do. A SentencePiece BPE model is converted here, because transformers' own conversion
+changes ids (leading and double spaces).
 
-* Merges. SentencePiece joins the neighbours whose union has the best score; Hugging Face goes
-  through a list of pairs. The list holds every pair of pieces whose union is a piece, best score
+* Merges. SentencePiece joins the neighbors whose union has the best score; Hugging Face goes
+  through a list of pairs. The list has every pair of pieces whose union is a piece, best score
   first.
-* Spaces. A space is put before the text and every space becomes U+2581; nothing else is
-  normalised and there is no pre-tokenizer.
+* Spaces. A space is added before the text and every space becomes U+2581; there is no other
+  normalization and no pre-tokenizer.
 * Control tokens. Training reads the spelling of a control token ("</s>") as plain text, so that no
-  document can end itself. `split_special_tokens` makes transformers do the same; a caller who
-  wants them parsed passes `split_special_tokens=False` to the tokenizer's call.
+  document can end itself. `split_special_tokens` makes transformers do the same. To parse control
+  tokens, pass `split_special_tokens=False` when calling the tokenizer.
 * Beginning of sequence. Training ends every document with the end-of-document token and never
-  writes a beginning of sequence, so the start of a text is seen after an end of document. That
-  token is therefore named as the beginning of sequence too (as in GPT-2): an evaluation or a
-  generation that needs something before the first token uses it. Encoding adds neither.
+  writes a beginning of sequence, so the LLM sees the start of a text after an end of document. The
+  same token is therefore also the beginning of sequence (as in GPT-2), for evaluation or generation
+  that needs something before the first token. Encoding adds neither.
+* Padding. It is the tokenizer's own padding token, if the vocabulary has one; else the unknown
+  token, which no text gives where bytes are pieces; else the end-of-document token. (That one comes
+  last: a trainer that masks padding would never learn to end a text.)
 
-* Padding. Batches of unequal texts need a token that says nothing. It is the tokenizer's own, if
-  the vocabulary has one; else the unknown one, which no text gives where bytes are pieces; else the
-  end of document. (Named last: a trainer that masks padding would never learn to end.)
-
-Of SentencePiece, covers BPE models with the layout of Llama 2 (with or without byte pieces). For
-any other model the gate (gate.py) finds ids that differ. Cost: some seconds for 32,000 pieces.
+Supports SentencePiece BPE models with the layout of Llama 2 (with or without byte pieces). For any
+other model the gate (gate.py) finds ids that differ. Cost: some seconds for 32,000 pieces.
 """
 
 from __future__ import annotations
@@ -56,13 +55,13 @@ def write_tokenizer_files(tokenizer: Tokenizer, sequence_length: int, directory:
 
 
 def _without_added_tokens(file: bytes) -> dict[str, Any]:
-    """A tokenizer.json that adds nothing before or after a text, and cuts and fills nothing."""
+    """Returns a tokenizer.json that adds nothing to a text, and neither truncates nor pads it."""
     content = json.loads(file)
     return {**content, "post_processor": None, "truncation": None, "padding": None}
 
 
 def merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
-    """Every pair of pieces whose union is a piece, in the order SentencePiece prefers."""
+    """Returns every pair of pieces whose union is a piece, in SentencePiece's order."""
     ids = {piece.text: i for i, piece in enumerate(pieces) if piece.role in _MERGED_ROLES}
     found = [
         (-pieces[i].score, i, ids[text[:cut]], text[:cut], text[cut:])
@@ -74,7 +73,7 @@ def merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
 
 
 def tokenizer_json(pieces: Sequence[Piece]) -> dict[str, Any]:
-    """Content of tokenizer.json."""
+    """Returns the content of tokenizer.json."""
     unknown = next((piece.text for piece in pieces if piece.role == "unknown"), None)
     return {
         "version": "1.0",
@@ -119,11 +118,11 @@ def tokenizer_json(pieces: Sequence[Piece]) -> dict[str, Any]:
 
 
 def tokenizer_config(pieces: Sequence[Piece], eod_id: int, sequence_length: int) -> dict[str, Any]:
-    """Content of tokenizer_config.json."""
+    """Returns the content of tokenizer_config.json."""
     end = pieces[eod_id].text
     unknown = next((piece.text for piece in pieces if piece.role == "unknown"), None)
     return {
-        # LlamaTokenizer would rebuild the normaliser and change ids.
+        # LlamaTokenizer would rebuild the normalizer and change ids.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "split_special_tokens": True,
         "add_bos_token": False,
@@ -138,7 +137,7 @@ def tokenizer_config(pieces: Sequence[Piece], eod_id: int, sequence_length: int)
 
 
 def padding_id(pieces: Sequence[Piece], eod_id: int) -> int:
-    """The id that fills up short rows of a batch."""
+    """Returns the id that pads short rows of a batch."""
     roles = {piece.text: number for number, piece in enumerate(pieces) if piece.role == "control"}
     named = next((roles[text] for text in _USUAL_PADDINGS if text in roles), None)
     unknown = next((i for i, piece in enumerate(pieces) if piece.role == "unknown"), None)

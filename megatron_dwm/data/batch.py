@@ -1,6 +1,6 @@
-"""The record that every model of ours reads: a batch of token rows with their origin.
+"""A batch: the input of every model, with the origin of each row.
 
-B rows of S tokens. All tensors live on one device; slices share memory with their batch.
+B rows of S tokens. All tensors are on one device; slices share memory with their batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NO_ROW = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """B rows of S tokens, the tokens that follow them, and where they come from."""
+    """B rows of S tokens, the tokens that follow them, and the origin of each row."""
 
     tokens_BS: torch.Tensor
     """int64, what the model reads"""
@@ -40,7 +40,7 @@ class Batch:
         return self.tokens_BS.shape[0]
 
     def rows(self, start: int, stop: int, step: int = 1) -> Batch:
-        """Every `step`-th of the rows `start` to `stop - 1`, sharing memory with this batch."""
+        """Returns every `step`-th of the rows `start` to `stop - 1`; they share its memory."""
         assert 0 <= start <= stop <= self.size, (start, stop, self.size)
         return replace(
             self,
@@ -49,18 +49,18 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """Returns the batch with its tensors on `device`."""
         moved = {name: getattr(self, name).to(device) for name in _tensor_names()}
         return replace(self, **moved)
 
     def micro_batches(self, size: int) -> list[Batch]:
-        """The rows in order, `size` at a time; `size` must divide the batch."""
+        """Returns the rows in order, `size` at a time; `size` must divide the batch."""
         assert size > 0 and self.size % size == 0, (size, self.size)
         return [self.rows(start, start + size) for start in range(0, self.size, size)]
 
     @staticmethod
     def concatenate(batches: Sequence[Batch]) -> Batch:
-        """One batch with the rows of `batches` (at least one), in order."""
+        """Returns one batch with the rows of `batches` (at least one), in order."""
         assert batches, "concatenate needs at least one batch"
         joined = {
             name: torch.cat([getattr(batch, name) for batch in batches]) for name in _tensor_names()

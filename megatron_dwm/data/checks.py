@@ -1,7 +1,7 @@
 """Cheap checks of the training data, before any process group or model exists.
 
-Costs a few reads of headers and footers a prefix, and at most 16 million token ids of a prefix
-that does not say which tokenizer made it.
+Cost per prefix: a few reads of headers and footers, and up to 16 million token ids if no sidecar
+says which tokenizer made them.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from megatron_dwm.tokenizer import Tokenizer
 
 
-# Every pass has an order of its own, of some milliseconds and three files; and nobody learns from
-# what was read so often.
-MAX_PASSES = 1000
+# Every epoch has its own order, which costs some milliseconds and three files, and text that was
+# read so often teaches nothing new.
+MAX_EPOCHS = 1000
 
 
 def check_data(config: DataConfig, tokenizer: Tokenizer, num_samples: int) -> None:
     """Check that `config.train` can be read with `tokenizer` at `config.sequence_length`.
 
-    num_samples: how many samples the run reads.
+    num_samples: number of samples that the run reads.
 
     Raises:
         UserError: the list is malformed; a file is missing, broken, shorter than one sample or
-            read more than `MAX_PASSES` times; a sidecar does not fit its index; or the data was
+            read more than `MAX_EPOCHS` times; a sidecar does not fit its index; or the data was
             made with another tokenizer.
     """
     if config.sequence_length < 1:
@@ -38,17 +38,17 @@ def check_data(config: DataConfig, tokenizer: Tokenizer, num_samples: int) -> No
     files = [read_indexed_file(part.prefix) for part in parts]
     for file in files:
         check_length(file, config.sequence_length)
-    _check_passes(parts, files, config.sequence_length, num_samples)
+    _check_epochs(parts, files, config.sequence_length, num_samples)
     for file in files:
         check_sidecar(file, config.domain_key)
         check_tokenizer(file, tokenizer)
 
 
 def check_length(file: IndexedFile, sequence_length: int) -> None:
-    """Check that `file` holds one sample: `sequence_length` tokens and one to predict after them.
+    """Check that `file` has at least one sample: `sequence_length` tokens and one after them.
 
     Raises:
-        UserError: it does not.
+        UserError: it is shorter.
     """
     if file.samples_per_epoch(sequence_length) == 0:
         raise UserError(
@@ -58,20 +58,20 @@ def check_length(file: IndexedFile, sequence_length: int) -> None:
         )
 
 
-def _check_passes(
+def _check_epochs(
     parts: list[BlendPart], files: list[IndexedFile], sequence_length: int, num_samples: int
 ) -> None:
-    """Check that no file is read again and again without end, by its share of the samples."""
-    in_pass = [file.samples_per_epoch(sequence_length) for file in files]
+    """Check that no file is read more than `MAX_EPOCHS` times, given its share of the samples."""
+    in_epoch = [file.samples_per_epoch(sequence_length) for file in files]
     # Without weights the shares follow the sizes.
-    shares = [part.weight or count for part, count in zip(parts, in_pass, strict=True)]
-    for file, count, share in zip(files, in_pass, shares, strict=True):
+    shares = [part.weight or count for part, count in zip(parts, in_epoch, strict=True)]
+    for file, count, share in zip(files, in_epoch, shares, strict=True):
         wanted = num_samples * share / sum(shares)
-        if wanted > MAX_PASSES * count:
+        if wanted > MAX_EPOCHS * count:
             raise UserError(
                 f"{file.bin_path}: {file.num_tokens} tokens are {count} samples of "
                 f"data.sequence_length {sequence_length}, of which the run reads {wanted:.0f}, "
-                f"each {wanted / count:.0f} times, expected at most {MAX_PASSES}; give a smaller "
+                f"each {wanted / count:.0f} times, expected at most {MAX_EPOCHS}; give a smaller "
                 "data.sequence_length, training.global_batch_size or training.steps, a smaller "
                 "weight in data.train, or more text"
             )

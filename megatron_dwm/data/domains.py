@@ -1,14 +1,13 @@
-"""Domains of documents, read from the metadata sidecar beside an indexed file.
+"""Domains of documents, read from the metadata sidecar of an indexed file.
 
-`PREFIX.meta.parquet` has a row a document, in the order of the index, and names in its schema
-metadata the tokenizer that the data was made with. Only the domain column is read, a row group at
-a time, into one small integer a document. Without a sidecar every document is of domain "unknown".
+The sidecar (files/sidecar_format.py) has one row per document, in the order of the index, and names
+the tokenizer that made the data. Only the domain column is read, one row group at a time, into a
+small integer per document. Without a sidecar every document has the domain "unknown".
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,12 +18,12 @@ import pyarrow.parquet as pq
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.data.batch import UNKNOWN_DOMAIN
 from megatron_dwm.data.prefixes import IndexedFile
-from megatron_dwm.data.tokenizer_record import check_record, decoded
+from megatron_dwm.data.tokenizer_record import check_record
+from megatron_dwm.files.sidecar_format import OWN_COLUMNS, TOKENIZER_SHA256, VOCAB_SIZE, facts_in
 
 if TYPE_CHECKING:
     from megatron_dwm.tokenizer import Tokenizer
 
-_OWN_COLUMNS = {"source_file", "record", "tokens"}
 _SCANNED_TOKENS = 1 << 24
 _CHUNK_TOKENS = 1 << 20
 
@@ -35,20 +34,15 @@ class DocumentDomains:
 
     names: tuple[str, ...]
     codes: np.ndarray | None
-    """one index into `names` a document; None when all documents are of `names[0]`"""
+    """an index into `names` for each document; None if all documents have `names[0]`"""
 
     def of(self, document: int) -> str:
-        """Domain of the document with this number in its file."""
+        """Returns the domain of the document with this number in its file."""
         return self.names[0] if self.codes is None else self.names[self.codes[document]]
 
 
-def sidecar_path(prefix: str) -> Path:
-    """Where the metadata of the indexed file at `prefix` is kept."""
-    return Path(f"{prefix}.meta.parquet")
-
-
 def read_domains(file: IndexedFile, domain_key: str) -> DocumentDomains:
-    """The domains of all documents of `file`; a null or empty value counts as "unknown".
+    """Read the domains of all documents of `file`; a null or empty value counts as "unknown".
 
     Raises:
         UserError: the sidecar cannot be read, has another number of rows than the index has
@@ -91,26 +85,26 @@ def check_tokenizer(file: IndexedFile, tokenizer: Tokenizer) -> None:
             tokens around them, or an id that is too large.
     """
     sidecar = _open_sidecar(file)
-    recorded = {} if sidecar is None else decoded(sidecar.schema_arrow.metadata or {})
-    recorded_sha256 = recorded.get("tokenizer_sha256", "")
-    recorded_size = recorded.get("vocab_size", "")
+    recorded = {} if sidecar is None else facts_in(sidecar.schema_arrow)
+    recorded_sha256 = recorded.get(TOKENIZER_SHA256, "")
+    recorded_size = recorded.get(VOCAB_SIZE, "")
     differs = (recorded_sha256 not in ("", tokenizer.sha256)) or (
         recorded_size not in ("", str(tokenizer.vocab_size))
     )
     if differs:
         raise UserError(
-            f"{sidecar_path(file.prefix)} says that the data was made with tokenizer "
+            f"{file.sidecar_path} says that the data was made with tokenizer "
             f"{recorded_sha256[:12] or '(not named)'} of {recorded_size or 'unnamed'} pieces, but "
             f"data.tokenizer {tokenizer.model_path} is {tokenizer.sha256[:12]} of "
             f"{tokenizer.vocab_size} pieces: use the same one"
         )
-    check_record(recorded, sidecar_path(file.prefix), tokenizer)
+    check_record(recorded, file.sidecar_path, tokenizer)
     if not recorded_sha256:
         _check_largest_id(file, tokenizer)
 
 
 def _open_sidecar(file: IndexedFile) -> pq.ParquetFile | None:
-    path = sidecar_path(file.prefix)
+    path = file.sidecar_path
     if not path.is_file():
         return None
     try:
@@ -127,21 +121,21 @@ def _open_sidecar(file: IndexedFile) -> pq.ParquetFile | None:
 
 
 def _has_domains(sidecar: pq.ParquetFile, file: IndexedFile, domain_key: str) -> bool:
-    """Whether the sidecar has the column; metadata without it means a misspelt key."""
+    """True if the sidecar has the column; other metadata without it means a misspelled key."""
     columns = sidecar.schema_arrow.names
     if domain_key in columns:
         return True
-    others = [name for name in columns if name not in _OWN_COLUMNS]
+    others = [name for name in columns if name not in OWN_COLUMNS]
     if others:
         raise UserError(
-            f"{sidecar_path(file.prefix)} has no column {domain_key} (data.domain_key): "
+            f"{file.sidecar_path} has no column {domain_key} (data.domain_key): "
             f"it has {', '.join(others)}"
         )
     return False
 
 
 def _encode(column: pa.ChunkedArray, codes_by_name: dict[str, int]) -> np.ndarray:
-    """Codes of the column's values; names not seen before are appended to `codes_by_name`."""
+    """Returns the codes of the column's values, and adds new names to `codes_by_name`."""
     text = pc.fill_null(pc.cast(column, pa.string()), UNKNOWN_DOMAIN).combine_chunks()
     encoded = text.dictionary_encode()
     lookup = np.array(

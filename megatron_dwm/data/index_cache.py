@@ -1,22 +1,19 @@
-"""The sample indices of one pass over an indexed file, built once and mapped from a cache.
+"""The sample indices of one epoch of an indexed file, built once and mapped from a cache.
 
-Megatron-Core's `GPTDataset` shuffles the documents of one pass, cuts them into samples and shuffles
+Megatron-Core's `GPTDataset` shuffles the documents of an epoch, cuts them into samples and shuffles
 those (megatron/core/datasets/gpt_dataset.py). Building costs time and memory in proportion to
-documents plus samples; a cached pass is mapped, not read.
+documents plus samples; a cached epoch is memory-mapped.
 
-`GPTDataset` builds on rank 0 only, and another rank that meets a missing cache fails on the file.
-So nothing is built while training runs: `on_first_rank` builds everything that a run needs while
-the others wait, and a failure there is raised on every rank instead of leaving them waiting. A pass
-is built in a folder of its own and then renamed, so that a killed run or a second run at the same
-time never leaves half an index behind. The folder's name depends on everything that the index
-depends on, the size and time of the data files included.
+`GPTDataset` builds on rank 0 only, and another rank fails if the file is missing. So nothing is
+built during training: `on_first_rank` builds everything that a run needs while the others wait, and
+an error there is raised on every rank. An index is a folder that appears only when it is complete,
+so neither a killed run nor two runs at the same time leave half an index. The folder's name depends
+on everything that the index depends on, including size and time of the data files.
 """
 
 from __future__ import annotations
 
 import hashlib
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,11 +27,12 @@ from megatron.core.datasets.utils import Split
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.data.prefixes import IndexedFile
+from megatron_dwm.files.atomic import new_folder
 
 
 @dataclass(frozen=True)
 class _DocumentEnd:
-    """What `GPTDatasetConfig` asks of a tokenizer; it has no padding token, so none is masked."""
+    """The attributes that `GPTDatasetConfig` reads of a tokenizer; no padding token is masked."""
 
     eod: int
     vocab_size: int | None = None
@@ -42,8 +40,8 @@ class _DocumentEnd:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pass:
-    """One pass over a file in one shuffled order."""
+class Epoch:
+    """One epoch of a file, in one shuffled order."""
 
     file: IndexedFile
     sequence_length: int
@@ -51,7 +49,7 @@ class Pass:
 
     @property
     def key(self) -> str:
-        """Name of the pass in the cache."""
+        """Name of the epoch in the cache."""
         parts = [megatron_version, str(self.sequence_length), str(self.seed)]
         for path in (self.file.bin_path, self.file.idx_path):
             stat = path.stat()
@@ -59,29 +57,29 @@ class Pass:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
-def ensure_pass(one_pass: Pass, indexed: IndexedDataset, eod_id: int, cache_dir: Path) -> None:
-    """Build the indices of `one_pass` under `cache_dir` unless they are there.
+def build_epoch(epoch: Epoch, indexed: IndexedDataset, eod_id: int, cache_dir: Path) -> None:
+    """Build the indices of `epoch` in `cache_dir` unless they exist.
 
     Raises:
         UserError: `cache_dir` cannot be written.
     """
-    publish(
-        cache_dir / one_pass.key,
-        lambda folder: _gpt_dataset(one_pass, indexed, eod_id, folder),
+    build_cached(
+        cache_dir / epoch.key,
+        lambda folder: _gpt_dataset(epoch, indexed, eod_id, folder),
     )
 
 
-def open_pass(one_pass: Pass, indexed: IndexedDataset, eod_id: int, cache_dir: Path) -> GPTDataset:
-    """The samples of `one_pass`, with its indices mapped from `cache_dir`.
+def open_epoch(epoch: Epoch, indexed: IndexedDataset, eod_id: int, cache_dir: Path) -> GPTDataset:
+    """Returns the samples of `epoch`, with its indices mapped from `cache_dir`.
 
     Raises:
-        UserError: another rank built them where this one cannot see them.
+        UserError: rank 0 built them in a directory that this rank cannot see.
     """
-    return _gpt_dataset(one_pass, indexed, eod_id, published(cache_dir / one_pass.key))
+    return _gpt_dataset(epoch, indexed, eod_id, cached(cache_dir / epoch.key))
 
 
-def published(folder: Path) -> Path:
-    """`folder`, which rank 0 has published.
+def cached(folder: Path) -> Path:
+    """Returns `folder`, which rank 0 has built in the cache.
 
     Raises:
         UserError: this rank cannot see it.
@@ -94,44 +92,30 @@ def published(folder: Path) -> Path:
     return folder
 
 
-def publish(target: Path, build: Callable[[Path], object]) -> None:
-    """Let `build` fill a temporary folder and rename it to `target`, unless `target` exists.
+def build_cached(folder: Path, build: Callable[[Path], object]) -> None:
+    """Let `build` fill `folder` of the cache, unless it exists.
 
     Raises:
-        UserError: the parent folder of `target` cannot be written.
+        UserError: the cache cannot be written.
     """
-    if target.is_dir():
+    if folder.is_dir():
         return
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            build(folder)
-            _rename(folder, target)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(folder, shared=True) as partial:
+            build(partial)
     except OSError as error:
         raise UserError(
-            f"data.cache_dir {target.parent} cannot be written ({error.strerror or error}): "
+            f"data.cache_dir {folder.parent} cannot be written ({error.strerror or error}): "
             "name a directory with free space that you may write to"
         ) from error
 
 
-def _rename(folder: Path, target: Path) -> None:
-    folder.chmod(0o755)
-    try:
-        folder.rename(target)
-    except OSError:
-        # Another run published the same content first; anything else is a real failure.
-        if not target.is_dir():
-            raise
-
-
 def on_first_rank(build: Callable[[], None]) -> None:
-    """Run `build` on rank 0 while the other ranks wait; without a process group just run it.
+    """Run `build` on rank 0 while the other ranks wait; a collective call.
 
-    A collective call. What rank 0 raises is raised there, and as the same kind of error (a
-    `UserError` or a `RuntimeError`) on all other ranks.
+    Without a process group it only runs `build`. An error on rank 0 is also raised on all other
+    ranks, as a `UserError` or a `RuntimeError`.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         build()
@@ -141,7 +125,7 @@ def on_first_rank(build: Callable[[], None]) -> None:
     if dist.get_rank() == 0:
         try:
             build()
-        except Exception as caught:  # handed to every rank, and raised below
+        except Exception as caught:  # sent to every rank, and raised below
             error = caught
             failure = [(isinstance(caught, UserError), str(caught))]
     dist.broadcast_object_list(failure, src=0)
@@ -152,13 +136,13 @@ def on_first_rank(build: Callable[[], None]) -> None:
         raise UserError(message) if is_users else RuntimeError(f"rank 0 failed: {message}")
 
 
-def _gpt_dataset(one_pass: Pass, indexed: IndexedDataset, eod_id: int, folder: Path) -> GPTDataset:
-    """Megatron's dataset of one pass; it writes its indices to `folder` or maps them from there."""
-    name = one_pass.key
+def _gpt_dataset(epoch: Epoch, indexed: IndexedDataset, eod_id: int, folder: Path) -> GPTDataset:
+    """Make Megatron's dataset of an epoch; it writes its indices to `folder` or maps them."""
+    name = epoch.key
     config = GPTDatasetConfig(
-        random_seed=one_pass.seed,
-        sequence_length=one_pass.sequence_length,
-        # A blend keeps the configuration from declaring itself a mock; it is not used.
+        random_seed=epoch.seed,
+        sequence_length=epoch.sequence_length,
+        # Without a blend the configuration would be one of mock data; it is not used.
         blend=([name], None),
         split="1",
         path_to_cache=str(folder),

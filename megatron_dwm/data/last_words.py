@@ -1,6 +1,6 @@
-"""The last word of every held-out passage, as rows that carry nothing else (LAMBADA's question).
+"""The last word of every held-out passage, to be predicted from the rest, as in LAMBADA.
 
-One passage a row, cut on the left to fit. All rows are kept in memory.
+One passage per row, cut on the left to fit. All rows are kept in memory.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.batch import UNKNOWN_DOMAIN, Batch
-from megatron_dwm.data.packing import Rows, row_of_last_word
+from megatron_dwm.data.packing import PackedSequences, pack_last_word
 from megatron_dwm.data.passages import read_passages
 
 if TYPE_CHECKING:
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class LastWords:
-    """A row for every passage whose last word can be asked for, read once through."""
+    """A row for every passage whose last word can be predicted, in order."""
 
     def __init__(self, path: str, data: DataConfig, tokenizer: Tokenizer) -> None:
         """Read JSON Lines file `path` (`evaluation.path`), with a `text` in every line.
 
-        Passages without a word that could be asked for are left out, be it all of them.
+        Passages without a word that could be predicted are left out, even if these are all.
 
         Raises:
             UserError: the file is missing, empty or broken (with its line).
@@ -32,7 +32,7 @@ class LastWords:
         for number, passage in enumerate(
             read_passages(path, "evaluation.path", (data.domain_key,))
         ):
-            row = row_of_last_word(number, passage.text, tokenizer, data.sequence_length)
+            row = pack_last_word(number, passage.text, tokenizer, data.sequence_length)
             if row is not None:
                 rows.append(row)
                 domains.append(passage.domain or UNKNOWN_DOMAIN)
@@ -42,13 +42,13 @@ class LastWords:
 
     @property
     def num_rows(self) -> int:
-        """Passages asked about."""
+        """Number of passages whose last word is predicted."""
         return len(self._rows)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All rows in order, `batch_size` at a time; rows added to the last batch carry nothing."""
+        """Yields all rows in order, `batch_size` at a time; padding rows have no loss."""
         for start in range(0, self.num_rows, batch_size):
             ids = range(start, min(start + batch_size, self.num_rows))
             domains = [self._domain_of_row[i] for i in ids]
-            rows = Rows.stack(self._rows[ids.start : ids.stop])
+            rows = PackedSequences.stack(self._rows[ids.start : ids.stop])
             yield rows.batch(range(len(ids)), domains, num_padding=batch_size - len(ids))

@@ -1,12 +1,12 @@
-"""Cutting passages into rows of equal length for the model.
+"""Packs passages into rows of equal length.
 
-Passages have the special tokens around them that the documents of the training data have.
+Passages have the same special tokens around them as the documents of the training data.
 
-* `pack_dense`: passages, each ended by the end-of-document token, follow one another without gaps;
-  row r holds the tokens r*S to r*S + S of that text, so every token but the very first is a label
-  exactly once. The end of the last row is padding without loss.
-* `row_of_last_word`: one passage a row, cut on the left to fit, padded on the right; only the
-  tokens of the last word carry loss.
+* `pack_dense`: passages follow one another without gaps, each with an end-of-document token. Row r
+  has the tokens r*S to r*S + S of that text, so every token but the very first is a label exactly
+  once. The end of the last row is padding without loss.
+* `pack_last_word`: one passage per row, cut on the left to fit, padded on the right. Only the
+  tokens of the last word count in the loss.
 
 Cost: linear in the tokens.
 """
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
-    """R rows of S + 1 tokens, which of the last S count, and where they come from."""
+class PackedSequences:
+    """R rows of S + 1 tokens, which of the last S count in the loss, and their passages."""
 
     text: np.ndarray
     """int32 [R, S + 1]"""
     mask: np.ndarray
-    """bool [R, S]: whether token 1 to S of the row carries loss"""
+    """bool [R, S]: true where token 1 to S of the row counts in the loss"""
     documents: np.ndarray
     """int64 [R]: number of the passage with most of the row's first S tokens"""
 
@@ -41,21 +41,21 @@ class Rows:
         return len(self.documents)
 
     @staticmethod
-    def stack(parts: Sequence[Rows]) -> Rows:
-        """The rows of all parts, in order."""
-        return Rows(
+    def stack(parts: Sequence[PackedSequences]) -> PackedSequences:
+        """Returns the rows of all parts, in order."""
+        return PackedSequences(
             text=np.concatenate([part.text for part in parts]),
             mask=np.concatenate([part.mask for part in parts]),
             documents=np.concatenate([part.documents for part in parts]),
         )
 
     def batch(self, row_ids: Sequence[int], domains: Sequence[str], num_padding: int = 0) -> Batch:
-        """The named rows, and `num_padding` rows without loss after them.
+        """Returns these rows, and `num_padding` rows without loss after them.
 
         Args:
             row_ids: at least one row.
             domains: the domain of each of `row_ids`; padding repeats the last one.
-            num_padding: rows to add, so that all batches have one size.
+            num_padding: rows to add, so that all batches have the same size.
         """
         ids = np.array([*row_ids, *[row_ids[-1]] * num_padding], dtype=np.int64)
         real = np.arange(len(ids)) < len(row_ids)
@@ -73,8 +73,8 @@ class Rows:
 
 def pack_dense(
     passages: Iterable[tuple[int, Sequence[int]]], sequence_length: int, eod_id: int
-) -> Rows:
-    """The passages (number, token ids; each with at least one token) packed without gaps."""
+) -> PackedSequences:
+    """Pack passages (number, token ids; each with at least one token) without gaps."""
     pieces, owners = [], []
     for number, ids in passages:
         pieces.append(np.array([*ids, eod_id], dtype=np.int32))
@@ -83,22 +83,22 @@ def pack_dense(
     num_rows = -(-(len(stream) - 1) // sequence_length)
     padded = np.full(num_rows * sequence_length + 1, eod_id, dtype=np.int32)
     padded[: len(stream)] = stream
-    place = np.arange(num_rows)[:, None] * sequence_length + np.arange(sequence_length + 1)
+    position = np.arange(num_rows)[:, None] * sequence_length + np.arange(sequence_length + 1)
     first = np.arange(num_rows) * sequence_length
-    return Rows(
-        text=padded[place],
-        mask=place[:, 1:] < len(stream),
+    return PackedSequences(
+        text=padded[position],
+        mask=position[:, 1:] < len(stream),
         documents=np.array([_most_frequent(owner[f : f + sequence_length]) for f in first]),
     )
 
 
-def row_of_last_word(
+def pack_last_word(
     number: int, text: str, tokenizer: Tokenizer, sequence_length: int
-) -> Rows | None:
-    """The row of one passage, or None when no token of its last word can be a label.
+) -> PackedSequences | None:
+    """Returns the row of one passage, or None if no token of its last word can be a label.
 
-    A label needs a token before it, so a passage of a single word that is a single token has none.
-    White space at the end of the passage is no part of it.
+    A label needs a token before it, so a passage of one word of one token has none. White space at
+    the end of the passage is ignored.
     """
     passage = text.rstrip()
     words = passage.split()
@@ -116,13 +116,13 @@ def row_of_last_word(
     row[: len(kept)] = kept
     label = np.arange(1, sequence_length + 1)
     mask = (label >= start) & (label < len(kept))
-    return Rows(text=row[None], mask=mask[None], documents=np.array([number]))
+    return PackedSequences(text=row[None], mask=mask[None], documents=np.array([number]))
 
 
 def _common_length(ids: np.ndarray, before: Sequence[int]) -> int:
-    """Tokens that the passage shares with its beginning encoded alone.
+    """Returns the number of tokens that the passage shares with its beginning encoded alone.
 
-    They differ where a piece reaches over the border; the last word then starts at that piece.
+    They differ if a token extends over the border; the last word then starts with that token.
     """
     shared = min(len(ids), len(before))
     different = np.flatnonzero(ids[:shared] != np.array(before[:shared], dtype=np.int32))

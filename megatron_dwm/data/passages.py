@@ -1,7 +1,7 @@
-"""Reading JSON Lines files of text: validation sets and held-out text.
+"""Reads JSON Lines files of text: validation sets and held-out text.
 
-Costs one pass over the file and the ids of all its tokens in memory (4 bytes each); these files are
-small beside the training data. Blank lines are skipped.
+Cost: one read of the file, and the ids of all its tokens in memory (4 bytes each). These files are
+small compared with the training data. Blank lines are skipped.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.files.json_lines import look_up, numbered_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +27,17 @@ class Passage:
 
 
 def bare_text(text: str) -> str:
-    """The text by which two passages are compared: white space makes no difference."""
+    """Returns the text by which two passages are compared, which ignores white space."""
     return " ".join(text.split())
 
 
 def read_passages(path: str, key: str, domain_keys: tuple[str, ...]) -> Iterator[Passage]:
-    """The passages of the file at `path`, in order.
+    """Yields the passages of the file at `path`, in order.
 
     Args:
         path: a JSON Lines file, an object with a string `text` in every line.
         key: the configuration key that named it, for messages.
-        domain_keys: dotted paths to look for the domain under, best first.
+        domain_keys: dotted paths of the domain in an object; the first one with a value counts.
 
     Raises:
         UserError: no such file, no passage in it, or a line that is not such an object.
@@ -44,13 +45,9 @@ def read_passages(path: str, key: str, domain_keys: tuple[str, ...]) -> Iterator
     if not Path(path).is_file():
         raise UserError(f"{key}: no file {path}")
     line = 0
-    found = False
-    with Path(path).open("rb") as stream:
-        for line, raw in enumerate(stream, start=1):
-            if raw.strip():
-                found = True
-                yield _passage(raw, f"{path} line {line}", domain_keys, line)
-    if not found:
+    for line, raw in numbered_lines(Path(path)):
+        yield _passage(raw, f"{path} line {line}", domain_keys, line)
+    if not line:
         raise UserError(f"{path} ({key}) is empty: expected an object with a `text` in every line")
 
 
@@ -69,21 +66,9 @@ def _passage(raw: bytes, where: str, domain_keys: tuple[str, ...], line: int) ->
 
 
 def _domain(record: dict[str, Any], domain_keys: tuple[str, ...]) -> str | None:
-    """The first of the keys that is present and not null, as text."""
+    """Returns, as text, the value of the first key that is neither missing, null nor empty."""
     for key in domain_keys:
-        value = _value(record, key)
+        _, value = look_up(record, key)
         if value is not None and value != "":
             return str(value)
     return None
-
-
-def _value(record: dict[str, Any], dotted: str) -> Any:
-    """The value at a dotted path, or under the dotted name itself; None where there is none."""
-    if dotted in record:
-        return record[dotted]
-    value: Any = record
-    for name in dotted.split("."):
-        if not isinstance(value, dict) or name not in value:
-            return None
-        value = value[name]
-    return value

@@ -1,14 +1,13 @@
-"""Indexed files on disk: which ones a configuration names, and whether they can be used.
+"""Indexed files on disk: finds those that a configuration names, and checks that they are usable.
 
-`data.train` is a list of prefixes, or weights and prefixes in turn, as Megatron's `--data-path`.
-A prefix stands for `PREFIX.bin` (tokens) and `PREFIX.idx`. The layout of the latter is that of
-Megatron-Core's `_IndexWriter` (megatron/core/datasets/indexed_dataset.py). Only its header and
-last entries are read here, so a check costs the same for any size of data.
+`data.train` is a list of prefixes, or `weight prefix weight prefix ...`, as Megatron's
+`--data-path`. A prefix stands for `PREFIX.bin` (tokens) and `PREFIX.idx` (files/index_format.py).
+Only the header and the last entries of the .idx file are read here, so the cost does not depend on
+the size of the data.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.files.dataset_paths import DatasetPaths
+from megatron_dwm.files.index_format import (
+    IndexHeader,
+    TokenType,
+    end_of_tokens_bytes,
+    read_header,
+)
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
-_TOKEN_DTYPES = {4: np.int32, 5: np.int64, 8: np.uint16}
+_TOKEN_TYPES = (np.int32, np.int64, np.uint16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,36 +32,41 @@ class BlendPart:
 
     prefix: str
     weight: float | None
-    """None when the configuration names no weights: the share then follows the size"""
+    """None if the configuration has no weights; the share is then in proportion to the size"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexedFile:
-    """What the header of an indexed file says."""
+    """The header of an indexed file."""
 
     prefix: str
-    dtype: type[np.generic]
+    dtype: TokenType
     num_sequences: int
     num_documents: int
     num_tokens: int
 
     @property
     def bin_path(self) -> Path:
-        """The tokens."""
-        return Path(f"{self.prefix}.bin")
+        """Path of the token ids."""
+        return DatasetPaths.of(self.prefix).bin
 
     @property
     def idx_path(self) -> Path:
-        """Lengths, offsets and document borders."""
-        return Path(f"{self.prefix}.idx")
+        """Path of the lengths, offsets and document borders."""
+        return DatasetPaths.of(self.prefix).idx
+
+    @property
+    def sidecar_path(self) -> Path:
+        """Path of the documents' metadata, which may not exist."""
+        return DatasetPaths.of(self.prefix).sidecar
 
     def samples_per_epoch(self, sequence_length: int) -> int:
-        """Samples of `sequence_length` tokens in one pass, each with one token to predict after."""
+        """Returns the samples of `sequence_length` tokens in an epoch; each needs a token more."""
         return max(0, self.num_tokens - 1) // sequence_length
 
 
-def parse_blend(train: Sequence[str]) -> list[BlendPart]:
-    """The parts of `data.train`, in order.
+def parse_blend(train: Sequence[str | float]) -> list[BlendPart]:
+    """Returns the parts of `data.train`, in order.
 
     Raises:
         UserError: the list is empty, weights and prefixes do not alternate, a weight is not a
@@ -100,61 +109,46 @@ def _number(text: str) -> float | None:
 
 
 def read_indexed_file(prefix: str) -> IndexedFile:
-    """The header of `prefix`, checked against the sizes of both files.
+    """Read the header of `prefix` and check it against the sizes of both files.
 
     Raises:
         UserError: a file is missing, is not Megatron's, is cut short, or holds no token ids.
     """
-    idx_path, bin_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    for path in (idx_path, bin_path):
+    paths = DatasetPaths.of(prefix)
+    for path in (paths.idx, paths.bin):
         if not path.is_file():
             raise UserError(f"data.train: no file {path}{_prefix_hint(prefix)}")
-    with idx_path.open("rb") as stream:
-        head = stream.read(_HEADER.size)
-    if len(head) < _HEADER.size or not head.startswith(_MAGIC):
-        raise UserError(f"{idx_path} is not a Megatron index: write it with preprocess_data.py")
-    _, version, code, num_sequences, num_borders = _HEADER.unpack(head)
-    if version != 1 or code not in _TOKEN_DTYPES:
+    header = _read_header(paths.idx)
+    end_bytes = end_of_tokens_bytes(paths.idx, header)
+    if paths.bin.stat().st_size < end_bytes:
         raise UserError(
-            f"{idx_path} has version {version} and type code {code}: "
-            "expected version 1 and token ids (4 int32, 5 int64, 8 uint16)"
-        )
-    expected_bytes = _HEADER.size + 12 * num_sequences + 8 * num_borders
-    if idx_path.stat().st_size not in (expected_bytes, expected_bytes + num_sequences):
-        raise UserError(
-            f"{idx_path} has {idx_path.stat().st_size} bytes but its header asks for "
-            f"{expected_bytes}: it was cut short, write it again with preprocess_data.py"
-        )
-    dtype = _TOKEN_DTYPES[code]
-    end_bytes = _end_of_tokens_bytes(idx_path, num_sequences, np.dtype(dtype).itemsize)
-    if bin_path.stat().st_size < end_bytes:
-        raise UserError(
-            f"{bin_path} has {bin_path.stat().st_size} bytes but {idx_path.name} points to "
+            f"{paths.bin} has {paths.bin.stat().st_size} bytes but {paths.idx.name} points to "
             f"{end_bytes}: they are not of one run, write both again with preprocess_data.py"
         )
     return IndexedFile(
         prefix=prefix,
-        dtype=dtype,
-        num_sequences=num_sequences,
-        num_documents=max(0, num_borders - 1),
-        num_tokens=end_bytes // np.dtype(dtype).itemsize,
+        dtype=header.dtype,
+        num_sequences=header.num_sequences,
+        num_documents=header.num_documents,
+        num_tokens=end_bytes // header.itemsize,
     )
 
 
-def _end_of_tokens_bytes(idx_path: Path, num_sequences: int, itemsize: int) -> int:
-    """Bytes up to the end of the last sequence, from the last length and the last offset."""
-    if num_sequences == 0:
-        return 0
-    with idx_path.open("rb") as stream:
-        stream.seek(_HEADER.size + 4 * (num_sequences - 1))
-        (length_tokens,) = struct.unpack("<i", stream.read(4))
-        stream.seek(_HEADER.size + 4 * num_sequences + 8 * (num_sequences - 1))
-        (offset_bytes,) = struct.unpack("<q", stream.read(8))
-    return offset_bytes + length_tokens * itemsize
+def _read_header(idx: Path) -> IndexHeader:
+    try:
+        header = read_header(idx)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if header.dtype not in _TOKEN_TYPES:
+        raise UserError(
+            f"{idx} is of type {header.dtype.__name__}: expected token ids "
+            f"({', '.join(dtype.__name__ for dtype in _TOKEN_TYPES)})"
+        )
+    return header
 
 
 def _prefix_hint(prefix: str) -> str:
-    """Advice for the usual slips: a file name instead of its prefix, or the suffix left out."""
+    """Returns advice for common mistakes: a file name as prefix, or a missing suffix."""
     stem = prefix.removesuffix(".bin").removesuffix(".idx")
     for candidate in (stem, f"{stem}_text_document"):
         if candidate != prefix and Path(f"{candidate}.idx").is_file():

@@ -1,15 +1,15 @@
-"""The order in which training samples are read: sample k depends on (data, seed, purpose, k) alone.
+"""The order of training samples: sample k depends only on (data, seed, purpose, k).
 
-It does not depend on how many samples are asked for, on the batch size or on the layout, so a run
-can be resumed, lengthened or split over other numbers of processes and reads the same samples.
+It does not depend on the number of samples, the batch size or the layout. So a run that is resumed,
+made longer or split over another number of processes reads the same samples.
 
-* One prefix: pass after pass over its samples, each pass shuffled anew from a hash of
-  (seed, purpose, place of the prefix, number of the pass).
+* One prefix: epoch after epoch of its samples, each shuffled by a hash of (seed, purpose, index of
+  the prefix, number of the epoch).
 * Several: Megatron-Core's greedy blend (`build_blending_indices`, megatron/core/datasets/
-  helpers.cpp). Its choice at k looks only at earlier choices, so a longer blend begins with the
-  shorter one. Without weights the shares follow the samples in a pass.
+  helpers.cpp). Its choice at k depends only on earlier choices, so a longer blend begins with the
+  shorter one. Without weights the shares are in proportion to the samples in an epoch.
 
-Cost: rank 0 builds the indices of all passes once; a sample is then one binary search a document
+Cost: rank 0 builds the indices of all epochs once. A sample then costs a binary search per document
 and a copy of its tokens from the mapped file.
 """
 
@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -31,24 +31,16 @@ from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.checks import check_length
 from megatron_dwm.data.domains import DocumentDomains, read_domains
 from megatron_dwm.data.index_cache import (
-    Pass,
-    ensure_pass,
+    Epoch,
+    build_cached,
+    build_epoch,
+    cached,
     on_first_rank,
-    open_pass,
-    publish,
-    published,
+    open_epoch,
 )
 from megatron_dwm.data.prefixes import BlendPart, IndexedFile, parse_blend, read_indexed_file
 
-_OPEN_PASSES = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Row:
-    text: np.ndarray
-    """int64, sequence_length + 1 token ids"""
-    document: int
-    """number of the document in its file"""
+_OPEN_EPOCHS = 4
 
 
 class _PrefixStream:
@@ -60,44 +52,55 @@ class _PrefixStream:
         check_length(file, config.sequence_length)
         self.file = file
         self.domains: DocumentDomains = read_domains(file, config.domain_key)
-        self.samples_per_pass = file.samples_per_epoch(config.sequence_length)
+        self.samples_per_epoch = file.samples_per_epoch(config.sequence_length)
         self._sequence_length = config.sequence_length
         self._order = order
         self._eod_id = eod_id
         self._cache_dir = cache_dir
         self._indexed = IndexedDataset(file.prefix, mmap=True)
         self._open: dict[int, GPTDataset] = {}
+        # The thread of a feed reads ahead while the main thread looks up origins.
+        self._opening = Lock()
 
     def build(self, num_samples: int) -> None:
-        """Build the indices of the passes that hold the first `num_samples` samples."""
-        for number in range(-(-num_samples // self.samples_per_pass)):
-            ensure_pass(self._pass(number), self._indexed, self._eod_id, self._cache_dir)
+        """Build the indices of the epochs with the first `num_samples` samples."""
+        for number in range(-(-num_samples // self.samples_per_epoch)):
+            build_epoch(self._epoch(number), self._indexed, self._eod_id, self._cache_dir)
 
-    def row(self, position: int) -> _Row:
-        """The sample at `position` of the stream."""
-        number, place = divmod(position, self.samples_per_pass)
-        dataset = self._dataset(number)
-        sample = dataset[place]
-        text = torch.cat([sample["tokens"], sample["labels"][-1:]]).numpy()
-        return _Row(text=text, document=self._main_document(dataset, place))
+    def text(self, position: int) -> np.ndarray:
+        """Returns int64, the sequence_length + 1 token ids of the sample at `position`."""
+        number, index = divmod(position, self.samples_per_epoch)
+        sample = self._dataset(number)[index]
+        return torch.cat([sample["tokens"], sample["labels"][-1:]]).numpy()
 
-    def _pass(self, number: int) -> Pass:
+    def document(self, position: int) -> int:
+        """Returns the number, in its file, of the document with most of the sample's input tokens.
+
+        If several have the same number, the first counts. Reads no token.
+        """
+        number, index = divmod(position, self.samples_per_epoch)
+        return self._main_document(self._dataset(number), index)
+
+    def _epoch(self, number: int) -> Epoch:
         digest = hashlib.sha256(f"{self._order}/{number}".encode()).digest()
-        seed = int.from_bytes(digest[:4], "big")  # numpy.random.RandomState takes 32 bits
-        return Pass(file=self.file, sequence_length=self._sequence_length, seed=seed)
+        seed = int.from_bytes(digest[:4], "big")  # numpy.random.RandomState needs 32 bits
+        return Epoch(file=self.file, sequence_length=self._sequence_length, seed=seed)
 
     def _dataset(self, number: int) -> GPTDataset:
-        if number not in self._open:
-            while len(self._open) >= _OPEN_PASSES:
-                self._open.pop(next(iter(self._open)))
-            dataset = open_pass(self._pass(number), self._indexed, self._eod_id, self._cache_dir)
-            assert len(dataset) == self.samples_per_pass, (len(dataset), self.samples_per_pass)
-            self._open[number] = dataset
-        return self._open[number]
+        with self._opening:
+            if number not in self._open:
+                while len(self._open) >= _OPEN_EPOCHS:
+                    self._open.pop(next(iter(self._open)))
+                self._open[number] = self._opened(number)
+            return self._open[number]
 
-    def _main_document(self, dataset: GPTDataset, place: int) -> int:
-        """The document with most of the sample's input tokens; of equals the one read first."""
-        shuffled = int(dataset.shuffle_index[place])
+    def _opened(self, number: int) -> GPTDataset:
+        dataset = open_epoch(self._epoch(number), self._indexed, self._eod_id, self._cache_dir)
+        assert len(dataset) == self.samples_per_epoch, (len(dataset), self.samples_per_epoch)
+        return dataset
+
+    def _main_document(self, dataset: GPTDataset, index: int) -> int:
+        shuffled = int(dataset.shuffle_index[index])
         first, first_offset = (int(value) for value in dataset.sample_index[shuffled])
         last, last_offset = (int(value) for value in dataset.sample_index[shuffled + 1])
         sequences = np.asarray(dataset.document_index[first : last + 1])
@@ -116,8 +119,8 @@ class _PrefixStream:
 class TrainingData:
     """The training samples of a run, by number.
 
-    Making one is a collective call: every rank of the process group makes the same, since rank 0
-    builds the indices while the others wait. Reading is not.
+    The constructor is a collective call, since rank 0 builds the indices while the others wait.
+    Reading is not.
     """
 
     def __init__(
@@ -130,15 +133,15 @@ class TrainingData:
         cache_dir: Path,
         purpose: str = "training",
     ) -> None:
-        """Open the data and build what is missing in `cache_dir`.
+        """Open the data and build missing indices in `cache_dir`.
 
         Args:
-            config: which files, the sequence length, the domain column and, perhaps, the cache.
+            config: the files, the sequence length, the domain column and, optionally, the cache.
             eod_id: the end-of-document token.
             seed: seed of the order.
-            num_samples: how many samples may be read, over all steps and ranks.
-            cache_dir: directory of the index cache when `config.cache_dir` is empty.
-            purpose: another text gives another, independent order of the same data.
+            num_samples: number of samples that may be read, over all steps and ranks.
+            cache_dir: directory of the index cache if `config.cache_dir` is empty.
+            purpose: another purpose gives another, independent order of the same data.
 
         Raises:
             UserError: as `checks.check_data`, or the cache directory cannot be written.
@@ -151,11 +154,11 @@ class TrainingData:
             _PrefixStream(
                 read_indexed_file(part.prefix),
                 config,
-                order=f"{seed}/{purpose}/{place}",
+                order=f"{seed}/{purpose}/{index}",
                 eod_id=eod_id,
                 cache_dir=self._cache_dir,
             )
-            for place, part in enumerate(self._parts)
+            for index, part in enumerate(self._parts)
         ]
         documents = [stream.file.num_documents for stream in self._streams]
         self._first_document = np.concatenate([[0], np.cumsum(documents)])
@@ -169,18 +172,10 @@ class TrainingData:
         return sorted({name for stream in self._streams for name in stream.domains.names})
 
     def batch(self, sample_ids: Sequence[int]) -> Batch:
-        """The samples with these numbers, each below `num_samples`, in this order (CPU).
-
-        Document ids count through the prefixes in the order of `data.train`.
-        """
-        rows, documents, domains = [], [], []
-        for sample_id in sample_ids:
-            place, position = self._locate(sample_id)
-            stream = self._streams[place]
-            row = stream.row(position)
-            rows.append(row.text)
-            documents.append(int(self._first_document[place]) + row.document)
-            domains.append(stream.domains.of(row.document))
+        """Returns the samples with these numbers, each below `num_samples`, in this order (CPU)."""
+        located = [self._locate(sample_id) for sample_id in sample_ids]
+        rows = [self._streams[prefix].text(position) for prefix, position in located]
+        documents, domains = self.documents_and_domains(sample_ids)
         text = torch.from_numpy(np.stack(rows))
         tokens_BS = text[:, :-1].contiguous()
         return Batch(
@@ -193,24 +188,22 @@ class TrainingData:
             domains=tuple(domains),
         )
 
-    def ids_of_step(self, step: int, global_batch_size: int) -> range:
-        """Sample numbers of optimiser step `step` (from 0), over all processes."""
-        return range(step * global_batch_size, (step + 1) * global_batch_size)
+    def documents_and_domains(self, sample_ids: Sequence[int]) -> tuple[list[int], list[str]]:
+        """Returns the number and domain of each sample's main document; reads no token.
 
-    def fingerprint(self) -> dict[str, str]:
-        """What the samples depend on besides the seed, to compare when a run is resumed."""
-        marks = {"sequence_length": str(self._sequence_length)}
-        for part, stream in zip(self._parts, self._streams, strict=True):
-            weight = "by size" if part.weight is None else repr(part.weight)
-            marks[part.prefix] = (
-                f"weight {weight}, {stream.file.num_documents} documents, "
-                f"{stream.file.num_tokens} tokens, "
-                f"{stream.file.bin_path.stat().st_size} bytes"
-            )
-        return marks
+        Documents are numbered over all prefixes, in the order of `data.train`.
+        """
+        documents, domains = [], []
+        for sample_id in sample_ids:
+            prefix, position = self._locate(sample_id)
+            stream = self._streams[prefix]
+            document = stream.document(position)
+            documents.append(int(self._first_document[prefix]) + document)
+            domains.append(stream.domains.of(document))
+        return documents, domains
 
     def _locate(self, sample_id: int) -> tuple[int, int]:
-        """The prefix of a sample and the sample's position in the prefix's stream."""
+        """Returns a sample's prefix, and its position in the stream of that prefix."""
         assert 0 <= sample_id < self.num_samples, (sample_id, self.num_samples)
         if self._blend is None:
             return 0, sample_id
@@ -218,7 +211,7 @@ class TrainingData:
 
     def _build(self) -> None:
         if len(self._streams) > 1:
-            publish(self._blend_dir(), self._write_blend)
+            build_cached(self._blend_dir(), self._write_blend)
         counts = self._samples_by_stream()
         for stream, count in zip(self._streams, counts, strict=True):
             stream.build(count)
@@ -243,18 +236,18 @@ class TrainingData:
         np.save(folder / "position.npy", position)
 
     def _open_blend(self) -> dict[str, np.ndarray] | None:
-        """The mapped blend, or None for a single prefix."""
+        """Returns the mapped blend, or None for a single prefix."""
         if len(self._streams) == 1:
             return None
-        folder = published(self._blend_dir())
+        folder = cached(self._blend_dir())
         names = ("part", "position")
         return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
 
 
 def _shares(parts: Sequence[BlendPart], streams: Sequence[_PrefixStream]) -> np.ndarray:
-    """Shares of the prefixes, float64, summing to 1."""
+    """Returns the shares of the prefixes, float64, with sum 1."""
     raw = [
-        stream.samples_per_pass if part.weight is None else part.weight
+        stream.samples_per_epoch if part.weight is None else part.weight
         for part, stream in zip(parts, streams, strict=True)
     ]
     weights = np.array(raw, dtype=np.float64)

@@ -1,8 +1,9 @@
-"""What a sidecar says of the tokenizer that made the data, against the tokenizer of a run.
+"""Compares the tokenizer that a sidecar records with the tokenizer of a run.
 
-The files of two tokenizers may be equal and their documents not: the end-of-document id is named
-outside of a tokenizer.json, and documents may have special tokens around their text (Llama 3's
-beginning) or not. Validation and held-out text is given the same ones as the training data.
+Two tokenizers with equal files may produce different documents: the end-of-document id is
+configured outside of tokenizer.json, and documents may or may not have special tokens around their
+text (such as Llama 3's beginning of text). Validation and held-out text gets the same special
+tokens as the training data.
 """
 
 from __future__ import annotations
@@ -12,38 +13,42 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.data.prefixes import parse_blend
+from megatron_dwm.files.dataset_paths import DatasetPaths
+from megatron_dwm.files.sidecar_format import (
+    EOD_ID,
+    Facts,
+    lacks_end,
+    read_facts,
+    special_tokens,
+    spell_ids,
+)
 from megatron_dwm.runtime import rank_from_environment
 
 if TYPE_CHECKING:
     from megatron_dwm.tokenizer import Tokenizer
 
-_HUGGINGFACE = "HuggingFaceTokenizer"
 
+def has_special_tokens(train: Sequence[str | float]) -> bool:
+    """True if a sidecar of `data.train` says that its documents have special tokens.
 
-def has_special_tokens(train: Sequence[str]) -> bool:
-    """Whether a sidecar of `data.train` says that its documents have special tokens.
-
-    Without sidecar, or one that says nothing, they have none. Raises `UserError` for a malformed
-    list; what is wrong with the files is for `check_data` to say.
+    Without a sidecar, or with one that does not record them, there are none. Raises `UserError` for
+    a malformed list; `check_data` reports problems with the files.
     """
-    return any(any(_special_tokens(_read(f"{p.prefix}.meta.parquet"))) for p in parse_blend(train))
+    sidecars = (DatasetPaths.of(part.prefix).sidecar for part in parse_blend(train))
+    return any(any(special_tokens(_facts_or_none(sidecar))) for sidecar in sidecars)
 
 
-def check_record(recorded: dict[str, str], sidecar: Path, tokenizer: Tokenizer) -> None:
-    """Check the ends and the special tokens that `sidecar` records.
+def check_record(recorded: Facts, sidecar: Path, tokenizer: Tokenizer) -> None:
+    """Check the end-of-document id and the special tokens that `sidecar` records.
 
     Raises:
-        UserError: the end-of-document id or the special tokens around a text are others than those
-            of `tokenizer`.
+        UserError: they differ from those of `tokenizer`.
     """
-    end = recorded.get("eod_id")
+    end = recorded.get(EOD_ID)
     if end is None:
-        if recorded.get("tokenizer_kind") == _HUGGINGFACE and rank_from_environment() == 0:
+        if lacks_end(recorded) and rank_from_environment() == 0:
             print(
                 f"warning: {sidecar} does not say which id ends a document (it was written by an "
                 f"older version); taken to be {tokenizer.eod_id}, as data.tokenizer has it",
@@ -55,10 +60,8 @@ def check_record(recorded: dict[str, str], sidecar: Path, tokenizer: Tokenizer) 
             f"{sidecar} says that id {end} ends a document, but with data.tokenizer "
             f"{tokenizer.model_path} it is {tokenizer.eod_id}: use the same eos_token"
         )
-    found = _special_tokens(recorded)
-    own = tuple(
-        " ".join(map(str, ids)) for ids in (tokenizer.around.before, tokenizer.around.after)
-    )
+    found = special_tokens(recorded)
+    own = spell_ids(tokenizer.around.before), spell_ids(tokenizer.around.after)
     if found != own:
         raise UserError(
             f"{sidecar} says that its documents have special tokens {_spell(found)}, but they "
@@ -68,24 +71,13 @@ def check_record(recorded: dict[str, str], sidecar: Path, tokenizer: Tokenizer) 
         )
 
 
-def _special_tokens(recorded: dict[str, str]) -> tuple[str, str]:
-    """Ids before and after a text; older versions wrote none and do not say so."""
-    return recorded.get("special_tokens_before", ""), recorded.get("special_tokens_after", "")
-
-
 def _spell(tokens: tuple[str, str]) -> str:
     before, after = (f"[{ids}]" if ids else "none" for ids in tokens)
     return f"(before the text {before}, after it {after})"
 
 
-def _read(sidecar: str) -> dict[str, str]:
+def _facts_or_none(sidecar: Path) -> Facts:
     try:
-        metadata = pq.read_schema(sidecar).metadata or {}
-    except (pa.ArrowInvalid, OSError):
+        return read_facts(sidecar)
+    except (ValueError, OSError):
         return {}
-    return decoded(metadata)
-
-
-def decoded(metadata: dict[bytes, bytes]) -> dict[str, str]:
-    """A schema's metadata as text."""
-    return {k.decode("utf-8", "replace"): v.decode("utf-8", "replace") for k, v in metadata.items()}

@@ -1,7 +1,7 @@
-"""Text that is not trained on: the target's validation set, and held-out text by domain.
+"""Text that the LLM does not train on: the target's validation set, and held-out text by domain.
 
-Both keep all rows in memory. `ValidationSet` hands out endless shuffled batches by number;
-`EvaluationSet` goes through its rows once, in order, with one domain a row.
+Both keep all rows in memory. `ValidationSet` gives endless shuffled batches by number;
+`EvaluationSet` gives its rows once, in order, with one domain per row.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import DataConfig, EvaluationConfig, ValidationConfig
 from megatron_dwm.data.batch import UNKNOWN_DOMAIN, Batch
-from megatron_dwm.data.packing import Rows, pack_dense, row_of_last_word
+from megatron_dwm.data.packing import PackedSequences, pack_dense, pack_last_word
 from megatron_dwm.data.passages import Passage, bare_text, read_passages
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ValidationSet:
-    """Shuffled batches of the target text; batch k depends on (seed, k, batch size) alone."""
+    """Shuffled batches of the target text; batch k depends only on (seed, k, batch size)."""
 
     def __init__(
         self, validation: ValidationConfig, data: DataConfig, tokenizer: Tokenizer, *, seed: int
@@ -31,7 +31,7 @@ class ValidationSet:
 
         Raises:
             UserError: the path is empty, the file is missing, empty or broken (with its line), or
-                no passage has a token that could carry loss.
+                no passage has a token that could count in the loss.
         """
         if validation.path is None:
             raise UserError("validation.path is empty: name a JSON Lines file of target text")
@@ -52,14 +52,14 @@ class ValidationSet:
 
     @property
     def num_rows(self) -> int:
-        """Rows in one pass."""
+        """Rows in one epoch."""
         return len(self._rows)
 
     def batch(self, k: int, batch_size: int, num_padding: int = 0) -> Batch:
-        """Batch number `k` (from 0): rows k * batch_size and after of endless shuffled passes.
+        """Returns batch `k` (from 0): the rows from k * batch_size on, of endless shuffled epochs.
 
-        A batch of at most `num_rows` has no row twice: where it reaches over the border of two
-        passes it takes the first rows of the later one that it does not have already.
+        A batch of at most `num_rows` has no row twice: if it extends into the next epoch, it has
+        the first rows of that epoch that are not in the batch yet.
 
         num_padding: rows without loss to add, with sample id `NO_ROW`.
         """
@@ -68,26 +68,25 @@ class ValidationSet:
         return self._rows.batch(ids, domains, num_padding)
 
     def num_shared(self, texts: Sequence[str]) -> int:
-        """How many of `texts` (`bare_text`) are passages of the target too; empty ones are none."""
+        """Returns how many non-empty `texts` (`bare_text`) are passages of the target."""
         return sum(1 for text in texts if text and text in self._texts)
 
     def _ids(self, k: int, batch_size: int) -> list[int]:
-        first_pass, place = divmod(k * batch_size, self.num_rows)
-        ids = self._order_of_pass(first_pass)[place : place + batch_size].tolist()
-        number = first_pass
+        epoch, start = divmod(k * batch_size, self.num_rows)
+        ids = self._order(epoch)[start : start + batch_size].tolist()
         while len(ids) < batch_size:
-            number += 1
+            epoch += 1
             had = set(ids) if batch_size <= self.num_rows else ()
-            order = [row for row in self._order_of_pass(number).tolist() if row not in had]
+            order = [row for row in self._order(epoch).tolist() if row not in had]
             ids += order[: batch_size - len(ids)]
         return ids
 
-    def _order_of_pass(self, number: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, number]).permutation(self.num_rows)
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self._seed, epoch]).permutation(self.num_rows)
 
 
 class EvaluationSet:
-    """Held-out text, packed domain by domain, read once through."""
+    """Held-out text, packed domain by domain, in order."""
 
     def __init__(
         self, evaluation: EvaluationConfig, data: DataConfig, tokenizer: Tokenizer
@@ -119,18 +118,18 @@ class EvaluationSet:
         if not filled:
             raise UserError(f"{path} (evaluation.path): no passage has any tokens")
         self.domains = list(filled)
-        self._rows = Rows.stack(list(filled.values()))
+        self._rows = PackedSequences.stack(list(filled.values()))
         self._domain_of_row = [name for name, rows in filled.items() for _ in range(len(rows))]
 
     @property
     def num_rows(self) -> int:
-        """Rows in the set."""
+        """Number of rows in the set."""
         return len(self._rows)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All rows in order, `batch_size` at a time; rows added to the last batch have no loss.
+        """Yields all rows in order, `batch_size` at a time, with padding in the last batch.
 
-        Such rows have sample id `NO_ROW`, and every row has exactly one domain.
+        Padding has no loss and sample id `NO_ROW`. Every row has exactly one domain.
         """
         for start in range(0, self.num_rows, batch_size):
             ids = range(start, min(start + batch_size, self.num_rows))
@@ -142,8 +141,8 @@ def _dense_rows(
     passages: Iterator[tuple[int, Passage]] | list[tuple[int, Passage]],
     tokenizer: Tokenizer,
     sequence_length: int,
-) -> Rows | None:
-    """Packed rows of the passages that have tokens; None when none has."""
+) -> PackedSequences | None:
+    """Pack the passages that have tokens; returns None if none has."""
     encoded = [(number, tokenizer.encode(passage.text)) for number, passage in passages]
     around = tokenizer.around
     filled = [(number, [*around.before, *ids, *around.after]) for number, ids in encoded if ids]
@@ -152,11 +151,11 @@ def _dense_rows(
 
 def _last_word_rows(
     passages: list[Passage], tokenizer: Tokenizer, sequence_length: int
-) -> Rows | None:
-    """A row for each passage whose last word can carry loss; None when there is none."""
+) -> PackedSequences | None:
+    """Returns a row for each passage whose last word can be a label; None if there is none."""
     rows = [
-        row_of_last_word(number, passage.text, tokenizer, sequence_length)
+        pack_last_word(number, passage.text, tokenizer, sequence_length)
         for number, passage in enumerate(passages)
     ]
     present = [row for row in rows if row is not None]
-    return Rows.stack(present) if present else None
+    return PackedSequences.stack(present) if present else None

@@ -1,1 +1,1 @@
-"""lm-evaluation-harness on an exported model."""
+"""Evaluation of an exported model with lm-evaluation-harness."""

@@ -1,7 +1,7 @@
-"""Where the public tasks' data lie: in Hugging Face's cache, or in a directory of one's own.
+"""Finds the data of public tasks: in Hugging Face's cache, or in a directory of the user's.
 
-A directory for `--data-dir` has a folder a task with a JSON Lines file a split, the rows as the
-data set has them: DIR/sciq/test.jsonl, DIR/sciq/train.jsonl. Nothing is fetched then.
+A directory for `--data-dir` has a folder for each task, with a JSON Lines file for each split and
+the rows of the data set: DIR/sciq/test.jsonl, DIR/sciq/train.jsonl. Nothing is downloaded then.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ _ANSWER_S = 5.0
 
 
 def with_own_files(spec: Mapping[str, Any], directory: Path, *, few_shot: bool) -> dict[str, Any]:
-    """The task `spec` reading its splits from `directory`.
+    """Returns the task `spec`, changed to read its splits from `directory`.
 
-    few_shot: whether solved examples are asked for, which come from the training split.
-    Raises `FileNotFoundError` with the files that are missing.
+    few_shot: True if solved examples are needed; they come from the training split.
+    Raises `FileNotFoundError` with the missing files.
     """
     names = {key: spec[key] for key in _SPLITS if spec.get(key)}
     files = {
         name: (directory / spec["task"] / f"{name}.jsonl").resolve() for name in names.values()
     }
-    asked = names.get("test_split") or names["validation_split"]
-    needed = {asked, names["training_split"]} if few_shot and "training_split" in names else {asked}
+    scored = names.get("test_split") or names["validation_split"]
+    solved = {names["training_split"]} if few_shot and "training_split" in names else set()
+    needed = {scored} | solved
     missing = [str(files[name]) for name in sorted(needed) if not files[name].is_file()]
     if missing:
         raise FileNotFoundError(", ".join(missing))
@@ -48,13 +49,13 @@ def with_own_files(spec: Mapping[str, Any], directory: Path, *, few_shot: bool) 
 
 
 def dataset_of(spec: Mapping[str, Any]) -> str:
-    """A task's data set as `datasets.load_dataset` takes it."""
+    """Returns the name of a task's data set, as `datasets.load_dataset` takes it."""
     name = spec.get("dataset_name")
     return f"{spec['dataset_path']} {name}" if name else str(spec["dataset_path"])
 
 
 def missing_data(missing: Mapping[str, str], directory: Path | None) -> UserError:
-    """The error that lists what is missing, by task, and says how to get it."""
+    """Returns the error that lists what is missing, by task, and says how to get it."""
     listed = "; ".join(f"{task}: {what}" for task, what in missing.items())
     if directory is not None:
         return UserError(
@@ -72,9 +73,9 @@ def missing_data(missing: Mapping[str, str], directory: Path | None) -> UserErro
 
 
 def hub_is_reachable() -> bool:
-    """Whether the hub answers; asked once, because its libraries retry for half a minute a task.
+    """True if the hub answers. Tried once, because its libraries retry for 30 s in every task.
 
-    Behind a proxy this process cannot tell, and leaves it to them.
+    Behind a proxy this process cannot tell, and leaves it to the libraries.
     """
     if any(os.environ.get(name) for name in _PROXIES):
         return True
@@ -88,11 +89,13 @@ def hub_is_reachable() -> bool:
 
 
 def require_splits(directory: Path, names: Sequence[str]) -> None:
-    """`UserError` if `--data-dir` is no directory, or holds none of the tasks."""
+    """Raise `UserError` if `--data-dir` is not a directory, or has none of the tasks."""
     if not directory.is_dir():
-        raise UserError(f"--data-dir {directory}: no such directory")
+        raise UserError(
+            f"--data-dir {directory}: no such directory; name one with a folder for each task"
+        )
     if not any((directory / name).is_dir() for name in names):
         raise UserError(
-            f"--data-dir {directory}: no folder of a task in it; expected {directory / names[0]} "
+            f"--data-dir {directory}: it has no folder of a task; expected {directory / names[0]} "
             "with test.jsonl and train.jsonl"
         )

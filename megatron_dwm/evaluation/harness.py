@@ -1,8 +1,8 @@
-"""lm-evaluation-harness: load tasks and a model, run them, read its results.
+"""Runs lm-evaluation-harness: loads tasks and a model, evaluates, reads the results.
 
-The only file of the package that imports lm_eval. The harness alone decides what a figure means;
-its standard errors are passed on. Cost: some seconds of import, then one forward pass for each
-question (or answer) and each number of shots.
+No other file of the package imports lm_eval. Metrics and standard errors are the harness's own.
+Cost: some seconds of import, then one forward pass for each question (or answer) and each number of
+shots.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from megatron_dwm.evaluation.data_files import (
     missing_data,
     with_own_files,
 )
-from megatron_dwm.evaluation.questions import Asked, asked_by
+from megatron_dwm.evaluation.digests import TaskDigests, digests_of
 from megatron_dwm.evaluation.scores import Score
 from megatron_dwm.evaluation.suites import BundledTasks, LocalTasks, require_known
 
 _LOUDNESS = {
-    # Warnings about defaults that we mean to take.
+    # Warnings about defaults that are wanted here.
     "lm_eval.api.task": logging.ERROR,
     "lm_eval.evaluator": logging.ERROR,
-    # Warnings about texts longer than the model, which the harness cuts.
+    # Warnings about texts longer than the model's context, which the harness truncates.
     "transformers.tokenization_utils_base": logging.ERROR,
-    # Errors that reach the user as an exception too.
+    # Errors that the user also gets as an exception.
     "datasets.packaged_modules": logging.CRITICAL,
 }
 
@@ -49,20 +49,20 @@ def run_harness(
     limit: int | None,
     batch_size: int,
 ) -> list[Score]:
-    """Every metric of every task for each number of shots.
+    """Returns every metric of every task for each number of shots.
 
     Args:
         model: Hugging Face directory.
         tasks: what to run.
-        num_fewshot: numbers of solved examples before each question, each a round of its own.
+        num_fewshot: numbers of solved examples before each question; every task runs once for each.
         limit: first examples of each task to use; None uses all.
         batch_size: questions in one forward pass.
 
     Raises:
-        UserError: no model in the directory, an unknown or broken task, or its data is missing.
+        UserError: the directory has no model, a task is unknown or broken, or data is missing.
     """
     _require_model(model)
-    _prepare_environment(offline=_stays_offline(tasks))
+    _prepare_environment(offline=_is_offline(tasks))
     try:
         from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
@@ -71,6 +71,7 @@ def run_harness(
         raise UserError(
             f"evaluation needs the extra `eval` ({error}): pip install -e '.[eval]'"
         ) from error
+    specs: Sequence[str | dict[str, Any]]
     if isinstance(tasks, LocalTasks):
         _require_readable(tasks.directory)
         manager = TaskManager(include_path=str(tasks.directory), include_defaults=False)
@@ -78,22 +79,22 @@ def run_harness(
     else:
         manager = TaskManager()
         specs = _bundled_specs(tasks, manager, few_shot=max(num_fewshot) > 0)
-    # Before the model, which may take long to load.
-    _require_data(manager, specs, tasks)
-    # Asked for a device it does not know, it takes the GPU if there is one; its default insists.
+    # Checked before the model is loaded, which may take long.
+    _require_data(manager, specs)
+    # With an unknown device it takes a GPU if there is one; its default fails without a GPU.
     language_model = HFLM(pretrained=str(model), device="auto", batch_size=batch_size)
     _hide_bars_without_terminal(language_model)
     scores: list[Score] = []
     for shots in num_fewshot:
         print(f"evaluating {printable(model)} with {shots} shots", file=sys.stderr)
-        # Its standard output would stand before our table.
-        with redirect_stdout(sys.stderr), _truncations_counted(shots), _records_blamed():
+        # The harness would print on stdout, before our table.
+        with redirect_stdout(sys.stderr), _count_truncations(shots), _explain_missing_fields():
             loaded = _tasks_with_shots(_load_tasks(manager, specs), shots)
             results = evaluate(language_model, {"tasks": loaded}, limit=limit, log_samples=False)
-        asked = {
-            name: asked_by(task.dump_config(), task.instances) for name, task in loaded.items()
+        digests = {
+            name: digests_of(task.dump_config(), task.instances) for name, task in loaded.items()
         }
-        scores += read_scores(results, asked)
+        scores += read_scores(results, digests)
     return scores
 
 
@@ -105,7 +106,7 @@ def _require_model(model: Path) -> None:
         )
 
 
-def _stays_offline(tasks: BundledTasks | LocalTasks) -> bool:
+def _is_offline(tasks: BundledTasks | LocalTasks) -> bool:
     if isinstance(tasks, LocalTasks) or tasks.data_dir is not None:
         return True
     if os.environ.get("HF_HUB_OFFLINE") or hub_is_reachable():
@@ -125,7 +126,7 @@ def _prepare_environment(*, offline: bool) -> None:
 
 
 def _hide_bars_without_terminal(language_model: Any) -> None:
-    """These pass their own `disable` to tqdm, over TQDM_DISABLE."""
+    """Hide the harness's progress bars, which ignore TQDM_DISABLE, in log files."""
     if sys.stderr.isatty():
         return
     for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
@@ -134,8 +135,8 @@ def _hide_bars_without_terminal(language_model: Any) -> None:
 
 
 @contextmanager
-def _truncations_counted(shots: int) -> Iterator[None]:
-    """One line for all questions longer than the model, where the harness has one for each."""
+def _count_truncations(shots: int) -> Iterator[None]:
+    """Print one line for all questions longer than the model, instead of one for each."""
     count = 0
 
     def drop_and_count(record: logging.LogRecord) -> bool:
@@ -153,24 +154,27 @@ def _truncations_counted(shots: int) -> Iterator[None]:
     if count:
         print(
             f"{count} questions with {shots} shots are longer than the model's context; "
-            "they lost their beginning",
+            "their beginning was cut off",
             file=sys.stderr,
         )
 
 
 @contextmanager
-def _records_blamed() -> Iterator[None]:
-    """A template that meets a record without its field is the data's or the task file's fault."""
+def _explain_missing_fields() -> Iterator[None]:
+    """Raise UserError if a record lacks a field that the task's template uses."""
     from jinja2.exceptions import UndefinedError
 
     try:
         yield
     except UndefinedError as error:
-        raise UserError(f"a record of the data lacks what its task asks for: {error}") from error
+        raise UserError(
+            f"a record of the data lacks a field that its task uses: {error}; mend the "
+            "data or the task file"
+        ) from error
 
 
 def _require_readable(directory: Path) -> None:
-    """The harness leaves a task file out when it cannot read it, and says nothing."""
+    """Raise UserError for a task file that cannot be read; the harness skips it silently."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     for path in sorted(directory.rglob("*.yaml")):
@@ -181,14 +185,18 @@ def _require_readable(directory: Path) -> None:
 
 
 def _local_specs(tasks: LocalTasks, manager: Any) -> list[dict[str, Any]]:
-    """The tasks' whole configurations, with their data files by absolute path."""
+    """Returns the tasks' complete configurations, with absolute paths of their data files."""
     known = tuple(manager.all_subtasks)
     if not known:
-        raise UserError(f"--tasks-dir {tasks.directory}: no task files (*.yaml with a `task`)")
+        raise UserError(
+            f"--tasks-dir {tasks.directory}: no task files in it; expected *.yaml with a `task`"
+        )
     require_known(tasks.names, known, str(tasks.directory))
     names = tasks.names or known
     if tasks.data is not None and len(names) > 1:
-        raise UserError(f"--data is for one task, and there are {', '.join(names)}; use --tasks")
+        raise UserError(
+            f"--data is for one task, and there are {', '.join(names)}; choose one with --tasks"
+        )
     return [_local_spec(manager.task_index[name], tasks.data) for name in names]
 
 
@@ -211,7 +219,7 @@ def _local_spec(entry: Any, data: Path | None) -> dict[str, Any]:
 
 
 def _absolute(files: Any, entry: Any) -> Any:
-    """A file name, or several, relative to the task file."""
+    """Returns file names that are relative to the task file as absolute ones."""
     if not isinstance(files, str):
         return [_absolute(name, entry) for name in files]
     if "://" in files:
@@ -227,7 +235,7 @@ def _absolute(files: Any, entry: Any) -> Any:
 def _bundled_specs(
     tasks: BundledTasks, manager: Any, *, few_shot: bool
 ) -> list[str | dict[str, Any]]:
-    """The tasks' names, or with files of the user's own their whole configurations."""
+    """Returns the tasks' names, or, with the user's data files, their complete configurations."""
     if tasks.data_dir is None:
         return list(tasks.names)
     specs: list[str | dict[str, Any]] = []
@@ -248,10 +256,8 @@ def _spec(manager: Any, name: str) -> dict[str, Any]:
     return load_yaml(manager.task_index[name].yaml_path)
 
 
-def _require_data(
-    manager: Any, specs: Sequence[str | dict[str, Any]], tasks: BundledTasks | LocalTasks
-) -> None:
-    """Load every task once; all bundled ones whose data are missing are named together."""
+def _require_data(manager: Any, specs: Sequence[str | dict[str, Any]]) -> None:
+    """Load every task once. Raises one UserError for all bundled tasks without data."""
     missing = {}
     for spec in specs:
         try:
@@ -259,8 +265,8 @@ def _require_data(
         except UserError as error:
             if isinstance(spec, dict):
                 raise
-            cause = error.__cause__
-            # Without a connection that is the reason; any other has to be told.
+            cause = error.__cause__ or error
+            # Without a connection the reason is known; any other has to be said.
             reason = "" if isinstance(cause, OSError) else f" ({_one_line(cause)[:120]})"
             missing[spec] = dataset_of(_spec(manager, spec)) + reason
     if missing:
@@ -268,21 +274,21 @@ def _require_data(
 
 
 def _load_tasks(manager: Any, specs: Sequence[str | dict[str, Any]]) -> dict[str, Any]:
-    """The harness's tasks by name."""
+    """Returns the harness's tasks by name."""
     loaded: dict[str, Any] = {}
     for spec in specs:
         try:
             loaded |= manager.load([deepcopy(spec)])["tasks"]
-        except Exception as error:  # whatever the data set library makes of it
+        except Exception as error:  # the data set library raises many kinds
             raise UserError(_explain(spec, error)) from error
     return loaded
 
 
 def _tasks_with_shots(tasks: dict[str, Any], shots: int) -> dict[str, Any]:
-    """The same tasks, freshly loaded, set to `shots` as `lm_eval.simple_evaluate` sets them.
+    """Returns the same tasks, set to `shots` as `lm_eval.simple_evaluate` sets them.
 
-    A task whose own file says 0 stays at 0. (`simple_evaluate` itself would go on to ask git about
-    the working directory, which complains on the terminal where there is no repository.)
+    A task whose own file says 0 stays at 0. (`simple_evaluate` itself also runs git in the working
+    directory, which prints a complaint if that is not a repository.)
     """
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
@@ -300,16 +306,16 @@ def _explain(spec: str | dict[str, Any], error: Exception) -> str:
     return f"task {spec['task']} (data {files}) cannot be loaded: {_one_line(error)}"
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     cause = error.__cause__ or error
     return " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
 
 
 def read_scores(
-    results: Mapping[str, Any], asked: Mapping[str, Asked] | None = None
+    results: Mapping[str, Any], digests: Mapping[str, TaskDigests] | None = None
 ) -> list[Score]:
-    """The records in what `lm_eval.evaluate` gives. asked: what its tasks asked, by name."""
-    digests = defaultdict(Asked, asked or {})
+    """Returns the scores in the results of `lm_eval.evaluate`. digests: of its tasks, by name."""
+    known = defaultdict(TaskDigests, digests or {})
     return [
         Score(
             task=task,
@@ -319,8 +325,8 @@ def read_scores(
             standard_error=_standard_error(figures, key),
             higher_is_better=results["higher_is_better"][task][key.partition(",")[0]],
             num_examples=results["n-samples"][task]["effective"],
-            task_digest=digests[task].task,
-            questions_digest=digests[task].questions,
+            task_digest=known[task].task,
+            questions_digest=known[task].questions,
         )
         for task, figures in results["results"].items()
         for key, value in figures.items()

@@ -1,9 +1,8 @@
-"""What an evaluation found: one record a figure, as a table and as JSON."""
+"""Scores of an evaluation: one record for each metric, as a table and as JSON."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,14 +10,15 @@ from typing import Any
 
 from megatron_dwm.config import UserError
 from megatron_dwm.config.printing import printable
+from megatron_dwm.files.atomic import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
     """One metric of one task.
 
-    standard_error: the harness's, in the metric's unit; None where it gives none.
-    task_digest, questions_digest: of what was asked (questions.py); None in older records.
+    standard_error: the harness's, in the metric's unit; None if it gives none.
+    task_digest, questions_digest: see digests.py; None in records of older versions.
     """
 
     task: str
@@ -38,10 +38,10 @@ _TEXT_HEADINGS = ("task", "shots", "metric", "better")
 def format_table(
     scores: Sequence[Score], others: Mapping[str, Sequence[Score]] | None = None
 ) -> str:
-    """The scores as lines of text, one a score, under headings.
+    """Returns the scores as a table of text, one line for each score, with headings.
 
-    others: scores of other models by name; each gets columns of its own beside ours, with the
-        difference (ours minus theirs). Figures of theirs that ours have not are left out.
+    others: scores of other models by name; each gets its own columns, with the difference (ours
+        minus theirs). Scores that only they have are left out.
     """
     rows = [[*_labels(score), *_figures(score), str(score.num_examples)] for score in scores]
     headings = [*_TEXT_HEADINGS, "value", "std. error", "examples"]
@@ -55,16 +55,16 @@ def format_table(
 
 @dataclass(frozen=True, kw_only=True)
 class Comparable:
-    """Another model's scores that answer our questions, and a line for each task that does not."""
+    """Another model's scores on the same questions, and a note for each task that differs."""
 
     scores: list[Score]
     notes: list[str]
 
 
 def comparable(scores: Sequence[Score], theirs: Sequence[Score], name: str) -> Comparable:
-    """Of `theirs`, written as `name`, what can stand beside `scores`.
+    """Returns those of `theirs`, called `name`, that can be compared with `scores`.
 
-    Scores without digests can, as far as one knows; that is a line, too.
+    Scores without digests are kept, with a note that they were not checked.
     """
     ours = {_key(score): score for score in scores}
     kept, notes = [], []
@@ -75,7 +75,7 @@ def comparable(scores: Sequence[Score], theirs: Sequence[Score], name: str) -> C
             kept.append(score)
         else:
             shots = f"{score.task} with {score.num_fewshot} shots"
-            notes.append(f"{name}: {shots} {difference}; its figures are left out")
+            notes.append(f"{name}: {shots} {difference}; its scores are left out")
     if any(score.questions_digest is None for score in kept):
         notes.append(
             f"{name}: has no digests of its questions (an older version wrote it); that they are "
@@ -88,7 +88,7 @@ def _difference(ours: Score, theirs: Score) -> str | None:
     if theirs.task_digest not in (None, ours.task_digest):
         return "is another task (its file or its version differs)"
     if theirs.questions_digest not in (None, ours.questions_digest):
-        return "asked other questions (its data differ)"
+        return "has other questions (its data differ)"
     return None
 
 
@@ -126,34 +126,30 @@ def _join(row: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join([*words, *figures])
 
 
-def partial_name(path: Path) -> Path:
-    """Where the scores are written before they get their name."""
-    return path.with_name(f"{path.name}.partial-{os.getpid()}")
-
-
 def write_scores(path: Path, scores: Sequence[Score], about: dict[str, Any]) -> None:
-    """Write {**about, "scores": [...]} as JSON; the file appears whole or not at all."""
-    content = {**about, "scores": [asdict(score) for score in scores]}
-    partial = partial_name(path)
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.rename(path)
+    """Write {**about, "scores": [...]} as JSON; the file appears complete or not at all."""
+    write_json(path, {**about, "scores": [asdict(score) for score in scores]}, indent=2)
 
 
 def read_written(path: Path, *, limit: int | None) -> list[Score]:
-    """The scores in a file of `write_scores`, to compare with ours.
+    """Returns the scores in a file of `write_scores`, to compare with ours.
 
-    Raises `UserError` if it is no such file, or was made with another `--limit` than ours.
+    Raises `UserError` if it is not such a file, or was made with another `--limit`.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         scores = [Score(**score) for score in content["scores"]]
     except OSError as error:
-        raise UserError(f"--compare {path}: {error.strerror}") from None
+        raise UserError(
+            f"--compare {path}: {error.strerror}; name a file that --output wrote"
+        ) from None
     except (ValueError, TypeError, KeyError):
-        raise UserError(f"--compare {path}: not a file that --output wrote") from None
+        raise UserError(
+            f"--compare {path}: not a file that --output wrote; evaluate that model again"
+        ) from None
     if content.get("limit") != limit:
         raise UserError(
-            f"--compare {path}: made with --limit {content.get('limit')}, not {limit}; the same "
-            "questions are needed"
+            f"--compare {path}: made with --limit {content.get('limit')}, not {limit}; use the "
+            "same --limit for both"
         )
     return scores

@@ -1,4 +1,4 @@
-"""Which tasks an evaluation runs."""
+"""Selects the tasks of an evaluation."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ DWM_SUITE = (
 
 @dataclass(frozen=True, kw_only=True)
 class BundledTasks:
-    """Tasks that the harness brings, whose data sets it fetches or finds in its cache.
+    """Tasks that are part of the harness, which downloads their data or finds it in its cache.
 
-    data_dir: directory with their data instead (see data_files.py); nothing is fetched.
+    data_dir: directory with their data instead (data_files.py); nothing is downloaded then.
     """
 
     names: tuple[str, ...]
@@ -36,10 +36,10 @@ class BundledTasks:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTasks:
-    """Task files of a directory and the data files they name; nothing is fetched.
+    """Task files in a directory, with the data files that they name; nothing is downloaded.
 
     names: tasks to run; empty runs all.
-    data: file that takes the place of the one task's data file.
+    data: file to read instead of the data file of the only task.
     """
 
     directory: Path
@@ -55,21 +55,28 @@ def select_tasks(
     data: Path | None,
     data_dir: Path | None,
 ) -> BundledTasks | LocalTasks:
-    """The tasks that the command line asks for; `UserError` if it contradicts itself."""
+    """Returns the tasks that the command line selects.
+
+    Raises `UserError` if its options contradict each other.
+    """
     if suite == "local":
         if data_dir is not None:
-            raise UserError("--data-dir belongs to --suite dwm; --suite local has --data")
+            raise UserError("--data-dir belongs to --suite dwm; use --data with --suite local")
         if tasks_dir is None:
             raise UserError("--suite local needs --tasks-dir: a directory of task files (.yaml)")
         if not tasks_dir.is_dir():
-            raise UserError(f"--tasks-dir {tasks_dir}: no such directory")
+            raise UserError(
+                f"--tasks-dir {tasks_dir}: no such directory; name one with task files (.yaml)"
+            )
         if data is not None and not data.is_file():
-            raise UserError(f"--data {data}: no such file")
+            raise UserError(f"--data {data}: no such file; name a JSON Lines file")
         if data is not None and data.stat().st_size == 0:
-            raise UserError(f"--data {data} is empty: expected a JSON object in every line")
+            raise UserError(f"--data {data} is empty; expected a JSON object in every line")
         return LocalTasks(directory=tasks_dir, names=names, data=data)
     if tasks_dir is not None or data is not None:
-        raise UserError(f"--tasks-dir and --data belong to --suite local, not to {suite}")
+        raise UserError(
+            f"--tasks-dir and --data belong to --suite local, not to {suite}; use --data-dir"
+        )
     require_known(names, DWM_SUITE, f"suite {suite}")
     if data_dir is not None:
         require_splits(data_dir, names or DWM_SUITE)
@@ -77,7 +84,9 @@ def select_tasks(
 
 
 def require_known(names: tuple[str, ...], known: tuple[str, ...], where: str) -> None:
-    """`UserError` naming the first of `names` that is not among `known`."""
+    """Raise `UserError` for the first of `names` that is not in `known`."""
     for name in names:
         if name not in known:
-            raise UserError(f"--tasks {name}: not a task of {where}; it has {', '.join(known)}")
+            raise UserError(
+                f"--tasks {name}: not a task of {where}; choose from {', '.join(known)}"
+            )

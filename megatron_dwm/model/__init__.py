@@ -1,4 +1,12 @@
-"""Llama on Megatron-Core: shapes, modules, the model of a rank, passes through the schedules."""
+"""Llama on Megatron-Core: its shape, its layers, the part of a rank, and passes through it.
+
+    shape.py, flops.py, llm.py, initialize.py   the model
+    layers/    Megatron-Core's layers, the same in emulated FP8, Transformer Engine's
+    passes/    micro-batches through the pipeline schedules, their losses and features
+    on_disk/   names and files of a saved model, Megatron-Core's and Hugging Face's
+
+The suffixes of tensor names (tokens_BS, hidden_SBD) are explained in docs/METHOD.md, section 0.
+"""
 
 from megatron_dwm.model.llm import (
     LLM,
@@ -7,8 +15,14 @@ from megatron_dwm.model.llm import (
     invalidate_weight_caches,
     unwrap,
 )
-from megatron_dwm.model.passes import MicroBatch, PassResult, Weigh, forward_backward, forward_only
-from megatron_dwm.model.reading import Features, Reading
+from megatron_dwm.model.passes.forward_outputs import Features, ForwardOutputs
+from megatron_dwm.model.passes.pipeline import (
+    MicroBatch,
+    PassResult,
+    Weigh,
+    forward_backward,
+    forward_only,
+)
 from megatron_dwm.model.shape import LlamaShape, resolve_shape
 
 __all__ = [
@@ -17,7 +31,7 @@ __all__ = [
     "LlamaShape",
     "MicroBatch",
     "PassResult",
-    "Reading",
+    "ForwardOutputs",
     "Weigh",
     "build_llm",
     "clear_gradients",

@@ -1,8 +1,8 @@
 """FLOPs of the LLM by formula: two for every multiply-add of a matrix product.
 
-Products of a token: the layers' weights and the output layer once each; attention's scores and
-values over the S / 2 positions that a causal token sees on average. Norms, activations and
-embedding rows are left out (below 1 %). A backward pass is two forward passes.
+A token passes once through the weights of the layers and of the output layer. Its attention scores
+and values cover the S / 2 positions that a causal token sees on average. Norms, activations and
+embedding rows are left out (below 1 %). A backward pass costs two forward passes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from megatron_dwm.model.shape import LlamaShape
 
 FORWARD_BACKWARD = 3
-"""forward passes that a forward and a backward pass cost together"""
+"""cost of a forward and a backward pass together, in forward passes"""
 
 
 def llm_forward_flops(shape: LlamaShape, samples: int, sequence_length: int) -> float:

@@ -1,4 +1,8 @@
-"""The LLM: Megatron-Core's GPTModel in Llama's shape, wrapped for data parallelism."""
+"""The LLM: Megatron-Core's GPTModel in Llama's shape, wrapped for data parallelism.
+
+Each rank holds one or more chunks of consecutive layers. The parameters start from the run's seed
+in the same way under every layout (initialize.py).
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,8 @@ from torch.nn import Module, Parameter
 
 from megatron_dwm.config import ModelConfig, ParallelConfig
 from megatron_dwm.config.printing import printable
-from megatron_dwm.model.initialise import initialise_parameters
-from megatron_dwm.model.layers import (
+from megatron_dwm.model.initialize import initialize_parameters
+from megatron_dwm.model.layers.choice import (
     LayerChoice,
     LayerKind,
     choose_layers,
@@ -26,9 +30,9 @@ from megatron_dwm.model.layers import (
     fp8_fields,
     parameter_dtype,
 )
-from megatron_dwm.model.modules import llama_block_spec
+from megatron_dwm.model.layers.local import llama_block_spec
+from megatron_dwm.model.layers.transformer_engine import transformer_engine_block_spec
 from megatron_dwm.model.shape import LlamaShape
-from megatron_dwm.model.transformer_engine import transformer_engine_block_spec
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.runtime.fused import gradient_accumulation_is_fused
 
@@ -37,8 +41,8 @@ from megatron_dwm.runtime.fused import gradient_accumulation_is_fused
 class LLM:
     """One rank's part of the LLM.
 
-    chunks: Megatron's data-parallel wrappers, one a model chunk of this rank.
-    layer_kind: whose layers they are made of.
+    chunks: Megatron's data-parallel wrappers, one for each model chunk of this rank.
+    layer_kind: the implementation of the layers.
     """
 
     chunks: list[DistributedDataParallel]
@@ -48,8 +52,8 @@ class LLM:
     layer_kind: LayerKind = "local"
 
     @property
-    def is_quantised(self) -> bool:
-        """Whether the layers multiply in FP8, emulated or not."""
+    def is_quantized(self) -> bool:
+        """True if the layers multiply in FP8, emulated or by Transformer Engine."""
         return self.layer_kind == "emulated_fp8" or self.transformer.fp8 is not None
 
     @property
@@ -57,13 +61,21 @@ class LLM:
         """The bare models inside the wrappers."""
         return [unwrap(chunk) for chunk in self.chunks]
 
+    @property
+    def micro_batches_multiple(self) -> int:
+        """The number of micro-batches in a pass has to be a multiple of this.
+
+        Megatron-Core's interleaved schedule asks for a multiple of the pipeline's length.
+        """
+        return self.runtime.pipeline_size if len(self.chunks) > 1 else 1
+
     def parameters(self) -> list[Parameter]:
         """Every parameter of this rank, in the wrappers' order."""
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
 
 def clear_gradients(llm: LLM, optimizer: MegatronOptimizer) -> None:
-    """Before every pass: zero Megatron's gradient buffers and drop the optimiser's views of them.
+    """Zero Megatron's gradient buffers and drop the optimizer's views of them, before every pass.
 
     A view left in `Parameter.grad` would be added to the buffer that it views.
     """
@@ -73,10 +85,10 @@ def clear_gradients(llm: LLM, optimizer: MegatronOptimizer) -> None:
 
 
 def invalidate_weight_caches(llm: LLM) -> None:
-    """After parameters changed outside the optimiser.
+    """Make Transformer Engine quantize its weights again, after a change outside the optimizer.
 
-    Transformer Engine quantises a weight at the first micro-batch of a step and keeps that. Its
-    modules are told to quantise again; without FP8 there is nothing to tell.
+    It quantizes a weight at the first micro-batch of a step and keeps the result. Without FP8 this
+    has no effect.
     """
     for chunk in llm.chunks:
         chunk.set_is_first_microbatch()
@@ -85,7 +97,9 @@ def invalidate_weight_caches(llm: LLM) -> None:
 def unwrap(module: Module) -> GPTModel:
     """The GPTModel inside Megatron's wrappers."""
     while not isinstance(module, GPTModel):
-        module = module.module
+        inner = module.module
+        assert isinstance(inner, Module)
+        module = inner
     return module
 
 
@@ -122,7 +136,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=virtual_stages,
-        # With two stages both neighbours are one peer, and batched messages of the interleaved
+        # With two stages both neighbors are one peer, and batched messages of the interleaved
         # schedule pair up wrongly: gradients are corrupted without an error.
         overlap_p2p_comm=virtual_stages is not None,
         batch_p2p_comm=virtual_stages is None,
@@ -133,7 +147,7 @@ def transformer_config(
         recompute_granularity=None if model.recompute == "none" else model.recompute,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
-        # Losses are summed over samples; passes.py divides once, by a float denominator.
+        # Losses are summed over samples; passes/pipeline.py divides once, by a float denominator.
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=fused_gradients,
         masked_softmax_fusion=False,
@@ -158,9 +172,9 @@ def build_llm(
     sequence_length: int,
     seed: int,
 ) -> LLM:
-    """The LLM of this rank, initialised from `seed` alike under every layout.
+    """Build this rank's part of the LLM, with the same initial values under every layout.
 
-    Says on stderr, once, why the layers are not those that the configuration asks for.
+    If the configured layers cannot be used, the main process prints the reason on stderr.
     """
     choice = choose_layers(model, runtime.device)
     _announce(choice, model, runtime)
@@ -173,18 +187,18 @@ def build_llm(
     )
     chunks = []
     for number in range(parallel.virtual_stages):
-        place = _Place.of_chunk(number, shape, parallel, runtime)
+        layers = _ChunkLayers.of_chunk(number, shape, parallel, runtime)
         chunk = build_module(
             shape,
             config,
-            place.num_layers,
+            layers.num_layers,
             sequence_length=sequence_length,
-            is_first=place.is_first,
-            is_last=place.is_last,
+            is_first=layers.is_first,
+            is_last=layers.is_last,
             virtual_stage=number if parallel.virtual_stages > 1 else None,
-            block_spec=_block_spec(shape, model, choice.kind, place),
+            block_spec=_block_spec(shape, model, choice.kind, layers),
         ).to(runtime.device)
-        _initialise(chunk, shape, place, runtime, seed)
+        _initialize(chunk, shape, layers, runtime, seed)
         chunks.append(_wrap(chunk, config, parallel))
     return LLM(chunks, config, shape, runtime, choice.kind)
 
@@ -196,8 +210,8 @@ def _announce(choice: LayerChoice, model: ModelConfig, runtime: Runtime) -> None
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a model chunk stands among the model's layers."""
+class _ChunkLayers:
+    """The layers of the model that one chunk holds."""
 
     first_layer: int
     num_layers: int
@@ -207,33 +221,33 @@ class _Place:
     @staticmethod
     def of_chunk(
         number: int, shape: LlamaShape, parallel: ParallelConfig, runtime: Runtime
-    ) -> _Place:
+    ) -> _ChunkLayers:
         """Chunk `number` of this pipeline stage: chunk 0 of every stage comes before chunk 1."""
-        place = number * runtime.pipeline_size + runtime.pipeline_rank
+        index = number * runtime.pipeline_size + runtime.pipeline_rank
         num_chunks = parallel.virtual_stages * runtime.pipeline_size
         num_layers = shape.num_layers // num_chunks
-        return _Place(place * num_layers, num_layers, place == 0, place == num_chunks - 1)
+        return _ChunkLayers(index * num_layers, num_layers, index == 0, index == num_chunks - 1)
 
 
 def _block_spec(
-    shape: LlamaShape, model: ModelConfig, kind: LayerKind, place: _Place
+    shape: LlamaShape, model: ModelConfig, kind: LayerKind, layers: _ChunkLayers
 ) -> TransformerBlockSubmodules:
     if kind == "transformer_engine":
-        return transformer_engine_block_spec(place.num_layers)
+        return transformer_engine_block_spec(layers.num_layers)
     if kind == "local":
-        return llama_block_spec(place.num_layers)
+        return llama_block_spec(layers.num_layers)
     emulated = emulated_layers(
-        model, first=place.first_layer, count=place.num_layers, total=shape.num_layers
+        model, first=layers.first_layer, count=layers.num_layers, total=shape.num_layers
     )
-    return llama_block_spec(place.num_layers, emulated)
+    return llama_block_spec(layers.num_layers, emulated)
 
 
-def _initialise(
-    module: GPTModel, shape: LlamaShape, place: _Place, runtime: Runtime, seed: int
+def _initialize(
+    module: GPTModel, shape: LlamaShape, layers: _ChunkLayers, runtime: Runtime, seed: int
 ) -> None:
-    initialise_parameters(
+    initialize_parameters(
         module,
-        first_layer=place.first_layer,
+        first_layer=layers.first_layer,
         num_layers=shape.num_layers,
         init_std=shape.init_std,
         seed=seed,
@@ -253,10 +267,10 @@ def build_module(
     virtual_stage: int | None = None,
     block_spec: TransformerBlockSubmodules | None = None,
 ) -> GPTModel:
-    """Megatron-Core's model with `num_layers` layers, its parameters as Megatron leaves them.
+    """Build Megatron-Core's model with `num_layers` layers; Megatron-Core fills its parameters.
 
     is_first, is_last: with the input embedding; with the final norm and the output layer.
-    block_spec: its layers; Megatron-Core's own without it.
+    block_spec: the layers; None takes Megatron-Core's own.
     """
     return GPTModel(
         config,

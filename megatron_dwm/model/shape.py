@@ -1,14 +1,15 @@
-"""The shapes of Llama: presets, and what a configuration makes of them."""
+"""The shapes of Llama models: presets, and the shape that a configuration asks for."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from megatron_dwm.config import ModelConfig, UserError
 from megatron_dwm.config.validate import Heads
 
-# Megatron-LM's --make-vocab-size-divisible-by. Independent of the tensor-parallel size, so that a
-# model is the same under every layout.
+# Megatron-LM's --make-vocab-size-divisible-by. It does not depend on the tensor-parallel size, so
+# that a model is the same under every layout.
 VOCAB_MULTIPLE = 128
 
 
@@ -16,7 +17,7 @@ VOCAB_MULTIPLE = 128
 class LlamaShape:
     """A Llama architecture. `vocab_size` counts the tokenizer's pieces, without padding.
 
-    head_dim: width of one attention head; None takes hidden_size / num_attention_heads.
+    head_dim: width of one attention head; None means hidden_size / num_attention_heads.
     rope_scaling_factor: Llama 3.1's stretching of the slow rotary frequencies (8 in Llama 3.1, 32
     in Llama 3.2; low_freq_factor 1, high_freq_factor 4, original context 8192); None for none.
     """
@@ -45,9 +46,9 @@ class LlamaShape:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     def num_parameters(self) -> int:
-        """Trainable parameters, padding left out."""
+        """Number of trainable parameters, without padding."""
         width, heads = self.hidden_size, self.num_attention_heads
-        # Queries and the projection back are as wide as all heads, keys and values as all groups.
+        # Queries and the output projection are as wide as all heads, keys and values as all groups.
         attention = 2 * width * (heads + self.num_query_groups) * self.head_size
         layer = attention + 3 * width * self.ffn_hidden_size + 2 * width
         embeddings = self.vocab_size * width * (1 if self.tied_embeddings else 2)
@@ -55,7 +56,7 @@ class LlamaShape:
 
 
 def heads_of(shape: LlamaShape) -> Heads:
-    """The sizes that have to divide over processes."""
+    """Returns the sizes that the processes of a layout have to divide."""
     return Heads(
         shape.num_layers,
         shape.hidden_size,
@@ -67,7 +68,7 @@ def heads_of(shape: LlamaShape) -> Heads:
 
 
 PRESETS: dict[str, LlamaShape] = {
-    # Small enough that a newcomer sees an effect within minutes (METHOD.md, section 6).
+    # Small enough that a newcomer sees an effect within minutes on a CPU.
     "tiny": LlamaShape(
         hidden_size=64,
         num_layers=2,
@@ -132,14 +133,14 @@ def resolve_shape(
     *,
     init_from: LlamaShape | None = None,
 ) -> LlamaShape:
-    """The preset with every field that the configuration sets put over it.
+    """Returns the preset's shape, with the fields that the configuration sets in place of its own.
 
     The vocabulary is the configuration's, else the tokenizer's, else the preset's. A configuration
-    that changes the heads but not the query groups asks for plain attention.
+    that sets the heads but not the query groups asks for plain attention.
 
-    init_from: shape of the model that `model.init_from` names. It is then the run's, and what the
-    configuration asks for (its preset, every field set) has to agree with it.
-    Raises `UserError` naming the values that differ.
+    init_from: shape of the model that `model.init_from` names. The run takes this shape, and the
+    preset and fields that the configuration sets have to agree with it.
+    Raises `UserError` with the values that differ.
     """
     given = _given(config)
     if init_from is not None:
@@ -148,20 +149,21 @@ def resolve_shape(
     if "num_attention_heads" in given and "num_query_groups" not in given:
         given["num_query_groups"] = given["num_attention_heads"]
     preset = PRESETS[config.preset or "tiny"]
-    vocab_size = given.pop("vocab_size", None) or tokenizer_vocab_size or preset.vocab_size
-    return replace(preset, vocab_size=vocab_size, **given)
+    given["vocab_size"] = config.vocab_size or tokenizer_vocab_size or preset.vocab_size
+    return replace(preset, **given)
 
 
-def _given(config: ModelConfig) -> dict[str, int | float | bool]:
-    """The fields of a shape that the configuration sets."""
+def _given(config: ModelConfig) -> dict[str, Any]:
+    """Returns the fields of a shape that the configuration sets."""
     names = {field.name for field in fields(LlamaShape)} & {field.name for field in fields(config)}
     return {name: value for name in names if (value := getattr(config, name)) is not None}
 
 
-def _require_agreement(
-    config: ModelConfig, given: dict[str, int | float | bool], found: LlamaShape
-) -> None:
-    """init_std only matters to a model that starts afresh, and a preset's vocabulary gives way."""
+def _require_agreement(config: ModelConfig, given: dict[str, Any], found: LlamaShape) -> None:
+    """Raise UserError if `found` differs from what the configuration asks for.
+
+    init_std may differ: it only matters for new parameters. A preset's vocabulary may differ, too.
+    """
     wanted = dict(given)
     if config.preset is not None:
         preset = asdict(PRESETS[config.preset])

@@ -1,4 +1,4 @@
-"""What a run needs and costs, from its configuration alone: formulas, nothing is started."""
+"""What a run needs and costs, by formulas from its configuration; nothing is started."""
 
 from megatron_dwm.planning.hardware import GPUS, Gpu
 from megatron_dwm.planning.plan import Plan, make_plan

@@ -1,12 +1,13 @@
-"""What a forward pass keeps for the backward pass, in bytes a token of a micro-batch.
+"""Bytes a token of a micro-batch that a forward pass keeps for the backward pass.
 
-Counted tensor by tensor as Korthikanti et al. 2022 (arXiv 2205.05198, section 4) count a GPT
-layer's s b h (34 + 5 a s / h), for a Llama layer without dropout and with attention that never
-forms the S x S matrix. Their rule for parallelism holds: what lies between a column- and a
+Tensors are counted one by one, as Korthikanti et al. 2022 (arXiv 2205.05198, section 4) count the
+s b h (34 + 5 a s / h) of a GPT layer. This is a Llama layer: it has no dropout, and its attention
+never forms the S x S matrix. Their rule for parallelism holds: what lies between a column- and a
 row-parallel product is divided by the tensor size, the rest only under sequence parallelism.
 
-`unfused` is the local spec on a CPU; tests hold it to what autograd really saves, byte for byte.
-`fused` is Transformer Engine's norm and linear as its source saves them; it has not been measured.
+Unfused layers are the local spec on a CPU; tests compare them with what autograd saves, byte for
+byte. Fused layers are Transformer Engine's norm and linear, counted from its source; they have not
+been measured.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ _INDICES = 8 + 8 + 1
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """How a layer computes. value_bytes: of an activation; fp8: products read FP8 copies."""
+    """How a layer computes.
+
+    value_bytes: bytes of one value of an activation.
+    fused: norm and linear are Transformer Engine's.
+    fp8: products read FP8 copies of their inputs.
+    """
 
     value_bytes: int
     fused: bool
@@ -32,32 +38,35 @@ class Kernels:
 
     @property
     def product_input_bytes(self) -> int:
-        """Of a value that is kept only because a product's weight gradient needs it."""
+        """Bytes of a value that is kept only for the weight gradient of a product."""
         return _FP8 if self.fp8 else self.value_bytes
 
 
 def kernels_of(config: Config, *, on_gpu: bool) -> Kernels:
-    """What a configuration computes with."""
+    """Returns how the layers of a configuration compute."""
     value_bytes = 4 if config.model.precision == "fp32" else 2
     fused = on_gpu and config.model.precision != "fp32"
     return Kernels(value_bytes=value_bytes, fused=fused, fp8=config.model.precision == "fp8")
 
 
 def norm_bytes(width: float, tokens: float, kernels: Kernels) -> float:
-    """A norm with its output, which the next product reads; `tokens` counts the row statistics."""
+    """Returns the bytes that a norm and its output keep; the next product reads the output.
+
+    width: values in a row.  tokens: row statistics, one for each token that this rank holds.
+    """
     statistics, read = _FP32 * tokens, kernels.product_input_bytes * width
     if kernels.fused:
         return kernels.value_bytes * width + statistics + read
-    # torch keeps the input and the normalised input in fp32.
+    # torch keeps the input and the normalized input in fp32.
     return 2 * _FP32 * width + statistics + kernels.value_bytes * width
 
 
 def layer_bytes(
     shape: LlamaShape, config: Config, kernels: Kernels, *, recompute: str | None = None
 ) -> float:
-    """Bytes a token that one layer keeps.
+    """Returns the bytes a token that one layer keeps.
 
-    recompute: in place of the configuration's `model.recompute`.
+    recompute: replaces the configuration's `model.recompute`.
     """
     tensor, value = config.parallel.tensor, kernels.value_bytes
     recompute = recompute or config.model.recompute
@@ -66,8 +75,8 @@ def layer_bytes(
         return value * shape.hidden_size / part
     heads, queries = shape.num_attention_heads, shape.num_attention_heads * shape.head_size
     keys, inner = shape.num_query_groups * shape.head_size, shape.ffn_hidden_size
-    # Queries, keys and values as one product made them (the values are a view of it), rotated
-    # queries and keys, the attention's output.
+    # The one product of queries, keys and values (values are a view of it), rotated queries and
+    # keys, and the output of attention.
     attention = value * 3 * (queries + keys) / tensor
     if kernels.fp8:
         attention += _FP8 * queries / tensor
@@ -75,8 +84,8 @@ def layer_bytes(
         attention += _FP32 * heads / tensor  # the softmax's denominators
     # Cosines and sines, one of each for queries and keys, shared by a micro-batch.
     rotation = 4 * value * shape.head_size / config.training.micro_batch_size
-    # Gate and up projection; unfused also silu of the gate, and the up projection plus an offset of
-    # zero; then what the down projection reads.
+    # Gate and up projection; unfused, also silu of the gate, and the up projection plus an offset
+    # of zero; then the input of the down projection.
     gated = 2 if kernels.fused else 4
     feed_forward = (gated * value + kernels.product_input_bytes) * inner / tensor
     norms = 2 * norm_bytes(shape.hidden_size / part, 1 / part, kernels)
@@ -84,9 +93,9 @@ def layer_bytes(
 
 
 def head_bytes(shape: LlamaShape, config: Config, kernels: Kernels) -> float:
-    """Bytes a token that the last norm, the output layer and the cross-entropy keep."""
+    """Returns the bytes a token that the last norm, output layer and cross-entropy keep."""
     part = config.parallel.tensor if config.parallel.sequence else 1
-    # The output layer computes in the activations' precision, FP8 or not.
+    # The output layer always computes in the activations' precision, never in FP8.
     plain = Kernels(value_bytes=kernels.value_bytes, fused=kernels.fused)
     norm = norm_bytes(shape.hidden_size / part, 1 / part, plain)
     softmax = _FP32 * shape.padded_vocab_size / config.parallel.tensor
@@ -94,13 +103,14 @@ def head_bytes(shape: LlamaShape, config: Config, kernels: Kernels) -> float:
 
 
 def encoder_bytes(width: int, inner: int, heads: int, layers: int, value_bytes: int) -> float:
-    """Bytes a token that the weighting model's own encoder keeps (torch's own modules).
+    """Returns the bytes a token that the weighting model's own encoder keeps.
 
-    value_bytes: of what its products read and make; the residual stream is fp32.
+    The encoder is made of torch's own modules, and its residual stream is fp32.
+    value_bytes: bytes of one value that its products read and write.
     """
     kernels = Kernels(value_bytes=value_bytes, fused=False)
-    # Three projections, two of them rotated, attention's output in its own order and in the next
-    # product's; gate, up, silu, product.
+    # Three projections, of which two are rotated; the output of attention in its own order and in
+    # that of the next product; gate, up, silu and their product.
     products = value_bytes * (7 * width + 4 * inner) + _FP32 * heads
     # No product reads the last norm.
     last = norm_bytes(width, 1, kernels) - value_bytes * width

@@ -1,10 +1,10 @@
-"""FLOPs of a run by part, the share of weighting, and the time at a stated utilisation.
+"""FLOPs of a run by part, the share of weighting, and the time at a stated utilization.
 
-Counted by model/flops.py, weighting/flops.py and training/compute.py; recomputation is added here,
-because it is work of the machine but not of the model. Utilisation is of the peak of the precision
-that a part runs in. That of the weighting model is bf16 for its own encoder where the LLM's is not
-fp32 (weighting/encoding.py), else fp32, which on a GPU is 10 to 30 times slower; so its share of
-the time can be larger than its share of the FLOPs.
+model/flops.py and weighting/costs.py count the FLOPs. Recomputation is added here, because it is
+work of the machine but not of the model. Utilization is a fraction of the peak of the precision
+that a part runs in. The weighting model's own encoder runs in bf16 if the LLM is not in fp32
+(weighting/encoding.py). Everything else of the weighting model runs in fp32, which on a GPU is 10
+to 30 times slower, so its share of the time can be larger than its share of the FLOPs.
 """
 
 from __future__ import annotations
@@ -13,23 +13,25 @@ from dataclasses import dataclass
 
 from megatron_dwm.config import Config
 from megatron_dwm.model import LlamaShape
-from megatron_dwm.model.flops import FORWARD_BACKWARD, llm_forward_flops
+from megatron_dwm.model.flops import llm_forward_flops
 from megatron_dwm.planning.hardware import Gpu
-from megatron_dwm.training.compute import compute_of, encodes_in_chunks, reads_first
-from megatron_dwm.training.stages import first_weighed_step, plan_stages
-from megatron_dwm.weighting.model import WeightingShape
+from megatron_dwm.weighting import method_class
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """FLOPs of the whole machine a step, means over the run's steps.
+    """FLOPs a step of the whole machine, as means over the run's steps.
 
-    llm: forward and backward.  recompute: again, in the backward pass.
+    llm: forward and backward passes.
+    recompute: forward work that the backward pass repeats.
     weighing: the weighting model on the batches of steps, from its first update on, or from the
-    start if it was loaded.  reading: a forward pass of the LLM that it waits for.
-    updates: the LLM's passes of weighting updates.  noise: one more of them in every
-    bilevel.noise_interval_updates-th update.  learning: the weighting model's own.
-    weighting_precision: what the weighting model multiplies in.
+        start if it was loaded.
+    reading: the LLM's forward pass that the weights wait for.
+    updates: the LLM's passes of weighting updates.
+    noise: one more such pass in every bilevel.noise_interval_updates-th update.
+    learning: the weighting model's own part of updates.
+    num_updates: weighting updates of the whole run.
+    weighting_precision: the precision of the weighting model's products.
     """
 
     llm: float
@@ -44,20 +46,20 @@ class Cost:
 
     @property
     def weighting(self) -> float:
-        """What is there only for the weights."""
+        """FLOPs a step that plain training does not have."""
         return self.weighing + self.reading + self.updates + self.noise + self.learning
 
     @property
     def share(self) -> float:
-        """Of weighting, against the plain run."""
+        """FLOPs of weighting as a fraction of the plain run's."""
         return self.weighting / (self.llm + self.recompute)
 
     def step_s(self, gpu: Gpu, gpus: int, precision: str, mfu: float) -> float:
-        """Seconds of a step, the mean over the run."""
+        """Returns the mean seconds of a step. mfu: fraction of the peak that is reached."""
         return self._time(gpu, gpus, precision, mfu, plain=False)
 
     def time_share(self, gpu: Gpu, precision: str) -> float:
-        """Of weighting, in time against the plain run."""
+        """Returns the time of weighting as a fraction of the plain run's."""
         whole, plain = (self._time(gpu, 1, precision, 1.0, plain=flag) for flag in (False, True))
         return whole / plain - 1.0
 
@@ -72,40 +74,28 @@ class Cost:
         return seconds / (gpus * mfu)
 
 
-def cost_of(
-    config: Config, shape: LlamaShape, weighting: WeightingShape | None, replicas: int
-) -> Cost:
-    """Of a run on `replicas` copies of the LLM, as the run itself will count (training/compute.py).
-
-    weighting: None without a weighting model.
-    """
-    compute = compute_of(config, shape, weighting, replicas)
-    rows = config.training.global_batch_size
-    forward = compute.llm_step / FORWARD_BACKWARD
-    reading = forward if reads_first(config, rows // replicas) else 0.0
-    weights = compute.weights_step - reading
+def cost_of(config: Config, shape: LlamaShape, replicas: int) -> Cost:
+    """Returns the cost of a run on `replicas` copies of the LLM, counted as the run counts it."""
+    method = method_class(config)
+    costs, schedule = method.costs(config, shape, replicas=replicas), method.schedule(config)
+    steps, num_updates = config.training.steps, schedule.num_updates
     recompute = _recompute_flops(config, shape)
     fresh = config.weighting.update_on == "fresh"
-    # Of one update: the weighting model forward and backward, and forward again where it goes
-    # through the samples in chunks.
-    again = encodes_in_chunks(config, rows // replicas)
-    learning = weights * (FORWARD_BACKWARD + again)
-    validation = config.passages / rows
-    passes = compute.update - learning + recompute * (1 + validation + fresh)
-    stages, steps = plan_stages(config), config.training.steps
-    num_updates = sum(stage.num_updates for stage in stages)
-    weighed_steps = steps - first_weighed_step(config, stages)
-    # A fresh batch is weighed as a step's is, but for the first that a new model learns from.
-    unweighed = 1 if config.weighting.load is None else 0
+    validation = config.passages / config.training.global_batch_size
+    passes = costs.update_passes + recompute * (1 + validation + fresh)
+    first_weighed = method.first_weighed_step(config)
+    # A fresh batch is weighed like a step's, except the first one that a new model learns from.
+    unweighed = 1 if first_weighed > 0 else 0
     weighed_updates = max(0, num_updates - unweighed) if fresh else 0
+    weighed = (steps - first_weighed) / steps
     return Cost(
-        llm=compute.llm_step,
+        llm=costs.llm_step,
         recompute=recompute,
-        weighing=weights * weighed_steps / steps,
-        reading=reading * weighed_steps / steps,
-        updates=(num_updates * passes + weighed_updates * reading) / steps,
-        noise=compute.measurements(num_updates) * (compute.noise + recompute) / steps,
-        learning=(num_updates * learning + weighed_updates * weights) / steps,
+        weighing=costs.weighing * weighed,
+        reading=costs.extra_forward * weighed,
+        updates=(num_updates * passes + weighed_updates * costs.extra_forward) / steps,
+        noise=costs.measurements(num_updates) * (costs.noise + recompute) / steps,
+        learning=(num_updates * costs.learning + weighed_updates * costs.weighing) / steps,
         num_updates=num_updates,
         weighting_precision=_weighting_precision(config),
     )
@@ -117,7 +107,7 @@ def _weighting_precision(config: Config) -> str:
 
 
 def _recompute_flops(config: Config, shape: LlamaShape) -> float:
-    """Forward FLOPs that the backward pass of one step repeats."""
+    """Returns the forward FLOPs that the backward pass of one step repeats."""
     rows, length = config.training.global_batch_size, config.data.sequence_length
     attention = 2.0 * rows * length * shape.num_layers * shape.num_attention_heads
     attention *= shape.head_size * length

@@ -1,8 +1,8 @@
-"""What the GPUs have: memory, and dense peak FLOPs a second by precision (without sparsity).
+"""GPUs: their memory, and their peak FLOPs a second by precision, dense (without sparsity).
 
 Sources: NVIDIA's data sheets of A100 (SXM), H100 (SXM), H200 (SXM) and DGX B200. Gigabytes are
-decimal, as sold, which is a little below what the driver shows. fp32 is without TF32: torch leaves
-that off unless told otherwise. FP8 recipes: as Transformer Engine checks them (docs/gpu.md).
+decimal, as sold, which is a little below what the driver shows. fp32 is without TF32, which is off
+in torch by default. FP8 recipes are those that Transformer Engine accepts (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BLACKWELL = (*_HOPPER, "mxfp8")
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One GPU. fp8_flops is None, and fp8_recipes empty, where it has no FP8 products."""
+    """One GPU. fp8_flops is None, and fp8_recipes is empty, if it has no FP8 products."""
 
     name: str
     memory_bytes: int
@@ -29,7 +29,7 @@ class Gpu:
     fp8_recipes: tuple[str, ...] = ()
 
     def require(self, model: ModelConfig) -> None:
-        """Raises UserError for FP8 that the GPU lacks: the run would go on without it."""
+        """Raise UserError if the GPU lacks the model's FP8; the run would continue in bf16."""
         if model.precision != "fp8":
             return
         if self.fp8_flops is None:
@@ -41,7 +41,7 @@ class Gpu:
             )
 
     def peak_flops(self, precision: str) -> float:
-        """FLOPs a second at most, of a precision that the GPU has (`require`)."""
+        """Returns the peak FLOPs a second of a precision that the GPU has (see `require`)."""
         peaks = {"fp32": self.fp32_flops, "bf16": self.bf16_flops, "fp8": self.fp8_flops}
         peak = peaks[precision]
         assert peak is not None, self.name

@@ -1,15 +1,15 @@
-"""Memory of one rank by part, and the largest of the moments that a run passes through.
+"""Memory of one rank by part, and its peak over the moments of a run.
 
-    always    weights, gradient buffers, optimiser state, FP8 copies, weighting model
-    step      + activations + what the backward pass works on
-    update    the same + the virtual step's copies (bilevel/virtual_step.py): g, and theta where no
-              fp32 main parameters are that copy
-    weighting + activations of the weighting model, when the LLM's are gone: of one micro-batch, as
-              weighting/encoding.py goes through a replica's samples
+    always    weights, gradient buffers, optimizer state, FP8 copies, weighting model
+    step      always + activations + tensors that the backward pass works on
+    update    step + the virtual step's copies (bilevel/virtual_step.py): g, and theta if no fp32
+              main parameters hold that copy
+    weighting always + activations of the weighting model, after the LLM's are freed; they are those
+              of one micro-batch, because weighting/encoding.py encodes one at a time
 
-Bytes a parameter of the first three are those that Megatron-LM's documentation states for fp32
-gradients: 16, or 8 + 8/d sharded, in fp32; 18, or 6 + 12/d, in bf16. Fused Adam is assumed on a
-GPU; torch's own would keep temporary copies of everything there.
+Bytes a parameter of the first three parts are those in Megatron-LM's documentation for fp32
+gradients: 16, or 8 + 8/d sharded, in fp32; 18, or 6 + 12/d, in bf16. On a GPU Adam is assumed to be
+fused; torch's own Adam would keep temporary copies of everything there.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from megatron_dwm.planning.activations import (
     layer_bytes,
 )
 from megatron_dwm.planning.placement import RankParameters, layers_in_flight, rank_parameters
+from megatron_dwm.weighting import learns
 from megatron_dwm.weighting.model import WeightingShape
 
 _FP32 = 4
 _MOMENTS = 2 * _FP32
-# AdamW's two moments, the parameters, and the gradient, the sum and the last update's gradient.
+# AdamW's two moments, the parameters, and the gradient, the sum and the last update's gradient. A
+# frozen model is only its parameters.
 _WEIGHTING_BYTES = _MOMENTS + 4 * _FP32
 # Both orientations of a weight in FP8; mxfp8 has a scale for every 32 values.
 _FP8_COPIES = {"delayed": 2.0, "tensorwise": 2.0, "blockwise": 2.0, "mxfp8": 2.0 * 33 / 32}
@@ -38,7 +40,7 @@ _FP8_COPIES = {"delayed": 2.0, "tensorwise": 2.0, "blockwise": 2.0, "mxfp8": 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one rank of a stage. The first five parts are always there."""
+    """Bytes of one rank of a pipeline stage. The first five parts are held at all times."""
 
     weights: float
     gradients: float
@@ -52,23 +54,23 @@ class Memory:
 
     @property
     def always(self) -> float:
-        """What is there from the first step to the last."""
+        """Bytes that are held from the first step to the last."""
         return (
             self.weights + self.gradients + self.optimizer + self.fp8_copies + self.weighting_model
         )
 
     @property
     def step(self) -> float:
-        """Peak of an LLM step."""
+        """Peak bytes of an LLM step."""
         return self.always + self.activations + self.working
 
     @property
     def update(self) -> float:
-        """Peak of a weighting update; of a step where nothing is learned."""
+        """Peak bytes of a weighting update; those of a step if the method does not learn."""
         return max(self.step + self.virtual_step, self.always + self.weighting_activations)
 
     def rows(self) -> dict[str, float]:
-        """Bytes by part and the two peaks."""
+        """Returns the bytes of every part, and the two peaks, by name."""
         return {**asdict(self), "step": self.step, "update": self.update}
 
 
@@ -81,7 +83,10 @@ def stage_memory(
     stage: int,
     on_gpu: bool,
 ) -> Memory:
-    """Of one rank of pipeline stage `stage`. weighting: None without a weighting model."""
+    """Returns the memory of one rank of pipeline stage `stage` (from 0).
+
+    weighting: None without a weighting model.
+    """
     found = rank_parameters(shape, config.parallel, stage)
     replicas = config.data_parallel_size(world_size)
     shards = replicas if config.parallel.sharded_optimizer else 1
@@ -89,22 +94,22 @@ def stage_memory(
     mixed = config.model.precision != "fp32"
     state = (_MOMENTS + (_FP32 if mixed else 0)) * found.total / shards
     copies = (1 if mixed else 2) * _FP32 * found.total / shards
-    weighs = weighting is not None
+    of_weighting = _WEIGHTING_BYTES if learns(config) else _FP32
     return Memory(
         weights=kernels.value_bytes * found.total,
         gradients=_FP32 * found.total,
         optimizer=state,
         fp8_copies=_fp8_copies(config, shape, found, stage),
-        weighting_model=_WEIGHTING_BYTES * weighting_parameters(weighting) if weighs else 0.0,
+        weighting_model=float(of_weighting * weighting_parameters(weighting)),
         activations=_activations(config, shape, world_size, stage, on_gpu),
         working=_working(config, shape, found, on_gpu),
-        virtual_step=copies if config.learns else 0.0,
+        virtual_step=copies if learns(config) else 0.0,
         weighting_activations=_weighting_activations(config, weighting, world_size, kernels),
     )
 
 
 def weighting_parameters(shape: WeightingShape | None) -> int:
-    """Parameters of the weighting model."""
+    """Returns the number of parameters of a weighting model; 0 without one."""
     if shape is None:
         return 0
     width = shape.hidden_size
@@ -119,7 +124,7 @@ def weighting_parameters(shape: WeightingShape | None) -> int:
 
 
 def _fp8_copies(config: Config, shape: LlamaShape, found: RankParameters, stage: int) -> float:
-    """Transformer Engine keeps a layer's weights in FP8 between micro-batches."""
+    """Returns the bytes of the FP8 weights that Transformer Engine keeps between micro-batches."""
     if config.model.precision != "fp8":
         return 0.0
     layers = shape.num_layers // config.parallel.pipeline
@@ -132,7 +137,10 @@ def _fp8_copies(config: Config, shape: LlamaShape, found: RankParameters, stage:
 def _activations(
     config: Config, shape: LlamaShape, world_size: int, stage: int, on_gpu: bool
 ) -> float:
-    """All micro-batches under way; with full recomputation also the layer that is run again."""
+    """Returns the bytes of all micro-batches under way.
+
+    With full recomputation they include the one layer that runs again.
+    """
     kernels = kernels_of(config, on_gpu=on_gpu)
     tokens = config.training.micro_batch_size * config.data.sequence_length
     micro_batches = config.num_microbatches(world_size)
@@ -146,8 +154,10 @@ def _activations(
 
 
 def _working(config: Config, shape: LlamaShape, found: RankParameters, on_gpu: bool) -> float:
-    """What the backward pass works on: the gradient of the logits (a bf16 copy beside fp32), or of
-    a feed-forward block, and one weight's gradient on its way into the buffer.
+    """Returns the bytes of the tensors that the backward pass works on.
+
+    These are the gradient of the logits (a bf16 copy beside fp32) or of a feed-forward block, and
+    the gradient of one weight on its way into the buffer.
     """
     kernels, tensor = kernels_of(config, on_gpu=on_gpu), config.parallel.tensor
     tokens = config.training.micro_batch_size * config.data.sequence_length
@@ -159,10 +169,12 @@ def _working(config: Config, shape: LlamaShape, found: RankParameters, on_gpu: b
 def _weighting_activations(
     config: Config, weighting: WeightingShape | None, world_size: int, kernels: Kernels
 ) -> float:
-    """What the encoder keeps of a micro-batch and works on: the gradient of a feed-forward block,
-    the largest weight's gradient, and where its products are in bf16 copies of its matrices.
+    """Returns the bytes that the encoder keeps of a micro-batch and works on.
+
+    It works on the gradient of a feed-forward block, the gradient of the largest weight and, if its
+    products are in bf16, on copies of its matrices.
     """
-    if weighting is None or weighting.encoder != "own" or not config.learns:
+    if weighting is None or weighting.encoder != "own" or not learns(config):
         return 0.0
     rows = config.training.global_batch_size // config.data_parallel_size(world_size)
     share = -(-rows // config.parallel.model_size)

@@ -1,4 +1,4 @@
-"""Which parameters one rank of a pipeline stage holds, and how often a stage works at once."""
+"""Parameters that one rank of a pipeline stage holds, and micro-batches under way in a stage."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from megatron_dwm.model import LlamaShape
 
 @dataclass(frozen=True, kw_only=True)
 class RankParameters:
-    """Parameters of one rank.
+    """Numbers of parameters of one rank.
 
-    matrices: of the layers, split over the tensor-parallel group.  norms: replicated in it.
-    embedding, output: rows of the padded vocabulary; 0 on a stage without them.
-    largest: the largest single tensor.
+    matrices: those of the layers' matrices, which are split over the tensor-parallel group.
+    norms: those of the norms, which are replicated in that group.
+    embedding, output: those of the padded vocabulary's rows; 0 on a stage without them.
+    largest: those of the largest single tensor.
     """
 
     matrices: int
@@ -25,12 +26,12 @@ class RankParameters:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Number of all parameters of the rank."""
         return self.matrices + self.norms + self.embedding + self.output
 
 
 def rank_parameters(shape: LlamaShape, parallel: ParallelConfig, stage: int) -> RankParameters:
-    """Of one rank of pipeline stage `stage` (from 0)."""
+    """Returns the parameters of one rank of pipeline stage `stage` (from 0)."""
     layers = shape.num_layers // parallel.pipeline
     is_first, is_last = stage == 0, stage == parallel.pipeline - 1
     width, inner = shape.hidden_size, shape.ffn_hidden_size
@@ -38,7 +39,7 @@ def rank_parameters(shape: LlamaShape, parallel: ParallelConfig, stage: int) -> 
     qkv = width * heads * shape.head_size
     projection = width * shape.num_attention_heads * shape.head_size
     vocabulary = shape.padded_vocab_size * width // parallel.tensor
-    # Tied: the only stage shares one tensor, the last of several holds a copy.
+    # With tied embeddings a single stage shares one tensor; the last of several holds a copy.
     has_output = is_last and not (shape.tied_embeddings and is_first)
     layer = qkv + projection + 3 * width * inner
     largest = max(qkv, 2 * width * inner) // parallel.tensor
@@ -52,11 +53,11 @@ def rank_parameters(shape: LlamaShape, parallel: ParallelConfig, stage: int) -> 
 
 
 def layers_in_flight(config: Config, num_layers: int, micro_batches: int, stage: int) -> float:
-    """Layers times micro-batches whose activations a stage holds at most.
+    """Returns the largest number of layers times micro-batches whose activations a stage holds.
 
-    1F1B: stage i of p has p - i micro-batches under way. Interleaved with v chunks: the warm-up of
-    2 (p - i - 1) + (v - 1) p chunks and one more, each of L / (p v) layers; for the first stage
-    that is L (1 + (p - 1) / (p v)) (Korthikanti et al. 2022, section 4.2.3).
+    In 1F1B stage i of p has p - i micro-batches under way. Interleaved with v chunks, a stage holds
+    the warm-up of 2 (p - i - 1) + (v - 1) p chunks and one more, each of L / (p v) layers; for the
+    first stage that is L (1 + (p - 1) / (p v)) (Korthikanti et al. 2022, section 4.2.3).
     """
     pipeline, chunks = config.parallel.pipeline, config.parallel.virtual_stages
     if chunks == 1:

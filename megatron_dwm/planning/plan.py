@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.validate import validate_config
 from megatron_dwm.model import LlamaShape, resolve_shape
-from megatron_dwm.model.huggingface_files import is_huggingface, open_huggingface
+from megatron_dwm.model.on_disk.huggingface_files import is_huggingface, open_huggingface
 from megatron_dwm.model.shape import heads_of
 from megatron_dwm.planning.cost import Cost, cost_of
 from megatron_dwm.planning.hardware import Gpu
 from megatron_dwm.planning.memory import Memory, stage_memory
 from megatron_dwm.planning.traffic import Traffic, traffic_of
-from megatron_dwm.weighting import weighting_shape
-from megatron_dwm.weighting.model import (
-    WeightingShape,
-    read_weighting_shape,
-    require_same_reading,
-)
+from megatron_dwm.weighting import check_method, method_class
 
-# Of a GPU's memory: CUDA context, NCCL's and cuBLAS's buffers, fragmentation. A guess: no GPU was
-# at hand to measure it.
+# Fraction of a GPU's memory for the CUDA context, buffers of NCCL and cuBLAS, and fragmentation. It
+# is a guess: no GPU was at hand to measure it.
 RESERVE = 0.08
 
 
@@ -31,8 +26,10 @@ RESERVE = 0.08
 class Plan:
     """What a run on `gpus` GPUs needs.
 
-    stages: memory of a rank of every pipeline stage.  bubble: part of a pipeline's time that its
-    first stage waits, (p - 1) / (v m), which a measured utilisation includes.
+    mfu: fraction of the peak FLOPs that the run reaches.
+    stages: memory of one rank of every pipeline stage.
+    bubble: time that the first pipeline stage waits, as a fraction of its work, (p - 1) / (v m); a
+        measured utilization includes it.
     """
 
     config: Config
@@ -47,41 +44,41 @@ class Plan:
 
     @property
     def fullest(self) -> int:
-        """The stage that needs the most memory."""
+        """Number of the stage that needs the most memory."""
         return max(range(len(self.stages)), key=lambda stage: self.stages[stage].update)
 
     @property
     def needed_bytes(self) -> float:
-        """Of the fullest rank at the worst moment."""
+        """Peak bytes of the fullest rank."""
         return self.stages[self.fullest].update
 
     @property
     def usable_bytes(self) -> float:
-        """Of one GPU."""
+        """Bytes of one GPU's memory that a run may use, after the reserve."""
         return (1.0 - RESERVE) * self.gpu.memory_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether it does."""
+        """True if the fullest rank fits in usable memory."""
         return self.needed_bytes <= self.usable_bytes
 
     @property
     def step_s(self) -> float:
-        """Seconds of a step with its part of the updates."""
+        """Mean seconds of a step, weighting updates included."""
         return self.cost.step_s(self.gpu, self.gpus, self.config.model.precision, self.mfu)
 
     @property
     def tokens_a_step(self) -> int:
-        """Tokens of a global batch."""
+        """Tokens in a global batch."""
         return self.config.training.global_batch_size * self.config.data.sequence_length
 
     @property
     def time_share(self) -> float:
-        """Of weighting, in time against the plain run."""
+        """Time of weighting as a fraction of the plain run's."""
         return self.cost.time_share(self.gpu, self.config.model.precision)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as numbers: bytes, FLOPs, seconds, fractions."""
+        """Returns the plan as numbers: bytes, FLOPs, seconds and fractions."""
         return {
             "gpu": self.gpu.name,
             "gpus": self.gpus,
@@ -105,19 +102,21 @@ class Plan:
 
 
 def make_plan(config: Config, gpu: Gpu, *, gpus: int, mfu: float) -> Plan:
-    """The plan; mfu: part of the peak. No file of the run is read but the sizes of a Hugging Face
-    model and of a weighting model to start from.
+    """Returns the plan of a run on `gpus` GPUs. mfu: fraction of the peak that is reached.
 
-    Raises UserError for a run that pretrain would refuse, its files left aside.
+    Of the run's files only the sizes of a Hugging Face model and of a weighting model to start from
+    are read.
+
+    Raises UserError if pretrain would refuse the run for a reason other than its files.
     """
     if config.model.fp8_emulation:
         raise UserError("model.fp8_emulation: a plan is of a GPU's own layers; leave it out")
     shape = _shape(config)
     _require_whole_replicas(config, gpus)
     validate_config(config, heads_of(shape), gpus)
+    check_method(config, shape.num_layers, gpus)
     gpu.require(config.model)
-    weighting = _weighting_shape(config, shape)
-    weighs = weighting if config.policy.name == "dwm" else None
+    weighting = method_class(config).model_shape(config, shape)
     pipeline = config.parallel.pipeline
     schedule = config.num_microbatches(gpus) * config.parallel.virtual_stages
     return Plan(
@@ -127,17 +126,17 @@ def make_plan(config: Config, gpu: Gpu, *, gpus: int, mfu: float) -> Plan:
         gpus=gpus,
         mfu=mfu,
         stages=[
-            stage_memory(config, shape, weighs, world_size=gpus, stage=stage, on_gpu=True)
+            stage_memory(config, shape, weighting, world_size=gpus, stage=stage, on_gpu=True)
             for stage in range(pipeline)
         ],
-        cost=cost_of(config, shape, weighs, config.data_parallel_size(gpus)),
-        traffic=traffic_of(config, shape, weighs, gpus, on_gpu=True),
+        cost=cost_of(config, shape, config.data_parallel_size(gpus)),
+        traffic=traffic_of(config, shape, weighting, gpus, on_gpu=True),
         bubble=(pipeline - 1) / schedule,
     )
 
 
 def advice(plan: Plan) -> list[str]:
-    """What to change where it does not fit, the largest part first; empty where it fits."""
+    """Returns what to change in a run that does not fit, the largest part first; else nothing."""
     if plan.fits:
         return []
     config, worst = plan.config, plan.stages[plan.fullest]
@@ -162,7 +161,7 @@ def advice(plan: Plan) -> list[str]:
 
 
 def _require_whole_replicas(config: Config, gpus: int) -> None:
-    """The rule of config/validate.py in this command's words."""
+    """Raise UserError by the rule of config/validate.py, in the words of this command."""
     parallel = config.parallel
     if parallel.model_size > 0 and gpus % parallel.model_size:
         raise UserError(
@@ -171,23 +170,10 @@ def _require_whole_replicas(config: Config, gpus: int) -> None:
         )
 
 
-def _weighting_shape(config: Config, shape: LlamaShape) -> WeightingShape:
-    """The weighting model's; that of `weighting.load`, where the run starts from one.
-
-    Vocabularies are not compared: the tokenizer that says the run's need not exist yet.
-    """
-    wanted = weighting_shape(config, shape, shape.vocab_size)
-    if config.policy.name != "dwm" or config.weighting.load is None:
-        return wanted
-    directory = Path(config.weighting.load)
-    found = read_weighting_shape(directory)
-    require_same_reading(directory, found, replace(wanted, vocab_size=found.vocab_size))
-    return found
-
-
 def _shape(config: Config) -> LlamaShape:
-    """The run's; the vocabulary is the preset's where the configuration leaves it to a tokenizer,
-    which need not exist yet.
+    """Returns the shape of the run's model.
+
+    The tokenizer need not exist yet: without `model.vocab_size` the vocabulary is the preset's.
     """
     start = config.model.init_from
     if start is None:

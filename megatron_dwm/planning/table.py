@@ -1,19 +1,22 @@
-"""A plan in words and columns for a terminal; every table in the unit of its largest value."""
+"""A plan in words and columns for a terminal; a table's unit is that of its largest value."""
 
 from __future__ import annotations
 
+from megatron_dwm.config import TrainingConfig
 from megatron_dwm.planning.plan import RESERVE, Plan, advice
 
 _GB = 1e9
 _BYTES = {"GB": _GB, "MB": 1e6, "kB": 1e3}
 _OPERATIONS = {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}
 _SECONDS = {"h": 3600.0, "min": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}
+# Parameters and Adam's moments; beside bf16 parameters there is an fp32 copy.
+_CHECKPOINT_BYTES = {"fp32": 12, "bf16": 14, "fp8": 14}
 _PARTS = {
     "weights": "weights",
     "gradients": "gradient buffers (fp32)",
-    "optimizer": "optimiser state",
+    "optimizer": "optimizer state",
     "fp8_copies": "FP8 copies of weights",
-    "weighting_model": "weighting model, its optimiser",
+    "weighting_model": "weighting model, its optimizer",
     "activations": "activations",
     "working": "backward pass at work",
     "virtual_step": "virtual step's copies (update)",
@@ -33,9 +36,31 @@ _FLOPS = {
 
 
 def plan_text(plan: Plan) -> str:
-    """The whole plan."""
+    """Returns the whole plan as text."""
     blocks = [_heading(plan), _memory(plan), _flops(plan), _traffic(plan), _time(plan)]
     return "\n\n".join([*blocks, _verdict(plan)])
+
+
+def plan_line(plan: Plan) -> str:
+    """Returns GPU hours, memory of the fullest rank and disk space of the checkpoints, one line."""
+    hours = _gpu_hours(plan)
+    fits = "fits" if plan.fits else "DOES NOT FIT"
+    checkpoint = plan.shape.num_parameters() * _CHECKPOINT_BYTES[plan.config.model.precision]
+    kept = _kept_checkpoints(plan.config.training)
+    return (
+        f"{plan.gpus} x {plan.gpu.name}: {hours} GPU hours; {_size(plan.needed_bytes)} a GPU of "
+        f"{_size(plan.usable_bytes)}: {fits}; disk: {kept} checkpoints of {_size(checkpoint)}"
+    )
+
+
+def _kept_checkpoints(training: TrainingConfig) -> int:
+    """Returns the number of checkpoints of steps that a finished run has."""
+    interval, steps = training.checkpoint_interval_steps, training.steps
+    written = -(-steps // interval) if interval else 1
+    if not training.keep_last:
+        return written
+    every = steps // training.keep_every if training.keep_every else 0
+    return min(written, training.keep_last + every)
 
 
 def _heading(plan: Plan) -> str:
@@ -54,7 +79,7 @@ def _heading(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    """The first, the fullest and the last stage."""
+    """Returns a column for the first, the fullest and the last stage."""
     shown = sorted({0, plan.fullest, len(plan.stages) - 1})
     unit, size = _unit(_BYTES, max(plan.stages[stage].update for stage in shown))
     rows = [[f"{unit} a rank", *(f"stage {stage}" for stage in shown)]]
@@ -82,30 +107,37 @@ def _traffic(plan: Plan) -> str:
     if not used:
         return "No messages: one process."
     unit, size = _unit(_BYTES, max(max(line.step_wire, line.update_wire) for line in used))
-    head = [f"{unit} a rank on the link", "ranks", "a step", "by a ring", "an update", "by a ring"]
-    rows = [head]
+    head = [f"{unit} a rank on the link", "ranks"]
+    rows = [[*head, "a step", "by a ring", "messages", "an update", "by a ring", "messages"]]
     for line in used:
-        values = (line.step, line.step_wire, line.update, line.update_wire)
-        cells = (f"{value / size:,.1f}" for value in values)
+        cells = []
+        for sent, wire, messages in (
+            (line.step, line.step_wire, line.step_messages),
+            (line.update, line.update_wire, line.update_messages),
+        ):
+            cells += [f"{sent / size:,.1f}", f"{wire / size:,.1f}", f"{messages:,.0f}"]
         rows.append([line.link, str(line.ranks), *cells])
     return _columns(rows)
 
 
 def _time(plan: Plan) -> str:
     step_s, steps = plan.step_s, plan.config.training.steps
-    gpu_hours = step_s * steps * plan.gpus / 3600
-    hours = f"{gpu_hours:,.1f}" if gpu_hours >= 0.1 else "below 0.1"
     rate = plan.tokens_a_step / step_s / plan.gpus
     lines = [
         f"Weighting costs {100 * plan.cost.share:.2f} % more FLOPs and {100 * plan.time_share:.2f} "
         "% more time than plain training.",
         f"At {100 * plan.mfu:.0f} % of the peak: {_duration(step_s)} a step, {rate:,.0f} tokens "
         f"a second and GPU, {_duration(step_s * steps)} for {steps:,} steps "
-        f"({hours} GPU hours).",
+        f"({_gpu_hours(plan)} GPU hours).",
     ]
     if plan.bubble:
         lines.append(f"Pipeline bubble: {100 * plan.bubble:.1f} % of a step's work.")
     return "\n".join(lines)
+
+
+def _gpu_hours(plan: Plan) -> str:
+    hours = plan.step_s * plan.config.training.steps * plan.gpus / 3600
+    return f"{hours:,.1f}" if hours >= 0.1 else "below 0.1"
 
 
 def _verdict(plan: Plan) -> str:
@@ -121,9 +153,14 @@ def _verdict(plan: Plan) -> str:
 
 
 def _unit(units: dict[str, float], largest: float) -> tuple[str, float]:
-    """The largest unit that `largest` has at least one of, else the smallest; its size."""
+    """Returns the largest unit that is at most `largest`, else the smallest, with its size."""
     fitting = (pair for pair in units.items() if largest >= pair[1])
     return next(fitting, list(units.items())[-1])
+
+
+def _size(size_bytes: float) -> str:
+    unit, size = _unit(_BYTES, size_bytes)
+    return f"{size_bytes / size:,.1f} {unit}"
 
 
 def _duration(seconds: float) -> str:

@@ -1,15 +1,19 @@
-"""Bytes that one rank hands to each parallel link in a step, and what an update adds.
+"""Messages of one rank on each parallel link in a step, and in an update: number and bytes.
 
-A message counts as large as what is reduced, gathered, scattered or sent. A ring moves 2 (n - 1)/n
-of that through every rank's link for an all-reduce, (n - 1)/n for a gather or a scatter.
+The size of a message is that of the tensor that is reduced, gathered, scattered or sent. A ring
+moves 2 (n - 1)/n of it through every rank's link for an all-reduce, (n - 1)/n for a gather or a
+scatter.
 
     tensor    four all-reduces of [S, B, H] a layer and micro-batch, two each way; under sequence
-              parallelism four gathers and four scatters, and two gathers for weight gradients
+              parallelism four gathers and four scatters, and two gathers for weight gradients; then
+              the norms' gradients are reduced, once a pass
     pipeline  one [S, B, H] forward and one backward over every border
-    data      the fp32 gradients, once a pass; sharded: scattered, and the parameters gathered
+    data      the fp32 gradients, once a pass; sharded: scattered, and the parameters gathered; a
+              message for every model chunk
     weighting the weighting model's own gradient, over all ranks
 
-The busiest stage is counted. Scalars, norms' gradients and alignments are left out (below 1 %).
+The busiest stage is counted. Left out are scalars and alignments, and what the weighting model
+reads: pooled vectors inside a replica or over all of them, features of an early layer (below 1 %).
 """
 
 from __future__ import annotations
@@ -18,18 +22,24 @@ from dataclasses import dataclass
 
 from megatron_dwm.config import Config
 from megatron_dwm.model import LlamaShape
+from megatron_dwm.model.passes.micro_batches import largest_micro_batch, rows_of_replica
 from megatron_dwm.planning.memory import weighting_parameters
 from megatron_dwm.planning.placement import rank_parameters
+from megatron_dwm.weighting import learns
 from megatron_dwm.weighting.model import WeightingShape
 
 _FP32 = 4
-# Three fp32 values a token: the largest logit, the label's, the sum of exponentials.
-_CROSS_ENTROPY = 3 * _FP32
+# Of a vocabulary-parallel loss: the largest logit, the label's, the sum of exponentials, fp32 each.
+_CROSS_ENTROPY = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Bytes of one rank. wire: through its link, by a ring."""
+    """Messages of one rank on one link.
+
+    step, update: bytes of the messages.  step_wire, update_wire: bytes that a ring moves for them.
+    step_messages, update_messages: their number.
+    """
 
     link: str
     ranks: int
@@ -37,6 +47,30 @@ class Traffic:
     update: float
     step_wire: float
     update_wire: float
+    step_messages: float
+    update_messages: float
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """Messages of one kind: their number, and their bytes in all."""
+
+    messages: float = 0.0
+    num_bytes: float = 0.0
+
+    def __add__(self, other: _Sent) -> _Sent:
+        return _Sent(self.messages + other.messages, self.num_bytes + other.num_bytes)
+
+    def __mul__(self, factor: float) -> _Sent:
+        return _Sent(self.messages * factor, self.num_bytes * factor)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Micro-batches of one rank's forward and backward pass, and the samples in each."""
+
+    micro_batches: int
+    samples: int
 
 
 def traffic_of(
@@ -47,103 +81,161 @@ def traffic_of(
     *,
     on_gpu: bool,
 ) -> list[Traffic]:
-    """A line for every link. on_gpu: the layers are Transformer Engine's."""
+    """Returns a line for every link. on_gpu: the layers are Transformer Engine's."""
     fresh = config.weighting.update_on == "fresh"
-    learns = float(config.learns)
-    # Forward and backward passes of an update: g of its own batch, validation, probe.
-    passes = learns * (3 if fresh else 2)
-    tensor, pipeline = _tensor(config, shape, world_size), _pipeline(config, shape, world_size)
-    probe = _probe_gathers(config, shape, world_size) if on_gpu else 0.0
-    size, replicas = config.parallel.tensor, config.data_parallel_size(world_size)
-    reduce, gather = _data(config, shape, replicas)
-    # The probe forms no gradient; sharded, theta' and theta are gathered, and z.
-    sharded = config.parallel.sharded_optimizer and replicas > 1
-    update_reduce = (passes - learns) * reduce
-    update_gather = learns * (2 * gather + reduce) if sharded else 0.0
-    phi = learns * _FP32 * weighting_parameters(weighting) if world_size > 1 else 0.0
-    tensor_factor = 2 * (size - 1) / size / (2 if config.parallel.sequence else 1)
-    one_way = (replicas - 1) / replicas
-    reduce_factor = one_way if sharded else 2 * one_way
+    updates = float(learns(config))
+    # An update has a pass for g of a fresh batch, that of the validation batch, and the probe,
+    # which reads the batch and forms no gradient.
+    of_batch = gradients = updates * (1 + fresh)
+    phi = _FP32 * weighting_parameters(weighting)
+    learning = _Sent(1, phi) * updates if phi and world_size > 1 else _Sent()
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    batch, target = _training_pass(config, world_size), validation_pass(config, world_size)
+    layers, norms = _tensor(config, shape, batch), _norms(config, shape)
+    in_update = layers * of_batch + _tensor(config, shape, target) * updates + norms * gradients
+    if on_gpu:
+        in_update += _probe_gathers(config, shape, batch) * updates
+    borders = _pipeline(config, shape, batch)
+    over_borders = borders * of_batch + _pipeline(config, shape, target) * updates
+    tensor_factor = 2 * (tensor - 1) / tensor / (2 if config.parallel.sequence else 1)
     return [
-        _line("tensor", size, tensor, passes * tensor + learns * probe, tensor_factor),
-        _line("pipeline", config.parallel.pipeline, pipeline, passes * pipeline, 1.0),
-        Traffic(
-            link="data",
-            ranks=replicas,
-            step=reduce + gather,
-            update=update_reduce + update_gather,
-            step_wire=reduce_factor * reduce + one_way * gather,
-            update_wire=reduce_factor * update_reduce + one_way * update_gather,
-        ),
-        _line("weighting", world_size, 0.0, phi, 2 * (world_size - 1) / world_size),
+        _line("tensor", tensor, layers + norms, in_update, tensor_factor),
+        _line("pipeline", pipeline, borders, over_borders, 1.0),
+        _data_line(config, shape, world_size, updates=updates, gradients=gradients),
+        _line("weighting", world_size, _Sent(), learning, 2 * (world_size - 1) / world_size),
     ]
 
 
-def _line(link: str, ranks: int, step: float, update: float, factor: float) -> Traffic:
+def _training_pass(config: Config, world_size: int) -> Pass:
+    return Pass(config.num_microbatches(world_size), config.training.micro_batch_size)
+
+
+def validation_pass(config: Config, world_size: int) -> Pass:
+    """Returns a rank's pass of a validation batch, rows without loss included (data/feed.py)."""
+    parallel, largest = config.parallel, config.training.micro_batch_size
+    multiple = parallel.pipeline if parallel.virtual_stages > 1 else 1
+    rows = rows_of_replica(
+        config.passages,
+        micro_batch_size=largest,
+        replicas=config.data_parallel_size(world_size),
+        micro_batches_multiple=multiple,
+        halves=False,
+    )
+    samples = largest_micro_batch(rows, largest, multiple)
+    return Pass(rows // samples, samples)
+
+
+def _line(link: str, ranks: int, step: _Sent, update: _Sent, factor: float) -> Traffic:
     return Traffic(
         link=link,
         ranks=ranks,
-        step=step,
-        update=update,
-        step_wire=factor * step,
-        update_wire=factor * update,
+        step=step.num_bytes,
+        update=update.num_bytes,
+        step_wire=factor * step.num_bytes,
+        update_wire=factor * update.num_bytes,
+        step_messages=step.messages,
+        update_messages=update.messages,
     )
 
 
-def _hidden_bytes(config: Config, shape: LlamaShape) -> float:
-    """Of one micro-batch's hidden states, the whole sequence."""
+def _data_line(
+    config: Config, shape: LlamaShape, world_size: int, *, updates: float, gradients: float
+) -> Traffic:
+    """Returns the line of the data-parallel link. gradients: passes of an update that form some."""
+    replicas = config.data_parallel_size(world_size)
+    reduce, gather = _data(config, shape, replicas)
+    sharded = config.parallel.sharded_optimizer and replicas > 1
+    in_update = reduce * gradients
+    # Sharded, theta' and theta are gathered, and z.
+    gathered = (gather * 2 + reduce) * updates if sharded else _Sent()
+    one_way = (replicas - 1) / replicas
+    factor = one_way if sharded else 2 * one_way
+    step, update = reduce + gather, in_update + gathered
+    return Traffic(
+        link="data",
+        ranks=replicas,
+        step=step.num_bytes,
+        update=update.num_bytes,
+        step_wire=factor * reduce.num_bytes + one_way * gather.num_bytes,
+        update_wire=factor * in_update.num_bytes + one_way * gathered.num_bytes,
+        step_messages=step.messages,
+        update_messages=update.messages,
+    )
+
+
+def _hidden(config: Config, shape: LlamaShape, run: Pass) -> _Sent:
+    """Returns one message with a micro-batch's hidden states, of the whole sequence."""
     value_bytes = 4 if config.model.precision == "fp32" else 2
-    tokens = config.training.micro_batch_size * config.data.sequence_length
-    return float(value_bytes * tokens * shape.hidden_size)
+    tokens = run.samples * config.data.sequence_length
+    return _Sent(1, float(value_bytes * tokens * shape.hidden_size))
 
 
-def _tensor(config: Config, shape: LlamaShape, world_size: int) -> float:
-    """Messages of one step on the last stage, the busiest for its output layer; with one stage the
-    input embedding is there too.
+def _tensor(config: Config, shape: LlamaShape, run: Pass) -> _Sent:
+    """Returns the messages of one pass on the last stage, which is the busiest.
+
+    It has the output layer and, if it is the only stage, the input embedding.
     """
     if config.parallel.tensor == 1:
-        return 0.0
+        return _Sent()
     sequence, full = config.parallel.sequence, config.model.recompute == "full"
     layers = shape.num_layers // config.parallel.pipeline
     # Forward and backward, then the forward pass again where layers are recomputed.
     a_layer = (10 if sequence else 4) + (2 * (2 if sequence else 1) if full else 0)
     output = 3 if sequence else 1
     embedding = (2 if sequence else 1) if config.parallel.pipeline == 1 else 0
-    tokens = config.training.micro_batch_size * config.data.sequence_length
-    hidden = (layers * a_layer + output + embedding) * _hidden_bytes(config, shape)
-    return config.num_microbatches(world_size) * (hidden + tokens * _CROSS_ENTROPY)
+    hidden = _hidden(config, shape, run) * (layers * a_layer + output + embedding)
+    loss = _Sent(1, _FP32 * run.samples * config.data.sequence_length) * _CROSS_ENTROPY
+    return (hidden + loss) * run.micro_batches
 
 
-def _probe_gathers(config: Config, shape: LlamaShape, world_size: int) -> float:
-    """Under sequence parallelism the probe gathers the inputs of column-parallel products, as a
-    weight gradient does, and the output gradients of Transformer Engine's row-parallel layers, two
-    more a layer. Of Megatron-Core's layers it takes those that are gathered anyway.
+def _norms(config: Config, shape: LlamaShape) -> _Sent:
+    """Returns the norms' gradients, which under sequence parallelism are parts on every rank."""
+    if not config.parallel.sequence:
+        return _Sent()
+    last = config.parallel.pipeline - 1
+    return _Sent(1, _FP32 * rank_parameters(shape, config.parallel, last).norms)
+
+
+def _probe_gathers(config: Config, shape: LlamaShape, run: Pass) -> _Sent:
+    """Returns the gathers that a probe adds to a pass under sequence parallelism.
+
+    The probe gathers the inputs of column-parallel products, as a weight gradient does. It also
+    gathers the output gradients of Transformer Engine's row-parallel layers, two a layer; in
+    Megatron-Core's layers these are already gathered.
     """
     if config.parallel.tensor == 1 or not config.parallel.sequence:
-        return 0.0
+        return _Sent()
     layers = shape.num_layers // config.parallel.pipeline
-    return config.num_microbatches(world_size) * 2 * layers * _hidden_bytes(config, shape)
+    return _hidden(config, shape, run) * (2 * layers * run.micro_batches)
 
 
-def _pipeline(config: Config, shape: LlamaShape, world_size: int) -> float:
-    """Sent by a stage in the middle, or by either of two."""
+def _pipeline(config: Config, shape: LlamaShape, run: Pass) -> _Sent:
+    """Returns what a middle stage sends in a pass, or either stage of two."""
     parallel = config.parallel
     if parallel.pipeline == 1:
-        return 0.0
+        return _Sent()
     part = parallel.tensor if parallel.sequence else 1
     # Two stages have one border between them for every chunk but the last, forward and backward;
     # a middle stage has one before and one behind it.
     chunks = parallel.virtual_stages
     sends = 2 * chunks if parallel.pipeline > 2 else 2 * chunks - 1
-    return config.num_microbatches(world_size) * sends * _hidden_bytes(config, shape) / part
+    whole = _hidden(config, shape, run)
+    share = _Sent(1, whole.num_bytes / part)
+    return share * (run.micro_batches * sends)
 
 
-def _data(config: Config, shape: LlamaShape, replicas: int) -> tuple[float, float]:
-    """(gradients reduced in one pass, parameters gathered in one step), the largest stage's."""
+def _data(config: Config, shape: LlamaShape, replicas: int) -> tuple[_Sent, _Sent]:
+    """Returns (gradients reduced in a pass, parameters gathered in a step) of the largest stage.
+
+    Gradients of a model chunk lie in one buffer and are reduced in one message.
+    """
     if replicas == 1:
-        return 0.0, 0.0
+        return _Sent(), _Sent()
     stages = range(config.parallel.pipeline)
     parameters = max(rank_parameters(shape, config.parallel, stage).total for stage in stages)
     value_bytes = 4 if config.model.precision == "fp32" else 2
-    gathered = value_bytes * parameters if config.parallel.sharded_optimizer else 0
-    return float(_FP32 * parameters), float(gathered)
+    chunks = config.parallel.virtual_stages
+    reduced = _Sent(chunks, float(_FP32 * parameters))
+    if not config.parallel.sharded_optimizer:
+        return reduced, _Sent()
+    return reduced, _Sent(chunks, float(value_bytes * parameters))

@@ -17,11 +17,11 @@ from megatron_dwm.preprocess.messages import warn
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignFlag:
-    """A flag of Megatron-LM's and what to say where it stands in a command."""
+    """A flag of Megatron-LM's tool and what to tell a user whose command has it."""
 
     name: str
     nargs: int | str
-    """values that follow it, as argparse counts them"""
+    """number of values that follow it, as argparse spells it"""
     words: str
 
 
@@ -93,7 +93,7 @@ class _NotNeeded(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        """Say so."""
+        """Warn that the flag is not needed."""
         warn(f"{option_string} is not needed: {self.const}")
 
 
@@ -105,14 +105,14 @@ class _Refused(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        """Raise `UserError`."""
+        """Raise `UserError` with the way to go."""
         raise UserError(
             f"{option_string} is a flag of Megatron-LM's that is not here: {self.const}"
         )
 
 
 def add_foreign_flags(parser: argparse.ArgumentParser) -> None:
-    """Let `parser` know all of these flags; --help does not list them."""
+    """Add all of these flags to `parser`, hidden from --help."""
     for flags, action in ((NOT_NEEDED, _NotNeeded), (REFUSED, _Refused)):
         for flag in flags:
             parser.add_argument(

@@ -1,4 +1,4 @@
-"""What preprocessing tells its user besides progress and errors."""
+"""Warnings of preprocessing."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from megatron_dwm.config.printing import printable
 
 
 def warn(message: str) -> None:
-    """One line for the user that is no error."""
+    """Print one line on stderr for something that is no error."""
     print(f"warning: {printable(message)}", file=sys.stderr, flush=True)

@@ -1,63 +1,61 @@
-"""Corpora to indexed datasets with their sidecars: the whole of `tools/preprocess_data.py`.
+"""Turns corpora into indexed datasets with their sidecars: `tools/preprocess_data.py`.
 
 Reading is sequential, encoding parallel, writing sequential and in input order, so the output does
 not depend on the number of workers, the size of chunks or how often the run was interrupted.
-Memory: some chunks, the tokenizers' caches and a row group of the sidecar, whatever the input.
+Memory is some chunks, the tokenizers' caches and a row group of the sidecar, whatever the input.
 """
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.documents import DocumentSettings
-from megatron_dwm.preprocess.encoding import EncodeSettings, token_dtype
-from megatron_dwm.preprocess.inputs import (
+from megatron_dwm.config.outputs import why_unwritable
+from megatron_dwm.preprocess.encode.encoder import EncodeSettings, token_dtype
+from megatron_dwm.preprocess.encode.workers import encode_all
+from megatron_dwm.preprocess.messages import warn
+from megatron_dwm.preprocess.progress import progress_over
+from megatron_dwm.preprocess.read.documents import DocumentSettings
+from megatron_dwm.preprocess.read.inputs import (
     Input,
     ReadSettings,
     find_inputs,
     read_inputs,
     take_shard,
 )
-from megatron_dwm.preprocess.messages import warn
-from megatron_dwm.preprocess.outputs import GrowingOutputs
-from megatron_dwm.preprocess.progress import progress_over
-from megatron_dwm.preprocess.publishing import (
+from megatron_dwm.preprocess.record_checks import RecordChecks
+from megatron_dwm.preprocess.records import EncodedChunk
+from megatron_dwm.preprocess.settings import PreprocessSettings
+from megatron_dwm.preprocess.write.final_files import (
+    FinalPaths,
     PreprocessSummary,
-    Targets,
-    complete_run,
-    publish,
+    move_into_place,
+    read_summary,
     summary_of,
 )
-from megatron_dwm.preprocess.records import EncodedChunk
-from megatron_dwm.preprocess.run_record import RunRecord
-from megatron_dwm.preprocess.settings import PreprocessSettings
-from megatron_dwm.preprocess.sidecar import SidecarColumns, facts_of
-from megatron_dwm.preprocess.workers import encode_all
-from megatron_dwm.preprocess.workspace import Workspace
+from megatron_dwm.preprocess.write.outputs import GrowingOutputs
+from megatron_dwm.preprocess.write.run_record import RunRecord
+from megatron_dwm.preprocess.write.sidecar import SidecarColumns, facts_of
+from megatron_dwm.preprocess.write.workspace import Workspace
 from megatron_dwm.tokenizer import Tokenizer, build_tokenizer, remembered_engine
-
-_JUDGED_AFTER_RECORDS = 1000
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class Stopped(Exception):
-    """The run was asked to stop and did; it can be resumed."""
+    """Raised when the run has stopped because it was asked to; it can be resumed."""
 
 
 def preprocess(
     settings: PreprocessSettings, should_stop: Callable[[], bool] = lambda: False
 ) -> PreprocessSummary:
-    """Write one dataset for each JSON key and say what became of the records.
+    """Write one dataset for each JSON key and return the totals.
 
-    `should_stop` is asked after every chunk; when it says so the run makes a checkpoint and raises
-    `Stopped`. Raises `UserError` for a missing or damaged input, an unusable tokenizer, an output
-    that exists, a bad record (unless they are to be skipped), a key that no record has, a corpus
-    without a single token, and a full disk. What was done before the last checkpoint is kept for
+    `should_stop` is called after every chunk; if it returns True the run makes a checkpoint and
+    raises `Stopped`. Raises `UserError` for a missing or damaged input, an unusable tokenizer, an
+    output that exists, a bad record (unless they are skipped), a key that no record has, a corpus
+    without a single token, and a full disk. The work before the last checkpoint is kept for
     `resume`.
     """
     everything = find_inputs(settings.inputs)
@@ -69,39 +67,36 @@ def preprocess(
         include_special_tokens=settings.include_special_tokens and not settings.pretokenized,
     )
     record = RunRecord.of(settings, inputs, tokenizer)
-    targets = Targets(prefix=settings.prefix, keys=settings.json_keys)
-    targets.require_possible_names()
-    if settings.resume and targets.record.exists():
-        return complete_run(targets, record)
+    final_paths = FinalPaths(prefix=settings.prefix, keys=settings.json_keys)
+    final_paths.require_possible_names()
+    if settings.resume and final_paths.record.exists():
+        return read_summary(final_paths, record)
     with (
         _disk_errors(settings),
         Workspace(settings.prefix, record, resume=settings.resume) as workspace,
     ):
-        if workspace.progress.phase == "reading":
-            targets.refuse_existing()
+        if workspace.state.phase == "reading":
+            final_paths.refuse_existing()
             run = _Run(settings, inputs, tokenizer, workspace, should_stop)
             run.read_all()
             run.complete()
-        publish(workspace, targets, record)
-        return summary_of(targets, workspace.progress)
+        move_into_place(workspace, final_paths, record)
+        return summary_of(final_paths, workspace.state)
 
 
 @contextmanager
 def _disk_errors(settings: PreprocessSettings) -> Iterator[None]:
-    """A full or read-only disk as one clear line."""
+    """Turn a full or read-only disk into a `UserError`."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_SPACE:
+        words = why_unwritable(error)
+        if words is None:
             raise
         raise UserError(
-            f"{settings.prefix}: the output cannot be written ({_words(error)}); nothing has "
+            f"{settings.prefix}: the output cannot be written ({words}); nothing has "
             "its final name yet; make room and run the same command with --resume"
         ) from None
-
-
-def _words(error: OSError) -> str:
-    return error.strerror or " ".join(str(error).split())
 
 
 @dataclass
@@ -115,8 +110,8 @@ class _Run:
     should_stop: Callable[[], bool]
 
     def __post_init__(self) -> None:
-        self._progress = self.workspace.progress
-        self._is_judged = False
+        self._state = self.workspace.state
+        self._checks = RecordChecks(self.settings, self.workspace)
         self._refuse_mixed_modes()
 
     def read_all(self) -> None:
@@ -130,7 +125,7 @@ class _Run:
         )
         with closing(outputs):
             self._read_into(outputs)
-            self._judge_all()
+            self._checks.all_records()
             outputs.checkpoint()
             outputs.check_counts()
 
@@ -144,8 +139,15 @@ class _Run:
             token_dtype(self.tokenizer.vocab_size),
         )
         with closing(outputs):
-            outputs.finish(self._columns())
-        self._progress.phase = "publishing"
+            outputs.finish(
+                SidecarColumns(
+                    metadata_keys=self.settings.metadata_keys,
+                    kinds=tuple(self._state.kinds),
+                    source_names=tuple(entry.name for entry in self.inputs),
+                    facts=facts_of(self.tokenizer, append_eod=self.settings.append_eod),
+                )
+            )
+        self._state.phase = "publishing"
         self.workspace.save()
 
     def _read_into(self, outputs: GrowingOutputs) -> None:
@@ -158,9 +160,12 @@ class _Run:
             max_record_bytes=settings.max_record_bytes,
             chunk_bytes=settings.chunk_bytes,
         )
-        chunks = read_inputs(self.inputs, self._progress.position, read)
+        chunks = read_inputs(self.inputs, self._state.position, read)
         encoded = encode_all(
-            self._encoding(), choice.build, chunks, num_workers=settings.num_workers
+            _encode_settings(settings, self.tokenizer),
+            choice.build,
+            chunks,
+            num_workers=settings.num_workers,
         )
         last_checkpoint_s = time.monotonic()
         # Closed at once, so that an error does not wait for workers that go on tokenizing.
@@ -169,7 +174,7 @@ class _Run:
                 self._refuse_rejects(chunk)
                 outputs.add(chunk)
                 bar.advance(chunk.consumed_bytes, len(chunk.rows))
-                self._judge_beginning()
+                self._checks.first_records()
                 if self.should_stop():
                     outputs.checkpoint()
                     raise Stopped
@@ -178,30 +183,7 @@ class _Run:
                     last_checkpoint_s = time.monotonic()
 
     def _bytes_left(self) -> int:
-        return sum(entry.size_bytes for entry in self.inputs[self._progress.position.input :])
-
-    def _encoding(self) -> EncodeSettings:
-        settings = self.settings
-        return EncodeSettings(
-            documents=DocumentSettings(
-                json_keys=settings.json_keys,
-                metadata_keys=settings.metadata_keys,
-                max_record_bytes=settings.max_record_bytes,
-                vocab_size=self.tokenizer.vocab_size,
-                pretokenized=settings.pretokenized,
-            ),
-            dtype=token_dtype(self.tokenizer.vocab_size),
-            around=self.tokenizer.around,
-            eod_id=self.tokenizer.eod_id if settings.append_eod else None,
-        )
-
-    def _columns(self) -> SidecarColumns:
-        return SidecarColumns(
-            metadata_keys=self.settings.metadata_keys,
-            kinds=tuple(self._progress.kinds),
-            source_names=tuple(entry.name for entry in self.inputs),
-            facts=facts_of(self.tokenizer, append_eod=self.settings.append_eod),
-        )
+        return sum(entry.size_bytes for entry in self.inputs[self._state.position.input :])
 
     def _refuse_rejects(self, chunk: EncodedChunk) -> None:
         if self.settings.on_bad_record == "error" and chunk.rejects:
@@ -212,11 +194,11 @@ class _Run:
             )
 
     def _refuse_mixed_modes(self) -> None:
-        """Skipping may begin with a resume; it may not end with one."""
-        if self.settings.on_bad_record == "error" and self._progress.num_rejected:
+        """Refuse to resume with --on-bad-record error if records have been skipped."""
+        if self.settings.on_bad_record == "error" and self._state.num_rejected:
             raise UserError(
                 f"{self.workspace.path}: cannot resume with --on-bad-record error: "
-                f"{self._progress.num_rejected} records have been skipped"
+                f"{self._state.num_rejected} records have been skipped"
             )
 
     def _refuse_changed_inputs(self) -> None:
@@ -225,46 +207,17 @@ class _Run:
                 self.workspace.remove()
                 raise UserError(f"{entry.name}: changed while it was read; begin again")
 
-    def _judge_beginning(self) -> None:
-        """Stop early, or warn, where a key is in no record of the first thousand."""
-        if self._is_judged or self._progress.records < _JUDGED_AFTER_RECORDS:
-            return
-        self._is_judged = True
-        if self._progress.num_rejected == self._progress.records:
-            self.workspace.remove()
-            raise UserError(
-                f"none of the first {self._progress.records} records is a document; the first: "
-                f"{self._progress.first_reject}"
-            )
-        for key in self._metadata_not_seen():
-            warn(
-                f"--metadata-keys {key}: not in any of the first {self._progress.records} records; "
-                "its column stays empty where no record has it"
-            )
 
-    def _judge_all(self) -> None:
-        """Refuse to write a dataset of nothing."""
-        for key, counts in self._progress.keys.items():
-            if counts.tokens == 0 and self.settings.num_shards == 1:
-                self.workspace.remove()
-                raise UserError(self._why_nothing(key))
-        if not self._is_judged:  # what was said of the first thousand is not said again
-            for key in self._metadata_not_seen():
-                warn(f"--metadata-keys {key}: no record has this key; its column is empty")
-        for key, kind in zip(self.settings.metadata_keys, self._progress.kinds, strict=True):
-            if kind == "mixed":
-                warn(
-                    f"--metadata-keys {key}: fractions, and whole numbers beyond 2^53, which a "
-                    "double would round: its column holds strings"
-                )
-
-    def _metadata_not_seen(self) -> list[str]:
-        pairs = zip(self.settings.metadata_keys, self._progress.metadata_seen, strict=True)
-        return [key for key, is_seen in pairs if not is_seen]
-
-    def _why_nothing(self, key: str) -> str:
-        where = ", ".join(self.settings.inputs)
-        records = self._progress.records
-        if self._progress.num_rejected == records > 0:
-            return f"all {records} records were rejected; the first: {self._progress.first_reject}"
-        return f'{where}: no document with any text under "{key}"; nothing to write'
+def _encode_settings(settings: PreprocessSettings, tokenizer: Tokenizer) -> EncodeSettings:
+    return EncodeSettings(
+        documents=DocumentSettings(
+            json_keys=settings.json_keys,
+            metadata_keys=settings.metadata_keys,
+            max_record_bytes=settings.max_record_bytes,
+            vocab_size=tokenizer.vocab_size,
+            pretokenized=settings.pretokenized,
+        ),
+        dtype=token_dtype(tokenizer.vocab_size),
+        around=tokenizer.around,
+        eod_id=tokenizer.eod_id if settings.append_eod else None,
+    )

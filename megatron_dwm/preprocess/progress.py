@@ -1,4 +1,4 @@
-"""How far a long pass over files is: a bar on a terminal, now and then a plain line elsewhere."""
+"""Progress over input files: a bar on a terminal, a plain line every half minute elsewhere."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _LINE_INTERVAL_S = 30.0
 
 
 @dataclass(kw_only=True)
-class Progress:
-    """Counts bytes of input and documents; `advance` after every batch."""
+class ByteProgress:
+    """Counts bytes of input and documents; call `advance` after every batch."""
 
     total_bytes: int
     bar: tqdm | None
@@ -24,7 +24,7 @@ class Progress:
     last_line_s: float = 0.0
 
     def advance(self, num_bytes: int, documents: int) -> None:
-        """Add what a batch took."""
+        """Count a batch of documents and the bytes of input that it took."""
         self.done_bytes += num_bytes
         self.documents += documents
         if self.bar is not None:
@@ -37,10 +37,10 @@ class Progress:
 
 
 @contextmanager
-def progress_over(total_bytes: int) -> Iterator[Progress]:
-    """Progress over `total_bytes` of input files (compressed size, if they are)."""
+def progress_over(total_bytes: int) -> Iterator[ByteProgress]:
+    """Show progress over `total_bytes` of input files (of compressed ones their size on disk)."""
     if not sys.stderr.isatty():
-        yield Progress(total_bytes=total_bytes, bar=None, last_line_s=time.monotonic())
+        yield ByteProgress(total_bytes=total_bytes, bar=None, last_line_s=time.monotonic())
         return
     with tqdm(total=total_bytes, unit="B", unit_scale=True) as bar:
-        yield Progress(total_bytes=total_bytes, bar=bar)
+        yield ByteProgress(total_bytes=total_bytes, bar=bar)

@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
+from megatron_dwm.preprocess.encode.metadata import Kind
+
 Reason = Literal[
     "broken JSON",
     "missing key",
@@ -16,11 +18,15 @@ Reason = Literal[
     "truncated compressed stream",
     "over-long line",
 ]
-"""Why a record is no document; the counts at the end are by these."""
+"""Why a record is no document; the summary counts records by reason."""
+
+
+Content = str | list[str] | np.ndarray
+"""What a document is made from: a text, a list of texts (its sequences), or an array of ids."""
 
 
 class BadRecord(Exception):
-    """A record that is no document; its message says why in a few words."""
+    """Raised for a record that is no document; its message says why in a few words."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)
@@ -42,19 +48,19 @@ class Reject:
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """How far the inputs are read; a run resumes from one."""
+    """How far the inputs are read: where a run resumes."""
 
     input: int = 0
     """index of the input"""
     offset: int = 0
-    """decompressed bytes of it (JSON Lines) or rows (everything else) that are read"""
+    """decompressed bytes (JSON Lines) or rows (other formats) of it that are read"""
     record: int = 0
     """number of the next record in it"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Some consecutive records of one input, not yet looked at."""
+    """Some consecutive records of one input, before they are parsed."""
 
     source: int
     """index of the input"""
@@ -69,11 +75,11 @@ class Chunk:
     consumed_bytes: int
     """bytes of the file (compressed, if it is) read for this chunk, for progress"""
     rejects: tuple[Reject, ...] = ()
-    """records after `content` that the reader itself found to be none"""
+    """records after `content` that the reader itself rejects"""
 
     @property
     def size_bytes(self) -> int:
-        """Memory of the content."""
+        """Bytes of memory that the content takes."""
         return len(self.content) if isinstance(self.content, bytes) else self.content.nbytes
 
 
@@ -83,15 +89,15 @@ class Documents:
 
     numbers: list[int] = field(default_factory=list)
     """0-based position of each document in its file"""
-    texts: list[list[object]]
-    """for each of the JSON keys a text, a list of texts or an array of ids a document"""
+    texts: list[list[Content]]
+    """for each of the JSON keys the content of every document"""
     metadata: list[list[object]]
-    """for each of the metadata keys a JSON value a document; None where it has none"""
+    """for each metadata key the JSON value of every document; None where it has none"""
     metadata_seen: list[bool]
-    """for each of the metadata keys whether any record has it (a null counts)"""
+    """for each metadata key True if any record has it (a null counts)"""
     rejects: list[Reject] = field(default_factory=list)
     num_records: int = 0
-    """records counted before anything was made of them"""
+    """records read, counted before they are parsed"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,13 +106,13 @@ class EncodedKey:
 
     ids: np.ndarray
     """all ids one after the other, in the type of the `.bin`"""
-    marks: np.ndarray
-    """int32: the lengths of the sequences, and which begin a document (index_file.py)"""
+    signed_lengths: np.ndarray
+    """int32: the lengths of the sequences, and which begin a document (index_writer.py)"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedChunk:
-    """What became of the records of a chunk, in their order."""
+    """The documents and rejects of a chunk, encoded, in order."""
 
     source: int
     source_file: str
@@ -115,8 +121,8 @@ class EncodedChunk:
     num_records: int
     keys: list[EncodedKey]
     rows: pa.RecordBatch
-    """a row a document for the sidecar's draft"""
-    kinds: list[str]
-    """for each metadata key what its values are (metadata.py)"""
+    """the sidecar's draft: a row for each document"""
+    kinds: list[Kind]
+    """for each metadata key the kind of its values (metadata.py)"""
     metadata_seen: list[bool]
     rejects: list[Reject]

@@ -1,15 +1,14 @@
-"""What the user asks for, and where it goes."""
+"""What the user asks of `tools/preprocess_data.py`."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.lines import CHUNK_BYTES
-from megatron_dwm.preprocess.sidecar import OWN_COLUMNS
+from megatron_dwm.files.sidecar_format import OWN_COLUMNS
+from megatron_dwm.preprocess.read.lines import CHUNK_BYTES
 
 MAX_RECORD_BYTES = 32 << 20
 CHECKPOINT_INTERVAL_S = 30.0
@@ -17,7 +16,7 @@ CHECKPOINT_INTERVAL_S = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSettings:
-    """Fields are the options of `tools/preprocess_data.py`, and the size of a chunk."""
+    """The options of `tools/preprocess_data.py`, and the size of a chunk."""
 
     inputs: tuple[str, ...]
     output_prefix: str
@@ -26,7 +25,7 @@ class PreprocessSettings:
     json_keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
     include_special_tokens: bool = True
-    """whether texts get the special tokens that a tokenizer.json asks for"""
+    """True if texts get the special tokens that a tokenizer.json asks for"""
     num_workers: int = 1
     metadata_keys: tuple[str, ...] = ()
     on_bad_record: Literal["error", "skip"] = "error"
@@ -39,7 +38,7 @@ class PreprocessSettings:
     chunk_bytes: int = CHUNK_BYTES
 
     def __post_init__(self) -> None:
-        """Raises `UserError` for keys that cannot be and numbers out of range."""
+        """Check the keys and numbers. Raises `UserError` for an impossible one."""
         self._check_keys()
         if self.num_workers < 1:
             raise UserError(f"--workers {self.num_workers}: at least 1 is needed")
@@ -61,7 +60,7 @@ class PreprocessSettings:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Top-level names that hold all that is asked for."""
+        """Top-level columns of a table that hold the JSON keys and the metadata keys."""
         outer = [key.split(".")[0] for key in self.metadata_keys]
         return tuple(dict.fromkeys((*self.json_keys, *self.metadata_keys, *outer)))
 
@@ -82,24 +81,3 @@ class PreprocessSettings:
                 raise UserError(
                     f"--metadata-keys {key}: the sidecar has a column of its own so named"
                 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputPaths:
-    """Where one JSON key's dataset goes."""
-
-    sidecar: Path
-    bin: Path
-    idx: Path
-
-    @staticmethod
-    def of(stem: str) -> OutputPaths:
-        """The three files of the dataset with prefix `stem`."""
-        return OutputPaths(
-            sidecar=Path(stem + ".meta.parquet"), bin=Path(stem + ".bin"), idx=Path(stem + ".idx")
-        )
-
-    @staticmethod
-    def of_key(prefix: str, key: str) -> OutputPaths:
-        """Megatron-LM's names: PREFIX_KEY_document.bin and .idx."""
-        return OutputPaths.of(f"{prefix}_{key}_document")

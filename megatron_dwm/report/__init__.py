@@ -1,1 +1,1 @@
-"""What a run did, as tables and pictures; reads the files of a run and never imports torch."""
+"""Tables and plots of a run, from its files; never imports torch."""

@@ -1,8 +1,8 @@
-"""Pictures of a run; the one file that knows the plotting library.
+"""Plots of a run; no other file of the package imports the plotting library.
 
-Lines are named at their end rather than in a box, in colours that people with any kind of colour
-vision tell apart (Okabe and Ito's set, without its yellow, which is too pale for lines on white),
-with another dash once the colours are used up.
+Lines are labeled at their end rather than in a box. Their colors can be told apart with any kind of
+color vision (Okabe and Ito's set, without its yellow, which is too pale for lines on white); once
+the colors are used up, the dashes change.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 Dash = str | tuple[float, tuple[float, ...]]
 _DASHES: tuple[Dash, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
-_GREY = "#666666"
+_GRAY = "#666666"
 _FONT_POINTS = 10
 _PANELS_A_ROW = 3
 
@@ -35,14 +35,14 @@ def draw_weight_by_domain(
     """Write a PNG of the mean weight of each domain over steps, with a line at 1 (uniform)."""
     figure = _figure(9.0, 5.0)
     axes = figure.subplots()
-    _clean(axes, title, "optimiser step", "mean weight of a sample (1 = uniform)")
-    axes.axhline(1.0, color=_GREY, linewidth=1.0, linestyle=(0, (2, 2)), zorder=1)
+    _clean(axes, title, "optimizer step", "mean weight of a sample (1 = uniform)")
+    axes.axhline(1.0, color=_GRAY, linewidth=1.0, linestyle=(0, (2, 2)), zorder=1)
     for step in stage_starts:
         axes.axvline(step, color="#dddddd", linewidth=1.0, zorder=0)
     drawn = {name: line for name, line in series.items() if len(line.step)}
     for number, (name, line) in enumerate(drawn.items()):
         _line(axes, line, number, name, _dash(number))
-    _name_lines(axes, {name: line.value[-1] for name, line in drawn.items()})
+    _label_lines(figure, axes, {name: line.value[-1] for name, line in drawn.items()})
     _save(figure, path)
 
 
@@ -73,13 +73,13 @@ def draw_losses(
     rows = -(-len(panels) // columns)
     figure = _figure(4.2 * columns + 0.6, 3.1 * rows + 0.7)
     grid = figure.subplots(rows, columns, squeeze=False)
-    for place, axes in enumerate(grid.flat):
-        axes.set_visible(place < len(panels))
+    for number, axes in enumerate(grid.flat):
+        axes.set_visible(number < len(panels))
     for axes, (title, lines) in zip(grid.flat, panels, strict=False):
-        _clean(axes, title, "optimiser step", "loss (nats a token)")
+        _clean(axes, title, "optimizer step", "loss (nats a token)")
         for run, line in lines.items():
             number = list(training).index(run)
-            # Runs also differ in dashes: equal lines would hide one another.
+            # Dashes differ too, because equal lines would hide each other.
             _line(axes, line, number, run, _DASHES[number % len(_DASHES)])
         _write_last_values(axes, [lines.get(run) for run in training])
     handles, names = grid.flat[0].get_legend_handles_labels()
@@ -94,7 +94,7 @@ def _figure(width_inches: float, height_inches: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(
-            "pictures need matplotlib: install the extra with `pip install -e '.[report]'`"
+            "plots need matplotlib: install the extra with `pip install -e '.[report]'`"
         ) from error
     return Figure(figsize=(width_inches, height_inches), layout="constrained")
 
@@ -113,7 +113,7 @@ def _line(axes: Axes, series: Series, number: int, label: str, dash: Dash) -> No
     axes.plot(
         series.step,
         series.value,
-        color=_colour(number),
+        color=_color(number),
         linestyle=dash,
         linewidth=1.8,
         marker="o" if len(series.step) == 1 else None,
@@ -122,20 +122,20 @@ def _line(axes: Axes, series: Series, number: int, label: str, dash: Dash) -> No
 
 
 def _as_written(text: str) -> str:
-    """Text that comes from data: no dollar sign of it begins a formula."""
+    """Returns text that may come from data, whose dollar signs start no formula."""
     return printable(text).replace("$", r"\$")
 
 
-def _colour(number: int) -> str:
-    return _COLOURS[number % len(_COLOURS)]
+def _color(number: int) -> str:
+    return _COLORS[number % len(_COLORS)]
 
 
 def _dash(number: int) -> Dash:
-    return _DASHES[number // len(_COLOURS) % len(_DASHES)]
+    return _DASHES[number // len(_COLORS) % len(_DASHES)]
 
 
 def _write_last_values(axes: Axes, lines: Sequence[Series | None]) -> None:
-    """Write the last value of each line, in its colour, in the corner above a falling loss."""
+    """Write the last value of each line, in its color, in the corner above a falling loss."""
     for number, line in enumerate(lines):
         if line is not None and len(line.step):
             axes.annotate(
@@ -144,35 +144,35 @@ def _write_last_values(axes: Axes, lines: Sequence[Series | None]) -> None:
                 xycoords="axes fraction",
                 xytext=(-4, -4 - 1.4 * _FONT_POINTS * (number + 0.5)),
                 textcoords="offset points",
-                color=_colour(number),
+                color=_color(number),
                 fontsize=_FONT_POINTS,
                 ha="right",
                 va="center",
             )
 
 
-def _name_lines(axes: Axes, ends: Mapping[str, float]) -> None:
-    """Write each line's name and last value beside the axes, apart where lines end together."""
+def _label_lines(figure: Figure, axes: Axes, ends: Mapping[str, float]) -> None:
+    """Write each line's name and last value beside the axes, without overlaps."""
     axes.margins(x=0)
     low, high = axes.get_ylim()
-    height_points = axes.figure.get_size_inches()[1] * 72 * 0.8
+    height_points = figure.get_size_inches()[1] * 72 * 0.8
     gap = 1.35 * _FONT_POINTS / height_points
     names = sorted(ends, key=lambda name: ends[name])
-    places = spread(np.array([(ends[name] - low) / (high - low) for name in names]), gap)
-    for name, place in zip(names, places, strict=True):
+    heights = spread(np.array([(ends[name] - low) / (high - low) for name in names]), gap)
+    for name, height in zip(names, heights, strict=True):
         number = list(ends).index(name)
         axes.annotate(
             _as_written(f"{name}  {ends[name]:.2f}"),
             xy=(1.0, (ends[name] - low) / (high - low)),
             xycoords="axes fraction",
-            xytext=(1.06, place),
+            xytext=(1.06, height),
             textcoords="axes fraction",
-            color=_colour(number),
+            color=_color(number),
             fontsize=_FONT_POINTS,
             va="center",
             arrowprops={
                 "arrowstyle": "-",
-                "color": _colour(number),
+                "color": _color(number),
                 "linestyle": _dash(number),
                 "linewidth": 1.0,
                 "relpos": (0.0, 0.5),
@@ -182,20 +182,20 @@ def _name_lines(axes: Axes, ends: Mapping[str, float]) -> None:
         )
 
 
-def spread(places: np.ndarray, gap: float) -> np.ndarray:
-    """Sorted `places` moved as little as their order allows until neighbours are `gap` apart.
+def spread(heights: np.ndarray, gap: float) -> np.ndarray:
+    """Returns sorted `heights`, moved as little as possible, so that neighbors are `gap` apart.
 
-    Groups that touch are merged and centred on the mean of where their members wanted to be.
+    Groups that touch are merged and centered on the mean of their members' original heights.
     """
-    groups: list[list[float]] = []  # [sum of wanted first places, members]
-    for index, place in enumerate(places):
-        groups.append([place - index * gap, 1])
+    groups: list[list[float]] = []  # [sum of its first height by each member, members]
+    for index, height in enumerate(heights):
+        groups.append([height - index * gap, 1])
         while len(groups) > 1 and groups[-2][0] / groups[-2][1] > groups[-1][0] / groups[-1][1]:
             total, members = groups.pop()
             groups[-1][0] += total
             groups[-1][1] += members
     first = [total / members for total, members in groups for _ in range(int(members))]
-    return np.array(first) + gap * np.arange(len(places))
+    return np.array(first) + gap * np.arange(len(heights))
 
 
 def _save(figure: Figure, path: Path) -> None:

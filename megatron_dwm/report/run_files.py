@@ -1,8 +1,8 @@
-"""Reading the files of a run: `metrics.jsonl` and `weights/*.parquet`.
+"""Reads the files of a run: `metrics.jsonl` and `weights/*.parquet`.
 
-A run may be read while it is written: an unfinished last line is left out. A step that was written
-twice (the run died after it and was resumed before it) counts once, with what was written last.
-Sample ids are compared inside their numbering (column `source`) only.
+A run may be read while it is still writing: an unfinished last line is ignored. If a step was
+written twice (the run was killed after it and resumed before it), the last record counts.
+Sample ids are compared only within the same `source` column.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ class WeightRecords:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, one for each phase and step, sorted by step.
+    """Returns the lines of `metrics.jsonl`, one for each phase and step, sorted by step.
 
     Raises:
-        UserError: `run_dir` is no run, or a line is broken.
+        UserError: `run_dir` is not a run, or a line is broken.
     """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
-        raise UserError(f"{run_dir} is no run: it has no metrics.jsonl")
+        raise UserError(f"{run_dir} is not a run: it has no metrics.jsonl; name a run's directory")
     latest: dict[tuple[str, int, int], dict[str, Any]] = {}
     with path.open("rb") as stream:
         for number, raw in enumerate(stream, start=1):
             if not raw.endswith(b"\n"):
-                break  # being written just now
+                break  # still being written
             if raw.strip():
                 record = _record(raw, f"{path} line {number}")
                 # Several weighting updates share a step; each is kept.
                 update = number if record["phase"] in ("weighting", "skipped_update") else 0
                 latest[record["phase"], record["step"], update] = record
     if not latest:
-        raise UserError(f"{path} has no finished line yet: wait for the run's first step")
+        raise UserError(f"{path} has no finished line yet; wait for the run's first step")
     return sorted(latest.values(), key=lambda record: record["step"])
 
 
@@ -72,14 +72,16 @@ def _record(raw: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(raw)
     except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}): is this file a run's?") from error
+        raise UserError(
+            f"{where} is not JSON ({error}); remove the line if it was cut short"
+        ) from error
     if not isinstance(record, dict) or not {"step", "phase"} <= set(record):
-        raise UserError(f"{where} has no step and phase: is this file a run's?")
+        raise UserError(f"{where} has no step and phase; expected a line that a run wrote")
     return record
 
 
 def read_weights(run_dir: Path) -> WeightRecords:
-    """All weights that the run recorded.
+    """Returns all weights that the run recorded.
 
     Raises:
         UserError: the run recorded none, or a file is broken.
@@ -105,9 +107,10 @@ def read_weights(run_dir: Path) -> WeightRecords:
 
 
 def _last_written(rows: pa.Table, file: np.ndarray) -> np.ndarray:
-    """Rows in the order of (step, source, sample); of a sample in several files, the last file's.
+    """Returns row numbers in the order of (step, source, sample), without superseded rows.
 
-    No file holds a step twice, so equal ids inside one are a passage that its batch has twice.
+    If several files have the same sample of a step, the last file counts. No file has a step twice,
+    so equal ids within one file are a passage that its batch has twice.
     """
     step, sample = rows["step"].to_numpy(), rows["sample_id"].to_numpy()
     _, source = _encode(rows["source"])
@@ -120,12 +123,12 @@ def _last_written(rows: pa.Table, file: np.ndarray) -> np.ndarray:
 
 
 def _encode(column: pa.ChunkedArray) -> tuple[tuple[str, ...], np.ndarray]:
-    """Sorted names, and the index of each row's name among them."""
+    """Returns the sorted names, and for each row the index of its name."""
     encoded = column.combine_chunks().dictionary_encode()
     found = encoded.dictionary.to_pylist()
     names = tuple(sorted(found))
-    place = np.array([names.index(name) for name in found])
-    return names, place[encoded.indices.to_numpy()]
+    index_of = np.array([names.index(name) for name in found])
+    return names, index_of[encoded.indices.to_numpy()]
 
 
 def _weight_table(path: Path) -> pa.Table:
@@ -138,12 +141,14 @@ def _weight_table(path: Path) -> pa.Table:
         return table.select(_WEIGHT_SCHEMA.names).cast(_WEIGHT_SCHEMA)
     except (pa.ArrowException, OSError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path} holds no weights of a run ({reason})") from error
+        raise UserError(
+            f"{path} has no weights of a run ({reason}); move it out of the folder"
+        ) from error
 
 
 def _guessed_source(alignment: pa.ChunkedArray) -> pa.ChunkedArray:
-    """For files of earlier versions, without the column: only updates recorded alignments.
+    """Returns the source column for files of older versions: `update` for rows with an alignment.
 
-    An update on the training batch is called `update` too, but its step has no other record.
+    That is wrong for updates on the training batch, but their steps have no other record.
     """
     return pc.if_else(alignment.is_null(), "training", "update")

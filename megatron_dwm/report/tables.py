@@ -1,4 +1,4 @@
-"""Numbers of a run for tables and pictures: functions of its files, without drawing."""
+"""Numbers of a run for tables and plots, computed from its files."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from megatron_dwm.report.run_files import WeightRecords, read_weights
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """A quantity over optimiser steps."""
+    """A quantity over optimizer steps."""
 
     step: np.ndarray
     value: np.ndarray
 
 
 def mean_weight_by_domain(run_dir: str | Path, last_steps: int) -> dict[str, float]:
-    """Mean weight of the samples of each domain over the last `last_steps` steps, by name.
+    """Returns the mean weight of each domain's samples over the last `last_steps` steps.
 
-    Steps count back from the last one with recorded weights. A domain without a sample there is
-    left out.
+    Steps count back from the last one with recorded weights. A domain without samples there is left
+    out.
 
     Raises:
         UserError: as `read_weights`.
@@ -37,10 +37,10 @@ def mean_weight_by_domain(run_dir: str | Path, last_steps: int) -> dict[str, flo
 
 
 def weight_by_domain_over_steps(records: WeightRecords, max_bins: int = 40) -> dict[str, Series]:
-    """Mean weight of each domain in equal bins of steps, placed at the bin's mean step.
+    """Returns the mean weight of each domain in equal bins of steps, at the bin's mean step.
 
-    A bin without a sample of a domain is left out of that domain's series. There are never more
-    bins than recorded steps.
+    A bin without samples of a domain is left out of that domain's series. There are at most as many
+    bins as recorded steps.
     """
     steps = np.unique(records.step)
     num_bins = min(max_bins, len(steps))
@@ -60,13 +60,13 @@ def weight_by_domain_over_steps(records: WeightRecords, max_bins: int = 40) -> d
 
 
 def first_steps_of_stages(records: WeightRecords) -> list[int]:
-    """First recorded step of every stage after the first."""
+    """Returns the first recorded step of every stage after the first."""
     stages = np.unique(records.stage)
     return [int(records.step[records.stage == stage].min()) for stage in stages[1:]]
 
 
 def training_loss(metrics: Sequence[dict[str, Any]], max_bins: int = 200) -> Series:
-    """Training loss (nats a token), averaged over bins of neighbouring steps."""
+    """Returns the training loss (nats a token), averaged over bins of consecutive steps."""
     pairs = [(r["step"], r["loss"]) for r in metrics if _has(r, "train", "loss")]
     num_bins = min(max_bins, len(pairs))
     if num_bins == 0:
@@ -76,14 +76,14 @@ def training_loss(metrics: Sequence[dict[str, Any]], max_bins: int = 200) -> Ser
 
 
 def skipped(metrics: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """How many steps and weighting updates were skipped, and why: count by "what: reason"."""
+    """Returns how many steps and weighting updates were skipped, by "what: reason"."""
     names = {"skipped": "step", "skipped_update": "weighting update"}
     found = [r for r in metrics if r["phase"] in names]
     return dict(Counter(f"{names[r['phase']]}: {r.get('reason', 'unknown')}" for r in found))
 
 
 def held_out_loss(metrics: Sequence[dict[str, Any]]) -> dict[str, Series]:
-    """Held-out loss of each domain (nats a token) at every evaluation, by name."""
+    """Returns the held-out loss (nats a token) of each domain at every evaluation, by name."""
     points: dict[str, list[tuple[float, float]]] = {}
     for record in metrics:
         if _has(record, "evaluation", "domain_loss"):
@@ -102,7 +102,7 @@ def _series(pairs: Sequence[tuple[float, float]]) -> Series:
 
 
 def _sums_by_domain(records: WeightRecords, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of weights and number of samples of each domain among the rows marked True."""
+    """Returns each domain's sum of weights and number of samples among the chosen rows."""
     codes, size = records.domain_code[rows], len(records.domains)
     sums = np.bincount(codes, weights=records.weight[rows], minlength=size)
     return sums, np.bincount(codes, minlength=size)

@@ -1,4 +1,4 @@
-"""Devices, process groups and the CPU bring-up; the only folder that knows parallel_state."""
+"""Devices, process groups and Megatron-Core on a CPU; only this folder uses parallel_state."""
 
 from megatron_dwm.runtime.bring_up import (
     Runtime,

@@ -1,4 +1,4 @@
-"""Processes, devices and Megatron's process groups: brought up once, passed on as a `Runtime`."""
+"""Starts processes, devices and Megatron's process groups; the result is a `Runtime`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -19,7 +19,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_dwm.config import ParallelConfig
-from megatron_dwm.runtime.cpu import redirect_cuda_to_cpu
+from megatron_dwm.launch import Launch, Launcher, find_launch
+from megatron_dwm.runtime.cpu import cuda_redirected_to_cpu
 from megatron_dwm.runtime.peers import Peers, meet
 
 Group = dist.ProcessGroup
@@ -27,13 +28,13 @@ Group = dist.ProcessGroup
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """Where this process stands. Groups are torch.distributed process groups.
+    """This process's device, ranks and process groups (torch.distributed).
 
     inner_group: the tensor- and pipeline-parallel processes that together hold one LLM replica.
     data_group: the processes that hold the same part of every replica.
-    side_group: the ranks of pipeline_group again, for messages beside the schedule's own; None
-        without pipeline parallelism.
-    peers: the other processes of the job; None where there are none.
+    side_group: a second group of the ranks in pipeline_group, for messages that do not belong to
+        the schedule; None without pipeline parallelism.
+    peers: the other processes of the job; None if there are none.
     """
 
     device: torch.device
@@ -56,64 +57,61 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """The one process that writes what is written once."""
+        """True for the process that writes files and prints; it is rank 0."""
         return self.rank == 0
 
     @property
     def is_first_stage(self) -> bool:
-        """Holds the input embedding."""
+        """True if this rank holds the input embedding."""
         return self.pipeline_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Holds the output layer and computes losses."""
+        """True if this rank holds the output layer and computes losses."""
         return self.pipeline_rank == self.pipeline_size - 1
 
     def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` of the last pipeline stage, in place, on every stage of the replica."""
+        """Copy `tensor` from the last pipeline stage to all stages, in place (collective)."""
         if self.pipeline_size > 1:
             source = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(tensor, source, group=self.pipeline_group)
         return tensor
 
     def barrier(self) -> None:
-        """Wait for every process of the job."""
+        """Wait for every process of the job (collective)."""
         if self.world_size > 1:
             dist.barrier()
 
 
 @contextmanager
 def bring_up(config: ParallelConfig, seed: int) -> Iterator[Runtime]:
-    """Initialise torch.distributed and Megatron's groups for as long as the context lasts.
+    """Initialize torch.distributed and Megatron's groups for the time of the context.
 
-    NCCL on GPUs, gloo on CPUs. A process started without torchrun is a job of one. On an exception
-    the groups are not taken down in an orderly way: a peer may be inside a collective that will
-    never end, so the process leaves, and the launcher ends the others. Where a collective failed
-    because a peer does not answer, LostPeer names it.
+    The backend is NCCL on GPUs and gloo on CPUs. A process that neither torchrun nor srun has
+    started among others is a job of one. After an exception the groups are not destroyed, because a
+    peer may be inside a collective that never ends: the process exits, and the launcher ends the
+    others. If a collective failed because a peer does not answer, raises LostPeer with its name.
     """
     _quiet_upstream()
-    set_here = _set_single_process_defaults()
+    launch = find_launch(os.environ)
     on_gpu = torch.cuda.is_available()
-    mode = None if on_gpu else redirect_cuda_to_cpu()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", _device_index(launch)) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    try:
-        with _joined(config, on_gpu) as peers:
-            _make_groups(config, on_gpu, seed)
-            yield _describe(device, peers, timedelta(seconds=config.timeout_s))
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
-    finally:
-        if mode is not None:
-            mode.__exit__(None, None, None)
-        for name in set_here:
-            del os.environ[name]
+    with (
+        _exported(launch),
+        nullcontext() if on_gpu else cuda_redirected_to_cpu(),
+        _joined(config, on_gpu) as peers,
+    ):
+        _make_groups(config, on_gpu, seed)
+        yield _describe(device, peers, timedelta(seconds=config.timeout_s))
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 @contextmanager
 def _joined(config: ParallelConfig, on_gpu: bool) -> Iterator[Peers | None]:
-    """The default process group, made."""
+    """Create the default process group; yields the peers, None in a job of one process."""
     backend, timeout = "nccl" if on_gpu else "gloo", timedelta(seconds=config.timeout_s)
     if world_size_from_environment() == 1:
         dist.init_process_group(backend, timeout=timeout)
@@ -134,16 +132,16 @@ def _joined(config: ParallelConfig, on_gpu: bool) -> Iterator[Peers | None]:
 
 
 def _make_groups(config: ParallelConfig, on_gpu: bool, seed: int) -> None:
-    """Megatron's groups, and the random generators."""
+    """Create Megatron's groups and seed the random generators."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=(
             config.virtual_stages if config.virtual_stages > 1 else None
         ),
-        # On CPU Megatron's groups are gloo already.
+        # On a CPU Megatron's groups are gloo groups already.
         create_gloo_process_groups=on_gpu,
-        # Megatron-Core makes a timedelta of it, which is exact for seconds as parts of a minute.
+        # Megatron-Core converts it to a timedelta, which is exact for seconds as parts of a minute.
         distributed_timeout_minutes=config.timeout_s / 60,
     )
     random.seed(seed)
@@ -176,46 +174,67 @@ def _describe(device: torch.device, peers: Peers | None, timeout: timedelta) -> 
 
 
 def _side_group(timeout: timedelta) -> Group | None:
-    """A second group of this rank's pipeline (collective over the world)."""
+    """Create a second group of this rank's pipeline (collective over the world)."""
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
     if pipeline_group.size() == 1:
         return None
-    everyones: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyones, dist.get_process_group_ranks(pipeline_group))
-    pipelines = sorted(map(list, {*map(tuple, everyones)}))
+    ranks_by_process: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(ranks_by_process, dist.get_process_group_ranks(pipeline_group))
+    pipelines = sorted(map(list, {*map(tuple, ranks_by_process)}))
     mine, _ = dist.new_subgroups_by_enumeration(pipelines, timeout=timeout)
     return mine
 
 
-def _set_single_process_defaults() -> list[str]:
-    """Make a process started without torchrun a job of one; what was set in the environment."""
-    if "RANK" in os.environ:
-        return []
+def _device_index(launch: Launch) -> int:
+    """Returns the number of this rank's GPU among those that it sees.
+
+    With --gpus-per-task, srun shows every rank its own GPU only.
+    """
+    own_only = launch.launcher is Launcher.SRUN and torch.cuda.device_count() == 1
+    return 0 if own_only else launch.local_rank
+
+
+@contextmanager
+def _exported(launch: Launch) -> Iterator[None]:
+    """Give torch and Megatron-Core torchrun's variables during the context, if they lack them."""
+    if launch.launcher is Launcher.TORCHRUN:
+        yield
+        return
+    values = {
+        "RANK": launch.rank,
+        "LOCAL_RANK": launch.local_rank,
+        "WORLD_SIZE": launch.world_size,
+        "MASTER_ADDR": launch.host,
+        "MASTER_PORT": launch.port or _free_port(),
+    }
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update({name: str(value) for name, value in values.items()})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
+
+
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    values = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    os.environ.update(values)
-    return list(values)
+        return probe.getsockname()[1]
 
 
 def _quiet_upstream() -> None:
-    """Megatron-Core warns on every start that optional GPU packages are missing."""
+    """Silence Megatron-Core, which warns on every start that optional GPU packages are missing."""
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
 def world_size_from_environment() -> int:
-    """Processes of this job, before any process group exists (torchrun's WORLD_SIZE)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Returns the number of processes in this job; needs no process group."""
+    return find_launch(os.environ).world_size
 
 
 def rank_from_environment() -> int:
-    """This process's rank, before any process group exists (torchrun's RANK)."""
-    return int(os.environ.get("RANK", "0"))
+    """Returns this process's rank; needs no process group."""
+    return find_launch(os.environ).rank

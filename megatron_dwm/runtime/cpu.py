@@ -1,14 +1,15 @@
 """Megatron-Core on a machine without a GPU.
 
-Megatron-Core 0.16.1 asks for CUDA devices by name. Without a GPU every such request is answered
-with the CPU, so that its own schedules, data-parallel wrapper and optimisers run unchanged over
-gloo. Each redirection below names the upstream line that it answers. Nothing here is active on a
-machine with a GPU.
+Megatron-Core 0.16.1 asks for CUDA devices by name. Without a GPU every such request gets the CPU,
+so that its own schedules, data-parallel wrapper and optimizers run unchanged over gloo. Each
+redirection below names the upstream lines that need it. Nothing here is active on a machine with a
+GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ _CPU = torch.device("cpu")
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Answers `device="cuda"`, `Tensor.cuda()` and `Tensor.type()` for tensors on the CPU.
+    """Redirects `device="cuda"`, `Tensor.cuda()` and `Tensor.type()` to tensors on the CPU.
 
     Upstream: `device="cuda"` in pipeline_parallel/schedules.py, optimizer/optimizer.py and
     optimizer/clip_grads.py; `param.type() == 'torch.cuda.FloatTensor'` in the two latter and in
@@ -48,25 +49,31 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, str) and device.startswith("cuda")
 
 
-def redirect_cuda_to_cpu() -> CudaMeansCpu:
-    """Redirect everything that Megatron-Core asks of CUDA; the mode that comes back is active.
+@contextmanager
+def cuda_redirected_to_cpu() -> Iterator[None]:
+    """Redirect to the CPU what Megatron-Core asks of CUDA, for the time of the context.
 
-    Leave it with `restore`. Must not be called on a machine with a GPU.
+    The replaced functions stay replaced afterwards; without a GPU they have no other use. Must not
+    be called on a machine with a GPU.
     """
     assert not torch.cuda.is_available()
-    # Answers `device=torch.cuda.current_device()`: pipeline_parallel/p2p_communication.py,
-    # tensor_parallel/layers.py, distributed/param_and_grad_buffer.py.
-    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment]
-    torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
-    torch.cuda.empty_cache = lambda: None  # type: ignore[assignment]
-    # Answers CudaRNGStatesTracker and CheckpointFunction in tensor_parallel/random.py: one
-    # generator, the CPU's, stands for CUDA's.
-    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()  # type: ignore
-    torch.cuda.manual_seed = torch.default_generator.manual_seed  # type: ignore[assignment]
-    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    _replace_functions()
     # jit.py compiles fused element-wise functions; a laptop may have no compiler.
     torch.compiler.set_stance("force_eager")
-    mode = CudaMeansCpu()
-    mode.__enter__()
-    return mode
+    with CudaMeansCpu():
+        yield
+
+
+def _replace_functions() -> None:
+    cuda: Any = torch.cuda
+    # For `device=torch.cuda.current_device()`: pipeline_parallel/p2p_communication.py,
+    # tensor_parallel/layers.py, distributed/param_and_grad_buffer.py.
+    cuda.current_device = lambda: _CPU
+    cuda.synchronize = lambda *_, **__: None
+    cuda.empty_cache = lambda: None
+    # For CudaRNGStatesTracker and CheckpointFunction in tensor_parallel/random.py: the CPU's
+    # generator takes the place of CUDA's.
+    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.manual_seed = torch.default_generator.manual_seed
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)

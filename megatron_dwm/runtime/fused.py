@@ -1,7 +1,7 @@
-"""Which fused kernels Megatron-Core will use here, by what it can import.
+"""Which fused kernels Megatron-Core will use here, from the modules that it can import.
 
-NVIDIA's apex is built from source; the package index gives its name to another project. So not the
-name is looked for but the compiled modules that Megatron-Core calls, which only NVIDIA's has.
+NVIDIA's apex is built from source, and another project has its name in the package index. So this
+file looks for the compiled modules that Megatron-Core calls, which only NVIDIA's apex has.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import importlib.util
 
 import torch
 
-# Megatron-Core's tensor_parallel/layers.py multiplies and accumulates with it.
+# The module with which Megatron-Core's tensor_parallel/layers.py multiplies and accumulates.
 GRADIENT_ACCUMULATION = "fused_weight_gradient_mlp_cuda"
-# Behind apex.optimizers.FusedAdam and apex.multi_tensor_apply.
+# The module behind apex.optimizers.FusedAdam and apex.multi_tensor_apply.
 MULTI_TENSOR = "amp_C"
 
 
@@ -21,7 +21,7 @@ def _installed(module: str) -> bool:
 
 
 def apex_finding() -> str:
-    """What stands under the name apex, in words."""
+    """Returns in words which package has the name apex."""
     if _installed(MULTI_TENSOR) and _installed("apex"):
         return "installed"
     if _installed("apex"):
@@ -30,14 +30,14 @@ def apex_finding() -> str:
 
 
 def gradient_accumulation_is_fused() -> bool:
-    """Whether weight gradients can be added to the gradient buffers by the product itself."""
+    """True if the kernel of the product can add weight gradients to the gradient buffers."""
     return torch.cuda.is_available() and _installed(GRADIENT_ACCUMULATION)
 
 
 def fused_pieces() -> list[tuple[str, str]]:
-    """(piece, active or what stands in for it and why), as Megatron-Core has decided."""
-    from megatron.core import optimizer  # noqa: PLC0415
-    from megatron.core.optimizer import clip_grads  # noqa: PLC0415
+    """Returns (piece, "fused" or the replacement with its reason), as Megatron-Core has decided."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import clip_grads
 
     fused = gradient_accumulation_is_fused()
     return [
@@ -52,14 +52,14 @@ def fused_pieces() -> list[tuple[str, str]]:
 
 
 def _swiglu() -> str:
-    """Megatron-Core's own kernel; which layers have it, model/llm.py says."""
+    """Returns the state of Megatron-Core's own kernel; model/llm.py says which layers use it."""
     if torch.cuda.is_available() and _installed("transformer_engine"):
         return "fused in Transformer Engine's layers, torch.compile"
     return "plain: needs a GPU and Transformer Engine"
 
 
 def _origin(module: str) -> str:
-    """Whose code a function is, from the module that defines it."""
+    """Returns the owner of a function, from the module that defines it."""
     owners = {
         "transformer_engine": "fused, Transformer Engine",
         "transformer_engine_torch": "fused, Transformer Engine",

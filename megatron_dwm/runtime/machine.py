@@ -1,4 +1,4 @@
-"""What this machine and installation offer, found without starting anything."""
+"""Describes this machine and installation without starting any process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FP8_CAPABILITY = (8, 9)
 
 
 def describe_machine() -> list[tuple[str, str]]:
-    """(what, finding) in the order in which a reader wants them."""
+    """Returns (name, finding) in the order in which a reader needs them."""
     return [
         ("python", platform.python_version()),
         *((name, _version(name)) for name in _PACKAGES),

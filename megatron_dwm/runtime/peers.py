@@ -1,12 +1,14 @@
-"""The other processes of a job: who has not come, and who does not answer any more.
+"""The other processes of a job: which are missing, and which have stopped answering.
 
-Every rank listens on a port of its own and leaves its address in the job's store before any process
-group is made. While training goes well nobody connects. When a collective fails, a rank connects to
-every other one and leaves a notice: the kernel takes it for as long as that process lives, whatever
-it is doing, and refuses once it has ended. Who refuses, and has left no notice before, has died.
+Every rank listens on its own port and writes its address into the job's store before any process
+group exists. Without failures nobody connects. When a collective fails, a rank connects to every
+other rank and sends a notice. As long as that process lives, its kernel accepts the connection,
+whatever the process is doing; after its end the connection is refused. A rank that refuses, and
+has sent no notice before, has died.
 
-One rank speaks: who finds notices of others leaves without a word, and of several that failed in
-the same moment the lowest. Neither needs the job's store, which may have died with rank 0.
+One rank reports the failure. A rank that has received notices exits silently; of several ranks that
+failed at the same moment, the lowest reports. This does not need the job's store, which may have
+died with rank 0.
 """
 
 from __future__ import annotations
@@ -27,15 +29,16 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from megatron_dwm.config.errors import LostPeer
+from megatron_dwm.config.errors import LostPeer, RunError
+from megatron_dwm.launch import Launch, find_launch
 
 _PREFIX = "megatron_dwm"
-_CONNECT_S = 3.0  # a host that is down does not refuse, it stays silent
-_MOMENT_S = 0.3  # ranks that fail within so long of each other fail in the same moment
-_OTHERS_S = 0.6  # those that do not speak let the one that does speak first
-_ENDING_S = 3.0  # a process that is killed may close its connections before its port
-_LATER_S = 3.0  # ranks that wait in the same collective give up within so long of each other
-_AT_ONCE = 256  # connections that are open at the same time
+_CONNECT_S = 3.0  # a host that is down does not refuse; it does not answer
+_MOMENT_S = 1.0  # ranks that fail within this time fail at the same moment, on a busy machine too
+_OTHERS_S = 1.5  # silent ranks wait, so that the reporting rank prints first
+_ENDING_S = 3.0  # a killed process may close its connections before its port
+_LATER_S = 3.0  # ranks that wait in the same collective give up within this time
+_AT_ONCE = 256  # connections open at the same time
 
 _BROKEN = re.compile(r"gloo/|Connection (closed|reset|refused)|Broken pipe|[Tt]imed? ?out")
 _TIMED_OUT = re.compile(r"[Tt]imed? ?out")
@@ -43,7 +46,7 @@ _TIMED_OUT = re.compile(r"[Tt]imed? ?out")
 
 @dataclass(frozen=True)
 class Peer:
-    """Where a rank runs, and the address at which it can be asked whether it lives."""
+    """The host of a rank, and the address and port at which it listens."""
 
     rank: int
     host: str
@@ -57,35 +60,35 @@ class Peers:
     def __init__(self, rank: int, ranks: list[Peer], listener: socket.socket) -> None:
         self._rank, self._others = rank, [peer for peer in ranks if peer.rank != rank]
         self._listener = listener
-        self._notices: dict[int, bool] = {}  # by rank, whether it is about to speak
+        self._notices: dict[int, bool] = {}  # by rank: True if it is about to report
         self._heard_s = time.monotonic()
 
     def heard(self) -> None:
-        """Every rank has just taken part in a collective."""
+        """Record that every rank has just taken part in a collective."""
         self._heard_s = time.monotonic()
 
     def raise_lost(self, error: Exception) -> NoReturn:
-        """Raise LostPeer if a collective failed with `error` because of a peer, else `error`.
+        """Raise LostPeer if a collective failed with `error` because of a peer, else raise `error`.
 
-        Leaves the process with 1 where another rank says what happened.
+        Exits with 1 if another rank reports the failure.
         """
         silent_s = time.monotonic() - self._heard_s
         is_ours = not _is_broken(error)
         self._read_notices()
-        speaks = is_ours or not self._notices
-        ended = self._leave_notice(speaks)
+        reports = is_ours or not self._notices
+        refused = self._send_notice(reports)
         if is_ours:
             raise error
         time.sleep(_MOMENT_S)
         self._read_notices()
-        if not speaks or any(says for rank, says in self._notices.items() if rank < self._rank):
+        if not reports or any(does for rank, does in self._notices.items() if rank < self._rank):
             time.sleep(_OTHERS_S - _MOMENT_S)
             sys.exit(1)
-        self._raise_what_happened(error, silent_s, ended)
+        self._raise_report(error, silent_s, refused)
 
-    def _raise_what_happened(self, error: Exception, silent_s: float, ended: set[Peer]) -> NoReturn:
+    def _raise_report(self, error: Exception, silent_s: float, refused: set[Peer]) -> NoReturn:
         timed_out = bool(_TIMED_OUT.search(str(error)))
-        if ended := self._have_ended(ended, 0.0 if timed_out else _ENDING_S):
+        if ended := self._find_ended(refused, 0.0 if timed_out else _ENDING_S):
             verb, owner = ("does", "its process has") if len(ended) == 1 else ("do", "they have")
             raise LostPeer(
                 f"{_names(ended)} {verb} not answer: {owner} ended; heard from last "
@@ -98,28 +101,28 @@ class Peers:
         waited_for = [peer for peer in self._others if peer.rank not in self._notices]
         raise LostPeer(
             f"no answer for {silent_s:.0f} s (parallel.timeout_s) from "
-            f"{_names(waited_for or self._others)}, though every process lives"
+            f"{_names(waited_for or self._others)}, though every process is alive"
         ) from error
 
-    def _leave_notice(self, speaks: bool) -> set[Peer]:
-        """Tell every other rank that this one leaves; those that refuse."""
-        return _refusing(self._others, f"{self._rank} {int(speaks)}".encode())
+    def _send_notice(self, reports: bool) -> set[Peer]:
+        """Tell every other rank that this one exits; returns the ranks that refuse."""
+        return _refusing(self._others, f"{self._rank} {int(reports)}".encode())
 
     def _read_notices(self) -> None:
         self._listener.setblocking(False)
-        with contextlib.suppress(OSError):  # until there is none left
+        with contextlib.suppress(OSError):  # until no connection is left
             while True:
                 with self._listener.accept()[0] as connection:
                     connection.setblocking(False)
-                    with contextlib.suppress(OSError):  # a question only
+                    with contextlib.suppress(OSError):  # a connection without a notice
                         words = connection.recv(64).split()
                         self._notices |= {int(words[0]): words[1] == b"1"} if words else {}
 
-    def _have_ended(self, before: set[Peer], patience_s: float) -> list[Peer]:
-        """The ranks that have died; asked until there is one."""
+    def _find_ended(self, refused_before: set[Peer], patience_s: float) -> list[Peer]:
+        """Returns the ranks that have died; asks again until one has, or patience ends."""
         deadline, pause_s = time.monotonic() + patience_s, 0.1
         while True:
-            refused = before | _refusing(self._others)
+            refused = refused_before | _refusing(self._others)
             self._read_notices()
             ended = [peer for peer in refused if peer.rank not in self._notices]
             if ended or time.monotonic() > deadline:
@@ -130,24 +133,17 @@ class Peers:
 
 @contextmanager
 def meet(timeout_s: int) -> Iterator[tuple[dist.Store, Peers]]:
-    """Wait until every rank has come; the store for torch's process groups, and the others.
+    """Wait until every rank has started; yields the store for torch's process groups and the peers.
 
-    The environment is torchrun's. Raises LostPeer if not all have come in `timeout_s`. Waits in
-    Python, so that Ctrl-C is obeyed.
+    Raises LostPeer if a rank has not started after `timeout_s`. Waits in Python, so that Ctrl-C
+    works.
     """
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    stored_by_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    launch = find_launch(os.environ)
+    rank, world_size = launch.rank, launch.world_size
+    is_here = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     deadline = time.monotonic() + timeout_s
-    address = _wait_for_store(rank == 0 and stored_by_rank_0, timeout_s)
-    whole = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        world_size,
-        rank == 0 and stored_by_rank_0,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
+    address = _wait_for_store(launch, timeout_s, is_here=is_here)
+    whole = _store(launch, timeout_s, is_here=is_here)
     store = dist.PrefixStore(_PREFIX, whole)
     with _listener(2 * world_size) as listener:
         port = listener.getsockname()[1]
@@ -159,22 +155,43 @@ def meet(timeout_s: int) -> Iterator[tuple[dist.Store, Peers]]:
         yield dist.PrefixStore("default_pg", whole), Peers(rank, ranks, listener)
 
 
-def _wait_for_store(is_here: bool, timeout_s: int) -> str:
-    """This rank's address as the others see it, once somebody answers at the store's."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+def _store(launch: Launch, timeout_s: int, *, is_here: bool) -> dist.Store:
+    """Returns the job's store, opened here or at rank 0."""
+    try:
+        return dist.TCPStore(
+            launch.host,
+            launch.port,
+            launch.world_size,
+            is_here,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except dist.DistNetworkError as error:
+        if not is_here or "EADDRINUSE" not in str(error):
+            raise
+        raise RunError(
+            f"rank 0 on {socket.gethostname()}: port {launch.port} is in use; start again, with "
+            "another MASTER_PORT if it repeats"
+        ) from error
+
+
+def _wait_for_store(launch: Launch, timeout_s: int, *, is_here: bool) -> str:
+    """Wait for the job's store to answer; returns this rank's address as the others see it."""
+    host, port = launch.host, launch.port
     deadline = time.monotonic() + timeout_s
     while not is_here:
         try:
             with socket.create_connection((host, port), timeout=_CONNECT_S) as connection:
                 mine = connection.getsockname()[0]
-            # From the store's own machine the way to it may be the loopback, where no other is.
+            # On the store's machine this may be the loopback, which other machines cannot reach.
             return host if mine.startswith("127.") or mine == "::1" else mine
         except OSError as error:
             if time.monotonic() > deadline:
                 raise LostPeer(
-                    f"rank {os.environ['RANK']} on {socket.gethostname()}: no answer for "
-                    f"{timeout_s} s (parallel.timeout_s) from rank 0, which was to be at "
-                    f"{host}:{port} (MASTER_ADDR, MASTER_PORT): {error}"
+                    f"rank {launch.rank} on {socket.gethostname()}: no answer for "
+                    f"{timeout_s} s (parallel.timeout_s) from rank 0, expected at {host}:{port} "
+                    f"(MASTER_ADDR, MASTER_PORT): {error}"
                 ) from error
             time.sleep(0.1)
     return host
@@ -185,13 +202,13 @@ def _wait_for_all(store: dist.Store, world_size: int, deadline: float, timeout_s
     while store.add("came", 0) < world_size:
         if time.monotonic() > deadline:
             absent = [r for r in range(world_size) if not store.check([f"rank/{r}"])]
-            speaks = store.add("speakers", 1) == 1
-            time.sleep(_OTHERS_S)  # the store may be this rank's, and the others look as late
-            if not speaks:
+            reports = store.add("speakers", 1) == 1
+            time.sleep(_OTHERS_S)  # this rank may hold the store, and the others still read it
+            if not reports:
                 sys.exit(1)
             raise LostPeer(
-                f"{_numbers(absent)} of {world_size} did not come in {timeout_s} s "
-                "(parallel.timeout_s): not started, or ended before; see what they say"
+                f"{_numbers(absent)} of {world_size} did not start within {timeout_s} s "
+                "(parallel.timeout_s), or ended before that; see their own output"
             )
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 0.5)
@@ -206,7 +223,7 @@ def _listener(backlog: int) -> socket.socket:
 
 
 def _refusing(peers: list[Peer], notice: bytes = b"") -> set[Peer]:
-    """Those that refuse a connection, or, where none does, those that do not answer it."""
+    """Returns the peers that refuse a connection; if none does, those that do not answer it."""
     refused: set[Peer] = set()
     silent: set[Peer] = set()
     for first in range(0, len(peers), _AT_ONCE):
@@ -219,7 +236,7 @@ def _connect(peers: list[Peer], notice: bytes, refused: set[Peer], silent: set[P
     for peer in peers:
         try:
             found = socket.getaddrinfo(peer.address, peer.port, type=socket.SOCK_STREAM)
-        except OSError:  # a name that is not known any more says nothing about the process
+        except OSError:  # a name that no longer resolves says nothing about the process
             continue
         one = socket.socket(found[0][0], socket.SOCK_STREAM)
         one.setblocking(False)
@@ -242,14 +259,14 @@ def _connect(peers: list[Peer], notice: bytes, refused: set[Peer], silent: set[P
 
 
 def _is_broken(error: Exception) -> bool:
-    """Whether it is a collective's failure, as torch and gloo report them."""
+    """True if torch or gloo report with it that a collective failed."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and bool(_BROKEN.search(str(error)))
 
 
 def _names(peers: list[Peer]) -> str:
-    """Such as `rank 1 on node7`, or `ranks 0, 1 on node7 and rank 4 on node8`."""
+    """Returns the peers in words, such as `ranks 0, 1 on node7 and rank 4 on node8`."""
     by_host: dict[str, list[int]] = {}
     for peer in peers:
         by_host.setdefault(peer.host, []).append(peer.rank)

@@ -1,12 +1,12 @@
-"""Where a run's time goes: ranges named after the loop's phases, for three tools.
+"""Ranges with the names of the loop's phases, for three profiling tools.
 
     torch   torch's profiler; one trace a rank in RUN_DIR/profile, for Perfetto or chrome://tracing
     nvtx    NVTX ranges, and the CUDA profiler on for the chosen steps only:
             nsys profile --capture-range=cudaProfilerApi ... python -m megatron_dwm.pretrain ...
     dlprof  the same ranges after DLProf's own annotations: dlprof --mode=pytorch ...
 
-`phase` is torch's `record_function`, which each of them shows. Cost: about a microsecond a phase
-while nothing profiles; the torch profiler slows the steps that it records, the others hardly do.
+`phase` is torch's `record_function`, which all three show. Cost: about a microsecond per phase
+without profiling. The torch profiler slows the steps that it records; the others hardly do.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_dwm.config import ProfilingConfig, UserError
 
-# NVIDIA's, from its own package index; what PyPI carries as nvidia-dlprof is an empty placeholder.
+# From NVIDIA's own package index; nvidia-dlprof on PyPI is an empty placeholder.
 DLPROF_MODULE = "nvidia_dlprof_pytorch_nvtx"
 
 Phase = Literal[
@@ -46,12 +46,12 @@ Phase = Literal[
 
 
 def phase(name: Phase) -> record_function:
-    """A context, or a function's decorator, whose range carries `name` in every tool."""
+    """Returns a context, or function decorator, whose range has the name `name` in every tool."""
     return record_function(name)
 
 
 def check_profiling(config: ProfilingConfig) -> None:
-    """Raise UserError where this machine cannot do what is asked for."""
+    """Raise UserError if this machine cannot run the configured profiling tool."""
     if config.tool == "dlprof" and importlib.util.find_spec(DLPROF_MODULE) is None:
         raise UserError(
             f"profiling.tool dlprof: needs NVIDIA's {DLPROF_MODULE}, which is not installed (it is "
@@ -67,7 +67,7 @@ class Window:
     """The steps of a run that this rank profiles."""
 
     def __init__(self, config: ProfilingConfig, directory: Path, rank: int) -> None:
-        """directory: receives the traces; made when the first one is written."""
+        """directory: for the traces; the first trace creates it."""
         self.config = config
         self.directory = directory
         self.rank = rank
@@ -77,7 +77,9 @@ class Window:
             importlib.import_module(DLPROF_MODULE).init()
 
     def before_step(self, number: int) -> None:
-        """`number` counts from 1; what happens before it, a weighting update, belongs to it."""
+        """Open or close the window before step `number`, from 1; a weighting update belongs to the
+        step that follows it.
+        """
         if not self.wanted:
             return
         inside = self.config.first_step <= number <= self.config.last_step
@@ -91,7 +93,7 @@ class Window:
             self.close()
 
     def close(self) -> None:
-        """Stop, and write what was recorded."""
+        """Stop profiling, and write the trace."""
         if self._open is not None:
             self._open.close()
             self._open = None
@@ -102,7 +104,7 @@ class Window:
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
         recording = profile(activities=activities)
-        # The last to leave: the trace is written after the recording has ended.
+        # Registered first, so it runs last: the trace is written after the recording has ended.
         self._open.callback(lambda: recording.export_chrome_trace(str(self._free_file())))
         self._open.enter_context(recording)
 
@@ -113,7 +115,7 @@ class Window:
         self._open.enter_context(emit_nvtx())
 
     def _free_file(self) -> Path:
-        """A name of its own: a resumed run profiles the same steps again."""
+        """Returns an unused file name, because a resumed run may profile the same steps again."""
         self.directory.mkdir(parents=True, exist_ok=True)
         stem = f"rank_{self.rank}_steps_{self.config.first_step}_{self.config.last_step}"
         names = [stem, *(f"{stem}_{number}" for number in range(1, 1000))]

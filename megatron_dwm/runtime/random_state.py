@@ -1,6 +1,6 @@
-"""The random number generators of this process, as something that a checkpoint can hold.
+"""State of this process's random number generators, for checkpoints.
 
-Tensors and plain numbers only, so that it is read back without unpickling objects.
+It has tensors and plain numbers only, so that a checkpoint can be read without unpickling objects.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 
 def random_state() -> dict[str, Any]:
-    """Python's, numpy's, torch's and Megatron-Core's generators."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    """Returns the state of Python's, numpy's, torch's and Megatron-Core's generators."""
+    legacy: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = legacy
     version, words, gauss = random.getstate()
     return {
         "python": [version, list(words), gauss],
@@ -27,7 +28,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Go on where `random_state` was called."""
+    """Set all generators to the state that `random_state` returned."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]

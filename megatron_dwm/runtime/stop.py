@@ -1,16 +1,16 @@
-"""Requests to stop or to save, seen by every process at the same place of the loop.
+"""Requests to stop or to save, which every process sees at the same point of the loop.
 
 SIGTERM, SIGUSR1 and SIGUSR2, or a file `stop` in the run directory, ask for a checkpoint and the
 end of the run; a file `save` asks for a checkpoint. A signal may reach one process only, so every
 poll is one all-reduce of four bytes over the world (none in one process), and four look-ups of file
-names in the main process. A file is removed when it has been seen. In the same place a run ends
-whose directory is gone.
+names in the main process. The poll removes a file that it has seen. It also ends a run whose
+directory is gone.
 
-Before the loop begins the signals keep their default action, the end of the process: it comes at
-once, in the middle of a wait for a peer too, where Python would not run a handler.
+Before the loop begins the signals keep their default action, the end of the process. So they work
+at once, also while the process waits for a peer, when Python would not run a handler.
 
-A second signal ends the process at once. Launchers and Slurm both deliver the first one, so that
-what comes within `REPEAT_S` of it counts as the same.
+A second signal ends the process at once. Launchers and Slurm both deliver the first signal, so a
+signal within `REPEAT_S` of the first counts as the same one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REPEAT_S = 2.0
 
 
 class Request(IntEnum):
-    """What is asked of the run; the larger one counts."""
+    """A request to the run; of several, the largest counts."""
 
     NONE = 0
     SAVE = 1
@@ -44,14 +44,14 @@ class Request(IntEnum):
 
 
 class StopSignals:
-    """What this process has been told."""
+    """The first stop signal that this process received."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._first_s = 0.0
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Take note of a signal; a second one gets its default action, which ends the process."""
+    def __call__(self, number: int, _: FrameType | None) -> None:
+        """Record a signal; a second one gets its default action, which ends the process."""
         now_s = time.monotonic()
         if self.received is not None and now_s - self._first_s > REPEAT_S:
             signal.signal(number, signal.SIG_DFL)
@@ -62,40 +62,40 @@ class StopSignals:
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """Signals are noted, not obeyed, for as long as the context lasts (main thread only)."""
-    told = StopSignals()
-    before = {number: signal.signal(number, told) for number in SIGNALS}
+    """Record signals instead of obeying them during the context (main thread only)."""
+    received = StopSignals()
+    before = {number: signal.signal(number, received) for number in SIGNALS}
     try:
-        yield told
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 class StopPoll:
-    """The same answer in every process."""
+    """Polls for requests; every process gets the same answer."""
 
     def __init__(
         self,
         runtime: Runtime,
         run_dir: Path,
-        told: StopSignals,
+        signals: StopSignals,
         is_lost: Callable[[], bool] = lambda: False,
     ) -> None:
-        """is_lost: whether the run directory is gone, asked of the main process."""
+        """is_lost: returns True if the run directory is gone; only the main process calls it."""
         self._runtime = runtime
         self._is_lost = is_lost
         self._run_dir = run_dir
-        self._told = told
+        self._signals = signals
         self._found_file = False
         self._answer = torch.zeros(1, dtype=torch.int32, device=runtime.device)
 
     def poll(self) -> Request:
-        """What has been asked for since the last poll; STOP by a signal stays (collective).
+        """Returns the largest request since the last poll; a signal's STOP stays (collective).
 
         Raises RunError, on every rank, if the run directory is gone.
         """
-        mine = Request.NONE if self._told.received is None else Request.STOP
+        mine = Request.NONE if self._signals.received is None else Request.STOP
         if self._runtime.is_main:
             mine = Request.LOST if self._is_lost() else max(mine, self._from_files())
         if self._runtime.world_size > 1:
@@ -106,18 +106,17 @@ class StopPoll:
             self._runtime.peers.heard()
         if mine is Request.LOST:
             raise RunError(
-                f"run.dir: {self._run_dir} was removed, moved or replaced while the run was "
-                "training in it, and what it has learned since the last checkpoint has no place to "
-                "go; bring the directory back, or name its new place, and go on with "
-                "--run.resume true"
+                f"run.dir: {self._run_dir} was removed, moved or replaced during training, so the "
+                "steps since the last checkpoint cannot be saved; put the directory back, or name "
+                "its new path, and continue with --run.resume true"
             )
         return mine
 
     @property
     def reason(self) -> str:
-        """Why the run stops, as far as this process knows."""
-        if self._told.received is not None:
-            return self._told.received.name
+        """The reason why the run stops, as far as this process knows."""
+        if self._signals.received is not None:
+            return self._signals.received.name
         return "the file stop" if self._found_file else "a signal to another rank"
 
     def _from_files(self) -> Request:

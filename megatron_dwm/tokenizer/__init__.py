@@ -1,4 +1,4 @@
-"""Text to token ids and back: one Protocol, two builders, one trainer, one fast engine.
+"""Text to token ids and back: the Tokenizer protocol, how to open one, a trainer, fast engines.
 
 tokenizer = open_tokenizer("corpus.model")          # or a tokenizer.json, or its directory
 tokenizer.decode(tokenizer.encode("Hello"))

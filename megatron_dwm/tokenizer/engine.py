@@ -1,15 +1,14 @@
-"""Many texts to ids at once, as fast as can be with the ids of the reference.
+"""Encodes many texts at once, as fast as possible with the same ids as the reference tokenizer.
 
-gigatoken encodes BPE vocabularies some twenty times faster than sentencepiece on a core. It is used
-only where it gives the reference's ids, which is tried on the texts of trial_texts.py; where it
-does not, the reference itself does the work and the choice says why. This is the only file that
-imports gigatoken.
+gigatoken encodes BPE vocabularies some twenty times faster than sentencepiece on one core. It is
+used only if it gives the reference's ids on the texts of trial_texts.py. Otherwise the reference
+encodes, and the choice says why. Only this file imports gigatoken.
 
-gigatoken reads the spelling of a special token ("</s>") in a document as that token. So its
-vocabulary is loaded without special tokens: then their spelling is text like any other.
+gigatoken reads the spelling of a special token ("</s>") in a document as that token. So it loads
+the vocabulary without special tokens; then their spelling is text like any other.
 
-Cost of choosing: about half a second for 32,000 pieces, most of it the reading of their merges; it
-is remembered (engine_memory.py), and costs some milliseconds then.
+Cost of choosing: about half a second for 32,000 pieces, mostly for reading their merges. The result
+is remembered (engine_memory.py), and then costs some milliseconds.
 """
 
 from __future__ import annotations
@@ -41,35 +40,38 @@ class Engine(Protocol):
     """Encodes texts; used by one thread at a time."""
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Ids of `texts`, none of which holds an unpaired surrogate."""
+        """Returns the ids of `texts`, none of which has an unpaired surrogate."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineChoice:
-    """The engine that encodes, and why if it is not the fast one."""
+    """The engine that encodes, and a warning if it is not the fast one."""
 
     name: str
     warning: str | None
-    """one line for the user where the reference has to do the work"""
+    """one line for the user if the reference has to encode"""
     build: Callable[[], Engine]
-    """a new engine: each thread has its own, so that their caches do not wait for each other"""
+    """makes a new engine; each thread has its own, so that caches do not wait for each other"""
 
 
 class ReferenceEngine:
-    """The reference, text after text. Threads run in parallel: both libraries free the lock."""
+    """Encodes with the reference, one text at a time. Both libraries release Python's lock, so
+    threads run in parallel.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Ids of `texts`."""
+        """Returns the ids of `texts`."""
         rows = [np.array(self._tokenizer.encode(text), dtype=np.int64) for text in texts]
         ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
         return EncodedTexts(ids=np.concatenate(rows or [np.zeros(0, np.int64)]), ends=ends)
 
 
 class GigatokenEngine:
-    """gigatoken on the calling thread."""
+    """Encodes with gigatoken on the calling thread."""
 
     def __init__(self, definition: str) -> None:
         import gigatoken
@@ -77,7 +79,7 @@ class GigatokenEngine:
         self._tokenizer = gigatoken.Tokenizer.from_json(definition)
 
     def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Ids of `texts`."""
+        """Returns the ids of `texts`."""
         if not texts:
             return EncodedTexts(ids=np.zeros(0, np.uint32), ends=np.zeros(0, np.int64))
         layout = self._tokenizer.encode_batch(list(texts), parallel=False).layout
@@ -87,7 +89,7 @@ class GigatokenEngine:
 
 
 def remembered_engine(tokenizer: Tokenizer) -> EngineChoice:
-    """`choose_engine`, with the trial only where this user has none of this tokenizer yet."""
+    """`choose_engine`, which skips the trial if its result for this tokenizer is remembered."""
     verdict = recall(tokenizer)
     if verdict is None:
         verdict = _try(tokenizer)
@@ -96,10 +98,10 @@ def remembered_engine(tokenizer: Tokenizer) -> EngineChoice:
 
 
 def choose_engine(tokenizer: Tokenizer) -> EngineChoice:
-    """gigatoken if it gives the ids of `tokenizer`, else `tokenizer` itself with a warning.
+    """Choose gigatoken if it gives the ids of `tokenizer`, else `tokenizer` itself with a warning.
 
-    Raises `UserError` for a tokenizer that turns the spelling of one of its control tokens in a
-    text into that token: any document could then end itself.
+    Raises `UserError` for a tokenizer that reads the spelling of a control token in a text as that
+    token: any document could then end itself.
     """
     return _choice(tokenizer, _try(tokenizer))
 
@@ -112,10 +114,10 @@ def _choice(tokenizer: Tokenizer, verdict: Verdict) -> EngineChoice:
 
 
 def _try(tokenizer: Tokenizer) -> Verdict:
-    """Encode the trial's texts with both; `UserError` as `choose_engine`."""
+    """Compare both on the trial's texts. Raises `UserError` as `choose_engine` does."""
     failure: BaseException | None = None
     definition = _Definition(text="", added_tokens=())
-    # Any way in which an optional accelerator fails means: do without it, and say so.
+    # Whatever error an optional accelerator raises, encode without it and warn.
     try:
         definition = without_special_tokens(tokenizer)
     except BaseException as error:
@@ -139,25 +141,25 @@ def _try(tokenizer: Tokenizer) -> Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class _Definition:
-    """A vocabulary as gigatoken reads it."""
+    """A vocabulary in gigatoken's format."""
 
     text: str
     added_tokens: tuple[str, ...]
-    """of the tokenizer, the special ones among them, which `text` leaves out"""
+    """the tokenizer's added tokens, with the special ones, which `text` leaves out"""
 
 
 def without_special_tokens(tokenizer: Tokenizer) -> _Definition:
-    """The vocabulary as gigatoken reads it, in which no text is special."""
+    """Returns the vocabulary in gigatoken's format, without special tokens."""
     if tokenizer.kind in JSON_KINDS:
         definition = json.loads(tokenizer.content)
     else:
-        # Not a public name of gigatoken: held by its exact version in setup.py.
+        # Not a public name of gigatoken; setup.py pins the exact version.
         from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
 
         definition = json.loads(sentencepiece_to_tokenizer_json(tokenizer.content))
     added = definition.get("added_tokens") or []
     definition["added_tokens"] = [token for token in added if not token["special"]]
-    definition["post_processor"] = None  # adds beginnings of sequence
+    definition["post_processor"] = None  # it adds beginnings of sequence
     definition["truncation"] = definition["padding"] = None
     return _Definition(
         text=json.dumps(definition), added_tokens=tuple(token["content"] for token in added)

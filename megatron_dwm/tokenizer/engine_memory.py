@@ -1,10 +1,10 @@
-"""What the trial of the fast engine said of a tokenizer, remembered from run to run.
+"""Remembers the result of the fast engine's trial for a tokenizer from run to run.
 
-`$XDG_CACHE_HOME/megatron_dwm/engines/KEY` (else under `~/.cache`), one file a tokenizer; KEY is a
-digest of the tokenizer's content and of the versions of the trial and of the libraries that took
-part. The file is a line of JSON and the definition that gigatoken loads, whose digest the line
-holds: a damaged file is none. The directory may be removed at any time; where it cannot be read or
-written, every run tries anew.
+The files are `$XDG_CACHE_HOME/megatron_dwm/engines/KEY` (else under `~/.cache`), one for each
+tokenizer. KEY is a digest of the tokenizer's content and of the versions of the trial and of its
+libraries. A file is a line of JSON and the definition that gigatoken loads. The line has a digest
+of the definition, so a damaged file is ignored. The directory may be removed at any time; if it
+cannot be read or written, every run repeats the trial.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from megatron_dwm.files.atomic import write_bytes
 from megatron_dwm.tokenizer.interface import Tokenizer
 
 _TRIAL = 2
-"""to be raised whenever the trial or what gigatoken is given changes"""
+"""version of the trial and of the definition that gigatoken gets; increase it with any change"""
 _LIBRARIES = ("gigatoken", "sentencepiece", "tokenizers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Whether gigatoken may encode in place of a tokenizer."""
+    """The result of a trial: may gigatoken encode in place of a tokenizer?"""
 
     why_not: str | None
-    """None if it may"""
+    """the reason against it; None if it may"""
     definition: str
-    """what gigatoken loads; empty if it may not"""
+    """the vocabulary that gigatoken loads; empty if it may not encode"""
 
 
 def recall(tokenizer: Tokenizer) -> Verdict | None:
-    """The verdict of an earlier trial; None if there is none that can be trusted."""
+    """Returns the verdict of an earlier trial; None without an intact one."""
     try:
         head, _, definition = _path(tokenizer).read_bytes().partition(b"\n")
         content = json.loads(head)
@@ -51,34 +51,27 @@ def recall(tokenizer: Tokenizer) -> Verdict | None:
 
 
 def remember(tokenizer: Tokenizer, verdict: Verdict) -> None:
-    """Keep `verdict`, at once or not at all; nothing happens where that is impossible."""
+    """Store `verdict` atomically; does nothing if the cache cannot be written."""
     definition = verdict.definition.encode("utf-8")
     digest = hashlib.sha256(definition).hexdigest()
     head = json.dumps({"why_not": verdict.why_not, "sha256": digest}).encode()
     with contextlib.suppress(OSError, RuntimeError):
         path = _path(tokenizer)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(head + b"\n" + definition)
-            Path(partial).replace(path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        write_bytes(path, head + b"\n" + definition, shared=True)
 
 
 def _path(tokenizer: Tokenizer) -> Path:
     asked = os.environ.get("XDG_CACHE_HOME")
     caches = Path(asked) if asked else Path.home() / ".cache"
-    marks = [
+    properties = [
         _TRIAL,
         *map(_version, _LIBRARIES),
         tokenizer.kind,
         tokenizer.eod_id,
         hashlib.sha256(tokenizer.content).hexdigest(),
     ]
-    key = hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps(properties).encode()).hexdigest()[:32]
     return caches / "megatron_dwm" / "engines" / key
 
 

@@ -1,4 +1,4 @@
-"""Reading a tokenizer's file, with one clear line where it cannot be read."""
+"""Reads a tokenizer's file, with a one-line error if that fails."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_dwm.config.errors import UserError
 
 
 def read_tokenizer_file(path: Path) -> bytes:
-    """Content of `path`; `UserError` if it is missing or cannot be read."""
+    """Returns the content of `path`. Raises `UserError` if it is missing or cannot be read."""
     try:
         return path.read_bytes()
     except FileNotFoundError:

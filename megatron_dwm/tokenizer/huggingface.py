@@ -1,11 +1,11 @@
-"""Hugging Face `tokenizer.json` files. The only file that imports tokenizers.
+"""Tokenizers from Hugging Face `tokenizer.json` files. Only this file imports tokenizers.
 
-Ids are those of `transformers` with one difference that is meant: the spelling of a special token
-in a document is text, as with `split_special_tokens=True`, so that no document can end itself.
+Ids are those of `transformers` with one intended difference: the spelling of a special token in a
+document is text, as with `split_special_tokens=True`, so that no document can end itself.
 
-Today's Megatron-LM (d98e8a6) takes `transformers`' ids with the special tokens that the file's
-post-processor puts around a text (Llama 3's beginning), unless told otherwise; 0.16.1 took them
-without, unless told otherwise. Here they are known apart, as `around`.
+By default Megatron-LM d98e8a6 takes `transformers`' ids with the special tokens that the file's
+post-processor puts around a text (Llama 3's beginning), and 0.16.1 takes them without. Here
+`around` has these tokens, apart from the text's ids.
 
 The end of a document is the `eos_token` of the `tokenizer_config.json` beside the file; without
 one, a special token with a usual name.
@@ -22,7 +22,7 @@ import tokenizers
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.tokenizer.files import read_tokenizer_file
-from megatron_dwm.tokenizer.interface import Piece, SpecialTokens
+from megatron_dwm.tokenizer.interface import Piece, PieceRole, SpecialTokens
 
 FILE_NAME = "tokenizer.json"
 _PROBES = ("a", "two words", "\n", "1 2")
@@ -31,7 +31,7 @@ _USUAL_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>"
 _USUAL_BEGINNINGS = ("<s>", "<|begin_of_text|>", "<bos>")
 
 
-class HuggingFaceModel:
+class HuggingFaceTokenizer:
     """A tokenizer read from a `tokenizer.json` or its directory (see `Tokenizer`)."""
 
     kind = "HuggingFaceTokenizer"
@@ -39,54 +39,60 @@ class HuggingFaceModel:
     def __init__(self, path: Path, *, include_special_tokens: bool = False) -> None:
         self.model_path = path / FILE_NAME if path.is_dir() else path
         content = read_tokenizer_file(self.model_path)
-        self._take_up(content, sha256=hashlib.sha256(content).hexdigest())
+        self._load_vocabulary(content, sha256=hashlib.sha256(content).hexdigest())
         self._name_ends(_named_tokens(self.model_path.with_name(_CONFIG_NAME)))
         if include_special_tokens:
             self.around = _special_tokens(self._tokenizer, self.model_path)
 
-    def _take_up(self, content: bytes, *, sha256: str) -> None:
-        """Take the vocabulary of a tokenizer.json; `sha256` is that of the file it came from."""
+    def _load_vocabulary(self, content: bytes, *, sha256: str) -> None:
+        """Load the vocabulary of a tokenizer.json; `sha256` is the digest of the file with it."""
         self.content = content
         self.sha256 = sha256
         self.around = SpecialTokens()
-        self._tokenizer = _load(content, self.model_path)
+        self._tokenizer: tokenizers.Tokenizer = _load(content, self.model_path)
         self._unknown = _unknown_token(content)
         self._controls = self._control_ids()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        # Megatron-LM counts the entries; ids may have holes, and every id has to be below.
+        # Megatron-LM counts the entries. Ids may have holes, and every id has to be below the size.
         self.vocab_size: int = max(len(vocabulary), 1 + max(vocabulary.values(), default=-1))
 
     def _name_ends(self, named: dict[str, str]) -> None:
+        """Set the ids of a document's end and beginning from the names of the tokens."""
         end = self._named_id(named.get("eos_token"), _USUAL_ENDS)
         if end is None:
             raise UserError(
-                f"{self.model_path}: which token ends a document is not known; put a "
+                f"{self.model_path}: the token that ends a document is not known; put a "
                 f'{_CONFIG_NAME} with "eos_token" beside it'
             )
         self.eod_id: int = end
         self.bos_id = self._named_id(named.get("bos_token"), _USUAL_BEGINNINGS)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` without beginning or end; `ValueError` for an unpaired surrogate."""
+        """Returns the ids of `text` without beginning or end.
+
+        Raises `ValueError` for an unpaired surrogate.
+        """
         text.encode("utf-8")
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; control tokens have none."""
+        """Returns the text of `ids`; control tokens have none."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def pieces(self) -> list[Piece]:
-        """The whole vocabulary in the order of the ids; an id without an entry is unused."""
+        """Returns the whole vocabulary in the order of the ids; ids without an entry are unused."""
         pieces = [Piece(text="", score=0.0, role="unused")] * self.vocab_size
         for text, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            role = "control" if text in self._controls else "normal"
-            pieces[i] = Piece(
-                text=text, score=0.0, role="unknown" if text == self._unknown else role
-            )
+            pieces[i] = Piece(text=text, score=0.0, role=self._role(text))
         return pieces
 
+    def _role(self, text: str) -> PieceRole:
+        if text == self._unknown:
+            return "unknown"
+        return "control" if text in self._controls else "normal"
+
     def control_ids(self) -> dict[str, int]:
-        """Spelling and id of every special token except the unknown one."""
+        """Returns spelling and id of every special token except the unknown one."""
         return dict(self._controls)
 
     def _control_ids(self) -> dict[str, int]:
@@ -100,7 +106,7 @@ class HuggingFaceModel:
             if token_id is None:
                 raise UserError(
                     f"{self.model_path.with_name(_CONFIG_NAME)}: {named!r} is no token of the "
-                    f"vocabulary in {self.model_path.name}"
+                    f"vocabulary in {self.model_path.name}; name one that it has"
                 )
             return token_id
         return next((self._controls[text] for text in usual if text in self._controls), None)
@@ -121,7 +127,10 @@ def _load(content: bytes, path: Path) -> tokenizers.Tokenizer:
 
 
 def _special_tokens(tokenizer: tokenizers.Tokenizer, path: Path) -> SpecialTokens:
-    """What the file's post-processor puts around a text; `UserError` if it depends on the text."""
+    """Returns the special tokens that the file's post-processor puts around a text.
+
+    Raises `UserError` if they depend on the text.
+    """
     found = set()
     for text in _PROBES:
         plain = tokenizer.encode(text, add_special_tokens=False).ids
@@ -129,11 +138,11 @@ def _special_tokens(tokenizer: tokenizers.Tokenizer, path: Path) -> SpecialToken
         first = (*whole.special_tokens_mask, 0).index(0)
         last = first + len(plain)
         if whole.ids[first:last] != plain:
-            first = -1  # not around the text
+            first = -1  # the tokens do not surround the text
         found.add((first, tuple(whole.ids[:first]), tuple(whole.ids[last:])))
     if len(found) > 1 or -1 in {first for first, *_ in found}:
         raise UserError(
-            f"{path}: its special tokens do not stand before and after a text; pass "
+            f"{path}: its special tokens are not before and after the text; pass "
             "--tokenizer-hf-no-include-special-tokens to leave them out"
         )
     [(_, before, after)] = found
@@ -141,7 +150,7 @@ def _special_tokens(tokenizer: tokenizers.Tokenizer, path: Path) -> SpecialToken
 
 
 def _unknown_token(content: bytes) -> str | None:
-    """Spelling of the token for what the vocabulary cannot spell; Unigram names it by its id."""
+    """Returns the spelling of the unknown token; Unigram models name it by its id."""
     model = json.loads(content).get("model", {})
     if model.get("type") == "Unigram" and model.get("unk_id") is not None:
         return model["vocab"][model["unk_id"]][0]
@@ -149,7 +158,7 @@ def _unknown_token(content: bytes) -> str | None:
 
 
 def _named_tokens(path: Path) -> dict[str, str]:
-    """`eos_token` and `bos_token` of a `tokenizer_config.json`, where it names them."""
+    """Returns `eos_token` and `bos_token` of a `tokenizer_config.json`, those that it names."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

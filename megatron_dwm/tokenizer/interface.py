@@ -1,4 +1,4 @@
-"""What the rest of the package knows about a tokenizer."""
+"""The interface of tokenizers to the rest of the package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ TOKENIZER_KINDS: tuple[str, ...] = get_args(TokenizerKind)
 """Values of `--tokenizer-type`, spelled as Megatron-LM spells them."""
 
 JSON_KINDS = ("HuggingFaceTokenizer", "TikTokenizer")
-"""those whose `content` is a tokenizer.json"""
+"""the kinds whose `content` is a tokenizer.json"""
+
+
+PieceRole = Literal["normal", "unknown", "control", "byte", "unused"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +29,8 @@ class Piece:
     """the piece as the model file spells it (U+2581 for a space, <0x0A> for a byte)"""
     score: float
     """BPE merges the pair with the highest score first; 0 for control and byte pieces"""
-    role: Literal["normal", "unknown", "control", "byte", "unused"]
-    """what the model uses the piece for"""
+    role: PieceRole
+    """the model's use of the piece"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,57 +42,70 @@ class SpecialTokens:
 
 
 class Tokenizer(Protocol):
-    """A vocabulary with an encoder and a decoder: the reference that fast engines are held to."""
+    """A vocabulary with an encoder and a decoder: the reference for the ids of fast engines."""
 
     @property
     def kind(self) -> str:
         """The `--tokenizer-type` it was built with."""
+        ...
 
     @property
     def model_path(self) -> Path:
         """File it was read from."""
+        ...
 
     @property
     def sha256(self) -> str:
-        """Hexadecimal SHA-256 of that file: two tokenizers are the same if it is."""
+        """Hexadecimal SHA-256 of that file: tokenizers with the same digest are the same."""
+        ...
 
     @property
     def content(self) -> bytes:
-        """For `JSON_KINDS` a `tokenizer.json`, which an export copies as it is; for the others a
-        SentencePiece model, which an export writes from `pieces`."""
+        """For `JSON_KINDS` a `tokenizer.json`, which an export copies; for the others a
+        SentencePiece model, which an export writes from `pieces`.
+        """
+        ...
 
     @property
     def vocab_size(self) -> int:
-        """Pieces in the vocabulary; every id is below it. Not padded."""
+        """Number of pieces in the vocabulary, without padding; every id is below it."""
+        ...
 
     @property
     def eod_id(self) -> int:
         """Id that ends a document (Megatron-LM takes the model's end of sequence)."""
+        ...
 
     @property
     def bos_id(self) -> int | None:
         """Id of the beginning of a sequence, which `encode` never adds; None if there is none."""
+        ...
 
     @property
     def around(self) -> SpecialTokens:
-        """What a document has around its text, besides its end; `encode` adds none of it."""
+        """Special tokens around a document's text, without its end; `encode` adds none of them."""
+        ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without beginning or end.
+        """Returns the ids of `text`, without beginning or end.
 
         The spelling of a control token in the text ("</s>") is text like any other, so no
         document can end itself. Raises `ValueError` for text with an unpaired surrogate, which
-        no UTF-8 file can hold.
+        UTF-8 cannot encode.
         """
+        ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; control tokens have none."""
+        """Returns the text of `ids`; control tokens have none."""
+        ...
 
     def pieces(self) -> list[Piece]:
-        """The whole vocabulary in the order of the ids (for export to other formats).
+        """Returns the whole vocabulary in the order of the ids (for export to other formats).
 
-        A `tokenizer.json` does not score its pieces: there `score` is 0.
+        A `tokenizer.json` has no scores; their `score` is 0.
         """
+        ...
 
     def control_ids(self) -> dict[str, int]:
-        """Spelling and id of every control token, which no text may ever become."""
+        """Returns spelling and id of every control token, which the ids of a text never contain."""
+        ...

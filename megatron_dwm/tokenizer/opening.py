@@ -1,14 +1,14 @@
-"""From a name on the command line or in a configuration to a tokenizer."""
+"""Opens the tokenizer that a command line or a configuration names."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.tokenizer.huggingface import HuggingFaceModel
+from megatron_dwm.tokenizer.huggingface import HuggingFaceTokenizer
 from megatron_dwm.tokenizer.interface import TOKENIZER_KINDS, Tokenizer
-from megatron_dwm.tokenizer.sentencepiece_model import SentencePieceModel
-from megatron_dwm.tokenizer.tiktoken_file import TikTokenModel, is_tiktoken
+from megatron_dwm.tokenizer.sentencepiece_model import SentencePieceTokenizer
+from megatron_dwm.tokenizer.tiktoken_file import TikTokenTokenizer, is_tiktoken
 
 _ALIASES = {"GPTSentencePieceTokenizer": "SentencePieceTokenizer"}
 
@@ -16,30 +16,30 @@ _ALIASES = {"GPTSentencePieceTokenizer": "SentencePieceTokenizer"}
 def build_tokenizer(
     kind: str, model: str | Path, *, include_special_tokens: bool = False
 ) -> Tokenizer:
-    """The tokenizer of type `kind` (`--tokenizer-type`) with the vocabulary in file `model`.
+    """Build the tokenizer of type `kind` (`--tokenizer-type`) from the vocabulary in file `model`.
 
-    include_special_tokens: whether its documents have the special tokens around their text that a
+    include_special_tokens: put the special tokens around the text of a document that a
     tokenizer.json asks for; the other types ask for none.
-    Raises `UserError` for an unknown type, a missing file, or a file that is no tokenizer of this
-    type with an end-of-sequence token.
+    Raises `UserError` for an unknown type, a missing file, or a file that is not a tokenizer of
+    this type with an end-of-sequence token.
     """
     kind = _ALIASES.get(kind, kind)
     if kind not in TOKENIZER_KINDS:
         known = ", ".join(TOKENIZER_KINDS)
         raise UserError(f"tokenizer type {kind!r} is not known; choose one of {known}")
     if kind == "HuggingFaceTokenizer":
-        return HuggingFaceModel(Path(model), include_special_tokens=include_special_tokens)
+        return HuggingFaceTokenizer(Path(model), include_special_tokens=include_special_tokens)
     if kind == "TikTokenizer":
-        return TikTokenModel(Path(model))
-    return SentencePieceModel(kind, Path(model))
+        return TikTokenTokenizer(Path(model))
+    return SentencePieceTokenizer(kind, Path(model))
 
 
 def open_tokenizer(model: str | Path, *, include_special_tokens: bool = False) -> Tokenizer:
-    """The tokenizer in `model`, of the type that its name and its first line tell.
+    """Open the tokenizer in `model`, whose name and first line determine its type.
 
-    A directory or a `.json` file is Hugging Face's, base64 and a rank Llama 3's own file, anything
-    else a SentencePiece model.
-    Raises `UserError` as `build_tokenizer`.
+    A directory or a `.json` file is Hugging Face's; a file of base64 tokens and ranks is Llama 3's
+    own; anything else is a SentencePiece model.
+    Raises `UserError` as `build_tokenizer` does.
     """
     path = Path(model)
     if path.is_dir() or path.suffix == ".json":

@@ -1,4 +1,4 @@
-"""SentencePiece models: read one, train one. The only file that imports sentencepiece.
+"""Reads and trains SentencePiece models. Only this file imports sentencepiece.
 
 Both tokenizer types of Megatron-LM that read a SentencePiece model give the same ids in
 Megatron-Core 0.16 (`megatron/core/tokenizers/text/utils/build_tokenizer.py`): the model's ids, no
@@ -7,7 +7,7 @@ Megatron-LM before its tokenizers moved to Megatron-Core put a beginning of sequ
 document; data of that time has ids that differ by that one token.)
 
 Training is BPE with the settings of Llama 2's model. Cost: some seconds for 10 MB of text on one
-core; all distinct words are held in memory.
+core, and memory for all distinct words.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from pathlib import Path
 import sentencepiece
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.config.outputs import require_possible_names, require_writable_parents
+from megatron_dwm.config.outputs import new_outputs
 from megatron_dwm.tokenizer.files import read_tokenizer_file
-from megatron_dwm.tokenizer.interface import Piece, SpecialTokens
+from megatron_dwm.tokenizer.interface import Piece, PieceRole, SpecialTokens
 
-# SentencePiece leaves out longer sentences without saying so, hence larger than any line.
+# SentencePiece silently skips longer sentences, so this is larger than any line.
 _MAX_LINE_BYTES = 1 << 30
 _ONLY_ERRORS = 2
 
 
-class SentencePieceModel:
+class SentencePieceTokenizer:
     """A tokenizer read from a SentencePiece model file (see `Tokenizer`)."""
 
     def __init__(self, kind: str, model_path: Path) -> None:
@@ -51,37 +51,43 @@ class SentencePieceModel:
             )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` without beginning or end; `ValueError` for an unpaired surrogate."""
+        """Returns the ids of `text` without beginning or end.
+
+        Raises `ValueError` for an unpaired surrogate.
+        """
         try:
             return self._processor.encode(text)
-        except RuntimeError as error:  # how the binding reports a str that UTF-8 cannot spell
+        except RuntimeError as error:  # the binding's error for a str that UTF-8 cannot encode
             text.encode("utf-8")
             raise AssertionError("sentencepiece refused text that is valid UTF-8") from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; control tokens have none."""
+        """Returns the text of `ids`; control tokens have none."""
         return self._processor.decode([int(i) for i in ids])
 
     def pieces(self) -> list[Piece]:
-        """The whole vocabulary in the order of the ids."""
+        """Returns the whole vocabulary in the order of the ids."""
         return [self._piece(i) for i in range(self.vocab_size)]
 
     def control_ids(self) -> dict[str, int]:
-        """Spelling and id of every control piece."""
+        """Returns spelling and id of every control piece."""
         model = self._processor
         return {model.id_to_piece(i): i for i in range(self.vocab_size) if model.is_control(i)}
 
     def _piece(self, piece_id: int) -> Piece:
         model = self._processor
+        text, score = model.id_to_piece(piece_id), model.get_score(piece_id)
+        return Piece(text=text, score=score, role=self._role(piece_id))
+
+    def _role(self, piece_id: int) -> PieceRole:
+        model = self._processor
         if model.is_unknown(piece_id):
-            role = "unknown"
-        elif model.is_control(piece_id):
-            role = "control"
-        elif model.is_byte(piece_id):
-            role = "byte"
-        else:
-            role = "unused" if model.is_unused(piece_id) else "normal"
-        return Piece(text=model.id_to_piece(piece_id), score=model.get_score(piece_id), role=role)
+            return "unknown"
+        if model.is_control(piece_id):
+            return "control"
+        if model.is_byte(piece_id):
+            return "byte"
+        return "unused" if model.is_unused(piece_id) else "normal"
 
 
 def train_sentencepiece(
@@ -95,30 +101,21 @@ def train_sentencepiece(
     """Train a BPE model on `texts` (any number of documents) and write it to file `output`.
 
     Layout and settings are Llama 2's: unk 0, bos 1, eos 2, no padding, bytes at 3..258, digits
-    split, a space put before the text, text left as it is, runs of spaces kept and allowed as
-    pieces. The same texts give the same file. Documents are cut into lines first, so that no
+    split, a space added before the text, no normalization, runs of spaces kept and allowed as
+    pieces. The same texts give the same file. Documents are split into lines first, so that no
     piece spans two lines and a line break stays one byte piece, as in Llama 2's vocabulary.
-    Characters beyond `character_coverage` of the text become bytes; `on_text_read` is called when
-    reading is over and learning begins. Missing parent directories are made. Raises `UserError` if
-    the vocabulary does not fit the texts, or `output` exists or cannot be written.
+    Characters beyond `character_coverage` of the text become bytes; `on_text_read` is called
+    between reading and learning. Raises `UserError` if the vocabulary does not fit the texts, or if
+    `output` exists or cannot be written.
     """
     output = Path(output)
-    partial = output.with_name(f"{output.name}.partial")
-    require_possible_names([output, partial])
-    if output.exists():
-        raise UserError(f"{output} exists; name another output file or remove it")
-    require_writable_parents([partial])
-    lines = _Lines(texts, on_text_read)
-    content = _train(lines, vocab_size, character_coverage)
-    try:
-        partial.write_bytes(content)
-        partial.rename(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_outputs([output]) as partials:
+        lines = _Lines(texts, on_text_read)
+        partials[output].write_bytes(_train(lines, vocab_size, character_coverage))
 
 
 class _Lines:
-    """Lines of texts. SentencePiece flattens an exception of its input to text; keep the real."""
+    """Iterates over lines, and keeps an exception, because SentencePiece turns it into a string."""
 
     def __init__(self, texts: Iterable[str], on_end: Callable[[], None]) -> None:
         self._texts = texts
@@ -166,7 +163,7 @@ def _train(lines: _Lines, vocab_size: int, character_coverage: float) -> bytes:
 
 
 def _explain(message: str, vocab_size: int) -> str:
-    """SentencePiece's complaint as one line that says what to do."""
+    """Returns SentencePiece's error as one line that says what to do."""
     too_large = re.search(r"too high.*?<= (\d+)", message, re.DOTALL)
     too_small = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
     if too_large:

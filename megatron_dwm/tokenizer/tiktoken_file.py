@@ -1,10 +1,10 @@
-"""Llama 3's own `tokenizer.model`: a line a token, its bytes in base64 and its rank.
+"""Llama 3's own `tokenizer.model`: one token per line, its bytes in base64 and its rank.
 
-Its ids are the ranks; the 256 special tokens that Meta's code adds follow them: the beginning of
-text first, then its end, which ends a document. The file is read as the tokenizer.json that gives
-the same ids, so the rest of the package knows no third kind of vocabulary; the `tiktoken` library
-is not needed. As with Megatron-LM's TikTokenizer, no text gets a beginning. (That one reads another
-file: a JSON list of tokens.)
+Ids are the ranks. The 256 special tokens that Meta's code adds follow them: first the beginning of
+text, then the end of text, which ends a document. The file is converted to the tokenizer.json with
+the same ids, so the rest of the package needs no third kind of vocabulary, nor the `tiktoken`
+library. As in Megatron-LM's TikTokenizer, no text gets a beginning. (That class reads another file:
+a JSON list of tokens.)
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Any
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.tokenizer.files import read_tokenizer_file
-from megatron_dwm.tokenizer.huggingface import HuggingFaceModel
+from megatron_dwm.tokenizer.huggingface import HuggingFaceTokenizer
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""how Llama 3 cuts a text before its tokens are merged"""
+"""how Llama 3 splits a text before it merges tokens"""
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 _NUM_SPECIAL = 256
 
 
-class TikTokenModel(HuggingFaceModel):
+class TikTokenTokenizer(HuggingFaceTokenizer):
     """A tokenizer read from Llama 3's file (see `Tokenizer`)."""
 
     kind = "TikTokenizer"
@@ -38,12 +38,12 @@ class TikTokenModel(HuggingFaceModel):
         self.model_path = path
         file = read_tokenizer_file(path)
         content = json.dumps(_tokenizer_json(_read_ranks(file, path))).encode()
-        self._take_up(content, sha256=hashlib.sha256(file).hexdigest())
+        self._load_vocabulary(content, sha256=hashlib.sha256(file).hexdigest())
         self._name_ends({"eos_token": END, "bos_token": BEGIN})
 
 
 def is_tiktoken(path: Path) -> bool:
-    """Whether `path` begins as such a file does."""
+    """True if the first line of `path` is a token in base64 and its rank."""
     try:
         with path.open("rb") as file:
             return _parse_line(file.readline(1024)) is not None
@@ -52,7 +52,7 @@ def is_tiktoken(path: Path) -> bool:
 
 
 def special_tokens() -> list[str]:
-    """Spellings of the special tokens, in the order of their ids (Meta's llama3/tokenizer.py)."""
+    """Returns the special tokens in the order of their ids (Meta's llama3/tokenizer.py)."""
     reserved = [f"<|reserved_special_token_{i}|>" for i in range(_NUM_SPECIAL - 5)]
     headers = ["<|start_header_id|>", "<|end_header_id|>"]
     return [BEGIN, END, *reserved[:4], *headers, reserved[4], "<|eot_id|>", *reserved[5:]]
@@ -69,7 +69,7 @@ def _read_ranks(content: bytes, path: Path) -> dict[bytes, int]:
             )
         ranks[found[0]] = found[1]
     if any(bytes([byte]) not in ranks for byte in range(256)):
-        raise UserError(f"{path}: not Llama 3's tokenizer.model (a token for each byte is lacking)")
+        raise UserError(f"{path}: not Llama 3's tokenizer.model (expected a token for each byte)")
     return ranks
 
 
@@ -113,7 +113,7 @@ def _tokenizer_json(ranks: dict[bytes, int]) -> dict[str, Any]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": True,  # a word that is a token is that token
+            "ignore_merges": True,  # a word that is a token stays whole
             "vocab": {spell(token): rank for token, rank in ranks.items()},
             "merges": [(spell(left), spell(right)) for left, right in _merges(ranks)],
         },
@@ -126,19 +126,19 @@ def _special(token_id: int, content: str) -> dict[str, Any]:
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Every pair of tokens whose union is a token, in the order of the union's rank."""
+    """Returns every pair of tokens that together are a token, in the order of that token's rank."""
     merges = []
     for token, rank in ranks.items():
         pairs = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-        there = ((rank, ranks[a], ranks[b], a, b) for a, b in pairs if a in ranks and b in ranks)
-        merges += sorted(there)
+        found = ((rank, ranks[a], ranks[b], a, b) for a, b in pairs if a in ranks and b in ranks)
+        merges += sorted(found)
     return [(left, right) for *_, left, right in merges]
 
 
 def _spellings_of_bytes() -> list[str]:
-    """The character that stands for each byte in a byte-level vocabulary (GPT-2's)."""
+    """Returns the character for each byte in a byte-level vocabulary (GPT-2's)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     numbers = {byte: byte for byte in printable}
-    numbers |= {byte: 256 + place for place, byte in enumerate(others)}
+    numbers |= {byte: 256 + index for index, byte in enumerate(others)}
     return [chr(numbers[byte]) for byte in range(256)]

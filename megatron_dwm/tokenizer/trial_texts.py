@@ -1,8 +1,8 @@
 """Texts on which a fast engine has to give the reference's ids before it is used.
 
-Awkward text, the spelling of every control token, pieces of the vocabulary, and every added token
-in every place that its flags speak of (single_word, lstrip, rstrip, normalized): added tokens are
-found in a text before the vocabulary is, by rules of their own, and one does not speak for another.
+They are awkward text, the spelling of every control token, pieces of the vocabulary, and every
+added token in every context that its flags concern (single_word, lstrip, rstrip, normalized). A
+tokenizer finds added tokens in a text first, by rules of their own, so each one has to be tried.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ AWKWARD_TEXTS = (
     'https://example.org/a?b=c&d=%20#e  <div class="x">&nbsp;</div>',
 )
 _PIECES_TRIED = 1024
-# Before and after an added token: nothing, spaces, what is part of a word and what is not.
-_PLACES = (
+# (before, after) an added token: nothing, spaces, parts of words, other characters.
+_CONTEXTS = (
     *(("", ""), ("a", "b"), ("a", ""), ("", "b"), ("1", "1"), ("_", "_"), ("\u00e9", "\u00e9")),
     *((" ", " "), ("  ", "  "), ("a ", " b"), ("a  ", "  b"), (" ", ""), ("", " ")),
     *(("a\n", "\nb"), ("\t", "\t"), ("(", ")"), ("a ", "."), (" a", "b "), ("\u4f60", "\u4f60")),
@@ -45,7 +45,7 @@ _PLACES = (
 
 
 def trial_texts(tokenizer: Tokenizer, added_tokens: Sequence[str]) -> list[str]:
-    """The texts for `tokenizer`, whose definition adds these tokens to the vocabulary."""
+    """Returns the texts for `tokenizer`, whose definition adds these tokens to the vocabulary."""
     texts = list(AWKWARD_TEXTS)
     for spelling in tokenizer.control_ids():
         texts += [spelling, f"a{spelling}b", f" {spelling} ", f"{spelling}{spelling}\n"]
@@ -57,7 +57,7 @@ def trial_texts(tokenizer: Tokenizer, added_tokens: Sequence[str]) -> list[str]:
 
 def _texts_of_added(added_tokens: Sequence[str]) -> Iterator[str]:
     for token, following in zip(added_tokens, [*added_tokens[1:], *added_tokens[:1]], strict=True):
-        yield from (f"{before}{token}{after}" for before, after in _PLACES)
+        yield from (f"{before}{token}{after}" for before, after in _CONTEXTS)
         yield from (
             f"{token}{token}",
             f"{token} {token}",
@@ -65,7 +65,7 @@ def _texts_of_added(added_tokens: Sequence[str]) -> Iterator[str]:
             f"{token}{token[:1]}",
         )
         yield from (f"{token}{following}", f"{token[:-1]} {token[-1:]}", f"{token[:1]}{token}")
-        # What normalizers may turn into the token, or the token into.
+        # Texts that a normalizer may turn into the token, or the token into them.
         for other in {token.lower(), token.upper(), token.title()} - {token}:
             yield from (other, f" {other} ", f"a{other}b")
         for form in ("NFC", "NFD", "NFKC", "NFKD"):

@@ -1,7 +1,7 @@
-"""Numbers that go wrong: what is checked before a step changes anything.
+"""Checks of losses, gradients and weights before a step changes anything.
 
-The mean loss of the batch and the gradient norm are known to all ranks alike before the optimiser
-moves, so that a step can be left out everywhere at once. Cost: nothing beyond what a step reports.
+All ranks know the mean loss of the batch and the gradient norm before the optimizer runs, so all
+skip a step together. Cost: none, since a step reports these numbers anyway.
 """
 
 from __future__ import annotations
@@ -12,16 +12,8 @@ from megatron.core.optimizer import ChainedOptimizer
 
 from megatron_dwm.config import RunError
 
-# Weights are fp32 sums of a softmax; a wrong normalisation is far beyond this.
+# Weights come from a softmax in fp32; a wrong normalization is far larger than this.
 _MEAN_TOLERANCE = 1e-3
-_MEMORY = 0.98
-
-
-class LossSpike(Exception):
-    """The loss of a batch is far above its running mean; nothing has been changed."""
-
-    def __init__(self, loss: float, limit: float) -> None:
-        super().__init__(f"loss {loss:.4g} above {limit:.4g}")
 
 
 class _NotFinite(Exception):
@@ -29,10 +21,10 @@ class _NotFinite(Exception):
 
 
 def step_if_finite(optimizer: ChainedOptimizer) -> float:
-    """One optimiser step; the gradient norm comes back, and if it is not finite nothing was done.
+    """Take one optimizer step and return the gradient norm; if it is not finite, change nothing.
 
-    ChainedOptimizer.step (megatron/core/optimizer/optimizer.py) asks `get_grad_norm` before it
-    clips or steps, and does not look at the answer: here it is looked at.
+    ChainedOptimizer.step (megatron/core/optimizer/optimizer.py) calls `get_grad_norm` before it
+    clips or steps, but does not check the result. This function does.
     """
     upstream = optimizer.get_grad_norm
     found = float("nan")
@@ -56,18 +48,13 @@ def step_if_finite(optimizer: ChainedOptimizer) -> float:
 
 
 def require_sound_weights(mean: float, wrong: float) -> None:
-    """mean: of a global batch's weights. wrong: fraction of them not finite or negative.
+    """Raise RunError unless weights are finite, non-negative and of mean 1.
 
-    Raises RunError unless they are finite, non-negative and of mean 1.
+    mean: mean of the global batch's weights. wrong: fraction that is not finite or negative.
     """
     if wrong or not abs(mean - 1.0) <= _MEAN_TOLERANCE:
         raise RunError(
             f"the policy's weights must be finite, non-negative and of mean 1: {wrong:.1%} are "
-            f"not finite or negative, the mean is {mean}; go on from the last checkpoint with a "
-            "smaller weighting.learning_rate, and if that does not help, report it"
+            f"not finite or negative, the mean is {mean}; continue from the last checkpoint "
+            "(--run.resume true), and report it if it happens again"
         )
-
-
-def running_mean(mean: float | None, loss: float) -> float:
-    """The mean that a spike is measured by, over about the last 50 steps."""
-    return loss if mean is None else _MEMORY * mean + (1.0 - _MEMORY) * loss

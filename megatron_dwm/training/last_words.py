@@ -1,7 +1,7 @@
-"""Last-word accuracy of the model in training, under any parallel layout, without an export.
+"""Last-word accuracy of the model during training, under any parallel layout, without an export.
 
-The figures are lm-evaluation-harness's on the exported model (`acc` and `perplexity` of
-examples/tasks/lastword.yaml), so a run can be watched by what it will be judged by. Cost: one
+The figures equal lm-evaluation-harness's on the exported model (`acc` and `perplexity` of
+examples/tasks/lastword.yaml), so the run shows the metric of its final evaluation. Cost: one
 forward pass of every passage.
 """
 
@@ -16,15 +16,16 @@ import torch.distributed as dist
 
 from megatron_dwm.data.last_words import LastWords
 from megatron_dwm.model import LLM
-from megatron_dwm.model.predictions import predict
-from megatron_dwm.training.session import Session
+from megatron_dwm.model.passes.predictions import predict
+from megatron_dwm.training.learner import Learner
 
 
 @dataclass(frozen=True, kw_only=True)
 class LastWordScore:
-    """accuracy: fraction of passages whose last word's tokens are all the likeliest.
+    """Score of the last words of one domain.
 
-    perplexity: exp of minus the mean log-likelihood of a last word (of all its tokens together).
+    accuracy: fraction of passages in which every token of the last word is the most likely one.
+    perplexity: exp of minus the mean log-likelihood of a last word (all its tokens together).
     """
 
     accuracy: float
@@ -40,7 +41,7 @@ def last_word_scores(
     micro_batch_size: int,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, LastWordScore]:
-    """The score of every domain of `words`; a collective call.
+    """Returns the score of every domain of `words`; a collective call.
 
     batch_size: rows in one pass over all replicas; micro_batch_size: rows in one forward pass.
     between: called after every batch.
@@ -54,7 +55,7 @@ def last_word_scores(
         asked_BS = batch.loss_mask_BS > 0
         right_B = (found.is_likeliest_BS | ~asked_BS).all(dim=1)
         likelihood_B = (found.log_likelihood_BS.double() * asked_BS).sum(dim=1)
-        counts_B = asked_BS.any(dim=1)  # not the rows that fill up the last batch
+        counts_B = asked_BS.any(dim=1)  # False for padding rows of the last batch
         where = torch.tensor([words.domains.index(name) for name in batch.domains])
         values_3B = torch.stack([right_B & counts_B, likelihood_B, counts_B])
         sums_3D.index_add_(1, where, values_3B.double().cpu())
@@ -65,7 +66,7 @@ def last_word_scores(
     return {
         name: LastWordScore(
             accuracy=right / passages,
-            # A model that has learned nothing may exceed what a float can hold.
+            # The exp of an untrained model may exceed the largest float.
             perplexity=math.exp(min(-likelihood / passages, 700.0)),
             passages=int(passages),
         )
@@ -74,25 +75,25 @@ def last_word_scores(
 
 
 def last_word_figures(
-    session: Session, between: Callable[[], None]
+    learner: Learner, words: LastWords, *, batch_size: int, between: Callable[[], None]
 ) -> dict[str, float | dict[str, float]]:
-    """What metrics.jsonl keeps of the held-out passages' last words; a collective call.
+    """Returns the columns of metrics.jsonl about last words; a collective call.
 
-    last_word_accuracy is over all passages, domain_last_word_accuracy and
-    domain_last_word_perplexity by domain. Empty where there are no held-out passages.
+    last_word_accuracy is over all passages; domain_last_word_accuracy and
+    domain_last_word_perplexity are by domain. Empty if no passage has a last word that can count.
     """
-    if session.last_words is None or not session.last_words.num_rows:
+    if not words.num_rows:
         return {}
     scores = last_word_scores(
-        session.llm,
-        session.last_words,
-        batch_size=session.global_batch_size,
-        micro_batch_size=session.config.training.micro_batch_size,
+        learner.llm,
+        words,
+        batch_size=batch_size,
+        micro_batch_size=learner.micro_batch_size,
         between=between,
     )
     right = sum(score.accuracy * score.passages for score in scores.values())
     return {
-        "last_word_accuracy": right / session.last_words.num_rows,
+        "last_word_accuracy": right / words.num_rows,
         "domain_last_word_accuracy": {name: s.accuracy for name, s in scores.items()},
         "domain_last_word_perplexity": {name: s.perplexity for name, s in scores.items()},
     }

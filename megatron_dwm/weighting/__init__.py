@@ -1,15 +1,23 @@
-"""Who decides what a sample weighs: policies, and the learned one's model."""
+"""Methods that decide the weights of samples, and the weighting model."""
 
-from megatron_dwm.weighting.build import build_policy, weighting_shape
-from megatron_dwm.weighting.dwm import DwmPolicy
-from megatron_dwm.weighting.policy import LearningPolicy, Policy, UniformPolicy, WeightingUpdate
+from megatron_dwm.weighting.method import (
+    Alignments,
+    BuildContext,
+    Counters,
+    Method,
+    Needs,
+    WeightingUpdate,
+)
+from megatron_dwm.weighting.registry import check_method, learns, method_class
 
 __all__ = [
-    "DwmPolicy",
-    "LearningPolicy",
-    "Policy",
-    "UniformPolicy",
+    "Alignments",
+    "BuildContext",
+    "Counters",
+    "Method",
+    "Needs",
     "WeightingUpdate",
-    "build_policy",
-    "weighting_shape",
+    "check_method",
+    "learns",
+    "method_class",
 ]

@@ -14,19 +14,22 @@ import math
 import torch
 from torch import Tensor
 
+GUARDS = "raise weighting.min_effective_sample_size or weighting.uniform_floor"
+"""what to change if a few samples get nearly all the weight"""
+
 _BISECTIONS = 40
-# exp of a logit gap divided by this is 1 to float32 precision for any gap a head produces.
+# Divided by this, any gap between logits that a head produces has an exp of 1 in float32.
 _LARGEST_TEMPERATURE = 1e6
 
 
 def effective_sample_size(weights_Gn: Tensor) -> Tensor:
-    """[G]: (sum w)^2 / (n * sum w^2), between 1/n and 1."""
+    """Returns [G]: (sum w)^2 / (n * sum w^2), between 1/n and 1."""
     n = weights_Gn.shape[-1]
     return weights_Gn.sum(-1).square() / (n * weights_Gn.square().sum(-1))
 
 
-def normalised_entropy(weights_Gn: Tensor) -> Tensor:
-    """[G]: entropy of w / sum w over log n; 1 for uniform weights, also in a group of one."""
+def normalized_entropy(weights_Gn: Tensor) -> Tensor:
+    """Returns [G]: entropy of w / sum w over log n; 1 for uniform weights, also if n is 1."""
     n = weights_Gn.shape[-1]
     if n == 1:
         return torch.ones_like(weights_Gn[..., 0])
@@ -37,12 +40,12 @@ def normalised_entropy(weights_Gn: Tensor) -> Tensor:
 def weights_from_logits(
     logits_Gn: Tensor, *, min_effective_sample_size: float, uniform_floor: float
 ) -> Tensor:
-    """[G, n] logits -> [G, n] weights, non-negative, mean 1 in every group; equal logits give
-    exactly 1.
+    """Turn logits [G, n] into weights [G, n], non-negative and with mean 1 in every group.
 
-    Differentiable in the logits at a fixed temperature. Where the bound is active that is not the
-    derivative of the weights, which has a component less: the weights there do not depend on the
-    logits' scale, so that a group with one sample far above the others would never come back.
+    Equal logits give exactly 1. The gradient is taken at a fixed temperature. Where the bound on
+    the effective sample size is active, this is not the full derivative: the weights there do not
+    depend on the scale of the logits, so with the full derivative a group with one sample far above
+    the others would never recover.
     """
     if min_effective_sample_size > 0.0:
         logits_Gn = logits_Gn / temperature(logits_Gn, min_effective_sample_size)[..., None]
@@ -52,9 +55,9 @@ def weights_from_logits(
 
 @torch.no_grad()
 def temperature(logits_Gn: Tensor, bound: float) -> Tensor:
-    """[G]: the temperature of each group, 1 where the bound holds without one; a constant.
+    """Returns [G]: the smallest temperature of each group that keeps the bound, at least 1.
 
-    Found by bisection in log T.
+    Found by bisection in log T; carries no gradient.
     """
     low_G = torch.zeros_like(logits_Gn[..., 0])  # log T
     high_G = torch.full_like(low_G, math.log(_LARGEST_TEMPERATURE))
@@ -72,6 +75,6 @@ def _size_at(logits_Gn: Tensor, temperature_G: Tensor) -> Tensor:
 
 
 def _softmax_times_n(logits_Gn: Tensor) -> Tensor:
-    """n * softmax, written so that equal logits give exactly 1 for every n."""
+    """Returns n * softmax, computed so that equal logits give exactly 1 for every n."""
     shifted_Gn = (logits_Gn - logits_Gn.amax(-1, keepdim=True).detach()).exp()
     return shifted_Gn * (logits_Gn.shape[-1] / shifted_Gn.sum(-1, keepdim=True))

@@ -1,41 +1,74 @@
-"""A baseline without a model: a running mean of alignments for every domain label (METHOD.md,
-section 6). What a weighting model that reads the samples has to beat.
+"""A baseline without a model: a running mean of alignments for every domain (METHOD.md, section 6).
+
+A weighting model that reads the samples should do better than this.
 
     m_d <- decay * m_d + (1 - decay) * mean over the batch's samples of domain d of a_i
     w   =  the guarded softmax of m_domain(i) / temperature over the weighting group
 
-with a_i the alignments s_i, standardised in the weighting group, or (`weighting.standardize false`)
-eta * s_i less the group's weighted mean, in nats of validation loss, for which the temperature has
-to be made some hundred times smaller. A domain that has not been seen has m_d = 0, the mean.
+Here a_i is the alignment s_i, standardized in the weighting group. With `weighting.standardize
+false` it is eta * s_i minus the group's weighted mean, in nats of validation loss, and the
+temperature must be about a hundred times smaller. A domain without samples so far has m_d = 0.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dwm.config import PolicyConfig, WeightingConfig
-from megatron_dwm.data.batch import Batch
-from megatron_dwm.model import Reading
+from megatron_dwm.config import Config, PolicyConfig, WeightingConfig
+from megatron_dwm.config.key import Part
+from megatron_dwm.data import Batch
+from megatron_dwm.model import ForwardOutputs, LlamaShape
 from megatron_dwm.runtime import Runtime
-from megatron_dwm.weighting.concentration import weights_from_logits
-from megatron_dwm.weighting.groups import Grouping, gather_over_data
-from megatron_dwm.weighting.policy import NOTHING, Need, WeightingUpdate
-from megatron_dwm.weighting.reliability import Reliability
-from megatron_dwm.weighting.standardise import centred, standardise
+from megatron_dwm.weighting.concentration import GUARDS
+from megatron_dwm.weighting.costs import Costs, learning_costs
+from megatron_dwm.weighting.groups import gather_over_data
+from megatron_dwm.weighting.method import (
+    Alignments,
+    Counters,
+    WeightingUpdate,
+)
+from megatron_dwm.weighting.noise import Reliability
+from megatron_dwm.weighting.rule_based import RuleBased
+from megatron_dwm.weighting.rules import group_problems, learning_problems, target_problems
+from megatron_dwm.weighting.schedule import Schedule, schedule_of
+from megatron_dwm.weighting.standardize import centered, standardize
 
 
-class DomainMeanPolicy:
-    """A number for every domain, the same on every rank."""
+class DomainMean(RuleBased):
+    """Weights from a running mean for every domain, the same on every rank."""
 
-    needs: frozenset[Need] = NOTHING
-    update_needs: frozenset[Need] = NOTHING
+    gentler = f"{GUARDS}, or policy.domain_temperature"
+
+    @classmethod
+    def parts(cls, config: Config) -> frozenset[Part]:
+        """Returns the parts: a target, updates from alignments, groups and the means."""
+        return frozenset({"target", "updates", "alignments", "domain_mean", "groups"})
+
+    @classmethod
+    def problems(cls, config: Config, num_layers: int, world_size: int) -> Iterator[str]:
+        """Check the rules of the target, of groups and of learning."""
+        yield from target_problems(config)
+        yield from group_problems(config)
+        yield from learning_problems(config, world_size)
+
+    @classmethod
+    def schedule(cls, config: Config) -> Schedule:
+        """Returns the schedule of `weighting.mode`."""
+        return schedule_of(config)
+
+    @classmethod
+    def costs(
+        cls, config: Config, llm: LlamaShape, *, replicas: int, passages: int | None = None
+    ) -> Costs:
+        """Returns the costs of learning without a weighting model."""
+        return learning_costs(config, llm, passages=passages)
 
     def __init__(
         self,
@@ -44,28 +77,23 @@ class DomainMeanPolicy:
         runtime: Runtime,
         micro_batch_size: int,
     ) -> None:
-        self.config, self.weighting, self.runtime = config, weighting, runtime
-        self.grouping = Grouping(runtime, micro_batch_size, weighting.group == "global")
+        super().__init__(config, weighting, runtime, micro_batch_size)
         self.reliability = Reliability()
         self.means: dict[str, float] = {}
 
-    @property
-    def whole_batch(self) -> bool:
-        """Whether the weighting group is the global batch."""
-        return self.grouping.is_global
-
     @torch.no_grad()
-    def weights(self, batch: Batch, reading: Reading | None = None) -> Tensor:
-        """float32 [n], mean 1 in every weighting group; exactly 1 before the first update."""
+    def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
+        """Returns float32 [n], mean 1 in every weighting group; all 1 before the first update."""
         return self.grouping.local(self._group_weights(batch))
 
     @torch.no_grad()
     def update(
-        self, batch: Batch, reading: Reading | None, alignment_n: Tensor, learning_rate: float
+        self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments
     ) -> WeightingUpdate:
-        """Move the means of the domains of this global batch."""
+        """Update the means of the domains in this global batch."""
+        self.reliability.observe(alignments.signal_to_noise)
         weights_Gn = self._group_weights(batch)
-        advantage_Gn = self._advantage(alignment_n, weights_Gn, learning_rate)
+        advantage_Gn = self._advantage(alignments, weights_Gn)
         advantage_n = gather_over_data(self.grouping.local(advantage_Gn), self.runtime)
         by_domain: dict[str, list[float]] = defaultdict(list)
         for domain, value in zip(self._all_domains(batch), advantage_n.tolist(), strict=True):
@@ -76,47 +104,38 @@ class DomainMeanPolicy:
             self.means[domain] = kept * self.means.get(domain, 0.0) + (1 - kept) * mean
         return WeightingUpdate(self.grouping.local(weights_Gn))
 
-    def trust(self, signal_to_noise: float) -> None:
-        """Take up a measured signal-to-noise; see `weighting.damp_by_noise`."""
-        self.reliability.observe(signal_to_noise)
-
-    def save(self, directory: Path) -> None:
-        """Write the means as JSON, to be read by people."""
-        directory.mkdir(parents=True, exist_ok=True)
+    def files(self) -> dict[str, bytes]:
+        """Returns the means as JSON, for people to read."""
         text = json.dumps(self.means, indent=1, sort_keys=True)
-        (directory / "domain_means.json").write_text(text, encoding="utf-8")
+        return {"domain_means.json": text.encode()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs."""
+        """Returns the means and the measured reliability of the alignments."""
         return {"means": dict(self.means), "reliability": self.reliability.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the state of `state_dict`."""
+        """Load the state of `state_dict`."""
         self.means = dict(state["means"])
         self.reliability.value = state["reliability"]
 
-    def _advantage(self, alignment_n: Tensor, weights_Gn: Tensor, learning_rate: float) -> Tensor:
-        alignment_Gn = self.grouping.gather(alignment_n)
+    def _advantage(self, alignments: Alignments, weights_Gn: Tensor) -> Tensor:
+        alignment_Gn = self.grouping.gather(alignments.values_n)
         if self.weighting.standardize:
-            return standardise(alignment_Gn, weights_Gn)
-        return centred(alignment_Gn * learning_rate, weights_Gn)
+            return standardize(alignment_Gn, weights_Gn)
+        return centered(alignment_Gn * alignments.learning_rate, weights_Gn)
 
     def _kept(self) -> float:
-        """The running mean's decay; noisy alignments move it less."""
+        """Returns the fraction of the running mean that is kept; more if alignments are noisy."""
         damping = self.reliability.factor if self.weighting.damp_by_noise else 1.0
         return 1.0 - (1.0 - self.config.domain_decay) * damping
 
     def _group_weights(self, batch: Batch) -> Tensor:
         means = [self.means.get(name, 0.0) for name in batch.domains]
         means_n = torch.tensor(means, dtype=torch.float32, device=self.runtime.device)
-        return weights_from_logits(
-            self.grouping.gather(means_n / self.config.domain_temperature),
-            min_effective_sample_size=self.weighting.min_effective_sample_size,
-            uniform_floor=self.weighting.uniform_floor,
-        )
+        return self.group_weights(means_n / self.config.domain_temperature)
 
     def _all_domains(self, batch: Batch) -> list[str]:
-        """Domains of the global batch, in order."""
+        """Returns the domains of the global batch, in order (collective)."""
         parts: list[tuple[str, ...]] = [()] * self.runtime.data_size
         dist.all_gather_object(parts, batch.domains, group=self.runtime.data_group)
         return [name for part in parts for name in part]

@@ -1,196 +1,241 @@
-"""The learned policy: weights from the weighting model, and its update from alignments.
+"""DWM: weights from a weighting model that learns by hypergradients (arXiv 2507.16178).
 
-One update follows the chain rule (METHOD.md, section 2):
-
-    dL_val/dphi = sum_i dL_val/dw_i * dw_i/dphi,   dL_val/dw_i = -(eta/n) * s_i
-
-as the gradient of -(1/n) sum_i a_i w_i(phi) with a_i held constant. a_i is s_i standardised inside
-the weighting group, or eta * s_i as it stands. The raw scale of s drifts by orders of magnitude
-during training (section 6), so standardising is the default. What the LLM has made of a sample does
-not depend on phi, so features are constants here.
+The model reads a sample's tokens with its own encoder, or the LLM's hidden states of the sample
+(`weighting.encoder`). weighting/trainer.py trains it (METHOD.md, section 2).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
-from megatron_dwm.config import WeightingConfig
-from megatron_dwm.data.batch import Batch
-from megatron_dwm.model import Reading
-from megatron_dwm.runtime import Runtime
-from megatron_dwm.weighting.concentration import weights_from_logits
-from megatron_dwm.weighting.encoding import encode
-from megatron_dwm.weighting.groups import Grouping, gather_inside_replica, share_of_rank
-from megatron_dwm.weighting.model import WeightingModel
-from megatron_dwm.weighting.policy import NOTHING, Need, WeightingUpdate
-from megatron_dwm.weighting.reliability import Reliability
-from megatron_dwm.weighting.standardise import standardise
+from megatron_dwm.config import Config
+from megatron_dwm.config.key import Part
+from megatron_dwm.data import Batch
+from megatron_dwm.model import ForwardOutputs, LlamaShape
+from megatron_dwm.tokenizer import Tokenizer
+from megatron_dwm.weighting.concentration import GUARDS
+from megatron_dwm.weighting.costs import Costs, learning_costs
+from megatron_dwm.weighting.method import (
+    Alignments,
+    BuildContext,
+    Counters,
+    Method,
+    Needs,
+    WeightingUpdate,
+)
+from megatron_dwm.weighting.model import (
+    WeightingModel,
+    WeightingShape,
+    build_weighting_model,
+    load_weighting_model,
+    read_weighting_shape,
+    require_same_input,
+    unchecked_tokenizer_warning,
+)
+from megatron_dwm.weighting.rules import group_problems, learning_problems, target_problems
+from megatron_dwm.weighting.schedule import Schedule, schedule_of
+from megatron_dwm.weighting.trainer import WeightingTrainer
 
-_READS: dict[str, frozenset[Need]] = {
-    "own": frozenset({"tokens"}),
-    "llm": frozenset({"losses", "features"}),
-}
+_PARTS: frozenset[Part] = frozenset({"weighting_model", "groups"})
+_LEARNING: frozenset[Part] = frozenset({"target", "updates", "alignments"})
+# Gives the weighting model another seed than the LLM's, from the same run.seed.
+_SEED_OFFSET = 7919
 
 
-class DwmPolicy:
-    """Weights from a weighting model that is replicated on every rank of the world."""
+class Dwm(Method):
+    """Weights from a weighting model, which is the same on every rank of the job."""
 
-    def __init__(
-        self,
-        model: WeightingModel,
-        config: WeightingConfig,
-        runtime: Runtime,
-        micro_batch_size: int,
-        *,
-        learned: bool = False,
-        bf16: bool = False,
-    ) -> None:
-        """learned: the model has been trained before, so its weights count from the start.
+    gentler = f"{GUARDS}, or lower weighting.learning_rate"
 
-        bf16: the model's own encoder multiplies in bf16; see encoding.py.
+    @classmethod
+    def parts(cls, config: Config) -> frozenset[Part]:
+        """Returns the parts: a weighting model and groups and, unless frozen, those of learning."""
+        return _PARTS if config.weighting.frozen else _PARTS | _LEARNING
+
+    @classmethod
+    def problems(cls, config: Config, num_layers: int, world_size: int) -> Iterator[str]:
+        """Check the rules of the weighting model, its groups and, unless frozen, of learning."""
+        learns = not config.weighting.frozen
+        if learns:
+            yield from target_problems(config)
+        yield from _model_problems(config, num_layers)
+        yield from group_problems(config)
+        if learns:
+            yield from learning_problems(config, world_size)
+
+    @classmethod
+    def remarks(cls, config: Config, llm: LlamaShape, tokenizer: Tokenizer) -> Iterator[str]:
+        """Yields a line if an older file of `weighting.load` does not name its tokenizer."""
+        if config.weighting.load is None:
+            return
+        directory = Path(config.weighting.load)
+        wanted = _wanted_shape(config, llm, tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256)
+        found = load_weighting_model(directory, wanted).shape
+        if (text := unchecked_tokenizer_warning(directory, found)) is not None:
+            yield text
+
+    @classmethod
+    def schedule(cls, config: Config) -> Schedule:
+        """Returns the schedule of `weighting.mode`, or one without updates if frozen."""
+        return super().schedule(config) if config.weighting.frozen else schedule_of(config)
+
+    @classmethod
+    def first_weighed_step(cls, config: Config) -> int:
+        """Returns 0 with a loaded model, else the step of the first update."""
+        return 0 if config.weighting.load is not None else cls.schedule(config).first_update
+
+    @classmethod
+    def model_shape(cls, config: Config, llm: LlamaShape) -> WeightingShape:
+        """Returns the shape of the model of `weighting.load`, or the configured shape.
+
+        Vocabulary sizes are not compared, since the run's tokenizer may not exist yet.
         """
-        self.model = model.to(runtime.device)
-        self.bf16 = bf16
-        self.config = config
-        self.runtime = runtime
-        self.grouping = Grouping(runtime, micro_batch_size, config.group == "global")
-        self.learned = learned
-        self.reliability = Reliability()
-        self._previous_gradient: Tensor | None = None
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=config.learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=config.weight_decay,
+        wanted = _wanted_shape(config, llm, llm.vocab_size)
+        if config.weighting.load is None:
+            return wanted
+        directory = Path(config.weighting.load)
+        found = read_weighting_shape(directory)
+        require_same_input(directory, found, replace(wanted, vocab_size=found.vocab_size))
+        return found
+
+    @classmethod
+    def costs(
+        cls, config: Config, llm: LlamaShape, *, replicas: int, passages: int | None = None
+    ) -> Costs:
+        """Returns the costs of learning, including those of the weighting model."""
+        training, weighting = config.training, config.weighting
+        rows = training.global_batch_size // replicas
+        share = -(-rows // config.parallel.model_size)
+        own = weighting.encoder == "own"
+        is_global = weighting.group == "global"
+        return learning_costs(
+            config,
+            llm,
+            passages=passages,
+            model=cls.model_shape(config, llm),
+            extra_forward=not own and is_global and rows > training.micro_batch_size,
+            encodes_twice=own and share > training.micro_batch_size,
+            frozen=weighting.frozen,
         )
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Nothing before the first update: weights are 1 until then."""
-        return self.update_needs if self.learned else NOTHING
+    @classmethod
+    def build(cls, context: BuildContext) -> Dwm:
+        """Build the method with a new weighting model, or with that of `weighting.load`.
+
+        A loaded model gives the weights from the first step on.
+        """
+        config, tokenizer = context.config, context.tokenizer
+        shape = _wanted_shape(
+            config,
+            context.llm.shape,
+            tokenizer.vocab_size,
+            tokenizer_sha256=tokenizer.sha256,
+        )
+        return cls(
+            WeightingTrainer(
+                _weighting_model(config, shape),
+                config.weighting,
+                context.llm.runtime,
+                config.training.micro_batch_size,
+                learned=config.weighting.load is not None,
+                bf16=config.model.precision != "fp32",
+            )
+        )
+
+    def __init__(self, trainer: WeightingTrainer) -> None:
+        self.trainer = trainer
+
+    def needs(self, counters: Counters) -> Needs:
+        """Returns what the weighting model reads; nothing before the first update."""
+        return self.update_needs if self.trainer.learned else Needs()
 
     @property
-    def update_needs(self) -> frozenset[Need]:
-        """What the weighting model reads."""
-        return _READS[self.model.shape.encoder]
+    def update_needs(self) -> Needs:
+        """What the weighting model reads of the samples."""
+        trainer = self.trainer
+        if trainer.model.shape.encoder == "own":
+            return Needs(whole_batch=trainer.grouping.is_global)
+        return Needs(
+            losses=True,
+            early_layer=trainer.config.early_layer,
+            whole_batch=trainer.grouping.is_global,
+        )
 
-    @property
-    def whole_batch(self) -> bool:
-        """Whether the weighting group is the global batch."""
-        return self.grouping.is_global
+    def weighs(self, counters: Counters) -> bool:
+        """True after the first update, or with a loaded model."""
+        return self.trainer.learned
 
     @torch.no_grad()
-    def weights(self, batch: Batch, reading: Reading | None = None) -> Tensor:
-        """float32 [n], mean 1 in every weighting group; exactly 1 before the first update."""
-        if not self.learned:
-            return torch.ones(batch.size, device=self.runtime.device)
-        return self.grouping.local(self._group_weights(batch, reading))
+    def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
+        """Returns float32 [n], mean 1 in every weighting group; all 1 before the first update."""
+        trainer = self.trainer
+        if not trainer.learned:
+            return torch.ones(batch.size, device=batch.tokens_BS.device)
+        return trainer.grouping.local(trainer.group_weights(batch, outputs))
 
     def update(
-        self, batch: Batch, reading: Reading | None, alignment_n: Tensor, learning_rate: float
+        self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments
     ) -> WeightingUpdate:
-        """One AdamW step of the weighting model towards a lower validation loss."""
-        weights_Gn = self._group_weights(batch, reading)
-        advantage_Gn = self._advantage(alignment_n, weights_Gn.detach(), learning_rate)
-        num_samples = batch.size * self.runtime.data_size
-        objective = -(advantage_Gn * weights_Gn).sum() / num_samples
-        self.optimizer.zero_grad()
-        (objective / self.grouping.ranks_with_same_groups).backward()
-        gradient = self._sum_gradients()
-        cosine = self._cosine_to_previous(gradient)
-        limit = self.config.clip_grad or float("inf")
-        grad_norm = float(clip_grad_norm_(self.model.parameters(), limit))
-        self._step()
-        self.learned = True
-        return WeightingUpdate(self.grouping.local(weights_Gn.detach()), grad_norm, cosine)
+        """Take one AdamW step of the weighting model toward a lower validation loss."""
+        return self.trainer.update(batch, outputs, alignments)
 
-    def trust(self, signal_to_noise: float) -> None:
-        """Take up a measured signal-to-noise; see `weighting.damp_by_noise`."""
-        self.reliability.observe(signal_to_noise)
-
-    def save(self, directory: Path) -> None:
-        """Write the weighting model, for `weighting.load` of another run."""
-        self.model.save(directory)
+    def files(self) -> dict[str, bytes]:
+        """Returns the files of the weighting model, for `weighting.load` of another run."""
+        return self.trainer.model.files()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "learned": self.learned,
-            "previous_gradient": self._previous_gradient,
-            "reliability": self.reliability.value,
-        }
+        """Returns the state of the model, its optimizer and its updates."""
+        return self.trainer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the state of `state_dict`; learning rate and weight decay stay as configured."""
-        self.model.load_state_dict(state["model"])
-        mine = self.optimizer.state_dict()["param_groups"]
-        moments = state["optimizer"]["state"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": mine})
-        self.learned = state["learned"]
-        self._previous_gradient = state["previous_gradient"]
-        self.reliability.value = state["reliability"]
+        """Load the state of `state_dict`, but not its learning rate and weight decay."""
+        self.trainer.load_state_dict(state)
 
-    def _group_weights(self, batch: Batch, reading: Reading | None) -> Tensor:
-        """[G, n]: weights of the groups that this rank sees."""
-        if self.model.shape.encoder == "own":
-            pooled_GnD = self.grouping.gather(self._encoded(batch))
-        else:
-            assert reading is not None and reading.features is not None
-            rows_nK = torch.cat([reading.features.flat(), reading.losses_n[:, None]], dim=1)
-            pooled_GnD = self.model.encoder(self.grouping.gather(rows_nK.to(self._dtype)))
-        return weights_from_logits(
-            self.model.logits(pooled_GnD),
-            min_effective_sample_size=self.config.min_effective_sample_size,
-            uniform_floor=self.config.uniform_floor,
+
+def _model_problems(config: Config, num_layers: int) -> Iterator[str]:
+    weighting = config.weighting
+    if weighting.frozen and weighting.load is None:
+        yield "weighting.frozen: expected weighting.load to name a weighting model, got none"
+    # A loaded model has its own sizes.
+    if weighting.load is None and weighting.hidden_size % (2 * weighting.num_attention_heads):
+        yield (
+            f"weighting.hidden_size {weighting.hidden_size}: expected a multiple of twice "
+            f"weighting.num_attention_heads, {2 * weighting.num_attention_heads}"
+        )
+    if weighting.encoder == "llm" and not 1 <= weighting.early_layer <= num_layers:
+        yield (
+            f"weighting.early_layer {weighting.early_layer}: expected 1 to the LLM's number of "
+            f"layers, {num_layers}"
         )
 
-    def _encoded(self, batch: Batch) -> Tensor:
-        """[n, D]: every rank of the inner group encodes its share of the replica's samples."""
-        share = share_of_rank(batch.size, self.runtime).to(batch.tokens_BS.device)
-        pooled_BD = encode(
-            self.model.encoder,
-            batch.tokens_BS[share],
-            self.grouping.micro_batch_size,
-            bf16=self.bf16,
-        )
-        return gather_inside_replica(pooled_BD, batch.size, self.runtime)
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.model.head.weight.dtype
+def _wanted_shape(
+    config: Config, llm: LlamaShape, vocab_size: int, *, tokenizer_sha256: str | None = None
+) -> WeightingShape:
+    """Returns the shape of the weighting model in the configuration.
 
-    def _advantage(self, alignment_n: Tensor, weights_Gn: Tensor, learning_rate: float) -> Tensor:
-        alignment_Gn = self.grouping.gather(alignment_n)
-        if not self.config.standardize:
-            return alignment_Gn * learning_rate
-        return standardise(alignment_Gn, weights_Gn)
+    tokenizer_sha256: None if only sizes are needed and there is no tokenizer.
+    """
+    weighting = config.weighting
+    return WeightingShape(
+        vocab_size=vocab_size,
+        hidden_size=weighting.hidden_size,
+        num_layers=weighting.num_layers,
+        num_attention_heads=weighting.num_attention_heads,
+        ffn_hidden_size=weighting.ffn_hidden_size,
+        encoder=weighting.encoder,
+        feature_size=llm.hidden_size if weighting.encoder == "llm" else 0,
+        tokenizer_sha256=tokenizer_sha256 if weighting.encoder == "own" else None,
+    )
 
-    def _step(self) -> None:
-        if self.config.damp_by_noise:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.config.learning_rate * self.reliability.factor
-        self.optimizer.step()
 
-    def _cosine_to_previous(self, gradient: Tensor) -> float | None:
-        previous, self._previous_gradient = self._previous_gradient, gradient
-        if previous is None:
-            return None
-        return float(torch.nn.functional.cosine_similarity(gradient, previous, dim=0))
-
-    def _sum_gradients(self) -> Tensor:
-        """Sum phi's gradient over the world, as one collective; the flat sum comes back."""
-        gradients = [parameter.grad for parameter in self.model.parameters()]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat)
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
-        return flat
+def _weighting_model(config: Config, shape: WeightingShape) -> WeightingModel:
+    if config.weighting.load is None:
+        return build_weighting_model(shape, config.run.seed + _SEED_OFFSET)
+    return load_weighting_model(Path(config.weighting.load), shape)

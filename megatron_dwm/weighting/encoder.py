@@ -1,6 +1,6 @@
 """The weighting model's token encoder: a small Llama that turns a sample into one vector.
 
-Plain torch: the encoder is replicated, so nothing of it is split over processes.
+It is plain PyTorch: every rank has the whole encoder, so nothing is split over processes.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ INIT_STD = 0.02
 
 
 class TokenEncoder(nn.Module):
-    """tokens_BS -> mean over tokens of the last hidden state, [B, D].
+    """Maps tokens_BS to the mean over tokens of the last hidden state, [B, D].
 
-    The block is causal, like the LLM that it can be copied from (METHOD.md, section 1).
+    Attention is causal, as in the LLM whose parameters it can have (METHOD.md, section 1).
     """
 
     def __init__(
         self, vocab_size: int, hidden_size: int, num_layers: int, num_heads: int, ffn_size: int
     ) -> None:
         super().__init__()
+        self.head_size = hidden_size // num_heads
         self.embedding = nn.Embedding(vocab_size, hidden_size)
         self.layers = nn.ModuleList(
             EncoderLayer(hidden_size, num_heads, ffn_size) for _ in range(num_layers)
@@ -34,16 +35,16 @@ class TokenEncoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=1.0)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
-        """int64 [B, S] -> float32 [B, D]."""
+        """Encode int64 [B, S] into float32 [B, D]."""
         hidden_BSD = self.embedding(tokens_BS)
-        rotation = rotary_angles(tokens_BS.shape[1], self.layers[0].head_size, hidden_BSD.device)
+        rotation = rotary_angles(tokens_BS.shape[1], self.head_size, hidden_BSD.device)
         for layer in self.layers:
             hidden_BSD = layer(hidden_BSD, rotation)
         return self.norm(hidden_BSD).mean(dim=1)
 
 
 class EncoderLayer(nn.Module):
-    """Attention and SwiGLU, each behind a norm, each added to the residual stream."""
+    """Attention and SwiGLU, each after a norm, each added to the residual stream."""
 
     def __init__(self, hidden_size: int, num_heads: int, ffn_size: int) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class EncoderLayer(nn.Module):
         self.down = nn.Linear(ffn_size, hidden_size, bias=False)
 
     def forward(self, hidden_BSD: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        """[B, S, D] -> [B, S, D]; with a rotation causal over S, without one a set over S."""
+        """Transform [B, S, D]: causally over S with a rotation, as an unordered set without one."""
         batch, length, width = hidden_BSD.shape
         qkv = self.qkv(self.attention_norm(hidden_BSD))
         query, key, value = (
@@ -73,7 +74,7 @@ class EncoderLayer(nn.Module):
 
 
 def rotary_angles(length: int, head_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each [S, head_size / 2]."""
+    """Returns (cos, sin) of the rotary angles, each [S, head_size / 2]."""
     exponents = torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size
     positions = torch.arange(length, device=device, dtype=torch.float32)
     angles = torch.outer(positions, ROTARY_BASE**-exponents)
@@ -81,7 +82,7 @@ def rotary_angles(length: int, head_size: int, device: torch.device) -> tuple[Te
 
 
 def rotate(vectors_BHSd: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding on halves."""
+    """Apply the rotary position embedding to the two halves of every vector."""
     cos, sin = rotation
     first, second = vectors_BHSd.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

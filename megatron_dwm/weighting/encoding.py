@@ -1,16 +1,15 @@
-"""Many samples through the weighting model's own encoder, a micro-batch of them at a time.
+"""Encodes many samples with the weighting model's own encoder, one micro-batch at a time.
 
-A rank's share of its replica's samples grows with the cluster's batch, and the activations of all
-of them at once do not fit. A sample is encoded without the others, so the share is cut into chunks
-of `training.micro_batch_size` samples. A chunk's forward pass keeps its tokens only. Once the
-gradient of the pooled vectors has come back through groups and weights, chunk after chunk runs
-forward again and backward, and phi's gradient adds up. Nothing of it is approximate; there is no
-dropout whose random numbers would have to be repeated. Cost: the activations of one chunk, and one
-forward pass more where there are several.
+A rank's share of its replica's samples grows with the global batch, and the activations of all of
+them do not fit into memory. Samples are encoded independently, so the share is split into chunks of
+`training.micro_batch_size` samples. The forward pass of a chunk keeps only its tokens. In the
+backward pass each chunk runs forward again and then backward, and phi's gradients add up. The
+result is exact: there is no dropout whose random numbers would have to be repeated. Cost: the
+activations of one chunk, and a second forward pass if there are several chunks.
 
-Precision: where `model.precision` is not fp32, products are in bf16 (torch's autocast) on every
-device, so a run weighs alike wherever it is; parameters, norms, the residual stream and the pooled
-vectors are fp32, and so is all that follows.
+Precision: if `model.precision` is not fp32, products are in bf16 (torch's autocast) on every
+device, so weights do not depend on the device. Parameters, norms, the residual stream, the pooled
+vectors and everything after them are fp32.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 def encode(encoder: Module, tokens_BS: Tensor, chunk_rows: int, *, bf16: bool) -> Tensor:
-    """Pooled vectors [B, D] in the parameters' precision, differentiable in the parameters.
+    """Returns the pooled vectors [B, D] in the parameters' precision, with a gradient.
 
-    chunk_rows: samples whose activations are held at once.
+    chunk_rows: samples whose activations are in memory at the same time.
     """
     run = partial(_encode_chunk, encoder, bf16)
     chunks = tokens_BS.split(chunk_rows)

@@ -1,11 +1,11 @@
-"""Samples of a step shared out over ranks, and gathered again inside the weighting group.
+"""Splits the samples of a step over ranks, and gathers them inside the weighting group.
 
-METHOD.md, section 3: the weighting model is replicated on every rank of the world. Inside one inner
-group (the ranks that hold one LLM replica) every rank encodes its share of the replica's samples;
-the pooled vectors are gathered differentiably, and each rank computes the same weights from them.
+METHOD.md, section 3: every rank of the job has the whole weighting model. Inside an inner group
+(the ranks of one LLM replica) every rank encodes its share of the replica's samples. The pooled
+vectors are gathered with gradients, and each rank computes the same weights from them.
 
-A loss that several ranks compute alike is divided by their number before its backward pass; the
-gathers sum gradients over their group, and the caller sums parameter gradients over the world.
+If several ranks compute the same loss, it is divided by their number before its backward pass. The
+gathers sum gradients over their group, and the caller sums parameter gradients over the job.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_dwm.runtime import Runtime
 
 
 class GatherRows(torch.autograd.Function):
-    """[n, ...] on every rank -> [ranks * n, ...] in rank order; backward sums over the ranks."""
+    """Gathers [n, ...] of every rank as [ranks * n, ...], by rank; backward sums over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -38,9 +38,10 @@ class GatherRows(torch.autograd.Function):
 
 
 def share_of_rank(num_samples: int, runtime: Runtime) -> Tensor:
-    """int64: the local samples that this rank of the inner group encodes, as many on each rank.
+    """Returns int64: the replica's samples that this rank of the inner group encodes.
 
-    Where the samples do not divide, the last ranks repeat the last sample.
+    Every rank has the same number; if they do not divide evenly, the last ranks repeat the last
+    sample.
     """
     share = -(-num_samples // runtime.inner_size)
     first = runtime.inner_rank * share
@@ -48,14 +49,14 @@ def share_of_rank(num_samples: int, runtime: Runtime) -> Tensor:
 
 
 def gather_inside_replica(part: Tensor, num_samples: int, runtime: Runtime) -> Tensor:
-    """The rows of `share_of_rank` from every rank of the inner group: [num_samples, ...]."""
+    """Gather the rows of `share_of_rank` from every rank of the inner group: [num_samples, ...]."""
     if runtime.inner_size == 1:
         return part
     return GatherRows.apply(part, runtime.inner_group)[:num_samples]
 
 
 def gather_over_data(rows: Tensor, runtime: Runtime) -> Tensor:
-    """The rows of every replica, in the order of the global batch."""
+    """Gather the rows of every replica, in the order of the global batch."""
     if runtime.data_size == 1:
         return rows
     return GatherRows.apply(rows, runtime.data_group)
@@ -63,7 +64,7 @@ def gather_over_data(rows: Tensor, runtime: Runtime) -> Tensor:
 
 @dataclass(frozen=True)
 class Grouping:
-    """Which samples weigh against each other: those of a micro-batch, or of the global batch."""
+    """The weighting groups: the samples of each micro-batch, or of the global batch."""
 
     runtime: Runtime
     micro_batch_size: int
@@ -71,18 +72,18 @@ class Grouping:
 
     @property
     def ranks_with_same_groups(self) -> int:
-        """Ranks that compute the weights of the same groups."""
+        """Number of ranks that compute the weights of the same groups."""
         return self.runtime.world_size if self.is_global else self.runtime.inner_size
 
     def gather(self, rows_n: Tensor) -> Tensor:
-        """This replica's rows [n, ...] -> the groups that it sees, [G, size of a group, ...]."""
+        """Arrange this replica's rows [n, ...] in its groups, [G, size of a group, ...]."""
         if self.is_global:
             rows_n = gather_over_data(rows_n, self.runtime)
         size = rows_n.shape[0] if self.is_global else self.micro_batch_size
         return rows_n.view(-1, size, *rows_n.shape[1:])
 
     def local(self, values_Gn: Tensor) -> Tensor:
-        """This replica's values, [n]: the inverse of `gather`."""
+        """Returns this replica's values, [n]; the inverse of `gather`."""
         values_n = values_Gn.reshape(-1)
         if self.is_global:
             return values_n.chunk(self.runtime.data_size)[self.runtime.data_rank]

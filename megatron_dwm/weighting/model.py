@@ -1,11 +1,11 @@
-"""The weighting model: samples in, one logit a sample out (METHOD.md, sections 1 and 6).
+"""The weighting model: samples in, one logit per sample out (METHOD.md, sections 1 and 6).
 
     pooled_i = token encoder(tokens_i)                        encoder own: transferable
              | linear(the LLM's features of sample i)         encoder llm: almost free
     logit_i  = head(attention across the group)_i + sample_head(pooled_i)
 
-Both heads start at zero, so weights start exactly uniform. The second head, straight from the
-pooled vector, keeps the weights from collapsing back to uniform.
+Both heads start at zero, so weights start exactly uniform. The second head reads the pooled
+vector directly; without it the weights would collapse back to uniform.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _TENSOR_FILE = "weighting.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class WeightingShape:
-    """Architecture of a weighting model, and what it reads.
+    """Architecture of a weighting model, and its input.
 
-    vocab_size: the tokenizer's.  num_layers: of the model's own encoder.
+    vocab_size: tokens in the tokenizer's vocabulary. num_layers: layers of the model's own encoder.
     feature_size: the LLM's hidden size; 0 for the model's own encoder.
-    tokenizer_sha256: the tokenizer whose ids it reads; None where it reads none (encoder llm), or
-        where nobody has said.
+    tokenizer_sha256: digest of the tokenizer whose ids it reads; None if it reads none (encoder
+        llm) or if the file does not name it.
     """
 
     vocab_size: int
@@ -48,7 +48,7 @@ class WeightingShape:
 
 
 class WeightingModel(nn.Module):
-    """Encoder, attention across samples, two heads. Permutation-equivariant over a group."""
+    """An encoder, attention across samples and two heads; equivariant to the order of samples."""
 
     def __init__(self, shape: WeightingShape) -> None:
         super().__init__()
@@ -68,40 +68,40 @@ class WeightingModel(nn.Module):
             nn.init.zeros_(head.bias)
 
     def logits(self, pooled_GnD: Tensor) -> Tensor:
-        """[G, n, D] -> [G, n]; samples of one group see each other."""
+        """Turn pooled vectors [G, n, D] into logits [G, n]; samples of one group interact."""
         mixed_GnD = self.across_samples(pooled_GnD, rotation=None)
         return (self.head(mixed_GnD) + self.sample_head(pooled_GnD)).squeeze(-1)
 
-    def save(self, directory: Path) -> None:
-        """Write a transferable model: `weighting.json` and `weighting.safetensors`."""
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / _SHAPE_FILE).write_text(json.dumps(asdict(self.shape)), encoding="utf-8")
+    def files(self) -> dict[str, bytes]:
+        """Returns the model as files: `weighting.json` and `weighting.safetensors`."""
         tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
-        # safetensors' own way to a file raises an error of its own where the disk is full.
-        (directory / _TENSOR_FILE).write_bytes(save(tensors))
+        return {
+            _SHAPE_FILE: json.dumps(asdict(self.shape)).encode(),
+            _TENSOR_FILE: save(tensors),
+        }
 
 
 def build_weighting_model(shape: WeightingShape, seed: int) -> WeightingModel:
-    """A new model from `seed`, alike on every rank; the global generator is left alone."""
+    """Build a new model from `seed`, equal on every rank; the global generator does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return WeightingModel(shape)
 
 
 def load_weighting_model(directory: Path, expected: WeightingShape) -> WeightingModel:
-    """A model that `WeightingModel.save` wrote; its inner sizes replace those of `expected`.
+    """Load a model from the files of `WeightingModel.files`; its sizes replace those of `expected`.
 
-    Raises UserError if there is none, or if it reads something else than `expected` does.
+    Raises UserError if there is none, or if its input is not that of `expected`.
     """
     shape = read_weighting_shape(directory)
-    require_same_reading(directory, shape, expected)
+    require_same_input(directory, shape, expected)
     model = WeightingModel(shape)
     model.load_state_dict(load_file(directory / _TENSOR_FILE))
     return model
 
 
 def read_weighting_shape(directory: Path) -> WeightingShape:
-    """What `WeightingModel.save` wrote there. Raises UserError for a missing or damaged file."""
+    """Read the shape from `directory`. Raises UserError for a missing or damaged file."""
     shape_file, tensor_file = directory / _SHAPE_FILE, directory / _TENSOR_FILE
     for file in (shape_file, tensor_file):
         if not file.is_file():
@@ -118,8 +118,8 @@ def read_weighting_shape(directory: Path) -> WeightingShape:
         ) from None
 
 
-def what_is_not_compared(directory: Path, found: WeightingShape) -> str | None:
-    """What nobody can know of a model of an earlier version, whose file names no tokenizer."""
+def unchecked_tokenizer_warning(directory: Path, found: WeightingShape) -> str | None:
+    """Returns a line if the file, of an earlier version, names no tokenizer; else None."""
     if found.encoder != "own" or found.tokenizer_sha256 is not None:
         return None
     return (
@@ -129,8 +129,8 @@ def what_is_not_compared(directory: Path, found: WeightingShape) -> str | None:
     )
 
 
-def require_same_reading(directory: Path, found: WeightingShape, wanted: WeightingShape) -> None:
-    """Raises UserError where the model found in `directory` reads something else than the run."""
+def require_same_input(directory: Path, found: WeightingShape, wanted: WeightingShape) -> None:
+    """Raise UserError if the input of the model in `directory` is not that of the run."""
     if found.encoder != wanted.encoder:
         raise UserError(
             f"weighting.load: {directory} was trained with weighting.encoder {found.encoder}, the "
@@ -150,6 +150,6 @@ def require_same_reading(directory: Path, found: WeightingShape, wanted: Weighti
     if found.encoder == "llm" and found.feature_size != wanted.feature_size:
         raise UserError(
             f"weighting.load: {directory} reads features of an LLM of width {found.feature_size}, "
-            f"the run's has {wanted.feature_size}; only weighting.encoder own goes from one LLM "
-            "to another"
+            f"the run's LLM has {wanted.feature_size}; only a model of weighting.encoder own works "
+            "with another LLM"
         )

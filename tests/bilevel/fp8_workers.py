@@ -1,4 +1,4 @@
-"""What the ranks of the FP8 tests run."""
+"""Functions that the ranks of the FP8 tests run."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from megatron_dwm.bilevel.slots import collect_slots
 from megatron_dwm.bilevel.tangent_probe import tangent_probe
 from megatron_dwm.bilevel.virtual_step import prepare_virtual_step
 from megatron_dwm.model import clear_gradients, forward_backward, forward_only
-from megatron_dwm.model.fp8_emulation import Fp8ColumnParallelLinear, Fp8RowParallelLinear
-from megatron_dwm.model.objective import token_count, token_mean, unit
+from megatron_dwm.model.layers.fp8_emulation import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+from megatron_dwm.model.passes.objective import token_count, token_mean, unit
 from tests.bilevel.workers import TRAIN, VALIDATION, problem_of
 from tests.tiny import MICRO_BATCH, Tiny, tiny
 
 EMULATED = (Fp8ColumnParallelLinear, Fp8RowParallelLinear)
-# Relative sizes of a parameter step along z, from where rounding of fp32 losses hides it to where
-# the loss is no longer straight.
+# Relative sizes of a parameter step along z: at one end the loss is no longer linear, at the other
+# the rounding of fp32 losses hides the step.
 DIFFERENCE_STEPS = [10.0**-k for k in range(1, 8)]
 
 
-def _leave_validation_gradient(subject: Tiny) -> None:
-    """z of a plain descent step: grad L_val, in the gradient buffers."""
+def leave_validation_gradient(subject: Tiny) -> None:
+    """Write z of a plain descent step, grad L_val, into the gradient buffers."""
     clear_gradients(subject.llm, subject.optimizer)
     batch = subject.batch(VALIDATION)
     passes = token_mean(batch, MICRO_BATCH)
@@ -36,11 +36,12 @@ def _leave_validation_gradient(subject: Tiny) -> None:
 
 
 def probe_and_reference(**layout: Any) -> tuple[Tensor, Tensor]:
-    """Alignments of single samples: the probe's, and <z, grad l_i> in double precision, where the
-    quantised network is plain autograd with rounding that passes gradients straight through.
+    """Returns alignments of single samples: the probe's, and <z, grad l_i> in double precision.
+
+    The reference is plain autograd through rounding that passes gradients straight through.
     """
     with tiny(fp8_emulation=True, **layout) as subject:
-        _leave_validation_gradient(subject)
+        leave_validation_gradient(subject)
         batch = subject.batch(TRAIN)
         found = tangent_probe(subject.llm, unit(batch, 1))
         module = subject.llm.modules[0]
@@ -66,7 +67,7 @@ def _straight_through_linear(input: Tensor, weight: Tensor, **_: Any) -> Tensor:
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` on the grid of an FP8 format stretched over its range; its gradient is unchanged."""
+    """Returns `tensor` on the grid of an FP8 format scaled to its range; keeps its gradient."""
     stretch = torch.finfo(dtype).max / tensor.detach().abs().max()
     on_grid = (tensor.detach() * stretch).to(dtype).to(tensor.dtype) / stretch
     return tensor + (on_grid - tensor.detach())
@@ -80,10 +81,10 @@ def _token_mean_loss(module: Module, theta: dict[str, Tensor], batch: Any) -> Te
 
 
 def probe_and_layer_gradients(**layout: Any) -> tuple[float, float]:
-    """sum_i <z, grad l_i> from the probe, and <z, g> with g from an ordinary training pass."""
+    """Returns sum_i <z, grad l_i> from the probe, and <z, g> with g from a training pass."""
     with tiny(fp8_emulation=True, **layout) as subject:
         batch = subject.batch(TRAIN)
-        _leave_validation_gradient(subject)
+        leave_validation_gradient(subject)
         z = [p.main_grad.clone() for p in subject.llm.parameters()]
         probed = tangent_probe(subject.llm, unit(batch, MICRO_BATCH)).sum()
         clear_gradients(subject.llm, subject.optimizer)
@@ -93,11 +94,12 @@ def probe_and_layer_gradients(**layout: Any) -> tuple[float, float]:
 
 
 def rounded_and_unrounded_tangents() -> tuple[Tensor, Tensor]:
-    """Alignments in a quantised model: with the rounding of the weight gradient's product, and
-    without it, as on Transformer Engine's layers, whose tangents are formed in plain arithmetic.
+    """Returns alignments in a quantized model, with and without rounding in the tangent's product.
+
+    Without it is the case of Transformer Engine's layers.
     """
     with tiny(fp8_emulation=True, steps=40) as subject:
-        _leave_validation_gradient(subject)
+        leave_validation_gradient(subject)
         passes = unit(subject.batch(TRAIN), MICRO_BATCH)
         plain = {
             f"{kind.__module__}.{kind.__qualname__}": ADAPTERS[
@@ -111,10 +113,10 @@ def rounded_and_unrounded_tangents() -> tuple[Tensor, Tensor]:
 
 
 def probe_and_differences(fp8_emulation: bool) -> tuple[Tensor, list[Tensor]]:
-    """Alignments from the probe, and from a central difference of every step size."""
+    """Returns alignments from the probe, and from a central difference of every step size."""
     with tiny(fp8_emulation=fp8_emulation) as subject:
         llm, passes = subject.llm, unit(subject.batch(TRAIN), MICRO_BATCH)
-        _leave_validation_gradient(subject)
+        leave_validation_gradient(subject)
         probed = tangent_probe(llm, passes)
         theta = [p.detach().clone() for p in llm.parameters()]
         z = [p.main_grad.clone() for p in llm.parameters()]
@@ -137,10 +139,10 @@ def _norm(tensors: list[Tensor]) -> float:
 
 
 def alignments_in_fp32_and_fp8(steps: int, **layout: Any) -> tuple[Tensor, Tensor]:
-    """Alignments (Adam's inner step) of one trained model, in fp32 and in emulated FP8."""
+    """Returns alignments (Adam's inner step) of one trained model in fp32 and in emulated FP8."""
     with tiny(steps=steps, **layout) as subject:
         exact = ESTIMATORS["tangent_probe"](problem_of(subject)).alignment_n
-        state = _optimiser_state(subject)
+        state = _optimizer_state(subject)
     with tiny(steps=1, fp8_emulation=True, **layout) as subject:
         for slot, (value, moments, step) in zip(
             collect_slots(subject.optimizer), state, strict=True
@@ -153,7 +155,7 @@ def alignments_in_fp32_and_fp8(steps: int, **layout: Any) -> tuple[Tensor, Tenso
         return exact, ESTIMATORS["tangent_probe"](problem_of(subject)).alignment_n
 
 
-def _optimiser_state(subject: Tiny) -> list[tuple[Tensor, dict[str, Tensor], float]]:
+def _optimizer_state(subject: Tiny) -> list[tuple[Tensor, dict[str, Tensor], float]]:
     return [
         (
             slot.main.detach().clone(),
@@ -165,12 +167,14 @@ def _optimiser_state(subject: Tiny) -> list[tuple[Tensor, dict[str, Tensor], flo
 
 
 def caches_invalidated() -> list[bool]:
-    """Whether modules that keep quantised weights are told to renew them: after the virtual step,
-    and after the way back. The flag is the one that Transformer Engine's modules have.
+    """Returns True for each move after which modules have to quantize their weights again.
+
+    The moves are the virtual step and its reversal. The flag is that of Transformer Engine's
+    modules.
     """
     with tiny() as subject:
         llm = subject.llm
-        llm.transformer.fp8 = "hybrid"  # what Megatron-Core's own method looks at
+        llm.transformer.fp8 = "hybrid"  # Megatron-Core's own method reads this
         for module in llm.modules[0].modules():
             if hasattr(module, "weight"):
                 module.is_first_microbatch = True

@@ -1,5 +1,6 @@
-"""A model whose norms are fused with the linear layers behind them, as Transformer Engine's are, in
-plain torch: the same places, names and attributes, on a CPU.
+"""A model with norms fused into the linear layers after them, in plain torch on a CPU.
+
+Modules, names and attributes are those of Transformer Engine's layers.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from megatron_dwm.bilevel.adapters import ADAPTERS
 from megatron_dwm.bilevel.tangent_probe import tangent_probe
 from megatron_dwm.model import llm as llm_module
-from megatron_dwm.model import modules
-from megatron_dwm.model.objective import unit
-from megatron_dwm.model.transformer_engine import UNFUSED_NAMES
-from tests.bilevel.fp8_workers import _leave_validation_gradient
+from megatron_dwm.model.layers import local as modules
+from megatron_dwm.model.layers.transformer_engine import UNFUSED_NAMES
+from megatron_dwm.model.passes.objective import unit
+from tests.bilevel.fp8_workers import leave_validation_gradient
 from tests.bilevel.workers import TRAIN
 from tests.tiny import MICRO_BATCH, Tiny, tiny
 
@@ -39,13 +40,13 @@ class NormColumnLinear(ColumnParallelLinear):
         self.layer_norm_weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """[S, B, D] -> [S, B, C / tensor size]."""
+        """Returns [S, B, C / tensor size] from [S, B, D]."""
         gain = self.layer_norm_weight
         return super().forward(F.rms_norm(x, gain.shape, gain, self.eps))
 
 
 def fused_block_spec(num_layers: int, _: object = ()) -> TransformerBlockSubmodules:
-    """The spec's layers with the norms moved into the layers behind them."""
+    """Returns the spec's layers with the norms moved into the linear layers after them."""
     spec = modules.llama_block_spec(num_layers)
     for layer in spec.layer_specs:
         parts = layer.submodules
@@ -57,7 +58,7 @@ def fused_block_spec(num_layers: int, _: object = ()) -> TransformerBlockSubmodu
 
 
 def alignments_and_names(fused: bool, **layout: Any) -> tuple[Tensor, list[str]]:
-    """(alignments, names in a checkpoint) of the fused or the unfused model."""
+    """Returns (alignments, names in a checkpoint) of the fused or the unfused model."""
     if fused:  # this process ends with the cases of one layout, the unfused ones first
         llm_module.llama_block_spec = fused_block_spec
     with tiny(**layout) as subject:
@@ -65,7 +66,7 @@ def alignments_and_names(fused: bool, **layout: Any) -> tuple[Tensor, list[str]]
 
 
 def _alignments_and_names(subject: Tiny) -> tuple[Tensor, list[str]]:
-    _leave_validation_gradient(subject)
+    leave_validation_gradient(subject)
     name = f"{NormColumnLinear.__module__}.{NormColumnLinear.__qualname__}"
     adapters = {**ADAPTERS, name: ADAPTERS[FUSED]}
     found = tangent_probe(subject.llm, unit(subject.batch(TRAIN), MICRO_BATCH), adapters)
@@ -75,9 +76,9 @@ def _alignments_and_names(subject: Tiny) -> tuple[Tensor, list[str]]:
 
 
 def with_swiglu_fused(**layout: Any) -> dict[str, tuple[Any, Any]]:
-    """Unfused and fused: alignments, training gradients, and bytes that autograd keeps of a forward
-    pass. Megatron-Core's own function; torch.compile, which makes a kernel of it on a GPU, is told
-    to leave it as it is.
+    """Returns alignments, gradients and bytes kept by autograd, without and with fused SwiGLU.
+
+    It is Megatron-Core's own function, without the torch.compile that makes a kernel on a GPU.
     """
     torch.compiler.set_stance("force_eager")
     with tiny(**layout) as subject:
@@ -86,7 +87,7 @@ def with_swiglu_fused(**layout: Any) -> dict[str, tuple[Any, Any]]:
             subject.llm.transformer.bias_activation_fusion = fused
             subject.gradient(TRAIN)
             gradients = torch.cat([p.main_grad.flatten() for p in subject.llm.parameters()])
-            _leave_validation_gradient(subject)
+            leave_validation_gradient(subject)
             alignments = tangent_probe(subject.llm, unit(subject.batch(TRAIN), MICRO_BATCH))
             found.append((alignments, gradients, _kept_bytes(subject)))
         names = ("alignments", "gradients", "kept")

@@ -1,4 +1,4 @@
-"""The tangents of module classes in double precision, Transformer Engine's among them.
+"""The tangents of all module classes, with Transformer Engine's, in double precision.
 
 Each is compared with autograd's per-sample gradient of a plain torch module that computes the same.
 """
@@ -18,12 +18,12 @@ from megatron_dwm.bilevel.adapters import (
     WITHOUT_PARAMETERS,
     adapter_for,
     embedding_tangent,
-    place_of,
+    position_of,
 )
 
 SEQUENCE, BATCH, WIDTH, OUT = 5, 3, 8, 6
 EPSILON = 1e-3
-ALONE = place_of("", sequence_parallel=False, tensor_rank=0, group=None)
+ALONE = position_of("", sequence_parallel=False, tensor_rank=0, group=None)
 TE = "megatron.core.extensions.transformer_engine."
 FUSED = TE + "TELayerNormColumnParallelLinear"
 TE_NORM = "transformer_engine.pytorch.module.rmsnorm.RMSNorm"
@@ -43,13 +43,13 @@ class Fused(Module):
         self.weight = Parameter(_draw(OUT, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[S, B, WIDTH] -> [S, B, OUT]."""
+        """Returns [S, B, OUT] from [S, B, WIDTH]."""
         rms = (x.square().mean(dim=-1, keepdim=True) + self.eps).sqrt()
         return (self.layer_norm_weight * x / rms) @ self.weight.t()
 
 
 class Norm(Module):
-    """Its RMSNorm."""
+    """What Transformer Engine's RMSNorm computes, with its attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,19 +57,19 @@ class Norm(Module):
         self.weight = Parameter(_draw(WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[S, B, WIDTH] -> the same."""
+        """Returns the input normalized, [S, B, WIDTH]."""
         return self.weight * x / (x.square().mean(dim=-1, keepdim=True) + self.eps).sqrt()
 
 
 class Linear(Module):
-    """Its Linear."""
+    """What Transformer Engine's Linear computes, with its attributes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = Parameter(_draw(OUT, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[S, B, WIDTH] -> [S, B, OUT]."""
+        """Returns [S, B, OUT] from [S, B, WIDTH]."""
         return x @ self.weight.t()
 
 
@@ -82,7 +82,7 @@ class Case:
     gradient_SBC: Tensor
 
     def expected(self) -> Tensor:
-        """[B]: <z, gradient of sample b's own loss>, one autograd pass a sample."""
+        """Returns <z, gradient of sample b's own loss>, [B], from one autograd pass per sample."""
         found = []
         for b in range(BATCH):
             loss = (self.module(self.x_SBD)[:, b] * self.gradient_SBC[:, b]).sum()
@@ -137,7 +137,7 @@ def test_fused_tangent_is_the_central_difference() -> None:
 
 
 def test_partial_sums_of_a_split_fused_layer_add_up() -> None:
-    """Column parallel: a rank has some rows of the weight, their output, and the whole gain."""
+    """In a column-parallel layer a rank has some rows of the weight, and the whole gain."""
     case = _case(Fused)
     total = torch.zeros(BATCH, dtype=torch.float64)
     for rows in (slice(0, 2), slice(2, OUT)):
@@ -193,8 +193,8 @@ def test_no_class_is_named_twice() -> None:
         ("decoder.layers.0.input_layernorm", False, [0]),
         ("decoder.final_layernorm", False, [0]),
         ("decoder.layers.0.input_layernorm", True, [0, 1]),
-        # Every rank normalizes heads of its own, with a gain that all hold: a value dropped on
-        # one would be missing from the sum.
+        # Every rank normalizes its own heads with a gain that all ranks hold. A value that one rank
+        # dropped would be missing from the sum.
         ("decoder.layers.0.self_attention.q_layernorm", False, [0, 1]),
         ("decoder.layers.0.self_attention.k_layernorm", False, [0, 1]),
         ("decoder.layers.0.self_attention.linear_qkv", False, [0, 1]),
@@ -206,14 +206,14 @@ def test_a_rank_counts_what_no_other_rank_forms(
     kind = "tensor_parallel.layers.ColumnParallelLinear" if "linear" in name else None
     adapter = ADAPTERS[f"megatron.core.{kind}"] if kind else ADAPTERS[TE_NORM]
     places = [
-        place_of(name, sequence_parallel=sequence_parallel, tensor_rank=rank, group=None)
+        position_of(name, sequence_parallel=sequence_parallel, tensor_rank=rank, group=None)
         for rank in (0, 1)
     ]
     assert [rank for rank in (0, 1) if places[rank].counts(adapter)] == ranks
 
 
 def test_norms_of_split_heads_add_up_to_the_whole() -> None:
-    """Two ranks with two heads each against autograd on all four."""
+    """Compares two ranks of two heads each with autograd on all four heads."""
     whole = _case(Norm)
     heads_SBHD = _draw(SEQUENCE, BATCH, 4, WIDTH)
     whole = Case(whole.module, heads_SBHD, _draw(*heads_SBHD.shape))

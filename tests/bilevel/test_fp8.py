@@ -1,5 +1,6 @@
-"""The tangent probe in FP8: against double precision, against training's own gradients, and where
-a finite difference no longer sees anything.
+"""The tangent probe in FP8 against double precision and against training's own gradients.
+
+A finite difference does not work there; a test shows it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ import torch
 from tests.launch import run_ranks
 
 WORKERS = "tests.bilevel.fp8_workers:"
-# As in fp32 (test_hypergradient.py): the quantised values are the same on both sides, the sums are
-# fp32's.
+# As in fp32 (test_hypergradient.py): the quantized values are equal, and the sums are in fp32.
 REFERENCE_TOLERANCE = 1e-5
-# Sums in another order move a value across a rounding border now and then, by an eighth of itself.
+# A sum in another order sometimes moves a value across a rounding border, by an eighth of itself.
 LAYOUT_TOLERANCE = 0.05
 LAYOUTS = [
     {"tensor": 2},
@@ -34,7 +34,7 @@ def test_probe_is_the_straight_through_gradient_in_double_precision() -> None:
 
 
 def test_probe_adds_up_to_what_training_computes() -> None:
-    """Micro-batches of several samples, whose scales the samples share."""
+    """The samples of a micro-batch share their scales."""
     cases = [{}, {"recompute": "full"}]
     for [(probed, trained)] in run_ranks(WORKERS + "probe_and_layer_gradients", 1, cases):
         assert probed == pytest.approx(trained, rel=1e-4)
@@ -46,12 +46,12 @@ def test_finite_differences_fail() -> None:
         [_relative(difference, probed) for difference in differences]
         for [(probed, differences)] in run_ranks(WORKERS + "probe_and_differences", 1, cases)
     ]
-    exact, quantised = errors
+    exact, quantized = errors
     best = exact.index(min(exact))
     assert exact[best] < 2e-3
-    # At the step that is right in fp32, and at every smaller one, the difference is noise.
-    assert min(quantised[best:]) > 0.2
-    assert min(quantised) > 20 * exact[best]
+    # At the step that is best in fp32, and at every smaller step, the difference is noise.
+    assert min(quantized[best:]) > 0.2
+    assert min(quantized) > 20 * exact[best]
 
 
 def test_layouts_agree() -> None:
@@ -66,13 +66,13 @@ def test_layouts_agree() -> None:
 
 def test_alignments_in_fp8_rank_the_samples_as_in_fp32() -> None:
     cases = [{"steps": 40}]
-    [[(exact, quantised)]] = run_ranks(WORKERS + "alignments_in_fp32_and_fp8", 1, cases)
-    assert not torch.equal(exact, quantised)
-    assert float(torch.corrcoef(torch.stack([exact, quantised]))[0, 1]) > 0.95
+    [[(exact, quantized)]] = run_ranks(WORKERS + "alignments_in_fp32_and_fp8", 1, cases)
+    assert not torch.equal(exact, quantized)
+    assert float(torch.corrcoef(torch.stack([exact, quantized]))[0, 1]) > 0.95
 
 
 def test_unrounded_tangents_are_near_the_rounded_ones() -> None:
-    """Transformer Engine's layers do not show what they rounded; the tangent does without."""
+    """Transformer Engine does not expose rounded values, so the tangent does not use them."""
     [[(rounded, plain)]] = run_ranks(WORKERS + "rounded_and_unrounded_tangents", 1, [{}])
     assert not torch.equal(rounded, plain)
     assert _relative(plain, rounded) < 0.1
@@ -84,7 +84,7 @@ def test_nothing_is_left_behind() -> None:
         assert all(parts.values()), parts
 
 
-def test_virtual_step_and_the_way_back_renew_quantised_weights() -> None:
+def test_virtual_step_and_the_way_back_renew_quantized_weights() -> None:
     assert run_ranks(WORKERS + "caches_invalidated", 1, [{}]) == [[[True, True, True, True]]]
 
 

@@ -1,4 +1,4 @@
-"""Fused pieces inside a whole model, under tensor parallelism: norm and linear layer, SwiGLU."""
+"""Fused norm and linear layers, and fused SwiGLU, in a whole model under tensor parallelism."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_fused_model_has_the_alignments_and_names_of_the_unfused_one() -> None:
         found = run_ranks("tests.bilevel.fused_workers:alignments_and_names", world_size, both)
         for (unfused, unfused_names), (fused, fused_names) in zip(*found, strict=True):
             difference = (fused - unfused).abs().max() / unfused.abs().max()
-            # Four steps of Adam from the same start multiply fp32's rounding.
+            # Four steps of Adam from the same start amplify the rounding of fp32.
             assert float(difference) < 1e-4, case
             assert fused_names == unfused_names
             assert any(name.endswith("pre_mlp_layernorm.weight") for name in fused_names)

@@ -1,4 +1,4 @@
-"""The hypergradient against autograd in double precision, and against itself under every layout."""
+"""The hypergradient against autograd in double precision, and between layouts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from tests.launch import run_ranks
 
 # fp32 sums of a few thousand terms, each of relative error 6e-8, with cancellation.
 ORACLE_TOLERANCE = 1e-5
-# Where nothing amplifies rounding. Adam does, by its square root of a second moment near zero: the
-# tolerance is then what rounding does in one process (`rounding_errors`).
+# For models in which nothing amplifies rounding. Adam amplifies it, by the square root of a second
+# moment near zero: then the tolerance is the effect of rounding in one process (`rounding_errors`).
 LAYOUT_TOLERANCE = 1e-6
 ROUNDING_SEEDS = (1, 2, 3, 4)
 
@@ -54,13 +54,13 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _alone(layout: dict) -> dict:
-    """The same model in one process and in fp32."""
+    """Returns the keys of the same model in one process and in fp32."""
     return {key: value for key, value in layout.items() if key in MODEL_KEYS}
 
 
 @pytest.fixture(scope="module")
 def alignments() -> dict[str, list[torch.Tensor]]:
-    """case -> alignments found by every rank; a case is printed with its number of processes."""
+    """Alignments on every rank, by case; a case is the layout and its number of processes."""
     cases = ALL_LAYOUTS + [(_alone(layout), 1) for layout, _ in ALL_LAYOUTS]
     found = {}
     for size in (1, 2, 4):
@@ -72,10 +72,10 @@ def alignments() -> dict[str, list[torch.Tensor]]:
 
 @pytest.fixture(scope="module")
 def rounding_errors(alignments: dict[str, list[torch.Tensor]]) -> dict[str, float]:
-    """model -> the largest relative change of its alignments in one process when the parameters
-    that training starts from are rounded another way.
+    """Largest relative change of the alignments in one process, by model, from rounding alone.
 
-    The sums of a layout differ from one process's by rounding, so they may differ by this much.
+    The parameters that training starts from are rounded in another way. The sums of a layout differ
+    from those of one process by rounding, so the alignments may differ by this much.
     """
     models = {str(_alone(layout)): _alone(layout) for layout, _ in ALL_LAYOUTS}
     cases = [
@@ -113,10 +113,10 @@ def test_layouts_agree(
     world_size: int,
 ) -> None:
     [expected] = alignments[f"{_alone(layout)} 1"]
-    # A layout rounds at every product and sum, where the trials round once: 4 of theirs.
+    # A layout rounds every product and sum, and the trials round once: allow 4 times theirs.
     tolerance = max(LAYOUT_TOLERANCE, 4 * rounding_errors[str(_alone(layout))])
     assert tolerance < ORACLE_TOLERANCE * 5, "rounding alone would hide a mistake"
-    # bf16 keeps 8 bits: one rounding is 4e-3, and a chain of them stays within some tens of that.
+    # bf16 has 8 bits: one rounding is 4e-3, and a chain of roundings is some tens of that.
     tolerance = 0.1 if layout.get("precision") == "bf16" else tolerance
     for found in alignments[f"{layout} {world_size}"]:
         assert _relative(found, expected) < tolerance
@@ -144,7 +144,8 @@ def estimators() -> list[tuple[torch.Tensor, ...]]:
 def test_estimators_agree(estimators: list[tuple[torch.Tensor, ...]], number: int) -> None:
     unrolled, probed, differenced = estimators[number]
     assert _relative(probed, unrolled) < ORACLE_TOLERANCE
-    # A loss of 5.5 is rounded to 5e-7 and h*s is about 1e-3: some 1e-3 remain (METHOD.md: 3e-3).
+    # A loss of 5.5 is rounded to 5e-7 and h*s is about 1e-3: an error of some 1e-3 remains
+    # (METHOD.md, section 2: 3e-3).
     assert _relative(differenced, unrolled) < 5e-3
 
 
@@ -168,12 +169,12 @@ def test_estimators_refuse_what_they_cannot_do() -> None:
 
 def test_halves_of_the_validation_batch_add_up() -> None:
     cases = [{}, {"clip": 0.2, "recompute": "full"}]
-    # A half of four samples is two micro-batches; training's micro-batch of four would make one.
+    # A half of four samples is two micro-batches; with training's micro-batch of four it were one.
     interleaved = [{"pipeline": 2, "virtual_stages": 2, "micro_batch": 4}]
     for size, these in ((1, cases), (2, cases), (2, interleaved)):
         for ranks in run_ranks("tests.bilevel.workers:halves_add_up", size, these):
             for found, whole in ranks:
-                # Three numbers, each with a layout's rounding: either half's, and the whole's.
+                # Three numbers have the rounding of a layout: both halves' and the whole's.
                 assert _relative(found, whole) < 3 * LAYOUT_TOLERANCE
 
 
@@ -188,6 +189,6 @@ def test_whole_chain_from_phi_to_validation_loss() -> None:
     ]
     found = run_ranks("tests.bilevel.workers:chain_and_difference", 1, cases)
     for case, [(ours, expected)] in zip(cases, found, strict=True):
-        # Double precision's central difference is exact to 1e-6 here; ours is fp32's 1e-5, and
-        # random directions cancel part of it.
+        # The central difference in double precision is exact to 1e-6 here. Ours has the 1e-5 of
+        # fp32, and random directions cancel a part of the value.
         assert _relative(ours, expected) < 1e-4, case

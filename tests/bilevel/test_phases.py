@@ -1,4 +1,4 @@
-"""What a trace of a hypergradient names, and in which order: torch's own profiler on a CPU."""
+"""The names in a trace of a hypergradient and their order, by torch's profiler on a CPU."""
 
 from __future__ import annotations
 

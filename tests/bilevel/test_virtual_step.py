@@ -1,4 +1,4 @@
-"""The virtual step is the real optimiser's step, bit for bit, and leaves nothing behind."""
+"""The virtual step is the real optimizer's step, bit for bit, and leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ranks of the bilevel tests run."""
+"""Functions that the ranks of the bilevel tests run."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from megatron_dwm.bilevel.slots import collect_slots
 from megatron_dwm.bilevel.virtual_step import CLIP_EPSILON, prepare_virtual_step
 from megatron_dwm.config import WeightingConfig
 from megatron_dwm.data import Batch
-from megatron_dwm.model import LLM, Reading, clear_gradients, forward_backward, forward_only
-from megatron_dwm.model.objective import token_count, token_mean, unit
-from megatron_dwm.weighting import DwmPolicy
+from megatron_dwm.model import LLM, ForwardOutputs, clear_gradients, forward_backward, forward_only
+from megatron_dwm.model.passes.objective import token_count, token_mean, unit
+from megatron_dwm.weighting.dwm import Dwm
 from megatron_dwm.weighting.model import WeightingShape, build_weighting_model
+from megatron_dwm.weighting.trainer import WeightingTrainer
 from tests.tiny import MICRO_BATCH, SAMPLES, VOCAB_SIZE, Tiny, tiny
 from tests.weighting.fixed_temperature import FixedTemperature
+from tests.weighting.workers import learn, weigh
 
 TRAIN, VALIDATION = 100, 101
 DIFFERENCE_STEP = 1e-5
@@ -34,7 +36,7 @@ WEIGHTING_SHAPE = WeightingShape(
 def alignments(
     inner: str = "adam", estimator: str = "tangent_probe", halves: bool = False, **layout: Any
 ) -> Tensor:
-    """s of the global batch, in order, on every rank."""
+    """Returns the alignments of the global batch, in order, on every rank."""
     with tiny(**layout) as subject:
         options = {"halves": True} if halves else {}
         found = _hypergradient(subject, inner, estimator, **options)
@@ -44,7 +46,7 @@ def alignments(
 
 
 def problem_of(subject: Tiny, inner: str = "adam") -> Problem:
-    """The bi-level step that the tests take."""
+    """Returns the bi-level step that the tests take."""
     return Problem(
         llm=subject.llm,
         optimizer=subject.optimizer,
@@ -63,7 +65,7 @@ def _hypergradient(
 
 
 def everything_restored(**layout: Any) -> dict[str, bool]:
-    """Which parts of the state are bit-identical after a hypergradient."""
+    """Returns which parts of the state are bit-identical after a hypergradient."""
     with tiny(**layout) as subject:
         clear_gradients(subject.llm, subject.optimizer)
         before = _snapshot(subject)
@@ -83,7 +85,7 @@ def _snapshot(subject: Tiny) -> dict[str, list[Tensor]]:
     parts = {
         "model parameters": parameters,
         "main parameters": [slot.main.detach() for slot in slots],
-        "optimiser state": state,
+        "optimizer state": state,
         "gradient buffers": buffers,
         "random numbers": [torch.get_rng_state()],
         "still trainable": [torch.tensor(p.requires_grad) for p in subject.llm.parameters()],
@@ -92,7 +94,7 @@ def _snapshot(subject: Tiny) -> dict[str, list[Tensor]]:
 
 
 def virtual_and_real(**layout: Any) -> list[tuple[Tensor, Tensor]]:
-    """(virtual, real) parameters of this rank after a step on the same gradient."""
+    """Returns (virtual, real) parameters of this rank after a step on the same gradient."""
     with tiny(**layout) as subject:
         subject.gradient(TRAIN)
         step = prepare_virtual_step(subject.llm, subject.optimizer, "adam")
@@ -104,9 +106,9 @@ def virtual_and_real(**layout: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 def alignments_and_oracle(inner: str, **layout: Any) -> tuple[Tensor, Tensor]:
-    """dL_val(theta')/dw: ours, and autograd's through a step written in double precision.
+    """Returns dL_val(theta')/dw: ours, and autograd's through a step in double precision.
 
-    The second knows nothing of ours but the parameters and the moments: it builds per-sample
+    The second uses nothing of ours but the parameters and the moments: it builds per-sample
     gradients one by one from the model's logits, takes clipping and Adam by their textbook
     formulas as differentiable functions of w, and differentiates the validation loss.
     """
@@ -123,7 +125,7 @@ def _oracle(subject: Tiny, inner: str, clip: float) -> Tensor:
 
 
 def _val_loss_after_step(subject: Tiny, inner: str, clip: float) -> Callable[[Tensor], Tensor]:
-    """w -> L_val(theta'(w)) in double precision, differentiable in w."""
+    """Returns the function w -> L_val(theta'(w)) in double precision, differentiable in w."""
     module = subject.llm.modules[0]
     moments = _moments_by_name(subject)
     learning_rate = subject.optimizer.param_groups[0]["lr"]
@@ -158,14 +160,14 @@ def _textbook_step(
         m = b1 * first.double() + (1 - b1) * update
         v = b2 * second.double() + (1 - b2) * update**2
         t = step + 1
-        # The square root has no derivative at 0, where a never-seen token's row stays.
+        # The square root has no derivative at 0, and the row of an unseen token stays there.
         root = torch.where(v > 0, torch.where(v > 0, v, 1.0).sqrt(), 0.0)
         update = (m / (1 - b1**t)) / (root / (1 - b2**t) ** 0.5 + group["eps"])
     return theta * (1 - learning_rate * group["weight_decay"]) - learning_rate * update
 
 
 def _losses(module: torch.nn.Module, theta: dict[str, Tensor], batch: Any) -> Tensor:
-    """Token-mean loss of every sample in double precision, from logits."""
+    """Returns the token-mean loss of every sample in double precision, from logits."""
     inputs = (batch.tokens_BS, batch.position_ids_BS, None)
     logits = functional_call(module, theta, inputs)
     token_losses = F.cross_entropy(
@@ -184,7 +186,7 @@ def _moments_by_name(subject: Tiny) -> dict[str, tuple]:
 
 
 def forward_values_unchanged() -> bool:
-    """The probe's hooks do not change the loss of a pass, and are gone afterwards."""
+    """True if the probe's hooks do not change the loss of a pass and are gone afterwards."""
     with tiny() as subject:
         llm: LLM = subject.llm
         batch = subject.batch(VALIDATION)
@@ -202,7 +204,7 @@ def forward_values_unchanged() -> bool:
 
 
 def refused(estimator: str, halves: bool = False, **layout: Any) -> str:
-    """The message with which an estimator refuses; empty if it does not."""
+    """Returns the message with which an estimator refuses; empty if it does not refuse."""
     with tiny(**layout) as subject:
         try:
             _hypergradient(subject, "adam", estimator, **({"halves": True} if halves else {}))
@@ -212,7 +214,7 @@ def refused(estimator: str, halves: bool = False, **layout: Any) -> str:
 
 
 def unroll_and_probe(inner: str, **layout: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Alignments of the three estimators on one problem: unroll, probe, finite difference."""
+    """Returns alignments of one problem by unroll, tangent probe and finite difference."""
     with tiny(**layout) as subject:
         return tuple(
             _hypergradient(subject, inner, name).alignment_n
@@ -221,7 +223,7 @@ def unroll_and_probe(inner: str, **layout: Any) -> tuple[Tensor, Tensor, Tensor]
 
 
 def halves_add_up(micro_batch: int = MICRO_BATCH, **layout: Any) -> tuple[Tensor, Tensor]:
-    """Alignments of the whole validation batch: at once, and as its halves' weighted sum."""
+    """Returns alignments with the validation batch: its halves' weighted sum, and the whole's."""
     with tiny(**layout) as subject:
         problem = replace(problem_of(subject), micro_batch_size=micro_batch)
         whole = ESTIMATORS["tangent_probe"](problem)
@@ -232,18 +234,36 @@ def halves_add_up(micro_batch: int = MICRO_BATCH, **layout: Any) -> tuple[Tensor
         return found.alignment_n, whole.alignment_n
 
 
-def _read(batch: Batch, reading: Reading, encoder: str) -> Tensor:
-    """What the weighting model's encoder takes, a row a sample."""
+def _encoder_inputs(batch: Batch, outputs: ForwardOutputs, encoder: str) -> Tensor:
+    """Returns the input of the weighting model's encoder, one row per sample."""
     if encoder == "own":
         return batch.tokens_BS
-    return torch.cat([reading.features.flat(), reading.losses_n[:, None]], dim=1).double()
+    return torch.cat([outputs.features.flat(), outputs.losses_n[:, None]], dim=1).double()
+
+
+def _central_difference(
+    model: torch.nn.Module, direction: list[Tensor], value: Callable[[], Tensor]
+) -> float:
+    """The derivative of `value` along a direction of the model's parameters, which stay."""
+    values = []
+    for sign in (1, -2):  # phi + h, then phi - h
+        _move(model, direction, sign * DIFFERENCE_STEP)
+        values.append(float(value()))
+    _move(model, direction, DIFFERENCE_STEP)
+    return (values[0] - values[1]) / (2 * DIFFERENCE_STEP)
+
+
+def _move(model: torch.nn.Module, direction: list[Tensor], step: float) -> None:
+    for parameter, v in zip(model.parameters(), direction, strict=True):
+        parameter.data += step * v
 
 
 def chain_and_difference(
     inner: str, encoder: str = "own", bound: float = 0.0, **layout: Any
 ) -> tuple[Tensor, Tensor]:
-    """dL_val(theta'(phi))/dphi along random directions: ours from end to end, and central
-    differences of the whole chain, at the temperature of phi, in double precision.
+    """Returns dL_val(theta'(phi))/dphi along random directions: ours, and central differences.
+
+    The differences are of the whole chain at the temperature of phi, in double precision.
     """
     with tiny(**layout) as subject:
         width = subject.llm.shape.hidden_size
@@ -256,24 +276,26 @@ def chain_and_difference(
         config = WeightingConfig(
             group="global", standardize=False, clip_grad=0.0, min_effective_sample_size=bound
         )
-        policy = DwmPolicy(model, config, subject.runtime, MICRO_BATCH, learned=True)
-        policy.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # form phi's gradient only
+        trainer = WeightingTrainer(model, config, subject.runtime, MICRO_BATCH, learned=True)
+        trainer.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # form phi's gradient only
+        method = Dwm(trainer)
         train = subject.batch(TRAIN)
         passes = unit(train, MICRO_BATCH)
-        reading = forward_only(subject.llm, passes, early_layer=1).reading
-        subject.weights_n = policy.weights(train, reading)
+        outputs = forward_only(subject.llm, passes, early_layer=1).outputs
+        subject.weights_n = weigh(method, train, outputs)
         val_loss = _val_loss_after_step(subject, inner, layout.get("clip", 1.0))
         problem = problem_of(subject, inner)
         found = ESTIMATORS["tangent_probe"](problem)
         held = FixedTemperature(
             model,
-            lambda: model.encoder(_read(train, reading, encoder)),
+            lambda: model.encoder(_encoder_inputs(train, outputs, encoder)),
             bound=bound,
             group=SAMPLES,
         )
         assert (float(held.temperature_G) > 1.0) == (bound > 0.0), "the bound is active"
         torch.testing.assert_close(held.weights(), subject.weights_n.double())
-        policy.update(train, reading, found.alignment_n.double(), problem.learning_rate)
+        alignment_n = found.alignment_n.double()
+        learn(method, train, alignment_n, problem.learning_rate, outputs=outputs)
         gradients = [parameter.grad.clone() for parameter in model.parameters()]
         ours, differences = [], []
         for _ in range(4):
@@ -283,12 +305,7 @@ def chain_and_difference(
             ]
             pairs = zip(gradients, direction, strict=True)
             ours.append(float(sum((g * v).sum() for g, v in pairs)))
-            values = []
-            for sign in (1, -2):  # phi + h, then phi - h
-                for parameter, v in zip(model.parameters(), direction, strict=True):
-                    parameter.data += sign * DIFFERENCE_STEP * v
-                values.append(float(val_loss(held.weights())))
-            for parameter, v in zip(model.parameters(), direction, strict=True):
-                parameter.data += DIFFERENCE_STEP * v
-            differences.append((values[0] - values[1]) / (2 * DIFFERENCE_STEP))
+            differences.append(
+                _central_difference(model, direction, lambda: val_loss(held.weights()))
+            )
         return torch.tensor(ours), torch.tensor(differences)

@@ -9,11 +9,12 @@ import pytest
 
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.effect import Given, warnings_of_effect
-from megatron_dwm.config.key import entries
+from megatron_dwm.config.key import Part, entries
 from megatron_dwm.config.load import load, save_config
+from megatron_dwm.config.methods import METHODS
 from megatron_dwm.config.names import known_keys
 from megatron_dwm.config.schema_method import PolicyName
-from megatron_dwm.weighting.build import PARTS, POLICIES, parts_of
+from megatron_dwm.weighting import learns, method_class
 
 UNIFORM = "--policy.name uniform"
 OWN = "--policy.name dwm"
@@ -88,6 +89,10 @@ WITHOUT_EFFECT = [
     ("", "model.fp8_first_last_bf16", "true", "model.precision is fp32, and it needs"),
     ("--model.init_from m", "model.init_std", "0.1", "model.init_from is m, and it needs"),
 ]
+
+
+def parts_of(config: Config) -> frozenset[Part]:
+    return method_class(config).parts(config)
 
 
 def _judged(arguments: list[str]) -> list[str]:
@@ -190,13 +195,14 @@ def test_the_last_place_counts(tmp_path: Path) -> None:
 
 
 def test_every_policy_says_its_parts() -> None:
-    assert set(PARTS) == set(POLICIES) == set(PolicyName.__args__)
+    assert set(METHODS) == set(PolicyName.__args__)
     used = {entry.rule.part for entry in entries(Config())} - {None}
-    assert used == frozenset().union(*PARTS.values())
+    runs = [load(["--policy.name", name]).config for name in METHODS]
+    assert used == frozenset().union(*map(parts_of, runs))
 
 
 def test_a_frozen_key_does_not_stop_a_policy_without_a_weighting_model(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("weighting: {load: w, frozen: true}")
-    assert load([str(file), *DOMAINS.split()]).config.learns
-    assert not load([str(file), *OWN.split()]).config.learns
+    assert learns(load([str(file), *DOMAINS.split()]).config)
+    assert not learns(load([str(file), *OWN.split()]).config)

@@ -9,7 +9,8 @@ import pytest
 
 from megatron_dwm.config.effect import warnings_of_effect
 from megatron_dwm.config.load import load
-from megatron_dwm.weighting.build import POLICIES, parts_of
+from megatron_dwm.config.methods import METHODS as REGISTERED
+from megatron_dwm.weighting import method_class
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 METHODS = ["uniform", "own_staged", "own_online", "llm_fresh", "llm_training", "domain_mean"]
@@ -28,16 +29,17 @@ def _policy_trained_by(call: str) -> str:
     words = done.stdout.splitlines()
     assert words[:2] == ["-m", "megatron_dwm.pretrain"]
     loaded = load(words[2:])
-    warnings_of_effect(loaded.config, loaded.given, parts_of(loaded.config))
+    parts = method_class(loaded.config).parts(loaded.config)
+    warnings_of_effect(loaded.config, loaded.given, parts)
     reads_target = "validation.path" in loaded.given.command_line
-    assert reads_target == ("target" in parts_of(loaded.config))
+    assert reads_target == ("target" in parts)
     return loaded.config.policy.name
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_study(method: str) -> None:
     found = _policy_trained_by(f"train data run 1 --run.resume true $(options_of {method})")
-    assert found == (method if method in POLICIES else "dwm")
+    assert found == (method if method in REGISTERED else "dwm")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.load import load_config, save_config
 from megatron_dwm.config.names import known_keys
 from megatron_dwm.config.validate import Heads, validate_config
+from megatron_dwm.weighting import check_method
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -47,7 +48,7 @@ def test_overrides_win_and_everything_comes_back(tmp_path: Path) -> None:
     assert load_config([str(tmp_path / "again.yaml")]) == config
 
 
-def test_blends_are_typed_as_megatrons_data_path(tmp_path: Path) -> None:
+def test_blends_are_typed_as_megatrons_data_path() -> None:
     words = ["--data.train", "0.3", "a", "0.7", "b", "--training.steps", "3"]
     config = load_config(words)
     assert config.data.train == ["0.3", "a", "0.7", "b"] and config.training.steps == 3
@@ -116,11 +117,15 @@ QUARTER = ["--weighting.min_effective_sample_size", "0.25"]
 GOOD = ["--data.train", "a", "--data.tokenizer", "t"]
 
 
+def judge(config: Config, shape: Heads, world_size: int) -> None:
+    """All rules, those of the method included."""
+    validate_config(config, shape, world_size)
+    check_method(config, shape.num_layers, world_size)
+
+
 def test_a_good_configuration_passes() -> None:
-    validate_config(load_config(GOOD), SHAPE, world_size=1)
-    validate_config(
-        load_config([*GOOD, "--parallel.tensor", "2", "--parallel.pipeline", "2"]), SHAPE, 4
-    )
+    judge(load_config(GOOD), SHAPE, world_size=1)
+    judge(load_config([*GOOD, "--parallel.tensor", "2", "--parallel.pipeline", "2"]), SHAPE, 4)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +183,7 @@ def test_impossible_combinations_are_named(
     arguments: list[str], world_size: int, word: str
 ) -> None:
     with pytest.raises(UserError, match=word):
-        validate_config(load_config([*GOOD, *arguments]), SHAPE, world_size)
+        judge(load_config([*GOOD, *arguments]), SHAPE, world_size)
 
 
 @pytest.mark.parametrize(
@@ -193,8 +198,8 @@ def test_impossible_combinations_are_named(
     ],
     ids=" ".join,
 )
-def test_their_neighbours_pass(arguments: list[str]) -> None:
-    validate_config(load_config([*GOOD, *arguments]), SHAPE, world_size=1)
+def test_their_neighbors_pass(arguments: list[str]) -> None:
+    judge(load_config([*GOOD, *arguments]), SHAPE, world_size=1)
 
 
 LOADED = ["--policy.name", "dwm", "--weighting.load", "w", "--weighting.frozen", "true"]
@@ -219,19 +224,19 @@ def test_a_frozen_run_keeps_no_rule_about_learning(
     arguments: list[str], world_size: int, word: str
 ) -> None:
     """The same that a learning run is refused for; it needs no target either."""
-    validate_config(load_config([*GOOD, *LOADED, *arguments]), SHAPE, world_size)
+    judge(load_config([*GOOD, *LOADED, *arguments]), SHAPE, world_size)
     with pytest.raises(UserError, match=word):
-        validate_config(load_config([*GOOD, *DWM, *arguments]), SHAPE, world_size)
+        judge(load_config([*GOOD, *DWM, *arguments]), SHAPE, world_size)
 
 
 def test_a_loaded_models_sizes_are_its_own() -> None:
     """The configured ones play no part, so they are not judged; what weighs alone still is."""
-    validate_config(load_config([*GOOD, *LOADED, "--weighting.hidden_size", "30"]), SHAPE, 1)
+    judge(load_config([*GOOD, *LOADED, "--weighting.hidden_size", "30"]), SHAPE, 1)
     with pytest.raises(UserError, match="weighting.hidden_size 30"):
-        validate_config(load_config([*GOOD, *DWM, "--weighting.hidden_size", "30"]), SHAPE, 1)
+        judge(load_config([*GOOD, *DWM, "--weighting.hidden_size", "30"]), SHAPE, 1)
     with pytest.raises(UserError, match="always weighs 1"):
         one = ["--training.micro_batch_size", "1"]
-        validate_config(load_config([*GOOD, *LOADED, *one]), SHAPE, 1)
+        judge(load_config([*GOOD, *LOADED, *one]), SHAPE, 1)
 
 
 @pytest.mark.parametrize("passages", [1, 4, 7])
@@ -240,7 +245,7 @@ def test_any_number_of_passages_goes_through_any_layout(passages: int) -> None:
     layout = ["--parallel.pipeline", "2", "--parallel.virtual_stages", "2"]
     sizes = ["--training.micro_batch_size", "2", "--validation.batch_size", str(passages)]
     config = load_config([*GOOD, *DWM, *GLOBAL, *layout, *sizes])
-    validate_config(config, SHAPE._replace(num_layers=4), 4)
+    judge(config, SHAPE._replace(num_layers=4), 4)
 
 
 def test_no_arguments_give_the_defaults() -> None:
@@ -249,4 +254,4 @@ def test_no_arguments_give_the_defaults() -> None:
 
 def test_missing_data_is_named() -> None:
     with pytest.raises(UserError, match="data.train"):
-        validate_config(load_config(["--data.tokenizer", "t"]), SHAPE, 1)
+        judge(load_config(["--data.tokenizer", "t"]), SHAPE, 1)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_dwm.checkpoint.manifest import Manifest, record_file, write_manifest
+from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.tokenizer import Tokenizer, build_tokenizer, train_sentencepiece
-from megatron_dwm.training.manifest import Manifest, record_file, write_manifest
-from megatron_dwm.training.state import TrainState
 from tests.launch import REPOSITORY, run_ranks
 from tests.own_environment import own_environment  # noqa: F401
 
@@ -43,7 +43,7 @@ LAYOUTS: dict[str, tuple[int, dict, dict]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """A checkpoint and what its model computed under the layout that saved it."""
+    """A checkpoint, and the logits of its model under the layout that saved it."""
 
     directory: Path
     tokens_BS: torch.Tensor
@@ -51,7 +51,7 @@ class Saved:
 
 
 def make_run(source: Path, run_dir: Path, names: list[str]) -> list[Path]:
-    """Checkpoints of a run, made of one that has no manifest."""
+    """Returns a run with checkpoints, made from one checkpoint without a manifest."""
     folder = run_dir / "checkpoints"
     for name in names:
         shutil.copytree(source, folder / name)
@@ -63,7 +63,7 @@ def make_run(source: Path, run_dir: Path, names: list[str]) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """Real text that the project ships."""
+    """Returns real text from the sample corpus."""
     lines = (REPOSITORY / "examples/corpus/validation.jsonl").read_text(encoding="utf-8")
     return [json.loads(line)["text"] for line in lines.splitlines()]
 
@@ -79,7 +79,7 @@ def small_tokenizer(texts: list[str], tmp_path_factory: pytest.TempPathFactory) 
 def checkpoints(
     small_tokenizer: Tokenizer, texts: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Saved]:
-    """All layouts; one start of the processes for each world size."""
+    """Returns checkpoints of all layouts; each world size starts its processes once."""
     folder = tmp_path_factory.mktemp("checkpoints")
     tokens = small_tokenizer.encode(texts[0])[:SEQUENCE_LENGTH]
     data = {

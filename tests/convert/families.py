@@ -37,7 +37,7 @@ def write_llama(
     max_shard_size: str = "5GB",
     **changes: Any,
 ) -> Path:
-    """A model with large random parameters, so that an exchanged row shows; the directory."""
+    """Write a model with large random parameters, so that a swapped row shows; returns its path."""
     torch.manual_seed(0)
     defaults = {
         "vocab_size": VOCAB_SIZE,

@@ -25,7 +25,7 @@ TOOL = REPOSITORY / "tools/convert_checkpoint.py"
 def _run_here(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> tuple[int, str]:
-    """(exit code, stderr) of the tool, without the seconds that a new process takes."""
+    """Returns (exit code, stderr) of the tool, without starting a new process."""
     monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(TOOL), run_name="__main__")

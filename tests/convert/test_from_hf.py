@@ -1,4 +1,4 @@
-"""Public weights come in and go out again unchanged; what cannot be right is refused."""
+"""Public weights survive import and export unchanged; models that cannot be right are refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_dwm.convert.from_hf import import_from_huggingface
 from megatron_dwm.convert.gate import LOGITS_TOLERANCE, GateError
 from megatron_dwm.convert.to_hf import export_to_huggingface
 from megatron_dwm.convert.tokenizer_files import write_tokenizer_files
-from megatron_dwm.model import layout
+from megatron_dwm.model.on_disk import parameter_names as layout
 from megatron_dwm.tokenizer import Tokenizer
 from tests.convert.families import FAMILIES, write_llama
 from tests.launch import REPOSITORY
@@ -39,7 +39,7 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
 
 @pytest.fixture
 def llama(small_tokenizer: Tokenizer, tmp_path: Path) -> Path:
-    """A model directory as others publish it."""
+    """Returns a model directory as others publish it."""
     directory = write_llama(tmp_path / "public", **FAMILIES["smollm2: grouped, tied"])
     write_tokenizer_files(small_tokenizer, 256, directory)
     return directory
@@ -84,7 +84,7 @@ def test_torch_files_are_read_without_running_them(llama: Path, tmp_path: Path) 
 
 
 class _Harmful:
-    """Unpickled by whoever trusts it, leaves a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -136,7 +136,7 @@ SPOILERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "attention bias": (lambda d: _edit(d, attention_bias=True), "attention_bias True"),
     "mlp bias": (lambda d: _edit(d, mlp_bias=True), "mlp_bias True"),
     "activation": (lambda d: _edit(d, hidden_act="gelu"), "hidden_act 'gelu'"),
-    "quantised": (lambda d: _edit(d, quantization_config={"bits": 4}), "quantization_config"),
+    "quantized": (lambda d: _edit(d, quantization_config={"bits": 4}), "quantization_config"),
     "yarn": (lambda d: _edit(d, rope_parameters=YARN), "rope scaling"),
     "old yarn": (lambda d: _edit(d, rope_parameters=None, rope_scaling=YARN), "rope scaling"),
     "width": (lambda d: _edit(d, intermediate_size=96), "has shape [80, 64]"),
@@ -175,8 +175,8 @@ def test_what_cannot_be_right_is_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["public"]
 
 
-def test_a_wrong_configuration_is_told_before_torch_is_imported(llama: Path) -> None:
-    """In a fresh interpreter, that nothing has imported torch."""
+def test_a_wrong_configuration_is_reported_before_torch_is_imported(llama: Path) -> None:
+    """Runs in a fresh interpreter and checks that nothing has imported torch."""
     _edit(llama, rope_theta="abc", rope_parameters=None)
     program = (
         "import runpy, sys; sys.argv = sys.argv[1:]\n"

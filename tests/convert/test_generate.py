@@ -1,4 +1,4 @@
-"""Samples: the greedy one is what the model's logits say, step by step."""
+"""Samples: the greedy one follows the model's logits, step by step."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def test_samples(
     assert outputs[0].startswith("--- 1\nThe river") and "\n--- 2\n" in outputs[0]
 
 
-def test_what_does_not_fit_is_told(
+def test_prompts_that_do_not_fit_are_reported(
     small_tokenizer: Tokenizer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """Three prompts: longer than the context, too long for what is asked for, short enough."""
+    """Three prompts: longer than the context, too long for the requested tokens, short enough."""
     directory = write_llama(tmp_path / "model", bos_token_id=2, max_position_embeddings=16)
     write_tokenizer_files(small_tokenizer, 16, directory)
     prompts = ["river " * 20, "The river, the river", "a"]
@@ -70,7 +70,7 @@ def test_what_does_not_fit_is_told(
     told = [line for line in capsys.readouterr().err.splitlines() if "context" in line]
     assert len(told) == 2
     assert told[0].startswith(f"warning: prompt 1 has {sizes[0]} tokens; the model's context is 16")
-    assert told[1].startswith(f"warning: prompt 2 has {sizes[1]} tokens, and 10 are asked for")
+    assert told[1].startswith(f"warning: prompt 2 has {sizes[1]} tokens, and 10 more are requested")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_mistakes(
 def test_a_prompt_that_is_not_utf_8(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """As Python takes the bytes 63 61 66 e9 (Latin-1) from the command line."""
+    """The bytes 63 61 66 e9 (Latin-1), as Python reads them from the command line."""
     (tmp_path / "config.json").write_text("{}")
     prompt = os.fsdecode(b"caf\xe9")
     assert _run(["--model", tmp_path, "--prompt", "fine", prompt], monkeypatch) == 2

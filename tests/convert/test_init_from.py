@@ -16,13 +16,13 @@ from megatron_dwm.config import Config, DataConfig, ModelConfig, UserError
 from megatron_dwm.convert.from_hf import import_from_huggingface
 from megatron_dwm.convert.tokenizer_files import write_tokenizer_files
 from megatron_dwm.model import resolve_shape
-from megatron_dwm.model.huggingface_files import open_huggingface
+from megatron_dwm.model.on_disk.huggingface_files import open_huggingface
+from megatron_dwm.run.checks import check
 from megatron_dwm.tokenizer import Tokenizer
-from megatron_dwm.training.run import check
 from tests.convert.families import VOCAB_SIZE, write_llama
 from tests.forking.client import REPOSITORY, run_python
 from tests.own_environment import kept_environment
-from tests.training.runs import metrics, succeed
+from tests.small_runs.command import metrics, succeed
 
 SEQUENCE_LENGTH = 64
 PASSAGES = 12
@@ -39,7 +39,7 @@ def public(small_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def data(public: Path, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    """What a run on this model's tokenizer reads, preprocessed."""
+    """Returns data that were preprocessed with this model's tokenizer."""
     prefix = tmp_path_factory.mktemp("data") / "data"
     command = ["tools/preprocess_data.py", "--output-prefix", prefix, "--append-eod"]
     command += ["--input", REPOSITORY / "examples/corpus/validation.jsonl"]
@@ -75,7 +75,7 @@ def test_runs_start_from_public_weights(
         *("--data.tokenizer", str(public), "--data.sequence_length", str(SEQUENCE_LENGTH)),
         *("--evaluation.path", str(tmp_path / "heldout.jsonl")),
         *("--training.global_batch_size", "8", "--training.micro_batch_size", "4"),
-        # So small that the evaluation after the step sees the model as it came.
+        # So small that the evaluation after the step sees the original model.
         *("--training.steps", "1", "--training.learning_rate", "1e-12"),
         *("--logging.tensorboard", "false"),
     ]
@@ -132,14 +132,14 @@ def test_half_a_model_is_refused_before_anything_starts(
 def test_a_foreign_checkpoint_beside_a_shape_is_refused(
     public: Path, data: DataConfig, tmp_path: Path
 ) -> None:
-    """What lies in llm/ is not what shape.json says, or shape.json says nothing of a model."""
+    """The tensors in llm/ do not fit shape.json, or shape.json does not describe a model."""
     with kept_environment():
         import_from_huggingface(public, tmp_path / "ours", skip_check=True)
     path = tmp_path / "ours/shape.json"
     right = json.loads(path.read_text())
     cases: dict[str, dict[str, Any]] = {
         r"no tensor model.output_layer.weight": {**right, "tied_embeddings": False},
-        r"linear_fc1.weight has shape \[4, 160, 64\], .* asks for \[4, 192, 64\]": {
+        r"linear_fc1.weight has shape \[4, 160, 64\], .* says \[4, 192, 64\]": {
             **right,
             "ffn_hidden_size": 96,
         },

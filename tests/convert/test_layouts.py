@@ -42,7 +42,7 @@ def tokens_BS() -> Tensor:
 @pytest.fixture(scope="module")
 @torch.no_grad()
 def expected_BSV(families: dict[str, Path], tokens_BS: Tensor) -> dict[str, Tensor]:
-    """transformers' logits by family."""
+    """Returns transformers' logits by family."""
     return {
         name: LlamaForCausalLM.from_pretrained(directory)(tokens_BS).logits
         for name, directory in families.items()
@@ -50,7 +50,7 @@ def expected_BSV(families: dict[str, Path], tokens_BS: Tensor) -> dict[str, Tens
 
 
 def _labels(expected_BSV: Tensor) -> Tensor:
-    """The likeliest token at every other place, the one after it in the vocabulary elsewhere."""
+    """Returns the most likely token at every second position, else the next one by id."""
     likeliest_BS = expected_BSV.argmax(-1)
     likeliest_BS[:, 1::2] = (likeliest_BS[:, 1::2] + 1) % VOCAB_SIZE
     return likeliest_BS
@@ -60,7 +60,7 @@ def _labels(expected_BSV: Tensor) -> Tensor:
 def computed(
     families: dict[str, Path], tokens_BS: Tensor, expected_BSV: dict[str, Tensor]
 ) -> dict[tuple[str, str], dict[str, Tensor]]:
-    """What every layout computes of every family; one start of the processes a world size."""
+    """Returns every layout's logits of every family; each world size starts its processes once."""
     found = {}
     for world_size in (1, 2, 4):
         layouts = [name for name, layout in LAYOUTS.items() if layout[0] == world_size]

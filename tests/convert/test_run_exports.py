@@ -1,4 +1,4 @@
-"""A run's checkpoint goes out alone: with its tokenizer, and as the model it began with came."""
+"""A checkpoint is exported without its run: with its tokenizer, or the original model's files."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from megatron_dwm.checkpoint.manifest import list_checkpoints, read_manifest, write_manifest
 from megatron_dwm.config import UserError
 from megatron_dwm.convert.from_hf import import_from_huggingface
 from megatron_dwm.convert.to_hf import export_to_huggingface
 from megatron_dwm.convert.tokenizer_files import write_tokenizer_files
 from megatron_dwm.tokenizer import Tokenizer, train_sentencepiece
-from megatron_dwm.training.manifest import list_checkpoints, read_manifest, write_manifest
 from tests.convert.conftest import VOCAB_SIZE
 from tests.convert.families import write_llama
 from tests.forking.client import REPOSITORY, run_python
@@ -39,7 +39,7 @@ class Project:
     arguments: tuple[str, ...]
 
     def train(self, steps: int, *more: str, cwd: Path | None = None) -> str:
-        """Run up to a step; what was said on stderr, which is an error's line if it failed."""
+        """Run up to a step; returns stderr, which is the error's line if the run failed."""
         command = ["-m", "megatron_dwm.pretrain", *self.arguments, *more]
         done = run_python(
             [*command, "--training.steps", str(steps)],
@@ -59,7 +59,7 @@ def _preprocessed(folder: Path, kind: str, tokenizer: str) -> None:
 
 @pytest.fixture(scope="module")
 def trained(small_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """After two steps."""
+    """Returns a project with a run of two steps."""
     folder = tmp_path_factory.mktemp("project")
     shutil.copy(small_tokenizer.model_path, folder / "words.model")
     _preprocessed(folder, "SentencePieceTokenizer", "words.model")
@@ -71,20 +71,20 @@ def trained(small_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def project(trained: Project, tmp_path: Path) -> Project:
-    """A copy to spoil, in which absolute paths still name the first one's files."""
+    """Returns a copy to change, in which absolute paths still name the first project's files."""
     shutil.copytree(trained.directory, tmp_path / "project")
     return replace(trained, directory=tmp_path / "project")
 
 
 @pytest.fixture(scope="module")
 def other(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of the same size with other pieces."""
+    """Returns a tokenizer of the same size with other pieces."""
     path = tmp_path_factory.mktemp("other") / "other.model"
     train_sentencepiece(texts[len(texts) // 2 :], vocab_size=VOCAB_SIZE, output=path)
     return path
 
 
-def test_a_checkpoint_goes_out_alone(
+def test_a_checkpoint_is_exported_without_its_run(
     trained: Project, small_tokenizer: Tokenizer, other: Path, tmp_path: Path
 ) -> None:
     (checkpoint,) = list_checkpoints(trained.directory / "run")
@@ -107,7 +107,7 @@ def test_a_checkpoint_goes_out_alone(
 
 
 def test_an_export_can_be_padded(trained: Project, tmp_path: Path) -> None:
-    """With a token that no text gives and that ends nothing."""
+    """The padding token is one that no text gives and that ends nothing."""
     export_to_huggingface(trained.directory / "run", tmp_path / "hf", skip_check=True)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     rows = tokenizer(["a", "the river"], padding=True)
@@ -118,10 +118,10 @@ def test_an_export_can_be_padded(trained: Project, tmp_path: Path) -> None:
         assert content["pad_token_id"] == tokenizer.pad_token_id
 
 
-def test_a_checkpoint_without_a_copy_is_held_to_its_digest(
+def test_a_checkpoint_without_a_copy_is_compared_with_its_digest(
     project: Project, other: Path, tmp_path: Path
 ) -> None:
-    """As checkpoints were before they had one: the manifest has no tokenizer/ either."""
+    """Checkpoints of older versions have no copy: their manifest has no tokenizer/ either."""
     (checkpoint,) = list_checkpoints(project.directory / "run")
     manifest = read_manifest(checkpoint)
     files = {k: v for k, v in manifest.files.items() if not k.startswith("tokenizer/")}
@@ -148,7 +148,7 @@ def test_the_configuration_has_absolute_paths_beside_the_typed_ones(trained: Pro
 
 
 def _as_before(run: Path) -> None:
-    """A config.yaml as runs had it: paths as they were typed."""
+    """Write config.yaml as older versions did: with paths as they were typed."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     del config["typed_paths"]
     config["run"]["dir"] = "run"
@@ -159,9 +159,9 @@ def _as_before(run: Path) -> None:
 GO_ON = ("--run.resume", "true")
 
 
-@pytest.mark.parametrize("spoil", [lambda run: None, _as_before], ids=["now", "before"])
+@pytest.mark.parametrize("spoil", [lambda _: None, _as_before], ids=["now", "before"])
 def test_relative_paths_may_be_typed_again(project: Project, spoil: Callable) -> None:
-    """In a tree that was moved as a whole, too; then by the run's own configuration."""
+    """They may also be typed in a tree that was moved, or come from the run's configuration."""
     spoil(project.directory / "run")
     assert "error" not in project.train(3, *GO_ON)
     elsewhere = replace(project, arguments=(str(project.directory / "run/config.yaml"),))
@@ -181,7 +181,7 @@ def test_another_path_is_still_refused(project: Project) -> None:
 
 @pytest.fixture(scope="module")
 def public(small_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model as others publish one: a long context, several ends, a template, settings."""
+    """Returns a model as others publish it: a long context, several ends, a template, settings."""
     directory = write_llama(
         tmp_path_factory.mktemp("public") / "model",
         tie_word_embeddings=True,
@@ -203,7 +203,7 @@ def public(small_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory)
 
 
 def _continued(public: Path, run: Path, *more: str) -> None:
-    """One step from there."""
+    """Train one step from that model."""
     project = Project(
         directory=public.parent,
         arguments=("--run.dir", str(run), "--data.train", "data_text_document", *SIZES),
@@ -213,8 +213,8 @@ def _continued(public: Path, run: Path, *more: str) -> None:
     assert "error" not in said and "is not the tokenizer" not in said
 
 
-def _assert_as_it_came(public: Path, export: Path) -> None:
-    """Every file but the weights and the card, byte for byte."""
+def _assert_original_files(public: Path, export: Path) -> None:
+    """Assert that every file but the weights and the card is equal, byte for byte."""
     ours = {"model.safetensors", "README.md"}
     names = {path.name for path in public.iterdir()}
     assert {path.name for path in export.iterdir()} == names | ours
@@ -222,32 +222,32 @@ def _assert_as_it_came(public: Path, export: Path) -> None:
         assert (export / name).read_bytes() == (public / name).read_bytes(), name
 
 
-def test_a_model_goes_out_as_it_came(public: Path, tmp_path: Path) -> None:
-    """Directly and over from-hf, from one run to the next, and in another type of parameters."""
+def test_a_model_is_exported_with_its_original_files(public: Path, tmp_path: Path) -> None:
+    """Directly and through from-hf, from one run to the next, and with another data type."""
     import_from_huggingface(public, tmp_path / "ours")
     export_to_huggingface(tmp_path / "ours", tmp_path / "back")
-    _assert_as_it_came(public, tmp_path / "back")
+    _assert_original_files(public, tmp_path / "back")
     _continued(public, tmp_path / "run", "--model.init_from", str(tmp_path / "ours"))
     (newest,) = list_checkpoints(tmp_path / "run")
     _continued(public, tmp_path / "next", "--model.init_from", str(newest))
     export_to_huggingface(tmp_path / "next", tmp_path / "hf")
-    _assert_as_it_came(public, tmp_path / "hf")
+    _assert_original_files(public, tmp_path / "hf")
     before, after = (load_file(d / "model.safetensors") for d in (public, tmp_path / "hf"))
     assert set(before) == set(after)
     assert not any(torch.equal(tensor, after[name]) for name, tensor in before.items())
     card = (tmp_path / "hf/README.md").read_text()
-    assert "* training read sequences of 64 tokens; the context of 131,072 tokens is" in card
+    assert "* training sequences have 64 tokens; the context of 131,072 tokens is" in card
     assert "| context | 131,072 tokens |" in card and "## Training" in card
     export_to_huggingface(tmp_path / "next", tmp_path / "bf16", dtype=torch.bfloat16)
     one, two = (json.loads((d / "config.json").read_text()) for d in (public, tmp_path / "bf16"))
     assert two == {**one, "dtype": "bfloat16"}
-    assert "kept in bfloat16; they came in float32" in (tmp_path / "bf16/README.md").read_text()
+    assert "kept in bfloat16; the original has float32" in (tmp_path / "bf16/README.md").read_text()
 
 
-def test_what_training_changed_is_changed_and_said(
-    public: Path, small_tokenizer: Tokenizer, other: Path, tmp_path: Path
+def test_what_training_changed_is_changed_and_listed(
+    public: Path, other: Path, tmp_path: Path
 ) -> None:
-    """A longer context, and the words of another tokenizer of the same size."""
+    """Here: a longer context, and another tokenizer of the same size."""
     short = tmp_path / "model"
     shutil.copytree(public, short)
     config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 32}

@@ -1,4 +1,4 @@
-"""The exported model computes what the trained one did; a wrong export is refused."""
+"""The exported model computes what the trained model did; a wrong export is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from megatron_dwm.convert import to_hf
 from megatron_dwm.convert.gate import LOGITS_TOLERANCE, GateError, relative_deviation
 from megatron_dwm.convert.shards import plan_shards, write_shards
 from megatron_dwm.convert.to_hf import export_to_huggingface
-from megatron_dwm.model import LlamaShape, layout
+from megatron_dwm.model import LlamaShape
+from megatron_dwm.model.on_disk import parameter_names as layout
 from tests.convert.conftest import LAYOUTS, SEQUENCE_LENGTH, VOCAB_SIZE, Saved, make_run
 
 
@@ -94,7 +95,7 @@ def test_bf16_export_is_near_the_bf16_model(checkpoints: dict[str, Saved], tmp_p
 
 
 def _ungrouped(shape: LlamaShape, qkv_CH: Tensor) -> dict[str, Tensor]:
-    """All queries, then all keys, then all values: right only for one query group."""
+    """Order rows as all queries, all keys, all values: right only for one query group."""
     width = shape.head_size * shape.num_query_groups
     sizes = [len(qkv_CH) - 2 * width, width, width]
     names = layout.LAYER_TENSORS["self_attention.linear_qkv"].parts
@@ -107,7 +108,7 @@ def _up_first(shape: LlamaShape, fc1_CH: Tensor) -> dict[str, Tensor]:
 
 
 def _interleaved(shape: LlamaShape, qkv_CH: Tensor) -> dict[str, Tensor]:
-    """Rows of a head as rotary embeddings of neighbouring pairs want them."""
+    """Order a head's rows as rotary embeddings of neighboring pairs need them."""
     parts = layout.split_qkv(shape, qkv_CH)
     for name in ("self_attn.q_proj", "self_attn.k_proj"):
         pairs = parts[name].view(-1, 2, shape.head_size // 2, shape.hidden_size)
@@ -163,13 +164,13 @@ def test_several_files_have_an_index(
     assert relative_deviation(found_BSV, saved.logits_BSV) < LOGITS_TOLERANCE
 
 
-def test_shards_hold_what_they_may() -> None:
+def test_shards_respect_their_bounds() -> None:
     shapes = {"a": (3,), "b": (2,), "c": (40,), "d": (1,), "e": (5,)}
     assert plan_shards(shapes, torch.float32, 24) == [["a", "b"], ["c"], ["d", "e"]]
     assert plan_shards(shapes, torch.float32, 4000) == [list(shapes)]
 
 
-def test_model_card_tells_the_run(checkpoints: dict[str, Saved], tmp_path: Path) -> None:
+def test_model_card_describes_the_run(checkpoints: dict[str, Saved], tmp_path: Path) -> None:
     run = tmp_path / "my_run"
     make_run(checkpoints["single-tied-grouped"].directory, run, ["step_00000020"])
     lines = [
@@ -191,7 +192,7 @@ def test_model_card_tells_the_run(checkpoints: dict[str, Saved], tmp_path: Path)
         "| loss | 6.25 |",
         "| domain_loss: books | 5.125 |",
         "| domain_loss: a\\nb / c | 1 |",
-        "| policy (who weighs the samples) | uniform |",
+        "| policy (how samples are weighted) | uniform |",
         f"{export.logits_deviation:.1e} of the largest logit",
         "norm_epsilon: 0.0001",
     ):

@@ -90,12 +90,12 @@ def test_gate_refuses_a_tokenizer_it_cannot_express(texts: list[str], tmp_path: 
     (tmp_path / "unigram.model").write_bytes(model.getvalue())
     tokenizer = build_tokenizer("SentencePieceTokenizer", tmp_path / "unigram.model")
     write_tokenizer_files(tokenizer, 512, tmp_path)
-    with pytest.raises(UserError, match="only BPE models laid out"):
+    with pytest.raises(UserError, match="expected a SentencePiece BPE model"):
         require_equal_ids(tokenizer, tmp_path)
 
 
 def test_a_tokenizer_json_keeps_its_ids(texts: list[str], tmp_path: Path) -> None:
-    """Byte-level BPE that puts a token before every text, as Llama 3's does."""
+    """Uses byte-level BPE that adds a token before every text, as Llama 3's does."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()

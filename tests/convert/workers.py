@@ -1,4 +1,4 @@
-"""Runs in processes of its own: save a tiny model, and say what it computes where it is."""
+"""Runs in separate processes: saves a tiny model, and computes its logits in its layout."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from torch import Tensor
 from megatron_dwm.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_dwm.data import Batch
 from megatron_dwm.model import build_llm, resolve_shape
-from megatron_dwm.model.from_huggingface import load_huggingface
-from megatron_dwm.model.huggingface_files import open_huggingface
-from megatron_dwm.model.predictions import forward_logits, predict
+from megatron_dwm.model.on_disk.from_huggingface import load_huggingface
+from megatron_dwm.model.on_disk.huggingface_files import open_huggingface
+from megatron_dwm.model.passes.predictions import forward_logits, predict
 from megatron_dwm.runtime import Runtime, bring_up
 
 
 def save(
     directory: str, model: dict, data: dict, tokens: list[int], tensor: int = 1, pipeline: int = 1
 ) -> Tensor:
-    """Write a checkpoint directory; logits [1, S, V] of `tokens` under this very layout."""
+    """Write a checkpoint directory; returns logits [1, S, V] of `tokens` under this layout."""
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
     config = Config(model=ModelConfig(**model), data=DataConfig(**data), parallel=parallel)
     with bring_up(parallel, 1) as runtime:
@@ -45,7 +45,7 @@ def save(
         runtime.barrier()
         state = {
             "model": module.sharded_state_dict(prefix="model."),
-            # Saved beside the tensors, as the optimiser's groups are; not the model's.
+            # Saved beside the tensors, as the optimizer's groups are; not the model's.
             "optimizer": {"param_groups": [{"lr": 0.1}], "step": 7},
         }
         dist_checkpointing.save(state, str(Path(directory) / "llm"))
@@ -54,7 +54,7 @@ def save(
 
 @torch.no_grad()
 def _move_norms(module: GPTModel) -> None:
-    """Scales of 1 everywhere could be exchanged unnoticed."""
+    """Change norm scales from 1, since equal scales could be swapped unnoticed."""
     for name, parameter in module.named_parameters():
         if parameter.dim() == 1:
             kind = 0.1 * len(name.rsplit(".", 2)[-2])
@@ -69,7 +69,7 @@ def _write_beside(directory: Path, config: Config, shape: dict) -> None:
 
 @torch.no_grad()
 def _logits(module: GPTModel, tokens_BS: Tensor, runtime: Runtime) -> Tensor:
-    """Through the layout by hand: hidden states sent on, slices of the vocabulary gathered."""
+    """Compute logits by hand: send hidden states to the next stage, gather vocabulary slices."""
     positions_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
     if not runtime.is_first_stage:
         hidden_SBD = torch.empty(*tokens_BS.T.shape, module.config.hidden_size)
@@ -85,7 +85,7 @@ def _logits(module: GPTModel, tokens_BS: Tensor, runtime: Runtime) -> Tensor:
 def run_huggingface(
     directory: str, tokens: list[list[int]], labels: list[list[int]], parallel: dict
 ) -> dict[str, Tensor] | None:
-    """Load a Hugging Face model into a layout; what the last stage computes of `tokens` [B, S].
+    """Load a Hugging Face model into a layout; returns the last stage's logits of `tokens` [B, S].
 
     logits [B, S, V], and what `predict` finds of every label [B, S]. None on earlier stages.
     """
@@ -128,7 +128,7 @@ def _batch(tokens_BS: Tensor, labels_BS: Tensor) -> Batch:
 
 
 def _gather(output: Tensor, runtime: Runtime) -> Tensor:
-    """Slices of the vocabulary put together."""
+    """Returns the concatenated slices of the vocabulary."""
     slices = [torch.empty_like(output) for _ in range(runtime.tensor_size)]
     dist.all_gather(slices, output, group=runtime.tensor_group)
     return torch.cat(slices, dim=-1)

@@ -78,7 +78,7 @@ def test_broken_index_files(corpus: str, tmp_path: Path, tokenizer: Tokenizer) -
     assert "p.idx is not a Megatron index" in message(b"", tokens)
     assert "p.idx is not a Megatron index" in message(b"PARQUET1" * 40, tokens)
     assert "version 9" in message(index[:9] + b"\x09" + index[10:], tokens)
-    assert "type code 7" in message(index[:17] + b"\x07" + index[18:], tokens)
+    assert "of type float32" in message(index[:17] + b"\x07" + index[18:], tokens)
     assert "it was cut short" in message(index[:-40], tokens)
     assert "p.bin has" in message(index, tokens[:-2])
 
@@ -113,7 +113,7 @@ def test_sidecar_of_another_run(
     assert "p.meta.parquet is not a readable Parquet file" in text
 
 
-def test_misspelt_domain_key(corpus: str, tokenizer: Tokenizer) -> None:
+def test_misspelled_domain_key(corpus: str, tokenizer: Tokenizer) -> None:
     config = DataConfig(train=[corpus], sequence_length=96, domain_key="meta.sett")
     text = refused(config, tokenizer)
     assert "no column meta.sett" in text and "it has meta.redpajama_set_name" in text

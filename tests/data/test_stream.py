@@ -156,11 +156,6 @@ def test_upstreams_blend_is_prefix_stable() -> None:
     assert np.array_equal(made[0][1], made[1][1][:50])
 
 
-def test_steps_cover_the_stream_once(corpus: str, tmp_path: Path) -> None:
-    data = make([corpus], tmp_path)
-    assert [i for step in range(3) for i in data.ids_of_step(step, 8)] == list(range(24))
-
-
 def test_without_sidecar_the_domain_is_unknown(
     documents: list, tmp_path: Path, indexed_writer: Callable[..., str]
 ) -> None:
@@ -178,10 +173,9 @@ def test_changed_data_is_not_read_through_an_old_cache(
 ) -> None:
     prefix = indexed_writer(tmp_path / "p", documents[:40])
     before = make([prefix], tmp_path / "cache")
-    marks, old = before.fingerprint(), before.batch(range(8))
+    old = before.batch(range(8))
     indexed_writer(tmp_path / "p", documents[40:80])
     after = make([prefix], tmp_path / "cache")
-    assert after.fingerprint() != marks
     assert not torch.equal(after.batch(range(8)).tokens_BS, old.tokens_BS)
 
 

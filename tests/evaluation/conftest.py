@@ -1,4 +1,4 @@
-"""A random Llama with a tokenizer of ours, as an export leaves them."""
+"""A random Llama with a training tokenizer, as an export writes them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def build_model(
     small_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[int], Path]:
-    """Makes a Hugging Face directory whose context has the given number of tokens."""
+    """Returns a function that writes a Hugging Face directory with a context of so many tokens."""
 
     def build(context_tokens: int) -> Path:
         directory = tmp_path_factory.mktemp("model")
@@ -56,5 +56,5 @@ def build_model(
 
 @pytest.fixture(scope="session")
 def model(build_model: Callable[[int], Path]) -> Path:
-    """A model that every passage of the sample files fits into."""
+    """Returns a model whose context is long enough for every passage of the sample files."""
     return build_model(1024)

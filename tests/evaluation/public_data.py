@@ -1,4 +1,4 @@
-"""Made-up rows in the shape of the public data sets, for the suite without a network."""
+"""Made-up rows in the form of the public data sets, for the suite without a network."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _SPLITS = {
 
 
 def write_public_data(directory: Path) -> None:
-    """DIR/TASK/SPLIT.jsonl for every task of the suite, the splits that the harness reads."""
+    """Write DIR/TASK/SPLIT.jsonl for every task of the suite and every split that it reads."""
     for task, row in _ROWS.items():
         (directory / task).mkdir(parents=True)
         for split in _SPLITS.get(task, ("train", "test")):

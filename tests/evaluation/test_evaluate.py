@@ -1,4 +1,4 @@
-"""The command's figures against plain transformers code, and how it ends on mistakes."""
+"""The command's scores against plain transformers code, and how it ends on mistakes."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SAMPLE_LAST_WORDS = REPOSITORY / "examples/corpus/lastword.jsonl"
 def _evaluate(
     *arguments: object, home: Path, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command with a cache of its own and without network."""
+    """Run the command with its own cache and without network."""
     own = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     return run_python([str(TOOL), *map(str, arguments)], environment=own, fresh=fresh)
 
 
 @torch.no_grad()
 def _last_words(directory: Path, data: Path, limit: int) -> tuple[float, float]:
-    """(perplexity, accuracy) of the last word, one passage at a time."""
+    """Returns (perplexity, accuracy) of the last word, one passage at a time."""
     model = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     log_likelihoods, right = [], []
@@ -82,7 +82,7 @@ QUESTION = "doc_to_text: \"{{text.split(' ')[:-1]|join(' ')}}\""
 
 
 def test_scores_of_other_questions_are_not_compared(model: Path, tmp_path: Path) -> None:
-    """The same file elsewhere is the same; another row is not, nor is another template."""
+    """The same file elsewhere has equal digests; another row or another template does not."""
     rows = SAMPLE_LAST_WORDS.read_text(encoding="utf-8").splitlines()
     (tmp_path / "same.jsonl").write_text("\n".join(rows))
     rows[3] = json.dumps({"text": "one two"})
@@ -96,7 +96,7 @@ def test_scores_of_other_questions_are_not_compared(model: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     for tasks, data, note in (
         (TASKS, "same", ""),
-        (TASKS, "other", "first: lastword with 0 shots asked other questions"),
+        (TASKS, "other", "first: lastword with 0 shots has other questions"),
         (template, "same", "first: lastword with 0 shots is another task"),
     ):
         more = ["--tasks-dir", tasks, "--data", tmp_path / f"{data}.jsonl", "--compare", first]
@@ -108,7 +108,7 @@ def test_scores_of_other_questions_are_not_compared(model: Path, tmp_path: Path)
         assert set(beside) == ({"-"} if note else {"+0.0000"})
 
 
-def test_questions_longer_than_the_model_are_told(
+def test_questions_longer_than_the_context_are_reported(
     build_model: Callable[[int], Path], tmp_path: Path
 ) -> None:
     options = ["--suite", "local", "--tasks-dir", TASKS, "--limit", 5]

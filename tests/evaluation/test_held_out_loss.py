@@ -22,7 +22,7 @@ LAYOUTS = {1: [{}], 2: [{"tensor": 2}, {"pipeline": 2}, {}]}
 
 @torch.no_grad()
 def _losses(model: Path, batch: Batch) -> torch.Tensor:
-    """Token losses [B, S] by Hugging Face's model, 0 where none counts."""
+    """Returns token losses [B, S] of Hugging Face's model, 0 where the mask is 0."""
     llama = AutoModelForCausalLM.from_pretrained(model)
     logits_BSV = llama(batch.tokens_BS).logits
     assert logits_BSV.shape[-1] == VOCAB_SIZE  # no multiple of 128

@@ -38,7 +38,7 @@ def passages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def knowing(model: Path, passages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The random model after learning the last words of some passages."""
+    """Returns the random model after it has learned the last words of some passages."""
     directory = tmp_path_factory.mktemp("knowing")
     llama = AutoModelForCausalLM.from_pretrained(model)
     tokenizer = AutoTokenizer.from_pretrained(model)

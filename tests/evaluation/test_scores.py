@@ -1,4 +1,4 @@
-"""Scores read from the harness's result, and as a table."""
+"""Scores from the harness's results, and their table."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_table_lines_up() -> None:
     assert lines[3].split()[5] == "-"
 
 
-def test_other_models_stand_beside() -> None:
+def test_other_models_have_columns() -> None:
     ours = read_scores(RESULTS)
     theirs = [replace(ours[0], value=0.75, standard_error=0.25)]
     lines = format_table(ours, {"uniform": theirs}).splitlines()
@@ -75,12 +75,12 @@ def test_other_models_stand_beside() -> None:
     assert len({len(line) for line in lines}) == 1
 
 
-def test_only_the_same_questions_stand_beside() -> None:
+def test_only_the_same_questions_are_compared() -> None:
     ours = [replace(s, task_digest="a", questions_digest="b") for s in read_scores(RESULTS)]
     same = comparable(ours, [replace(s, value=0.75) for s in ours], "uniform")
     assert [score.value for score in same.scores] == [0.75, 0.75] and same.notes == []
     for change, what in (
-        ({"questions_digest": "c"}, "asked other questions"),
+        ({"questions_digest": "c"}, "has other questions"),
         ({"task_digest": "c"}, "is another task"),
     ):
         other = comparable(ours, [replace(s, **change) for s in ours], "uniform")

@@ -1,4 +1,4 @@
-"""The ten public tasks in one call, on files of one's own; what is missing is listed."""
+"""The ten public tasks in one call, on the user's files; missing files are listed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs in processes of its own: last words of a Hugging Face model in a parallel layout."""
+"""Runs in separate processes: last words of a Hugging Face model in a parallel layout."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from megatron_dwm.config import DataConfig, ModelConfig, ParallelConfig
 from megatron_dwm.data.last_words import LastWords
 from megatron_dwm.model import build_llm
-from megatron_dwm.model.from_huggingface import load_huggingface
-from megatron_dwm.model.huggingface_files import open_huggingface
+from megatron_dwm.model.on_disk.from_huggingface import load_huggingface
+from megatron_dwm.model.on_disk.huggingface_files import open_huggingface
 from megatron_dwm.runtime import bring_up
 from megatron_dwm.tokenizer import open_tokenizer
 from megatron_dwm.training.last_words import last_word_scores
@@ -20,7 +20,7 @@ SEQUENCE_LENGTH = 256
 def last_words(
     directory: str, tokenizer: str, text: str, parallel: dict
 ) -> dict[str, dict[str, float]]:
-    """The scores of every domain of JSON Lines file `text`."""
+    """Returns the scores of every domain in the JSON Lines file `text`."""
     source = open_huggingface(Path(directory))
     data = DataConfig(sequence_length=SEQUENCE_LENGTH, domain_key="domain")
     words = LastWords(text, data, open_tokenizer(tokenizer))

@@ -1,10 +1,9 @@
-"""A Python command line in a process that has been forked with everything imported already.
+"""Runs a Python command line in a forked process that has its imports already.
 
-`run(order)` does what `python COMMAND` does from its first line to its end: arguments, `sys.path`,
-`__main__`, what an exception or `sys.exit` becomes, threads that are waited for, what was
-registered for the end. What it cannot give is in a fresh interpreter only: modules that nobody has
-imported yet, with what they say while they are imported, another hash seed, and options of the
-interpreter itself. tests/forking/test_forking.py holds one against the other.
+`run(command)` does what `python COMMAND` does: arguments, `sys.path`, `__main__`, the exit code of
+an exception or `sys.exit`, waiting for threads, and functions registered for the end. Only a fresh
+interpreter has modules that are not imported yet, with their output on import, another hash seed,
+and options of the interpreter itself. tests/forking/test_forking.py compares the two.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _INTERRUPTED = -signal.SIGINT
 
 
 def enter(order: dict[str, Any], parent: int) -> None:
-    """Become a process of its own: session, environment, directory, standard streams."""
+    """Give this process its own session, environment, directory and standard streams."""
     os.setsid()
     _die_with(parent)
     os.environ.clear()
@@ -40,13 +39,13 @@ def enter(order: dict[str, Any], parent: int) -> None:
 
 
 def become_fresh(command: list[str]) -> NoReturn:
-    """A fresh interpreter in this process."""
+    """Replace this process by a fresh interpreter."""
     os.execv(sys.executable, [sys.executable, *command])
 
 
 def run(command: list[str]) -> NoReturn:
     """Run `-m MODULE ARGUMENTS` or `SCRIPT ARGUMENTS` and end."""
-    # Forks would draw alike; Python's own generator sees to that itself.
+    # Forks would draw the same numbers; Python reseeds its own generator, numpy and torch do not.
     np.random.seed()
     torch.default_generator.seed()
     if os.environ.get("PYTHONWARNINGS") == "ignore":
@@ -56,14 +55,14 @@ def run(command: list[str]) -> NoReturn:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == _INTERRUPTED:  # the parent shall see the signal
+    if code == _INTERRUPTED:  # so that the parent sees the signal
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     os._exit(code)
 
 
 def _exit_code(command: list[str]) -> int:
-    """What the interpreter makes of the command's end."""
+    """Run the command; returns the exit code that the interpreter would return."""
     try:
         _call(command)
     except SystemExit as end:

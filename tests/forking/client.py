@@ -1,10 +1,10 @@
-"""Python processes that start in a moment: forks of one server for every pytest process.
+"""Starts Python processes quickly, as forks of one server for every pytest process.
 
-    done = run_python(["tools/report.py", "RUN"])               # as subprocess.run gives it back
+    done = run_python(["tools/report.py", "RUN"])               # as subprocess.run returns it
     done = run_python(["-m", "megatron_dwm.pretrain"], ranks=2)  # as two ranks of one job
 
 A start costs some milliseconds instead of the seconds of the imports. A few tests of every command
-say `fresh=True` and start it as users do: in a fresh interpreter, ranks under torchrun.
+set `fresh=True` and start it as users do: in a fresh interpreter, with ranks under torchrun.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from typing import Any
 REPOSITORY = Path(__file__).parent.parent.parent
 LIMIT_S = 150.0
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
-# What runs and preprocessing import sooner or later; pyarrow, gigatoken and torch's optimisers ask
-# for those of the second line. Left out is what reads the environment when it is imported:
-# huggingface_hub and what stands on it.
+# Modules that runs and preprocessing import; pyarrow, gigatoken and torch's optimizers import those
+# of the second line. huggingface_hub and its users are left out, because they read the environment
+# on import.
 PRELOADED = (
-    *("megatron_dwm.training.run", "megatron_dwm.preprocess.pipeline", "pytest"),
+    *("megatron_dwm.run.start", "megatron_dwm.preprocess.pipeline", "pytest"),
     *("pandas", "awkward", "scipy.optimize"),
 )
 
 
 @dataclass(frozen=True)
 class Ended:
-    """Exit codes in the order of the processes, negative for a signal; over: past the limit."""
+    """Exit codes of processes in order, negative for a signal. over: True if time ran out."""
 
     codes: list[int]
     over: bool
@@ -64,12 +64,12 @@ class ForkServer:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it takes no more orders."""
+        """True if the server takes no more orders."""
         return self._process.poll() is not None
 
     @property
     def pid(self) -> int:
-        """Of the server itself."""
+        """Process id of the server."""
         return self._process.pid
 
     def start(
@@ -82,7 +82,10 @@ class ForkServer:
         cwd: Path = REPOSITORY,
         fresh: bool = False,
     ) -> int:
-        """`python COMMAND` in a new process; its id. environment: what differs from this one's."""
+        """Start `python COMMAND` in a new process; returns its id.
+
+        environment: variables that differ from this process's.
+        """
         order = {
             "command": command,
             "fresh": fresh,
@@ -94,11 +97,11 @@ class ForkServer:
         return self._order(order)
 
     def wait(self, pids: list[int], limit_s: float) -> Ended:
-        """Wait for processes of one job; when one fails the others are ended, as by torchrun."""
+        """Wait for the processes of one job; if one fails the others are ended, as by torchrun."""
         return Ended(**self._order({"wait": pids, "limit_s": limit_s}))
 
     def close(self) -> None:
-        """End the server and all that it has started."""
+        """End the server and all processes that it has started."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended before its last order
             self._process.stdin.close()
@@ -123,7 +126,7 @@ class ForkServer:
 
 
 def fork_server() -> ForkServer:
-    """The one of this pytest process; it starts with the first test that needs it."""
+    """Returns the server of this pytest process; the first test that needs it starts it."""
     if _started().has_ended:
         _started.cache_clear()
     return _started()
@@ -143,10 +146,10 @@ def run_python(
     fresh: bool = False,
     limit_s: float = LIMIT_S,
 ) -> subprocess.CompletedProcess[str]:
-    """`python COMMAND` to its end, as `subprocess.run(..., capture_output=True, text=True)`.
+    """Run `python COMMAND`, like `subprocess.run(..., capture_output=True, text=True)`.
 
-    ranks: as so many ranks of one job, whose output comes together; the exit code is the first
-    rank's that failed by itself. fresh: in a fresh interpreter, ranks under torchrun. Raises
+    ranks: number of ranks of one job, which share the output; the exit code is that of the first
+    rank that failed by itself. fresh: use a fresh interpreter, with ranks under torchrun. Raises
     `subprocess.TimeoutExpired`.
     """
     server, given = fork_server(), [{}]
@@ -177,7 +180,7 @@ def run_python(
 
 
 def rank_environments(ranks: int, port: int | None = None) -> list[dict[str, str]]:
-    """What torchrun gives every rank of a job on one machine."""
+    """Returns the variables that torchrun sets for every rank of a job on one machine."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_ports(1)[0])}
     sizes = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     return [
@@ -199,7 +202,7 @@ def _own_ports() -> Iterator[int]:
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     ports = range(10_000, 30_000)[worker::workers]
-    # Two pytest processes on one machine seldom start at the same place.
+    # Two pytest processes on one machine seldom start at the same port.
     first = random.Random().randrange(len(ports))
     return itertools.cycle([*ports[first:], *ports[:first]])
 

@@ -1,4 +1,4 @@
-"""What a Python program sees of the process that it runs in, and many ways to end it.
+"""A program that prints what it sees of its process, and then ends in one of many ways.
 
 python tests/forking/program.py HOW       prints what it sees as JSON, then ends in that way
 """
@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGUSR1, signal
 
 
 def seen() -> dict[str, object]:
-    """The process, but for what no two processes share."""
+    """Returns the state of the process, without the parts that differ in every process."""
     umask = os.umask(0)
     os.umask(umask)
     return {
@@ -40,7 +40,7 @@ def seen() -> dict[str, object]:
 
 
 def seen_of_torch() -> dict[str, object]:
-    """What the libraries hold."""
+    """Returns the state of the libraries."""
     import torch
     from megatron.core import parallel_state
 

@@ -1,4 +1,4 @@
-"""The process that forks: it imports once what the tests' processes need, some seconds' worth.
+"""The process that forks: it imports once what the tests' processes need, for some seconds.
 
     python -m tests.forking.server MODULE ...     imports the modules that there are, then reads one
                                                   JSON order a line and answers with one JSON line
@@ -31,7 +31,7 @@ _POLL_S = 0.005
 
 
 class _Children:
-    """Those that have not been waited for."""
+    """The processes that nothing has waited for."""
 
     def __init__(self) -> None:
         self._running: set[int] = set()
@@ -40,7 +40,7 @@ class _Children:
         self._running.add(pid)
 
     def wait(self, pids: list[int], limit_s: float) -> dict[str, Any]:
-        """How they ended; when one fails, when time is over or nobody listens, they are killed."""
+        """Wait for them; kills the rest if one fails, if time is over or if nobody listens."""
         codes: dict[int, int] = {}
         deadline, over = time.monotonic() + limit_s, False
         while len(codes) < len(pids):
@@ -54,7 +54,7 @@ class _Children:
         return {"codes": [codes[pid] for pid in pids], "over": over}
 
     def kill(self, pids: list[int] | None = None) -> None:
-        """With all that they have started themselves."""
+        """Kill processes together with those that they have started."""
         for pid in self._running if pids is None else pids:
             for kill in (os.killpg, os.kill):  # the group is not there yet just after the fork
                 try:
@@ -77,7 +77,7 @@ def _nobody_listens() -> bool:
 
 
 def _forks() -> bool:
-    """Whether a fork of this process can go on with what is imported.
+    """True if a fork of this process can use what is imported.
 
     A GPU's context does not outlive a fork, and other systems' libraries may not either: there,
     every process is a fresh interpreter.
@@ -98,7 +98,7 @@ def _preload(modules: list[str]) -> None:
 
 
 def _serve(answers: int) -> dict[str, Any] | None:
-    """Obey until the input ends. In a forked child: its order; in the server, at the end: None."""
+    """Execute orders until the input ends. Returns the order in a forked child, else None."""
     children, server = _Children(), os.getpid()
     for line in sys.stdin:
         order = json.loads(line)
@@ -119,7 +119,7 @@ def _serve(answers: int) -> dict[str, Any] | None:
 
 
 def _main() -> None:
-    # What a module prints on import is no answer.
+    # The output of a module on import is no answer.
     answers = os.dup(1)
     os.dup2(2, 1)
     _preload(sys.argv[1:])

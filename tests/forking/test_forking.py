@@ -1,4 +1,4 @@
-"""Forked processes against fresh interpreters; none is left behind."""
+"""Forked processes behave like fresh interpreters, and none is left behind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OWN = {"TEST_OF_FORKS": "a value"}
 
 
 def fresh(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The same call of a fresh interpreter."""
+    """Run the same call in a fresh interpreter."""
     return subprocess.run(
         [sys.executable, *command],
         cwd=cwd,
@@ -34,7 +34,7 @@ def fresh(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def own_lines(stderr: str) -> list[str]:
-    """What is said, without the frames that lead to it and what libraries say on import."""
+    """Returns the output, without stack frames and the output of libraries on import."""
     return [line for line in stderr.splitlines() if "words" in line or "Error" in line]
 
 
@@ -83,7 +83,7 @@ def test_a_rank_that_fails_ends_the_others_and_a_limit_ends_all() -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether it runs; what nobody has waited for yet does not."""
+    """True if the process runs; one that ended without being waited for does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -91,7 +91,7 @@ def alive(pid: int) -> bool:
 
 
 def gone(pids: list[int]) -> bool:
-    """Whether all end within some seconds."""
+    """True if all end within some seconds."""
     for _ in range(1000):
         if not any(map(alive, pids)):
             return True

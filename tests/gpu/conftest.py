@@ -1,4 +1,4 @@
-"""GPU tests say how many GPUs they need, and are skipped with that reason where there are fewer."""
+"""GPU tests say how many GPUs they need; with fewer they are skipped with that reason."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def enough_gpus(request: pytest.FixtureRequest) -> None:
-    """Skip unless the machine has as many GPUs as the test's mark names (1 without a number)."""
+    """Skip if the machine has fewer GPUs than the test's mark names (1 without a number)."""
     mark = request.node.get_closest_marker("gpu")
     assert mark is not None, "every test of this folder carries the mark gpu"
     wanted, found = mark.args[0] if mark.args else 1, torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""What a user with GPUs runs: bash tests/run.sh -m gpu. None of it has run yet.
+"""Tests for users with GPUs: bash tests/run.sh -m gpu. None of them has run yet.
 
 Tolerances: bf16 keeps 8 bits, e4m3 four and e5m2 three; alignments are sums with cancellation. So
 values in low precision are held to fp32's by their correlation, not one by one.
@@ -19,7 +19,7 @@ RECIPES = ["delayed", "tensorwise", "blockwise", "mxfp8"]
 
 
 def _runs(function: str, case: dict[str, Any], world_size: int = 1) -> list[Any]:
-    """What every rank returned; skips with the reason where Transformer Engine cannot run it."""
+    """Returns the results of all ranks; skips if Transformer Engine cannot run the case."""
     precision = case["precision"]
     if precision != "fp32" and not case.get("fp8_emulation"):
         reason = missing(precision, case.get("fp8_recipe", "tensorwise"))
@@ -90,7 +90,7 @@ def test_an_update_leaves_nothing_behind(case: dict[str, Any]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_quantised_weights_follow_the_virtual_step(recipe: str) -> None:
+def test_quantized_weights_follow_the_virtual_step(recipe: str) -> None:
     [losses] = _runs("stale_weights", _fp8(recipe))
     assert losses["stepped"] != losses["before"]
     assert losses["after"] == pytest.approx(losses["before"], rel=1e-3)

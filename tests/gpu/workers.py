@@ -1,9 +1,10 @@
-"""What the ranks of the GPU tests run. Sizes are multiples of 32, which MXFP8 asks for."""
+"""Functions that the ranks of the GPU tests run. MXFP8 needs sizes in multiples of 32."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from megatron_dwm.bilevel import ESTIMATORS, Problem
 from megatron_dwm.bilevel.virtual_step import prepare_virtual_step
 from megatron_dwm.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dwm.data import Batch
-from megatron_dwm.model import LLM, build_llm, clear_gradients, forward_backward, resolve_shape
-from megatron_dwm.model.layers import choose_layers
-from megatron_dwm.model.objective import token_count, token_mean, weighted, weighted_denominator
+from megatron_dwm.model import LLM, clear_gradients, forward_backward, resolve_shape
+from megatron_dwm.model.layers.choice import choose_layers
+from megatron_dwm.model.passes.objective import token_count, token_mean
 from megatron_dwm.runtime import bring_up
-from megatron_dwm.training.optimiser import build_optimizer
+from megatron_dwm.testing import random_batch, weighted_gradient
+from megatron_dwm.training import build_learner
 
 SAMPLES, MICRO_BATCH, LENGTH, VOCAB = 8, 4, 128, 512
 SHAPE = {
@@ -32,7 +34,7 @@ SHAPE = {
 
 
 def missing(precision: str, fp8_recipe: str = "tensorwise") -> str:
-    """Why this machine's Transformer Engine cannot run a precision; empty if it can."""
+    """Returns why this machine's Transformer Engine cannot run a precision; empty if it can."""
     model = ModelConfig(precision=precision, fp8_recipe=fp8_recipe)
     return choose_layers(model, torch.device("cuda")).reason or ""
 
@@ -47,15 +49,21 @@ def _problem(
     steps: int = 8,
     **model: Any,
 ) -> Iterator[Problem]:
-    """A bi-level step of a model that was trained for `steps` steps."""
+    """Yields a bi-level step of a model that was trained for `steps` steps."""
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence)
     config = ModelConfig(precision=precision, **SHAPE, **model)
     training = TrainingConfig(learning_rate=1e-3, steps=100)
     with bring_up(parallel, seed=1) as runtime:
-        llm = build_llm(
-            resolve_shape(config), config, parallel, runtime, sequence_length=LENGTH, seed=5
+        learner = build_learner(
+            resolve_shape(config),
+            config,
+            parallel,
+            training,
+            runtime,
+            sequence_length=LENGTH,
+            seed=5,
         )
-        optimizer = build_optimizer(training, llm, sharded=False)
+        llm, optimizer = learner.llm, learner.optimizer
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate
         problem = Problem(
@@ -73,31 +81,23 @@ def _problem(
 
 
 def _batch(llm: LLM, number: int) -> Batch:
-    generator = torch.Generator().manual_seed(number)
-    # A few tokens are frequent, so that there is something to learn.
-    text = torch.randint(VOCAB, (SAMPLES, LENGTH + 1), generator=generator) // 7
-    batch = Batch(
-        tokens_BS=text[:, :-1].contiguous(),
-        labels_BS=text[:, 1:].contiguous(),
-        loss_mask_BS=torch.ones(SAMPLES, LENGTH),
-        position_ids_BS=torch.arange(LENGTH).repeat(SAMPLES, 1),
-        sample_ids_B=torch.arange(SAMPLES),
-        document_ids_B=torch.arange(SAMPLES),
-        domains=("random",) * SAMPLES,
+    batch = random_batch(
+        number, llm.runtime, rows=SAMPLES, sequence_length=LENGTH, vocab_size=VOCAB
     )
-    return batch.to(llm.runtime.device)
+    # A part of the vocabulary is frequent, so that there is something to learn.
+    return replace(batch, tokens_BS=batch.tokens_BS // 7, labels_BS=batch.labels_BS // 7)
 
 
 def _gradient(problem: Problem, batch: Batch) -> Tensor:
-    """Leave the weighted gradient in the buffers; the samples' losses come back."""
-    clear_gradients(problem.llm, problem.optimizer)
-    passes = weighted(batch, problem.weights_n, MICRO_BATCH)
-    denominator = weighted_denominator(batch)
-    return forward_backward(problem.llm, passes, denominator=denominator).sample_losses_n
+    """Write the weighted gradient into the buffers; returns the losses of the samples."""
+    result = weighted_gradient(
+        problem.llm, problem.optimizer, batch, problem.weights_n, MICRO_BATCH
+    )
+    return result.sample_losses_n
 
 
 def losses_while_training(precision: str, **options: Any) -> dict[str, Any]:
-    """Whose layers ran, and the mean losses of the first and the last of some steps."""
+    """Returns the implementation of the layers, and the mean loss of each of 20 steps."""
     with _problem(precision=precision, steps=0, **options) as problem:
         losses = []
         for _ in range(20):
@@ -107,15 +107,13 @@ def losses_while_training(precision: str, **options: Any) -> dict[str, Any]:
 
 
 def alignments(precision: str, estimator: str = "tangent_probe", **options: Any) -> Tensor:
-    """s of the batch, on the CPU."""
+    """Returns the alignments of the batch, on the CPU."""
     with _problem(precision=precision, **options) as problem:
         return ESTIMATORS[estimator](problem).alignment_n.float().cpu()
 
 
 def left_behind(precision: str, **options: Any) -> dict[str, bool]:
-    """Which parts are the same, bit for bit, after a hypergradient; the loss speaks for the FP8
-    scales and cached weights, which nothing else shows.
-    """
+    """Returns which parts of the state are bit-identical after a hypergradient."""
     with _problem(precision=precision, **options) as problem:
         llm = problem.llm
 
@@ -141,7 +139,7 @@ def _extra_states(llm: LLM) -> list[bytes]:
 
 
 def stale_weights(precision: str, **options: Any) -> dict[str, float]:
-    """Validation losses at theta, at theta' and at theta again."""
+    """Returns validation losses at theta, at theta' and at theta again."""
     with _problem(precision=precision, **options) as problem:
         llm = problem.llm
         _gradient(problem, problem.train_batch)
@@ -157,12 +155,12 @@ def stale_weights(precision: str, **options: Any) -> dict[str, float]:
         step.enter()
         stepped = loss()
         step.restore()
-        step.give_back()
+        step.restore_gradient()
         return {"before": before, "stepped": stepped, "after": loss()}
 
 
 def memory_of_an_update(precision: str, **options: Any) -> dict[str, int]:
-    """Peak bytes on this GPU: of plain steps, and of a weighting update's hypergradient."""
+    """Returns peak bytes on this GPU of a plain step, and of a weighting update's hypergradient."""
     with _problem(precision=precision, **options) as problem:
         torch.cuda.reset_peak_memory_stats()
         _gradient(problem, problem.train_batch)
@@ -174,6 +172,6 @@ def memory_of_an_update(precision: str, **options: Any) -> dict[str, int]:
 
 
 def backend() -> str:
-    """The backend of the world's process group."""
+    """Returns the backend of the world's process group."""
     with _problem(precision="bf16", steps=0):
         return dist.get_backend()

@@ -15,10 +15,10 @@ from torch import Tensor
 from megatron_dwm.config import Config, ModelConfig, ParallelConfig, UserError
 from megatron_dwm.config.validate import Heads, validate_layout
 from megatron_dwm.model import resolve_shape
-from megatron_dwm.model.fp8_emulation import ACTIVATIONS, GRADIENTS, quantise
-from megatron_dwm.model.layers import choose_layers, emulated_layers
+from megatron_dwm.model.layers.choice import choose_layers, emulated_layers
+from megatron_dwm.model.layers.fp8_emulation import ACTIVATIONS, GRADIENTS, Quantized, quantize
+from megatron_dwm.model.layers.transformer_engine import unfused_name, version_fits
 from megatron_dwm.model.llm import transformer_config
-from megatron_dwm.model.transformer_engine import unfused_name, version_fits
 from tests.launch import run_ranks
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Double precision: the nearest values of the format stretched over the tensor's range."""
+    """Returns the nearest values of the format scaled to the tensor's range, in double."""
     stretch = torch.finfo(dtype).max / float(tensor.abs().max())
     scaled = tensor.double() * stretch
     bits, smallest = {ACTIVATIONS: (3, -6), GRADIENTS: (2, -14)}[dtype]
@@ -35,14 +35,18 @@ def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return (scaled / step).round() * step / stretch
 
 
+def _dequantized(tensor: Quantized) -> Tensor:
+    return tensor.values.float() * tensor.scale
+
+
 @pytest.mark.parametrize("dtype", [ACTIVATIONS, GRADIENTS])
 @pytest.mark.parametrize("size", [1e-6, 1.0, 3e4])
 def test_rounding_is_to_the_nearest_value_of_the_format(dtype: torch.dtype, size: float) -> None:
     torch.manual_seed(1)
     tensor = torch.randn(40, 50) * size
-    found = quantise(tensor, dtype, None).dequantised().double()
+    found = _dequantized(quantize(tensor, dtype, None)).double()
     expected = _rounded(tensor, dtype)
-    # A value on the border between two may go either way: the scale is fp32 here, double there.
+    # A value on a rounding border may go either way: one scale is in fp32, the other in double.
     different = (found - expected).abs() > 1e-6 * size
     assert float(different.double().mean()) < 1e-3
     assert torch.equal(
@@ -52,16 +56,16 @@ def test_rounding_is_to_the_nearest_value_of_the_format(dtype: torch.dtype, size
 
 def test_zeros_and_what_is_not_a_number() -> None:
     assert torch.equal(
-        quantise(torch.zeros(4, 4), ACTIVATIONS, None).dequantised(), torch.zeros(4, 4)
+        _dequantized(quantize(torch.zeros(4, 4), ACTIVATIONS, None)), torch.zeros(4, 4)
     )
     broken = torch.tensor([1.0, float("nan")])
-    assert quantise(broken, ACTIVATIONS, None).dequantised().isnan().any()
-    assert quantise(torch.tensor([1.0, float("inf")]), GRADIENTS, None).dequantised().isnan().any()
+    assert _dequantized(quantize(broken, ACTIVATIONS, None)).isnan().any()
+    assert _dequantized(quantize(torch.tensor([1.0, float("inf")]), GRADIENTS, None)).isnan().any()
 
 
 @pytest.fixture(scope="module")
 def layers() -> list[dict[str, Tensor]]:
-    """Of one process, of two, of two with sequence parallelism."""
+    """Results of one process, of two, and of two with sequence parallelism."""
     [[alone]] = run_ranks(
         "tests.model.workers:linear_layers", 1, [{"tensor": 1, "sequence": False}]
     )
@@ -93,8 +97,9 @@ def test_layers_compute_the_product_of_rounded_tensors(layers: list[dict[str, Te
 
 
 def test_tensor_parallel_layers_compute_the_same(layers: list[dict[str, Tensor]]) -> None:
-    """Scales are shared, so the quantised values are the same: sums differ by their order, and a
-    value on a rounding border may go the other way.
+    """The ranks share scales, so the quantized values are the same.
+
+    Sums differ by their order, and a value on a rounding border may go the other way.
     """
     for split in layers[1:]:
         for name, value in layers[0].items():

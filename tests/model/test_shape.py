@@ -1,4 +1,4 @@
-"""Shapes: the presets' published sizes, and what a configuration makes of them."""
+"""Shapes: the presets have the published sizes, and a configuration changes their fields."""
 
 from __future__ import annotations
 

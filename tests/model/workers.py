@@ -1,4 +1,4 @@
-"""What the ranks of the model tests run."""
+"""Functions that the ranks of the model tests run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from megatron_dwm.config import ModelConfig, ParallelConfig
 from megatron_dwm.model import forward_only, resolve_shape
-from megatron_dwm.model.fp8_emulation import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+from megatron_dwm.model.layers.fp8_emulation import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_dwm.model.llm import transformer_config
-from megatron_dwm.model.objective import unit
+from megatron_dwm.model.passes.objective import unit
 from megatron_dwm.runtime import bring_up
 from tests.bilevel.workers import TRAIN
 from tests.tiny import MICRO_BATCH, tiny
@@ -22,7 +22,7 @@ EMULATED = (Fp8ColumnParallelLinear, Fp8RowParallelLinear)
 
 
 def linear_layers(tensor: int, sequence: bool) -> dict[str, Tensor]:
-    """Outputs and gradients of a column- and a row-parallel FP8 layer after each other, whole."""
+    """Returns outputs and gradients, whole, of a column- and then a row-parallel FP8 layer."""
     with bring_up(ParallelConfig(tensor=tensor, sequence=sequence), seed=1) as runtime:
         model = ModelConfig(hidden_size=32, num_layers=1, num_attention_heads=4)
         parallel = ParallelConfig(tensor=tensor, sequence=sequence)
@@ -57,13 +57,13 @@ def linear_layers(tensor: int, sequence: bool) -> dict[str, Tensor]:
 
 
 def losses(**layout: Any) -> Tensor:
-    """Sample losses of an untrained model."""
+    """Returns the sample losses of an untrained model."""
     with tiny(steps=0, **layout) as subject:
         return forward_only(subject.llm, unit(subject.batch(TRAIN), MICRO_BATCH)).sample_losses_n
 
 
 def emulated_modules(**layout: Any) -> list[bool]:
-    """For every layer of this rank: are all its linear layers emulated (True) or none (False)?"""
+    """Returns for each layer of this rank whether its linear layers are emulated."""
     with tiny(steps=0, fp8_emulation=True, **layout) as subject:
         found = []
         for module in subject.llm.modules:
@@ -77,9 +77,7 @@ def emulated_modules(**layout: Any) -> list[bool]:
 
 
 def amax_group(tensor: int, pipeline: int) -> tuple[list[int], list[int], list[int]]:
-    """Ranks of the group that reduces FP8 maxima under our configuration; this rank's tensor- and
-    data-parallel groups.
-    """
+    """Returns the ranks of the groups of FP8 maxima, tensor parallelism and data parallelism."""
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
     model = ModelConfig(precision="fp8", fp8_recipe="delayed", num_layers=2)
     with bring_up(parallel, seed=1) as runtime:

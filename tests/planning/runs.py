@@ -1,4 +1,4 @@
-"""Small configurations that a plan is held to."""
+"""Small configurations for tests of plans."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def configured(
     micro_batch: int = 2,
     **parallel: Any,
 ) -> Config:
-    """A run of a tiny model; `model` goes over MODEL."""
+    """Returns the run of a tiny model; keys in `model` replace those of MODEL."""
     return Config(
         parallel=ParallelConfig(**parallel),
         model=ModelConfig(**{**MODEL, **(model or {})}),

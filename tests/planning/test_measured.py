@@ -16,7 +16,7 @@ from megatron_dwm.planning.activations import head_bytes, kernels_of, layer_byte
 from megatron_dwm.planning.memory import Memory, stage_memory, weighting_parameters
 from megatron_dwm.planning.placement import rank_parameters
 from megatron_dwm.planning.traffic import traffic_of
-from megatron_dwm.weighting import weighting_shape
+from megatron_dwm.weighting import method_class
 from megatron_dwm.weighting.model import WeightingModel
 from tests.launch import REPOSITORY, run_ranks
 from tests.planning.runs import configured
@@ -55,7 +55,7 @@ def layers(case: dict[str, Any], count: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found() -> Found:
-    """What every rank measured, by number of processes, measurement and options."""
+    """Returns what every rank measured, by number of processes, measurement and options."""
     results: dict[str, list[Any]] = {}
     for world_size in (1, 2):
         cases = [("holdings", options) for options in HOLDINGS[world_size]]
@@ -76,7 +76,7 @@ def planned(options: dict[str, Any], world_size: int) -> Memory:
 
 
 @pytest.mark.parametrize("world_size", HOLDINGS)
-def test_weights_gradients_and_optimiser(world_size: int, found: Found) -> None:
+def test_weights_gradients_and_optimizer(world_size: int, found: Found) -> None:
     for options in HOLDINGS[world_size]:
         ranks = found(world_size, "holdings", options)
         config, plan = configured(**options), planned(options, world_size)
@@ -92,7 +92,7 @@ def test_weights_gradients_and_optimiser(world_size: int, found: Found) -> None:
 
 @pytest.mark.parametrize("world_size", KEPT)
 def test_activations_are_what_autograd_keeps(world_size: int, found: Found) -> None:
-    """One and two layers: their difference is a layer, the rest is the head."""
+    """The difference of two layers and one is a layer; the rest is the head."""
     for case in KEPT[world_size]:
         config = configured(**case)
         shape, kernels = resolve_shape(config.model), kernels_of(config, on_gpu=False)
@@ -167,7 +167,8 @@ def test_messages_are_what_torch_distributed_is_handed(found: Found) -> None:
 @pytest.mark.parametrize("encoder", ["own", "llm"])
 def test_parameters_of_the_weighting_model(encoder: str) -> None:
     config = configured(policy="dwm", weighting={"encoder": encoder, "num_layers": 3})
-    shape = weighting_shape(config, resolve_shape(config.model), 256)
+    shape = method_class(config).model_shape(config, resolve_shape(config.model))
+    assert shape is not None
     real = sum(parameter.numel() for parameter in WeightingModel(shape).parameters())
     assert weighting_parameters(shape) == real
 

@@ -58,7 +58,7 @@ def _gpt(hidden: int, heads: int, layers: int) -> LlamaShape:
         (25600, 160, 128, 512, 512, 71.49, 0.563),
     ],
 )
-def test_utilisation_of_korthikanti(
+def test_utilization_of_korthikanti(
     hidden: int,
     heads: int,
     layers: int,

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_dwm.model import resolve_shape
 from megatron_dwm.planning.activations import encoder_bytes
-from megatron_dwm.planning.memory import stage_memory
-from megatron_dwm.weighting import weighting_shape
+from megatron_dwm.planning.memory import stage_memory, weighting_parameters
+from megatron_dwm.weighting import method_class
 from megatron_dwm.weighting.encoder import TokenEncoder
 from megatron_dwm.weighting.encoding import encode
 from tests.launch import REPOSITORY
@@ -26,7 +27,7 @@ LENGTH = 16
 
 
 def _kept(encoder: TokenEncoder, rows: int, *, bf16: bool) -> int:
-    """Bytes of the different tensors that autograd keeps of `rows` samples, parameters left out."""
+    """Count the bytes of the tensors that autograd keeps of `rows` samples, without parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
     found: dict[int, Tensor] = {}
 
@@ -84,8 +85,21 @@ def test_peak_memory_of_an_update_on_a_cpu() -> None:
     )
     config = configured(**options)
     shape = resolve_shape(config.model)
-    weighting = weighting_shape(config, shape, shape.vocab_size)
+    weighting = method_class(config).model_shape(config, shape)
     plan = stage_memory(config, shape, weighting, world_size=1, stage=0, on_gpu=False)
     expected = plan.weighting_model + plan.weighting_activations
     assert plan.weighting_activations > 0.4 * expected
     assert int(child.stdout.split()[-1]) == pytest.approx(expected, rel=0.15)
+
+
+def test_a_frozen_model_is_only_its_parameters(tmp_path: Path) -> None:
+    learned = configured(policy="dwm")
+    shape = method_class(learned).model_shape(learned, resolve_shape(learned.model))
+    frozen = configured(policy="dwm", weighting={"load": str(tmp_path), "frozen": True})
+    held = [
+        stage_memory(
+            config, resolve_shape(config.model), shape, world_size=1, stage=0, on_gpu=True
+        ).weighting_model
+        for config in (learned, frozen)
+    ]
+    assert held == [24 * weighting_parameters(shape), 4 * weighting_parameters(shape)]

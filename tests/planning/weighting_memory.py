@@ -1,5 +1,7 @@
-"""Bytes that a weighting update with the model's own encoder takes at most. Run as a process, which
-alone has a peak of its own; its argument is a keyword dictionary of `configured`, as JSON.
+"""Peak bytes of a weighting update with the model's own encoder.
+
+Run as a process, because only a process has a peak of its own; its argument is a keyword dictionary
+of `configured`, as JSON.
 """
 
 from __future__ import annotations
@@ -11,32 +13,35 @@ from pathlib import Path
 import torch
 
 from megatron_dwm.config import Config
-from megatron_dwm.data import Batch
-from megatron_dwm.model import resolve_shape
+from megatron_dwm.model import ForwardOutputs, resolve_shape
 from megatron_dwm.runtime import bring_up
-from megatron_dwm.weighting import LearningPolicy, build_policy
+from megatron_dwm.testing import random_batch
+from megatron_dwm.weighting import Alignments
+from megatron_dwm.weighting.dwm import Dwm
+from megatron_dwm.weighting.model import build_weighting_model
+from megatron_dwm.weighting.trainer import WeightingTrainer
 from tests.planning.runs import configured
 
 
 def _peak_of_update(config: Config) -> int:
     shape = resolve_shape(config.model)
     rows, length = config.training.global_batch_size, config.data.sequence_length
-    tokens_BS = torch.randint(shape.vocab_size, (rows, length))
-    batch = Batch(
-        tokens_BS=tokens_BS,
-        labels_BS=tokens_BS,
-        loss_mask_BS=torch.ones(rows, length),
-        position_ids_BS=torch.arange(length).repeat(rows, 1),
-        sample_ids_B=torch.arange(rows),
-        document_ids_B=torch.arange(rows),
-        domains=("d",) * rows,
-    )
+    sizes = {"sequence_length": length, "vocab_size": shape.vocab_size}
+    alignments = Alignments(values_n=torch.randn(rows), learning_rate=1.0)
     with bring_up(config.parallel, seed=1) as runtime:
+        batch = random_batch(1, runtime, rows=rows, **sizes)
         before = _status_bytes("VmRSS")
-        policy = build_policy(config, runtime, shape, shape.vocab_size)
-        assert isinstance(policy, LearningPolicy)
-        for _ in range(2):  # the first makes the optimiser's state
-            policy.update(batch, None, torch.randn(rows), learning_rate=1.0)
+        method = Dwm(
+            WeightingTrainer(
+                build_weighting_model(Dwm.model_shape(config, shape), seed=1),
+                config.weighting,
+                runtime,
+                config.training.micro_batch_size,
+                bf16=config.model.precision != "fp32",
+            )
+        )
+        for _ in range(2):  # the first makes the optimizer's state
+            method.update(batch, ForwardOutputs(losses_n=torch.ones(rows)), alignments)
         return _status_bytes("VmHWM") - before
 
 

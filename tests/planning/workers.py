@@ -1,42 +1,47 @@
-"""Run in every process of a job: what a real model holds, keeps and sends."""
+"""Functions that every process of a job runs: what a real model holds, keeps and sends."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_dwm.config import Config
 from megatron_dwm.data import Batch
-from megatron_dwm.model import LLM, build_llm, forward_backward, resolve_shape
-from megatron_dwm.model.objective import unit
-from megatron_dwm.runtime import bring_up
-from megatron_dwm.training.optimiser import build_optimizer
+from megatron_dwm.model import forward_backward, resolve_shape
+from megatron_dwm.model.passes.objective import unit
+from megatron_dwm.runtime import Runtime, bring_up
+from megatron_dwm.testing import random_batch
+from megatron_dwm.training import Learner, build_learner
 from tests.planning.runs import configured
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))
 
-from benchmarks.collectives import CountCalls  # noqa: E402
-from benchmarks.settings import Settings  # noqa: E402
-from benchmarks.subject import build_subject, opened  # noqa: E402
+from benchmarks.collectives import CountCalls
+from benchmarks.settings import Settings
+from benchmarks.subject import build_subject, opened
+
+# Scalars, and the alignments of the few samples of a test.
+_SCALARS_BYTES = 64
 
 
 def measured(what: str, options: dict[str, Any]) -> Any:
-    """One start of the processes serves every measurement."""
-    return {"holdings": holdings, "kept": kept, "sent": sent}[what](**options)
+    """Run one measurement; one start of the processes serves them all."""
+    return {"holdings": holdings, "kept": kept, "sent": sent, "by_link": by_link}[what](**options)
 
 
 def holdings(**options: Any) -> dict[str, int]:
-    """Bytes of weights, gradient buffers and optimiser state after a step, counted."""
+    """Count the bytes of weights, gradient buffers and optimizer state after a step."""
     config = configured(**options)
     with bring_up(config.parallel, seed=1) as runtime:
-        llm = _llm(config, runtime)
-        optimizer = build_optimizer(config.training, llm, sharded=config.parallel.sharded_optimizer)
-        forward_backward(llm, unit(_batch(config, runtime.data_size), 2), denominator=1.0)
+        learner = _learner(config, runtime)
+        llm, optimizer = learner.llm, learner.optimizer
+        forward_backward(llm, unit(_batch(config, runtime), 2), denominator=1.0)
         optimizer.step()
         own = {parameter.untyped_storage().data_ptr() for parameter in llm.parameters()}
         state = [main for member in optimizer.chained_optimizers for main in _state(member, own)]
@@ -51,7 +56,7 @@ def holdings(**options: Any) -> dict[str, int]:
 
 
 def _state(member: Any, own: set[int]) -> list[Tensor]:
-    """Moments, and the tensors that are stepped where they are not the model's own memory."""
+    """Returns moments, and the stepped tensors that are not the model's own memory."""
     found = []
     for group in member.optimizer.param_groups:
         for main in group["params"]:
@@ -63,10 +68,10 @@ def _state(member: Any, own: set[int]) -> list[Tensor]:
 
 
 def kept(**options: Any) -> int:
-    """Bytes of the different tensors that autograd keeps of one micro-batch's forward pass."""
+    """Count the bytes of the tensors that autograd keeps of one micro-batch's forward pass."""
     config = configured(**options)
     with bring_up(config.parallel, seed=1) as runtime:
-        llm = _llm(config, runtime)
+        llm = _learner(config, runtime).llm
         own = {parameter.untyped_storage().data_ptr() for parameter in llm.parameters()}
         found: dict[int, Tensor] = {}
 
@@ -76,14 +81,14 @@ def kept(**options: Any) -> int:
                 found[address] = tensor
             return tensor
 
-        batch = _batch(config, runtime.data_size).rows(0, config.training.micro_batch_size)
+        batch = _batch(config, runtime).rows(0, config.training.micro_batch_size)
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             llm.chunks[0](batch.tokens_BS, batch.position_ids_BS, None, labels=batch.labels_BS)
         return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
 
 
 def sent(**settings: Any) -> dict[str, int]:
-    """Bytes that this process hands to torch.distributed in a plain step and a hypergradient."""
+    """Count the bytes this process sends to torch.distributed in a step and a hypergradient."""
     with opened(Settings(**settings)) as runtime:
         subject = build_subject(Settings(**settings), runtime)
         counts = {}
@@ -97,31 +102,55 @@ def sent(**settings: Any) -> dict[str, int]:
         return counts
 
 
-def _llm(config: Config, runtime: Any) -> LLM:
-    return build_llm(
+def by_link(*, passages: int, **settings: Any) -> dict[str, dict[str, tuple[int, int]]]:
+    """Count (messages, bytes) of this process on every link in a step and in a weighting update.
+
+    A layout with several tensor, pipeline and data ranks: then a group's ranks say what it is.
+    """
+    with opened(Settings(**settings)) as runtime:
+        subject = build_subject(Settings(**settings), runtime)
+        length, vocab_size = settings["sequence"], settings["vocab"]
+        sizes = {"rows": passages, "sequence_length": length, "vocab_size": vocab_size}
+        subject = replace(subject, val=random_batch(2, runtime, **sizes))
+        links = {
+            _ranks(runtime.tensor_group): "tensor",
+            _ranks(runtime.data_group): "data",
+            tuple(range(runtime.world_size)): "weighting",
+        }
+        counts = {}
+        for name, call in (("step", subject.plain_step), ("update", subject.weighting_update)):
+            with CountCalls() as counter:
+                call()
+            found: dict[str, tuple[int, int]] = {}
+            for message in counter.traffic.messages:
+                # Megatron-Core's interleaved schedule sends over the group of all processes.
+                link = "pipeline" if message.name == "send" else links.get(message.ranks)
+                if link is not None and message.num_bytes > _SCALARS_BYTES:
+                    messages, num_bytes = found.get(link, (0, 0))
+                    found[link] = (messages + 1, num_bytes + message.num_bytes)
+            counts[name] = found
+        return counts
+
+
+def _ranks(group: Any) -> tuple[int, ...]:
+    return tuple(dist.get_process_group_ranks(group))
+
+
+def _learner(config: Config, runtime: Runtime) -> Learner:
+    return build_learner(
         resolve_shape(config.model),
         config.model,
         config.parallel,
+        config.training,
         runtime,
         sequence_length=config.data.sequence_length,
         seed=1,
     )
 
 
-def _batch(config: Config, replicas: int) -> Batch:
-    size = config.training.global_batch_size // replicas
-    length = config.data.sequence_length
-    generator = torch.Generator().manual_seed(1)
-    text = torch.randint(0, 256, (size, length + 1), generator=generator)
-    return Batch(
-        tokens_BS=text[:, :-1].contiguous(),
-        labels_BS=text[:, 1:].contiguous(),
-        loss_mask_BS=torch.ones(size, length),
-        position_ids_BS=torch.arange(length).repeat(size, 1),
-        sample_ids_B=torch.arange(size),
-        document_ids_B=torch.arange(size),
-        domains=("d",) * size,
-    )
+def _batch(config: Config, runtime: Runtime) -> Batch:
+    rows, length = config.training.global_batch_size, config.data.sequence_length
+    return random_batch(1, runtime, rows=rows, sequence_length=length)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -40,7 +40,7 @@ def golden_model(golden_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path) -> Path:
     """A tokenizer of 600 pieces."""
-    from megatron_dwm.preprocess.texts import read_texts
+    from megatron_dwm.preprocess.read.texts import read_texts
     from megatron_dwm.tokenizer import train_sentencepiece
 
     path = tmp_path_factory.mktemp("tokenizer") / "tok.model"

@@ -34,9 +34,7 @@ def test_flags_that_are_not_needed(job: list[str | Path], run: Run) -> None:
     assert [line.split()[1] for line in lines] == [f for f in flags if f.startswith("--")]
 
 
-def test_flags_that_are_refused(
-    tmp_path: Path, job: list[str | Path], capsys: pytest.CaptureFixture, run: Run
-) -> None:
+def test_flags_that_are_refused(tmp_path: Path, job: list[str | Path], run: Run) -> None:
     before = set(tmp_path.iterdir())
     for name in ("--split-sentences", "--lang", "--vocab-file", "--tokenizer-special-tokens"):
         [flag] = [flag for flag in REFUSED if flag.name == name]

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.inputs import find_inputs, take_shard
 from megatron_dwm.preprocess.merge import merge_datasets
 from megatron_dwm.preprocess.pipeline import preprocess
+from megatron_dwm.preprocess.read.inputs import find_inputs, take_shard
 from megatron_dwm.preprocess.settings import PreprocessSettings
 from megatron_dwm.tokenizer import build_tokenizer
 

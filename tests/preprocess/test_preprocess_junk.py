@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.junk import JUNK_DOMAINS, add_junk
+from tools.example_data.junk import JUNK_DOMAINS, add_junk
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

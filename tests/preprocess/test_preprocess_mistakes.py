@@ -141,7 +141,7 @@ def test_names_that_do_not_work(tmp_path: Path, model: Path, run: Run) -> None:
     before = {source, other}
     for result, words in (
         (preprocess(run, tmp_path / "absent.jsonl", model), "absent.jsonl: no such input file"),
-        (preprocess(run, other, model), "in.csv: format not known"),
+        (preprocess(run, other, model), "in.csv: its ending names no known format"),
         (preprocess(run, source, tmp_path / "absent.model"), "absent.model: no such tokenizer"),
         (preprocess(run, source, source), "not a SentencePiece model"),
         (preprocess(run, source, model, "--tokenizer-type", "Gpt2"), "'Gpt2' is not known"),

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megatron_dwm.preprocess.encoding import token_dtype
+from megatron_dwm.preprocess.encode.encoder import token_dtype
 from megatron_dwm.preprocess.pipeline import preprocess
 from megatron_dwm.preprocess.settings import PreprocessSettings
 from megatron_dwm.tokenizer import build_tokenizer

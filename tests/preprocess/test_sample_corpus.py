@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dwm.preprocess.parsing import parse_record
-from megatron_dwm.preprocess.sample_corpus import domain_of, make_sample_corpus
-from megatron_dwm.preprocess.texts import read_lines_of
+from megatron_dwm.preprocess.read.parsing import parse_record
+from megatron_dwm.preprocess.read.texts import read_lines_of
+from tools.example_data.sample_corpus import domain_of, make_sample_corpus
 
 PERMITTED = {
     ("janeaustenr", "RedPajamaBook", "austen"),

@@ -177,8 +177,9 @@ def test_resume_compares_ends_and_special_tokens(
     assert "does not say which id ends a document" in warning
 
 
+@pytest.mark.usefixtures("made")
 def test_merge_compares_ends_and_special_tokens(
-    tmp_path: Path, made: Path, source: Path, llama: Path, other: Path, run: Run
+    tmp_path: Path, source: Path, llama: Path, other: Path, run: Run
 ) -> None:
     def merge(*names: str) -> subprocess.CompletedProcess[str]:
         inputs = [tmp_path / f"{name}_text_document" for name in names]
@@ -196,7 +197,7 @@ def test_merge_compares_ends_and_special_tokens(
     result = merge("plain", "new")
     assert result.returncode == 0, result.stderr
     [warning] = result.stderr.splitlines()
-    assert "not said which id ends a document" in warning
+    assert "the id that ends a document is not recorded" in warning
     assert b"eod_id" not in pq.read_schema(tmp_path / "m.meta.parquet").metadata
 
 

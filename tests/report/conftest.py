@@ -1,4 +1,4 @@
-"""Files as a run writes them, with numbers that look like a run's."""
+"""Files in the form of a run's, with plausible numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PULL = dict(zip(DOMAINS, (-0.3, 0.9, 0.02, -0.5, -1.6, 0.3, 0.05, -0.02), strict
 
 
 def write_run(folder: Path, *, steps: int = 1000, gain: float = 0.1, seed: int = 0) -> Path:
-    """A run of five stages that came to like books and to dislike junk."""
+    """Write a run of five stages that learned to prefer books and to avoid junk."""
     random = np.random.default_rng(seed)
     (folder / "weights").mkdir(parents=True)
     with (folder / "metrics.jsonl").open("w", encoding="utf-8") as stream:
@@ -70,5 +70,5 @@ def _weights(stage: int, steps: int, random: np.random.Generator) -> pa.Table:
 
 @pytest.fixture
 def make_run() -> Callable[..., Path]:
-    """`write_run`."""
+    """Returns `write_run`."""
     return write_run

@@ -1,4 +1,4 @@
-"""The numbers of the report against plain Python over the files, and the command's manners."""
+"""The report's numbers against plain Python over the files, and how the command ends."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_mean_weight_by_domain_over_the_last_steps(
     assert mean_weight_by_domain(run, 1) == pytest.approx(mean_by_domain(last), rel=1e-6)
 
 
-def test_skipped_steps_are_told(
+def test_skipped_steps_are_reported(
     make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     run = make_run(tmp_path / "run")
@@ -139,7 +139,7 @@ def test_drawn_lines_carry_these_numbers(
 def test_names_of_domains_are_drawn_as_they_are_written(
     make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A dollar sign begins no formula, and a step's reason no line of the terminal."""
+    """A dollar sign starts no formula, and a skipped step's reason no new line."""
     from matplotlib.figure import Figure
 
     drawn = []
@@ -179,7 +179,7 @@ def test_steps_written_twice_count_once_and_an_unfinished_line_is_left_out(
 def test_samples_of_steps_and_of_updates_are_not_taken_for_each_other(
     make_run: Callable[..., Path], tmp_path: Path, old: bool
 ) -> None:
-    """Both number their samples from 0; files of earlier versions do not say which is which."""
+    """Both number their samples from 0; files of older versions have no column that says which."""
     run = make_run(tmp_path / "run")
     before = rows_of(run)
     of_step = [row for row in before if row["step"] == 1000]
@@ -215,7 +215,7 @@ def test_labels_are_spread_in_order() -> None:
     assert len(spread(np.array([]), 0.1)) == 0
 
 
-def test_command_writes_both_pictures(make_run: Callable[..., Path], tmp_path: Path) -> None:
+def test_command_writes_both_plots(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     done = report(run, fresh=True)
     assert done.returncode == 0 and done.stderr == ""
@@ -223,7 +223,7 @@ def test_command_writes_both_pictures(make_run: Callable[..., Path], tmp_path: P
     assert done.stdout.split() == [str(path) for path in expected]
 
 
-def test_a_file_in_the_place_of_the_pictures_folder_is_left_alone(
+def test_a_file_in_the_place_of_the_plots_folder_is_left_alone(
     make_run: Callable[..., Path], tmp_path: Path
 ) -> None:
     run = make_run(tmp_path / "run", steps=100)
@@ -245,13 +245,13 @@ def test_mistakes_are_one_line_and_exit_code_2(
     torn = make_run(tmp_path / "torn", steps=100)
     (torn / "metrics.jsonl").write_text('{"step": 1, "phase": "train"}\n{"step"\n')
     cases = [
-        ((tmp_path,), "is no run: it has no metrics.jsonl"),
-        ((tmp_path / "gone",), "is no run"),
-        ((run, "--compare", tmp_path), "is no run"),
+        ((tmp_path,), "is not a run: it has no metrics.jsonl"),
+        ((tmp_path / "gone",), "is not a run"),
+        ((run, "--compare", tmp_path), "is not a run"),
         ((bare,), "has no weights in weights/*.parquet"),
-        ((broken,), "003.parquet holds no weights of a run"),
+        ((broken,), "003.parquet has no weights of a run"),
         ((torn,), "metrics.jsonl line 2 is not JSON"),
-        ((run, "--target-domain", "novels"), "--target-domain novels is no held-out domain"),
+        ((run, "--target-domain", "novels"), "--target-domain novels is not a held-out domain"),
     ]
     for arguments, message in cases:
         done = report(*arguments)

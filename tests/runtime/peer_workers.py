@@ -1,4 +1,4 @@
-"""Programs of one rank whose peers die, hang or never come.
+"""Programs of one rank whose peers die, hang or never start.
 
 python -m tests.runtime.peer_workers PROGRAM FOLDER [TIMEOUT_S]
 """
@@ -19,7 +19,7 @@ from megatron_dwm.runtime import bring_up
 
 
 def reduce_for_ever(folder: Path, timeout_s: int) -> None:
-    """One all-reduce after the other; a file FOLDER/RANK once the first is done."""
+    """Run one all-reduce after another, and write FOLDER/RANK after the first."""
     with bring_up(ParallelConfig(timeout_s=timeout_s), seed=1) as runtime:
         while True:
             dist.all_reduce(torch.ones(3))
@@ -30,7 +30,7 @@ def reduce_for_ever(folder: Path, timeout_s: int) -> None:
 
 
 def send_on(folder: Path, timeout_s: int) -> None:
-    """Rank r waits for rank r - 1, so that only one rank sees that a peer has gone."""
+    """Wait on rank r for rank r - 1, so that only one rank sees that a peer has ended."""
     with bring_up(ParallelConfig(timeout_s=timeout_s), seed=1) as runtime:
         before, after = runtime.rank - 1, (runtime.rank + 1) % runtime.world_size
         value = torch.ones(3)
@@ -44,7 +44,7 @@ def send_on(folder: Path, timeout_s: int) -> None:
 
 
 def one_fails(folder: Path, timeout_s: int) -> None:
-    """A rank ends by an error of its own while the others wait for it."""
+    """End one rank by its own error while the others wait for it."""
     with bring_up(ParallelConfig(timeout_s=timeout_s), seed=1) as runtime:
         (folder / str(runtime.rank)).touch()
         if runtime.rank == 1:
@@ -53,14 +53,14 @@ def one_fails(folder: Path, timeout_s: int) -> None:
 
 
 def come(folder: Path, timeout_s: int) -> None:
-    """Wait for the others, if they come."""
+    """Wait for the other ranks to start."""
     (folder / os.environ["RANK"]).touch()
     with bring_up(ParallelConfig(timeout_s=timeout_s), seed=1):
         (folder / "all").touch()
 
 
 def main() -> None:
-    """Run a program as the commands of the package are run."""
+    """Run a program in the way in which the package's commands run."""
     name, folder, *rest = sys.argv[1:]
     sys.argv = sys.argv[:1]
     timeout_s = int(rest[0]) if rest else 60

@@ -1,4 +1,4 @@
-"""What the ranks of the runtime tests run."""
+"""Functions that the ranks of the runtime tests run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_dwm.runtime import bring_up
 
 
 def timeouts_s(tensor: int, pipeline: int, timeout_s: int) -> list[float]:
-    """The timeout of every process group that this rank belongs to, as torch keeps it."""
+    """Returns the timeout of every process group of this rank, as torch keeps it."""
     config = ParallelConfig(tensor=tensor, pipeline=pipeline, timeout_s=timeout_s)
     with bring_up(config, seed=0):
         backends = [

@@ -22,7 +22,7 @@ EXTENSION = "megatron.core.extensions.transformer_engine"
 
 
 class _AnyName(type):
-    """A class whose every attribute is another such class."""
+    """A class in which every attribute is another such class."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -53,7 +53,7 @@ def _class(name: str) -> dict[str, Any]:
         "forward": list(inspect.signature(found.forward).parameters),
         "init": list(inspect.signature(found.__init__).parameters),
         "members": dir(found),
-        # Attributes are set in constructors, which need a GPU to run: they are read in the source.
+        # Constructors set attributes and need a GPU to run, so this reads them from the source.
         "source": "".join(inspect.getsource(sys.modules[name]) for name in sorted(modules)),
     }
 
@@ -63,7 +63,7 @@ def _parameters(function: Any) -> list[str]:
 
 
 def main() -> None:
-    """Print everything that the tests ask about."""
+    """Print everything that the tests need to know."""
     warnings.simplefilter("ignore")
     _stand_in_for_the_compiled_module()
     te = importlib.import_module("transformer_engine.pytorch")
@@ -74,7 +74,7 @@ def main() -> None:
     block_of_mlp = layer.submodules.mlp.module
     swiglu = importlib.import_module("megatron.core.fusions.fused_bias_swiglu")
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
-    ours = importlib.import_module("megatron_dwm.model.transformer_engine")
+    ours = importlib.import_module("megatron_dwm.model.layers.transformer_engine")
     table = importlib.import_module("megatron_dwm.bilevel.adapters")
     block = ours.transformer_engine_block_spec(2)
     produced = [

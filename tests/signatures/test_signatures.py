@@ -1,4 +1,4 @@
-"""Every name, argument and attribute of Transformer Engine that our code touches exists.
+"""Every name, argument and attribute of Transformer Engine that our code uses exists.
 
     bash tests/signatures/prepare.sh [VERSION] && bash tests/run.sh -m signatures
 
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from megatron_dwm.bilevel.adapters import ADAPTERS, WITHOUT_PARAMETERS
-from megatron_dwm.model.transformer_engine import UNFUSED_NAMES, version_fits
+from megatron_dwm.model.layers.transformer_engine import UNFUSED_NAMES, version_fits
 
 REPOSITORY = Path(__file__).parent.parent.parent
 PYTHON = REPOSITORY / ".venv-signatures" / "bin" / "python"
@@ -76,7 +76,7 @@ def test_attributes_that_adapters_read_are_set(inventory: dict[str, Any]) -> Non
     assert '"layer_norm_weight"' in inventory["classes"][FUSED]["source"]
 
 
-def test_layers_keep_quantised_weights_under_the_flag_that_we_raise(
+def test_layers_keep_quantized_weights_under_the_flag_that_we_raise(
     inventory: dict[str, Any],
 ) -> None:
     for name in (*LINEARS, FUSED):
@@ -86,7 +86,7 @@ def test_layers_keep_quantised_weights_under_the_flag_that_we_raise(
 
 
 def test_frozen_weights_form_no_gradient(inventory: dict[str, Any]) -> None:
-    """The probe freezes the parameters, and z stands in the buffers that gradients would go to."""
+    """The probe freezes the parameters, and z is in the buffers that gradients would go to."""
     for name in (*LINEARS, FUSED):
         assert "ctx.requires_wgrad = weight.requires_grad" in inventory["classes"][name]["source"]
 
@@ -100,14 +100,14 @@ def test_delayed_scales_can_be_read_and_put_back(inventory: dict[str, Any]) -> N
 
 
 def test_fused_weights_say_how_they_are_split(inventory: dict[str, Any]) -> None:
-    """Initialisation cuts gate and up apart by the stride that the layer was built with."""
+    """Initialization splits gate and up by the stride that the layer was built with."""
     assert "stride" in inventory["classes"][FUSED]["init"]
     assert "'partition_stride', stride" in inventory["classes"][FUSED]["source"]
     assert "tensor=getattr(self, weight)" in inventory["classes"][FUSED]["source"]
 
 
 def test_swiglu_is_fused_by_megatron_cores_own_function(inventory: dict[str, Any]) -> None:
-    """It keeps its input only, and its backward is a function of the output gradient and that."""
+    """SwiGLU keeps its input only; its backward is a function of that and the output gradient."""
     assert inventory["mlp"] == "megatron.core.transformer.mlp.MLP"
     assert "self.config.bias_activation_fusion" in inventory["mlp_source"]
     assert "bias_swiglu_impl(" in inventory["mlp_source"]

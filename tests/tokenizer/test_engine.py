@@ -1,4 +1,4 @@
-"""The fast engine is taken where its ids are the reference's, and the trial is remembered."""
+"""The fast engine is used if its ids are the reference's, and the trial is remembered."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def corpus_texts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def plain() -> str:
-    """A byte-level BPE tokenizer, larger than what the trial samples of a vocabulary."""
+    """A byte-level BPE tokenizer, larger than the sample that the trial takes of a vocabulary."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -66,7 +66,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Counted:
-    """A tokenizer that counts what it is asked to encode."""
+    """A tokenizer that counts the texts that it encodes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -81,7 +81,7 @@ class Counted:
 
 
 def ids_of(tokenizer: Tokenizer, texts: list[str]) -> tuple[int, str, list[int]]:
-    """How many texts the trial took, the engine's name, and its ids."""
+    """Returns the number of texts in the trial, the engine's name, and its ids."""
     counted = Counted(tokenizer)
     choice = remembered_engine(counted)
     asked = counted.asked

@@ -1,4 +1,4 @@
-"""tokenizer.json against transformers, the fast engine against the references."""
+"""tokenizer.json gives the ids of transformers, and the fast engine those of the references."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def corpus_texts() -> list[str]:
 
 
 def write(directory: Path, tokenizer: tokenizers.Tokenizer, **named: str) -> Path:
-    """A directory as `save_pretrained` leaves it."""
+    """Write a directory as `save_pretrained` does."""
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True, **named}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
@@ -41,7 +41,7 @@ def write(directory: Path, tokenizer: tokenizers.Tokenizer, **named: str) -> Pat
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE tokenizer, as GPT-2's, that would put a beginning before each text."""
+    """A byte-level BPE tokenizer, as GPT-2's, that asks for a beginning before each text."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Ids against Megatron-Core's own tokenizer; training against the layout of Llama 2."""
+"""Ids are those of Megatron-Core's own tokenizer; training gives the layout of Llama 2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Llama 3's own file: ids against byte-pair merging written out, and against tiktoken."""
+"""Llama 3's own file gives the ids of plain byte-pair merging and of tiktoken."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def corpus_texts() -> list[str]:
 
 
 def learn_ranks() -> dict[bytes, int]:
-    """Bytes and what is merged from them, in the order of merging."""
+    """Returns the ranks of bytes and of the tokens merged from them, in the order of merging."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=1500, show_progress=False)
@@ -53,7 +53,7 @@ def model(ranks: dict[bytes, int], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def merged(word: bytes, ranks: dict[bytes, int]) -> list[int]:
-    """The pair whose union has the lowest rank is merged, the first of several, until none is."""
+    """Merges the pair whose union has the lowest rank, the first of several, until none is left."""
     parts = [word[i : i + 1] for i in range(len(word))]
     while True:
         unions = [a + b for a, b in zip(parts, parts[1:], strict=False)]

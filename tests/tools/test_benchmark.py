@@ -145,6 +145,12 @@ def test_sizes_that_do_not_divide(mistake: list[str], said: str) -> None:
     assert len(done.stderr.splitlines()) == 1 and not done.stdout
 
 
+def test_fp8_needs_a_gpu() -> None:
+    done = run("step", *TINY, "--precision", "fp8")
+    assert done.returncode == 2 and not done.stdout
+    assert "error: --precision fp8: " in done.stderr and "use bf16" in done.stderr
+
+
 def test_help_states_defaults() -> None:
     done = run("hypergradient", "--help")
     assert done.returncode == 0

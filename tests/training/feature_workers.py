@@ -10,10 +10,11 @@ from torch import Tensor
 from megatron_dwm.bilevel import ESTIMATORS, Problem
 from megatron_dwm.bilevel.slots import collect_slots
 from megatron_dwm.model import forward_only
-from megatron_dwm.model.objective import token_mean, unit
-from megatron_dwm.training.step import Lesson, train_step, weighted_pass, weighting_update
+from megatron_dwm.model.passes.objective import token_mean, unit
+from megatron_dwm.training import UpperLevel
+from megatron_dwm.training.weighted_pass import weighted_pass
+from tests.subjects import with_dwm
 from tests.tiny import MICRO_BATCH, Tiny, tiny
-from tests.training.sessions import session_of
 
 TRAIN, VALIDATION, NEXT = 100, 101, 102
 
@@ -23,21 +24,21 @@ def steps_and_updates(
 ) -> dict[str, Tensor]:
     """A step with an update, then a step with what was learned: weights, losses, phi, theta."""
     with tiny(**layout) as subject:
-        session = session_of(subject, micro_batch, encoder="llm", group=group)
-        lesson = Lesson(val=subject.batch(VALIDATION), measure_noise=False)
+        trained = with_dwm(subject, micro_batch, encoder="llm", group=group)
+        upper = UpperLevel(passages=subject.batch(VALIDATION))
         if update_on == "fresh":
-            update = weighting_update(session, subject.batch(TRAIN), lesson)
-            first = train_step(session, subject.batch(TRAIN))
+            update = trained.update(subject.batch(TRAIN), upper)
+            first = trained.taken(subject.batch(TRAIN))
         else:
-            first = train_step(session, subject.batch(TRAIN), lesson)
+            first = trained.taken(subject.batch(TRAIN), upper)
             update = first.update
-        second = train_step(session, subject.batch(NEXT))
-        phi = [p.detach().flatten() for p in session.policy.model.parameters()]
+        second = trained.taken(subject.batch(NEXT))
+        phi = [p.detach().flatten() for p in trained.method.trainer.model.parameters()]
         return {
-            "first weights": session.gather(first.weights_n),
-            "alignments": session.gather(update.hypergradient.alignment_n),
+            "first weights": trained.gather(first.weights_n),
+            "alignments": trained.gather(update.hypergradient.alignment_n),
             "phi": torch.cat(phi),
-            "second weights": session.gather(second.weights_n),
+            "second weights": trained.gather(second.weights_n),
             "losses": torch.tensor([first.loss, second.loss, update.train_loss]),
             "gradient norms": torch.tensor([first.grad_norm, second.grad_norm]),
         }
@@ -66,14 +67,14 @@ def state_after_step(learns: bool, **layout: Any) -> tuple[list[Tensor], list[fl
     """
     with tiny(**layout) as subject:
         val = subject.batch(VALIDATION)
-        session = session_of(subject, MICRO_BATCH, encoder="llm", group="micro_batch")
-        lesson = Lesson(val=val, measure_noise=False) if learns else None
-        update = train_step(session, subject.batch(TRAIN), lesson).update
+        trained = with_dwm(subject, MICRO_BATCH, encoder="llm", group="micro_batch")
+        upper = UpperLevel(passages=val) if learns else None
+        update = trained.taken(subject.batch(TRAIN), upper).update
         if update is None:
             return _state(subject), []
         after = forward_only(subject.llm, token_mean(val, MICRO_BATCH))
-        loss_sum = session.gather(after.loss_sums_n).double().sum()
-        count = session.gather(after.token_counts_n).double().sum()
+        loss_sum = trained.gather(after.loss_sums_n).double().sum()
+        count = trained.gather(after.token_counts_n).double().sum()
         return _state(subject), [update.hypergradient.val_loss, float(loss_sum / count)]
 
 
@@ -85,22 +86,25 @@ def _state(subject: Tiny) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in [*parameters, *state]]
 
 
-def lesson_and_separate(**layout: Any) -> tuple[Tensor, Tensor]:
+def inside_and_separate(**layout: Any) -> tuple[Tensor, Tensor]:
     """Alignments found inside a step, and by a separate hypergradient at the state before it, which
     the tests of bilevel/ hold against double precision.
     """
     with tiny(**layout) as subject:
-        session = session_of(subject, MICRO_BATCH, encoder="llm", group="micro_batch")
-        weights_n = weighted_pass(session, subject.batch(TRAIN), keep_reading=False).weights_n
+        trained = with_dwm(subject, MICRO_BATCH, encoder="llm", group="micro_batch")
+        train = subject.batch(TRAIN)
+        result = weighted_pass(
+            trained.learner, trained.method, train, trained.state, for_update=False
+        )
         problem = Problem(
             llm=subject.llm,
             optimizer=subject.optimizer,
             train_batch=subject.batch(TRAIN),
-            weights_n=weights_n,
+            weights_n=result.weights_n,
             val_batch=subject.batch(VALIDATION),
             micro_batch_size=MICRO_BATCH,
         )
         separate = ESTIMATORS["tangent_probe"](problem).alignment_n
-        lesson = Lesson(val=subject.batch(VALIDATION), measure_noise=False)
-        update = train_step(session, subject.batch(TRAIN), lesson).update
+        upper = UpperLevel(passages=subject.batch(VALIDATION))
+        update = trained.taken(train, upper).update
         return update.hypergradient.alignment_n, separate

@@ -122,6 +122,6 @@ def test_an_update_inside_a_step_leaves_the_step_as_it_is_and_sees_where_it_lead
 def test_alignments_inside_a_step_are_those_at_the_state_before_it() -> None:
     for size in (1, 2):
         cases = [case for case, world_size in LESSON_CASES if world_size == size]
-        for every_rank in run_ranks(f"{WORKERS}:lesson_and_separate", size, cases):
+        for every_rank in run_ranks(f"{WORKERS}:inside_and_separate", size, cases):
             for inside, separate in every_rank:
                 assert torch.equal(inside, separate)

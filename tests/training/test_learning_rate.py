@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.conftest import Corpus
-from tests.training.forked import Server
-from tests.training.runs import RESUME, metrics, scheduled_rate
+from tests.small_runs.command import RESUME, metrics, scheduled_rate
+from tests.small_runs.fixtures import Corpus
+from tests.small_runs.forked import Server
 
 PEAK = 3e-3
 

@@ -10,10 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_dwm.config import ParallelConfig, WeightingConfig
 from megatron_dwm.runtime import bring_up
-from megatron_dwm.weighting import DwmPolicy
 from megatron_dwm.weighting.concentration import weights_from_logits
+from megatron_dwm.weighting.dwm import Dwm
 from megatron_dwm.weighting.model import WeightingModel, build_weighting_model
-from tests.weighting.workers import SAMPLES, SHAPE, alignment, batch
+from megatron_dwm.weighting.trainer import WeightingTrainer
+from tests.weighting.workers import SAMPLES, SHAPE, alignment, batch, learn, weigh
 
 LEARNING_RATE = 0.25
 MICRO_BATCH = 3
@@ -30,16 +31,17 @@ def update_and_one_shot(group: str, bf16: bool = False, tensor: int = 1) -> dict
         for parameter in model.parameters():  # the heads start at zero: leave that point
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
         config = WeightingConfig(group=group, standardize=False, clip_grad=0.0)
-        policy = DwmPolicy(model, config, runtime, MICRO_BATCH, learned=True, bf16=bf16)
-        policy.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # form the gradient only
+        trainer = WeightingTrainer(model, config, runtime, MICRO_BATCH, learned=True, bf16=bf16)
+        trainer.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # form the gradient only
+        method = Dwm(trainer)
         calls: list[int] = []
         handle = model.encoder.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
         rows = batch(runtime, 5)
         with FlopCounterMode(display=False) as weighing:
-            policy.weights(rows)
+            weigh(method, rows)
         num_calls = len(calls)
         with FlopCounterMode(display=False) as learning:
-            policy.update(rows, None, alignment(rows.tokens_BS), LEARNING_RATE)
+            learn(method, rows, alignment(rows.tokens_BS), LEARNING_RATE)
         found = _gradient(model)
         handle.remove()
         tokens_BS = batch(runtime, 5, whole=True).tokens_BS

@@ -1,4 +1,4 @@
-"""What the ranks of the tests of policies run: coming down, taking up a state, raw alignments."""
+"""What the ranks of the tests of methods run: weights that fall, a loaded state, raw alignments."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from megatron_dwm.config import ParallelConfig, PolicyConfig, WeightingConfig
 from megatron_dwm.runtime import Runtime, bring_up
-from megatron_dwm.weighting import DwmPolicy
-from megatron_dwm.weighting.domain_mean import DomainMeanPolicy
+from megatron_dwm.weighting.domain_mean import DomainMean
+from megatron_dwm.weighting.dwm import Dwm
 from megatron_dwm.weighting.model import build_weighting_model
-from tests.weighting.workers import SAMPLES, SHAPE, alignment, batch
+from tests.weighting.workers import SAMPLES, SHAPE, alignment, batch, dwm, learn, weigh
 
 DOMAINS = ("a", "b", "b", "c") * 3
 LEARNING_RATE = 0.25
@@ -27,15 +27,15 @@ def up_and_down(size: int, updates: int) -> list[float]:
     """
     with bring_up(ParallelConfig(), seed=0) as runtime:
         config = WeightingConfig(learning_rate=3e-3, min_effective_sample_size=0.6)
-        policy = DwmPolicy(build_weighting_model(SHAPE, seed=3), config, runtime, size)
+        method = dwm(build_weighting_model(SHAPE, seed=3), config, runtime, size)
         rows = batch(runtime, 1).rows(0, size)
         alignment_n = torch.zeros(size)
         found = []
         for value, count in ((1.0, updates), (-1.0, 2 * updates)):
             alignment_n[0] = value
             for _ in range(count):
-                policy.update(rows, None, alignment_n, learning_rate=1.0)
-            found.append(float(policy.weights(rows)[0]))
+                learn(method, rows, alignment_n)
+            found.append(float(weigh(method, rows)[0]))
         return found
 
 
@@ -45,17 +45,18 @@ def step_after_taking_up(before: dict[str, Any], now: dict[str, Any]) -> tuple[T
     """
     with bring_up(ParallelConfig(), seed=0) as runtime:
         first = _policy(runtime, WeightingConfig(**before), seed=3)
-        first.trust(0.25)
         for number in range(2):
-            _update(first, runtime, number)
+            _update(first, runtime, number, signal_to_noise=None if number else 0.25)
         state = copy.deepcopy(first.state_dict())
         config = WeightingConfig(**now)
-        policy = _policy(runtime, config, seed=4)
-        policy.load_state_dict(copy.deepcopy(state))
-        _update(policy, runtime, 2)
-        parameters = list(policy.model.parameters())
+        method = _policy(runtime, config, seed=4)
+        method.load_state_dict(copy.deepcopy(state))
+        _update(method, runtime, 2)
+        parameters = list(method.trainer.model.parameters())
         rate = config.learning_rate * (0.25 / 1.25 if config.damp_by_noise else 1.0)
-        saved = zip(first.model.parameters(), state["optimizer"]["state"].values(), strict=True)
+        saved = zip(
+            first.trainer.model.parameters(), state["optimizer"]["state"].values(), strict=True
+        )
         expected = [
             _adamw(value.detach().double(), moments, ours.grad.double(), rate, config.weight_decay)
             for (value, moments), ours in zip(saved, parameters, strict=True)
@@ -63,13 +64,15 @@ def step_after_taking_up(before: dict[str, Any], now: dict[str, Any]) -> tuple[T
         return torch.cat([p.detach().flatten() for p in parameters]), torch.cat(expected)
 
 
-def _policy(runtime: Runtime, config: WeightingConfig, seed: int) -> DwmPolicy:
-    return DwmPolicy(build_weighting_model(SHAPE, seed), config, runtime, micro_batch_size=3)
+def _policy(runtime: Runtime, config: WeightingConfig, seed: int) -> Dwm:
+    return dwm(build_weighting_model(SHAPE, seed), config, runtime)
 
 
-def _update(policy: DwmPolicy, runtime: Runtime, number: int) -> None:
+def _update(
+    method: Dwm, runtime: Runtime, number: int, signal_to_noise: float | None = None
+) -> None:
     rows = batch(runtime, number)
-    policy.update(rows, None, alignment(rows.tokens_BS), learning_rate=1.0)
+    learn(method, rows, alignment(rows.tokens_BS), signal_to_noise=signal_to_noise)
 
 
 def _adamw(
@@ -86,7 +89,7 @@ def domain_weights(standardize: bool) -> tuple[Tensor, Tensor]:
     """domain_mean's weights of the global batch after two updates: ours, and by hand."""
     with bring_up(ParallelConfig(), seed=0) as runtime:
         temperature = 0.05 if standardize else 1e-6
-        policy = DomainMeanPolicy(
+        method = DomainMean(
             PolicyConfig(domain_decay=0.9, domain_temperature=temperature),
             WeightingConfig(standardize=standardize, group="global", min_effective_sample_size=0.0),
             runtime,
@@ -96,10 +99,10 @@ def domain_weights(standardize: bool) -> tuple[Tensor, Tensor]:
         domains = DOMAINS[runtime.data_rank * share :][:share]
         for number in range(2):
             rows = replace(batch(runtime, number), domains=domains)
-            policy.update(rows, None, alignment(rows.tokens_BS), LEARNING_RATE)
+            learn(method, rows, alignment(rows.tokens_BS), LEARNING_RATE)
         first = runtime.data_rank * share
         by_hand = _domain_weights_by_hand(runtime, standardize, temperature)
-        return policy.weights(rows), by_hand[first : first + share]
+        return weigh(method, rows), by_hand[first : first + share]
 
 
 def _domain_weights_by_hand(runtime: Runtime, standardize: bool, temperature: float) -> Tensor:

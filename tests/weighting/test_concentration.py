@@ -7,10 +7,10 @@ import torch
 
 from megatron_dwm.weighting.concentration import (
     effective_sample_size,
-    normalised_entropy,
+    normalized_entropy,
     weights_from_logits,
 )
-from megatron_dwm.weighting.standardise import standardise
+from megatron_dwm.weighting.standardize import standardize
 from tests.weighting.fixed_temperature import temperature_by_root
 
 
@@ -92,19 +92,19 @@ def test_statistics_at_their_ends() -> None:
     ones, one = torch.ones(2, 5), torch.tensor([[5.0, 0, 0, 0, 0]])
     assert torch.equal(effective_sample_size(ones), torch.ones(2))
     torch.testing.assert_close(effective_sample_size(one), torch.tensor([0.2]))
-    torch.testing.assert_close(normalised_entropy(ones), torch.ones(2))
-    assert float(normalised_entropy(one)) == 0.0
+    torch.testing.assert_close(normalized_entropy(ones), torch.ones(2))
+    assert float(normalized_entropy(one)) == 0.0
 
 
-def test_standardised_alignments_have_weighted_mean_zero_and_unit_spread() -> None:
+def test_standardized_alignments_have_weighted_mean_zero_and_unit_spread() -> None:
     alignment = _logits(3, 16, 1e-7, seed=1)
     weights = weights_from_logits(
         _logits(3, 16, 1.0), min_effective_sample_size=0.0, uniform_floor=0.0
     )
-    found = standardise(alignment, weights)
+    found = standardize(alignment, weights)
     weighted_mean = (found * weights).mean(-1)
     torch.testing.assert_close(
         weighted_mean, torch.zeros(3, dtype=torch.float64), atol=1e-9, rtol=0
     )
     torch.testing.assert_close(found.std(-1, correction=0), torch.ones(3, dtype=torch.float64))
-    assert torch.equal(standardise(torch.ones(1, 4), torch.ones(1, 4)), torch.zeros(1, 4))
+    assert torch.equal(standardize(torch.ones(1, 4), torch.ones(1, 4)), torch.zeros(1, 4))

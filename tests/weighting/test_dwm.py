@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_dwm.checkpoint.kept_files import write_files
 from megatron_dwm.config import UserError
 from megatron_dwm.weighting.model import build_weighting_model, load_weighting_model
 from tests.launch import run_ranks
@@ -87,7 +88,7 @@ def test_permuting_a_group_permutes_its_logits() -> None:
 
 def test_saved_models_come_back(tmp_path: Path) -> None:
     model = build_weighting_model(SHAPE, seed=1)
-    model.save(tmp_path / "stage_2")
+    write_files(model.files(), tmp_path / "stage_2")
     again = load_weighting_model(tmp_path / "stage_2", SHAPE)
     assert again.shape == model.shape
     for name, tensor in model.state_dict().items():
@@ -97,6 +98,6 @@ def test_saved_models_come_back(tmp_path: Path) -> None:
 def test_loading_what_is_no_model_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="weighting.load"):
         load_weighting_model(tmp_path, SHAPE)
-    build_weighting_model(SHAPE, seed=1).save(tmp_path)
+    write_files(build_weighting_model(SHAPE, seed=1).files(), tmp_path)
     with pytest.raises(UserError, match=f"{VOCAB}.*{VOCAB + 1}"):
         load_weighting_model(tmp_path, replace(SHAPE, vocab_size=VOCAB + 1))

@@ -62,6 +62,6 @@ def test_no_more_than_a_micro_batch_is_encoded_at_once(found: list) -> None:
             assert rank["rows of weights"] == chunks, case
             # Forward, and forward again on the way back.
             assert rank["rows of update"] == chunks * 2, case
-            # Three passes and the encoder's forward pass again, which training/compute.py counts;
+            # Three passes and the encoder's forward pass again, which weighting/costs.py counts;
             # attention across samples, up to a fifth of this small model, is not run again.
             assert 3.75 < rank["flops"] < 4, case

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_dwm.weighting.reliability import Reliability
+from megatron_dwm.weighting.noise import Reliability
 from tests.launch import run_ranks
 
 

@@ -8,11 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.config import ParallelConfig, WeightingConfig
 from megatron_dwm.data import Batch
+from megatron_dwm.model import ForwardOutputs
 from megatron_dwm.runtime import Runtime, bring_up
-from megatron_dwm.weighting import DwmPolicy
-from megatron_dwm.weighting.model import WeightingShape, build_weighting_model
+from megatron_dwm.weighting import Alignments, Method
+from megatron_dwm.weighting.dwm import Dwm
+from megatron_dwm.weighting.model import WeightingModel, WeightingShape, build_weighting_model
+from megatron_dwm.weighting.trainer import WeightingTrainer
 from tests.weighting.fixed_temperature import FixedTemperature
 
 SAMPLES, LENGTH, VOCAB = 12, 8, 50
@@ -38,6 +42,32 @@ def batch(runtime: Runtime, number: int, *, whole: bool = False) -> Batch:
     ).rows(first, first + share)
 
 
+def dwm(model: WeightingModel, config: WeightingConfig, runtime: Runtime, size: int = 3) -> Dwm:
+    """The method with micro-batches of `size`."""
+    return Dwm(WeightingTrainer(model, config, runtime, size))
+
+
+def weigh(method: Method, rows: Batch, outputs: ForwardOutputs | None = None) -> Tensor:
+    """The method's weights of `rows`."""
+    return method.weights(rows, outputs, TrainState())
+
+
+def learn(
+    method: Method,
+    rows: Batch,
+    alignment_n: Tensor,
+    learning_rate: float = 1.0,
+    *,
+    outputs: ForwardOutputs | None = None,
+    signal_to_noise: float | None = None,
+) -> None:
+    """One update of the method from these alignments."""
+    found = Alignments(
+        values_n=alignment_n, learning_rate=learning_rate, signal_to_noise=signal_to_noise
+    )
+    method.update(rows, outputs or ForwardOutputs(losses_n=torch.zeros(rows.size)), found)
+
+
 def alignment(tokens_BS: Tensor) -> Tensor:
     """A signal that the model can learn from the tokens."""
     return (tokens_BS < VOCAB // 4).float().mean(dim=1) * 1e-4
@@ -48,21 +78,17 @@ def weights_after_updates(
 ) -> dict[str, Tensor]:
     """Weights of a fixed global batch before and after updates, and the model's parameters."""
     with bring_up(ParallelConfig(tensor=tensor, pipeline=pipeline), seed=0) as runtime:
-        policy = DwmPolicy(
-            build_weighting_model(SHAPE, seed=3),
-            WeightingConfig(group=group, learning_rate=3e-3),
-            runtime,
-            micro_batch_size=3,
-        )
+        config = WeightingConfig(group=group, learning_rate=3e-3)
+        method = dwm(build_weighting_model(SHAPE, seed=3), config, runtime)
         probe = batch(runtime, 999)
-        before = gather(runtime, policy.weights(probe))
+        before = gather(runtime, weigh(method, probe))
         for number in range(updates):
             rows = batch(runtime, number)
-            policy.update(rows, None, alignment(rows.tokens_BS), learning_rate=1.0)
-        flat = torch.cat([p.detach().reshape(-1) for p in policy.model.parameters()])
+            learn(method, rows, alignment(rows.tokens_BS))
+        flat = torch.cat([p.detach().reshape(-1) for p in method.trainer.model.parameters()])
         return {
             "before": before,
-            "after": gather(runtime, policy.weights(probe)),
+            "after": gather(runtime, weigh(method, probe)),
             "signal": gather(runtime, alignment(probe.tokens_BS)),
             "parameters": flat,
         }
@@ -74,10 +100,9 @@ def moved_by_an_update(damp: bool, signal_to_noise: float) -> Tensor:
         model = build_weighting_model(SHAPE, seed=3)
         before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
         config = WeightingConfig(damp_by_noise=damp, learning_rate=1e-3)
-        policy = DwmPolicy(model, config, runtime, micro_batch_size=3)
-        policy.trust(signal_to_noise)
         rows = batch(runtime, 1)
-        policy.update(rows, None, alignment(rows.tokens_BS), learning_rate=1.0)
+        method = dwm(model, config, runtime)
+        learn(method, rows, alignment(rows.tokens_BS), signal_to_noise=signal_to_noise)
         return torch.cat([p.detach().flatten() for p in model.parameters()]) - before
 
 
@@ -96,20 +121,20 @@ def gradient_and_difference(standardize: bool, group: str) -> tuple[Tensor, Tens
     with bring_up(ParallelConfig(), seed=0) as runtime:
         config = WeightingConfig(group=group, standardize=standardize, clip_grad=0.0)
         model = build_weighting_model(SHAPE, seed=3)
-        policy = DwmPolicy(model, config, runtime, micro_batch_size=3)
+        method = dwm(model, config, runtime)
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():  # the heads start at zero: leave that point
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
         model.double()
-        policy.learned = True
+        method.trainer.learned = True
         rows = batch(runtime, 5)
         signal_n = torch.randn(SAMPLES, generator=generator, dtype=torch.float64)
         size = SAMPLES if group == "global" else 3
-        weights_Gn = policy.weights(rows).view(-1, size)
+        weights_Gn = weigh(method, rows).view(-1, size)
         s_Gn = signal_n.view(-1, size)
         if standardize:
-            centred = s_Gn - (s_Gn * weights_Gn).mean(-1, keepdim=True)
-            advantage_Gn = centred / s_Gn.std(-1, keepdim=True, correction=0)
+            centered = s_Gn - (s_Gn * weights_Gn).mean(-1, keepdim=True)
+            advantage_Gn = centered / s_Gn.std(-1, keepdim=True, correction=0)
         else:
             advantage_Gn = s_Gn * 0.25
 
@@ -133,10 +158,9 @@ def gradient_and_difference(standardize: bool, group: str) -> tuple[Tensor, Tens
             for _ in range(3)
         ]
         differences = [_central_difference(model, d, objective) for d in directions]
-        policy.optimizer = torch.optim.SGD(
-            model.parameters(), lr=0.0
-        )  # keep phi, form its gradient
-        policy.update(rows, None, signal_n, learning_rate=0.25)
+        # Keep phi, form its gradient.
+        method.trainer.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        learn(method, rows, signal_n, 0.25)
         found = [
             float(sum((p.grad * v).sum() for p, v in zip(model.parameters(), d, strict=True)))
             for d in directions

@@ -2,17 +2,19 @@
 
 Every save of ours ends with checksums, a manifest and a rename, and its files are forced to the
 disk; torch.save is measured without and with that. The plan of a save is checked once in a run, so
-not here. An asynchronous save holds training up for what is timed here; its writing is then waited
-for outside the clock.
+not here. Of an asynchronous save the time is measured for which training stands still; the wait for
+its files is not.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,10 +25,12 @@ from benchmarks.settings import Settings
 from benchmarks.subject import UNIFORM, Subject, build_subject, opened
 from benchmarks.table import heading, ratio_table
 from benchmarks.timing import Clock, Contestant, alternate, timed
-from megatron_dwm.config import RunConfig
-from megatron_dwm.training.checkpoint import CheckpointSave
-from megatron_dwm.training.session import Session
-from megatron_dwm.training.sharded_plan import SavePlan
+from megatron_dwm.checkpoint.names import CONFIG_FILE, SHAPE_FILE
+from megatron_dwm.checkpoint.parts import Parts
+from megatron_dwm.checkpoint.save import CheckpointSave
+from megatron_dwm.checkpoint.sharded_plan import SavePlan
+from megatron_dwm.config.load import config_text
+from megatron_dwm.training import Learner
 
 PLAIN = "torch.save of the same tensors"
 FORCED = "torch.save, forced to the disk"
@@ -44,8 +48,7 @@ def measure_checkpoints(settings: Settings) -> None:
         subject.step(UNIFORM)  # Adam's moments are made by the first step
         times_s, size_bytes = _times(subject, settings, Path(place[0]))
         if runtime.is_main:
-            parameters = subject.session.llm.shape.num_parameters()
-            print(heading(settings, runtime, parameters), end="\n\n")
+            print(heading(settings, runtime, subject.num_parameters), end="\n\n")
             print(f"{size_bytes / 2**20:.1f} MiB of tensors in this process.\n")
             print(_table(times_s), flush=True)
 
@@ -54,17 +57,15 @@ def _times(
     subject: Subject, settings: Settings, folder: Path
 ) -> tuple[dict[str, list[float]], int]:
     runtime = subject.runtime
-    tensors = _tensors(subject.session)
-    config = replace(subject.session.config, run=RunConfig(dir=str(folder)))
-    session = replace(subject.session, config=config)
-    plan = SavePlan()
+    tensors = _tensors(subject.learner)
+    save = partial(_save, _parts(subject), folder, SavePlan())
     plain = folder / f"plain_{runtime.rank}.pt"
     contestants = [
         timed(PLAIN, lambda: torch.save(tensors, plain), runtime),
         timed(FORCED, lambda: _forced(tensors, plain), runtime),
         timed(COPY, lambda: [tensor.cpu().clone() for tensor in tensors], runtime),
-        timed(SAVE, lambda: CheckpointSave(_next(session), {}, plan=plan).finish(), runtime),
-        _stall(session, plan),
+        timed(SAVE, lambda: save(background=False).finish(), runtime),
+        _stall(subject, save),
     ]
     contestants = [_then_emptied(run, folder / "checkpoints") for run in contestants]
     times_s = alternate(
@@ -76,10 +77,10 @@ def _times(
     return times_s, sum(tensor.nbytes for tensor in tensors)
 
 
-def _tensors(session: Session) -> list[Tensor]:
-    """Parameters, main parameters and moments of this process."""
-    found = [parameter.detach() for parameter in session.llm.parameters()]
-    for member in session.optimizer.chained_optimizers:
+def _tensors(learner: Learner) -> list[Tensor]:
+    """Returns the parameters, main parameters and moments of this process."""
+    found = [parameter.detach() for parameter in learner.llm.parameters()]
+    for member in learner.optimizer.chained_optimizers:
         for main, state in member.optimizer.state.items():
             if main.data_ptr() not in {tensor.data_ptr() for tensor in found}:
                 found.append(main.detach())
@@ -94,17 +95,35 @@ def _forced(tensors: list[Tensor], path: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def _next(session: Session) -> Session:
-    """The session a step further: every checkpoint of a run has a name of its own."""
-    session.state.step += 1
-    return session
+def _parts(subject: Subject) -> Parts:
+    """Returns what a run with uniform weights saves, its small files included."""
+    files: dict[str, bytes] = {}
+    if subject.runtime.is_main:
+        files = {
+            CONFIG_FILE: config_text(subject.config).encode(),
+            SHAPE_FILE: json.dumps(asdict(subject.learner.llm.shape)).encode(),
+        }
+    return Parts(
+        llm=subject.learner.llm,
+        optimizer=subject.learner.optimizer,
+        method_name=UNIFORM,
+        method=subject.methods[UNIFORM],
+        state=subject.state,
+        files=files,
+    )
 
 
-def _stall(session: Session, plan: SavePlan) -> Contestant:
+def _save(parts: Parts, folder: Path, plan: SavePlan, *, background: bool) -> CheckpointSave:
+    """Begin a checkpoint a step after the one before: each one of a run has its own name."""
+    parts.state.step += 1
+    return CheckpointSave(parts, folder, {}, plan=plan, background=background)
+
+
+def _stall(subject: Subject, save: Callable[..., CheckpointSave]) -> Contestant:
     def run() -> dict[str, float]:
-        session.runtime.barrier()
-        clock = Clock(session.runtime.device)
-        under_way = CheckpointSave(_next(session), {}, plan=plan, background=True)
+        subject.runtime.barrier()
+        clock = Clock(subject.runtime.device)
+        under_way = save(background=True)
         held_up_s = clock.lap()
         under_way.finish()
         return {STALL: held_up_s}
@@ -113,7 +132,7 @@ def _stall(session: Session, plan: SavePlan) -> Contestant:
 
 
 def _then_emptied(run: Contestant, folder: Path) -> Callable[[], dict[str, float]]:
-    """Without what a contestant leaves, so that the disk of a long benchmark does not fill up."""
+    """Returns the contestant with its files removed after each run, which keeps the disk free."""
 
     def emptied() -> dict[str, float]:
         found = run()

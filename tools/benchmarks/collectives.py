@@ -1,4 +1,4 @@
-"""How many messages an update sends beyond those of three plain training steps.
+"""Messages that an update sends beyond those of three plain training steps.
 
 Counted where torch.distributed hands a call to its back end, so that every caller is seen: ours,
 Megatron-Core's, and autograd's. Calls on a group of one process are left out, and so are receives
@@ -27,11 +27,32 @@ _STEPS = 3
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """calls, num_bytes: by the name of the operation."""
+class Message:
+    """One call of torch.distributed: its operation, the ranks of its group, its bytes."""
 
-    calls: Counter[str] = field(default_factory=Counter)
-    num_bytes: Counter[str] = field(default_factory=Counter)
+    name: str
+    ranks: tuple[int, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Calls of torch.distributed, in their order."""
+
+    messages: list[Message] = field(default_factory=list)
+
+    @property
+    def calls(self) -> Counter[str]:
+        """Number of calls by the name of the operation."""
+        return Counter(message.name for message in self.messages)
+
+    @property
+    def num_bytes(self) -> Counter[str]:
+        """Bytes by the name of the operation."""
+        found: Counter[str] = Counter()
+        for message in self.messages:
+            found[message.name] += message.num_bytes
+        return found
 
 
 class CountCalls(TorchDispatchMode):
@@ -50,14 +71,15 @@ class CountCalls(TorchDispatchMode):
     ) -> Any:
         if func.namespace == _NAMESPACE:
             name = func.overloadpacket.__name__
-            if name not in _NOT_COUNTED and _group_size(args) > 1:
-                self.traffic.calls[name] += 1
-                self.traffic.num_bytes[name] += max(_bytes(argument) for argument in args)
+            ranks = _ranks(args)
+            if name not in _NOT_COUNTED and len(ranks) > 1:
+                num_bytes = max(_bytes(argument) for argument in args)
+                self.traffic.messages.append(Message(name, ranks, num_bytes))
         return func(*args, **(kwargs or {}))
 
 
 def collectives_table(subject: Subject) -> str:
-    """The table, or the reason why there is none (collective)."""
+    """Returns the table, or the reason why there is none (collective)."""
     if subject.runtime.world_size == 1:
         return "Collectives: none in one process; run under torchrun to count them."
     plain = _over_all(_count(subject.plain_step), subject)
@@ -84,14 +106,13 @@ def _count(call: Callable[[], object]) -> Traffic:
 
 
 def _over_all(traffic: Traffic, subject: Subject) -> Traffic:
-    """The sum over the processes."""
+    """Returns the sum over the processes (collective)."""
     found: list[Traffic | None] = [None] * subject.runtime.world_size
     dist.all_gather_object(found, traffic)
     total = Traffic()
     for one in found:
         assert one is not None
-        total.calls.update(one.calls)
-        total.num_bytes.update(one.num_bytes)
+        total.messages.extend(one.messages)
     return total
 
 
@@ -103,9 +124,9 @@ def _row(label: str, plain: Traffic, update: Traffic, names: list[str]) -> list[
     return cells
 
 
-def _group_size(args: tuple[Any, ...]) -> int:
-    groups = [argument for argument in args if isinstance(argument, torch.ScriptObject)]
-    return dist.ProcessGroup.unbox(groups[0]).size()
+def _ranks(args: tuple[Any, ...]) -> tuple[int, ...]:
+    [group, *_] = (argument for argument in args if isinstance(argument, torch.ScriptObject))
+    return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
 
 
 def _bytes(argument: Any) -> int:

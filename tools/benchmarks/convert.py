@@ -1,6 +1,6 @@
 """to-hf against copying the checkpoint's files, and its peak memory against what it may use.
 
-A checkpoint of random parameters without an optimiser is the hardest case: all that is copied has
+A checkpoint of random parameters without an optimizer is the hardest case: all that is copied has
 to be converted. Every round copies the files and then converts them, in a process each, from a warm
 file cache; the conversion's time has everything in it, its start and both models' logits too.
 """
@@ -24,12 +24,13 @@ from statistics import median
 from megatron.core import dist_checkpointing
 
 from benchmarks.table import command, markdown
+from megatron_dwm.checkpoint.names import CONFIG_FILE, LLM_FOLDER, MODEL_PREFIX, SHAPE_FILE
 from megatron_dwm.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_dwm.config.load import save_config
-from megatron_dwm.convert.checkpoint_reader import MODEL_PREFIX, open_checkpoint
+from megatron_dwm.convert.checkpoint_reader import open_checkpoint
 from megatron_dwm.model import LlamaShape
-from megatron_dwm.model.layout import huggingface_shapes
 from megatron_dwm.model.llm import build_module, transformer_config
+from megatron_dwm.model.on_disk.parameter_names import huggingface_shapes
 from megatron_dwm.model.shape import PRESETS
 from megatron_dwm.runtime import bring_up
 from megatron_dwm.tokenizer import train_sentencepiece
@@ -46,7 +47,7 @@ class _Run:
 
 
 def measure_conversion(*, preset: str, checkpoint: Path | None, rounds: int) -> None:
-    """Print the table for a random model of `preset`, or for a checkpoint of the user's."""
+    """Print the table for a random model of `preset`, or for a given checkpoint."""
     environment = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -67,7 +68,7 @@ def measure_conversion(*, preset: str, checkpoint: Path | None, rounds: int) -> 
 
 
 def _made_elsewhere(shape: LlamaShape, scratch: Path) -> Path:
-    """A random model's checkpoint, from a process of its own.
+    """Make a checkpoint of a random model in a separate process.
 
     Linux counts what a process held when it started another one as that one's peak, too.
     """
@@ -82,7 +83,7 @@ def _made_elsewhere(shape: LlamaShape, scratch: Path) -> Path:
 
 def _random_checkpoint(shape: LlamaShape, directory: Path) -> None:
     tokenizer = directory.parent / "tokenizer.model"
-    (directory / "llm").mkdir(parents=True)
+    (directory / LLM_FOLDER).mkdir(parents=True)
     lines = (_ROOT / "examples/corpus/validation.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     train_sentencepiece(texts, vocab_size=_VOCABULARY, output=tokenizer)
@@ -98,14 +99,14 @@ def _random_checkpoint(shape: LlamaShape, directory: Path) -> None:
             is_last=True,
         )
         state = {"model": module.sharded_state_dict(prefix=MODEL_PREFIX)}
-        dist_checkpointing.save(state, str(directory / "llm"))
+        dist_checkpointing.save(state, str(directory / LLM_FOLDER))
     data = DataConfig(tokenizer=str(tokenizer), sequence_length=_SEQUENCE_LENGTH)
-    save_config(Config(data=data), directory / "config.yaml")
-    (directory / "shape.json").write_text(json.dumps(asdict(shape)), encoding="utf-8")
+    save_config(Config(data=data), directory / CONFIG_FILE)
+    (directory / SHAPE_FILE).write_text(json.dumps(asdict(shape)), encoding="utf-8")
 
 
 def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> _Run:
-    """Wall-clock and peak resident memory of a process; its failure is ours."""
+    """Returns wall-clock seconds and peak resident memory of a process; raises if it fails."""
     start = time.monotonic()
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, env=environment)
     _, status, usage = os.wait4(process.pid, 0)

@@ -1,7 +1,7 @@
 """Peak memory of a plain step, an update and an unrolled update, each in a process of its own.
 
 Only a process of its own has a peak of its own. A child brings the runtime up, notes its memory,
-builds the model, takes plain steps until the optimiser has its state, then does the measured thing
+builds the model, takes plain steps until the optimizer has its state, then does the measured thing
 twice. What counts is the peak above what was noted.
 """
 
@@ -32,7 +32,7 @@ _TOOLS = Path(__file__).resolve().parent.parent
 
 
 def memory_table(settings: Settings, repeats: int) -> str:
-    """The table, or the reason why there is none; starts `repeats` processes a row."""
+    """Returns the table, or the reason why there is none; starts `repeats` processes a row."""
     if world_size_from_environment() > 1:
         return "Peak memory: measured only in a run of one process."
     if repeats == 0:
@@ -45,7 +45,7 @@ def memory_table(settings: Settings, repeats: int) -> str:
             peaks[kind].append(_peak_of_child(kind, settings))
     rows = [
         _row(PLAIN, peaks[PLAIN], PLAIN, peaks[PLAIN], ""),
-        _row(UPDATE, peaks[UPDATE], PLAIN, peaks[PLAIN], _TARGETS[settings.precision]),
+        _row(UPDATE, peaks[UPDATE], PLAIN, peaks[PLAIN], _TARGETS.get(settings.precision, "")),
     ]
     if UNROLL in peaks:
         rows.append(_row(UNROLL, peaks[UNROLL], PLAIN, peaks[PLAIN], ""))
@@ -68,7 +68,7 @@ def _row(label: str, peaks: list[int], of: str, base: list[int], target: str) ->
 
 
 def _peak_of_child(kind: str, settings: Settings) -> int:
-    """Peak bytes of `kind` above a process without a model."""
+    """Returns the peak bytes of `kind` above a process without a model."""
     python_path = os.pathsep.join([str(_TOOLS), os.environ.get("PYTHONPATH", "")])
     child = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", kind, json.dumps(asdict(settings))],
@@ -106,7 +106,7 @@ def _used_bytes(device: torch.device) -> int:
 
 
 def _peak_bytes(device: torch.device) -> int:
-    """The most this process held. Not ru_maxrss, which starts at the peak of the parent process."""
+    """Returns this process's peak; ru_maxrss would start at the parent process's peak."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status_bytes("VmHWM")

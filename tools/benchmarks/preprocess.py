@@ -8,10 +8,11 @@ process measures the time of its work (not of its imports) and its peak memory. 
     gigatoken alone   `encode_files` of the file to ids in memory, nothing written
     pool of workers   a process pool that parses and runs sentencepiece a document at a time, as
                       Megatron-LM's tool does; one process joins and writes
-    merge, cat        `merge_datasets` of two halves, and copying the same three files
+    merge, cat        `merge_datasets` of two halves, and `cat` of the same three files; both force
+                      their files to the disk
 
-A ratio is the median over rounds of rates taken in turn; by the clock, and by processor time,
-which says the same on a machine that is otherwise idle and more on one that is not.
+A ratio is the median over rounds of rates that were measured in turn: by the clock, and by
+processor time, which is steadier on a machine that does other work, too.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pathlib import Path
 import zstandard
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.preprocess.texts import read_lines_of
+from megatron_dwm.preprocess.read.texts import read_lines_of
 
 _OURS, _ZSTD, _GIGATOKEN, _POOL = "ours", "ours, zstd", "gigatoken alone", "pool of workers"
 _MERGE, _CAT = "merge", "cat"
@@ -41,7 +42,7 @@ class Measured:
 
     seconds: float
     cpu_seconds: float
-    """of the process and its workers; on a machine that is shared the steadier figure"""
+    """processor time of the process and its workers"""
     tokens: int
     peak_bytes: int
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import resource
 import shutil
 import sys
@@ -20,7 +21,7 @@ _KIND = "SentencePieceTokenizer"
 
 
 def ours(file: Path, model: Path, output: Path, workers: int) -> int:
-    """The tool's own work."""
+    """Do the work of `preprocess_data.py`."""
     from megatron_dwm.preprocess.pipeline import preprocess
     from megatron_dwm.preprocess.settings import PreprocessSettings
 
@@ -37,7 +38,7 @@ def ours(file: Path, model: Path, output: Path, workers: int) -> int:
 
 
 def gigatoken_alone(file: Path, model: Path, output: Path, workers: int) -> int:
-    """File to ids in memory."""
+    """Encode the file to ids in memory with gigatoken."""
     import gigatoken
 
     tokenizer = gigatoken.Tokenizer.from_sentencepiece(model)
@@ -46,7 +47,7 @@ def gigatoken_alone(file: Path, model: Path, output: Path, workers: int) -> int:
 
 
 class _PoolWorker:
-    """What Megatron-LM's tool does in a worker: parse, encode, return a list of ids."""
+    """Does what a worker of Megatron-LM's tool does: parses, encodes, returns a list of ids."""
 
     processor = None
 
@@ -59,13 +60,13 @@ class _PoolWorker:
 
     @classmethod
     def encode(cls, line: str) -> list[int]:
-        """Ids of one record with its end."""
+        """The ids of one record with its end."""
         ids = cls.processor.encode(json.loads(line)["text"])
         return [*ids, cls.processor.eos_id()] if ids else ids
 
 
 def pool(file: Path, model: Path, output: Path, workers: int) -> int:
-    """Lines to a pool, 32 at a time, and their ids to one file, document after document."""
+    """Give lines to a pool, 32 at a time, and write their ids to one file, in order."""
     tokens = 0
     with (
         file.open(encoding="utf-8") as lines,
@@ -79,7 +80,7 @@ def pool(file: Path, model: Path, output: Path, workers: int) -> int:
 
 
 def halves(file: Path, model: Path, output: Path, workers: int) -> int:
-    """Two datasets to merge: the same one under two names."""
+    """Make two datasets to merge: the same one under two names."""
     tokens = ours(file, model, output, workers)
     for path in list(output.glob("p_text_document.*")):
         shutil.copy(path, path.with_name(path.name.replace("p_", "q_", 1)))
@@ -87,7 +88,7 @@ def halves(file: Path, model: Path, output: Path, workers: int) -> int:
 
 
 def merge(file: Path, model: Path, output: Path, workers: int) -> int:
-    """Our merge of them, on the disk when it ends."""
+    """Merge them with our tool; the result is on the disk at the end."""
     from megatron_dwm.preprocess.merge import merge_datasets
 
     prefixes = [str(output / f"{name}_text_document") for name in "pq"]
@@ -98,13 +99,14 @@ def merge(file: Path, model: Path, output: Path, workers: int) -> int:
 
 
 def cat(file: Path, model: Path, output: Path, workers: int) -> int:
-    """The same files with the system's cat."""
+    """Join the same files with the system's cat; the result is on the disk at the end."""
     import subprocess
 
     for suffix in ("bin", "idx", "meta.parquet"):
         paths = [str(output / f"{name}_text_document.{suffix}") for name in "pq"]
         with (output / f"cat.{suffix}").open("wb") as target:
             subprocess.run(["cat", *paths], stdout=target, check=True)
+            os.fsync(target.fileno())
     size = (output / "cat.bin").stat().st_size
     for path in output.glob("cat.*"):
         path.unlink()
@@ -143,7 +145,7 @@ def main() -> None:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of those it has waited for."""
+    """Processor time of this process and of the processes that it has waited for."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 

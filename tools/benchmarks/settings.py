@@ -1,4 +1,4 @@
-"""What a benchmark runs on: sizes and layout, checked before anything is built."""
+"""Sizes and layout of a benchmark, checked before anything is built."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STEPS = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Sizes of the model and the batch, layout and repeats; batch counts all replicas' samples."""
+    """Sizes of the model and the batch, layout and repeats. batch: samples of all replicas."""
 
     layers: int
     hidden: int
@@ -45,7 +45,7 @@ class Settings:
     warm_up: int
 
     def config(self) -> Config:
-        """The run's configuration: defaults of the schema but for what is set here."""
+        """Returns the run's configuration; what is not set here has its default."""
         return Config(
             parallel=ParallelConfig(
                 tensor=self.tensor,
@@ -77,7 +77,7 @@ class Settings:
         )
 
     def check(self, world_size: int) -> None:
-        """Raise UserError for the first size that does not divide as it must."""
+        """Raise UserError for the first size that does not divide what it must divide."""
         for problem in self._problems(world_size):
             raise UserError(problem)
 

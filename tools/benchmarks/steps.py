@@ -1,4 +1,4 @@
-"""`step`: our LLM step against plain Megatron-Core's, weighted against uniform, and in FLOPs."""
+"""`step`: our LLM step against plain Megatron-Core's, and weighted steps against uniform."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ def measure_steps(settings: Settings) -> None:
         subject = build_subject(settings, runtime)
         times_s = _times(subject, settings)
         if runtime.is_main:
-            print(
-                heading(settings, runtime, subject.session.llm.shape.num_parameters()), end="\n\n"
-            )
+            print(heading(settings, runtime, subject.num_parameters), end="\n\n")
             print(_table(times_s), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The model, its optimiser, batches of random tokens, and the things that are done with them."""
+"""The LLM with its optimizer, batches of random tokens, and the things that are done with them."""
 
 from __future__ import annotations
 
@@ -8,148 +8,160 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.plain_loop import PlainLoop
 from benchmarks.settings import Settings
 from megatron_dwm.bilevel import ESTIMATORS, Hypergradient, Problem
-from megatron_dwm.config import Config
-from megatron_dwm.data.batch import Batch
-from megatron_dwm.model import LlamaShape, build_llm, resolve_shape
+from megatron_dwm.checkpoint.state import TrainState
+from megatron_dwm.config import Config, UserError
+from megatron_dwm.data import Batch
+from megatron_dwm.model import resolve_shape
+from megatron_dwm.model.layers.choice import choose_layers
 from megatron_dwm.runtime import Runtime, bring_up
-from megatron_dwm.training.compute import compute_of
-from megatron_dwm.training.optimiser import build_optimizer, build_scheduler
-from megatron_dwm.training.session import Session
-from megatron_dwm.training.state import TrainState
-from megatron_dwm.training.step import Lesson, train_step, weighting_update
-from megatron_dwm.weighting import DwmPolicy, Policy, UniformPolicy, build_policy, weighting_shape
+from megatron_dwm.testing import plain_step, random_batch
+from megatron_dwm.training import (
+    Learner,
+    UpperLevel,
+    build_learner,
+    train_step,
+    weighting_update,
+)
+from megatron_dwm.weighting import Method
+from megatron_dwm.weighting.dwm import Dwm
+from megatron_dwm.weighting.model import build_weighting_model
+from megatron_dwm.weighting.trainer import WeightingTrainer
+from megatron_dwm.weighting.uniform import Uniform
 
 UNIFORM, OWN, LLM = "uniform", "own", "llm"
-"""names of the policies: uniform weights, and the two values of `weighting.encoder`"""
+"""names of the methods: uniform weights, and the two values of `weighting.encoder`"""
 
 _SEED = 1234
 _TRAIN, _VAL = 1, 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What every measurement works on: `train` and `val` are this replica's rows."""
+    """What every measurement works on.
 
-    session: Session
-    policies: dict[str, Policy]
-    plain: PlainLoop
+    methods: by name.  train, val: this replica's rows.  state: the counters that steps and
+    checkpoints ask for; a measured step does not move them.
+    """
+
+    config: Config
+    learner: Learner
+    methods: dict[str, Method]
     train: Batch
     val: Batch
+    state: TrainState
 
     @property
     def runtime(self) -> Runtime:
         """Where this process stands."""
-        return self.session.runtime
+        return self.learner.runtime
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the LLM."""
+        return self.learner.llm.shape.num_parameters()
 
     def plain_step(self) -> None:
-        """One step of plain Megatron-Core."""
-        self.plain.step()
+        """Take one step of plain Megatron-Core."""
+        learner = self.learner
+        plain_step(learner.llm, learner.optimizer, self.train, learner.micro_batch_size)
+        learner.scheduler.step(increment=1)
 
-    def step(self, policy: str) -> None:
-        """One LLM step of ours with the weights of one of `policies`."""
-        train_step(self._with(policy), self.train)
+    def step(self, method: str) -> None:
+        """Take one LLM step of ours with the weights of one of `methods`."""
+        train_step(self.learner, self.methods[method], self.train, self.state)
 
     def hypergradient(self, estimator: str = "tangent_probe") -> Hypergradient:
-        """One hypergradient; the LLM is left as it was."""
+        """Returns one hypergradient; the LLM is left as it was."""
         return ESTIMATORS[estimator](self.problem())
 
-    def weighting_update(self, policy: str = OWN) -> None:
-        """One hypergradient and the step of the weighting model that follows from it."""
-        weighting_update(self._with(policy), self.train, self._lesson())
+    def weighting_update(self, method: str = OWN) -> None:
+        """Make one weighting update: a hypergradient, and the weighting model's step on it."""
+        weighting_update(
+            self.learner, self.methods[method], self.train, self._upper_level(), self.state
+        )
 
-    def learning_step(self, policy: str = LLM) -> None:
-        """One LLM step of ours with a weighting update on its own batch inside."""
-        train_step(self._with(policy), self.train, self._lesson())
-
-    def _with(self, policy: str) -> Session:
-        return replace(self.session, policy=self.policies[policy])
-
-    def _lesson(self) -> Lesson:
-        return Lesson(val=self.val, measure_noise=False)
+    def learning_step(self, method: str = LLM) -> None:
+        """Take one LLM step of ours with a weighting update on its own batch inside."""
+        upper = self._upper_level()
+        train_step(self.learner, self.methods[method], self.train, self.state, upper=upper)
 
     def problem(self) -> Problem:
-        """The bi-level step, at uniform weights."""
+        """Returns the bi-level step, at uniform weights."""
         return Problem(
-            llm=self.session.llm,
-            optimizer=self.session.optimizer,
+            llm=self.learner.llm,
+            optimizer=self.learner.optimizer,
             train_batch=self.train,
-            weights_n=UniformPolicy().weights(self.train),
+            weights_n=torch.ones(self.train.size, device=self.runtime.device),
             val_batch=self.val,
-            micro_batch_size=self.session.config.training.micro_batch_size,
+            micro_batch_size=self.learner.micro_batch_size,
         )
+
+    def _upper_level(self) -> UpperLevel:
+        return UpperLevel(passages=self.val)
 
 
 @contextmanager
 def opened(settings: Settings) -> Iterator[Runtime]:
-    """The processes, joined for as long as the context lasts."""
-    with bring_up(settings.config().parallel, seed=_SEED) as runtime:
+    """The processes, joined for as long as the context lasts.
+
+    Raises UserError if the machine has no FP8: another precision would be measured under its name.
+    """
+    config = settings.config()
+    with bring_up(config.parallel, seed=_SEED) as runtime:
+        choice = choose_layers(config.model, runtime.device)
+        if settings.precision == "fp8" and choice.reason is not None:
+            raise UserError(f"--precision fp8: {choice.reason}; use bf16")
         yield runtime
 
 
 def build_subject(settings: Settings, runtime: Runtime) -> Subject:
-    """Model, optimiser and batches (collective). No run directory and no data files are needed."""
+    """Build the LLM and its batches (collective), without a run directory or data files."""
     config = settings.config()
-    shape = resolve_shape(config.model)
-    llm = build_llm(
-        shape,
+    learner = build_learner(
+        resolve_shape(config.model),
         config.model,
         config.parallel,
+        config.training,
         runtime,
         sequence_length=settings.sequence,
         seed=_SEED,
     )
-    optimizer = build_optimizer(config.training, llm, sharded=settings.sharded_optimizer)
-    session = Session(
+    train, val = (
+        random_batch(
+            number,
+            runtime,
+            rows=settings.batch,
+            sequence_length=settings.sequence,
+            vocab_size=settings.vocab,
+        )
+        for number in (_TRAIN, _VAL)
+    )
+    return Subject(
         config=config,
-        runtime=runtime,
-        llm=llm,
-        optimizer=optimizer,
-        scheduler=build_scheduler(config.training, optimizer),
-        policy=UniformPolicy(),
-        stages=[],
-        data=None,  # type: ignore[arg-type]  # batches are made here, not read
-        weighting_data=None,
-        validation=None,
-        evaluation=None,
-        last_words=None,
-        compute=compute_of(
-            config, shape, weighting_shape(config, shape, settings.vocab), runtime.data_size
-        ),
+        learner=learner,
+        methods={
+            UNIFORM: Uniform(),
+            OWN: _weighting_method(config, learner, OWN),
+            LLM: _weighting_method(config, learner, LLM),
+        },
+        train=train,
+        val=val,
         state=TrainState(),
     )
-    train, val = (_random_batch(settings, session, number) for number in (_TRAIN, _VAL))
-    plain = PlainLoop(session, train.micro_batches(settings.micro_batch))
-    return Subject(session, _policies(config, runtime, shape), plain, train, val)
 
 
-def _policies(config: Config, runtime: Runtime, shape: LlamaShape) -> dict[str, Policy]:
-    """Uniform weights, and both weighting models as they are after a first update."""
-    policies: dict[str, Policy] = {UNIFORM: UniformPolicy()}
-    for encoder in (OWN, LLM):
-        changed = replace(config, weighting=replace(config.weighting, encoder=encoder))
-        policy = build_policy(changed, runtime, shape, shape.vocab_size)
-        assert isinstance(policy, DwmPolicy)
-        policy.learned = True
-        policies[encoder] = policy
-    return policies
-
-
-def _random_batch(settings: Settings, session: Session, seed: int) -> Batch:
-    """This replica's rows of a global batch of random tokens, every one of them counted."""
-    size, length = settings.batch, settings.sequence
-    generator = torch.Generator().manual_seed(seed)
-    text = torch.randint(0, settings.vocab, (size, length + 1), generator=generator)
-    whole = Batch(
-        tokens_BS=text[:, :-1].contiguous(),
-        labels_BS=text[:, 1:].contiguous(),
-        loss_mask_BS=torch.ones(size, length),
-        position_ids_BS=torch.arange(length).repeat(size, 1),
-        sample_ids_B=torch.arange(size),
-        document_ids_B=torch.arange(size),
-        domains=("random",) * size,
+def _weighting_method(config: Config, learner: Learner, encoder: str) -> Dwm:
+    """Returns the method with a weighting model whose weights count, as after a first update."""
+    config = replace(config, weighting=replace(config.weighting, encoder=encoder))
+    shape = Dwm.model_shape(config, learner.llm.shape)
+    trainer = WeightingTrainer(
+        build_weighting_model(shape, _SEED),
+        config.weighting,
+        learner.runtime,
+        learner.micro_batch_size,
+        learned=True,
+        bf16=config.model.precision != "fp32",
     )
-    rows = session.local_rows(size)
-    return whole.rows(rows.start, rows.stop).to(session.runtime.device)
+    return Dwm(trainer)

@@ -1,4 +1,4 @@
-"""Markdown tables, and the line that says how to make them again."""
+"""Markdown tables, and the command line that makes them again."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ RATIO_COLUMNS = ("ms (median)", "of", "ratio", "quartiles", "ratio of the fastes
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; every row has one cell a column."""
+    """Returns a table; every row has one cell a column."""
     assert all(len(row) == len(columns) for row in rows)
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _ratio_cells(median_ms: float, of: str, found: Ratio, target: str = "") -> list[str]:
-    """Cells of RATIO_COLUMNS."""
+    """Returns the cells of RATIO_COLUMNS."""
     return [
         f"{median_ms:.1f}",
         of,
@@ -40,7 +40,7 @@ def _ratio_cells(median_ms: float, of: str, found: Ratio, target: str = "") -> l
 def ratio_table(
     first_column: str, times_s: Mapping[str, Sequence[float]], compared: Iterable[Comparison]
 ) -> str:
-    """A row for every comparison of two of `times_s`, which were taken in turn."""
+    """Returns a row for every comparison of two of `times_s`, which were taken in turn."""
     rows = [
         [
             name,
@@ -57,7 +57,7 @@ def ratio_table(
 
 
 def heading(settings: Settings, runtime: Runtime, num_parameters: int) -> str:
-    """The command, what it ran on, and how busy the machine was by the end."""
+    """Returns the command, the machine, and its load at the end."""
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     return "\n".join(
         [
@@ -74,7 +74,7 @@ def heading(settings: Settings, runtime: Runtime, num_parameters: int) -> str:
 
 
 def command() -> str:
-    """The command line that made the table."""
+    """Returns the command line that made the table."""
     threads = os.environ.get("OMP_NUM_THREADS")
     prefix = f"OMP_NUM_THREADS={threads} " if threads else ""
     world_size = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun

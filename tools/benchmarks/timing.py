@@ -1,4 +1,4 @@
-"""Times of several things taken in turn, so that a busy machine slows all of them alike."""
+"""Times of several things taken in turn, so that a busy machine slows all of them equally."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class Ratio:
 
 
 class Clock:
-    """Wall-clock seconds between laps; waits for the device first."""
+    """Measures wall-clock seconds between laps; waits for the device first."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._last_s = self._now_s()
 
     def lap(self) -> float:
-        """Seconds since the last lap."""
+        """Returns the seconds since the last lap."""
         before_s, self._last_s = self._last_s, self._now_s()
         return self._last_s - before_s
 
@@ -59,7 +59,7 @@ class Clock:
 
 
 def timed(name: str, call: Callable[[], object], runtime: Runtime) -> Contestant:
-    """`call` as a contestant, begun by all processes together."""
+    """Returns `call` as a contestant, which all processes begin together."""
 
     def run() -> dict[str, float]:
         runtime.barrier()
@@ -73,9 +73,9 @@ def timed(name: str, call: Callable[[], object], runtime: Runtime) -> Contestant
 def alternate(
     contestants: list[Contestant], *, repeats: int, warm_up: int, shown: bool
 ) -> dict[str, list[float]]:
-    """Seconds of every name in every counted round.
+    """Returns the seconds of every name in every counted round.
 
-    The order is drawn anew for every round, for what ran before leaves its mark on caches; every
+    The order is drawn anew for every round, because what ran before has filled the caches; every
     process draws the same.
     """
     times_s: dict[str, list[float]] = {}
@@ -89,7 +89,7 @@ def alternate(
 
 
 def ratio(times_s: list[float], base_s: list[float]) -> Ratio:
-    """Of the rounds' times, in the same order."""
+    """Returns the ratio of two lists of the rounds' times, in the same order."""
     ratios = sorted(a / b for a, b in zip(times_s, base_s, strict=True))
     low, high = _quartiles(ratios)
     error = _ERROR_OF_MEDIAN * (high - low) / math.sqrt(len(ratios))
@@ -104,7 +104,7 @@ def _quartiles(values: list[float]) -> tuple[float, float]:
 
 
 def _rounds(count: int, shown: bool) -> Iterator[int]:
-    """0 to count - 1, with a bar on a terminal and a few plain lines elsewhere."""
+    """Yields 0 to count - 1, with a bar on a terminal and a few plain lines elsewhere."""
     interactive = shown and sys.stderr.isatty()
     every = max(1, count // _LINES)
     for number in tqdm(range(count), unit="round", disable=not interactive):

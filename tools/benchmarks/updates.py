@@ -12,13 +12,7 @@ from megatron_dwm.bilevel.problem import sum_over_data
 from megatron_dwm.bilevel.tangent_probe import tangent_probe
 from megatron_dwm.bilevel.virtual_step import prepare_virtual_step
 from megatron_dwm.model import clear_gradients, forward_backward
-from megatron_dwm.model.objective import (
-    token_count,
-    token_mean,
-    unit,
-    weighted,
-    weighted_denominator,
-)
+from megatron_dwm.model.passes.objective import unit, weighted, weighted_denominator
 
 PLAIN = "plain training step"
 UPDATE = "hypergradient (tangent probe)"
@@ -46,13 +40,13 @@ def measure_updates(settings: Settings, *, memory_repeats: int) -> None:
         collectives = collectives_table(subject)
         if not runtime.is_main:
             return
-        print(heading(settings, runtime, subject.session.llm.shape.num_parameters()))
+        print(heading(settings, runtime, subject.num_parameters))
         for table in (_table(times_s), memory, collectives):
             print("\n" + table, flush=True)
 
 
 def can_unroll(settings: Settings, world_size: int) -> bool:
-    """Unrolling is for one process in fp32 (megatron_dwm/bilevel/unroll.py)."""
+    """True if the step can be unrolled: in one process and in fp32 (bilevel/unroll.py)."""
     return world_size == 1 and settings.precision == "fp32"
 
 
@@ -72,7 +66,7 @@ def _times(subject: Subject, settings: Settings) -> dict[str, list[float]]:
 
 
 def _in_parts(subject: Subject) -> Contestant:
-    """The calls of megatron_dwm/bilevel/hypergradient.py in their order, with a clock between."""
+    """Returns the calls of megatron_dwm/bilevel/hypergradient.py in order, each of them timed."""
 
     def run() -> dict[str, float]:
         problem = subject.problem()
@@ -91,8 +85,10 @@ def _in_parts(subject: Subject) -> Contestant:
         spent_s[VIRTUAL] += clock.lap()
 
         clear_gradients(llm, optimizer)
-        result = forward_backward(llm, token_mean(val, size), denominator=token_count(val))
-        sum_over_data(llm, result.loss_sums_n.double().sum())
+        micro_batches = problem.objective.micro_batches(val, size)
+        denominator = problem.objective.denominator(val)
+        result = forward_backward(llm, micro_batches, denominator=denominator)
+        sum_over_data(llm, problem.objective.sums(result))
         spent_s[VALIDATION] += clock.lap()
 
         step.direction()
@@ -104,6 +100,7 @@ def _in_parts(subject: Subject) -> Contestant:
         tangent_probe(llm, unit(train, size))
         spent_s[PROBE] += clock.lap()
 
+        step.restore_gradient()
         clear_gradients(llm, optimizer)
         spent_s[VIRTUAL] += clock.lap()
         spent_s[SUM] = sum(spent_s[part] for part in PARTS)

@@ -1,0 +1,76 @@
+"""Loads a checkpoint under any layout. Its checksums were verified, but no file may run code."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_dwm.checkpoint.manifest import read_manifest
+from megatron_dwm.checkpoint.names import LLM_FOLDER, TRAINING_FILE
+from megatron_dwm.checkpoint.optimizer_state import filled, saved_step, under_saved_names
+from megatron_dwm.checkpoint.parts import Parts, named_chunks, sharded_model
+from megatron_dwm.checkpoint.sharded_adam import create_state, loadable
+from megatron_dwm.checkpoint.sharded_files import load_sharded, saved_names
+from megatron_dwm.config import UserError
+from megatron_dwm.model import LLM
+from megatron_dwm.model.on_disk.saved_index import data_only
+from megatron_dwm.runtime.random_state import restore_random_state
+from megatron_dwm.runtime.warn import print_warning
+
+
+def load_checkpoint(parts: Parts, directory: Path) -> None:
+    """Load the state of every part from `directory` (collective).
+
+    The learning rate is not loaded: it follows from the configuration and the step.
+    """
+    create_state(parts.llm, parts.optimizer)
+    load_parameters(parts.llm, directory)
+    _load_optimizer(parts, directory / LLM_FOLDER)
+    with data_only(directory / TRAINING_FILE):
+        rest = torch.load(directory / TRAINING_FILE, weights_only=True)
+    for name, value in asdict(read_manifest(directory).state).items():
+        setattr(parts.state, name, value)
+    _load_method(parts, rest, directory)
+    # With another number of ranks the generators start from the seed.
+    if len(rest["random"]) == parts.runtime.world_size:
+        restore_random_state(rest["random"][parts.runtime.rank])
+
+
+def load_parameters(llm: LLM, directory: Path) -> None:
+    """Load only the LLM's parameters of a checkpoint (`model.init_from`); collective."""
+    loaded = load_sharded(sharded_model(llm), directory / LLM_FOLDER)
+    for name, module in named_chunks(llm):
+        module.load_state_dict(loaded[name])
+
+
+def _load_method(parts: Parts, rest: dict[str, Any], directory: Path) -> None:
+    """Load the method's state. The state of another method, if the user allowed it, is skipped."""
+    name = parts.method_name
+    before = rest.get("policy_name", name)
+    if before != name:
+        print_warning(f"{directory} has the state of policy {before}; {name} starts without one")
+        return
+    try:
+        # Earlier versions saved None for a method without a state.
+        parts.method.load_state_dict(rest["policy"] or {})
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"{directory}: the state of policy {name} does not fit what weighting or policy say "
+            f"now ({str(error).splitlines()[0]}); put back what run.allow_changed names"
+        ) from error
+
+
+def _load_optimizer(parts: Parts, directory: Path) -> None:
+    """Load Adam's state, from a plain or a sharded optimizer into either.
+
+    It is loaded apart from the parameters, since a sharded optimizer may read those again.
+    """
+    wanted = parts.sharded(is_loading=True)["optimizer"]
+    optimizer = under_saved_names(wanted, saved_names(directory))
+    loaded = load_sharded({"wanted": optimizer}, directory)
+    with loadable(parts.optimizer):
+        step = saved_step(loaded["optimizer"])
+        parts.optimizer.load_state_dict(filled(optimizer, loaded["wanted"], step))

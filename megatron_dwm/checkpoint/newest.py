@@ -1,0 +1,75 @@
+"""Finds the checkpoint that a resumed run continues from: the newest complete one.
+
+Every file of a candidate is read once, split over the ranks, so the cost is about that of the load
+that follows. A damaged checkpoint is reported and renamed, and the one before it is tried.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_dwm.checkpoint.manifest import (
+    checkpoint_dir,
+    find_damage,
+    list_checkpoints,
+    read_manifest,
+    set_aside,
+    tidy,
+)
+from megatron_dwm.config import UserError
+from megatron_dwm.runtime import Runtime
+from megatron_dwm.runtime.warn import print_warning
+
+
+def newest_whole_checkpoint(run_dir: Path, runtime: Runtime) -> Path | None:
+    """Returns the newest complete checkpoint, or None if the run has none (collective).
+
+    Raises UserError if there are checkpoints, but none is complete.
+    """
+    if runtime.is_main:
+        tidy(run_dir)
+    runtime.barrier()
+    found = list_checkpoints(run_dir)
+    damaged: list[str] = []
+    for directory in reversed(found):
+        damage = _damage(directory, runtime)
+        if damage is None:
+            return directory
+        damaged.append(f"{directory.name} ({damage})")
+        if runtime.is_main:
+            _warn(directory, damage)
+            set_aside(directory)
+        runtime.barrier()
+    if damaged:
+        raise UserError(
+            f"run.dir: no checkpoint in {run_dir} is whole: {', '.join(damaged)}; bring back a "
+            "copy, or choose another run.dir to begin again"
+        )
+    return None
+
+
+def _damage(directory: Path, runtime: Runtime) -> str | None:
+    """Returns what is wrong with a checkpoint, or None, the same on every rank (collective)."""
+    try:
+        manifest = read_manifest(directory)
+        files = sorted(manifest.files.items())
+        mine = find_damage(directory, files[runtime.rank :: runtime.world_size])
+        right = checkpoint_dir(directory.parent.parent, manifest.state).name
+        if directory.name != right:
+            mine = f"it is {right} by its manifest, under another name"
+    except ValueError as error:
+        mine = str(error)
+    everyones: list[str | None] = [mine]
+    if runtime.world_size > 1:
+        everyones = [None] * runtime.world_size
+        dist.all_gather_object(everyones, mine)
+    return next((text for text in everyones if text is not None), None)
+
+
+def _warn(directory: Path, damage: str) -> None:
+    print_warning(
+        f"checkpoint {directory} is damaged: {damage}; it is set aside as "
+        f"{directory.name}.damaged and the one before it, if there is one, is next"
+    )

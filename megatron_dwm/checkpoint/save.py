@@ -1,0 +1,122 @@
+"""Writes one checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+
+from megatron_dwm.checkpoint.kept_files import write_files
+from megatron_dwm.checkpoint.manifest import (
+    FileRecord,
+    Manifest,
+    checkpoint_dir,
+    record_file,
+    write_manifest,
+)
+from megatron_dwm.checkpoint.names import LLM_FOLDER, TRAINING_FILE
+from megatron_dwm.checkpoint.parts import Parts
+from megatron_dwm.checkpoint.sharded_files import (
+    DISK_ERRORS,
+    ShardedFiles,
+    agree,
+    reason,
+    save_object,
+    try_write,
+)
+from megatron_dwm.checkpoint.sharded_plan import SavePlan
+from megatron_dwm.files.atomic import partial_path, replace_folder
+
+
+class CheckpointSave:
+    """A checkpoint that is being written; the constructor is collective.
+
+    Raises SaveError on every rank if writing fails on any.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        run_dir: Path,
+        fingerprint: dict[str, str],
+        *,
+        plan: SavePlan,
+        background: bool = False,
+    ) -> None:
+        """Save the current state; with `background`, copy it and let a thread write the copy.
+
+        plan: shared by all saves of a run.
+        """
+        self._fingerprint, self._runtime, self._kept = fingerprint, parts.runtime, parts.files
+        self._state = replace(parts.state, passed_over=list(parts.state.passed_over))
+        self.directory = checkpoint_dir(run_dir, self._state)
+        self._partial = partial_path(self.directory)
+        self._make_directory()
+        self._files = ShardedFiles(
+            parts.sharded(is_loading=False), self._partial / LLM_FOLDER, plan, copy=background
+        )
+        self._rest = parts.rest()
+        self._failure: str | None = None
+        self._thread: Thread | None = None
+        if background:
+            self._rest = copy.deepcopy(self._rest)
+            self._thread = Thread(target=self._write, name="checkpoint")
+            self._thread.start()
+        else:
+            self._write()
+
+    @property
+    def is_written(self) -> bool:
+        """True once this rank has written its files."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def finish(self) -> Path:
+        """Wait for the files, then rename the checkpoint to its final name (collective)."""
+        if self._thread is not None:
+            self._thread.join()
+        records = self._files.finish(self._failure)
+        failure = None
+        if self._runtime.is_main:
+            try:
+                self._complete(records)
+            except OSError as error:
+                failure = reason(error)
+        agree(failure)
+        return self.directory
+
+    def discard(self) -> None:
+        """Remove the files of a failed save."""
+        if self._runtime.is_main:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _make_directory(self) -> None:
+        failure = None
+        if self._runtime.is_main:
+            try:
+                shutil.rmtree(self._partial, ignore_errors=True)
+                # Without `parents`: a run directory that was removed must not be created again.
+                self._partial.parent.mkdir(exist_ok=True)
+                self._partial.mkdir()
+                (self._partial / LLM_FOLDER).mkdir()
+            except OSError as error:
+                failure = reason(error)
+        agree(failure)
+
+    def _write(self) -> None:
+        self._failure = try_write(self._files)
+        if self._runtime.is_main and self._failure is None:
+            try:
+                save_object(self._rest, self._partial / TRAINING_FILE)
+                write_files(self._kept, self._partial)
+            except DISK_ERRORS as error:
+                self._failure = reason(error)
+
+    def _complete(self, of_llm: dict[str, FileRecord]) -> None:
+        files = {f"{LLM_FOLDER}/{name}": record for name, record in sorted(of_llm.items())}
+        rest = (TRAINING_FILE, *self._kept)
+        files |= {name: record_file(self._partial / name) for name in rest}
+        manifest = Manifest(state=self._state, fingerprint=self._fingerprint, files=files)
+        write_manifest(self._partial, manifest)
+        replace_folder(self._partial, self.directory)

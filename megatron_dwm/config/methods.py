@@ -1,0 +1,42 @@
+"""The registry of methods: the values of `policy.name`, what each method does, and its class.
+
+A new method is a file in weighting/ and an entry here. The entry names the class without importing
+it, so that `--help` does not wait for torch; weighting/registry.py imports it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A method: `does` says in a few words what it does, for `--help`; `path` is `module:Class`."""
+
+    does: str
+    path: str
+
+
+_WEIGHTING = "megatron_dwm.weighting"
+
+METHODS: dict[str, Registered] = {
+    "uniform": Registered("weighs all samples the same", f"{_WEIGHTING}.uniform:Uniform"),
+    "dwm": Registered("learns the weights (DWM)", f"{_WEIGHTING}.dwm:Dwm"),
+    "domain_mean": Registered(
+        "weighs by a running mean of alignments for every domain, without a model",
+        f"{_WEIGHTING}.domain_mean:DomainMean",
+    ),
+    "loss_reweighting": Registered(
+        "weighs harder samples more, by their losses",
+        f"{_WEIGHTING}.loss_reweighting:LossReweighting",
+    ),
+    "validation_mixing": Registered(
+        "puts target passages into the training batch, all weights equal",
+        f"{_WEIGHTING}.validation_mixing:ValidationMixing",
+    ),
+}
+
+
+def methods_help() -> str:
+    """Returns every method's name and what it does, for `--help`."""
+    return "; ".join(f"{name}: {method.does}" for name, method in METHODS.items())

@@ -1,0 +1,124 @@
+"""Global batches by number, before they are split over replicas: the corpus, and a mixture.
+
+A source has no state, so a resumed run reads the same batches as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_dwm.data.batch import Batch
+from megatron_dwm.data.stream import TrainingData
+from megatron_dwm.data.validation import ValidationSet
+
+Numbering = Literal["training", "update", "target"]
+"""what a sample's number counts: samples that the LLM trains on, samples that a fresh weighting
+update drew, or passages of the target"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origins:
+    """The origins of the rows of a global batch, without their text.
+
+    sample_ids_B, document_ids_B: int64. domains, numberings: one per row.
+    """
+
+    sample_ids_B: Tensor
+    document_ids_B: Tensor
+    domains: tuple[str, ...]
+    numberings: tuple[Numbering, ...]
+
+
+class Source(Protocol):
+    """Global batches of `size` rows."""
+
+    @property
+    def size(self) -> int: ...
+
+    def rows(self, number: int, start: int, stop: int) -> Batch:
+        """Returns rows `start` to `stop - 1` of batch `number` (from 0), on the CPU."""
+        ...
+
+    def origins(self, number: int) -> Origins:
+        """Returns the origins of batch `number`; reads no token of the corpus."""
+        ...
+
+    def sample_range(self, number: int) -> range:
+        """Returns the numbers of the corpus samples in batch `number`."""
+        ...
+
+
+@dataclass(frozen=True)
+class CorpusSource:
+    """Batches of `size` samples of the training data, in its order."""
+
+    data: TrainingData
+    size: int
+    numbering: Numbering = "training"
+
+    def rows(self, number: int, start: int, stop: int) -> Batch:
+        """Returns rows of batch `number`."""
+        return self.data.batch(self.sample_range(number)[start:stop])
+
+    def origins(self, number: int) -> Origins:
+        """Returns the origins of batch `number`."""
+        ids = self.sample_range(number)
+        documents, domains = self.data.documents_and_domains(ids)
+        return Origins(
+            sample_ids_B=torch.tensor(ids, dtype=torch.int64),
+            document_ids_B=torch.tensor(documents, dtype=torch.int64),
+            domains=tuple(domains),
+            numberings=(self.numbering,) * len(ids),
+        )
+
+    def sample_range(self, number: int) -> range:
+        """Returns the numbers of the samples in batch `number`."""
+        return range(number * self.size, (number + 1) * self.size)
+
+
+@dataclass(frozen=True)
+class MixedSource:
+    """The batches of `corpus`, with passages of the target as their last `num_mixed` rows."""
+
+    corpus: Source
+    target: ValidationSet
+    num_mixed: int
+
+    @property
+    def size(self) -> int:
+        """Number of rows in a batch."""
+        return self.corpus.size
+
+    def rows(self, number: int, start: int, stop: int) -> Batch:
+        """Returns rows of batch `number`; passages of the target come last."""
+        first, last = max(0, start - self._border), max(0, stop - self._border)
+        if first == last:
+            return self.corpus.rows(number, start, stop)
+        passages = self.target.batch(number, self.num_mixed).rows(first, last)
+        if start >= self._border:
+            return passages
+        return Batch.concatenate([self.corpus.rows(number, start, self._border), passages])
+
+    def origins(self, number: int) -> Origins:
+        """Returns the origins of batch `number`."""
+        corpus, kept = self.corpus.origins(number), self._border
+        passages = self.target.batch(number, self.num_mixed)
+        numbered: list[Numbering] = ["target"] * self.num_mixed
+        return Origins(
+            sample_ids_B=torch.cat([corpus.sample_ids_B[:kept], passages.sample_ids_B]),
+            document_ids_B=torch.cat([corpus.document_ids_B[:kept], passages.document_ids_B]),
+            domains=(*corpus.domains[:kept], *passages.domains),
+            numberings=(*corpus.numberings[:kept], *numbered),
+        )
+
+    def sample_range(self, number: int) -> range:
+        """Returns the numbers of the corpus samples of batch `number`, also of replaced ones."""
+        return self.corpus.sample_range(number)
+
+    @property
+    def _border(self) -> int:
+        return self.size - self.num_mixed

@@ -1,0 +1,28 @@
+"""`torchrun --nproc-per-node N -m megatron_dwm.doctor [CONFIG.yaml] [--section.key value ...]`
+
+Reports what this machine and installation can do, then checks the hypergradient on it. Exits with 1
+if the estimators disagree.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from megatron_dwm.config.load import Loaded
+from megatron_dwm.entry import run_job
+
+
+def main() -> None:
+    """Report and check, as doctor/diagnosis.py describes."""
+
+    def job(loaded: Loaded) -> None:
+        from megatron_dwm.doctor.diagnosis import diagnose
+
+        if not diagnose(loaded.config):
+            sys.exit(1)
+
+    run_job("megatron_dwm.doctor", job)
+
+
+if __name__ == "__main__":
+    main()

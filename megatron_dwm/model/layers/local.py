@@ -1,0 +1,113 @@
+"""Megatron-Core's own layers as a spec, with two modules that it lacks: a norm and attention."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from torch import Tensor
+
+from megatron_dwm.model.layers.fp8_emulation import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm of the last dimension (Zhang and Sennrich 2019).
+
+    Replaces megatron.core.transformer.torch_norm.WrappedTorchNorm, which refuses sequence
+    parallelism. Under it every rank normalizes its own part of the sequence, and Megatron sums the
+    gradient of a scale that is marked `sequence_parallel` over the tensor-parallel group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.epsilon = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_SBD: Tensor) -> Tensor:
+        """Returns the input normalized and scaled, [..., D] as it came."""
+        return F.rms_norm(hidden_SBD, self.weight.shape, self.weight, self.epsilon)
+
+
+class ScaledDotProductAttention(torch.nn.Module):
+    """Causal attention on torch's fused kernel, which never forms the S x S matrix.
+
+    Replaces megatron.core.transformer.dot_product_attention.DotProductAttention and takes the
+    arguments with which SelfAttention builds and calls it.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
+        assert config.attention_dropout == 0.0 and config.context_parallel_size == 1
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **_: Any
+    ) -> Tensor:
+        """Returns [S, B, heads * d]; query is [S, B, heads, d], key and value [S, B, groups, d]."""
+        assert attention_mask is None, "the kernel applies the causal mask itself"
+        out_BHSd = F.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            is_causal=True,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return out_BHSd.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
+
+
+def llama_block_spec(
+    num_layers: int, fp8_layers: Collection[int] = ()
+) -> TransformerBlockSubmodules:
+    """Returns the spec of one chunk: layers of norm, attention, norm, SwiGLU, and a final norm.
+
+    num_layers: layers of this chunk.  fp8_layers: those (from 0) that multiply in emulated FP8.
+    """
+    plain = _layer_spec(ColumnParallelLinear, RowParallelLinear)
+    emulated = _layer_spec(Fp8ColumnParallelLinear, Fp8RowParallelLinear)
+    layers = [emulated if number in fp8_layers else plain for number in range(num_layers)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _layer_spec(column: type[ColumnParallelLinear], row: type[RowParallelLinear]) -> ModuleSpec:
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=column,
+            core_attention=ScaledDotProductAttention,
+            linear_proj=row,
+        ),
+    )
+    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row))
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

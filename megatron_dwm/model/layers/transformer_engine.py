@@ -1,0 +1,110 @@
+"""Transformer Engine's layers through Megatron-Core; only this file imports the library.
+
+Nothing here has run on a GPU. tests/signatures checks names, arguments and attributes against the
+real packages. The functions that need Transformer Engine import it themselves, because the import
+fails without a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import Module
+
+from megatron_dwm.config import ModelConfig
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+# What Megatron-Core 0.16.1 declares.
+FIRST_VERSION, END_VERSION = (2, 9), (2, 12)
+
+# Megatron-Core's names of the norm scales in fused layers, and the names of the unfused spec, which
+# initialization, checkpoints and conversion use.
+UNFUSED_NAMES = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
+
+def missing_for(model: ModelConfig, device: torch.device) -> str | None:
+    """Returns why Transformer Engine cannot run `model` on `device`; None if it can."""
+    if device.type != "cuda":
+        return "there is no GPU"
+    try:
+        version = importlib.metadata.version("transformer-engine")
+    except importlib.metadata.PackageNotFoundError:
+        return "transformer-engine is not installed (the extra 'gpu' names it)"
+    if not version_fits(version):
+        return f"transformer-engine is {version}, Megatron-Core takes 2.9 to below 2.12"
+    try:
+        import transformer_engine.pytorch as te
+    except (ImportError, OSError, RuntimeError) as error:
+        first_line = str(error).partition("\n")[0]
+        return f"transformer-engine {version} cannot be loaded ({first_line})"
+    if model.precision != "fp8":
+        return None
+    available = {
+        "delayed": te.is_fp8_available,
+        "tensorwise": te.is_fp8_available,
+        "blockwise": te.is_fp8_block_scaling_available,
+        "mxfp8": te.is_mxfp8_available,
+    }
+    fits, reason = available[model.fp8_recipe](return_reason=True)
+    return None if fits else f"model.fp8_recipe {model.fp8_recipe}: {reason}"
+
+
+def version_fits(version: str) -> bool:
+    """True if Megatron-Core accepts that release, such as '2.11.0' or '2.9.0+70f53666'."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return FIRST_VERSION <= (major, minor) < END_VERSION
+
+
+def transformer_engine_block_spec(num_layers: int) -> TransformerBlockSubmodules:
+    """Returns Megatron-Core's spec of a chunk with `num_layers` Transformer Engine layers.
+
+    Norm scales are saved under the names of the unfused spec, so that checkpoints do not depend on
+    the implementation that wrote them.
+    """
+    from megatron.core.extensions.transformer_engine import TENorm
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_with_transformer_engine_spec,
+    )
+    from megatron.core.transformer.transformer_block import (
+        TransformerBlockSubmodules,
+    )
+
+    layer = get_gpt_layer_with_transformer_engine_spec()
+    layer.submodules.sharded_state_dict_keys_map = dict(UNFUSED_NAMES)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
+
+
+def unfused_name(name: str) -> str:
+    """Returns the parameter's name in the unfused spec, which most names already are."""
+    for fused, unfused in UNFUSED_NAMES.items():
+        name = name.replace(fused, unfused)
+    return name
+
+
+def read_scaling_state(modules: Iterable[Module]) -> dict[Module, torch.Tensor]:
+    """Returns each layer's scales and maxima, which the delayed recipe keeps from step to step.
+
+    Every FP8 pass changes them, so a pass that must leave no trace has to restore them. The other
+    recipes keep no such state.
+    """
+    states = {
+        module: module.get_extra_state()
+        for model in modules
+        for module in model.modules()
+        if hasattr(module, "fp8_meta")
+    }
+    return {module: state for module, state in states.items() if state.numel()}
+
+
+def write_scaling_state(states: dict[Module, torch.Tensor]) -> None:
+    """Restore the scales and maxima that `read_scaling_state` returned."""
+    for module, state in states.items():
+        module.set_extra_state(state)

@@ -1,0 +1,1 @@
+"""Names and files of a saved model: Megatron-Core's and Hugging Face's."""

@@ -1,0 +1,1 @@
+"""Passes of micro-batches through Megatron-Core's pipeline schedules, and what they compute."""

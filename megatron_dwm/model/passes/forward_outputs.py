@@ -1,0 +1,150 @@
+"""What a forward pass of the LLM computes for each sample: its loss and two pooled hidden states.
+
+    final   mean over tokens of the last hidden state, after the final norm
+    early   mean over tokens of an early layer's output (METHOD.md, section 3)
+
+Hooks take both during the pass, at the cost of two reductions over [S, B, D]. The last pipeline
+stage needs them, because it computes the losses: the stage with the early layer sends it B * D
+floats for each micro-batch. They go through a process group of their own, because in the
+schedule's group they would be taken for one of its messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module
+
+from megatron_dwm.model.llm import LLM
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Two pooled hidden states of n samples, float32 [n, D], detached."""
+
+    final_nD: Tensor
+    early_nD: Tensor
+
+    def flat(self) -> Tensor:
+        """[n, 2 D], for one message."""
+        return torch.cat([self.final_nD, self.early_nD], dim=1)
+
+    @staticmethod
+    def from_flat(flat_n2D: Tensor) -> Features:
+        """The inverse of `flat`."""
+        final_nD, early_nD = flat_n2D.chunk(2, dim=1)
+        return Features(final_nD=final_nD, early_nD=early_nD)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardOutputs:
+    """Losses and features of n samples from one forward pass, detached.
+
+    losses_n: float32, token-mean losses.
+    features: None unless the pass was asked for them.
+    """
+
+    losses_n: Tensor
+    features: Features | None = None
+
+
+class FeatureTap:
+    """Collects the `Features` of one pass, micro-batch by micro-batch."""
+
+    def __init__(self, llm: LLM, early_layer: int) -> None:
+        """early_layer: its number in the whole model, from 1."""
+        self._llm = llm
+        self._early_layer = early_layer
+        self._micro_batch: int | None = None
+        self._final: dict[int, Tensor] = {}
+        self._early: dict[int, Tensor] = {}
+        self._sending: list[tuple[dist.Work, Tensor]] = []
+        self._early_is_here = any(
+            layer.layer_number == early_layer for layer in _layers(llm.modules)
+        )
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Keep hooks on the model during the context, which is one pass."""
+        with ExitStack() as stack:
+            for module, store in self._sources():
+                hook = self._hook(store)
+                stack.callback(module.register_forward_hook(hook).remove)
+            yield
+        for work, _ in self._sending:
+            work.wait()
+        self._sending.clear()
+
+    @contextmanager
+    def listening(self, micro_batch: int) -> Iterator[None]:
+        """Record features of this micro-batch during the context, which is its forward pass.
+
+        Activation recomputation runs modules again in the backward pass, outside this context.
+        """
+        self._micro_batch = micro_batch
+        yield
+        self._micro_batch = None
+
+    def of(self, micro_batch: int) -> Features:
+        """Returns the features of a micro-batch after its forward pass (last stage only)."""
+        final_BD = self._final.pop(micro_batch)
+        if self._early_is_here:
+            return Features(final_nD=final_BD, early_nD=self._early.pop(micro_batch))
+        early_BD = torch.empty_like(final_BD)
+        runtime = self._llm.runtime
+        assert runtime.side_group is not None
+        source = dist.get_global_rank(runtime.side_group, self._early_stage())
+        dist.recv(early_BD, source, group=runtime.side_group)
+        return Features(final_nD=final_BD, early_nD=early_BD)
+
+    def _sources(self) -> Iterator[tuple[Module, Callable[[int, Tensor], None]]]:
+        for layer in _layers(self._llm.modules):
+            if layer.layer_number == self._early_layer:
+                yield layer, self._keep_early
+        last = self._llm.modules[-1]
+        if last.post_process:
+            yield last.decoder.final_layernorm, self._final.__setitem__
+
+    def _hook(self, store: Callable[[int, Tensor], None]) -> Callable[..., None]:
+        def hook(_: Module, __: tuple[Any, ...], output: Any) -> None:
+            if self._micro_batch is not None:
+                hidden_SBD = output[0] if isinstance(output, tuple) else output
+                store(self._micro_batch, self._token_mean(hidden_SBD))
+
+        return hook
+
+    @torch.no_grad()
+    def _token_mean(self, hidden_SBD: Tensor) -> Tensor:
+        """Returns float32 [B, D], the mean over the whole sequence, also if ranks share it."""
+        mean_BD = hidden_SBD.detach().mean(dim=0, dtype=torch.float32)
+        if self._llm.transformer.sequence_parallel:
+            dist.all_reduce(mean_BD, group=self._llm.runtime.tensor_group)
+            mean_BD /= self._llm.runtime.tensor_size
+        return mean_BD
+
+    def _keep_early(self, micro_batch: int, early_BD: Tensor) -> None:
+        runtime = self._llm.runtime
+        if runtime.is_last_stage:
+            self._early[micro_batch] = early_BD
+            return
+        assert runtime.side_group is not None
+        last = dist.get_global_rank(runtime.side_group, runtime.pipeline_size - 1)
+        work = dist.isend(early_BD, last, group=runtime.side_group)
+        assert work is not None, "this rank is in the group"
+        self._sending.append((work, early_BD))
+
+    def _early_stage(self) -> int:
+        """Returns the pipeline stage of the early layer; chunk 0 of every stage comes first."""
+        shape, stages = self._llm.shape, self._llm.runtime.pipeline_size
+        layers_a_chunk = shape.num_layers // (stages * len(self._llm.chunks))
+        return (self._early_layer - 1) // layers_a_chunk % stages
+
+
+def _layers(modules: list[Any]) -> list[Any]:
+    return [layer for module in modules for layer in module.decoder.layers]

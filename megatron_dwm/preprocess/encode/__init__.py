@@ -1,0 +1,1 @@
+"""Documents to token ids and columns of metadata, in several threads."""

@@ -1,0 +1,144 @@
+"""Joins the sidecars of several datasets: checks that they go together, and chooses column types.
+
+Memory is one row group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from megatron_dwm.config.errors import UserError
+from megatron_dwm.files.sidecar_format import (
+    facts_in,
+    facts_that_differ,
+    lacks_end,
+    write_row_groups,
+)
+from megatron_dwm.preprocess.encode.metadata import LARGEST_IN_DOUBLE, spell_float
+from megatron_dwm.preprocess.messages import warn
+
+
+def matching_sidecars(paths: Sequence[Path], num_documents: Sequence[int]) -> list[Path]:
+    """The sidecars of all datasets, or none if no dataset has one.
+
+    num_documents: of each path's dataset. Raises `UserError` if some datasets lack their sidecar,
+    or if tokenizers, columns or numbers of rows differ.
+    """
+    there = [path for path in paths if path.exists()]
+    if not there:
+        return []
+    if len(there) < len(paths):
+        lacking = next(path for path in paths if not path.exists())
+        raise UserError(f"{lacking}: no such file, but {there[0]} exists; give all or none")
+    _check_schemas(there)
+    for path, expected in zip(there, num_documents, strict=True):
+        rows = pq.read_metadata(path).num_rows
+        if rows != expected:
+            raise UserError(f"{path}: {rows} rows for {expected} documents; it is damaged")
+    return there
+
+
+def _check_schemas(paths: Sequence[Path]) -> None:
+    schemas = [pq.read_schema(path) for path in paths]
+    first_path, first = paths[0], schemas[0]
+    for path, schema in zip(paths, schemas, strict=True):
+        differing = facts_that_differ(facts_in(first), facts_in(schema))
+        if differing:
+            raise UserError(
+                f"{path}: another tokenizer, end of document or special tokens than {first_path} "
+                f"({', '.join(differing)}); such ids cannot be mixed"
+            )
+        if schema.names != first.names:
+            raise UserError(
+                f"{path}: columns {', '.join(schema.names)}, but {first_path} has "
+                f"{', '.join(first.names)}"
+            )
+    unsaid = [str(p) for p, s in zip(paths, schemas, strict=True) if lacks_end(facts_in(s))]
+    if unsaid:
+        warn(
+            f"{', '.join(unsaid)}: the id that ends a document is not recorded (written by an "
+            "older version); taken to be that of the others"
+        )
+
+
+def merge_sidecars(paths: Sequence[Path], output: Path) -> None:
+    """Write the rows of all sidecars, in order, to `output`."""
+    schema = _common_schema(paths)
+
+    def tables() -> Iterator[pa.Table]:
+        for path in paths:
+            with pq.ParquetFile(path) as file:
+                for group in range(file.num_row_groups):
+                    yield _as_schema(file.read_row_group(group), schema)
+
+    write_row_groups(output, schema, tables())
+
+
+def _as_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    for i, field in enumerate(schema):
+        if field.type == pa.string() and table.field(i).type == pa.float64():
+            values = table.column(i).to_pylist()
+            spelled = [None if value is None else spell_float(value) for value in values]
+            table = table.set_column(i, field.name, pa.array(spelled, pa.string()))
+    return table.cast(schema)
+
+
+def _common_schema(paths: Sequence[Path]) -> pa.Schema:
+    """Choose column types that hold the values of all, as one run over all inputs would."""
+    schemas = [pq.read_schema(path) for path in paths]
+    fields = []
+    for i, field in enumerate(schemas[0]):
+        types = {
+            schema.field(i).type
+            for schema, path in zip(schemas, paths, strict=True)
+            if not _is_all_null(path, i)
+        }
+        widest = _widest(types)
+        if widest == pa.float64() and any(_beyond_double(path, i) for path in paths):
+            widest = pa.string()
+        fields.append(pa.field(field.name, widest))
+    return pa.schema(fields, metadata=_common_metadata(schemas))
+
+
+def _common_metadata(schemas: Sequence[pa.Schema]) -> dict[bytes, bytes]:
+    """The metadata that all of the schemas have."""
+    every = [schema.metadata or {} for schema in schemas]
+    return {name: value for name, value in every[0].items() if all(name in one for one in every)}
+
+
+def _is_all_null(path: Path, column: int) -> bool:
+    """True if a column has no value: then its type says nothing."""
+    metadata = pq.read_metadata(path)
+    nulls = 0
+    for group in range(metadata.num_row_groups):
+        statistics = metadata.row_group(group).column(column).statistics
+        if statistics is None or not statistics.has_null_count:
+            return False
+        nulls += statistics.null_count
+    return nulls == metadata.num_rows
+
+
+def _beyond_double(path: Path, column: int) -> bool:
+    """True if a column of whole numbers has one that a double would round."""
+    with pq.ParquetFile(path) as file:
+        if file.schema_arrow.field(column).type != pa.int64():
+            return False
+        name = file.schema_arrow.names[column]
+        for group in range(file.num_row_groups):
+            found = pc.min_max(file.read_row_group(group, columns=[name]).column(0)).as_py()
+            if found["min"] is not None and (
+                found["min"] < -LARGEST_IN_DOUBLE or found["max"] > LARGEST_IN_DOUBLE
+            ):
+                return True
+    return False
+
+
+def _widest(types: set[pa.DataType]) -> pa.DataType:
+    if pa.string() in types or not types:
+        return pa.string()
+    return pa.float64() if pa.float64() in types else pa.int64()

@@ -1,0 +1,1 @@
+"""Input files to documents: their texts, and metadata as Python values."""

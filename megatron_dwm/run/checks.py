@@ -1,0 +1,41 @@
+"""All checks of a run that need no process group and no model."""
+
+from __future__ import annotations
+
+from megatron_dwm.config import Config
+from megatron_dwm.config.validate import validate_config
+from megatron_dwm.data.checks import check_data
+from megatron_dwm.model.shape import heads_of
+from megatron_dwm.run.inputs import (
+    RunInputs,
+    open_held_out,
+    open_model_and_tokenizer,
+    open_target,
+)
+from megatron_dwm.runtime import world_size_from_environment
+from megatron_dwm.runtime.profiling import check_profiling
+from megatron_dwm.runtime.warn import print_warning
+from megatron_dwm.weighting import check_method, method_class
+
+
+def check(config: Config) -> RunInputs:
+    """Check the run and return the files that it inputs. Raises UserError for the first mistake."""
+    tokenizer, shape = open_model_and_tokenizer(config)
+    world_size = world_size_from_environment()
+    validate_config(config, heads_of(shape), world_size)
+    check_method(config, shape.num_layers, world_size)
+    check_profiling(config.profiling)
+    check_data(config.data, tokenizer, _num_samples(config))
+    target = open_target(config, tokenizer)
+    held_out = open_held_out(config, tokenizer)
+    for remark in method_class(config).remarks(config, shape, tokenizer):
+        print_warning(remark)
+    return RunInputs(tokenizer=tokenizer, shape=shape, target=target, held_out=held_out)
+
+
+def _num_samples(config: Config) -> int:
+    """Returns the number of samples that steps read, or fresh updates if those read more."""
+    updates = 0
+    if config.weighting.update_on == "fresh":
+        updates = method_class(config).schedule(config).num_updates
+    return max(config.training.steps, updates) * config.training.global_batch_size

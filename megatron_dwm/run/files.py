@@ -1,0 +1,52 @@
+"""The files of a run that it restores if somebody removes them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_dwm.config import Config
+from megatron_dwm.config.load import save_config
+from megatron_dwm.run.records import MetricsWriter, WeightRecorder
+
+
+class RunFiles:
+    """metrics.jsonl, weights/ and config.yaml of a run directory (main process only)."""
+
+    def __init__(self, run_dir: Path, config: Config, warn: Callable[[str], None]) -> None:
+        self._run_dir, self._config, self._warn = run_dir, config, warn
+        self._identity = run_dir.stat()
+        self.metrics = MetricsWriter(run_dir, tensorboard=config.logging.tensorboard, warn=warn)
+        self.weights = WeightRecorder(run_dir)
+        self._warned_of_removal = False
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Write a line of metrics.jsonl.
+
+        First restores metrics.jsonl and config.yaml if they were removed, since without them the
+        run cannot be resumed or read. If the directory itself was removed or replaced, the run ends
+        instead (runtime/stop.py).
+        """
+        self._restore()
+        self.metrics.write(line)
+
+    def _restore(self) -> None:
+        config = self._run_dir / "config.yaml"
+        try:
+            if not os.path.samestat(self._run_dir.stat(), self._identity):
+                return
+            self.metrics.restore()
+            if not config.is_file():
+                save_config(self._config, config)
+                self._warn(f"{config} was removed: it is written again")
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if not self._warned_of_removal:
+                self._warned_of_removal = True
+                self._warn(
+                    f"metrics.jsonl or config.yaml was removed from {self._run_dir} and cannot be "
+                    f"written again: {error.strerror}"
+                )

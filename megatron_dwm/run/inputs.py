@@ -1,0 +1,72 @@
+"""Opens the user's files before a run starts; each is read once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_dwm.config import Config, UserError
+from megatron_dwm.data import EvaluationSet, ValidationSet
+from megatron_dwm.data.last_words import LastWords
+from megatron_dwm.data.tokenizer_record import has_special_tokens
+from megatron_dwm.model import LlamaShape, resolve_shape
+from megatron_dwm.run.starting_point import shape_to_start_from
+from megatron_dwm.tokenizer import Tokenizer, open_tokenizer
+from megatron_dwm.training.evaluation import HeldOut
+from megatron_dwm.weighting import method_class
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInputs:
+    """The inputs files of a run.
+
+    target: None if the method reads none. held_out: None without evaluation.
+    """
+
+    tokenizer: Tokenizer
+    shape: LlamaShape
+    target: ValidationSet | None
+    held_out: HeldOut | None
+
+
+def open_model_and_tokenizer(config: Config) -> tuple[Tokenizer, LlamaShape]:
+    """Open the tokenizer and find the model's shape.
+
+    Raises UserError if one of them cannot be used, or if they do not fit together.
+    """
+    if config.data.tokenizer is None:
+        raise UserError("data.tokenizer: expected a tokenizer model, got none")
+    tokenizer = open_tokenizer(
+        config.data.tokenizer, include_special_tokens=has_special_tokens(config.data.train)
+    )
+    shape = resolve_shape(config.model, tokenizer.vocab_size, init_from=shape_to_start_from(config))
+    if shape.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size {shape.vocab_size}: the tokenizer {config.data.tokenizer} has "
+            f"{tokenizer.vocab_size} pieces; leave model.vocab_size empty or raise it (with "
+            "model.init_from, name that model's tokenizer)"
+        )
+    return tokenizer, shape
+
+
+def open_target(config: Config, tokenizer: Tokenizer) -> ValidationSet | None:
+    """Open the target of a method that reads one. Raises UserError if it cannot be used."""
+    parts = method_class(config).parts(config)
+    if "target" not in parts:
+        return None
+    target = ValidationSet(config.validation, config.data, tokenizer, seed=config.run.seed)
+    if "updates" in parts and config.weighting.damp_by_noise and target.num_rows < 2:
+        raise UserError(
+            f"weighting.damp_by_noise: {config.validation.path} (validation.path) has one row, "
+            "and noise is measured between halves; give more text or leave it out"
+        )
+    return target
+
+
+def open_held_out(config: Config, tokenizer: Tokenizer) -> HeldOut | None:
+    """Open the held-out text, if configured. Raises UserError if it cannot be used."""
+    if config.evaluation.path is None:
+        return None
+    return HeldOut(
+        rows=EvaluationSet(config.evaluation, config.data, tokenizer),
+        last_words=LastWords(config.evaluation.path, config.data, tokenizer),
+    )

@@ -1,0 +1,125 @@
+"""The components of a run, built from its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_dwm.checkpoint.load import load_checkpoint
+from megatron_dwm.checkpoint.parts import Parts
+from megatron_dwm.checkpoint.state import TrainState
+from megatron_dwm.config import Config
+from megatron_dwm.data import CorpusSource, Feed, Share, TrainingData
+from megatron_dwm.run.inputs import RunInputs
+from megatron_dwm.runtime import Runtime
+from megatron_dwm.tokenizer import Tokenizer
+from megatron_dwm.training import Learner, build_learner
+from megatron_dwm.training.evaluation import HeldOut
+from megatron_dwm.training.optimizer import begin_at
+from megatron_dwm.weighting import BuildContext, Method, method_class
+from megatron_dwm.weighting.costs import Costs
+from megatron_dwm.weighting.schedule import Schedule
+
+INDEX_CACHE = "index_cache"
+"""folder of a run for its sample indices, unless data.cache_dir is set"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The components that the loop uses, and the counters of the run."""
+
+    learner: Learner
+    method: Method
+    schedule: Schedule
+    feed: Feed
+    held_out: HeldOut | None
+    costs: Costs
+    state: TrainState
+
+    @property
+    def stage(self) -> int:
+        """Number of the stage of the last step, or of the last update inside a weighting phase."""
+        step, inside = self.state.step, self.state.stage_updates > 0
+        return self.schedule.stage(step if inside else max(step - 1, 0))
+
+
+def build_job(config: Config, runtime: Runtime, inputs: RunInputs) -> Job:
+    """Build every component; a collective call. Raises UserError for data that cannot be used."""
+    learner = build_learner(
+        inputs.shape,
+        config.model,
+        config.parallel,
+        config.training,
+        runtime,
+        sequence_length=config.data.sequence_length,
+        seed=config.run.seed,
+    )
+    method = method_class(config)
+    context = BuildContext(
+        config=config, llm=learner.llm, tokenizer=inputs.tokenizer, target=inputs.target
+    )
+    feed = build_feed(config, learner, inputs)
+    return Job(
+        learner=learner,
+        method=method.build(context),
+        schedule=method.schedule(config),
+        feed=feed,
+        held_out=inputs.held_out,
+        costs=method.costs(
+            config,
+            inputs.shape,
+            replicas=runtime.data_size,
+            passages=None if inputs.target is None else feed.passages,
+        ),
+        state=TrainState(),
+    )
+
+
+def load_job(job: Job, parts: Parts, directory: Path) -> None:
+    """Put the job into the state that a checkpoint holds, the learning rate included (collective).
+
+    parts: the job's own.
+    """
+    load_checkpoint(parts, directory)
+    begin_at(job.learner.scheduler, job.state.step + 1)
+
+
+def build_feed(config: Config, learner: Learner, inputs: RunInputs) -> Feed:
+    """Build the batches that the steps and updates of the run read; a collective call."""
+    method, size = method_class(config), config.training.global_batch_size
+    num_updates = method.schedule(config).num_updates
+    updates = None
+    if num_updates and config.weighting.update_on == "fresh":
+        # The same documents in another order, so that weighting updates never change what the LLM
+        # reads.
+        data = _corpus(config, inputs.tokenizer, num_updates, "weighting")
+        updates = CorpusSource(data, size, "update")
+    corpus = CorpusSource(
+        _corpus(config, inputs.tokenizer, config.training.steps, "training"), size
+    )
+    runtime = learner.runtime
+    return Feed(
+        method.training_source(config, corpus, inputs.target),
+        Share(
+            replicas=runtime.data_size,
+            replica=runtime.data_rank,
+            micro_batch_size=learner.micro_batch_size,
+            micro_batches_multiple=learner.llm.micro_batches_multiple,
+        ),
+        steps=config.training.steps,
+        device=runtime.device,
+        updates=updates,
+        target=inputs.target,
+        passages=config.passages,
+    )
+
+
+def _corpus(config: Config, tokenizer: Tokenizer, batches: int, purpose: str) -> TrainingData:
+    return TrainingData(
+        config.data,
+        eod_id=tokenizer.eod_id,
+        seed=config.run.seed,
+        num_samples=batches * config.training.global_batch_size,
+        cache_dir=Path(config.run.dir) / INDEX_CACHE,
+        purpose=purpose,
+    )

@@ -1,0 +1,201 @@
+"""The records of a run: metrics.jsonl, TensorBoard events and weights/*.parquet.
+
+Only the main process writes. A resumed run first drops the records after its checkpoint
+(recorded.py), so every step appears once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from megatron_dwm.checkpoint.state import TrainState
+from megatron_dwm.data import Origins
+from megatron_dwm.files.atomic import new_file
+from megatron_dwm.run.recorded import UPDATES, drop_records_after, set_aside
+from megatron_dwm.run.tensorboard import Board
+from megatron_dwm.weighting.concentration import effective_sample_size, normalized_entropy
+
+_WEIGHT_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("stage", pa.int32()),
+        ("source", pa.dictionary(pa.int32(), pa.string())),
+        ("sample_id", pa.int64()),
+        ("document_id", pa.int64()),
+        ("domain", pa.dictionary(pa.int32(), pa.string())),
+        ("weight", pa.float32()),
+        ("alignment", pa.float32()),
+    ]
+)
+"""one row per weight
+
+source: what sample_id and document_id number, since three numberings start from 0: samples that the
+    LLM trains on (training), samples that a fresh weighting update drew (update), passages of the
+    target that are mixed into the batch (target)
+alignment: empty if there was no update
+"""
+
+
+STATISTICS = (
+    *("weight_mean", "weight_std", "weight_min", "weight_max"),
+    *("weight_effective_sample_size", "weight_entropy"),
+)
+
+
+def weight_statistics(weights_n: Tensor) -> Tensor:
+    """Returns `STATISTICS` of a global batch's weights, on their device.
+
+    The last two are fractions of their largest value.
+    """
+    return torch.stack(
+        [
+            weights_n.mean(),
+            weights_n.std(correction=0),
+            weights_n.min(),
+            weights_n.max(),
+            effective_sample_size(weights_n),
+            normalized_entropy(weights_n),
+        ]
+    )
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl, one object per line, and to TensorBoard.
+
+    If the disk is full, lines are kept and written when there is space again. The file stays open,
+    so that it can be restored if it was removed.
+    """
+
+    def __init__(self, run_dir: Path, *, tensorboard: bool, warn: Callable[[str], None]) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        self._file = self._path.open("a+b", buffering=0)
+        self._pending = b""
+        self._warn = warn
+        self._board = Board(run_dir / "tensorboard", warn) if tensorboard else None
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Write one line; its `phase` names the TensorBoard series, its `step` the abscissa."""
+        had_room = not self._pending
+        self._pending += (json.dumps(line) + "\n").encode()
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            if had_room:
+                self._warn(f"{self._path}: {error.strerror}; lines are kept until there is room")
+        if self._board is not None:
+            curves = {f"{line['phase']}/{name}": value for name, value in _scalars(line).items()}
+            self._board.add(line["step"], curves)
+
+    def reopen_at(self, state: TrainState) -> None:
+        """Drop the records after `state`."""
+        self._file.close()
+        self._pending = b""
+        drop_records_after(self._path.parent, state, self._warn)
+        self._file = self._path.open("a+b", buffering=0)
+
+    def restore(self) -> None:
+        """Write the file again if it was removed or replaced by another one.
+
+        Raises OSError.
+        """
+        found = self._path.stat() if self._path.exists() else None
+        if found and os.path.samestat(found, os.fstat(self._file.fileno())):
+            return
+        aside = set_aside(self._path, "replaced") if found else None
+        self._copy_back()
+        kept = f"; the file that replaced it is now {aside.name}" if aside else ""
+        self._warn(f"{self._path} was removed: it is written again{kept}")
+
+    def _copy_back(self) -> None:
+        with new_file(self._path) as partial, partial.open("wb") as copy:
+            self._file.seek(0)
+            shutil.copyfileobj(self._file, copy)
+        self._file.close()
+        self._file = self._path.open("a+b", buffering=0)
+
+    def close(self) -> None:
+        """Close both files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _scalars(line: dict[str, Any]) -> dict[str, float]:
+    flat = {name: value for name, value in line.items() if isinstance(value, (int, float))}
+    for domain, value in line.get("domain_loss", {}).items():
+        flat[f"domain_loss/{domain}"] = value
+    flat.pop("step")
+    return flat
+
+
+class WeightRecorder:
+    """Collects weights by sample and writes them, one Parquet file per checkpoint."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._dir = run_dir / "weights"
+        self._tables: list[pa.Table] = []
+        self._steps: list[int] = []
+
+    def add(
+        self,
+        step: int,
+        stage: int,
+        origins: Origins,
+        weights_n: Tensor,
+        alignment_n: Tensor | None,
+    ) -> None:
+        """Keep the weights of a global batch; `alignment_n` is None if no update computed it."""
+        rows = len(origins.domains)
+        alignment = [None] * rows if alignment_n is None else alignment_n.tolist()
+        columns = [
+            [step] * rows,
+            [stage] * rows,
+            list(origins.numberings),
+            origins.sample_ids_B.tolist(),
+            origins.document_ids_B.tolist(),
+            list(origins.domains),
+            weights_n.tolist(),
+            alignment,
+        ]
+        arrays = [
+            pa.array(column, type=field.type)
+            for column, field in zip(columns, _WEIGHT_SCHEMA, strict=True)
+        ]
+        self._tables.append(pa.Table.from_arrays(arrays, schema=_WEIGHT_SCHEMA))
+        self._steps.append(step)
+
+    def forget(self) -> None:
+        """Drop the weights that were not written yet."""
+        self._tables, self._steps = [], []
+
+    def flush(self, updates: int) -> None:
+        """Write the weights since the last call as one file, whose metadata has `updates`.
+
+        Raises OSError if writing fails; the weights are then still kept.
+        """
+        if not self._tables:
+            return
+        self._dir.mkdir(exist_ok=True)
+        name = f"steps_{self._steps[0]:08d}_{self._steps[-1]:08d}.parquet"
+        table = pa.concat_tables(self._tables).unify_dictionaries()
+        with new_file(self._dir / _free_name(self._dir, name)) as partial:
+            pq.write_table(table.replace_schema_metadata({UPDATES: str(updates)}), partial)
+        self.forget()
+
+
+def _free_name(directory: Path, name: str) -> str:
+    """Returns `name`, or `name` with a number if a file with this name exists."""
+    stem = name.removesuffix(".parquet")
+    names = [name, *(f"{stem}_{number}.parquet" for number in range(1, 1000))]
+    return next(candidate for candidate in names if not (directory / candidate).exists())

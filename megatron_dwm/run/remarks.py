@@ -1,0 +1,108 @@
+"""Warnings about a run before its first step; none of them stops the run.
+
+Costs one comparison of the passages' texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_dwm.checkpoint.state import TrainState
+from megatron_dwm.config import Config
+from megatron_dwm.run.inputs import RunInputs
+from megatron_dwm.runtime import Runtime
+from megatron_dwm.weighting import learns, method_class
+from megatron_dwm.weighting.costs import Costs
+from megatron_dwm.weighting.noise import why_no_noise
+
+# A fast CPU with many cores; a laptop has a tenth of it.
+_CPU_FLOPS = 1e12
+_SLOW_STEP_S = 60.0
+
+
+def remarks(
+    config: Config, inputs: RunInputs, costs: Costs, runtime: Runtime, state: TrainState
+) -> Iterator[str]:
+    """Yields a line for everything that a user would not expect from the configuration."""
+    yield from _updates(config, inputs)
+    yield from _shared_passages(config, inputs)
+    yield from _slow_steps(config, costs, runtime)
+    yield from _nothing_is_learned(config)
+    yield from _extra_forward_pass(costs)
+    yield from _nothing_is_profiled(config, state)
+
+
+def _updates(config: Config, inputs: RunInputs) -> Iterator[str]:
+    """Yields lines about small validation batches and noise that is not measured."""
+    if inputs.target is None or not learns(config):
+        return
+    passages = min(config.passages, inputs.target.num_rows)
+    if passages != config.passages:
+        asked_by = (
+            "validation.batch_size"
+            if config.validation.batch_size
+            else "training.global_batch_size"
+        )
+        yield (
+            f"a validation batch takes every row of {config.validation.path} (validation.path) "
+            f"once: {passages}, not the {config.passages} of {asked_by}"
+        )
+    reason = why_no_noise(config, passages)
+    if config.bilevel.noise_interval_updates and reason is not None:
+        yield (
+            f"the alignments' signal-to-noise is not measured: {reason} "
+            "(bilevel.noise_interval_updates 0 says that none is wanted)"
+        )
+
+
+def _shared_passages(config: Config, inputs: RunInputs) -> Iterator[str]:
+    if inputs.target is None or inputs.held_out is None:
+        return
+    texts = inputs.held_out.rows.texts
+    shared = inputs.target.num_shared(texts)
+    if shared:
+        yield (
+            f"{shared} of the {len(texts)} passages of {config.evaluation.path} "
+            f"(evaluation.path) are also in {config.validation.path} (validation.path): "
+            "the run learns from them, so their loss is not held out; take them out of one of "
+            "the two"
+        )
+
+
+def _slow_steps(config: Config, costs: Costs, runtime: Runtime) -> Iterator[str]:
+    flops = costs.llm_step / runtime.world_size
+    seconds = flops / _CPU_FLOPS
+    if runtime.device.type == "cpu" and seconds > _SLOW_STEP_S:
+        yield (
+            f"a step is {flops:.1e} FLOPs a process, {seconds / 60:,.0f} minutes at "
+            f"{_CPU_FLOPS:.0e} a second, which is fast for a CPU: lower data.sequence_length "
+            f"({config.data.sequence_length}), training.global_batch_size "
+            f"({config.training.global_batch_size}) or the model's size"
+        )
+
+
+def _nothing_is_learned(config: Config) -> Iterator[str]:
+    method = method_class(config)
+    if learns(config) and not method.schedule(config).num_updates:
+        yield (
+            f"policy {config.policy.name} makes no weighting update in {config.training.steps} "
+            "steps: lower weighting.warmup_steps, raise weighting.freeze_after or train longer"
+        )
+
+
+def _extra_forward_pass(costs: Costs) -> Iterator[str]:
+    if costs.extra_forward:
+        yield (
+            "weighting.group global with several micro-batches: "
+            "every step needs an extra forward pass before it has weights (a third more time); set "
+            "weighting.group micro_batch or a larger training.micro_batch_size to avoid it"
+        )
+
+
+def _nothing_is_profiled(config: Config, state: TrainState) -> Iterator[str]:
+    profiling, step = config.profiling, state.step
+    if profiling.tool != "none" and profiling.last_step <= step:
+        yield (
+            f"profiling.last_step {profiling.last_step}: the run is at step {step} already, so "
+            "nothing is profiled"
+        )

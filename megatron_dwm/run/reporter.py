@@ -1,0 +1,179 @@
+"""Reports steps, updates and evaluations of a run to the terminal and to its files.
+
+All ranks call every method, since values are gathered; the main process writes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor
+
+from megatron_dwm.checkpoint.state import TrainState
+from megatron_dwm.config import LoggingConfig
+from megatron_dwm.data import Origins
+from megatron_dwm.run.files import RunFiles
+from megatron_dwm.run.health import Health
+from megatron_dwm.run.records import weight_statistics
+from megatron_dwm.run.step_lines import StepLines, named_statistics
+from megatron_dwm.run.terminal import Terminal
+from megatron_dwm.runtime import Runtime
+from megatron_dwm.training import Taken, UpdateResult
+from megatron_dwm.training.evaluation import Evaluation
+from megatron_dwm.training.gather import gather_samples
+from megatron_dwm.weighting.costs import Costs
+
+# Looks up the origins of a global batch's rows when they are needed.
+FindOrigins = Callable[[], Origins]
+
+
+class Reporter:
+    """Writes the records of one run, and its lines on the terminal."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        costs: Costs,
+        runtime: Runtime,
+        config: LoggingConfig,
+        terminal: Terminal,
+        health: Health,
+        files: RunFiles | None,
+    ) -> None:
+        """Start the clock; `files` is None except on the main process."""
+        self._state, self._costs, self._runtime, self._config = state, costs, runtime, config
+        self.terminal, self._health, self._files = terminal, health, files
+        self._clock_s = time.monotonic()
+        self._step_lines = StepLines(health, files)
+
+    def step(self, stage: int, outcome: Taken, origins: FindOrigins) -> None:
+        """Report a step that was taken and is already counted in the state."""
+        weights_n = gather_samples(outcome.weights_n, self._runtime)
+        self.terminal.step(self._state.step, stage, outcome)
+        self._lap()
+        values = {
+            "loss": outcome.loss,
+            "weighted_loss": outcome.weighted_loss,
+            "lr": outcome.learning_rate,
+            "grad_norm": outcome.grad_norm,
+        }
+        self._step_lines.add(self._begun(stage, "train") | values, weights_n, self._counts())
+        if self._state.step % self._config.metrics_interval_steps == 0:
+            self._step_lines.write()
+        interval = self._config.weights_interval_steps
+        if interval and self._state.step % interval == 0 and outcome.update is None:
+            # An update inside the step records the same weights, with alignments.
+            self._record_weights(stage, origins, weights_n, None)
+
+    def update(self, stage: int, result: UpdateResult | None, origins: FindOrigins) -> None:
+        """Report a weighting update, made or skipped, that is already counted in the state."""
+        if result is None:
+            self._skipped_update(stage)
+            return
+        found = result.hypergradient
+        weights_n = gather_samples(result.update.weights_n, self._runtime)
+        alignment_n = gather_samples(found.alignment_n, self._runtime)
+        if result.noise is not None:
+            self._health.signal_to_noise(result.noise.ratio)
+        self._write(
+            stage,
+            "weighting",
+            update=self._state.updates,
+            loss=result.train_loss,
+            val_loss=found.val_loss,
+            grad_norm=found.grad_norm,
+            weighting_grad_norm=result.update.grad_norm,
+            weighting_gradient_cosine=result.update.cosine,
+            alignment_mean=float(alignment_n.mean()),
+            alignment_std=float(alignment_n.std(correction=0)),
+            **({} if result.noise is None else result.noise.columns()),
+            **named_statistics(weight_statistics(weights_n)),
+        )
+        if self._config.weights_interval_steps:
+            self._record_weights(stage, origins, weights_n, alignment_n)
+
+    def skipped(self, stage: int, reason: str, samples: range) -> None:
+        """Report a step that was skipped and is already counted in the state."""
+        first, last = samples.start, samples.stop - 1
+        self._write(stage, "skipped", reason=reason, first_sample=first, last_sample=last)
+        self.terminal.warn(
+            f"step {self._state.step} is skipped: {reason}; samples {first} to {last}"
+        )
+
+    def evaluation(self, stage: int, found: Evaluation) -> None:
+        """Report held-out losses and the scores of last words."""
+        self._write(stage, "evaluation", **found.columns())
+        text = ", ".join(f"{name} {loss:.3f}" for name, loss in found.losses.items())
+        self.terminal.note(f"step {self._state.step} held-out loss: {text}")
+
+    def flush(self) -> None:
+        """Write all records to the disk, and update the run's clock."""
+        self._step_lines.write()
+        self._lap()
+        if self._files is None:
+            return
+        try:
+            self._files.weights.flush(self._state.updates)
+        except OSError as error:
+            self.terminal.warn(f"weights: {error}; records are kept until there is room")
+
+    def write_what_waits(self) -> None:
+        """Write the lines of finished steps when the run fails; they may explain why.
+
+        The failure is reported by its own error, so another one here is not.
+        """
+        with suppress(Exception):
+            self._step_lines.write()
+
+    def back_to_state(self) -> None:
+        """Drop the records after the run's state, which was just loaded from a checkpoint."""
+        self._step_lines.drop()
+        if self._files is not None:
+            self._files.weights.forget()
+            self._files.metrics.reopen_at(self._state)
+        self._clock_s = time.monotonic()
+
+    def close(self) -> None:
+        """Write the remaining records and close terminal and files."""
+        self._step_lines.write()
+        self.terminal.close()
+        if self._files is not None:
+            self._files.metrics.close()
+
+    def _skipped_update(self, stage: int) -> None:
+        number = self._state.updates
+        reason = "its losses or alignments are not finite"
+        self._write(stage, "skipped_update", update=number, reason=reason)
+        self.terminal.warn(f"weighting update {number} is skipped: {reason}")
+
+    def _record_weights(
+        self, stage: int, origins: FindOrigins, weights_n: Tensor, alignment_n: Tensor | None
+    ) -> None:
+        """Record the weights of a global batch (main process only)."""
+        if self._files is not None:
+            self._files.weights.add(self._state.step, stage, origins(), weights_n, alignment_n)
+
+    def _write(self, stage: int, phase: str, **values: object) -> None:
+        self._step_lines.write()
+        self._lap()
+        if self._files is not None:
+            self._files.write({**self._begun(stage, phase), **values, **self._counts()})
+
+    def _begun(self, stage: int, phase: str) -> dict[str, Any]:
+        return {"step": self._state.step, "stage": stage, "phase": phase}
+
+    def _counts(self) -> dict[str, Any]:
+        return {
+            "tokens": self._state.tokens,
+            "flops": self._costs.spent(self._state),
+            "seconds": round(self._state.seconds, 3),
+        }
+
+    def _lap(self) -> None:
+        """Add the time since the last call to the run's time."""
+        now_s = time.monotonic()
+        self._state.seconds += now_s - self._clock_s
+        self._clock_s = now_s

@@ -1,0 +1,242 @@
+"""Starts a run: checks first, then processes, components and the loop."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_dwm.checkpoint.fingerprint import DOMAINS, fingerprint
+from megatron_dwm.checkpoint.first_checkpoint import note_start
+from megatron_dwm.checkpoint.kept_files import kept_files
+from megatron_dwm.checkpoint.load import load_parameters
+from megatron_dwm.checkpoint.manifest import read_manifest
+from megatron_dwm.checkpoint.names import CONFIG_FILE, SHAPE_FILE
+from megatron_dwm.checkpoint.newest import newest_whole_checkpoint
+from megatron_dwm.checkpoint.parts import Parts
+from megatron_dwm.checkpoint.saver import Saver
+from megatron_dwm.checkpoint.state import TrainState
+from megatron_dwm.config import Config, UserError
+from megatron_dwm.config.load import config_text, save_config
+from megatron_dwm.config.paths import typed_paths, with_absolute_paths
+from megatron_dwm.model import LLM
+from megatron_dwm.model.on_disk.from_huggingface import load_huggingface
+from megatron_dwm.model.on_disk.huggingface_files import is_huggingface, open_huggingface
+from megatron_dwm.run.changes import refuse_changed_files, without_effect
+from megatron_dwm.run.checks import check
+from megatron_dwm.run.directory import run_to_resume
+from megatron_dwm.run.files import RunFiles
+from megatron_dwm.run.health import Health
+from megatron_dwm.run.inputs import RunInputs
+from megatron_dwm.run.job import Job, build_job, load_job
+from megatron_dwm.run.lock import only_job
+from megatron_dwm.run.loop import Loop
+from megatron_dwm.run.recorded import drop_records_after
+from megatron_dwm.run.remarks import remarks
+from megatron_dwm.run.reporter import Reporter
+from megatron_dwm.run.resume import require_no_loss, warn_of_keys_without_effect
+from megatron_dwm.run.starting_point import warn_of_another_tokenizer
+from megatron_dwm.run.status import is_finished
+from megatron_dwm.run.terminal import Terminal
+from megatron_dwm.run.upkeep import Upkeep
+from megatron_dwm.runtime import Runtime, bring_up
+from megatron_dwm.runtime.profiling import Window
+from megatron_dwm.runtime.stop import StopPoll, stop_signals
+from megatron_dwm.runtime.warn import print_warning
+from megatron_dwm.weighting import method_class
+
+
+def run(config: Config) -> None:
+    """Train the run of `config`. Raises UserError, if possible before any process group exists.
+
+    Exits with 1 if the final state could not be saved. Until the loop begins, a signal ends the
+    process at once. After that the run saves first, and a second signal of the launcher does no
+    harm until everything is closed.
+    """
+    inputs = check(config)
+    before = run_to_resume(config)
+    typed, config = typed_paths(config), with_absolute_paths(config)
+    run_dir = Path(config.run.dir)
+    with (
+        ExitStack() as until_exit,
+        bring_up(config.parallel, config.run.seed) as runtime,
+        _claimed(run_dir, runtime) as is_lost,
+    ):
+        newest = newest_whole_checkpoint(run_dir, runtime) if before else None
+        found = fingerprint(config, inputs.shape)
+        if before and newest is None:
+            require_no_loss(run_dir, before.training)
+        if _is_over(config, _saved_state(config, newest, found), runtime):
+            return
+        job = build_job(config, runtime, inputs)
+        parts = _parts(config, job, inputs, newest)
+        _start(config, before, job, parts, inputs, newest)
+        if runtime.is_main:
+            _write_start(config, job.state, typed, had_checkpoint=newest is not None)
+        received = until_exit.enter_context(stop_signals())
+        runtime.barrier()
+        stop = StopPoll(runtime, run_dir, received, is_lost)
+        saved = _loop(config, job, parts, inputs, found, newest, stop).run()
+        if not saved:
+            sys.exit(1)
+
+
+def _is_over(config: Config, state: TrainState, runtime: Runtime) -> bool:
+    """True if a run at `state` has nothing left to do; prints a line if so."""
+    if not is_finished(config, state):
+        return False
+    if runtime.is_main:
+        run_dir, steps = config.run.dir, config.training.steps
+        print(f"{run_dir} is at step {state.step}: nothing to do up to step {steps}")
+    return True
+
+
+def _parts(config: Config, job: Job, inputs: RunInputs, newest: Path | None) -> Parts:
+    files: dict[str, bytes] = {}
+    if job.learner.runtime.is_main:
+        files = {
+            CONFIG_FILE: config_text(config).encode(),
+            SHAPE_FILE: json.dumps(asdict(inputs.shape)).encode(),
+            **kept_files(config, inputs.tokenizer, newest),
+        }
+    return Parts(
+        llm=job.learner.llm,
+        optimizer=job.learner.optimizer,
+        method_name=config.policy.name,
+        method=job.method,
+        state=job.state,
+        files=files,
+    )
+
+
+def _start(
+    config: Config,
+    before: Config | None,
+    job: Job,
+    parts: Parts,
+    inputs: RunInputs,
+    newest: Path | None,
+) -> None:
+    """Load the checkpoint to resume from, or the parameters of `model.init_from` (collective)."""
+    if newest is not None:
+        assert before is not None
+        load_job(job, parts, newest)
+        warn_of_keys_without_effect(without_effect(before, config), newest)
+    elif config.model.init_from is not None:
+        if job.learner.runtime.is_main:
+            warn_of_another_tokenizer(config, inputs.tokenizer)
+        _start_from(job.learner.llm, Path(config.model.init_from))
+        job.learner.optimizer.reload_model_params()
+
+
+def _start_from(llm: LLM, directory: Path) -> None:
+    """Load the parameters of a Hugging Face model or of a checkpoint (collective)."""
+    if is_huggingface(directory):
+        load_huggingface(llm, open_huggingface(directory))
+    else:
+        load_parameters(llm, directory)
+
+
+def _loop(
+    config: Config,
+    job: Job,
+    parts: Parts,
+    inputs: RunInputs,
+    found: dict[str, str],
+    newest: Path | None,
+    stop: StopPoll,
+) -> Loop:
+    """Build the loop and everything around it, and print remarks about the run.
+
+    found: fingerprint of the run's files.
+    """
+    run_dir, runtime = Path(config.run.dir), parts.runtime
+    terminal = Terminal(
+        shown=runtime.is_main,
+        first_step=job.state.step,
+        steps=config.training.steps,
+        tokens_per_step=job.feed.global_batch_size * config.data.sequence_length,
+        interval_steps=config.training.log_interval_steps,
+    )
+    health = Health(
+        min_effective_sample_size=config.weighting.warn_effective_sample_size,
+        min_signal_to_noise=config.bilevel.min_signal_to_noise,
+        gentler=method_class(config).gentler,
+        warn=terminal.warn,
+    )
+    files = RunFiles(run_dir, config, terminal.warn) if runtime.is_main else None
+    logging = config.logging
+    report = Reporter(job.state, job.costs, runtime, logging, terminal, health, files)
+    saver = Saver(parts, run_dir, config.training, found, newest=newest, warn=terminal.warn)
+    window = Window(config.profiling, run_dir / "profile", runtime.rank)
+    for remark in remarks(config, inputs, job.costs, runtime, job.state):
+        terminal.warn(remark)
+    return Loop(job, config, report, Upkeep(job, config, parts, saver, report, stop), window)
+
+
+@contextmanager
+def _claimed(run_dir: Path, runtime: Runtime) -> Iterator[Callable[[], bool]]:
+    """Hold the run directory for the job; raises UserError on all ranks if another job holds it.
+
+    Gives a function that is true on the main process if the directory was lost since.
+    """
+    with ExitStack() as stack:
+        refusal: list[str | None] = [None]
+        is_lost: Callable[[], bool] = lambda: False  # noqa: E731
+        if runtime.is_main:
+            try:
+                is_lost = stack.enter_context(only_job(run_dir)).is_lost
+            except UserError as error:
+                refusal = [str(error)]
+        if runtime.world_size > 1:
+            dist.broadcast_object_list(refusal, src=0)
+        if refusal[0] is not None:
+            raise UserError(refusal[0])
+        yield is_lost
+
+
+def _saved_state(config: Config, newest: Path | None, found: dict[str, str]) -> TrainState:
+    """Returns the counters to resume from. Raises UserError if a file of the run has changed.
+
+    found: fingerprint of the run's files. A run without a checkpoint starts from step 0.
+    """
+    if newest is None:
+        return TrainState()
+    manifest = read_manifest(newest)
+    refuse_changed_files(manifest.fingerprint, found, config)
+    if DOMAINS not in manifest.fingerprint:
+        print_warning(
+            f"{newest} does not say what domains the documents of data.train had, as earlier "
+            "versions wrote it: whether they have changed since is not checked"
+        )
+    return manifest.state
+
+
+def _write_start(
+    config: Config, state: TrainState, typed: dict[str, Any], *, had_checkpoint: bool
+) -> None:
+    """Write the resolved configuration, and drop records that a resumed run writes again.
+
+    typed: its paths as the user typed them.
+    """
+    run_dir = Path(config.run.dir)
+    try:
+        missing = drop_records_after(run_dir, state, print_warning)
+        save_config(config, run_dir / CONFIG_FILE, typed)
+        note_start(run_dir, had_one=had_checkpoint)
+    except OSError as error:
+        raise UserError(
+            f"run.dir: {error.filename or run_dir} cannot be written ({error.strerror}); free some "
+            "space or grant permission, and start again: nothing is lost"
+        ) from error
+    if missing:
+        print_warning(
+            f"{run_dir / 'metrics.jsonl'} lacks {missing} of the {state.step} steps up to "
+            "the checkpoint: it was removed or cut short, and they are not made up"
+        )

@@ -1,0 +1,130 @@
+"""Checks the checkpoint or Hugging Face model that a run starts from, before processes start.
+
+A checkpoint's files are compared with the checksums in its manifest. The names and sizes in the
+index of its tensors are compared with its shape.json, so that a wrong checkpoint gives one clear
+line and not an error of Megatron-Core's loader.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from megatron_dwm.checkpoint.kept_files import HUGGINGFACE, TOKENIZER
+from megatron_dwm.checkpoint.manifest import require_whole
+from megatron_dwm.checkpoint.names import LLM_FOLDER, MODEL_PREFIX, SHAPE_FILE
+from megatron_dwm.checkpoint.sharded_files import data_only
+from megatron_dwm.config import Config, UserError
+from megatron_dwm.model import LlamaShape
+from megatron_dwm.model.on_disk.huggingface_files import is_huggingface, open_huggingface
+from megatron_dwm.model.on_disk.parameter_names import megatron_sizes
+from megatron_dwm.model.on_disk.saved_index import read_index
+from megatron_dwm.tokenizer import Tokenizer
+
+_KEY = "model.init_from"
+
+
+def shape_to_start_from(config: Config) -> LlamaShape | None:
+    """Returns the shape of the model of `model.init_from` and checks its files; None without it."""
+    if config.model.init_from is None:
+        return None
+    directory = Path(config.model.init_from)
+    if is_huggingface(directory):
+        return open_huggingface(directory).shape
+    shape = _read_shape(directory / SHAPE_FILE)
+    if not (directory / LLM_FOLDER / ".metadata").is_file():
+        raise UserError(
+            f"{_KEY}: {directory / 'llm/.metadata'} is missing; the checkpoint is incomplete"
+        )
+    require_whole(directory, _KEY)
+    _require_tensors(directory / LLM_FOLDER, shape)
+    return shape
+
+
+def _read_shape(path: Path) -> LlamaShape:
+    if not path.is_file():
+        raise UserError(
+            f"{_KEY}: {path} is missing; expected a checkpoint such as "
+            "RUN/checkpoints/step_00001000, or a Hugging Face directory"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        unknown = set(values) - {field.name for field in fields(LlamaShape)}
+        if unknown:
+            raise UserError(f"{_KEY}: {path}: {min(unknown)} is not known; is this a checkpoint?")
+        return _checked(LlamaShape(**values))
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{_KEY}: {path} does not describe a model ({reason})") from None
+
+
+def _checked(shape: LlamaShape) -> LlamaShape:
+    """Returns `shape`; raises ValueError unless its numbers are above 0."""
+    for field in fields(LlamaShape):
+        value: Any = getattr(shape, field.name)
+        if field.name == "tied_embeddings" or (value is None and field.default is None):
+            continue
+        kind = int if field.type.startswith("int") else (int, float)
+        if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
+            raise ValueError(f"{field.name} is {value!r}, expected a number above 0")
+    return shape
+
+
+def _require_tensors(directory: Path, shape: LlamaShape) -> None:
+    """Raise UserError unless the index in `directory` has the tensors of such a model."""
+    found = _read_index(directory).state_dict_metadata
+    for name, size in megatron_sizes(shape).items():
+        entry = found.get(MODEL_PREFIX + name)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise UserError(
+                f"{_KEY}: {directory} has no tensor {MODEL_PREFIX + name}; it is no checkpoint of "
+                "a model that the shape.json next to it describes"
+            )
+        if tuple(entry.size) != size:
+            raise UserError(
+                f"{_KEY}: {directory}: tensor {MODEL_PREFIX + name} has shape {list(entry.size)}, "
+                f"the shape.json next to it says {list(size)}"
+            )
+
+
+def _read_index(directory: Path) -> Metadata:
+    with data_only(directory / ".metadata"):
+        try:
+            return read_index(directory)
+        except (EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{_KEY}: {directory / '.metadata'} cannot be read; the checkpoint is damaged "
+                f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            ) from error
+
+
+def warn_of_another_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
+    """Warn on stderr if the run's tokenizer is not that of the model that it starts from.
+
+    Prints nothing if the model's tokenizer is not known.
+    """
+    directory = Path(config.model.init_from or "")
+    folders = [directory] if is_huggingface(directory) else []
+    folders += [directory / TOKENIZER] if (directory / TOKENIZER).is_dir() else []
+    folders = folders or [directory / HUGGINGFACE]
+    known = [
+        (folder / name).read_bytes()
+        for folder in folders
+        for name in ("tokenizer.json", "tokenizer.model")
+        if (folder / name).is_file()
+    ]
+    if known and tokenizer.content not in known:
+        print(
+            f"warning: data.tokenizer {config.data.tokenizer} is not the tokenizer of {_KEY} "
+            f"{directory}: the model learned other ids for the same words; name the model's own, "
+            "unless this is intended",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,54 @@
+"""Lines of metrics.jsonl whose weight statistics are still on the device.
+
+Reading a statistic makes the host wait for the device, so lines are written together, once every
+`logging.metrics_interval_steps` steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from megatron_dwm.run.files import RunFiles
+from megatron_dwm.run.health import Health
+from megatron_dwm.run.records import STATISTICS, weight_statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Line:
+    before: dict[str, Any]
+    statistics: Tensor
+    after: dict[str, Any]
+
+
+class StepLines:
+    """The lines of steps that are not written yet."""
+
+    def __init__(self, health: Health, files: RunFiles | None) -> None:
+        self._health, self._files = health, files
+        self._waiting: list[_Line] = []
+
+    def add(self, before: dict[str, Any], weights_n: Tensor, after: dict[str, Any]) -> None:
+        """Keep a line; `before` and `after` are its keys before and after the statistics."""
+        statistics = weight_statistics(weights_n)
+        self._waiting.append(_Line(before=before, statistics=statistics, after=after))
+
+    def write(self) -> None:
+        """Write the lines; waits for the device."""
+        waiting, self._waiting = self._waiting, []
+        for line in waiting:
+            statistics = named_statistics(line.statistics)
+            self._health.effective_sample_size(statistics["weight_effective_sample_size"])
+            if self._files is not None:
+                self._files.write({**line.before, **statistics, **line.after})
+
+    def drop(self) -> None:
+        """Drop the lines."""
+        self._waiting = []
+
+
+def named_statistics(statistics: Tensor) -> dict[str, float]:
+    """Returns the values of `weight_statistics` by name; waits for the device."""
+    return dict(zip(STATISTICS, statistics.tolist(), strict=True))

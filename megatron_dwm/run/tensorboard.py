@@ -1,0 +1,68 @@
+"""Writes TensorBoard's event files in addition to metrics.jsonl.
+
+The format is TensorBoard's. Its own writer has a thread that opens the file by name for every
+write; if the disk is full or the folder was removed, the thread fails with a traceback, and then
+the run. Here the file stays open, and an error of the disk ends the curves but not the run.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import scalar
+
+_VERSION = "brain.Event:2"
+
+
+class Board:
+    """Writes scalars into one new event file of a folder."""
+
+    def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._path = folder / f"{name}.{time.monotonic_ns()}"
+        self._records: RecordWriter | None = None
+        try:
+            folder.mkdir(exist_ok=True)
+            self._records = RecordWriter(self._path.open("xb"))
+        except OSError as error:
+            self._warn_of(error)
+        self._write([Event(wall_time=time.time(), file_version=_VERSION)])
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write the values of one step; keys are the names of curves."""
+        now_s = time.time()
+        self._write(
+            [
+                Event(wall_time=now_s, step=step, summary=scalar(name, value))
+                for name, value in scalars.items()
+            ]
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        records, self._records = self._records, None
+        if records is not None:
+            with suppress(OSError):  # the warning was printed before
+                records.close()
+
+    def _write(self, events: list[Event]) -> None:
+        if self._records is None:
+            return
+        try:
+            for event in events:
+                self._records.write(event.SerializeToString())
+            self._records.flush()
+        except OSError as error:
+            self._warn_of(error)
+            self.close()
+
+    def _warn_of(self, error: OSError) -> None:
+        self._warn(f"{self._path}: {error.strerror}; TensorBoard has no curves from here on")

@@ -1,0 +1,116 @@
+"""One weighting update, from the weighted gradient of a batch.
+
+The gradient buffers contain g(w). The hypergradient through the virtual step along g(w) says how
+the weights should change (bilevel/), and the method learns from that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_dwm.bilevel import Hypergradient, Problem, hypergradient
+from megatron_dwm.bilevel.problem import InnerOptimizer
+from megatron_dwm.data import Batch
+from megatron_dwm.model import PassResult, clear_gradients
+from megatron_dwm.runtime import Runtime
+from megatron_dwm.runtime.profiling import phase
+from megatron_dwm.training.gather import gather_samples, mean_over_samples
+from megatron_dwm.training.learner import Learner
+from megatron_dwm.training.weighted_pass import weighted_pass
+from megatron_dwm.weighting import Alignments, Counters, Method, WeightingUpdate
+from megatron_dwm.weighting.noise import SignalToNoise, signal_to_noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpperLevel:
+    """The upper level of the bi-level problem in one update.
+
+    passages: this replica's passages of the target.
+    measure_noise: also compute the alignments of both halves of them, the even and the odd rows.
+    estimator, inner_optimizer: as in `bilevel.*`.
+    """
+
+    passages: Batch
+    measure_noise: bool = False
+    estimator: str = "tangent_probe"
+    inner_optimizer: InnerOptimizer = "adam"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateResult:
+    """The result of one weighting update.
+
+    noise: signal-to-noise of the alignments; None if it was not measured.
+    train_loss: mean of the samples' token-mean losses over the global batch, at theta.
+    """
+
+    hypergradient: Hypergradient
+    noise: SignalToNoise | None
+    update: WeightingUpdate
+    train_loss: float
+
+
+def weighting_update(
+    learner: Learner, method: Method, train: Batch, upper: UpperLevel, counters: Counters
+) -> UpdateResult | None:
+    """Make one update on its own batch, with the LLM frozen (collective).
+
+    Returns None, without an update, if alignments or validation loss are not finite.
+    """
+    with phase("weighted gradient"):
+        result = weighted_pass(learner, method, train, counters, for_update=True)
+    update = update_from_gradient(learner, method, train, result, upper)
+    clear_gradients(learner.llm, learner.optimizer)
+    return update
+
+
+def update_from_gradient(
+    learner: Learner, method: Method, train: Batch, result: PassResult, upper: UpperLevel
+) -> UpdateResult | None:
+    """Make one update from g(w), which is in the gradient buffers before and after (collective).
+
+    result: the pass that computed g(w). Returns None as `weighting_update` does.
+    """
+    assert result.weights_n is not None
+    problem = Problem(
+        llm=learner.llm,
+        optimizer=learner.optimizer,
+        train_batch=train,
+        weights_n=result.weights_n,
+        val_batch=upper.passages,
+        micro_batch_size=learner.micro_batch_size,
+        inner=upper.inner_optimizer,
+    )
+    with phase("hypergradient"):
+        found = hypergradient(problem, upper.estimator, halves=upper.measure_noise)
+    if not _is_finite_everywhere(found):
+        return None
+    noise = _noise(found, learner.runtime)
+    alignments = Alignments(
+        values_n=found.alignment_n,
+        learning_rate=problem.learning_rate,
+        signal_to_noise=None if noise is None else noise.ratio,
+    )
+    with phase("weighting model"):
+        update = method.update(train, result.outputs, alignments)
+    train_loss = float(mean_over_samples(result.sample_losses_n[None], learner.runtime)[0])
+    return UpdateResult(hypergradient=found, noise=noise, update=update, train_loss=train_loss)
+
+
+def _noise(found: Hypergradient, runtime: Runtime) -> SignalToNoise | None:
+    """Compute the signal-to-noise ratio over the global batch, if halves exist (collective)."""
+    if found.halves_2n is None:
+        return None
+    return signal_to_noise(*(gather_samples(half_n, runtime) for half_n in found.halves_2n))
+
+
+def _is_finite_everywhere(found: Hypergradient) -> bool:
+    """True if every replica's alignments and the validation loss are finite (collective)."""
+    finite = torch.isfinite(found.alignment_n).all() & math.isfinite(found.val_loss)
+    answer = finite.to(torch.int32)
+    dist.all_reduce(answer, op=dist.ReduceOp.MIN)
+    return bool(answer)

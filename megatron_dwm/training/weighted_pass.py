@@ -1,0 +1,58 @@
+"""The first pass of a step or an update: weights from the method, and g(w) in the buffers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron_dwm.data import Batch
+from megatron_dwm.model import (
+    ForwardOutputs,
+    PassResult,
+    clear_gradients,
+    forward_backward,
+    forward_only,
+)
+from megatron_dwm.model.passes.objective import unit, weighted, weighted_denominator
+from megatron_dwm.training.learner import Learner
+from megatron_dwm.weighting import Counters, Method, Needs
+
+
+def weighted_pass(
+    learner: Learner, method: Method, batch: Batch, counters: Counters, *, for_update: bool
+) -> PassResult:
+    """Compute g(w) into the gradient buffers; the result has the method's weights (collective).
+
+    for_update: keep what an update of the method reads.
+    """
+    llm, size = learner.llm, learner.micro_batch_size
+    needs = method.needs(counters)
+    kept = method.update_needs if for_update else Needs()
+    early_layer = kept.early_layer
+    weights_n, weigh = torch.ones(batch.size, device=llm.runtime.device), None
+    if not needs.forward_pass:
+        weights_n = method.weights(batch, None, counters)
+    elif needs.whole_batch and batch.size > size:
+        # Every weight needs all micro-batches, and a pipeline cannot keep all of them in memory. So
+        # an extra forward pass comes first.
+        first = forward_only(llm, unit(batch, size), early_layer=needs.early_layer)
+        weights_n = method.weights(batch, first.outputs, counters)
+    else:
+        early_layer = needs.early_layer if early_layer is None else early_layer
+        rows = batch.micro_batches(size)
+
+        def weigh(index: int, outputs: ForwardOutputs) -> Tensor:
+            return method.weights(rows[index], outputs, counters)
+
+    clear_gradients(llm, learner.optimizer)
+    result = forward_backward(
+        llm,
+        weighted(batch, weights_n, size),
+        denominator=weighted_denominator(batch),
+        weigh=weigh,
+        early_layer=early_layer,
+        keep_features=kept.early_layer is not None,
+    )
+    return result if weigh is not None else replace(result, weights_n=weights_n)

@@ -1,0 +1,135 @@
+"""FLOPs of a run's steps and updates, so that methods can be compared at equal compute.
+
+The formulas follow model/flops.py. A run reports what it has spent (`Costs.spent`), and the planner
+computes in advance what it will spend, from the same record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_dwm.config import Config
+from megatron_dwm.model import LlamaShape
+from megatron_dwm.model.flops import FORWARD_BACKWARD, llm_forward_flops
+from megatron_dwm.weighting.model import WeightingShape
+from megatron_dwm.weighting.noise import why_no_noise
+
+
+class Spent(Protocol):
+    """Counters of a run: steps, batches that a weighting model weighed, updates."""
+
+    step: int
+    weighings: int
+    updates: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """FLOPs by part, without evaluation.
+
+    llm_step: forward and backward of one global batch.
+    weighing: the weighting model on one batch, once it has learned.
+    extra_forward: the LLM's extra forward pass that must finish before a batch has weights.
+    update_passes: the LLM's passes of one weighting update.
+    learning: the weighting model's own part of one update.
+    noise: one measurement of signal-to-noise, made in every `noise_interval`-th update (0: none).
+    """
+
+    llm_step: float
+    weighing: float = 0.0
+    extra_forward: float = 0.0
+    update_passes: float = 0.0
+    learning: float = 0.0
+    noise: float = 0.0
+    noise_interval: int = 0
+
+    @property
+    def forward(self) -> float:
+        """One forward pass of the LLM over a global batch."""
+        return self.llm_step / FORWARD_BACKWARD
+
+    @property
+    def update(self) -> float:
+        """One weighting update, without noise and without weighing a fresh batch."""
+        return self.learning + self.update_passes
+
+    def spent(self, counters: Spent) -> float:
+        """Returns the FLOPs of a run so far."""
+        passes = counters.step * self.llm_step
+        passes += counters.weighings * (self.weighing + self.extra_forward)
+        noise = self.measurements(counters.updates) * self.noise
+        return passes + counters.updates * self.update + noise
+
+    def measurements(self, updates: int) -> int:
+        """Returns how often noise is measured in `updates` updates: first, then every interval."""
+        return -(-updates // self.noise_interval) if self.noise_interval else 0
+
+
+def plain_costs(config: Config, llm: LlamaShape) -> Costs:
+    """Returns the costs of plain training."""
+    return Costs(llm_step=FORWARD_BACKWARD * _forward(config, llm))
+
+
+def learning_costs(
+    config: Config,
+    llm: LlamaShape,
+    *,
+    passages: int | None,
+    model: WeightingShape | None = None,
+    extra_forward: bool = False,
+    encodes_twice: bool = False,
+    frozen: bool = False,
+) -> Costs:
+    """Returns the costs of a method that learns from alignments.
+
+    passages: number in a validation batch; None for the configured one.
+    model: the weighting model, if there is one.
+    extra_forward: weights need a forward pass of the whole batch first.
+    encodes_twice: an update runs the weighting model forward twice (weighting/encoding.py).
+    frozen: the method makes no updates.
+    """
+    rows, length = config.training.global_batch_size, config.data.sequence_length
+    forward = _forward(config, llm)
+    passages = config.passages if passages is None else passages
+    weighing = 0.0
+    if model is not None:
+        weighing = weighting_forward_flops(model, rows, length, _group_size(config))
+    validation = llm_forward_flops(llm, passages, length)
+    fresh = config.weighting.update_on == "fresh"
+    update_passes = FORWARD_BACKWARD * (validation + forward + fresh * forward)
+    measured = not frozen and why_no_noise(config, passages) is None
+    return Costs(
+        llm_step=FORWARD_BACKWARD * forward,
+        weighing=weighing,
+        extra_forward=forward if extra_forward else 0.0,
+        update_passes=0.0 if frozen else update_passes,
+        learning=0.0 if frozen else (FORWARD_BACKWARD + encodes_twice) * weighing,
+        noise=FORWARD_BACKWARD * forward,
+        noise_interval=config.bilevel.noise_interval_updates if measured else 0,
+    )
+
+
+def weighting_forward_flops(
+    shape: WeightingShape, samples: int, sequence_length: int, group_size: int
+) -> float:
+    """Returns the FLOPs of weighing `samples` samples of `sequence_length` tokens in groups."""
+    width = shape.hidden_size
+    layer = 4 * width * width + 3 * width * shape.ffn_hidden_size
+    if shape.encoder == "own":
+        causal_attention = width * sequence_length
+        reading = sequence_length * shape.num_layers * (layer + causal_attention)
+    else:
+        reading = (2 * shape.feature_size + 1) * width
+    across = layer + 2 * width * group_size + 2 * width
+    return 2.0 * samples * (reading + across)
+
+
+def _forward(config: Config, llm: LlamaShape) -> float:
+    return llm_forward_flops(llm, config.training.global_batch_size, config.data.sequence_length)
+
+
+def _group_size(config: Config) -> int:
+    training = config.training
+    is_global = config.weighting.group == "global"
+    return training.global_batch_size if is_global else training.micro_batch_size

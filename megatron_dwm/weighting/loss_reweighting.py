@@ -1,0 +1,118 @@
+"""Loss-based reweighting: harder samples weigh more (Sow et al., ICLR 2025, arXiv 2502.06733).
+
+    u_i = (l_i - m) / d         l_i: token-mean loss of sample i under the LLM as it is
+    w   = the guarded softmax of u / temperature over the weighting group
+
+m and d are the running mean and standard deviation of the losses of earlier global batches (the
+paper normalizes inside the batch), so the spread of the weights does not depend on the size of the
+group. There is no model, no target and no update. Cost: none if the group is a micro-batch; a
+forward pass if a global group has several micro-batches (training/weighted_pass.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dwm.config import Config, PolicyConfig, WeightingConfig
+from megatron_dwm.config.key import Part
+from megatron_dwm.data import Batch
+from megatron_dwm.model import ForwardOutputs, LlamaShape
+from megatron_dwm.runtime import Runtime
+from megatron_dwm.weighting.concentration import GUARDS
+from megatron_dwm.weighting.costs import Costs, plain_costs
+from megatron_dwm.weighting.groups import gather_over_data
+from megatron_dwm.weighting.method import Counters, Needs
+from megatron_dwm.weighting.rule_based import RuleBased
+from megatron_dwm.weighting.rules import group_problems
+
+
+class LossReweighting(RuleBased):
+    """Weights from losses and their two running moments, the same on every rank."""
+
+    gentler = f"{GUARDS}, or policy.loss_temperature"
+
+    @classmethod
+    def parts(cls, config: Config) -> frozenset[Part]:
+        """Returns the parts: losses and groups."""
+        return frozenset({"losses", "groups"})
+
+    @classmethod
+    def problems(cls, config: Config, num_layers: int, world_size: int) -> Iterator[str]:
+        """Check the rules of groups."""
+        yield from group_problems(config)
+
+    @classmethod
+    def first_weighed_step(cls, config: Config) -> int:
+        """Returns 1, since the first batch only gives the moments."""
+        return 1
+
+    @classmethod
+    def costs(
+        cls, config: Config, llm: LlamaShape, *, replicas: int, passages: int | None = None
+    ) -> Costs:
+        """Returns plain costs, and a forward pass if a group has several micro-batches."""
+        costs, training = plain_costs(config, llm), config.training
+        rows = training.global_batch_size // replicas
+        waits = config.weighting.group == "global" and rows > training.micro_batch_size
+        return replace(costs, extra_forward=costs.forward) if waits else costs
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        weighting: WeightingConfig,
+        runtime: Runtime,
+        micro_batch_size: int,
+    ) -> None:
+        super().__init__(config, weighting, runtime, micro_batch_size)
+        # Means of l and of l^2, float64, on the device, so that a step does not wait for them.
+        self.moments: Tensor | None = None
+
+    def needs(self, counters: Counters) -> Needs:
+        """Returns losses after the first batch, and nothing before it."""
+        if self.moments is None:
+            return Needs()
+        return Needs(losses=True, whole_batch=self.grouping.is_global)
+
+    def weighs(self, counters: Counters) -> bool:
+        """True after the first batch."""
+        return self.moments is not None
+
+    @torch.no_grad()
+    def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
+        """Returns float32 [n], mean 1 in every weighting group; all 1 for the first batch."""
+        if self.moments is None:
+            return torch.ones(batch.size, device=batch.tokens_BS.device)
+        assert outputs is not None
+        mean, square = self.moments
+        deviation = (square - mean.square()).clamp(min=0.0).sqrt()
+        centered_n = outputs.losses_n.double() - mean
+        logits_n = torch.where(deviation > 0, centered_n / deviation, 0.0)
+        return self.grouping.local(
+            self.group_weights((logits_n / self.config.loss_temperature).float())
+        )
+
+    @torch.no_grad()
+    def after_step(self, losses_n: Tensor, counters: Counters) -> None:
+        """Update the moments with the losses of this global batch (collective)."""
+        losses_N = gather_over_data(losses_n.detach(), self.runtime).double()
+        found = torch.stack([losses_N.mean(), losses_N.square().mean()])
+        if self.moments is None:
+            self.moments = found
+        else:
+            self.moments = torch.lerp(found, self.moments, self.config.loss_decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the moments."""
+        return {"moments": None if self.moments is None else self.moments.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the state of `state_dict`."""
+        moments = state["moments"]
+        if moments is not None:
+            moments = torch.tensor(moments, dtype=torch.float64, device=self.runtime.device)
+        self.moments = moments

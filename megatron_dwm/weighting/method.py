@@ -1,0 +1,214 @@
+"""The interface of methods: one Protocol, one file per method, one registry (config/methods.py).
+
+A method declares what it needs to know about a sample. Tokens and labels exist before the LLM runs.
+Losses and features are outputs of the LLM's own forward pass; weights from them are computed inside
+that pass (training/step.py), on the last pipeline stage.
+
+The class methods answer questions about a configuration, before anything is built, so that no code
+outside this folder depends on a method's name. All defaults are those of plain training.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from megatron_dwm.config import Config
+from megatron_dwm.config.key import Part
+from megatron_dwm.data import Batch, Source, ValidationSet
+from megatron_dwm.model import LLM, ForwardOutputs, LlamaShape
+from megatron_dwm.tokenizer import Tokenizer
+from megatron_dwm.weighting.costs import Costs, plain_costs
+from megatron_dwm.weighting.model import WeightingShape
+from megatron_dwm.weighting.schedule import Schedule
+
+
+class Counters(Protocol):
+    """Progress of the run. step: LLM steps done. updates: weighting updates made."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def updates(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a method reads of its samples in addition to their tokens.
+
+    losses: token-mean losses.
+    early_layer: layer (from 1) of the early pooled hidden states; None if it reads none.
+    whole_batch: a sample's weight depends on every sample of the global batch.
+    """
+
+    losses: bool = False
+    early_layer: int | None = None
+    whole_batch: bool = False
+
+    @property
+    def forward_pass(self) -> bool:
+        """True if a forward pass of the LLM must come before the weights."""
+        return self.losses or self.early_layer is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignments:
+    """The alignments that a method learns from.
+
+    values_n: float32, s_i of this replica's samples (METHOD.md, section 2).
+    learning_rate: the LLM's eta, needed if the scale of the alignments matters.
+    signal_to_noise: ratio of these alignments; None if it was not measured.
+    """
+
+    values_n: Tensor
+    learning_rate: float
+    signal_to_noise: float | None = None
+
+
+@dataclass(frozen=True)
+class WeightingUpdate:
+    """The result of one update.
+
+    weights_n: float32, this replica's weights before the update.
+    grad_norm: norm of the weighting model's gradient before clipping; None without a model.
+    cosine: cosine similarity of that gradient and the previous one; None in the first update.
+    """
+
+    weights_n: Tensor
+    grad_norm: float | None = None
+    cosine: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildContext:
+    """Everything that a method may be built from; `target` is None if the method reads none."""
+
+    config: Config
+    llm: LLM
+    tokenizer: Tokenizer
+    target: ValidationSet | None = None
+
+
+class Method(Protocol):
+    """Decides the weights of samples.
+
+    It gets this replica's samples of one optimizer step; or one micro-batch of them, if it needs
+    the forward pass but not the whole batch.
+    """
+
+    gentler: ClassVar[str] = "report it: this method has equal weights"
+    """what to change if a few samples get nearly all the weight"""
+
+    @classmethod
+    def parts(cls, config: Config) -> frozenset[Part]:
+        """Returns the parts of the method; keys of other parts have no effect with it."""
+        return frozenset()
+
+    @classmethod
+    def problems(cls, config: Config, num_layers: int, world_size: int) -> Iterator[str]:
+        """Yields a line for every rule that the configuration breaks.
+
+        num_layers: layers of the LLM.
+        """
+        yield from ()
+
+    @classmethod
+    def remarks(cls, config: Config, llm: LlamaShape, tokenizer: Tokenizer) -> Iterator[str]:
+        """Yields a line for each property of the method's files that cannot be checked.
+
+        Raises UserError if a file is missing or does not fit.
+        """
+        yield from ()
+
+    @classmethod
+    def depends_on(cls, config: Config) -> Iterator[tuple[str, Path]]:
+        """Yields the keys and files whose content must be the same in a resumed run."""
+        if "target" in cls.parts(config) and config.validation.path is not None:
+            yield "validation.path", Path(config.validation.path)
+
+    @classmethod
+    def schedule(cls, config: Config) -> Schedule:
+        """Returns the steps at which the method updates."""
+        return Schedule(steps=config.training.steps)
+
+    @classmethod
+    def first_weighed_step(cls, config: Config) -> int:
+        """Returns the first step (from 0) with weights from a model; `training.steps` if none."""
+        return config.training.steps
+
+    @classmethod
+    def model_shape(cls, config: Config, llm: LlamaShape) -> WeightingShape | None:
+        """Returns the shape of the weighting model, for the planner; None if there is none."""
+        return None
+
+    @classmethod
+    def costs(
+        cls, config: Config, llm: LlamaShape, *, replicas: int, passages: int | None = None
+    ) -> Costs:
+        """Returns the FLOPs of the run's parts.
+
+        passages: number in a validation batch, if it is not the configured one.
+        """
+        return plain_costs(config, llm)
+
+    @classmethod
+    def training_source(
+        cls, config: Config, corpus: Source, target: ValidationSet | None
+    ) -> Source:
+        """Returns the batches that the LLM trains on."""
+        return corpus
+
+    @classmethod
+    def build(cls, context: BuildContext) -> Method:
+        """Build the method of a run. Raises UserError for files that do not fit."""
+        return cls()
+
+    def needs(self, counters: Counters) -> Needs:
+        """Returns what `weights` reads at this point of the run."""
+        return Needs()
+
+    @property
+    def update_needs(self) -> Needs:
+        """What `update` reads of its samples in addition to their tokens."""
+        return Needs()
+
+    def weighs(self, counters: Counters) -> bool:
+        """True if the method computes weights for the next batch, which costs FLOPs."""
+        return False
+
+    @abstractmethod
+    def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
+        """Returns float32 [n], a weight per sample: finite, non-negative, mean 1 over the batch.
+
+        outputs: the LLM's outputs for the same samples; None if the method needs none.
+        """
+        ...
+
+    def update(
+        self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments
+    ) -> WeightingUpdate:
+        """Learn from this replica's samples and their alignments (collective over the world)."""
+        raise NotImplementedError("a method whose schedule has updates learns from them")
+
+    def after_step(self, losses_n: Tensor, counters: Counters) -> None:
+        """Record the token-mean losses of this replica's samples in a step that was taken."""
+
+    def files(self) -> dict[str, bytes]:
+        """Returns files that another run can use, by name; empty if there are none.
+
+        The main process alone calls it, so it may make no collective call.
+        """
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns everything that a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the state of `state_dict`. Raises KeyError or ValueError if it does not fit."""

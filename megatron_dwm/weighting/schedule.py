@@ -1,0 +1,95 @@
+"""When a method updates: pure functions of the step, so a checkpoint need not save anything.
+
+`staged` makes many updates at each stage boundary, `online` one every few steps (METHOD.md, section
+1). Steps are numbered from 0: an update before step k comes after the LLM has taken k steps.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from megatron_dwm.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The updates and the stages of a run of `steps` steps.
+
+    update_steps: the steps before which updates are made, ascending.
+    updates_each: updates before each of them, with the LLM frozen.
+    borders: the first step of every stage, ascending, beginning with 0.
+    in_step: the update comes inside the preceding step, from that step's own batch and gradient.
+    """
+
+    steps: int
+    update_steps: Sequence[int] = ()
+    updates_each: int = 1
+    borders: Sequence[int] = (0,)
+    in_step: bool = False
+
+    def updates_before(self, step: int) -> int:
+        """Returns the number of updates that are due before step `step`."""
+        last = bisect_right(self.update_steps, step) - 1
+        due = last >= 0 and self.update_steps[last] == step
+        return self.updates_each if due else 0
+
+    def stage(self, step: int) -> int:
+        """Returns the number, from 1, of the stage of step `step`."""
+        return bisect_right(self.borders, min(step, self.steps - 1))
+
+    def ends_stage(self, step: int) -> bool:
+        """True if a stage ends after `step` steps."""
+        return step == self.steps or self.stage(step) != self.stage(step - 1)
+
+    @property
+    def num_updates(self) -> int:
+        """Number of updates in the whole run."""
+        return self.updates_each * len(self.update_steps)
+
+    @property
+    def first_update(self) -> int:
+        """The step before which the first update is made; `steps` if there is none."""
+        return self.update_steps[0] if self.update_steps else self.steps
+
+
+def schedule_of(config: Config) -> Schedule:
+    """Returns the schedule of a method that learns, by `weighting.mode`."""
+    weighting = config.weighting
+    last = weighting.freeze_after * config.training.steps
+    if weighting.mode == "online":
+        return online(
+            config.training.steps,
+            warmup=weighting.warmup_steps,
+            interval=weighting.interval_steps,
+            last=last,
+            in_step=weighting.update_on == "training",
+        )
+    return staged(
+        config.training.steps,
+        stages=weighting.stages,
+        updates=weighting.updates_per_stage,
+        last=last,
+    )
+
+
+def staged(steps: int, *, stages: int, updates: int, last: float) -> Schedule:
+    """Returns stages of equal length; each but the first begins with `updates` updates.
+
+    In the first one Adam's moments are still empty. last: the step after which no update is made.
+    """
+    borders = [steps * number // stages for number in range(stages)]
+    return Schedule(
+        steps=steps,
+        update_steps=tuple(takewhile(lambda step: step <= last, borders[1:])),
+        updates_each=updates,
+        borders=tuple(borders),
+    )
+
+
+def online(steps: int, *, warmup: int, interval: int, last: float, in_step: bool) -> Schedule:
+    """Returns one update after `warmup` steps and then every `interval` steps, in one stage."""
+    end = min(steps, int(last) + 1)
+    return Schedule(steps=steps, update_steps=range(max(warmup, 1), end, interval), in_step=in_step)

@@ -1,0 +1,162 @@
+"""Training of the weighting model: the weights of a group, and one update from alignments.
+
+An update follows the chain rule (METHOD.md, section 2):
+
+    dL_val/dphi = sum_i dL_val/dw_i * dw_i/dphi,   dL_val/dw_i = -(eta/n) * s_i
+
+It is computed as the gradient of -(1/n) sum_i a_i w_i(phi) with constant a_i. a_i is s_i
+standardized inside the weighting group, or eta * s_i. The raw scale of s drifts by orders of
+magnitude during training (section 6), so standardized alignments are the default. The LLM's
+features of a sample do not depend on phi, so they are constants here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from megatron_dwm.config import WeightingConfig
+from megatron_dwm.data import Batch
+from megatron_dwm.model import ForwardOutputs
+from megatron_dwm.runtime import Runtime
+from megatron_dwm.weighting.concentration import weights_from_logits
+from megatron_dwm.weighting.encoding import encode
+from megatron_dwm.weighting.groups import Grouping, gather_inside_replica, share_of_rank
+from megatron_dwm.weighting.method import Alignments, WeightingUpdate
+from megatron_dwm.weighting.model import WeightingModel
+from megatron_dwm.weighting.noise import Reliability
+from megatron_dwm.weighting.standardize import standardize
+
+
+class WeightingTrainer:
+    """A weighting model, equal on every rank of the job, and its optimizer."""
+
+    def __init__(
+        self,
+        model: WeightingModel,
+        config: WeightingConfig,
+        runtime: Runtime,
+        micro_batch_size: int,
+        *,
+        learned: bool = False,
+        bf16: bool = False,
+    ) -> None:
+        """Move the model to the device and build its optimizer.
+
+        learned: the model was trained before, so it gives the weights from the first step on.
+        bf16: the model's own encoder computes products in bf16; see encoding.py.
+        """
+        self.model = model.to(runtime.device)
+        self.bf16 = bf16
+        self.config = config
+        self.runtime = runtime
+        self.grouping = Grouping(runtime, micro_batch_size, config.group == "global")
+        self.learned = learned
+        self.reliability = Reliability()
+        self._previous_gradient: Tensor | None = None
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=config.weight_decay,
+        )
+
+    def update(
+        self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments
+    ) -> WeightingUpdate:
+        """Take one AdamW step toward a lower validation loss (collective over the job)."""
+        self.reliability.observe(alignments.signal_to_noise)
+        weights_Gn = self.group_weights(batch, outputs)
+        advantage_Gn = self._advantage(alignments, weights_Gn.detach())
+        num_samples = batch.size * self.runtime.data_size
+        objective = -(advantage_Gn * weights_Gn).sum() / num_samples
+        self.optimizer.zero_grad()
+        (objective / self.grouping.ranks_with_same_groups).backward()
+        gradient = self._sum_gradients()
+        cosine = self._cosine_to_previous(gradient)
+        limit = self.config.clip_grad or float("inf")
+        grad_norm = float(clip_grad_norm_(self.model.parameters(), limit))
+        self._step()
+        self.learned = True
+        return WeightingUpdate(self.grouping.local(weights_Gn.detach()), grad_norm, cosine)
+
+    def group_weights(self, batch: Batch, outputs: ForwardOutputs | None) -> Tensor:
+        """Returns [G, n]: the weights of this rank's groups."""
+        if self.model.shape.encoder == "own":
+            pooled_GnD = self.grouping.gather(self._encoded(batch))
+        else:
+            assert outputs is not None and outputs.features is not None
+            rows_nK = torch.cat([outputs.features.flat(), outputs.losses_n[:, None]], dim=1)
+            pooled_GnD = self.model.encoder(self.grouping.gather(rows_nK.to(self._dtype)))
+        return weights_from_logits(
+            self.model.logits(pooled_GnD),
+            min_effective_sample_size=self.config.min_effective_sample_size,
+            uniform_floor=self.config.uniform_floor,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns everything that a resumed run needs."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "learned": self.learned,
+            "previous_gradient": self._previous_gradient,
+            "reliability": self.reliability.value,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the state of `state_dict`, but not its learning rate and weight decay."""
+        self.model.load_state_dict(state["model"])
+        mine = self.optimizer.state_dict()["param_groups"]
+        moments = state["optimizer"]["state"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": mine})
+        self.learned = state["learned"]
+        self._previous_gradient = state["previous_gradient"]
+        self.reliability.value = state["reliability"]
+
+    def _encoded(self, batch: Batch) -> Tensor:
+        """Returns [n, D]; the ranks of the inner group share out the replica's samples."""
+        share = share_of_rank(batch.size, self.runtime).to(batch.tokens_BS.device)
+        pooled_BD = encode(
+            self.model.encoder,
+            batch.tokens_BS[share],
+            self.grouping.micro_batch_size,
+            bf16=self.bf16,
+        )
+        return gather_inside_replica(pooled_BD, batch.size, self.runtime)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.model.head.weight.dtype
+
+    def _advantage(self, alignments: Alignments, weights_Gn: Tensor) -> Tensor:
+        alignment_Gn = self.grouping.gather(alignments.values_n)
+        if not self.config.standardize:
+            return alignment_Gn * alignments.learning_rate
+        return standardize(alignment_Gn, weights_Gn)
+
+    def _step(self) -> None:
+        if self.config.damp_by_noise:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.learning_rate * self.reliability.factor
+        self.optimizer.step()
+
+    def _cosine_to_previous(self, gradient: Tensor) -> float | None:
+        previous, self._previous_gradient = self._previous_gradient, gradient
+        if previous is None:
+            return None
+        return float(torch.nn.functional.cosine_similarity(gradient, previous, dim=0))
+
+    def _sum_gradients(self) -> Tensor:
+        """Sum phi's gradient over all ranks in one collective; returns the flat sum."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(flat)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return flat

@@ -1,0 +1,47 @@
+"""A baseline: train on the target's own passages, all weights equal (METHOD.md, section 6).
+
+In every batch, passages of the target replace some samples of the corpus. This baseline is better
+than learned weights on the target's own text, but transfers less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_dwm.config import Config
+from megatron_dwm.config.key import Part
+from megatron_dwm.data import MixedSource, Source, ValidationSet
+from megatron_dwm.weighting.rules import target_problems
+from megatron_dwm.weighting.uniform import Uniform
+
+
+class ValidationMixing(Uniform):
+    """Uniform weights on batches whose last rows are passages of the target."""
+
+    @classmethod
+    def parts(cls, config: Config) -> frozenset[Part]:
+        """Returns the parts: a target, and its fraction of every batch."""
+        return frozenset({"target", "mixing"})
+
+    @classmethod
+    def problems(cls, config: Config, num_layers: int, world_size: int) -> Iterator[str]:
+        """Check that there is a target and that batches have passages and corpus samples."""
+        yield from target_problems(config)
+        size = config.training.global_batch_size
+        if not 0 < _num_mixed(config) < size:
+            yield (
+                f"policy.mix_fraction {config.policy.mix_fraction}: expected at least one sample "
+                f"of training.global_batch_size {size}, and not all"
+            )
+
+    @classmethod
+    def training_source(
+        cls, config: Config, corpus: Source, target: ValidationSet | None
+    ) -> Source:
+        """Returns the corpus with the target's passages as the last rows of every batch."""
+        assert target is not None
+        return MixedSource(corpus, target, num_mixed=_num_mixed(config))
+
+
+def _num_mixed(config: Config) -> int:
+    return round(config.policy.mix_fraction * config.training.global_batch_size)

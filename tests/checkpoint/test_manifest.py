@@ -1,0 +1,65 @@
+"""Which checkpoints are kept, and that a replaced one is never missing."""
+
+from __future__ import annotations
+
+import shutil
+import zlib
+from pathlib import Path
+
+from megatron_dwm.checkpoint.manifest import (
+    FileRecord,
+    Manifest,
+    checkpoint_dir,
+    list_checkpoints,
+    read_manifest,
+    record_file,
+    remove_old,
+    tidy,
+    write_manifest,
+)
+from megatron_dwm.checkpoint.state import TrainState
+from megatron_dwm.files.atomic import replace_folder
+
+
+def _checkpoint(run_dir: Path, step: int, updates: int = 0) -> Path:
+    state = TrainState(step=step, stage_updates=updates, mean_loss=0.1 + 0.2)
+    directory = checkpoint_dir(run_dir, state)
+    directory.mkdir(parents=True)
+    (directory / "file").write_bytes(b"123456789")
+    # The check value of CRC-32 for these nine bytes, as its specifications give it.
+    record = FileRecord(bytes=9, crc32="cbf43926")
+    assert record_file(directory / "file") == record and zlib.crc32(b"123456789") == 0xCBF43926
+    write_manifest(directory, Manifest(state=state, fingerprint={"a": "b"}, files={"file": record}))
+    assert read_manifest(directory).state == state
+    return directory
+
+
+def test_which_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8, 10):
+        _checkpoint(tmp_path, step)
+    _checkpoint(tmp_path, 8, updates=3)
+    remove_old(tmp_path, keep_last=0, keep_every=0)
+    assert len(list_checkpoints(tmp_path)) == 6
+    remove_old(tmp_path, keep_last=2, keep_every=4)
+    names = [path.name for path in list_checkpoints(tmp_path)]
+    assert names == ["step_00000004", "step_00000008", "step_00000008_update_00000003"] + [
+        "step_00000010"
+    ]
+    remove_old(tmp_path, keep_last=1, keep_every=0)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000010"]
+
+
+def test_a_replaced_checkpoint_is_there_until_the_new_one_is(tmp_path: Path) -> None:
+    """Whatever a kill leaves between the renames, the next start finds one of the two."""
+    final = _checkpoint(tmp_path, 5)
+    partial = final.with_name(final.name + ".partial")
+    shutil.copytree(final, partial)
+    (partial / "newer").touch()
+    shutil.copytree(tmp_path, tmp_path.with_name("killed"))
+    replace_folder(partial, final)
+    assert (final / "newer").exists() and [p.name for p in final.parent.iterdir()] == [final.name]
+    killed = tmp_path.with_name("killed") / "checkpoints"
+    (killed / final.name).rename(killed / f"{final.name}.replaced")
+    tidy(killed.parent)
+    assert [p.name for p in killed.iterdir()] == [final.name]
+    assert not (killed / final.name / "newer").exists()

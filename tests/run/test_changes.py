@@ -1,0 +1,40 @@
+"""Which keys a resumed run may change, without a run."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_dwm.config import Config, PolicyConfig, UserError, WeightingConfig
+from megatron_dwm.run.changes import refuse_changes
+
+
+@pytest.mark.parametrize(
+    ("group", "policy", "refused"),
+    [("micro_batch", "dwm", True), ("global", "dwm", False), ("micro_batch", "uniform", False)],
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_group_of_weights_may_not_change(
+    group: str, policy: str, refused: bool, frozen: bool
+) -> None:
+    """A micro-batch is what learned weights are normalized over, where weighting.group says so."""
+    weighting = WeightingConfig(group=group, frozen=frozen)
+    old = Config(policy=PolicyConfig(name=policy), weighting=weighting)
+    new = replace(old, training=replace(old.training, micro_batch_size=2))
+    with pytest.raises(UserError, match="micro_batch_size") if refused else nullcontext():
+        refuse_changes(old, new, Path("run"))
+
+
+def test_a_rate_may_change_and_a_decay_when_it_is_allowed() -> None:
+    """The rate because what stops a run over its weights advises a smaller one."""
+    old = Config(policy=PolicyConfig(name="dwm"))
+    slower = replace(old, weighting=WeightingConfig(learning_rate=1e-5))
+    refuse_changes(old, slower, Path("run"))
+    decaying = replace(old, weighting=WeightingConfig(weight_decay=0.1))
+    with pytest.raises(UserError, match="allow_changed weighting.weight_decay"):
+        refuse_changes(old, decaying, Path("run"))
+    allowed = replace(old.run, allow_changed=["weighting.weight_decay"])
+    refuse_changes(old, replace(decaying, run=allowed), Path("run"))

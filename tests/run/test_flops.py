@@ -1,0 +1,88 @@
+"""FLOPs that a run records, multiplied out by hand, and those of its plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_dwm.checkpoint.kept_files import write_files
+from megatron_dwm.config import Config
+from megatron_dwm.config.load import load_config
+from megatron_dwm.model import resolve_shape
+from megatron_dwm.planning.cost import Cost, cost_of
+from megatron_dwm.weighting.model import WeightingShape, build_weighting_model
+from tests.small_runs.command import metrics
+from tests.small_runs.fixtures import Corpus
+from tests.small_runs.forked import Server
+
+VOCAB_SIZE, ROWS, LENGTH = 512, 8, 32
+# The tiny LLM's forward pass: query, out; key, value; SwiGLU; half of the positions are seen.
+FORWARD = 2 * ROWS * LENGTH * (2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 176 + 64 * 32) + 512 * 64)
+LOADED = WeightingShape(
+    vocab_size=VOCAB_SIZE, hidden_size=48, num_layers=2, num_attention_heads=2, ffn_hidden_size=80
+)
+STAGED = "--weighting.mode staged --weighting.stages 3 --weighting.updates_per_stage 2".split()
+
+
+def weighing(width: int, layers: int, inner: int) -> int:
+    """Every row's tokens go through the layers, its pooled vector through one layer and a head; the
+    groups are of all 8 rows.
+    """
+    layer = 4 * width**2 + 3 * width * inner
+    tokens = LENGTH * layers * (layer + width * LENGTH)
+    return 2 * ROWS * (tokens + layer + 2 * width * ROWS + 2 * width)
+
+
+def in_config(config: Config) -> Cost:
+    return cost_of(config, resolve_shape(config.model, VOCAB_SIZE), 1)
+
+
+def test_a_frozen_model_is_counted_with_its_own_sizes(
+    server: Server, corpus: Corpus, tmp_path: Path
+) -> None:
+    write_files(build_weighting_model(LOADED, seed=1).files(), tmp_path / "model")
+    load = ["--weighting.load", str(tmp_path / "model"), "--weighting.frozen", "true"]
+    arguments = [*corpus.arguments(), "--policy.name", "dwm", *load, "--training.steps", "3"]
+    server.succeed(tmp_path / "run", arguments)
+    a_step = 3 * FORWARD + weighing(48, 2, 80)
+    flops = [line["flops"] for line in metrics(tmp_path / "run", "train")]
+    assert flops == [a_step, 2 * a_step, 3 * a_step]
+    cost = in_config(load_config(arguments))
+    assert cost.llm + cost.weighting == pytest.approx(a_step)
+
+
+@pytest.mark.parametrize("loads", [False, True])
+def test_steps_and_updates_weigh_once_there_is_a_model(
+    server: Server, corpus: Corpus, tmp_path: Path, loads: bool
+) -> None:
+    """Three stages of 2, 2 and 3 steps; two updates before the second and the third."""
+    arguments = [*corpus.arguments(), "--policy.name", "dwm", *STAGED, "--training.steps", "7"]
+    model = (32, 1, 64)
+    if loads:
+        write_files(build_weighting_model(LOADED, seed=1).files(), tmp_path / "model")
+        arguments += ["--weighting.load", str(tmp_path / "model")]
+        model = (48, 2, 80)
+    server.succeed(tmp_path / "run", arguments)
+    weight = weighing(*model)
+    # Two micro-batches, so an update's encoder goes forward, forward again and backward; every
+    # tenth update, of which the first is one, measures noise.
+    update = 3 * 3 * FORWARD + 4 * weight
+    train = [line["flops"] for line in metrics(tmp_path / "run", "train")]
+    assert train[1] == 2 * 3 * FORWARD + (2 * weight if loads else 0)
+    steps = 7 * 3 * FORWARD + (7 if loads else 5) * weight
+    updates = 4 * update + (4 if loads else 3) * weight + 3 * FORWARD
+    assert train[-1] == steps + updates
+    cost = in_config(load_config(arguments))
+    assert 7 * (cost.llm + cost.weighting) == pytest.approx(train[-1])
+
+
+def test_a_resumed_run_counts_on(server: Server, corpus: Corpus, tmp_path: Path) -> None:
+    arguments = [*corpus.arguments(), "--policy.name", "dwm", "--training.steps", "8"]
+    server.succeed(tmp_path / "run", arguments)
+    more = ["--run.resume", "true", "--training.steps", "9"]
+    server.succeed(tmp_path / "run", [*arguments, *more])
+    train = [line["flops"] for line in metrics(tmp_path / "run", "train")]
+    # The update before step 9 is the second, and its batch is weighed.
+    update = 3 * 3 * FORWARD + 4 * weighing(32, 1, 64)
+    assert train[8] - train[7] == 3 * FORWARD + update + 2 * weighing(32, 1, 64)

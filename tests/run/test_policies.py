@@ -1,0 +1,121 @@
+"""Whole runs of the policies beside the paper's: layouts, when and from what they learn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.dataset as ds
+import pytest
+
+from tests.small_runs.command import metrics, succeed
+from tests.small_runs.fixtures import Corpus
+
+# Sums in another order are 1e-7 apart; 20 steps of Adam at 3e-3 may multiply that.
+LAYOUT_TOLERANCE = 1e-5
+LLM = ["--policy.name", "dwm", "--weighting.encoder", "llm"]
+TRAINING = [*LLM, "--weighting.update_on", "training"]
+DOMAINS = ["--policy.name", "domain_mean", "--weighting.damp_by_noise", "true"]
+MIXING = ["--policy.name", "validation_mixing", "--policy.mix_fraction", "0.25"]
+LOSSES = ["--policy.name", "loss_reweighting"]
+POLICIES = {
+    "training": TRAINING,
+    "domain_mean": DOMAINS,
+    "validation_mixing": MIXING,
+    "loss_reweighting": LOSSES,
+}
+
+
+@pytest.fixture(scope="module")
+def alone(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A finished run of one process for every policy."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name, policy in POLICIES.items():
+        succeed(folder / name, *corpus.arguments(), *policy)
+    return {name: folder / name for name in POLICIES}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("training", ["--parallel.pipeline", "2"]),
+        ("training", ["--parallel.tensor", "2", "--parallel.sequence", "true"]),
+        ("training", ["--parallel.sharded_optimizer", "true"]),
+        ("domain_mean", []),
+        ("validation_mixing", []),
+        ("loss_reweighting", ["--parallel.tensor", "2"]),
+        ("loss_reweighting", ["--parallel.pipeline", "2"]),
+    ],
+    ids=str,
+)
+def test_layouts_train_alike(
+    corpus: Corpus, alone: dict[str, Path], tmp_path: Path, name: str, layout: list[str]
+) -> None:
+    succeed(tmp_path / "run", *corpus.arguments(), *POLICIES[name], *layout, processes=2)
+    for phase in ("train", "weighting"):
+        ours, expected = metrics(tmp_path / "run", phase), metrics(alone[name], phase)
+        assert len(ours) == len(expected)
+        for line, other in zip(ours, expected, strict=True):
+            assert abs(line["loss"] - other["loss"]) < LAYOUT_TOLERANCE, (phase, line["step"])
+
+
+def test_updates_on_the_training_batch_come_inside_its_step(alone: dict[str, Path]) -> None:
+    run_dir = alone["training"]
+    train = {line["step"]: line for line in metrics(run_dir, "train")}
+    weighting = metrics(run_dir, "weighting")
+    assert [line["step"] for line in weighting] == [5, 8, 11, 14, 17]
+    for line in weighting:  # the step's own loss, gradient and weights
+        step = train[line["step"]]
+        for name in ("loss", "grad_norm", "weight_std", "weight_max"):
+            assert line[name] == step[name], name
+    assert train[5]["weight_std"] == 0.0 < train[6]["weight_std"]
+    rows = ds.dataset(run_dir / "weights").to_table().to_pylist()
+    learned = [row for row in rows if row["step"] == 5 and row["alignment"] is not None]
+    assert [row["sample_id"] for row in learned] == list(range(4 * 8, 5 * 8))
+
+
+def test_nothing_is_learned_after_freezing(corpus: Corpus, tmp_path: Path) -> None:
+    freeze = ("--weighting.freeze_after", "0.5")
+    succeed(tmp_path / "run", *corpus.arguments(), *LLM, *freeze)
+    assert [line["step"] for line in metrics(tmp_path / "run", "weighting")] == [5, 8]
+    assert metrics(tmp_path / "run", "train")[-1]["weight_std"] > 0.0
+
+
+def test_domains_weigh_alike_inside_and_differ_between(alone: dict[str, Path]) -> None:
+    table = ds.dataset(alone["domain_mean"] / "weights").to_table().to_pylist()
+    last = [row for row in table if row["step"] == 20]
+    by_domain: dict[str, set[float]] = {}
+    for row in last:
+        by_domain.setdefault(row["domain"], set()).add(row["weight"])
+    assert all(len(weights) == 1 for weights in by_domain.values())
+    assert len(set.union(*by_domain.values())) == len(by_domain) > 1
+    means = json.loads((alone["domain_mean"] / "weighting/stage_1/domain_means.json").read_text())
+    ranked = sorted(by_domain, key=lambda name: means[name])
+    assert ranked == sorted(by_domain, key=lambda name: max(by_domain[name]))
+
+
+def test_passages_take_their_part_of_every_batch(alone: dict[str, Path]) -> None:
+    table = ds.dataset(alone["validation_mixing"] / "weights").to_table().to_pylist()
+    for step in (10, 20):
+        rows = [row for row in table if row["step"] == step]
+        assert len(rows) == 8 and all(row["weight"] == 1.0 for row in rows)
+        assert sum(row["domain"] in ("target", "unknown") for row in rows) == 2
+    assert metrics(alone["validation_mixing"], "weighting") == []
+
+
+def test_flops_add_up(alone: dict[str, Path]) -> None:
+    """The tiny model's forward pass, multiplied out by hand: 8 rows of 32 tokens."""
+    layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 176  # query, out; key, value; SwiGLU
+    attention = 64 * 32  # scores and values over half of the 32 positions
+    forward = 2 * 8 * 32 * (2 * (layer + attention) + 512 * 64)
+    flops = [line["flops"] for line in metrics(alone["validation_mixing"], "train")]
+    assert flops == [step * 3 * forward for step in range(1, 21)]
+    train = metrics(alone["training"], "train")
+    # Five steps before the first update: nothing is weighed, and nothing is read first.
+    assert [line["flops"] for line in train[:5]] == [n * 3 * forward for n in range(1, 6)]
+    # Two micro-batches of one group: read first, a forward pass more; the head is 0.05 % of it.
+    assert train[6]["flops"] - train[5]["flops"] == pytest.approx(4 * forward, rel=2e-3)
+    # An update on the training batch adds the validation pass and the probe; every tenth, of which
+    # the first is one, a second probe.
+    assert train[5]["flops"] - train[4]["flops"] == pytest.approx((4 + 9) * forward, rel=2e-3)
+    assert train[8]["flops"] - train[7]["flops"] == pytest.approx((4 + 6) * forward, rel=2e-3)
