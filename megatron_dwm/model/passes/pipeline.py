@@ -212,7 +212,6 @@ def _collect(
     return PassResult(
         loss_sums_n=kept[:, 0],
         token_counts_n=counts_n,
-        # A copy: a view would keep the features alive as long as the weights are.
-        weights_n=None if options.weigh is None else kept[:, 1].clone(),
+        weights_n=None if options.weigh is None else kept[:, 1],
         features=Features.from_flat(kept[:, first:]) if options.keeps_features else None,
     )
