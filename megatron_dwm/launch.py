@@ -87,7 +87,7 @@ def _started_by_srun(environment: Mapping[str, str], size: int) -> Launch:
 
 
 def _port(environment: Mapping[str, str]) -> int:
-    """Returns a port that all ranks of a job step compute alike and other steps seldom share."""
+    """Returns a port: the same on all ranks of a job step, and seldom that of another step."""
     job, step = (_number(environment, f"SLURM_{name}_ID", "0") for name in ("JOB", "STEP"))
     return _FIRST_PORT + (job * _STEPS + step) % _PORTS
 

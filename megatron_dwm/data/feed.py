@@ -95,11 +95,6 @@ class Feed:
         """Samples in one step, over all replicas."""
         return self._training.size
 
-    @property
-    def draws_updates(self) -> bool:
-        """True if updates read their own batches."""
-        return self._updates is not None
-
     def training(self, step: int) -> Batch:
         """Returns the batch of step `step` (from 0), and starts to read the next one."""
         ahead, self._ahead = self._ahead, None
