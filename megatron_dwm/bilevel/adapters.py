@@ -40,9 +40,10 @@ from torch.nn import Module
 
 from megatron_dwm.bilevel.slots import slice_of_z
 from megatron_dwm.model.layers.fp8_emulation import ACTIVATIONS, GRADIENTS, quantize
+from megatron_dwm.model.passes.units import Units
 
-# (output gradient, kept input) -> [B]
-Tangent = Callable[[Tensor, Tensor], Tensor]
+# (output gradient, kept input, units of the micro-batch) -> [U]
+Tangent = Callable[[Tensor, Tensor, Units], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ class TensorParallelPosition:
         dist.all_gather_into_tensor(whole_SBD, part_SBD, group=self.group)
         return whole_SBD
 
+    def first_of(self, part_SBD: Tensor) -> int:
+        """Returns the position in the row of the first token of a norm's input."""
+        return self.tensor_rank * len(part_SBD) if self.sequence_parallel else 0
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -90,17 +95,30 @@ class Adapter:
     method: str = ""
 
 
-def linear_tangent(gradient_SBC: Tensor, kept_SBD: Tensor, z_CD: Tensor) -> Tensor:
-    """Returns sum_t <d_t, Z x_t> for each sample, [B], computed as (d Z) * x."""
+def linear_tangent(
+    gradient_SBC: Tensor, kept_SBD: Tensor, z_CD: Tensor, units: Units
+) -> Tensor:
+    """Returns sum_t <d_t, Z x_t> for each unit, [U], computed as (d Z) * x."""
     product_SBD = gradient_SBC.matmul(z_CD.to(gradient_SBC.dtype)) * kept_SBD
-    return product_SBD.sum(dim=(0, 2), dtype=_at_least_fp32(gradient_SBC))
+    return units.sum_of_sequence(product_SBD, _at_least_fp32(gradient_SBC))
 
 
-def norm_tangent(gradient_SBD: Tensor, kept_SBD: Tensor, z_D: Tensor, epsilon: float) -> Tensor:
-    """Returns sum_t <d_t, z * n(x_t)>, [B] by sample; a norm of heads takes [S, B, heads, D]."""
+def norm_tangent(
+    gradient_SBD: Tensor,
+    kept_SBD: Tensor,
+    z_D: Tensor,
+    epsilon: float,
+    units: Units,
+    *,
+    first: int = 0,
+) -> Tensor:
+    """Returns sum_t <d_t, z * n(x_t)>, [U] by unit; a norm of heads takes [S, B, heads, D].
+
+    first: position of the first token in its row.
+    """
     normed_SBD = F.rms_norm(kept_SBD, z_D.shape, None, epsilon)
-    others = [dim for dim in range(kept_SBD.dim()) if dim != 1]
-    return (gradient_SBD * normed_SBD * z_D).sum(dim=others, dtype=_at_least_fp32(gradient_SBD))
+    product_SBD = gradient_SBD * normed_SBD * z_D
+    return units.sum_of_sequence(product_SBD, _at_least_fp32(gradient_SBD), first=first)
 
 
 def norm_linear_tangent(
@@ -109,8 +127,9 @@ def norm_linear_tangent(
     gain: tuple[Tensor, Tensor],
     weight: tuple[Tensor, Tensor],
     epsilon: float,
+    units: Units,
 ) -> Tensor:
-    """Returns sum_t <d_t, Z (g * n(x_t)) + W (z * n(x_t))> for each sample, [B].
+    """Returns sum_t <d_t, Z (g * n(x_t)) + W (z * n(x_t))> for each unit, [U].
 
     gain: (g, z) [D]; weight: (W, Z) [C, D].
     """
@@ -119,30 +138,35 @@ def norm_linear_tangent(
     product_SBD = gradient_SBC.matmul(z_CD.to(dtype)) * g_D.to(dtype)
     product_SBD += gradient_SBC.matmul(w_CD.to(dtype)) * z_D.to(dtype)
     normed_SBD = F.rms_norm(kept_SBD, g_D.shape, None, epsilon)
-    return (product_SBD * normed_SBD).sum(dim=(0, 2), dtype=_at_least_fp32(gradient_SBC))
+    return units.sum_of_sequence(product_SBD * normed_SBD, _at_least_fp32(gradient_SBC))
 
 
 def embedding_tangent(
-    gradient_BSD: Tensor, tokens_BS: Tensor, z_VD: Tensor, first: int, last: int
+    gradient_BSD: Tensor, tokens_BS: Tensor, z_VD: Tensor, first: int, last: int, units: Units
 ) -> Tensor:
-    """Returns sum_t <d_t, Z[token_t]> for each sample, [B], over this rank's rows of Z.
+    """Returns sum_t <d_t, Z[token_t]> for each unit, [U], over this rank's rows of Z.
 
     first, last: this rank holds the rows first to last - 1 of the vocabulary.
     """
     here_BS = (tokens_BS >= first) & (tokens_BS < last)
     rows_BSD = F.embedding((tokens_BS - first).where(here_BS, 0), z_VD)
     dtype = _at_least_fp32(gradient_BSD)
-    return ((gradient_BSD * rows_BSD).sum(dim=2, dtype=dtype) * here_BS).sum(dim=1)
+    return units.sum_of_rows((gradient_BSD * rows_BSD).sum(dim=2, dtype=dtype) * here_BS)
 
 
 def quantized_linear_tangent(
-    gradient_SBC: Tensor, kept_SBD: Tensor, z_CD: Tensor, group: dist.ProcessGroup | None
+    gradient_SBC: Tensor,
+    kept_SBD: Tensor,
+    z_CD: Tensor,
+    group: dist.ProcessGroup | None,
+    units: Units,
 ) -> Tensor:
-    """Returns sum_t <Q5(d)_t, Z Q4(x)_t>, [B] by sample, with the layer's scales (collective)."""
+    """Returns sum_t <Q5(d)_t, Z Q4(x)_t>, [U] by unit, with the layer's scales (collective)."""
     gradient = quantize(gradient_SBC, GRADIENTS, group)
     kept = quantize(kept_SBD, ACTIVATIONS, group)
     product_SBD = gradient.values.float().matmul(z_CD.float()) * kept.values.float()
-    return product_SBD.sum(dim=(0, 2)) * (gradient.scale * kept.scale)
+    sums_U = units.sum_of_sequence(product_SBD, product_SBD.dtype)
+    return sums_U * (gradient.scale * kept.scale)
 
 
 def _at_least_fp32(tensor: Tensor) -> torch.dtype:
@@ -152,31 +176,33 @@ def _at_least_fp32(tensor: Tensor) -> torch.dtype:
 def _column(module: Any, kwargs: Mapping[str, Any], position: TensorParallelPosition) -> Tangent:
     tied = kwargs.get("weight")  # a tied output layer is handed the embedding's
     z = slice_of_z(module.weight if tied is None else tied)
-    return lambda gradient, kept: linear_tangent(gradient, position.whole(kept), z)
+    return lambda gradient, kept, units: linear_tangent(gradient, position.whole(kept), z, units)
 
 
 def _row(module: Any, _: Mapping[str, Any], __: TensorParallelPosition) -> Tangent:
     z = slice_of_z(module.weight)
-    return lambda gradient, kept: linear_tangent(gradient, kept, z)
+    return lambda gradient, kept, units: linear_tangent(gradient, kept, z, units)
 
 
 def _te_row(module: Any, _: Mapping[str, Any], position: TensorParallelPosition) -> Tangent:
     z = slice_of_z(module.weight)
-    return lambda gradient, kept: linear_tangent(position.whole(gradient), kept, z)
+    return lambda gradient, kept, units: linear_tangent(position.whole(gradient), kept, z, units)
 
 
 def _quantized_column(
     module: Any, _: Mapping[str, Any], position: TensorParallelPosition
 ) -> Tangent:
     z = slice_of_z(module.weight)
-    return lambda gradient, kept: quantized_linear_tangent(
-        gradient, position.whole(kept), z, position.group
+    return lambda gradient, kept, units: quantized_linear_tangent(
+        gradient, position.whole(kept), z, position.group, units
     )
 
 
 def _quantized_row(module: Any, _: Mapping[str, Any], position: TensorParallelPosition) -> Tangent:
     z = slice_of_z(module.weight)
-    return lambda gradient, kept: quantized_linear_tangent(gradient, kept, z, position.group)
+    return lambda gradient, kept, units: quantized_linear_tangent(
+        gradient, kept, z, position.group, units
+    )
 
 
 def _norm_then_column(
@@ -185,29 +211,33 @@ def _norm_then_column(
     assert module.normalization == "RMSNorm" and not module.zero_centered_gamma
     gain = (module.layer_norm_weight.detach(), slice_of_z(module.layer_norm_weight))
     weight = (module.weight.detach(), slice_of_z(module.weight))
-    return lambda gradient, kept: norm_linear_tangent(
-        gradient, position.whole(kept), gain, weight, module.eps
+    return lambda gradient, kept, units: norm_linear_tangent(
+        gradient, position.whole(kept), gain, weight, module.eps, units
     )
 
 
-def _norm(module: Any, _: Mapping[str, Any], __: TensorParallelPosition) -> Tangent:
+def _norm(module: Any, _: Mapping[str, Any], position: TensorParallelPosition) -> Tangent:
     z = slice_of_z(module.weight)
-    return lambda gradient, kept: norm_tangent(gradient, kept, z, module.epsilon)
+    return lambda gradient, kept, units: norm_tangent(
+        gradient, kept, z, module.epsilon, units, first=position.first_of(kept)
+    )
 
 
-def _te_norm(module: Any, _: Mapping[str, Any], __: TensorParallelPosition) -> Tangent:
+def _te_norm(module: Any, _: Mapping[str, Any], position: TensorParallelPosition) -> Tangent:
     assert not module.zero_centered_gamma
     z = slice_of_z(module.weight)
-    return lambda gradient, kept: norm_tangent(gradient, kept, z, module.eps)
+    return lambda gradient, kept, units: norm_tangent(
+        gradient, kept, z, module.eps, units, first=position.first_of(kept)
+    )
 
 
 def _embedding(module: Any, _: Mapping[str, Any], position: TensorParallelPosition) -> Tangent:
     first, last, z = module.vocab_start_index, module.vocab_end_index, slice_of_z(module.weight)
 
-    def tangent(gradient: Tensor, tokens_BS: Tensor) -> Tensor:
+    def tangent(gradient: Tensor, tokens_BS: Tensor, units: Units) -> Tensor:
         if module.reduce_scatter_embeddings:  # the output is [S, B, D] then
             gradient = position.whole(gradient).transpose(0, 1)
-        return embedding_tangent(gradient, tokens_BS, z, first, last)
+        return embedding_tangent(gradient, tokens_BS, z, first, last, units)
 
     return tangent
 

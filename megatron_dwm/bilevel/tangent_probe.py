@@ -1,8 +1,8 @@
-"""Per-sample inner products <z, grad l_i> from one ordinary backward pass (METHOD.md, section 2).
+"""Per-unit inner products <z, grad l_u> from one ordinary backward pass (METHOD.md, section 2).
 
 Every parameter W enters its module linearly, f(a; W), so
 
-    <z, grad l_i> = sum over modules and over the tokens t of sample i of <d_t, f(a_t; Z)>,
+    <z, grad l_u> = sum over modules and over the tokens t of unit u of <d_t, f(a_t; Z)>,
 
 with d the gradient of the module's output and Z the slice of z that belongs to W. A hook applies a
 function to each module's output that is the identity forward and adds those inner products to
@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -37,38 +38,46 @@ from megatron_dwm.bilevel.adapters import (
     position_of,
 )
 from megatron_dwm.model import LLM, MicroBatch, forward_backward
+from megatron_dwm.model.passes.micro_batch import as_layers_take
+from megatron_dwm.model.passes.units import Units
 from megatron_dwm.runtime.profiling import phase
 
 
 @dataclass
-class _Samples:
-    """The samples of the current micro-batch. The pass writes it and the hooks read it."""
+class _Current:
+    """The units of the current micro-batch. The pass writes it and the hooks read it."""
 
     alignment_n: Tensor
-    micro_batch_size: int
-    first: int = field(default=0)
+    units: list[Units]
+    micro_batch: int = 0
+
+    def __post_init__(self) -> None:
+        counts = [units.count for units in self.units]
+        self.firsts = list(accumulate(counts, initial=0))
 
     def enter(self, micro_batch: int) -> None:
-        self.first = micro_batch * self.micro_batch_size
+        self.micro_batch = micro_batch
 
-    def current(self) -> Tensor:
-        return self.alignment_n[self.first : self.first + self.micro_batch_size]
+    def alignments(self) -> tuple[Tensor, Units]:
+        units, first = self.units[self.micro_batch], self.firsts[self.micro_batch]
+        return self.alignment_n[first : first + units.count], units
 
 
 def tangent_probe(
     llm: LLM, micro_batches: list[MicroBatch], adapters: Mapping[str, Adapter] = ADAPTERS
 ) -> Tensor:
-    """Returns <z, grad l_i> of every local sample, float32 [n], with z in the gradient buffers.
+    """Returns <z, grad l_u> of every local unit, float32 [n], with z in the gradient buffers.
 
     `micro_batches` carry the unit objective. Costs one plain training step and one all-reduce of n
     floats over the inner group. Parameters and gradient buffers keep their values.
     """
-    size = micro_batches[0].tokens_BS.shape[0]
-    zeros_n = torch.zeros(len(micro_batches) * size, device=llm.runtime.device)
-    samples = _Samples(zeros_n.requires_grad_(), size)
-    with phase("tangent probe"), _frozen(llm), _hooked(llm, samples, adapters):
-        forward_backward(llm, micro_batches, denominator=None, on_micro_batch=samples.enter)
-    alignment_n = samples.alignment_n.grad
+    # In the form that the layers take, since the hooks see the layers' tokens.
+    units = [batch.units for batch in as_layers_take(llm, micro_batches)]
+    zeros_n = torch.zeros(sum(part.count for part in units), device=llm.runtime.device)
+    current = _Current(zeros_n.requires_grad_(), units)
+    with phase("tangent probe"), _frozen(llm), _hooked(llm, current, adapters):
+        forward_backward(llm, micro_batches, denominator=None, on_micro_batch=current.enter)
+    alignment_n = current.alignment_n.grad
     assert alignment_n is not None
     dist.all_reduce(alignment_n, group=llm.runtime.inner_group)
     return alignment_n
@@ -87,11 +96,11 @@ def _frozen(llm: LLM) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked(llm: LLM, samples: _Samples, adapters: Mapping[str, Adapter]) -> Iterator[None]:
+def _hooked(llm: LLM, current: _Current, adapters: Mapping[str, Adapter]) -> Iterator[None]:
     with ExitStack() as stack:
         for model in llm.modules:
             for name, module in model.named_modules():
-                if hook := _hook_for(name, module, llm, samples, adapters):
+                if hook := _hook_for(name, module, llm, current, adapters):
                     stack.callback(_attach(hook, module))
         yield
 
@@ -111,7 +120,7 @@ def _attach(hook: _Hook, module: Module) -> Callable[[], None]:
 
 
 def _hook_for(
-    name: str, module: Module, llm: LLM, samples: _Samples, adapters: Mapping[str, Adapter]
+    name: str, module: Module, llm: LLM, current: _Current, adapters: Mapping[str, Adapter]
 ) -> _Hook | None:
     """Returns the hook of a module.
 
@@ -126,14 +135,14 @@ def _hook_for(
         tensor_rank=llm.runtime.tensor_rank,
         group=llm.runtime.tensor_group,
     )
-    return _Hook(samples, adapter, position) if position.counts(adapter) else None
+    return _Hook(current, adapter, position) if position.counts(adapter) else None
 
 
 @dataclass(frozen=True)
 class _Hook:
     """Torch's forward hook of one module, or of one of its methods."""
 
-    samples: _Samples
+    current: _Current
     adapter: Adapter
     position: TensorParallelPosition
 
@@ -149,21 +158,24 @@ class _Hook:
         return self._probed(output, kept, tangent)
 
     def _probed(self, output: Tensor, kept: Tensor, tangent: Tangent) -> Tensor:
-        return _Identity.apply(output, self.samples.current(), kept, tangent)
+        alignment_U, units = self.current.alignments()
+        return _Identity.apply(output, alignment_U, kept, tangent, units)
 
 
 class _Identity(torch.autograd.Function):
-    """(output, alignment_B, ...) -> output; backward adds the tangent's values to `alignment_B`."""
+    """(output, alignment_U, ...) -> output; backward adds the tangent's values to `alignment_U`."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, _: Tensor, kept: Tensor, tangent: Tangent) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, _: Tensor, kept: Tensor, tangent: Tangent, units: Units
+    ) -> Tensor:
         ctx.save_for_backward(kept)
-        ctx.tangent = tangent
+        ctx.tangent, ctx.units = tangent, units
         # `.data` shares the memory without being a view. Megatron's cross-entropy works in place on
         # logits and its pipeline schedule frees outputs; neither allows a view.
         return output.data
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         (kept,) = ctx.saved_tensors
-        return gradient, ctx.tangent(gradient, kept), None, None
+        return gradient, ctx.tangent(gradient, kept, ctx.units), None, None, None

@@ -55,6 +55,12 @@ class DataConfig:
     """the tokenizer that the data was made with: a SentencePiece model or a tokenizer.json"""
     sequence_length: int = key(1024, TOKENS)
     """tokens in a training sample"""
+    mask_documents: bool | None = None
+    """stop attention at the borders of the documents that a sample packs; empty means yes if
+    weighting.unit is document, and no otherwise. Rotary positions only enter by their distance, so
+    whether they begin anew at a border makes no difference"""
+    border_loss: bool = True
+    """count the label of a document's last token, which is the first token of the next document"""
     domain_key: str = "meta.redpajama_set_name"
     """metadata column that names a document's domain"""
     cache_dir: str | None = None
@@ -118,6 +124,12 @@ class Config:
     bilevel: BilevelConfig = field(default_factory=BilevelConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
+
+    @property
+    def masks_documents(self) -> bool:
+        """True if attention stops at the borders of documents."""
+        masks = self.data.mask_documents
+        return self.weighting.unit == "document" if masks is None else masks
 
     @property
     def passages(self) -> int:

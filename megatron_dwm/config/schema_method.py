@@ -110,6 +110,12 @@ class WeightingConfig:
     """attention heads of the weighting model, in its encoder and across samples"""
     ffn_hidden_size: int = key(64, INNER_WIDTH, part="weighting_model", only=_NOT_LOADED)
     """inner width of the weighting model's SwiGLU blocks"""
+    unit: Literal["sample", "document"] = "sample"
+    """what gets a weight: a sample, which is a row of data.sequence_length tokens, or each piece of
+    a document in it"""
+    unit_share: Literal["tokens", "equal"] = key("tokens", only={"weighting.unit": ("document",)})
+    """how much a unit counts in the training loss, besides its weight: in proportion to its tokens,
+    so that equal weights are plain training, or all units the same"""
     group: Literal["micro_batch", "global"] = key("micro_batch", part="groups")
     """samples that are normalized together: those of a micro-batch, or of the global batch"""
     learning_rate: float = key(1e-3, RATE, part="weighting_model", only=_LEARNED)

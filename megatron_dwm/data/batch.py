@@ -1,14 +1,19 @@
-"""A batch: the input of every model, with the origin of each row.
+"""A batch: the input of every model, its units, and the origin of each of them.
 
-B rows of S tokens. All tensors are on one device; slices share memory with their batch.
+B rows of S tokens. A unit is what gets a weight: a row, or a document's piece in a row. All tensors
+are on one device; slices share memory with their batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
+from torch import Tensor
+
+from megatron_dwm.model.passes.units import Units
 
 UNKNOWN_DOMAIN = "unknown"
 NO_ROW = -1
@@ -17,41 +22,70 @@ NO_ROW = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """B rows of S tokens, the tokens that follow them, and the origin of each row."""
+    """B rows of S tokens, the tokens that follow them, and the origins of their U units."""
 
-    tokens_BS: torch.Tensor
+    tokens_BS: Tensor
     """int64, what the model reads"""
-    labels_BS: torch.Tensor
+    labels_BS: Tensor
     """int64, the token after each of `tokens_BS`"""
-    loss_mask_BS: torch.Tensor
+    loss_mask_BS: Tensor
     """float32, 1 where the label counts in the loss, else 0"""
-    position_ids_BS: torch.Tensor
+    position_ids_BS: Tensor
     """int64, 0 to S - 1 in every row"""
-    sample_ids_B: torch.Tensor
+    sample_ids_B: Tensor
     """int64, the row's number in its stream; `NO_ROW` for padding"""
-    document_ids_B: torch.Tensor
-    """int64, the document with most of the row's tokens; `NO_ROW` for padding"""
+    document_ids_U: Tensor
+    """int64, the unit's document; of a row, the document with most of its tokens; `NO_ROW` for
+    padding"""
     domains: tuple[str, ...]
-    """one name a row: the domain of that document"""
+    """one name a unit: the domain of that document"""
+    borders_BS: Tensor | None = None
+    """int64, the number of each token's document piece in its row, from 0; attention stops where it
+    changes; None: it does not stop"""
+    units_BS: Tensor | None = None
+    """int64, the number of each token's unit in its row, from 0; None: every row is a unit"""
+    equal_shares: bool = False
+    """True: units of `units_BS` count the same; False: in proportion to their counted tokens"""
 
     @property
     def size(self) -> int:
         """Rows in the batch (B)."""
         return self.tokens_BS.shape[0]
 
+    @cached_property
+    def units_per_row(self) -> list[int]:
+        """Number of units in every row."""
+        if self.units_BS is None:
+            return [1] * self.size
+        return (self.units_BS.amax(dim=1) + 1).tolist()
+
+    @cached_property
+    def units(self) -> Units:
+        """What gets a weight, in the order of the rows."""
+        if self.units_BS is None:
+            return Units(count=self.size)
+        per_row_B = torch.tensor(self.units_per_row, device=self.units_BS.device)
+        before_B1 = (per_row_B.cumsum(dim=0) - per_row_B)[:, None]
+        units = Units(count=sum(self.units_per_row), numbers_BS=self.units_BS + before_B1)
+        counts_U = units.sum_of_rows(self.loss_mask_BS)
+        # A unit without a counted token has no loss, so it has no share either.
+        return replace(units, sizes_U=(counts_U > 0).float() if self.equal_shares else counts_U)
+
     def rows(self, start: int, stop: int, step: int = 1) -> Batch:
         """Returns every `step`-th of the rows `start` to `stop - 1`; they share its memory."""
         assert 0 <= start <= stop <= self.size, (start, stop, self.size)
+        chosen = self._units_of(range(start, stop, step))
         return replace(
             self,
-            **{name: getattr(self, name)[start:stop:step] for name in _tensor_names()},
-            domains=self.domains[start:stop:step],
+            **{name: value[start:stop:step] for name, value in self._row_tensors().items()},
+            document_ids_U=self.document_ids_U[chosen],
+            domains=tuple(self.domains[unit] for unit in chosen),
         )
 
     def to(self, device: torch.device | str) -> Batch:
         """Returns the batch with its tensors on `device`."""
-        moved = {name: getattr(self, name).to(device) for name in _tensor_names()}
-        return replace(self, **moved)
+        tensors = {**self._row_tensors(), "document_ids_U": self.document_ids_U}
+        return replace(self, **{name: value.to(device) for name, value in tensors.items()})
 
     def micro_batches(self, size: int) -> list[Batch]:
         """Returns the rows in order, `size` at a time; `size` must divide the batch."""
@@ -60,13 +94,31 @@ class Batch:
 
     @staticmethod
     def concatenate(batches: Sequence[Batch]) -> Batch:
-        """Returns one batch with the rows of `batches` (at least one), in order."""
+        """Returns one batch with the rows of `batches` (at least one), in order.
+
+        All of them have borders or none has, and the same holds for units inside rows.
+        """
         assert batches, "concatenate needs at least one batch"
-        joined = {
-            name: torch.cat([getattr(batch, name) for batch in batches]) for name in _tensor_names()
+        rows = [{**b._row_tensors(), "document_ids_U": b.document_ids_U} for b in batches]
+        assert all(columns.keys() == rows[0].keys() for columns in rows)
+        joined = {name: torch.cat([columns[name] for columns in rows]) for name in rows[0]}
+        domains = tuple(name for batch in batches for name in batch.domains)
+        return replace(batches[0], **joined, domains=domains)
+
+    def _units_of(self, rows: range) -> list[int]:
+        """Returns the numbers of the units in `rows`."""
+        if self.units_BS is None:
+            return list(rows)
+        firsts = [0]
+        for count in self.units_per_row:
+            firsts.append(firsts[-1] + count)
+        return [unit for row in rows for unit in range(firsts[row], firsts[row + 1])]
+
+    def _row_tensors(self) -> dict[str, Tensor]:
+        """Returns the tensors that have a row for each row of the batch."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, Tensor) and name != "document_ids_U"
         }
-        return Batch(**joined, domains=tuple(d for batch in batches for d in batch.domains))
-
-
-def _tensor_names() -> list[str]:
-    return [field.name for field in fields(Batch) if field.name != "domains"]

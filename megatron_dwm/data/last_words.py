@@ -28,17 +28,18 @@ class LastWords:
         Raises:
             UserError: the file is missing, empty or broken (with its line).
         """
-        rows, domains = [], []
+        rows, domains, kept = [], [], set()
         for number, passage in enumerate(
             read_passages(path, "evaluation.path", (data.domain_key,))
         ):
             row = pack_last_word(number, passage.text, tokenizer, data.sequence_length)
+            domains.append(passage.domain or UNKNOWN_DOMAIN)
             if row is not None:
                 rows.append(row)
-                domains.append(passage.domain or UNKNOWN_DOMAIN)
+                kept.add(domains[-1])
         self._rows = rows
-        self._domain_of_row = domains
-        self.domains = sorted(set(domains))
+        self._domain_of_passage = domains
+        self.domains = sorted(kept)
 
     @property
     def num_rows(self) -> int:
@@ -49,6 +50,6 @@ class LastWords:
         """Yields all rows in order, `batch_size` at a time; padding rows have no loss."""
         for start in range(0, self.num_rows, batch_size):
             ids = range(start, min(start + batch_size, self.num_rows))
-            domains = [self._domain_of_row[i] for i in ids]
             rows = PackedSequences.stack(self._rows[ids.start : ids.stop])
-            yield rows.batch(range(len(ids)), domains, num_padding=batch_size - len(ids))
+            padding = batch_size - len(ids)
+            yield rows.batch(range(len(ids)), self._domain_of_passage, padding)

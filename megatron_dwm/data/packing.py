@@ -21,6 +21,14 @@ import numpy as np
 import torch
 
 from megatron_dwm.data.batch import NO_ROW, Batch
+from megatron_dwm.data.pieces import (
+    ROWS,
+    DocumentRules,
+    clear_border_labels,
+    piece_numbers,
+    pieces_of_row,
+    unit_numbers,
+)
 
 if TYPE_CHECKING:
     from megatron_dwm.tokenizer import Tokenizer
@@ -34,11 +42,11 @@ class PackedSequences:
     """int32 [R, S + 1]"""
     mask: np.ndarray
     """bool [R, S]: true where token 1 to S of the row counts in the loss"""
-    documents: np.ndarray
-    """int64 [R]: number of the passage with most of the row's first S tokens"""
+    owners: np.ndarray
+    """int64 [R, S + 1]: number of each token's passage; -1 for padding"""
 
     def __len__(self) -> int:
-        return len(self.documents)
+        return len(self.text)
 
     @staticmethod
     def stack(parts: Sequence[PackedSequences]) -> PackedSequences:
@@ -46,28 +54,47 @@ class PackedSequences:
         return PackedSequences(
             text=np.concatenate([part.text for part in parts]),
             mask=np.concatenate([part.mask for part in parts]),
-            documents=np.concatenate([part.documents for part in parts]),
+            owners=np.concatenate([part.owners for part in parts]),
         )
 
-    def batch(self, row_ids: Sequence[int], domains: Sequence[str], num_padding: int = 0) -> Batch:
+    def batch(
+        self,
+        row_ids: Sequence[int],
+        domains: Sequence[str],
+        num_padding: int = 0,
+        rules: DocumentRules = ROWS,
+    ) -> Batch:
         """Returns these rows, and `num_padding` rows without loss after them.
 
         Args:
             row_ids: at least one row.
-            domains: the domain of each of `row_ids`; padding repeats the last one.
-            num_padding: rows to add, so that all batches have the same size.
+            domains: the domain of every passage, by its number.
+            num_padding: rows to add, so that all batches have the same size; they repeat the last
+                one.
+            rules: how passages inside a row are told apart.
         """
         ids = np.array([*row_ids, *[row_ids[-1]] * num_padding], dtype=np.int64)
         real = np.arange(len(ids)) < len(row_ids)
         text = torch.from_numpy(self.text[ids].astype(np.int64))
+        loss_mask_BS = torch.from_numpy((self.mask[ids] & real[:, None]).astype(np.float32))
+        pieces = [pieces_of_row(self.owners[row]) for row in ids]
+        if not rules.border_loss:
+            clear_border_labels(loss_mask_BS, pieces)
+        owners = [document for row in pieces for document in row.unit_documents(rules)]
+        repeated = [unit for row in pieces[len(row_ids) :] for unit in row.unit_documents(rules)]
+        documents = np.array(owners)
+        documents[len(owners) - len(repeated) :] = NO_ROW
         return Batch(
             tokens_BS=text[:, :-1].contiguous(),
             labels_BS=text[:, 1:].contiguous(),
-            loss_mask_BS=torch.from_numpy((self.mask[ids] & real[:, None]).astype(np.float32)),
+            loss_mask_BS=loss_mask_BS,
             position_ids_BS=torch.arange(text.shape[1] - 1).repeat(len(ids), 1),
             sample_ids_B=torch.from_numpy(np.where(real, ids, NO_ROW)),
-            document_ids_B=torch.from_numpy(np.where(real, self.documents[ids], NO_ROW)),
-            domains=(*domains, *[domains[-1]] * num_padding),
+            document_ids_U=torch.from_numpy(documents),
+            domains=tuple(domains[owner] for owner in owners),
+            borders_BS=piece_numbers(pieces) if rules.stop_attention else None,
+            units_BS=unit_numbers(pieces) if rules.are_units else None,
+            equal_shares=rules.equal_shares,
         )
 
 
@@ -84,11 +111,10 @@ def pack_dense(
     padded = np.full(num_rows * sequence_length + 1, eod_id, dtype=np.int32)
     padded[: len(stream)] = stream
     position = np.arange(num_rows)[:, None] * sequence_length + np.arange(sequence_length + 1)
-    first = np.arange(num_rows) * sequence_length
+    owned = np.full(len(padded), -1, dtype=np.int64)
+    owned[: len(owner)] = owner
     return PackedSequences(
-        text=padded[position],
-        mask=position[:, 1:] < len(stream),
-        documents=np.array([_most_frequent(owner[f : f + sequence_length]) for f in first]),
+        text=padded[position], mask=position[:, 1:] < len(stream), owners=owned[position]
     )
 
 
@@ -116,7 +142,8 @@ def pack_last_word(
     row[: len(kept)] = kept
     label = np.arange(1, sequence_length + 1)
     mask = (label >= start) & (label < len(kept))
-    return PackedSequences(text=row[None], mask=mask[None], documents=np.array([number]))
+    owners = np.where(np.arange(sequence_length + 1) < len(kept), number, -1)
+    return PackedSequences(text=row[None], mask=mask[None], owners=owners[None])
 
 
 def _common_length(ids: np.ndarray, before: Sequence[int]) -> int:
@@ -127,8 +154,3 @@ def _common_length(ids: np.ndarray, before: Sequence[int]) -> int:
     shared = min(len(ids), len(before))
     different = np.flatnonzero(ids[:shared] != np.array(before[:shared], dtype=np.int32))
     return int(different[0]) if len(different) else shared
-
-
-def _most_frequent(owner: np.ndarray) -> int:
-    numbers, counts = np.unique(owner, return_counts=True)
-    return int(numbers[np.argmax(counts)])

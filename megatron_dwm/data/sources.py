@@ -22,13 +22,15 @@ update drew, or passages of the target"""
 
 @dataclass(frozen=True, kw_only=True)
 class Origins:
-    """The origins of the rows of a global batch, without their text.
+    """The origins of the units of a global batch, without their text.
 
-    sample_ids_B, document_ids_B: int64. domains, numberings: one per row.
+    sample_ids_U, document_ids_U: int64. tokens_U: int64, input tokens of each unit. domains,
+    numberings: one per unit.
     """
 
-    sample_ids_B: Tensor
-    document_ids_B: Tensor
+    sample_ids_U: Tensor
+    document_ids_U: Tensor
+    tokens_U: Tensor
     domains: tuple[str, ...]
     numberings: tuple[Numbering, ...]
 
@@ -43,8 +45,11 @@ class Source(Protocol):
         """Returns rows `start` to `stop - 1` of batch `number` (from 0), on the CPU."""
         ...
 
-    def origins(self, number: int) -> Origins:
-        """Returns the origins of batch `number`; reads no token of the corpus."""
+    def origins(self, number: int, count: int | None = None) -> Origins:
+        """Returns the origins of batch `number`; reads no token of the corpus.
+
+        count: only of its first `count` rows.
+        """
         ...
 
     def sample_range(self, number: int) -> range:
@@ -64,15 +69,15 @@ class CorpusSource:
         """Returns rows of batch `number`."""
         return self.data.batch(self.sample_range(number)[start:stop])
 
-    def origins(self, number: int) -> Origins:
+    def origins(self, number: int, count: int | None = None) -> Origins:
         """Returns the origins of batch `number`."""
-        ids = self.sample_range(number)
-        documents, domains = self.data.documents_and_domains(ids)
+        found = self.data.origins(self.sample_range(number)[:count])
         return Origins(
-            sample_ids_B=torch.tensor(ids, dtype=torch.int64),
-            document_ids_B=torch.tensor(documents, dtype=torch.int64),
-            domains=tuple(domains),
-            numberings=(self.numbering,) * len(ids),
+            sample_ids_U=torch.tensor(found.samples, dtype=torch.int64),
+            document_ids_U=torch.tensor(found.documents, dtype=torch.int64),
+            tokens_U=torch.tensor(found.tokens, dtype=torch.int64),
+            domains=tuple(found.domains),
+            numberings=(self.numbering,) * len(found.samples),
         )
 
     def sample_range(self, number: int) -> range:
@@ -103,16 +108,29 @@ class MixedSource:
             return passages
         return Batch.concatenate([self.corpus.rows(number, start, self._border), passages])
 
-    def origins(self, number: int) -> Origins:
+    def origins(self, number: int, count: int | None = None) -> Origins:
         """Returns the origins of batch `number`."""
-        corpus, kept = self.corpus.origins(number), self._border
+        kept = self._border if count is None else min(count, self._border)
+        corpus = self.corpus.origins(number, kept)
         passages = self.target.batch(number, self.num_mixed)
-        numbered: list[Numbering] = ["target"] * self.num_mixed
+        if count is not None:
+            passages = passages.rows(0, max(0, count - self._border))
+        units = passages.units
+        numbered: list[Numbering] = ["target"] * units.count
+        per_row = torch.tensor(passages.units_per_row)
+        ones_BS = torch.ones_like(passages.loss_mask_BS)
+        columns = (
+            (corpus.sample_ids_U, passages.sample_ids_B.repeat_interleave(per_row)),
+            (corpus.document_ids_U, passages.document_ids_U),
+            (corpus.tokens_U, units.sum_of_rows(ones_BS).long()),
+        )
+        samples_U, documents_U, tokens_U = (torch.cat(pair) for pair in columns)
         return Origins(
-            sample_ids_B=torch.cat([corpus.sample_ids_B[:kept], passages.sample_ids_B]),
-            document_ids_B=torch.cat([corpus.document_ids_B[:kept], passages.document_ids_B]),
-            domains=(*corpus.domains[:kept], *passages.domains),
-            numberings=(*corpus.numberings[:kept], *numbered),
+            sample_ids_U=samples_U,
+            document_ids_U=documents_U,
+            tokens_U=tokens_U,
+            domains=(*corpus.domains, *passages.domains),
+            numberings=(*corpus.numberings, *numbered),
         )
 
     def sample_range(self, number: int) -> range:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
@@ -37,6 +38,13 @@ from megatron_dwm.data.index_cache import (
     cached,
     on_first_rank,
     open_epoch,
+)
+from megatron_dwm.data.pieces import (
+    ROWS,
+    DocumentRules,
+    RowPieces,
+    clear_border_labels,
+    piece_numbers,
 )
 from megatron_dwm.data.prefixes import BlendPart, IndexedFile, parse_blend, read_indexed_file
 
@@ -73,13 +81,13 @@ class _PrefixStream:
         sample = self._dataset(number)[index]
         return torch.cat([sample["tokens"], sample["labels"][-1:]]).numpy()
 
-    def document(self, position: int) -> int:
-        """Returns the number, in its file, of the document with most of the sample's input tokens.
+    def pieces(self, position: int) -> RowPieces:
+        """Returns the pieces of documents in the sample at `position`; reads no token.
 
-        If several have the same number, the first counts. Reads no token.
+        Documents have their number in the file.
         """
         number, index = divmod(position, self.samples_per_epoch)
-        return self._main_document(self._dataset(number), index)
+        return self._pieces(self._dataset(number), index)
 
     def _epoch(self, number: int) -> Epoch:
         digest = hashlib.sha256(f"{self._order}/{number}".encode()).digest()
@@ -99,21 +107,37 @@ class _PrefixStream:
         assert len(dataset) == self.samples_per_epoch, (len(dataset), self.samples_per_epoch)
         return dataset
 
-    def _main_document(self, dataset: GPTDataset, index: int) -> int:
+    def _pieces(self, dataset: GPTDataset, index: int) -> RowPieces:
         shuffled = int(dataset.shuffle_index[index])
         first, first_offset = (int(value) for value in dataset.sample_index[shuffled])
         last, last_offset = (int(value) for value in dataset.sample_index[shuffled + 1])
         sequences = np.asarray(dataset.document_index[first : last + 1])
         lengths = self._indexed.sequence_lengths[sequences].astype(np.int64)
+        # The sample's one label more is the token at `last_offset`, so 0 means that it begins a
+        # document.
         lengths[-1] = last_offset
         lengths[0] -= first_offset
         # Documents without tokens have no sequence, and a document may have several.
         borders = self._indexed.document_indices
         documents = np.searchsorted(borders, sequences, side="right") - 1
-        names, first_seen, inverse = np.unique(documents, return_index=True, return_inverse=True)
-        tokens = np.bincount(inverse.reshape(-1), weights=lengths)
-        candidates = np.flatnonzero(tokens == tokens.max())
-        return int(names[candidates[np.argmin(first_seen[candidates])]])
+        starts = np.flatnonzero(np.diff(documents, prepend=-1))
+        whole = np.add.reduceat(lengths, starts)
+        kept = whole > 0
+        return RowPieces(
+            documents=documents[starts][kept],
+            lengths=whole[kept],
+            ends_at_border=not kept[-1],
+        )
+
+
+@dataclass(frozen=True)
+class UnitOrigins:
+    """The origin of each unit: its sample, document and domain, and its number of input tokens."""
+
+    samples: list[int] = field(default_factory=list)
+    documents: list[int] = field(default_factory=list)
+    domains: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
 
 
 class TrainingData:
@@ -132,6 +156,7 @@ class TrainingData:
         num_samples: int,
         cache_dir: Path,
         purpose: str = "training",
+        rules: DocumentRules = ROWS,
     ) -> None:
         """Open the data and build missing indices in `cache_dir`.
 
@@ -142,6 +167,7 @@ class TrainingData:
             num_samples: number of samples that may be read, over all steps and ranks.
             cache_dir: directory of the index cache if `config.cache_dir` is empty.
             purpose: another purpose gives another, independent order of the same data.
+            rules: how documents inside a sample are told apart.
 
         Raises:
             UserError: as `checks.check_data`, or the cache directory cannot be written.
@@ -149,6 +175,7 @@ class TrainingData:
         self.num_samples = num_samples
         self._cache_dir = Path(config.cache_dir) if config.cache_dir else cache_dir
         self._sequence_length = config.sequence_length
+        self._rules = rules
         self._parts = parse_blend(config.train)
         self._streams = [
             _PrefixStream(
@@ -175,32 +202,54 @@ class TrainingData:
         """Returns the samples with these numbers, each below `num_samples`, in this order (CPU)."""
         located = [self._locate(sample_id) for sample_id in sample_ids]
         rows = [self._streams[prefix].text(position) for prefix, position in located]
-        documents, domains = self.documents_and_domains(sample_ids)
         text = torch.from_numpy(np.stack(rows))
         tokens_BS = text[:, :-1].contiguous()
+        pieces = self._pieces(sample_ids)
+        loss_mask_BS = torch.ones(tokens_BS.shape, dtype=torch.float32)
+        if not self._rules.border_loss:
+            clear_border_labels(loss_mask_BS, pieces)
+        origins = self._origins(sample_ids, pieces)
+        numbers_BS = piece_numbers(pieces) if self._tells_documents_apart else None
         return Batch(
             tokens_BS=tokens_BS,
             labels_BS=text[:, 1:].contiguous(),
-            loss_mask_BS=torch.ones(tokens_BS.shape, dtype=torch.float32),
+            loss_mask_BS=loss_mask_BS,
             position_ids_BS=torch.arange(tokens_BS.shape[1]).repeat(len(rows), 1),
             sample_ids_B=torch.tensor(list(sample_ids), dtype=torch.int64),
-            document_ids_B=torch.tensor(documents, dtype=torch.int64),
-            domains=tuple(domains),
+            document_ids_U=torch.tensor(origins.documents, dtype=torch.int64),
+            domains=tuple(origins.domains),
+            borders_BS=numbers_BS if self._rules.stop_attention else None,
+            units_BS=numbers_BS if self._rules.are_units else None,
+            equal_shares=self._rules.equal_shares,
         )
 
-    def documents_and_domains(self, sample_ids: Sequence[int]) -> tuple[list[int], list[str]]:
-        """Returns the number and domain of each sample's main document; reads no token.
+    def origins(self, sample_ids: Sequence[int]) -> UnitOrigins:
+        """Returns the origins of the units of these samples; reads no token.
 
         Documents are numbered over all prefixes, in the order of `data.train`.
         """
-        documents, domains = [], []
-        for sample_id in sample_ids:
-            prefix, position = self._locate(sample_id)
-            stream = self._streams[prefix]
-            document = stream.document(position)
-            documents.append(int(self._first_document[prefix]) + document)
-            domains.append(stream.domains.of(document))
-        return documents, domains
+        return self._origins(sample_ids, self._pieces(sample_ids))
+
+    @property
+    def _tells_documents_apart(self) -> bool:
+        return self._rules.stop_attention or self._rules.are_units
+
+    def _pieces(self, sample_ids: Sequence[int]) -> list[RowPieces]:
+        located = [self._locate(sample_id) for sample_id in sample_ids]
+        return [self._streams[prefix].pieces(position) for prefix, position in located]
+
+    def _origins(self, sample_ids: Sequence[int], pieces: Sequence[RowPieces]) -> UnitOrigins:
+        found = UnitOrigins()
+        for sample_id, row in zip(sample_ids, pieces, strict=True):
+            prefix, _ = self._locate(sample_id)
+            first, domains = int(self._first_document[prefix]), self._streams[prefix].domains
+            lengths = row.lengths.tolist() if self._rules.are_units else [int(row.lengths.sum())]
+            for document, tokens in zip(row.unit_documents(self._rules), lengths, strict=True):
+                found.samples.append(sample_id)
+                found.documents.append(first + document)
+                found.domains.append(domains.of(document))
+                found.tokens.append(tokens)
+        return found
 
     def _locate(self, sample_id: int) -> tuple[int, int]:
         """Returns a sample's prefix, and its position in the stream of that prefix."""

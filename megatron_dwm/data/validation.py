@@ -15,6 +15,7 @@ from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import DataConfig, EvaluationConfig, ValidationConfig
 from megatron_dwm.data.batch import UNKNOWN_DOMAIN, Batch
 from megatron_dwm.data.packing import PackedSequences, pack_dense, pack_last_word
+from megatron_dwm.data.pieces import ROWS, DocumentRules
 from megatron_dwm.data.passages import Passage, bare_text, read_passages
 
 if TYPE_CHECKING:
@@ -25,9 +26,17 @@ class ValidationSet:
     """Shuffled batches of the target text; batch k depends only on (seed, k, batch size)."""
 
     def __init__(
-        self, validation: ValidationConfig, data: DataConfig, tokenizer: Tokenizer, *, seed: int
+        self,
+        validation: ValidationConfig,
+        data: DataConfig,
+        tokenizer: Tokenizer,
+        *,
+        seed: int,
+        rules: DocumentRules = ROWS,
     ) -> None:
         """Read and pack the file `validation.path`.
+
+        rules: how passages inside a row are told apart.
 
         Raises:
             UserError: the path is empty, the file is missing, empty or broken (with its line), or
@@ -49,6 +58,7 @@ class ValidationSet:
             )
         self._rows = rows
         self._seed = seed
+        self._rules = rules
 
     @property
     def num_rows(self) -> int:
@@ -64,8 +74,7 @@ class ValidationSet:
         num_padding: rows without loss to add, with sample id `NO_ROW`.
         """
         ids = self._ids(k, batch_size)
-        domains = [self._domain_of_passage[self._rows.documents[i]] for i in ids]
-        return self._rows.batch(ids, domains, num_padding)
+        return self._rows.batch(ids, self._domain_of_passage, num_padding, self._rules)
 
     def num_shared(self, texts: Sequence[str]) -> int:
         """Returns how many non-empty `texts` (`bare_text`) are passages of the target."""
@@ -89,9 +98,17 @@ class EvaluationSet:
     """Held-out text, packed domain by domain, in order."""
 
     def __init__(
-        self, evaluation: EvaluationConfig, data: DataConfig, tokenizer: Tokenizer
+        self,
+        evaluation: EvaluationConfig,
+        data: DataConfig,
+        tokenizer: Tokenizer,
+        *,
+        stop_attention: bool = False,
     ) -> None:
         """Read and pack the file `evaluation.path`.
+
+        stop_attention: attention stops at the borders of passages. All their tokens count in any
+            case, so that losses of runs can be compared.
 
         Raises:
             UserError: the path is empty, the file is missing, empty or broken, a line has no
@@ -100,6 +117,8 @@ class EvaluationSet:
         path = evaluation.path
         if path is None:
             raise UserError("evaluation.path is empty: name a JSON Lines file of held-out text")
+        self._rules = DocumentRules(stop_attention=stop_attention)
+        self._domain_of_passage: list[str] = []
         by_domain: dict[str, list[tuple[int, Passage]]] = {}
         keys = (data.domain_key,)
         for number, passage in enumerate(read_passages(path, "evaluation.path", keys)):
@@ -108,6 +127,7 @@ class EvaluationSet:
                     f"{path} line {passage.line} has no {data.domain_key} (data.domain_key): "
                     "held-out text needs a domain in every line"
                 )
+            self._domain_of_passage.append(passage.domain)
             by_domain.setdefault(passage.domain, []).append((number, passage))
         self.texts = [bare_text(p.text) for found in by_domain.values() for _, p in found]
         packed = {
@@ -119,7 +139,6 @@ class EvaluationSet:
             raise UserError(f"{path} (evaluation.path): no passage has any tokens")
         self.domains = list(filled)
         self._rows = PackedSequences.stack(list(filled.values()))
-        self._domain_of_row = [name for name, rows in filled.items() for _ in range(len(rows))]
 
     @property
     def num_rows(self) -> int:
@@ -133,8 +152,8 @@ class EvaluationSet:
         """
         for start in range(0, self.num_rows, batch_size):
             ids = range(start, min(start + batch_size, self.num_rows))
-            domains = [self._domain_of_row[i] for i in ids]
-            yield self._rows.batch(ids, domains, num_padding=batch_size - len(ids))
+            padding = batch_size - len(ids)
+            yield self._rows.batch(ids, self._domain_of_passage, padding, self._rules)
 
 
 def _dense_rows(

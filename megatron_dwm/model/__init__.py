@@ -16,13 +16,14 @@ from megatron_dwm.model.llm import (
     unwrap,
 )
 from megatron_dwm.model.passes.forward_outputs import Features, ForwardOutputs
+from megatron_dwm.model.passes.micro_batch import MicroBatch
 from megatron_dwm.model.passes.pipeline import (
-    MicroBatch,
     PassResult,
     Weigh,
     forward_backward,
     forward_only,
 )
+from megatron_dwm.model.passes.units import Units
 from megatron_dwm.model.shape import LlamaShape, resolve_shape
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "MicroBatch",
     "PassResult",
     "ForwardOutputs",
+    "Units",
     "Weigh",
     "build_llm",
     "clear_gradients",

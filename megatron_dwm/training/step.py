@@ -12,14 +12,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from megatron_dwm.data import Batch
 from megatron_dwm.runtime.profiling import phase
-from megatron_dwm.training.gather import mean_over_samples
+from megatron_dwm.training.gather import mean_over_batch
 from megatron_dwm.training.guard import require_sound_weights, step_if_finite
 from megatron_dwm.training.learner import Learner
 from megatron_dwm.training.update import UpdateResult, UpperLevel, update_from_gradient
+from megatron_dwm.training.weighed_units import WeighedUnits
 from megatron_dwm.training.weighted_pass import weighted_pass
 from megatron_dwm.weighting import Counters, Method
 
@@ -28,8 +27,8 @@ from megatron_dwm.weighting import Counters, Method
 class Taken:
     """A step that was taken.
 
-    loss: mean of the samples' token-mean losses over the global batch.
-    weights_n: float32, weights of this replica's samples.
+    loss: mean of the units' token-mean losses over the global batch.
+    units: losses and weights of this replica's units.
     update: the weighting update inside the step; None if there was none or it was not finite.
     """
 
@@ -37,7 +36,7 @@ class Taken:
     weighted_loss: float
     grad_norm: float
     learning_rate: float
-    weights_n: Tensor
+    units: WeighedUnits
     update: UpdateResult | None = None
 
 
@@ -80,8 +79,10 @@ def train_step(
     with phase("weighted gradient"):
         result = weighted_pass(learner, method, batch, counters, for_update=upper is not None)
     assert result.weights_n is not None
-    losses_n, weights_n = result.sample_losses_n, result.weights_n
-    loss, weighted_loss, weight, wrong = _means(learner, losses_n, weights_n)
+    units = WeighedUnits(
+        losses_n=result.unit_losses_n, weights_n=result.weights_n, sizes_n=batch.units.sizes_U
+    )
+    loss, weighted_loss, weight, wrong = _means(learner, units)
     if largest_loss is not None and loss > largest_loss:
         return Spike(loss=loss, limit=largest_loss)
     update, grad_norm = None, math.nan
@@ -94,23 +95,24 @@ def train_step(
     learner.scheduler.step(increment=1)
     if not math.isfinite(grad_norm):
         return Skipped(loss=loss, grad_norm=grad_norm)
-    method.after_step(losses_n, counters)
+    method.after_step(batch, units.losses_n, counters)
     return Taken(
         loss=loss,
         weighted_loss=weighted_loss,
         grad_norm=grad_norm,
         learning_rate=learning_rate,
-        weights_n=weights_n,
+        units=units,
         update=update,
     )
 
 
-def _means(learner: Learner, losses_n: Tensor, weights_n: Tensor) -> list[float]:
+def _means(learner: Learner, units: WeighedUnits) -> list[float]:
     """Returns means over the global batch (collective).
 
     They are those of losses, weighted losses and weights, and the fraction of weights that are not
     finite or negative.
     """
+    losses_n, weights_n = units.losses_n, units.weights_n
     wrong_n = ~(torch.isfinite(weights_n) & (weights_n >= 0))
     rows = [losses_n, losses_n * weights_n, weights_n, wrong_n.to(losses_n.dtype)]
-    return mean_over_samples(torch.stack(rows), learner.runtime).tolist()
+    return mean_over_batch(torch.stack(rows), units.sizes_n, learner.runtime).tolist()

@@ -4,6 +4,9 @@
     size (sum w)^2 / (n * sum w^2), a fraction of the group, at its bound or above;
     then w <- (1 - floor) * w + floor.
 
+Units may have different sizes s: then the mean of w that is 1 is sum s w / sum s, and each unit
+counts s times in the effective sample size.
+
 Pure functions on groups: the last dimension is the weighting group.
 """
 
@@ -22,25 +25,45 @@ _BISECTIONS = 40
 _LARGEST_TEMPERATURE = 1e6
 
 
-def effective_sample_size(weights_Gn: Tensor) -> Tensor:
-    """Returns [G]: (sum w)^2 / (n * sum w^2), between 1/n and 1."""
-    n = weights_Gn.shape[-1]
-    return weights_Gn.sum(-1).square() / (n * weights_Gn.square().sum(-1))
+def effective_sample_size(weights_Gn: Tensor, sizes_Gn: Tensor | None = None) -> Tensor:
+    """Returns [G]: (sum s w)^2 / (sum s * sum s w^2), at most 1; sizes s of None are all 1."""
+    if sizes_Gn is None:
+        n = weights_Gn.shape[-1]
+        return weights_Gn.sum(-1).square() / (n * weights_Gn.square().sum(-1))
+    sized_Gn = sizes_Gn * weights_Gn
+    return sized_Gn.sum(-1).square() / (sizes_Gn.sum(-1) * (sized_Gn * weights_Gn).sum(-1))
 
 
-def normalized_entropy(weights_Gn: Tensor) -> Tensor:
-    """Returns [G]: entropy of w / sum w over log n; 1 for uniform weights, also if n is 1."""
+def normalized_entropy(weights_Gn: Tensor, sizes_Gn: Tensor | None = None) -> Tensor:
+    """Returns [G]: entropy of w / sum w over log n; 1 for uniform weights, also if n is 1.
+
+    With sizes s it is 1 - KL(p | q) / log(1 / min q) for p = s w / sum s w and q = s / sum s, which
+    is the same if all sizes are equal.
+    """
     n = weights_Gn.shape[-1]
     if n == 1:
         return torch.ones_like(weights_Gn[..., 0])
-    shares = weights_Gn / weights_Gn.sum(-1, keepdim=True)
-    return -torch.special.xlogy(shares, shares).sum(-1) / math.log(n)
+    if sizes_Gn is None:
+        shares = weights_Gn / weights_Gn.sum(-1, keepdim=True)
+        return -torch.special.xlogy(shares, shares).sum(-1) / math.log(n)
+    q_Gn = sizes_Gn / sizes_Gn.sum(-1, keepdim=True)
+    p_Gn = q_Gn * weights_Gn / (q_Gn * weights_Gn).sum(-1, keepdim=True)
+    divergence_G = torch.special.xlogy(p_Gn, p_Gn / q_Gn).where(p_Gn > 0, 0.0).sum(-1)
+    largest_G = -q_Gn.where(q_Gn > 0, 1.0).amin(-1).log()
+    return torch.where(largest_G > 0, 1.0 - divergence_G / largest_G, 1.0)
 
 
 def weights_from_logits(
-    logits_Gn: Tensor, *, min_effective_sample_size: float, uniform_floor: float
+    logits_Gn: Tensor,
+    sizes_Gn: Tensor | None = None,
+    *,
+    min_effective_sample_size: float,
+    uniform_floor: float,
 ) -> Tensor:
     """Turn logits [G, n] into weights [G, n], non-negative and with mean 1 in every group.
+
+    sizes_Gn: how much each unit counts in the mean, and in the effective sample size; None: all the
+    same. A unit of size 0 counts nowhere.
 
     Equal logits give exactly 1. The gradient is taken at a fixed temperature. Where the bound on
     the effective sample size is active, this is not the full derivative: the weights there do not
@@ -48,13 +71,14 @@ def weights_from_logits(
     the others would never recover.
     """
     if min_effective_sample_size > 0.0:
-        logits_Gn = logits_Gn / temperature(logits_Gn, min_effective_sample_size)[..., None]
-    weights_Gn = _softmax_times_n(logits_Gn)
+        temperature_G = temperature(logits_Gn, min_effective_sample_size, sizes_Gn)
+        logits_Gn = logits_Gn / temperature_G[..., None]
+    weights_Gn = _softmax_of_mean_one(logits_Gn, sizes_Gn)
     return weights_Gn * (1.0 - uniform_floor) + uniform_floor if uniform_floor else weights_Gn
 
 
 @torch.no_grad()
-def temperature(logits_Gn: Tensor, bound: float) -> Tensor:
+def temperature(logits_Gn: Tensor, bound: float, sizes_Gn: Tensor | None = None) -> Tensor:
     """Returns [G]: the smallest temperature of each group that keeps the bound, at least 1.
 
     Found by bisection in log T; carries no gradient.
@@ -63,18 +87,25 @@ def temperature(logits_Gn: Tensor, bound: float) -> Tensor:
     high_G = torch.full_like(low_G, math.log(_LARGEST_TEMPERATURE))
     for _ in range(_BISECTIONS):
         middle_G = (low_G + high_G) / 2
-        enough_G = _size_at(logits_Gn, middle_G.exp()) >= bound
+        enough_G = _size_at(logits_Gn, middle_G.exp(), sizes_Gn) >= bound
         high_G = torch.where(enough_G, middle_G, high_G)
         low_G = torch.where(enough_G, low_G, middle_G)
-    holds_G = _size_at(logits_Gn, torch.ones_like(low_G)) >= bound
+    holds_G = _size_at(logits_Gn, torch.ones_like(low_G), sizes_Gn) >= bound
     return torch.where(holds_G, 1.0, high_G.exp())
 
 
-def _size_at(logits_Gn: Tensor, temperature_G: Tensor) -> Tensor:
-    return effective_sample_size(_softmax_times_n(logits_Gn / temperature_G[..., None]))
+def _size_at(logits_Gn: Tensor, temperature_G: Tensor, sizes_Gn: Tensor | None) -> Tensor:
+    weights_Gn = _softmax_of_mean_one(logits_Gn / temperature_G[..., None], sizes_Gn)
+    return effective_sample_size(weights_Gn, sizes_Gn)
 
 
-def _softmax_times_n(logits_Gn: Tensor) -> Tensor:
-    """Returns n * softmax, computed so that equal logits give exactly 1 for every n."""
-    shifted_Gn = (logits_Gn - logits_Gn.amax(-1, keepdim=True).detach()).exp()
-    return shifted_Gn * (logits_Gn.shape[-1] / shifted_Gn.sum(-1, keepdim=True))
+def _softmax_of_mean_one(logits_Gn: Tensor, sizes_Gn: Tensor | None) -> Tensor:
+    """Returns the softmax with mean 1, computed so that equal logits give exactly 1 for every n."""
+    if sizes_Gn is None:
+        shifted_Gn = (logits_Gn - logits_Gn.amax(-1, keepdim=True).detach()).exp()
+        return shifted_Gn * (logits_Gn.shape[-1] / shifted_Gn.sum(-1, keepdim=True))
+    largest_G1 = logits_Gn.where(sizes_Gn > 0, -torch.inf).amax(-1, keepdim=True).detach()
+    # Without the bound a unit of size 0 could overflow, and 0 times infinity is not 0.
+    shifted_Gn = (logits_Gn - largest_G1).clamp(max=0.0).exp()
+    sums_G1 = (sizes_Gn * shifted_Gn).sum(-1, keepdim=True)
+    return shifted_Gn * (sizes_Gn.sum(-1, keepdim=True) / sums_G1)

@@ -28,7 +28,7 @@ from megatron_dwm.model import ForwardOutputs, LlamaShape
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.concentration import GUARDS
 from megatron_dwm.weighting.costs import Costs, learning_costs
-from megatron_dwm.weighting.groups import gather_over_data
+from megatron_dwm.weighting.groups import Groups, gather_over_data, units_of_replicas
 from megatron_dwm.weighting.method import (
     Alignments,
     Counters,
@@ -84,7 +84,8 @@ class DomainMean(RuleBased):
     @torch.no_grad()
     def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
         """Returns float32 [n], mean 1 in every weighting group; all 1 before the first update."""
-        return self.grouping.local(self._group_weights(batch))
+        groups = self.grouping.of(batch)
+        return groups.local(self._group_weights(batch, groups))
 
     @torch.no_grad()
     def update(
@@ -92,17 +93,13 @@ class DomainMean(RuleBased):
     ) -> WeightingUpdate:
         """Update the means of the domains in this global batch."""
         self.reliability.observe(alignments.signal_to_noise)
-        weights_Gn = self._group_weights(batch)
-        advantage_Gn = self._advantage(alignments, weights_Gn)
-        advantage_n = gather_over_data(self.grouping.local(advantage_Gn), self.runtime)
-        by_domain: dict[str, list[float]] = defaultdict(list)
-        for domain, value in zip(self._all_domains(batch), advantage_n.tolist(), strict=True):
-            by_domain[domain].append(value)
+        groups = self.grouping.of(batch)
+        weights_Gn = self._group_weights(batch, groups)
+        advantage_n = groups.local(self._advantage(alignments, weights_Gn, groups))
         kept = self._kept()
-        for domain, values in by_domain.items():
-            mean = sum(values) / len(values)
+        for domain, mean in self._means_by_domain(batch, advantage_n).items():
             self.means[domain] = kept * self.means.get(domain, 0.0) + (1 - kept) * mean
-        return WeightingUpdate(self.grouping.local(weights_Gn))
+        return WeightingUpdate(groups.local(weights_Gn))
 
     def files(self) -> dict[str, bytes]:
         """Returns the means as JSON, for people to read."""
@@ -118,21 +115,37 @@ class DomainMean(RuleBased):
         self.means = dict(state["means"])
         self.reliability.value = state["reliability"]
 
-    def _advantage(self, alignments: Alignments, weights_Gn: Tensor) -> Tensor:
-        alignment_Gn = self.grouping.gather(alignments.values_n)
+    def _advantage(self, alignments: Alignments, weights_Gn: Tensor, groups: Groups) -> Tensor:
+        alignment_Gn = groups.gather(alignments.values_n)
         if self.weighting.standardize:
-            return standardize(alignment_Gn, weights_Gn)
-        return centered(alignment_Gn * alignments.learning_rate, weights_Gn)
+            return standardize(alignment_Gn, weights_Gn, groups.sizes_Gn)
+        return centered(alignment_Gn * alignments.learning_rate, weights_Gn, groups.sizes_Gn)
+
+    def _means_by_domain(self, batch: Batch, advantage_n: Tensor) -> dict[str, float]:
+        """Returns the mean of every domain in the global batch (collective)."""
+        counts, sizes_U = units_of_replicas(batch, self.runtime), batch.units.sizes_U
+        sizes_U = torch.ones_like(advantage_n) if sizes_U is None else sizes_U
+        columns_N2 = gather_over_data(
+            torch.stack([advantage_n, sizes_U], dim=1), self.runtime, counts
+        )
+        by_domain: dict[str, list[list[float]]] = defaultdict(list)
+        for domain, row in zip(self._all_domains(batch), columns_N2.tolist(), strict=True):
+            by_domain[domain].append(row)
+        return {
+            domain: sum(value * size for value, size in rows) / sum(size for _, size in rows)
+            for domain, rows in by_domain.items()
+            if any(size for _, size in rows)
+        }
 
     def _kept(self) -> float:
         """Returns the fraction of the running mean that is kept; more if alignments are noisy."""
         damping = self.reliability.factor if self.weighting.damp_by_noise else 1.0
         return 1.0 - (1.0 - self.config.domain_decay) * damping
 
-    def _group_weights(self, batch: Batch) -> Tensor:
+    def _group_weights(self, batch: Batch, groups: Groups) -> Tensor:
         means = [self.means.get(name, 0.0) for name in batch.domains]
         means_n = torch.tensor(means, dtype=torch.float32, device=self.runtime.device)
-        return self.group_weights(means_n / self.config.domain_temperature)
+        return self.group_weights(means_n / self.config.domain_temperature, groups)
 
     def _all_domains(self, batch: Batch) -> list[str]:
         """Returns the domains of the global batch, in order (collective)."""

@@ -176,8 +176,8 @@ class Dwm(Method):
         """Returns float32 [n], mean 1 in every weighting group; all 1 before the first update."""
         trainer = self.trainer
         if not trainer.learned:
-            return torch.ones(batch.size, device=batch.tokens_BS.device)
-        return trainer.grouping.local(trainer.group_weights(batch, outputs))
+            return torch.ones(batch.units.count, device=batch.tokens_BS.device)
+        return trainer.weights(batch, outputs)
 
     def update(
         self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments

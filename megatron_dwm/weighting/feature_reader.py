@@ -22,13 +22,14 @@ class FeatureReader(nn.Module):
         super().__init__()
         self.project = nn.Linear(2 * feature_size + 1, width)
 
-    def forward(self, rows_GnK: Tensor) -> Tensor:
+    def forward(self, rows_GnK: Tensor, sizes_Gn: Tensor | None = None) -> Tensor:
         """Encode float32 [G, n, 2 D + 1]: final and early hidden state, token-mean loss.
 
         The hidden states are scaled to a root mean square of 1, since their scale depends on the
-        model and grows during training. The loss is standardized inside the group.
+        model and grows during training. The loss is standardized inside the group, whose units
+        count in proportion to `sizes_Gn`; None: all the same.
         """
         final_GnD, early_GnD = rows_GnK[..., :-1].chunk(2, dim=-1)
         parts = [F.rms_norm(hidden, hidden.shape[-1:]) for hidden in (final_GnD, early_GnD)]
-        loss_Gn1 = standardize(rows_GnK[..., -1])[..., None]
+        loss_Gn1 = standardize(rows_GnK[..., -1], sizes_Gn=sizes_Gn)[..., None]
         return self.project(torch.cat([*parts, loss_Gn1], dim=-1))

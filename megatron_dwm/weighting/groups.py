@@ -1,22 +1,27 @@
-"""Splits the samples of a step over ranks, and gathers them inside the weighting group.
+"""Splits the units of a step over ranks, and gathers them inside the weighting group.
 
 METHOD.md, section 3: every rank of the job has the whole weighting model. Inside an inner group
-(the ranks of one LLM replica) every rank encodes its share of the replica's samples. The pooled
+(the ranks of one LLM replica) every rank encodes its share of the replica's rows. The pooled
 vectors are gathered with gradients, and each rank computes the same weights from them.
 
 If several ranks compute the same loss, it is divided by their number before its backward pass. The
 gathers sum gradients over their group, and the caller sums parameter gradients over the job.
+
+Where documents are the units, replicas and micro-batches have different numbers of them. Gathers
+are then padded to the largest number, and so are the groups of micro-batches; padding has size 0.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_dwm.data import Batch
 from megatron_dwm.runtime import Runtime
 
 
@@ -37,34 +42,122 @@ class GatherRows(torch.autograd.Function):
         return summed.chunk(ctx.group.size())[ctx.group.rank()], None
 
 
-def share_of_rank(num_samples: int, runtime: Runtime) -> Tensor:
-    """Returns int64: the replica's samples that this rank of the inner group encodes.
+def rows_of_rank(batch: Batch, runtime: Runtime) -> Batch:
+    """Returns the rows of the replica that this rank of the inner group encodes.
 
     Every rank has the same number; if they do not divide evenly, the last ranks repeat the last
-    sample.
+    row.
     """
-    share = -(-num_samples // runtime.inner_size)
-    first = runtime.inner_rank * share
-    return torch.arange(first, first + share).clamp(max=num_samples - 1)
+    first, stop, repeated = _share(batch.size, runtime.inner_size, runtime.inner_rank)
+    last = batch.rows(batch.size - 1, batch.size)
+    return Batch.concatenate([batch.rows(first, stop), *[last] * repeated])
 
 
-def gather_inside_replica(part: Tensor, num_samples: int, runtime: Runtime) -> Tensor:
-    """Gather the rows of `share_of_rank` from every rank of the inner group: [num_samples, ...]."""
+def gather_inside_replica(part_UD: Tensor, batch: Batch, runtime: Runtime) -> Tensor:
+    """Gather the units of `rows_of_rank` from every rank of the inner group: [U, ...]."""
     if runtime.inner_size == 1:
-        return part
-    return GatherRows.apply(part, runtime.inner_group)[:num_samples]
+        return part_UD
+    counts, kept = [], []
+    for rank in range(runtime.inner_size):
+        first, stop, repeated = _share(batch.size, runtime.inner_size, rank)
+        kept.append(sum(batch.units_per_row[first:stop]))
+        counts.append(kept[-1] + repeated * batch.units_per_row[-1])
+    gathered = GatherRows.apply(_padded(part_UD, max(counts)), runtime.inner_group)
+    parts = gathered.split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(parts, kept, strict=True)])
 
 
-def gather_over_data(rows: Tensor, runtime: Runtime) -> Tensor:
-    """Gather the rows of every replica, in the order of the global batch."""
+def units_of_replicas(batch: Batch, runtime: Runtime) -> list[int]:
+    """Returns the number of units of every replica; a collective call if documents are units."""
+    count = batch.units.count
+    if batch.units_BS is None or runtime.data_size == 1:
+        return [count] * runtime.data_size
+    mine = torch.tensor([count], device=runtime.device)
+    return gather_over_data(mine, runtime).tolist()
+
+
+def gather_over_data(
+    rows_U: Tensor, runtime: Runtime, counts: list[int] | None = None
+) -> Tensor:
+    """Gather the rows of every replica, in the order of the global batch.
+
+    counts: number of rows of each replica; None if all have the same number.
+    """
     if runtime.data_size == 1:
-        return rows
-    return GatherRows.apply(rows, runtime.data_group)
+        return rows_U
+    if counts is None or len(set(counts)) == 1:
+        return GatherRows.apply(rows_U, runtime.data_group)
+    gathered = GatherRows.apply(_padded(rows_U, max(counts)), runtime.data_group)
+    parts = gathered.split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def _share(rows: int, ranks: int, rank: int) -> tuple[int, int, int]:
+    """Returns first and last + 1 of the rows of a rank, and how often it repeats the last row."""
+    share = -(-rows // ranks)
+    first, stop = min(rank * share, rows), min((rank + 1) * share, rows)
+    return first, stop, share - (stop - first)
+
+
+def _padded(rows_U: Tensor, length: int) -> Tensor:
+    missing = length - len(rows_U)
+    if not missing:
+        return rows_U
+    return torch.cat([rows_U, rows_U.new_zeros(missing, *rows_U.shape[1:])])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """The weighting groups of one batch, G groups of at most n units.
+
+    counts: number of units of each replica, for groups over all of them; else of each group.
+    sizes_Gn: how much every unit counts, 0 for padding; None: all count the same, without padding.
+    """
+
+    runtime: Runtime
+    is_global: bool
+    counts: list[int]
+    sizes_Gn: Tensor | None = None
+
+    @property
+    def present_Gn(self) -> Tensor | None:
+        """True where there is a unit; None if there is no padding."""
+        if self.sizes_Gn is None or self.is_global or len(set(self.counts)) == 1:
+            return None
+        device = self.sizes_Gn.device
+        counts_G1 = torch.tensor(self.counts, device=device)[:, None]
+        return torch.arange(max(self.counts), device=device) < counts_G1
+
+    def gather(self, rows_U: Tensor) -> Tensor:
+        """Arrange this replica's rows [U, ...] in their groups, [G, n, ...]."""
+        if self.is_global:
+            return gather_over_data(rows_U, self.runtime, self.counts)[None]
+        if len(set(self.counts)) == 1:
+            return rows_U.view(len(self.counts), -1, *rows_U.shape[1:])
+        longest = max(self.counts)
+        return torch.stack([_padded(rows, longest) for rows in rows_U.split(self.counts)])
+
+    def local(self, values_Gn: Tensor) -> Tensor:
+        """Returns this replica's values, [U]; the inverse of `gather`."""
+        if self.is_global:
+            return values_Gn.reshape(-1).split(self.counts)[self.runtime.data_rank]
+        present_Gn = self.present_Gn
+        return values_Gn.reshape(-1) if present_Gn is None else values_Gn[present_Gn]
+
+    def mean(self, values_Gn: Tensor) -> Tensor:
+        """Returns the part of these groups in the mean over the global batch's units."""
+        if self.sizes_Gn is None:
+            replicas = 1 if self.is_global else self.runtime.data_size
+            return values_Gn.sum() / (sum(self.counts) * replicas)
+        total = self.sizes_Gn.sum()
+        if not self.is_global:
+            dist.all_reduce(total, group=self.runtime.data_group)
+        return (self.sizes_Gn * values_Gn).sum() / total
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """The weighting groups: the samples of each micro-batch, or of the global batch."""
+    """The rule of the weighting groups: the units of each micro-batch, or of the global batch."""
 
     runtime: Runtime
     micro_batch_size: int
@@ -75,16 +168,16 @@ class Grouping:
         """Number of ranks that compute the weights of the same groups."""
         return self.runtime.world_size if self.is_global else self.runtime.inner_size
 
-    def gather(self, rows_n: Tensor) -> Tensor:
-        """Arrange this replica's rows [n, ...] in its groups, [G, size of a group, ...]."""
-        if self.is_global:
-            rows_n = gather_over_data(rows_n, self.runtime)
-        size = rows_n.shape[0] if self.is_global else self.micro_batch_size
-        return rows_n.view(-1, size, *rows_n.shape[1:])
+    def of(self, batch: Batch) -> Groups:
+        """Returns the groups of this replica's batch, or of one of its micro-batches.
 
-    def local(self, values_Gn: Tensor) -> Tensor:
-        """Returns this replica's values, [n]; the inverse of `gather`."""
-        values_n = values_Gn.reshape(-1)
+        A collective call if groups are global and documents are units.
+        """
         if self.is_global:
-            return values_n.chunk(self.runtime.data_size)[self.runtime.data_rank]
-        return values_n
+            counts = units_of_replicas(batch, self.runtime)
+        else:
+            firsts = list(accumulate(batch.units_per_row, initial=0))[:: self.micro_batch_size]
+            counts = [stop - first for first, stop in pairwise(firsts)]
+        groups = Groups(runtime=self.runtime, is_global=self.is_global, counts=counts)
+        sizes_U = batch.units.sizes_U
+        return groups if sizes_U is None else replace(groups, sizes_Gn=groups.gather(sizes_U))

@@ -25,10 +25,11 @@ from megatron_dwm.model import ForwardOutputs, LlamaShape
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.concentration import GUARDS
 from megatron_dwm.weighting.costs import Costs, plain_costs
-from megatron_dwm.weighting.groups import gather_over_data
+from megatron_dwm.weighting.groups import gather_over_data, units_of_replicas
 from megatron_dwm.weighting.method import Counters, Needs
 from megatron_dwm.weighting.rule_based import RuleBased
 from megatron_dwm.weighting.rules import group_problems
+from megatron_dwm.weighting.standardize import mean_over_units
 
 
 class LossReweighting(RuleBased):
@@ -86,21 +87,25 @@ class LossReweighting(RuleBased):
     def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
         """Returns float32 [n], mean 1 in every weighting group; all 1 for the first batch."""
         if self.moments is None:
-            return torch.ones(batch.size, device=batch.tokens_BS.device)
+            return torch.ones(batch.units.count, device=batch.tokens_BS.device)
         assert outputs is not None
         mean, square = self.moments
         deviation = (square - mean.square()).clamp(min=0.0).sqrt()
         centered_n = outputs.losses_n.double() - mean
         logits_n = torch.where(deviation > 0, centered_n / deviation, 0.0)
-        return self.grouping.local(
-            self.group_weights((logits_n / self.config.loss_temperature).float())
-        )
+        groups = self.grouping.of(batch)
+        logits_n = (logits_n / self.config.loss_temperature).float()
+        return groups.local(self.group_weights(logits_n, groups))
 
     @torch.no_grad()
-    def after_step(self, losses_n: Tensor, counters: Counters) -> None:
+    def after_step(self, batch: Batch, losses_n: Tensor, counters: Counters) -> None:
         """Update the moments with the losses of this global batch (collective)."""
-        losses_N = gather_over_data(losses_n.detach(), self.runtime).double()
-        found = torch.stack([losses_N.mean(), losses_N.square().mean()])
+        counts, sizes_U = units_of_replicas(batch, self.runtime), batch.units.sizes_U
+        losses_N = gather_over_data(losses_n.detach(), self.runtime, counts).double()
+        if sizes_U is not None:
+            sizes_U = gather_over_data(sizes_U, self.runtime, counts).double()
+        both_2N = torch.stack([losses_N, losses_N.square()])
+        found = mean_over_units(both_2N, sizes_U)[:, 0]
         if self.moments is None:
             self.moments = found
         else:

@@ -184,9 +184,10 @@ class Method(Protocol):
 
     @abstractmethod
     def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
-        """Returns float32 [n], a weight per sample: finite, non-negative, mean 1 over the batch.
+        """Returns float32 [n], a weight per unit: finite, non-negative, mean 1 over the batch.
 
-        outputs: the LLM's outputs for the same samples; None if the method needs none.
+        The mean counts every unit in proportion to its size (`Batch.units`).
+        outputs: the LLM's outputs for the same units; None if the method needs none.
         """
         ...
 
@@ -196,8 +197,8 @@ class Method(Protocol):
         """Learn from this replica's samples and their alignments (collective over the world)."""
         raise NotImplementedError("a method whose schedule has updates learns from them")
 
-    def after_step(self, losses_n: Tensor, counters: Counters) -> None:
-        """Record the token-mean losses of this replica's samples in a step that was taken."""
+    def after_step(self, batch: Batch, losses_n: Tensor, counters: Counters) -> None:
+        """Record the token-mean losses of this replica's units in a step that was taken."""
 
     def files(self) -> dict[str, bytes]:
         """Returns files that another run can use, by name; empty if there are none.

@@ -67,9 +67,12 @@ class WeightingModel(nn.Module):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
-    def logits(self, pooled_GnD: Tensor) -> Tensor:
-        """Turn pooled vectors [G, n, D] into logits [G, n]; samples of one group interact."""
-        mixed_GnD = self.across_samples(pooled_GnD, rotation=None)
+    def logits(self, pooled_GnD: Tensor, present_Gn: Tensor | None = None) -> Tensor:
+        """Turn pooled vectors [G, n, D] into logits [G, n]; units of one group interact.
+
+        present_Gn: False for padding, which no unit sees; None if there is none.
+        """
+        mixed_GnD = self.across_samples(pooled_GnD, rotation=None, present_GS=present_Gn)
         return (self.head(mixed_GnD) + self.sample_head(pooled_GnD)).squeeze(-1)
 
     def files(self) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from megatron_dwm.config import PolicyConfig, WeightingConfig
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.concentration import weights_from_logits
-from megatron_dwm.weighting.groups import Grouping
+from megatron_dwm.weighting.groups import Grouping, Groups
 from megatron_dwm.weighting.method import BuildContext, Method
 
 
@@ -31,10 +31,11 @@ class RuleBased(Method):
         self.config, self.weighting, self.runtime = config, weighting, runtime
         self.grouping = Grouping(runtime, micro_batch_size, weighting.group == "global")
 
-    def group_weights(self, logits_n: Tensor) -> Tensor:
+    def group_weights(self, logits_n: Tensor, groups: Groups) -> Tensor:
         """Returns [G, n], the guarded softmax of this replica's logits in its groups."""
         return weights_from_logits(
-            self.grouping.gather(logits_n),
+            groups.gather(logits_n),
+            groups.sizes_Gn,
             min_effective_sample_size=self.weighting.min_effective_sample_size,
             uniform_floor=self.weighting.uniform_floor,
         )

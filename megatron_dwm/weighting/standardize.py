@@ -6,16 +6,33 @@ import torch
 from torch import Tensor
 
 
-def standardize(values_Gn: Tensor, weights_Gn: Tensor | None = None) -> Tensor:
+def standardize(
+    values_Gn: Tensor, weights_Gn: Tensor | None = None, sizes_Gn: Tensor | None = None
+) -> Tensor:
     """Returns (v - weighted mean of v) / standard deviation of v, per group; 0 if v is constant.
 
     weights_Gn: weights with mean 1; None for equal weights.
+    sizes_Gn: how much each unit counts in means; None: all the same.
     """
-    deviation_G1 = values_Gn.std(-1, keepdim=True, correction=0)
-    return torch.where(deviation_G1 > 0, centered(values_Gn, weights_Gn) / deviation_G1, 0.0)
+    if sizes_Gn is None:
+        deviation_G1 = values_Gn.std(-1, keepdim=True, correction=0)
+    else:
+        squares_Gn = centered(values_Gn, sizes_Gn=sizes_Gn).square()
+        deviation_G1 = mean_over_units(squares_Gn, sizes_Gn).sqrt()
+    centered_Gn = centered(values_Gn, weights_Gn, sizes_Gn)
+    return torch.where(deviation_G1 > 0, centered_Gn / deviation_G1, 0.0)
 
 
-def centered(values_Gn: Tensor, weights_Gn: Tensor | None = None) -> Tensor:
-    """Returns v - weighted mean of v, per group; `weights_Gn` is as for `standardize`."""
+def centered(
+    values_Gn: Tensor, weights_Gn: Tensor | None = None, sizes_Gn: Tensor | None = None
+) -> Tensor:
+    """Returns v - weighted mean of v, per group; arguments as for `standardize`."""
     weighted_Gn = values_Gn if weights_Gn is None else values_Gn * weights_Gn
-    return values_Gn - weighted_Gn.mean(-1, keepdim=True)
+    return values_Gn - mean_over_units(weighted_Gn, sizes_Gn)
+
+
+def mean_over_units(values_Gn: Tensor, sizes_Gn: Tensor | None) -> Tensor:
+    """Returns [G, 1]: means over the units of each group; arguments as for `standardize`."""
+    if sizes_Gn is None:
+        return values_Gn.mean(-1, keepdim=True)
+    return (sizes_Gn * values_Gn).sum(-1, keepdim=True) / sizes_Gn.sum(-1, keepdim=True)

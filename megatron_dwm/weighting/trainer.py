@@ -4,7 +4,8 @@ An update follows the chain rule (METHOD.md, section 2):
 
     dL_val/dphi = sum_i dL_val/dw_i * dw_i/dphi,   dL_val/dw_i = -(eta/n) * s_i
 
-It is computed as the gradient of -(1/n) sum_i a_i w_i(phi) with constant a_i. a_i is s_i
+It is computed as the gradient of -(1/n) sum_i a_i w_i(phi) with constant a_i. Units of different
+sizes have their share of the sizes in place of 1/n. a_i is s_i
 standardized inside the weighting group, or eta * s_i. The raw scale of s drifts by orders of
 magnitude during training (section 6), so standardized alignments are the default. The LLM's
 features of a sample do not depend on phi, so they are constants here.
@@ -25,7 +26,12 @@ from megatron_dwm.model import ForwardOutputs
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.concentration import weights_from_logits
 from megatron_dwm.weighting.encoding import encode
-from megatron_dwm.weighting.groups import Grouping, gather_inside_replica, share_of_rank
+from megatron_dwm.weighting.groups import (
+    Grouping,
+    Groups,
+    gather_inside_replica,
+    rows_of_rank,
+)
 from megatron_dwm.weighting.method import Alignments, WeightingUpdate
 from megatron_dwm.weighting.model import WeightingModel
 from megatron_dwm.weighting.noise import Reliability
@@ -70,10 +76,10 @@ class WeightingTrainer:
     ) -> WeightingUpdate:
         """Take one AdamW step toward a lower validation loss (collective over the job)."""
         self.reliability.observe(alignments.signal_to_noise)
-        weights_Gn = self.group_weights(batch, outputs)
-        advantage_Gn = self._advantage(alignments, weights_Gn.detach())
-        num_samples = batch.size * self.runtime.data_size
-        objective = -(advantage_Gn * weights_Gn).sum() / num_samples
+        groups = self.grouping.of(batch)
+        weights_Gn = self._group_weights(batch, outputs, groups)
+        advantage_Gn = self._advantage(alignments, weights_Gn.detach(), groups)
+        objective = -groups.mean(advantage_Gn * weights_Gn)
         self.optimizer.zero_grad()
         (objective / self.grouping.ranks_with_same_groups).backward()
         gradient = self._sum_gradients()
@@ -82,18 +88,27 @@ class WeightingTrainer:
         grad_norm = float(clip_grad_norm_(self.model.parameters(), limit))
         self._step()
         self.learned = True
-        return WeightingUpdate(self.grouping.local(weights_Gn.detach()), grad_norm, cosine)
+        return WeightingUpdate(groups.local(weights_Gn.detach()), grad_norm, cosine)
 
-    def group_weights(self, batch: Batch, outputs: ForwardOutputs | None) -> Tensor:
+    def weights(self, batch: Batch, outputs: ForwardOutputs | None) -> Tensor:
+        """Returns [n]: the weights of this replica's units."""
+        groups = self.grouping.of(batch)
+        return groups.local(self._group_weights(batch, outputs, groups))
+
+    def _group_weights(
+        self, batch: Batch, outputs: ForwardOutputs | None, groups: Groups
+    ) -> Tensor:
         """Returns [G, n]: the weights of this rank's groups."""
         if self.model.shape.encoder == "own":
-            pooled_GnD = self.grouping.gather(self._encoded(batch))
+            pooled_GnD = groups.gather(self._encoded(batch))
         else:
             assert outputs is not None and outputs.features is not None
             rows_nK = torch.cat([outputs.features.flat(), outputs.losses_n[:, None]], dim=1)
-            pooled_GnD = self.model.encoder(self.grouping.gather(rows_nK.to(self._dtype)))
+            rows_GnK = groups.gather(rows_nK.to(self._dtype))
+            pooled_GnD = self.model.encoder(rows_GnK, groups.sizes_Gn)
         return weights_from_logits(
-            self.model.logits(pooled_GnD),
+            self.model.logits(pooled_GnD, groups.present_Gn),
+            groups.sizes_Gn,
             min_effective_sample_size=self.config.min_effective_sample_size,
             uniform_floor=self.config.uniform_floor,
         )
@@ -133,11 +148,11 @@ class WeightingTrainer:
     def _dtype(self) -> torch.dtype:
         return self.model.head.weight.dtype
 
-    def _advantage(self, alignments: Alignments, weights_Gn: Tensor) -> Tensor:
-        alignment_Gn = self.grouping.gather(alignments.values_n)
+    def _advantage(self, alignments: Alignments, weights_Gn: Tensor, groups: Groups) -> Tensor:
+        alignment_Gn = groups.gather(alignments.values_n)
         if not self.config.standardize:
             return alignment_Gn * alignments.learning_rate
-        return standardize(alignment_Gn, weights_Gn)
+        return standardize(alignment_Gn, weights_Gn, groups.sizes_Gn)
 
     def _step(self) -> None:
         if self.config.damp_by_noise:

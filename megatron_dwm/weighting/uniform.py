@@ -15,4 +15,4 @@ class Uniform(Method):
 
     def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
         """Returns ones, [n]."""
-        return torch.ones(batch.size, device=batch.tokens_BS.device)
+        return torch.ones(batch.units.count, device=batch.tokens_BS.device)

@@ -1,11 +1,11 @@
-"""What a forward pass of the LLM computes for each sample: its loss and two pooled hidden states.
+"""What a forward pass of the LLM computes for each unit: its loss and two pooled hidden states.
 
     final   mean over tokens of the last hidden state, after the final norm
     early   mean over tokens of an early layer's output (METHOD.md, section 3)
 
 Hooks take both during the pass, at the cost of two reductions over [S, B, D]. The last pipeline
-stage needs them, because it computes the losses: the stage with the early layer sends it B * D
-floats for each micro-batch. They go through a process group of their own, because in the
+stage needs them, because it computes the losses: the stage with the early layer sends it U * D
+floats for each micro-batch of U units. They go through a process group of their own, because in the
 schedule's group they would be taken for one of its messages.
 """
 
@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_dwm.model.llm import LLM
+from megatron_dwm.model.passes.units import Units
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """Two pooled hidden states of n samples, float32 [n, D], detached."""
+    """Two pooled hidden states of n units, float32 [n, D], detached."""
 
     final_nD: Tensor
     early_nD: Tensor
@@ -44,7 +45,7 @@ class Features:
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardOutputs:
-    """Losses and features of n samples from one forward pass, detached.
+    """Losses and features of n units from one forward pass, detached.
 
     losses_n: float32, token-mean losses.
     features: None unless the pass was asked for them.
@@ -61,7 +62,7 @@ class FeatureTap:
         """early_layer: its number in the whole model, from 1."""
         self._llm = llm
         self._early_layer = early_layer
-        self._micro_batch: int | None = None
+        self._micro_batch: tuple[int, Units] | None = None
         self._final: dict[int, Tensor] = {}
         self._early: dict[int, Tensor] = {}
         self._sending: list[tuple[dist.Work, Tensor]] = []
@@ -82,26 +83,28 @@ class FeatureTap:
         self._sending.clear()
 
     @contextmanager
-    def listening(self, micro_batch: int) -> Iterator[None]:
+    def listening(self, micro_batch: int, units: Units) -> Iterator[None]:
         """Record features of this micro-batch during the context, which is its forward pass.
+
+        units: those of the micro-batch.
 
         Activation recomputation runs modules again in the backward pass, outside this context.
         """
-        self._micro_batch = micro_batch
+        self._micro_batch = (micro_batch, units)
         yield
         self._micro_batch = None
 
     def of(self, micro_batch: int) -> Features:
         """Returns the features of a micro-batch after its forward pass (last stage only)."""
-        final_BD = self._final.pop(micro_batch)
+        final_UD = self._final.pop(micro_batch)
         if self._early_is_here:
-            return Features(final_nD=final_BD, early_nD=self._early.pop(micro_batch))
-        early_BD = torch.empty_like(final_BD)
+            return Features(final_nD=final_UD, early_nD=self._early.pop(micro_batch))
+        early_UD = torch.empty_like(final_UD)
         runtime = self._llm.runtime
         assert runtime.side_group is not None
         source = dist.get_global_rank(runtime.side_group, self._early_stage())
-        dist.recv(early_BD, source, group=runtime.side_group)
-        return Features(final_nD=final_BD, early_nD=early_BD)
+        dist.recv(early_UD, source, group=runtime.side_group)
+        return Features(final_nD=final_UD, early_nD=early_UD)
 
     def _sources(self) -> Iterator[tuple[Module, Callable[[int, Tensor], None]]]:
         for layer in _layers(self._llm.modules):
@@ -114,30 +117,37 @@ class FeatureTap:
     def _hook(self, store: Callable[[int, Tensor], None]) -> Callable[..., None]:
         def hook(_: Module, __: tuple[Any, ...], output: Any) -> None:
             if self._micro_batch is not None:
+                index, units = self._micro_batch
                 hidden_SBD = output[0] if isinstance(output, tuple) else output
-                store(self._micro_batch, self._token_mean(hidden_SBD))
+                store(index, self._token_mean(hidden_SBD, units))
 
         return hook
 
     @torch.no_grad()
-    def _token_mean(self, hidden_SBD: Tensor) -> Tensor:
-        """Returns float32 [B, D], the mean over the whole sequence, also if ranks share it."""
-        mean_BD = hidden_SBD.detach().mean(dim=0, dtype=torch.float32)
-        if self._llm.transformer.sequence_parallel:
-            dist.all_reduce(mean_BD, group=self._llm.runtime.tensor_group)
-            mean_BD /= self._llm.runtime.tensor_size
-        return mean_BD
+    def _token_mean(self, hidden_SBD: Tensor, units: Units) -> Tensor:
+        """Returns float32 [U, D], means over all tokens of a unit, also if ranks share them."""
+        runtime, shared = self._llm.runtime, self._llm.transformer.sequence_parallel
+        if units.numbers_BS is not None:
+            first = runtime.tensor_rank * len(hidden_SBD) if shared else 0
+            mean_UD = units.pool(hidden_SBD.detach(), first=first)
+        else:
+            mean_UD = hidden_SBD.detach().mean(dim=0, dtype=torch.float32)
+        if shared:
+            dist.all_reduce(mean_UD, group=runtime.tensor_group)
+        if shared and units.numbers_BS is None:
+            mean_UD /= runtime.tensor_size
+        return mean_UD
 
-    def _keep_early(self, micro_batch: int, early_BD: Tensor) -> None:
+    def _keep_early(self, micro_batch: int, early_UD: Tensor) -> None:
         runtime = self._llm.runtime
         if runtime.is_last_stage:
-            self._early[micro_batch] = early_BD
+            self._early[micro_batch] = early_UD
             return
         assert runtime.side_group is not None
         last = dist.get_global_rank(runtime.side_group, runtime.pipeline_size - 1)
-        work = dist.isend(early_BD, last, group=runtime.side_group)
+        work = dist.isend(early_UD, last, group=runtime.side_group)
         assert work is not None, "this rank is in the group"
-        self._sending.append((work, early_BD))
+        self._sending.append((work, early_UD))
 
     def _early_stage(self) -> int:
         """Returns the pipeline stage of the early layer; chunk 0 of every stage comes first."""

@@ -3,10 +3,10 @@
 Training, the validation pass at the virtual parameters, the tangent probe and evaluation all run
 the LLM through this file. A pass minimizes
 
-    sum over samples and tokens of coefficient * weight * token loss / denominator,
+    sum over units and tokens of coefficient * weight * token loss / denominator,
 
 where the denominator is a float summed over micro-batches and data-parallel ranks. The weights are
-1, or `weigh` computes them inside the pass from the losses and features of the samples. With
+1, or `weigh` computes them inside the pass from the losses and features of the units. With
 coefficients and weights of 1 these are the operations of Megatron-LM's own per-token loss, bit for
 bit.
 """
@@ -28,34 +28,20 @@ from torch.nn import Module
 
 from megatron_dwm.model.llm import LLM
 from megatron_dwm.model.passes.forward_outputs import Features, FeatureTap, ForwardOutputs
+from megatron_dwm.model.passes.micro_batch import MicroBatch, as_layers_take, attention_borders
 
 # Megatron-Core sums an integer token count. It is unused here, because weights make it a float.
 _NO_COUNT = torch.zeros([], dtype=torch.int)
 
-# (index of a micro-batch, its losses and features) -> weights_B; called on the last stage.
+# (index of a micro-batch, its losses and features) -> weights_U; called on the last stage.
 Weigh = Callable[[int, ForwardOutputs], Tensor]
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """The input of one forward pass.
-
-    coefficients_BS: float32 factor of every token's loss.
-    loss_mask_BS: float32, 1 for a token that counts in its sample's loss; not in the objective.
-    """
-
-    tokens_BS: Tensor
-    labels_BS: Tensor
-    position_ids_BS: Tensor
-    coefficients_BS: Tensor
-    loss_mask_BS: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassResult:
-    """Losses, weights and features of the local samples, on every rank of the replica.
+    """Losses, weights and features of the local units, on every rank of the replica.
 
-    loss_sums_n: float32, masked sum of the token losses of each sample, in order.
+    loss_sums_n: float32, masked sum of the token losses of each unit, in order.
     token_counts_n: float32, number of tokens in each of those sums.
     weights_n: float32, the weights that `weigh` returned; None without it.
     features: None unless the pass was asked to keep them.
@@ -67,20 +53,21 @@ class PassResult:
     features: Features | None = None
 
     @property
-    def sample_losses_n(self) -> Tensor:
-        """Token-mean loss of every local sample; 0 for a sample without a counted token."""
+    def unit_losses_n(self) -> Tensor:
+        """Token-mean loss of every local unit; 0 for a unit without a counted token."""
         return self.loss_sums_n / self.token_counts_n.clamp(min=1.0)
 
     @property
     def outputs(self) -> ForwardOutputs:
-        """Losses and features of the local samples, as a policy takes them."""
-        return ForwardOutputs(losses_n=self.sample_losses_n, features=self.features)
+        """Losses and features of the local units, as a method takes them."""
+        return ForwardOutputs(losses_n=self.unit_losses_n, features=self.features)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _PassOptions:
     """The options of a pass, for the functions that Megatron calls."""
 
+    llm: LLM
     on_micro_batch: Callable[[int], None] | None = None
     weigh: Weigh | None = None
     tap: FeatureTap | None = None
@@ -108,6 +95,7 @@ def forward_backward(
     """
     tap = None if early_layer is None else FeatureTap(llm, early_layer)
     options = _PassOptions(
+        llm=llm,
         on_micro_batch=on_micro_batch, weigh=weigh, tap=tap, keeps_features=keep_features
     )
     return _run(llm, micro_batches, options, forward_only=False, denominator=denominator)
@@ -118,7 +106,7 @@ def forward_only(
 ) -> PassResult:
     """Returns losses of `micro_batches` without gradients, and features if `early_layer` is set."""
     tap = None if early_layer is None else FeatureTap(llm, early_layer)
-    options = _PassOptions(tap=tap, keeps_features=tap is not None)
+    options = _PassOptions(llm=llm, tap=tap, keeps_features=tap is not None)
     with torch.no_grad():
         return _run(llm, micro_batches, options, forward_only=True, denominator=None)
 
@@ -131,6 +119,7 @@ def _run(
     forward_only: bool,
     denominator: float | None,
 ) -> PassResult:
+    micro_batches = as_layers_take(llm, micro_batches)
     batch_size, sequence_length = micro_batches[0].tokens_BS.shape
     llm.transformer.finalize_model_grads_func = (
         None if denominator is None else partial(_finalize, llm, denominator)
@@ -156,8 +145,14 @@ def _forward_step(
     notify = options.on_micro_batch
     if notify is not None:
         notify(index)
-    with nullcontext() if options.tap is None else options.tap.listening(index):
-        output = chunk(batch.tokens_BS, batch.position_ids_BS, None, labels=batch.labels_BS)
+    with nullcontext() if options.tap is None else options.tap.listening(index, batch.units):
+        output = chunk(
+            batch.tokens_BS,
+            batch.position_ids_BS,
+            None,
+            labels=batch.labels_BS,
+            packed_seq_params=attention_borders(options.llm, batch.pieces),
+        )
     if notify is not None and output.requires_grad:
         # Activation recomputation runs modules again in the backward pass. By then another
         # micro-batch may have run forward.
@@ -168,17 +163,17 @@ def _forward_step(
 def _loss(
     options: _PassOptions, index: int, batch: MicroBatch, token_losses_BS: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Megatron's loss_func: returns (sum to differentiate, unused count, [B, columns] to keep)."""
-    losses = token_losses_BS.float()
-    loss_sums_B = (losses.detach() * batch.loss_mask_BS).sum(dim=1)
+    """Megatron's loss_func: returns (sum to differentiate, unused count, [U, columns] to keep)."""
+    losses, units = token_losses_BS.float(), batch.units
+    loss_sums_U = units.sum_of_rows(losses.detach() * batch.loss_mask_BS)
     features = None if options.tap is None else options.tap.of(index)
-    coefficients, columns = batch.coefficients_BS, [loss_sums_B[:, None]]
+    coefficients, columns = batch.coefficients_BS, [loss_sums_U[:, None]]
     if options.weigh is not None:
-        counts_B = batch.loss_mask_BS.sum(dim=1).clamp(min=1.0)
-        outputs = ForwardOutputs(losses_n=loss_sums_B / counts_B, features=features)
-        weights_B1 = options.weigh(index, outputs)[:, None]
-        coefficients = coefficients * weights_B1
-        columns.append(weights_B1)
+        counts_U = units.sum_of_rows(batch.loss_mask_BS).clamp(min=1.0)
+        outputs = ForwardOutputs(losses_n=loss_sums_U / counts_U, features=features)
+        weights_U = options.weigh(index, outputs)
+        coefficients = coefficients * units.at_tokens(weights_U)
+        columns.append(weights_U[:, None])
     if options.keeps_features and features is not None:
         columns.append(features.flat())
     total = torch.sum(losses.view(-1) * coefficients.reshape(-1))
@@ -200,7 +195,7 @@ def _collect(
     llm: LLM, micro_batches: Sequence[MicroBatch], options: _PassOptions, outputs: list[Tensor]
 ) -> PassResult:
     """Split the kept columns into a result, on every stage."""
-    counts_n = torch.cat([batch.loss_mask_BS.sum(dim=1) for batch in micro_batches])
+    counts_n = torch.cat([batch.units.sum_of_rows(batch.loss_mask_BS) for batch in micro_batches])
     first = 1 if options.weigh is None else 2
     width = 2 * llm.shape.hidden_size if options.keeps_features else 0
     kept = (

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_dwm.model.llm import LLM
-from megatron_dwm.model.passes.objective import TokenBatch
+from megatron_dwm.model.passes.micro_batch import MicroBatch, as_layers_take, attention_borders
+from megatron_dwm.model.passes.objective import TokenBatch, token_mean
 
 Kept = TypeVar("Kept")
 
@@ -59,11 +60,12 @@ def forward_logits(
     keep: called with a micro-batch and its logits [B, S, V / tensor size] in the model's precision,
         for this tensor rank's rows of the padded vocabulary.
     """
-    size, sequence_length = parts[0].tokens_BS.shape
+    micro_batches = as_layers_take(llm, [_as_micro_batch(part) for part in parts])
+    size, sequence_length = micro_batches[0].tokens_BS.shape
     with torch.no_grad():
         return get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, keep),
-            data_iterator=[iter(parts) for _ in llm.chunks],
+            forward_step_func=partial(_forward_step, llm, keep),
+            data_iterator=[iter(zip(parts, micro_batches, strict=True)) for _ in llm.chunks],
             model=llm.chunks,
             num_microbatches=len(parts),
             seq_length=sequence_length,
@@ -74,17 +76,30 @@ def forward_logits(
 
 
 def _forward_step(
-    keep: Callable[[TokenBatch, Tensor], Any], iterator: Iterator[TokenBatch], chunk: Module
+    llm: LLM,
+    keep: Callable[[TokenBatch, Tensor], Any],
+    iterator: Iterator[tuple[TokenBatch, MicroBatch]],
+    chunk: Module,
 ) -> tuple[Tensor, Callable[..., Any]]:
     """Megatron's forward_step_func; without labels the model returns logits."""
-    batch = next(iterator)
-    output = chunk(batch.tokens_BS, batch.position_ids_BS, None)
+    part, batch = next(iterator)
+    output = chunk(
+        batch.tokens_BS,
+        batch.position_ids_BS,
+        None,
+        packed_seq_params=attention_borders(llm, batch.pieces),
+    )
 
     def kept(logits_BSV: Tensor, non_loss_data: bool) -> Any:  # the names are Megatron's
         assert non_loss_data
-        return keep(batch, logits_BSV)
+        return keep(part, logits_BSV.view(*part.tokens_BS.shape, -1))
 
     return output, kept
+
+
+def _as_micro_batch(part: TokenBatch) -> MicroBatch:
+    (micro_batch,) = token_mean(part, len(part.tokens_BS))
+    return micro_batch
 
 
 def _score_labels(llm: LLM, batch: TokenBatch, logits_BSV: Tensor) -> Tensor:

@@ -1,0 +1,84 @@
+"""Which unit every token belongs to. A unit is what gets a weight: a row, or a document in it.
+
+Losses, pooled features and alignments are sums over the tokens of a unit. Where rows are the units
+these are reductions over the sequence. Where documents are, they are an index-add, because a row
+has any number of documents of any length. Memory: one integer per token, and none for rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Units:
+    """The units of B rows of S tokens, in the order of the rows.
+
+    count: number of units, U.
+    numbers_BS: int64, the unit of each token, from 0; -1 for a token of no unit. None: every row is
+        a unit.
+    sizes_U: float32, how much each unit counts in the objective, in proportion to the others. None:
+        all count the same.
+    """
+
+    count: int
+    numbers_BS: Tensor | None = None
+    sizes_U: Tensor | None = None
+
+    def sum_of_rows(self, values_BS: Tensor) -> Tensor:
+        """Returns [U]: sums over the tokens of each unit."""
+        if self.numbers_BS is None:
+            return values_BS.sum(dim=1)
+        return self._add(values_BS, self.numbers_BS)
+
+    def at_tokens(self, values_U: Tensor) -> Tensor:
+        """Returns the unit's value for every token: [B, 1] or [B, S]; 0 for a token of no unit."""
+        if self.numbers_BS is None:
+            return values_U[:, None]
+        found_BS = values_U[self.numbers_BS.clamp(min=0)]
+        return found_BS.where(self.numbers_BS >= 0, 0.0)
+
+    def sum_of_sequence(self, values_SBX: Tensor, dtype: torch.dtype, *, first: int = 0) -> Tensor:
+        """Returns [U]: sums over the tokens of each unit and all dimensions after the second.
+
+        first: position in the row of the first value, for a rank with a part of the sequence.
+        """
+        if self.numbers_BS is None:
+            others = [dim for dim in range(values_SBX.dim()) if dim != 1]
+            return values_SBX.sum(dim=others, dtype=dtype)
+        features = list(range(2, values_SBX.dim()))
+        values_SB = values_SBX.sum(dim=features, dtype=dtype) if features else values_SBX.to(dtype)
+        return self._add(values_SB, self._part(first, len(values_SB)))
+
+    def pool(self, hidden_SBD: Tensor, *, first: int = 0) -> Tensor:
+        """Returns float32 [U, D]: the sums over each unit's tokens, divided by their number.
+
+        first: as in `sum_of_sequence`; the parts of all ranks add up to the mean of the unit.
+        """
+        numbers_BS = self.numbers_BS
+        assert numbers_BS is not None, "rows are pooled by the mean over the sequence"
+        numbers_SB = self._part(first, len(hidden_SBD))
+        sums_UD = self._add(hidden_SBD.float(), numbers_SB)
+        tokens_U = self._add(torch.ones_like(numbers_BS, dtype=torch.float32), numbers_BS)
+        return sums_UD / tokens_U[:, None]
+
+    def flattened(self, rows: int, sequence_length: int) -> Units:
+        """Returns the same units of the same tokens as one row of B * S tokens."""
+        numbers_BS = self.numbers_BS
+        if numbers_BS is None:
+            numbers_BS = torch.arange(rows)[:, None].expand(rows, sequence_length)
+        return Units(count=self.count, numbers_BS=numbers_BS.reshape(1, -1), sizes_U=self.sizes_U)
+
+    def _part(self, first: int, length: int) -> Tensor:
+        assert self.numbers_BS is not None
+        return self.numbers_BS[:, first : first + length].t()
+
+    def _add(self, values: Tensor, numbers: Tensor) -> Tensor:
+        """Returns [U, ...]: the sums of `values`, whose first two dimensions are `numbers`'."""
+        rows = values.reshape(-1, *values.shape[2:])
+        # Row 0 collects the tokens of no unit.
+        sums = rows.new_zeros(self.count + 1, *rows.shape[1:])
+        return sums.index_add_(0, numbers.reshape(-1) + 1, rows)[1:]
