@@ -1,20 +1,33 @@
-"""The weighting model's token encoder: a small Llama that turns a sample into one vector.
+"""The weighting model's token encoder: a small Llama that turns each unit into one vector.
+
+A unit is what gets a weight: a row of the micro-batch, or whatever `Units` pools.
 
 It is plain PyTorch: every rank has the whole encoder, so nothing is split over processes.
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from megatron_dwm.model.layers.pieces import Pieces, attend
 
 ROTARY_BASE = 10000.0
 INIT_STD = 0.02
 
 
+class Units(Protocol):
+    """Which tokens of some rows belong to which unit."""
+
+    def mean_over_tokens(self, hidden_BSD: Tensor) -> Tensor:
+        """Returns the mean over each unit's tokens, [U, D]."""
+
+
 class TokenEncoder(nn.Module):
-    """Maps tokens_BS to the mean over tokens of the last hidden state, [B, D].
+    """Maps tokens_BS to the mean over each unit's tokens of the last hidden state, [U, D].
 
     Attention is causal, as in the LLM whose parameters it can have (METHOD.md, section 1).
     """
@@ -34,13 +47,23 @@ class TokenEncoder(nn.Module):
                 nn.init.normal_(parameter, std=INIT_STD)
         nn.init.normal_(self.embedding.weight, std=1.0)
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
-        """Encode int64 [B, S] into float32 [B, D]."""
+    def forward(
+        self, tokens_BS: Tensor, pieces: Pieces | None = None, units: Units | None = None
+    ) -> Tensor:
+        """Encode int64 [B, S] into float32 [U, D].
+
+        pieces: attention stays inside each of them; None: inside each row.
+        units: what is pooled; None: each row, also if it has several pieces.
+        """
         hidden_BSD = self.embedding(tokens_BS)
         rotation = rotary_angles(tokens_BS.shape[1], self.head_size, hidden_BSD.device)
         for layer in self.layers:
-            hidden_BSD = layer(hidden_BSD, rotation)
-        return self.norm(hidden_BSD).mean(dim=1)
+            hidden_BSD = layer(hidden_BSD, rotation, pieces)
+        hidden_BSD = self.norm(hidden_BSD)
+        if units is None:
+            return hidden_BSD.mean(dim=1)
+        with torch.autocast(hidden_BSD.device.type, enabled=False):  # a product would be in bf16
+            return units.mean_over_tokens(hidden_BSD)
 
 
 class EncoderLayer(nn.Module):
@@ -57,8 +80,16 @@ class EncoderLayer(nn.Module):
         self.gate_up = nn.Linear(hidden_size, 2 * ffn_size, bias=False)
         self.down = nn.Linear(ffn_size, hidden_size, bias=False)
 
-    def forward(self, hidden_BSD: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Transform [B, S, D]: causally over S with a rotation, as an unordered set without one."""
+    def forward(
+        self,
+        hidden_BSD: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        pieces: Pieces | None = None,
+    ) -> Tensor:
+        """Transform [B, S, D]: causally over S with a rotation, as an unordered set without one.
+
+        pieces: attention with a rotation stays inside each of them; None: inside each row.
+        """
         batch, length, width = hidden_BSD.shape
         qkv = self.qkv(self.attention_norm(hidden_BSD))
         query, key, value = (
@@ -67,8 +98,19 @@ class EncoderLayer(nn.Module):
         )
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=rotation is not None)
-        hidden_BSD = hidden_BSD + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        if pieces is None or pieces.are_rows:
+            mixed = F.scaled_dot_product_attention(
+                query, key, value, is_causal=rotation is not None
+            ).transpose(1, 2)
+        else:
+            assert rotation is not None, "a set of samples has no borders"
+            mixed = attend(
+                query.transpose(1, 2),
+                key.transpose(1, 2),
+                value.transpose(1, 2),
+                pieces.batch_first,
+            )
+        hidden_BSD = hidden_BSD + self.out(mixed.reshape(batch, length, width))
         gate, up = self.gate_up(self.ffn_norm(hidden_BSD)).chunk(2, dim=-1)
         return hidden_BSD + self.down(F.silu(gate) * up)
 

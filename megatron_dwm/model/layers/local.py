@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -22,6 +24,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 
 from megatron_dwm.model.layers.fp8_emulation import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+from megatron_dwm.model.layers.pieces import Pieces, attend
 
 
 class RMSNorm(torch.nn.Module):
@@ -43,11 +46,30 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(hidden_SBD, self.weight.shape, self.weight, self.epsilon)
 
 
+@dataclass
+class PackedPieces(PackedSeqParams):
+    """Pieces of documents on their way through GPTModel's argument `packed_seq_params`.
+
+    Megatron-Core hands the object on to every core attention, also when it recomputes. It leaves
+    the shapes of the format "sbhd" alone, and takes the number of rotary positions from
+    `max_seqlen`: here that is the window's length, because positions go on over borders.
+    """
+
+    pieces: Pieces = field(kw_only=True)
+
+
+def packed_pieces(pieces: Pieces) -> PackedPieces:
+    """Returns what GPTModel takes as `packed_seq_params` for a micro-batch [B, S]."""
+    length = pieces.row_length
+    return PackedPieces(qkv_format="sbhd", max_seqlen_q=length, max_seqlen_kv=length, pieces=pieces)
+
+
 class ScaledDotProductAttention(torch.nn.Module):
     """Causal attention on torch's fused kernel, which never forms the S x S matrix.
 
     Replaces megatron.core.transformer.dot_product_attention.DotProductAttention and takes the
-    arguments with which SelfAttention builds and calls it.
+    arguments with which SelfAttention builds and calls it. With `packed_seq_params` attention stops
+    at the borders of documents (pieces.py).
     """
 
     def __init__(
@@ -62,10 +84,18 @@ class ScaledDotProductAttention(torch.nn.Module):
         assert config.attention_dropout == 0.0 and config.context_parallel_size == 1
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **_: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        packed_seq_params: PackedPieces | None = None,
+        **_: Any,
     ) -> Tensor:
         """Returns [S, B, heads * d]; query is [S, B, heads, d], key and value [S, B, groups, d]."""
         assert attention_mask is None, "the kernel applies the causal mask itself"
+        if packed_seq_params is not None and not packed_seq_params.pieces.are_rows:
+            return attend(query, key, value, packed_seq_params.pieces.sequence_first).flatten(2)
         out_BHSd = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),

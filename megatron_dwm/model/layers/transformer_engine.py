@@ -15,8 +15,10 @@ import torch
 from torch.nn import Module
 
 from megatron_dwm.config import ModelConfig
+from megatron_dwm.model.layers.pieces import Pieces
 
 if TYPE_CHECKING:
+    from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 # What Megatron-Core 0.16.1 declares.
@@ -80,6 +82,23 @@ def transformer_engine_block_spec(num_layers: int) -> TransformerBlockSubmodules
     layer = get_gpt_layer_with_transformer_engine_spec()
     layer.submodules.sharded_state_dict_keys_map = dict(UNFUSED_NAMES)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
+
+
+def packed_sequences(pieces: Pieces) -> PackedSeqParams:
+    """Returns what GPTModel takes as `packed_seq_params` so that attention stops at borders.
+
+    The micro-batch [B, S] has to be flattened to one row, [1, B * S], tokens and labels alike. The
+    cumulative lengths are those of its pieces, and rotary positions begin anew at each.
+    """
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=pieces.cu_seqlens,
+        cu_seqlens_kv=pieces.cu_seqlens,
+        max_seqlen_q=pieces.max_length,
+        max_seqlen_kv=pieces.max_length,
+    )
 
 
 def unfused_name(name: str) -> str:
