@@ -122,7 +122,7 @@ def random_batch(
         loss_mask_BS=loss_mask_BS,
         position_ids_BS=torch.arange(sequence_length).repeat(rows, 1),
         sample_ids_B=torch.arange(rows),
-        document_ids_B=torch.arange(rows),
+        document_ids_U=torch.arange(rows),
         domains=("random",) * rows,
     )
     mine = replica_rows(runtime, rows)

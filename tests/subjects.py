@@ -20,9 +20,9 @@ from megatron_dwm.training import (
     train_step,
     weighting_update,
 )
-from megatron_dwm.training.gather import gather_samples
 from megatron_dwm.weighting import Method
 from megatron_dwm.weighting.dwm import Dwm
+from megatron_dwm.weighting.groups import gather_over_data
 from megatron_dwm.weighting.model import WeightingShape, build_weighting_model
 from megatron_dwm.weighting.trainer import WeightingTrainer
 from tests.tiny import SAMPLES, VOCAB_SIZE, Tiny
@@ -54,7 +54,7 @@ class Subject:
 
     def gather(self, values_n: Tensor) -> Tensor:
         """Values of every replica's samples."""
-        return gather_samples(values_n, self.learner.runtime)
+        return gather_over_data(values_n, self.learner.runtime)
 
 
 def learner_of(tiny: Tiny, micro_batch: int) -> Learner:

@@ -95,9 +95,7 @@ class Adapter:
     method: str = ""
 
 
-def linear_tangent(
-    gradient_SBC: Tensor, kept_SBD: Tensor, z_CD: Tensor, units: Units
-) -> Tensor:
+def linear_tangent(gradient_SBC: Tensor, kept_SBD: Tensor, z_CD: Tensor, units: Units) -> Tensor:
     """Returns sum_t <d_t, Z x_t> for each unit, [U], computed as (d Z) * x."""
     product_SBD = gradient_SBC.matmul(z_CD.to(gradient_SBC.dtype)) * kept_SBD
     return units.sum_of_sequence(product_SBD, _at_least_fp32(gradient_SBC))

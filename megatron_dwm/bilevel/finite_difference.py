@@ -63,7 +63,7 @@ def _losses_at(
     """Returns l_i(theta + step * z), float64 [n]."""
     for parameter, theta, z in zip(llm.parameters(), kept, directions, strict=True):
         parameter.copy_(torch.add(theta, z, alpha=step))
-    return forward_only(llm, micro_batches).sample_losses_n.double()
+    return forward_only(llm, micro_batches).unit_losses_n.double()
 
 
 def _largest_change(plus_n: Tensor, minus_n: Tensor) -> float:

@@ -18,7 +18,7 @@ InnerOptimizer = Literal["adam", "sgd"]
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One bi-level step: an LLM mid-training, and this data-parallel rank's samples.
+    """One bi-level step: an LLM mid-training, and this data-parallel rank's units.
 
     weights_n: float32, mean 1 over the global batch; the point at which to differentiate.
     inner: the virtual step: the step that training would take (adam) or plain descent (sgd).
@@ -39,17 +39,26 @@ class Problem:
         """Learning rate eta of the virtual step."""
         return self.optimizer.param_groups[0]["lr"]
 
-    @property
-    def num_samples(self) -> int:
-        """Number of samples n over all data-parallel ranks."""
-        return len(self.weights_n) * self.llm.runtime.data_size
+    def mean(self, values_n: Tensor) -> Tensor:
+        """Returns the mean over the units of this rank, in their shares."""
+        sizes_n = self.train_batch.units.sizes_U
+        if sizes_n is None:
+            return values_n.mean()
+        return (sizes_n * values_n).sum() / sizes_n.sum()
+
+    def units_worth(self) -> float | Tensor:
+        """Returns 1 / (each unit's share of the objective), which is n for rows (collective)."""
+        sizes_n = self.train_batch.units.sizes_U
+        if sizes_n is None:
+            return float(len(self.weights_n) * self.llm.runtime.data_size)
+        return sum_over_data(self.llm, sizes_n.sum()) / sizes_n
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hypergradient:
     """The result of an estimator, from which the weighting model learns.
 
-    alignment_n: float32, s_i of this data-parallel rank's samples, the same on its whole replica.
+    alignment_n: float32, s_u of this data-parallel rank's units, the same on its whole replica.
     val_loss: L_val(theta'), mean over tokens.
     grad_norm: |g(w)| before clipping.
     halves_2n: float32 [2, n], s_i from each half of the validation batch; None unless asked for.
@@ -61,8 +70,8 @@ class Hypergradient:
     halves_2n: Tensor | None = None
 
     def weight_gradient_n(self, problem: Problem) -> Tensor:
-        """Returns dL_val(theta')/dw_i = -(eta/n) * s_i."""
-        return self.alignment_n * (-problem.learning_rate / problem.num_samples)
+        """Returns dL_val(theta')/dw_u = -eta * (share of u) * s_u (collective)."""
+        return self.alignment_n * (-problem.learning_rate / problem.units_worth())
 
 
 def sum_over_data(llm: LLM, values: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from megatron_dwm.bilevel.problem import Hypergradient, Problem
 from megatron_dwm.bilevel.slots import Slot, collect_slots
 from megatron_dwm.bilevel.virtual_step import CLIP_EPSILON
 from megatron_dwm.model.layers.local import RMSNorm
+from megatron_dwm.model.layers.pieces import pieces_of
+from megatron_dwm.model.passes.micro_batch import attention_borders
 from megatron_dwm.model.passes.objective import TokenBatch
 from megatron_dwm.runtime.profiling import phase
 
@@ -38,14 +40,14 @@ def unroll(problem: Problem, *, halves: bool = False) -> Hypergradient:
     }
     weights_n = problem.weights_n.detach().clone().requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernel's backward has no derivative
-        losses_n = _sample_losses(problem, theta, problem.train_batch)
-        objective = (weights_n * losses_n).mean()
+        losses_n = _unit_losses(problem, theta, problem.train_batch)
+        objective = problem.mean(weights_n * losses_n)
         gradients = torch.autograd.grad(objective, list(theta.values()), create_graph=True)
         stepped, norm = _step(problem, theta, gradients)
         val_loss = _token_mean(problem, stepped, problem.val_batch)
         (weight_gradient_n,) = torch.autograd.grad(val_loss, weights_n)
     return Hypergradient(
-        alignment_n=weight_gradient_n * (-problem.num_samples / problem.learning_rate),
+        alignment_n=weight_gradient_n * (-problem.units_worth() / problem.learning_rate),
         val_loss=float(val_loss.detach()),
         grad_norm=float(norm.detach()),
     )
@@ -79,20 +81,28 @@ def _refuse(problem: Problem, halves: bool) -> None:
         )
 
 
-def _sample_losses(problem: Problem, theta: Parameters, batch: TokenBatch) -> Tensor:
+def _unit_losses(problem: Problem, theta: Parameters, batch: TokenBatch) -> Tensor:
     """Returns token-mean losses, [n], from logits: Megatron's cross-entropy works in place."""
-    return _masked_losses(problem, theta, batch) / batch.loss_mask_BS.sum(dim=1).clamp(min=1.0)
+    counts_n = batch.units.sum_of_rows(batch.loss_mask_BS).clamp(min=1.0)
+    return batch.units.sum_of_rows(_masked_losses(problem, theta, batch)) / counts_n
 
 
 def _token_mean(problem: Problem, theta: Parameters, batch: TokenBatch) -> Tensor:
-    return _masked_losses(problem, theta, batch).sum() / batch.loss_mask_BS.sum()
+    rows_B = _masked_losses(problem, theta, batch).sum(dim=1)
+    return rows_B.sum() / batch.loss_mask_BS.sum()
 
 
 def _masked_losses(problem: Problem, theta: Parameters, batch: TokenBatch) -> Tensor:
-    inputs = (batch.tokens_BS, batch.position_ids_BS, None)
-    logits = functional_call(problem.llm.modules[0], theta, inputs)
+    """Returns [B, S], 0 for a token that does not count."""
+    pieces = None if batch.borders_BS is None else pieces_of(batch.borders_BS)
+    logits = functional_call(
+        problem.llm.modules[0],
+        theta,
+        (batch.tokens_BS, batch.position_ids_BS, None),
+        {"packed_seq_params": attention_borders(problem.llm, pieces)},
+    )
     losses = F.cross_entropy(logits.flatten(0, 1), batch.labels_BS.flatten(), reduction="none")
-    return (losses.view_as(batch.labels_BS) * batch.loss_mask_BS).sum(dim=1)
+    return losses.view_as(batch.labels_BS) * batch.loss_mask_BS
 
 
 def _step(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,17 +76,16 @@ class Batch:
         """Returns every `step`-th of the rows `start` to `stop - 1`; they share its memory."""
         assert 0 <= start <= stop <= self.size, (start, stop, self.size)
         chosen = self._units_of(range(start, stop, step))
-        return replace(
-            self,
-            **{name: value[start:stop:step] for name, value in self._row_tensors().items()},
-            document_ids_U=self.document_ids_U[chosen],
-            domains=tuple(self.domains[unit] for unit in chosen),
+        return self._with(
+            {name: value[start:stop:step] for name, value in self._row_tensors().items()},
+            self.document_ids_U[chosen],
+            tuple(self.domains[unit] for unit in chosen),
         )
 
     def to(self, device: torch.device | str) -> Batch:
         """Returns the batch with its tensors on `device`."""
-        tensors = {**self._row_tensors(), "document_ids_U": self.document_ids_U}
-        return replace(self, **{name: value.to(device) for name, value in tensors.items()})
+        moved = {name: value.to(device) for name, value in self._row_tensors().items()}
+        return self._with(moved, self.document_ids_U.to(device), self.domains)
 
     def micro_batches(self, size: int) -> list[Batch]:
         """Returns the rows in order, `size` at a time; `size` must divide the batch."""
@@ -99,11 +99,20 @@ class Batch:
         All of them have borders or none has, and the same holds for units inside rows.
         """
         assert batches, "concatenate needs at least one batch"
-        rows = [{**b._row_tensors(), "document_ids_U": b.document_ids_U} for b in batches]
+        rows = [batch._row_tensors() for batch in batches]
         assert all(columns.keys() == rows[0].keys() for columns in rows)
-        joined = {name: torch.cat([columns[name] for columns in rows]) for name in rows[0]}
-        domains = tuple(name for batch in batches for name in batch.domains)
-        return replace(batches[0], **joined, domains=domains)
+        return batches[0]._with(
+            {name: torch.cat([columns[name] for columns in rows]) for name in rows[0]},
+            torch.cat([batch.document_ids_U for batch in batches]),
+            tuple(name for batch in batches for name in batch.domains),
+        )
+
+    def _with(
+        self, row_tensors: dict[str, Tensor], document_ids_U: Tensor, domains: tuple[str, ...]
+    ) -> Batch:
+        """Returns a batch of other rows, by the names of `_row_tensors`."""
+        changes: dict[str, Any] = dict(row_tensors)
+        return replace(self, **changes, document_ids_U=document_ids_U, domains=domains)
 
     def _units_of(self, rows: range) -> list[int]:
         """Returns the numbers of the units in `rows`."""

@@ -67,7 +67,9 @@ class RowPieces:
 
     def unit_documents(self, rules: DocumentRules) -> list[int]:
         """Returns the document of every unit in the row."""
-        return self.documents[self.documents >= 0].tolist() if rules.are_units else [self.main_document]
+        if not rules.are_units:
+            return [self.main_document]
+        return self.documents[self.documents >= 0].tolist()
 
 
 def pieces_of_row(owners: np.ndarray) -> RowPieces:

@@ -25,8 +25,8 @@ from megatron_dwm.runtime.machine import describe_machine
 from megatron_dwm.runtime.profiling import check_profiling
 from megatron_dwm.testing import random_batch, replica_rows, weighted_gradient
 from megatron_dwm.training import Learner, build_learner
-from megatron_dwm.training.gather import gather_samples
 from megatron_dwm.weighting import learns
+from megatron_dwm.weighting.groups import gather_over_data
 from megatron_dwm.weighting.rules import estimator_problems
 
 # A central difference in fp32 is accurate to about 2e-3 of the largest alignment
@@ -109,7 +109,7 @@ def _agrees(problem: Problem, probed_n: Tensor, rival: str) -> bool:
 def _of_all_replicas(problem: Problem, estimator: str) -> Tensor:
     """Returns the alignments of the global batch, in order (collective)."""
     found = ESTIMATORS[estimator](problem)
-    return gather_samples(found.alignment_n, problem.llm.runtime)
+    return gather_over_data(found.alignment_n, problem.llm.runtime)
 
 
 def _problem(config: Config, runtime: Runtime) -> Problem:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.data import EvaluationSet, ValidationSet
 from megatron_dwm.data.last_words import LastWords
+from megatron_dwm.data.pieces import document_rules
 from megatron_dwm.data.tokenizer_record import has_special_tokens
 from megatron_dwm.model import LlamaShape, resolve_shape
 from megatron_dwm.run.starting_point import shape_to_start_from
@@ -53,7 +54,13 @@ def open_target(config: Config, tokenizer: Tokenizer) -> ValidationSet | None:
     parts = method_class(config).parts(config)
     if "target" not in parts:
         return None
-    target = ValidationSet(config.validation, config.data, tokenizer, seed=config.run.seed)
+    target = ValidationSet(
+        config.validation,
+        config.data,
+        tokenizer,
+        seed=config.run.seed,
+        rules=document_rules(config),
+    )
     if "updates" in parts and config.weighting.damp_by_noise and target.num_rows < 2:
         raise UserError(
             f"weighting.damp_by_noise: {config.validation.path} (validation.path) has one row, "
@@ -67,6 +74,8 @@ def open_held_out(config: Config, tokenizer: Tokenizer) -> HeldOut | None:
     if config.evaluation.path is None:
         return None
     return HeldOut(
-        rows=EvaluationSet(config.evaluation, config.data, tokenizer),
+        rows=EvaluationSet(
+            config.evaluation, config.data, tokenizer, stop_attention=config.masks_documents
+        ),
         last_words=LastWords(config.evaluation.path, config.data, tokenizer),
     )

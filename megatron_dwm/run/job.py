@@ -10,6 +10,7 @@ from megatron_dwm.checkpoint.parts import Parts
 from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.config import Config
 from megatron_dwm.data import CorpusSource, Feed, Share, TrainingData
+from megatron_dwm.data.pieces import document_rules
 from megatron_dwm.run.inputs import RunInputs
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.tokenizer import Tokenizer
@@ -122,4 +123,5 @@ def _corpus(config: Config, tokenizer: Tokenizer, batches: int, purpose: str) ->
         num_samples=batches * config.training.global_batch_size,
         cache_dir=Path(config.run.dir) / INDEX_CACHE,
         purpose=purpose,
+        rules=document_rules(config),
     )

@@ -33,15 +33,18 @@ _WEIGHT_SCHEMA = pa.schema(
         ("sample_id", pa.int64()),
         ("document_id", pa.int64()),
         ("domain", pa.dictionary(pa.int32(), pa.string())),
+        ("tokens", pa.int32()),
+        ("loss", pa.float32()),
         ("weight", pa.float32()),
         ("alignment", pa.float32()),
     ]
 )
-"""one row per weight
+"""one row per weight, which is one per unit
 
 source: what sample_id and document_id number, since three numberings start from 0: samples that the
     LLM trains on (training), samples that a fresh weighting update drew (update), passages of the
     target that are mixed into the batch (target)
+tokens: of the unit, as the model reads them. loss: their mean loss, in nats
 alignment: empty if there was no update
 """
 
@@ -52,21 +55,25 @@ STATISTICS = (
 )
 
 
-def weight_statistics(weights_n: Tensor) -> Tensor:
+def weight_statistics(weights_n: Tensor, sizes_n: Tensor | None = None) -> Tensor:
     """Returns `STATISTICS` of a global batch's weights, on their device.
 
-    The last two are fractions of their largest value.
+    The last two are fractions of their largest value. sizes_n: how much each unit counts; None: all
+    the same.
     """
-    return torch.stack(
-        [
-            weights_n.mean(),
-            weights_n.std(correction=0),
-            weights_n.min(),
-            weights_n.max(),
-            effective_sample_size(weights_n),
-            normalized_entropy(weights_n),
-        ]
-    )
+    if sizes_n is None:
+        moments = [weights_n.mean(), weights_n.std(correction=0)]
+        limits = [weights_n.min(), weights_n.max()]
+    else:
+        mean = (sizes_n * weights_n).sum() / sizes_n.sum()
+        variance = (sizes_n * (weights_n - mean).square()).sum() / sizes_n.sum()
+        counted_n = weights_n[sizes_n > 0]
+        moments, limits = [mean, variance.sqrt()], [counted_n.min(), counted_n.max()]
+    concentration = [
+        effective_sample_size(weights_n, sizes_n),
+        normalized_entropy(weights_n, sizes_n),
+    ]
+    return torch.stack([*moments, *limits, *concentration])
 
 
 class MetricsWriter:
@@ -140,7 +147,7 @@ def _scalars(line: dict[str, Any]) -> dict[str, float]:
 
 
 class WeightRecorder:
-    """Collects weights by sample and writes them, one Parquet file per checkpoint."""
+    """Collects the weights of units and writes them, one Parquet file per checkpoint."""
 
     def __init__(self, run_dir: Path) -> None:
         self._dir = run_dir / "weights"
@@ -152,6 +159,7 @@ class WeightRecorder:
         step: int,
         stage: int,
         origins: Origins,
+        losses_n: Tensor,
         weights_n: Tensor,
         alignment_n: Tensor | None,
     ) -> None:
@@ -162,9 +170,11 @@ class WeightRecorder:
             [step] * rows,
             [stage] * rows,
             list(origins.numberings),
-            origins.sample_ids_B.tolist(),
-            origins.document_ids_B.tolist(),
+            origins.sample_ids_U.tolist(),
+            origins.document_ids_U.tolist(),
             list(origins.domains),
+            origins.tokens_U.tolist(),
+            losses_n.tolist(),
             weights_n.tolist(),
             alignment,
         ]

@@ -23,7 +23,7 @@ from megatron_dwm.run.terminal import Terminal
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.training import Taken, UpdateResult
 from megatron_dwm.training.evaluation import Evaluation
-from megatron_dwm.training.gather import gather_samples
+from megatron_dwm.training.weighed_units import WeighedUnits
 from megatron_dwm.weighting.costs import Costs
 
 # Looks up the origins of a global batch's rows when they are needed.
@@ -51,7 +51,7 @@ class Reporter:
 
     def step(self, stage: int, outcome: Taken, origins: FindOrigins) -> None:
         """Report a step that was taken and is already counted in the state."""
-        weights_n = gather_samples(outcome.weights_n, self._runtime)
+        statistics = self._statistics(outcome.units)
         self.terminal.step(self._state.step, stage, outcome)
         self._lap()
         values = {
@@ -60,13 +60,13 @@ class Reporter:
             "lr": outcome.learning_rate,
             "grad_norm": outcome.grad_norm,
         }
-        self._step_lines.add(self._begun(stage, "train") | values, weights_n, self._counts())
+        self._step_lines.add(self._begun(stage, "train") | values, statistics, self._counts())
         if self._state.step % self._config.metrics_interval_steps == 0:
             self._step_lines.write()
         interval = self._config.weights_interval_steps
         if interval and self._state.step % interval == 0 and outcome.update is None:
             # An update inside the step records the same weights, with alignments.
-            self._record_weights(stage, origins, weights_n, None)
+            self._record_weights(stage, origins, outcome.units, None)
 
     def update(self, stage: int, result: UpdateResult | None, origins: FindOrigins) -> None:
         """Report a weighting update, made or skipped, that is already counted in the state."""
@@ -74,8 +74,7 @@ class Reporter:
             self._skipped_update(stage)
             return
         found = result.hypergradient
-        weights_n = gather_samples(result.update.weights_n, self._runtime)
-        alignment_n = gather_samples(found.alignment_n, self._runtime)
+        alignment_n = result.units.gather(found.alignment_n, self._runtime)
         if result.noise is not None:
             self._health.signal_to_noise(result.noise.ratio)
         self._write(
@@ -90,10 +89,10 @@ class Reporter:
             alignment_mean=float(alignment_n.mean()),
             alignment_std=float(alignment_n.std(correction=0)),
             **({} if result.noise is None else result.noise.columns()),
-            **named_statistics(weight_statistics(weights_n)),
+            **named_statistics(self._statistics(result.units)),
         )
         if self._config.weights_interval_steps:
-            self._record_weights(stage, origins, weights_n, alignment_n)
+            self._record_weights(stage, origins, result.units, alignment_n)
 
     def skipped(self, stage: int, reason: str, samples: range) -> None:
         """Report a step that was skipped and is already counted in the state."""
@@ -149,12 +148,21 @@ class Reporter:
         self._write(stage, "skipped_update", update=number, reason=reason)
         self.terminal.warn(f"weighting update {number} is skipped: {reason}")
 
+    def _statistics(self, units: WeighedUnits) -> Tensor:
+        """Returns `weight_statistics` of the global batch (collective)."""
+        runtime = self._runtime
+        weights_n = units.gather(units.weights_n, runtime)
+        return weight_statistics(weights_n, units.gathered_sizes(runtime))
+
     def _record_weights(
-        self, stage: int, origins: FindOrigins, weights_n: Tensor, alignment_n: Tensor | None
+        self, stage: int, origins: FindOrigins, units: WeighedUnits, alignment_n: Tensor | None
     ) -> None:
-        """Record the weights of a global batch (main process only)."""
+        """Record the weights of a global batch (collective); `alignment_n` is of all replicas."""
+        losses_n = units.gather(units.losses_n, self._runtime)
+        weights_n = units.gather(units.weights_n, self._runtime)
         if self._files is not None:
-            self._files.weights.add(self._state.step, stage, origins(), weights_n, alignment_n)
+            step = self._state.step
+            self._files.weights.add(step, stage, origins(), losses_n, weights_n, alignment_n)
 
     def _write(self, stage: int, phase: str, **values: object) -> None:
         self._step_lines.write()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_dwm.run.files import RunFiles
 from megatron_dwm.run.health import Health
-from megatron_dwm.run.records import STATISTICS, weight_statistics
+from megatron_dwm.run.records import STATISTICS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,8 @@ class StepLines:
         self._health, self._files = health, files
         self._waiting: list[_Line] = []
 
-    def add(self, before: dict[str, Any], weights_n: Tensor, after: dict[str, Any]) -> None:
-        """Keep a line; `before` and `after` are its keys before and after the statistics."""
-        statistics = weight_statistics(weights_n)
+    def add(self, before: dict[str, Any], statistics: Tensor, after: dict[str, Any]) -> None:
+        """Keep a line with `weight_statistics` between its other keys."""
         self._waiting.append(_Line(before=before, statistics=statistics, after=after))
 
     def write(self) -> None:

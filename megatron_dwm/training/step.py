@@ -12,13 +12,13 @@ import math
 from dataclasses import dataclass
 
 import torch
+
 from megatron_dwm.data import Batch
 from megatron_dwm.runtime.profiling import phase
-from megatron_dwm.training.gather import mean_over_batch
 from megatron_dwm.training.guard import require_sound_weights, step_if_finite
 from megatron_dwm.training.learner import Learner
 from megatron_dwm.training.update import UpdateResult, UpperLevel, update_from_gradient
-from megatron_dwm.training.weighed_units import WeighedUnits
+from megatron_dwm.training.weighed_units import WeighedUnits, weighed_units
 from megatron_dwm.training.weighted_pass import weighted_pass
 from megatron_dwm.weighting import Counters, Method
 
@@ -79,9 +79,7 @@ def train_step(
     with phase("weighted gradient"):
         result = weighted_pass(learner, method, batch, counters, for_update=upper is not None)
     assert result.weights_n is not None
-    units = WeighedUnits(
-        losses_n=result.unit_losses_n, weights_n=result.weights_n, sizes_n=batch.units.sizes_U
-    )
+    units = weighed_units(batch, result.unit_losses_n, result.weights_n, learner.runtime)
     loss, weighted_loss, weight, wrong = _means(learner, units)
     if largest_loss is not None and loss > largest_loss:
         return Spike(loss=loss, limit=largest_loss)
@@ -115,4 +113,4 @@ def _means(learner: Learner, units: WeighedUnits) -> list[float]:
     losses_n, weights_n = units.losses_n, units.weights_n
     wrong_n = ~(torch.isfinite(weights_n) & (weights_n >= 0))
     rows = [losses_n, losses_n * weights_n, weights_n, wrong_n.to(losses_n.dtype)]
-    return mean_over_batch(torch.stack(rows), units.sizes_n, learner.runtime).tolist()
+    return units.mean(torch.stack(rows), learner.runtime).tolist()

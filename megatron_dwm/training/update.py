@@ -7,7 +7,7 @@ the weights should change (bilevel/), and the method learns from that.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,8 @@ from megatron_dwm.data import Batch
 from megatron_dwm.model import PassResult, clear_gradients
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.runtime.profiling import phase
-from megatron_dwm.training.gather import gather_samples, mean_over_samples
 from megatron_dwm.training.learner import Learner
+from megatron_dwm.training.weighed_units import WeighedUnits, weighed_units
 from megatron_dwm.training.weighted_pass import weighted_pass
 from megatron_dwm.weighting import Alignments, Counters, Method, WeightingUpdate
 from megatron_dwm.weighting.noise import SignalToNoise, signal_to_noise
@@ -45,12 +45,14 @@ class UpdateResult:
     """The result of one weighting update.
 
     noise: signal-to-noise of the alignments; None if it was not measured.
-    train_loss: mean of the samples' token-mean losses over the global batch, at theta.
+    units: losses at theta and weights of this replica's units, before the update.
+    train_loss: mean of those losses over the global batch.
     """
 
     hypergradient: Hypergradient
     noise: SignalToNoise | None
     update: WeightingUpdate
+    units: WeighedUnits
     train_loss: float
 
 
@@ -89,7 +91,8 @@ def update_from_gradient(
         found = hypergradient(problem, upper.estimator, halves=upper.measure_noise)
     if not _is_finite_everywhere(found):
         return None
-    noise = _noise(found, learner.runtime)
+    units = weighed_units(train, result.unit_losses_n, result.weights_n, learner.runtime)
+    noise = _noise(found, units, learner.runtime)
     alignments = Alignments(
         values_n=found.alignment_n,
         learning_rate=problem.learning_rate,
@@ -97,15 +100,20 @@ def update_from_gradient(
     )
     with phase("weighting model"):
         update = method.update(train, result.outputs, alignments)
-    train_loss = float(mean_over_samples(result.sample_losses_n[None], learner.runtime)[0])
-    return UpdateResult(hypergradient=found, noise=noise, update=update, train_loss=train_loss)
+    return UpdateResult(
+        hypergradient=found,
+        noise=noise,
+        update=update,
+        units=replace(units, weights_n=update.weights_n),
+        train_loss=float(units.mean(units.losses_n[None], learner.runtime)[0]),
+    )
 
 
-def _noise(found: Hypergradient, runtime: Runtime) -> SignalToNoise | None:
+def _noise(found: Hypergradient, units: WeighedUnits, runtime: Runtime) -> SignalToNoise | None:
     """Compute the signal-to-noise ratio over the global batch, if halves exist (collective)."""
     if found.halves_2n is None:
         return None
-    return signal_to_noise(*(gather_samples(half_n, runtime) for half_n in found.halves_2n))
+    return signal_to_noise(*(units.gather(half_n, runtime) for half_n in found.halves_2n))
 
 
 def _is_finite_everywhere(found: Hypergradient) -> bool:

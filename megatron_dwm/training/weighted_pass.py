@@ -31,7 +31,7 @@ def weighted_pass(
     needs = method.needs(counters)
     kept = method.update_needs if for_update else Needs()
     early_layer = kept.early_layer
-    weights_n, weigh = torch.ones(batch.size, device=llm.runtime.device), None
+    weights_n, weigh = torch.ones(batch.units.count, device=llm.runtime.device), None
     if not needs.forward_pass:
         weights_n = method.weights(batch, None, counters)
     elif needs.whole_batch and batch.size > size:

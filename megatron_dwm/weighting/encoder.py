@@ -7,23 +7,15 @@ It is plain PyTorch: every rank has the whole encoder, so nothing is split over 
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_dwm.model.layers.pieces import Pieces, attend
+from megatron_dwm.model.passes.units import Units
 
 ROTARY_BASE = 10000.0
 INIT_STD = 0.02
-
-
-class Units(Protocol):
-    """Which tokens of some rows belong to which unit."""
-
-    def mean_over_tokens(self, hidden_BSD: Tensor) -> Tensor:
-        """Returns the mean over each unit's tokens, [U, D]."""
 
 
 class TokenEncoder(nn.Module):
@@ -60,10 +52,9 @@ class TokenEncoder(nn.Module):
         for layer in self.layers:
             hidden_BSD = layer(hidden_BSD, rotation, pieces)
         hidden_BSD = self.norm(hidden_BSD)
-        if units is None:
+        if units is None or units.numbers_BS is None:
             return hidden_BSD.mean(dim=1)
-        with torch.autocast(hidden_BSD.device.type, enabled=False):  # a product would be in bf16
-            return units.mean_over_tokens(hidden_BSD)
+        return units.pool(hidden_BSD.transpose(0, 1))
 
 
 class EncoderLayer(nn.Module):
@@ -85,10 +76,12 @@ class EncoderLayer(nn.Module):
         hidden_BSD: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
         pieces: Pieces | None = None,
+        present_BS: Tensor | None = None,
     ) -> Tensor:
         """Transform [B, S, D]: causally over S with a rotation, as an unordered set without one.
 
         pieces: attention with a rotation stays inside each of them; None: inside each row.
+        present_BS: False for padding of a set, which nothing attends to; None: no padding.
         """
         batch, length, width = hidden_BSD.shape
         qkv = self.qkv(self.attention_norm(hidden_BSD))
@@ -99,8 +92,9 @@ class EncoderLayer(nn.Module):
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         if pieces is None or pieces.are_rows:
+            seen = None if present_BS is None else present_BS[:, None, None, :]
             mixed = F.scaled_dot_product_attention(
-                query, key, value, is_causal=rotation is not None
+                query, key, value, attn_mask=seen, is_causal=rotation is not None
             ).transpose(1, 2)
         else:
             assert rotation is not None, "a set of samples has no borders"

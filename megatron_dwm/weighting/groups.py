@@ -76,9 +76,7 @@ def units_of_replicas(batch: Batch, runtime: Runtime) -> list[int]:
     return gather_over_data(mine, runtime).tolist()
 
 
-def gather_over_data(
-    rows_U: Tensor, runtime: Runtime, counts: list[int] | None = None
-) -> Tensor:
+def gather_over_data(rows_U: Tensor, runtime: Runtime, counts: list[int] | None = None) -> Tensor:
     """Gather the rows of every replica, in the order of the global batch.
 
     counts: number of rows of each replica; None if all have the same number.

@@ -104,8 +104,8 @@ class LossReweighting(RuleBased):
         losses_N = gather_over_data(losses_n.detach(), self.runtime, counts).double()
         if sizes_U is not None:
             sizes_U = gather_over_data(sizes_U, self.runtime, counts).double()
-        both_2N = torch.stack([losses_N, losses_N.square()])
-        found = mean_over_units(both_2N, sizes_U)[:, 0]
+        moments = [mean_over_units(values_N, sizes_U) for values_N in (losses_N, losses_N.square())]
+        found = torch.cat(moments)
         if self.moments is None:
             self.moments = found
         else:

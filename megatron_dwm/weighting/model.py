@@ -72,7 +72,7 @@ class WeightingModel(nn.Module):
 
         present_Gn: False for padding, which no unit sees; None if there is none.
         """
-        mixed_GnD = self.across_samples(pooled_GnD, rotation=None, present_GS=present_Gn)
+        mixed_GnD = self.across_samples(pooled_GnD, rotation=None, present_BS=present_Gn)
         return (self.head(mixed_GnD) + self.sample_head(pooled_GnD)).squeeze(-1)
 
     def files(self) -> dict[str, bytes]:

@@ -134,15 +134,10 @@ class WeightingTrainer:
         self.reliability.value = state["reliability"]
 
     def _encoded(self, batch: Batch) -> Tensor:
-        """Returns [n, D]; the ranks of the inner group share out the replica's samples."""
-        share = share_of_rank(batch.size, self.runtime).to(batch.tokens_BS.device)
-        pooled_BD = encode(
-            self.model.encoder,
-            batch.tokens_BS[share],
-            self.grouping.micro_batch_size,
-            bf16=self.bf16,
-        )
-        return gather_inside_replica(pooled_BD, batch.size, self.runtime)
+        """Returns [n, D]; the ranks of the inner group share out the replica's rows."""
+        share, size = rows_of_rank(batch, self.runtime), self.grouping.micro_batch_size
+        pooled_UD = encode(self.model.encoder, share, size, bf16=self.bf16)
+        return gather_inside_replica(pooled_UD, batch, self.runtime)
 
     @property
     def _dtype(self) -> torch.dtype:

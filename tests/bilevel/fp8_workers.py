@@ -126,7 +126,7 @@ def probe_and_differences(fp8_emulation: bool) -> tuple[Tensor, list[Tensor]]:
             with torch.no_grad():
                 for parameter, value, direction in zip(llm.parameters(), theta, z, strict=True):
                     parameter.copy_(value + step * direction)
-            return forward_only(llm, passes).sample_losses_n.double()
+            return forward_only(llm, passes).unit_losses_n.double()
 
         differences = [
             (losses(h * ratio) - losses(-h * ratio)) / (2 * h * ratio) for h in DIFFERENCE_STEPS

@@ -20,6 +20,7 @@ from megatron_dwm.bilevel.adapters import (
     embedding_tangent,
     position_of,
 )
+from megatron_dwm.model import Units
 
 SEQUENCE, BATCH, WIDTH, OUT = 5, 3, 8, 6
 EPSILON = 1e-3
@@ -93,6 +94,9 @@ class Case:
         return torch.stack(found)
 
 
+ROWS = Units(count=BATCH)
+
+
 def _case(kind: type[Module]) -> Case:
     torch.manual_seed(3)
     module = kind()
@@ -104,7 +108,7 @@ def _case(kind: type[Module]) -> Case:
 
 def _tangent(name: str, case: Case, module: Module | None = None) -> Tensor:
     form = ADAPTERS[name].form(module or case.module, {}, ALONE)
-    return form(case.gradient_SBC, case.x_SBD)
+    return form(case.gradient_SBC, case.x_SBD, ROWS)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +166,9 @@ def test_embedding_tangent_is_autograds() -> None:
         (torch.autograd.grad((F.embedding(t, table) * g).sum(), table)[0] * z).sum()
         for t, g in zip(tokens_BS, gradient, strict=True)
     ]
-    parts = [embedding_tangent(gradient, tokens_BS, z[a:b], a, b) for a, b in ((0, 4), (4, 10))]
+    parts = [
+        embedding_tangent(gradient, tokens_BS, z[a:b], a, b, ROWS) for a, b in ((0, 4), (4, 10))
+    ]
     torch.testing.assert_close(sum(parts), torch.stack(expected), rtol=1e-12, atol=1e-12)
 
 

@@ -122,7 +122,7 @@ def _batch(tokens_BS: Tensor, labels_BS: Tensor) -> Batch:
         loss_mask_BS=torch.ones(size, length),
         position_ids_BS=torch.arange(length).repeat(size, 1),
         sample_ids_B=torch.arange(size),
-        document_ids_B=torch.arange(size),
+        document_ids_U=torch.arange(size),
         domains=("d",) * size,
     )
 

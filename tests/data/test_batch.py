@@ -15,7 +15,7 @@ def make(rows: int, columns: int = 3) -> Batch:
         loss_mask_BS=torch.ones(rows, columns),
         position_ids_BS=torch.arange(columns).repeat(rows, 1),
         sample_ids_B=torch.arange(rows),
-        document_ids_B=torch.arange(rows) + 100,
+        document_ids_U=torch.arange(rows) + 100,
         domains=tuple("abcdefgh"[:rows]),
     )
 
@@ -28,7 +28,7 @@ def test_micro_batches_joined_give_the_batch_back() -> None:
     assert parts[1].domains == ("c", "d") and parts[1].sample_ids_B.tolist() == [2, 3]
     assert joined.domains == batch.domains
     assert torch.equal(joined.labels_BS, batch.labels_BS)
-    assert torch.equal(joined.document_ids_B, batch.document_ids_B)
+    assert torch.equal(joined.document_ids_U, batch.document_ids_U)
 
 
 def test_rows_share_memory_and_move() -> None:

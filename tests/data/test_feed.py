@@ -90,8 +90,8 @@ def test_origins_are_those_of_the_batch(data: TrainingData, target: ValidationSe
     corpus = CorpusSource(data, SIZE)
     for source in (corpus, MixedSource(corpus, target, num_mixed=2)):
         whole, origins = source.rows(3, 0, SIZE), source.origins(3)
-        assert torch.equal(whole.sample_ids_B, origins.sample_ids_B)
-        assert torch.equal(whole.document_ids_B, origins.document_ids_B)
+        assert torch.equal(whole.sample_ids_B, origins.sample_ids_U)
+        assert torch.equal(whole.document_ids_U, origins.document_ids_U)
         assert whole.domains == origins.domains
     assert origins.numberings == ("training",) * 4 + ("target",) * 2
 

@@ -33,7 +33,7 @@ def same(left: Batch, right: Batch) -> bool:
     return (
         torch.equal(left.tokens_BS, right.tokens_BS)
         and torch.equal(left.labels_BS, right.labels_BS)
-        and torch.equal(left.document_ids_B, right.document_ids_B)
+        and torch.equal(left.document_ids_U, right.document_ids_U)
         and left.domains == right.domains
     )
 
@@ -80,7 +80,7 @@ def test_samples_documents_and_domains_equal_second_implementation(
             text, document = second.text_of(row), second.most_of(row)
             assert np.array_equal(batch.tokens_BS[row].numpy(), text[:-1])
             assert np.array_equal(batch.labels_BS[row].numpy(), text[1:])
-            assert int(batch.document_ids_B[row]) == document
+            assert int(batch.document_ids_U[row]) == document
             assert batch.domains[row] == documents[document].domain
         assert batch.sample_ids_B.tolist() == list(ids)
         assert batch.loss_mask_BS.eq(1).all() and batch.loss_mask_BS.dtype == torch.float32
@@ -130,9 +130,9 @@ def test_blend_follows_the_weights_and_numbers_documents_through(
 ) -> None:
     data = make(["30", two[0], "10", two[1]], tmp_path, num_samples=400)
     batch = data.batch(range(400))
-    from_first = batch.document_ids_B < 60
+    from_first = batch.document_ids_U < 60
     assert int(from_first.sum()) == 300
-    for document, domain in zip(batch.document_ids_B.tolist(), batch.domains, strict=True):
+    for document, domain in zip(batch.document_ids_U.tolist(), batch.domains, strict=True):
         assert documents[document].domain == domain
     longer = make(["0.75", two[0], "0.25", two[1]], tmp_path, num_samples=1234)
     assert same(batch, longer.batch(range(400)))
@@ -141,7 +141,7 @@ def test_blend_follows_the_weights_and_numbers_documents_through(
 def test_blend_without_weights_follows_the_size(two: list[str], tmp_path: Path) -> None:
     data = make(two, tmp_path, num_samples=500)
     sizes = [(len(np.memmap(f"{p}.bin", dtype=np.uint16)) - 1) // SEQUENCE_LENGTH for p in two]
-    first = int((data.batch(range(500)).document_ids_B < 60).sum())
+    first = int((data.batch(range(500)).document_ids_U < 60).sum())
     assert abs(first - 500 * sizes[0] / sum(sizes)) <= 1
 
 

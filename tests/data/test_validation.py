@@ -57,7 +57,7 @@ def test_last_word_mask_decodes_to_the_last_word(
     assert rows.num_rows == len(texts) == 211
     for row in range(batch.size):
         mask = batch.loss_mask_BS[row] == 1
-        text = texts[int(batch.document_ids_B[row])]
+        text = texts[int(batch.document_ids_U[row])]
         assert tokenizer.decode(batch.labels_BS[row][mask].tolist()).strip() == text.split()[-1]
         before = text[: text.rindex(text.split()[-1])].rstrip()
         first = int(mask.nonzero().min())
@@ -121,7 +121,7 @@ def test_domains_from_either_key(tmp_path: Path, tokenizer: Tokenizer) -> None:
         {"text": "seven eight nine"},
     ]
     batch = validation(write(tmp_path / "v.jsonl", lines), tokenizer, "last_word").batch(0, 3)
-    found = dict(zip(batch.document_ids_B.tolist(), batch.domains, strict=True))
+    found = dict(zip(batch.document_ids_U.tolist(), batch.domains, strict=True))
     assert found == {0: "RedPajamaBook", 1: "novel", 2: "unknown"}
 
 
@@ -131,7 +131,7 @@ def test_short_and_empty_passages(tmp_path: Path, tokenizer: Tokenizer) -> None:
     last = validation(path, tokenizer, "last_word")
     batch = last.batch(0, last.num_rows)
     assert last.num_rows == 3 and (batch.loss_mask_BS.sum(1) > 0).all()
-    assert set(batch.document_ids_B.tolist()) == {3, 4, 5}
+    assert set(batch.document_ids_U.tolist()) == {3, 4, 5}
     assert validation(path, tokenizer).num_rows == 1
     with pytest.raises(UserError, match="no passage has a token"):
         validation(write(tmp_path / "a.jsonl", lines[:3]), tokenizer, "last_word")

@@ -93,7 +93,7 @@ def _gradient(problem: Problem, batch: Batch) -> Tensor:
     result = weighted_gradient(
         problem.llm, problem.optimizer, batch, problem.weights_n, MICRO_BATCH
     )
-    return result.sample_losses_n
+    return result.unit_losses_n
 
 
 def losses_while_training(precision: str, **options: Any) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def stale_weights(precision: str, **options: Any) -> dict[str, float]:
             passes = token_mean(problem.val_batch, MICRO_BATCH)
             clear_gradients(llm, problem.optimizer)
             result = forward_backward(llm, passes, denominator=token_count(problem.val_batch))
-            return float(result.sample_losses_n.mean())
+            return float(result.unit_losses_n.mean())
 
         before = loss()
         step.enter()

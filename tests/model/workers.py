@@ -59,7 +59,7 @@ def linear_layers(tensor: int, sequence: bool) -> dict[str, Tensor]:
 def losses(**layout: Any) -> Tensor:
     """Returns the sample losses of an untrained model."""
     with tiny(steps=0, **layout) as subject:
-        return forward_only(subject.llm, unit(subject.batch(TRAIN), MICRO_BATCH)).sample_losses_n
+        return forward_only(subject.llm, unit(subject.batch(TRAIN), MICRO_BATCH)).unit_losses_n
 
 
 def emulated_modules(**layout: Any) -> list[bool]:

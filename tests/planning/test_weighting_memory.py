@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from megatron_dwm.data import Batch
 from megatron_dwm.model import resolve_shape
 from megatron_dwm.planning.activations import encoder_bytes
 from megatron_dwm.planning.memory import stage_memory, weighting_parameters
@@ -24,6 +25,19 @@ from tests.launch import REPOSITORY
 from tests.planning.runs import configured
 
 LENGTH = 16
+
+
+def _batch(rows: int) -> Batch:
+    zeros_BS = torch.zeros(rows, LENGTH, dtype=torch.int64)
+    return Batch(
+        tokens_BS=zeros_BS,
+        labels_BS=zeros_BS,
+        loss_mask_BS=torch.ones(rows, LENGTH),
+        position_ids_BS=torch.arange(LENGTH).repeat(rows, 1),
+        sample_ids_B=torch.arange(rows),
+        document_ids_U=torch.arange(rows),
+        domains=("zeros",) * rows,
+    )
 
 
 def _kept(encoder: TokenEncoder, rows: int, *, bf16: bool) -> int:
@@ -37,7 +51,7 @@ def _kept(encoder: TokenEncoder, rows: int, *, bf16: bool) -> int:
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        encode(encoder, torch.zeros(rows, LENGTH, dtype=torch.int64), rows, bf16=bf16)
+        encode(encoder, _batch(rows), rows, bf16=bf16)
     return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
 
 

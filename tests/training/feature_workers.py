@@ -35,10 +35,10 @@ def steps_and_updates(
         second = trained.taken(subject.batch(NEXT))
         phi = [p.detach().flatten() for p in trained.method.trainer.model.parameters()]
         return {
-            "first weights": trained.gather(first.weights_n),
+            "first weights": trained.gather(first.units.weights_n),
             "alignments": trained.gather(update.hypergradient.alignment_n),
             "phi": torch.cat(phi),
-            "second weights": trained.gather(second.weights_n),
+            "second weights": trained.gather(second.units.weights_n),
             "losses": torch.tensor([first.loss, second.loss, update.train_loss]),
             "gradient norms": torch.tensor([first.grad_norm, second.grad_norm]),
         }

@@ -84,6 +84,6 @@ def loss_is_finite_everywhere() -> bool:
         passes = weighted(batch, subject.weights_n, MICRO_BATCH)
         clear_gradients(subject.llm, subject.optimizer)
         result = forward_backward(subject.llm, passes, denominator=weighted_denominator(batch))
-        other = result.sample_losses_n.clone()
+        other = result.unit_losses_n.clone()
         dist.all_reduce(other, group=subject.runtime.inner_group)
-        return torch.allclose(other, 2 * result.sample_losses_n)
+        return torch.allclose(other, 2 * result.unit_losses_n)

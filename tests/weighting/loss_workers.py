@@ -39,7 +39,7 @@ def weights_and_by_hand(group: str) -> dict[str, Tensor]:
         mean = square = 0.0
         for number in range(3):
             losses = losses_of(number)
-            method.after_step(losses[mine], TrainState())
+            method.after_step(rows, losses[mine], TrainState())
             kept = DECAY if number else 0.0
             mean = kept * mean + (1 - kept) * float(losses.double().mean())
             square = kept * square + (1 - kept) * float(losses.double().square().mean())
@@ -63,5 +63,6 @@ def weights_of_equal_losses() -> Tensor:
     with bring_up(ParallelConfig(), seed=0) as runtime:
         method = _method(runtime, "micro_batch")
         losses = torch.full((SAMPLES,), 2.0)
-        method.after_step(losses, TrainState())
-        return weigh(method, batch(runtime, 0), ForwardOutputs(losses_n=losses))
+        rows = batch(runtime, 0)
+        method.after_step(rows, losses, TrainState())
+        return weigh(method, rows, ForwardOutputs(losses_n=losses))

@@ -37,7 +37,7 @@ def batch(runtime: Runtime, number: int, *, whole: bool = False) -> Batch:
         loss_mask_BS=torch.ones(SAMPLES, LENGTH),
         position_ids_BS=torch.arange(LENGTH).repeat(SAMPLES, 1),
         sample_ids_B=torch.arange(SAMPLES),
-        document_ids_B=torch.arange(SAMPLES),
+        document_ids_U=torch.arange(SAMPLES),
         domains=("d",) * SAMPLES,
     ).rows(first, first + share)
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -53,15 +52,12 @@ class MicroBatch:
         rows, length = borders_BS.shape
         last_B = borders_BS[:, -1] + 1
         before_B = last_B.cumsum(dim=0) - last_B
-        columns = (
-            self.tokens_BS,
-            self.labels_BS,
-            self.position_ids_BS,
-            self.coefficients_BS,
-            self.loss_mask_BS,
-        )
         return MicroBatch(
-            *(column.reshape(1, -1) for column in columns),
+            tokens_BS=self.tokens_BS.reshape(1, -1),
+            labels_BS=self.labels_BS.reshape(1, -1),
+            position_ids_BS=self.position_ids_BS.reshape(1, -1),
+            coefficients_BS=self.coefficients_BS.reshape(1, -1),
+            loss_mask_BS=self.loss_mask_BS.reshape(1, -1),
             units=self.units.flattened(rows, length),
             borders_BS=(borders_BS + before_B[:, None]).reshape(1, -1),
         )

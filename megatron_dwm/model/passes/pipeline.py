@@ -95,8 +95,7 @@ def forward_backward(
     """
     tap = None if early_layer is None else FeatureTap(llm, early_layer)
     options = _PassOptions(
-        llm=llm,
-        on_micro_batch=on_micro_batch, weigh=weigh, tap=tap, keeps_features=keep_features
+        llm=llm, on_micro_batch=on_micro_batch, weigh=weigh, tap=tap, keeps_features=keep_features
     )
     return _run(llm, micro_batches, options, forward_only=False, denominator=denominator)
 

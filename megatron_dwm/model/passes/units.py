@@ -54,14 +54,15 @@ class Units:
         return self._add(values_SB, self._part(first, len(values_SB)))
 
     def pool(self, hidden_SBD: Tensor, *, first: int = 0) -> Tensor:
-        """Returns float32 [U, D]: the sums over each unit's tokens, divided by their number.
+        """Returns [U, D], float32 or wider: sums over each unit's tokens, divided by their number.
 
         first: as in `sum_of_sequence`; the parts of all ranks add up to the mean of the unit.
         """
         numbers_BS = self.numbers_BS
         assert numbers_BS is not None, "rows are pooled by the mean over the sequence"
         numbers_SB = self._part(first, len(hidden_SBD))
-        sums_UD = self._add(hidden_SBD.float(), numbers_SB)
+        at_least_fp32 = torch.promote_types(hidden_SBD.dtype, torch.float32)
+        sums_UD = self._add(hidden_SBD.to(at_least_fp32), numbers_SB)
         tokens_U = self._add(torch.ones_like(numbers_BS, dtype=torch.float32), numbers_BS)
         return sums_UD / tokens_U[:, None]
 
