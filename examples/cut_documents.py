@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
         "--least",
         type=int,
         default=30,
-        help="fewest tokens of a document; a last part may be shorter",
+        help="fewest tokens of a document but the last part",
     )
     add("--most", type=int, default=200, help="most tokens, up to a word")
     add("--seed", type=int, default=1234, help="seed of the lengths")

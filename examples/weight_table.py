@@ -1,8 +1,8 @@
 """Prints the mean weight of every domain:   python examples/weight_table.py WORKDIR
 
-Means over the last quarter of the steps of the runs WORKDIR/METHOD.SEED, in which every unit counts
-in proportion to its tokens; mean and standard deviation over the seeds. A unit has the domain of its
-document; a window has that of the document with most of its tokens.
+Means over the last quarter of the steps of the runs WORKDIR/METHOD.SEED, in which every unit
+counts in proportion to its tokens; mean and standard deviation over the seeds. A unit has the
+domain of its document; a window has that of the document with most of its tokens.
 """
 
 from __future__ import annotations

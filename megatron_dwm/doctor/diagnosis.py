@@ -1,8 +1,9 @@
-"""The first thing to run on a new cluster: what the machine can do, and a check.
+"""The first thing to run on a new cluster: what the machine can do, and two checks.
 
-The check compares the tangent probe, under the given layout, with a finite difference and, in one
-process, with differentiating through the step. The model is the configuration's (or a tiny one), in
-fp32, on random tokens, after a few training steps, so that no moment is empty.
+borders.py checks that attention stops at the borders of documents. The other check compares the
+tangent probe, under the given layout, with a finite difference and, in one process, with
+differentiating through the step. The model is the configuration's (or a tiny one), in fp32, on
+random tokens, after a few training steps, so that no moment is empty.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.printing import printable
 from megatron_dwm.config.validate import validate_layout, validate_options
 from megatron_dwm.data import Batch
+from megatron_dwm.doctor.borders import borders_finding
 from megatron_dwm.model import resolve_shape
 from megatron_dwm.model.layers.choice import choose_layers
 from megatron_dwm.model.shape import heads_of
@@ -37,7 +39,7 @@ _WARM_UP_STEPS = 4
 
 
 def diagnose(config: Config) -> bool:
-    """Print the report; returns True if the estimators agree (collective)."""
+    """Print the report; returns True if all checks hold (collective)."""
     world_size = world_size_from_environment()
     asked = config
     validate_options(asked, heads_of(resolve_shape(asked.model)), world_size)
@@ -51,7 +53,9 @@ def diagnose(config: Config) -> bool:
         for what, finding in describe_machine():
             _say(runtime, what, finding)
         _say(runtime, "precision", _precision(asked, runtime))
-        return _estimators_agree(config, runtime)
+        stops, finding = borders_finding(dataclasses.replace(config, model=asked.model), runtime)
+        _say(runtime, "document borders", finding)
+        return _estimators_agree(config, runtime) and stops
 
 
 def _precision(asked: Config, runtime: Runtime) -> str:
@@ -59,7 +63,7 @@ def _precision(asked: Config, runtime: Runtime) -> str:
     model = asked.model
     choice = choose_layers(model, runtime.device)
     layers = choice.message(model) or f"model.precision {model.precision}: {choice.kind} layers"
-    return f"{layers}; what is checked below is fp32"
+    return f"{layers}; the hypergradient is checked in fp32"
 
 
 def _checkable(config: Config, world_size: int) -> Config:

@@ -1,7 +1,8 @@
 """FLOPs of the LLM by formula: two for every multiply-add of a matrix product.
 
 A token passes once through the weights of the layers and of the output layer. Its attention scores
-and values cover the S / 2 positions that a causal token sees on average. Norms, activations and
+and values cover the S / 2 positions that a causal token sees on average, or half the length of its
+document's piece if attention stops at borders. Norms, activations and
 embedding rows are left out (below 1 %). A backward pass costs two forward passes.
 """
 
@@ -13,11 +14,17 @@ FORWARD_BACKWARD = 3
 """cost of a forward and a backward pass together, in forward passes"""
 
 
-def llm_forward_flops(shape: LlamaShape, samples: int, sequence_length: int) -> float:
-    """FLOPs of one forward pass over `samples` rows of `sequence_length` tokens."""
+def llm_forward_flops(
+    shape: LlamaShape, samples: int, sequence_length: int, attended_tokens: float | None = None
+) -> float:
+    """FLOPs of one forward pass over `samples` rows of `sequence_length` tokens.
+
+    attended_tokens: mean over tokens of the length inside which attention stays; None: the row.
+    """
     embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
     norms = (2 * shape.num_layers + 1) * shape.hidden_size
     weights = shape.num_parameters() - embeddings - norms
     output = shape.padded_vocab_size * shape.hidden_size
-    attention = shape.num_layers * shape.num_attention_heads * shape.head_size * sequence_length
+    reach = sequence_length if attended_tokens is None else attended_tokens
+    attention = shape.num_layers * shape.num_attention_heads * shape.head_size * reach
     return 2.0 * samples * sequence_length * (weights + output + attention)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_dwm.config import Config
+from megatron_dwm.data.document_counts import WHOLE_ROWS, DocumentCounts
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.model.flops import llm_forward_flops
 from megatron_dwm.planning.hardware import Gpu
@@ -74,12 +75,15 @@ class Cost:
         return seconds / (gpus * mfu)
 
 
-def cost_of(config: Config, shape: LlamaShape, replicas: int) -> Cost:
+def cost_of(
+    config: Config, shape: LlamaShape, replicas: int, documents: DocumentCounts = WHOLE_ROWS
+) -> Cost:
     """Returns the cost of a run on `replicas` copies of the LLM, counted as the run counts it."""
     method = method_class(config)
-    costs, schedule = method.costs(config, shape, replicas=replicas), method.schedule(config)
+    costs = method.costs(config, shape, replicas=replicas, documents=documents)
+    schedule = method.schedule(config)
     steps, num_updates = config.training.steps, schedule.num_updates
-    recompute = _recompute_flops(config, shape)
+    recompute = _recompute_flops(config, shape, documents)
     fresh = config.weighting.update_on == "fresh"
     validation = config.passages / config.training.global_batch_size
     passes = costs.update_passes + recompute * (1 + validation + fresh)
@@ -106,11 +110,12 @@ def _weighting_precision(config: Config) -> str:
     return "bf16" if in_bf16 else "fp32"
 
 
-def _recompute_flops(config: Config, shape: LlamaShape) -> float:
+def _recompute_flops(config: Config, shape: LlamaShape, documents: DocumentCounts) -> float:
     """Returns the forward FLOPs that the backward pass of one step repeats."""
     rows, length = config.training.global_batch_size, config.data.sequence_length
     attention = 2.0 * rows * length * shape.num_layers * shape.num_attention_heads
-    attention *= shape.head_size * length
+    reach = length if documents.attended_tokens is None else documents.attended_tokens
+    attention *= shape.head_size * reach
     output = 2.0 * rows * length * shape.padded_vocab_size * shape.hidden_size
-    layers = llm_forward_flops(shape, rows, length) - output
+    layers = llm_forward_flops(shape, rows, length, documents.attended_tokens) - output
     return {"none": 0.0, "selective": attention, "full": layers}[config.model.recompute]

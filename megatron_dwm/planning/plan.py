@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.validate import validate_config
+from megatron_dwm.data.document_counts import WHOLE_ROWS, DocumentCounts, document_counts
 from megatron_dwm.model import LlamaShape, resolve_shape
 from megatron_dwm.model.on_disk.huggingface_files import is_huggingface, open_huggingface
 from megatron_dwm.model.shape import heads_of
@@ -27,6 +28,8 @@ class Plan:
     """What a run on `gpus` GPUs needs.
 
     mfu: fraction of the peak FLOPs that the run reaches.
+    documents: what the data says about documents inside samples; None if it is not there yet, and
+        samples count as one document each.
     stages: memory of one rank of every pipeline stage.
     bubble: time that the first pipeline stage waits, as a fraction of its work, (p - 1) / (v m); a
         measured utilization includes it.
@@ -37,6 +40,7 @@ class Plan:
     gpu: Gpu
     gpus: int
     mfu: float
+    documents: DocumentCounts | None
     stages: list[Memory]
     cost: Cost
     traffic: list[Traffic]
@@ -92,6 +96,7 @@ class Plan:
             "weighting_share_flops": self.cost.share,
             "weighting_share_time": self.time_share,
             "traffic_bytes": [asdict(line) for line in self.traffic],
+            "documents": None if self.documents is None else asdict(self.documents),
             "mfu": self.mfu,
             "bubble": self.bubble,
             "step_s": self.step_s,
@@ -105,7 +110,7 @@ def make_plan(config: Config, gpu: Gpu, *, gpus: int, mfu: float) -> Plan:
     """Returns the plan of a run on `gpus` GPUs. mfu: fraction of the peak that is reached.
 
     Of the run's files only the sizes of a Hugging Face model and of a weighting model to start from
-    are read.
+    are read, and, if documents inside samples matter, the index of the training data.
 
     Raises UserError if pretrain would refuse the run for a reason other than its files.
     """
@@ -119,20 +124,30 @@ def make_plan(config: Config, gpu: Gpu, *, gpus: int, mfu: float) -> Plan:
     weighting = method_class(config).model_shape(config, shape)
     pipeline = config.parallel.pipeline
     schedule = config.num_microbatches(gpus) * config.parallel.virtual_stages
+    documents = _documents(config)
+    replicas = config.data_parallel_size(gpus)
     return Plan(
         config=config,
         shape=shape,
         gpu=gpu,
         gpus=gpus,
         mfu=mfu,
+        documents=documents,
         stages=[
             stage_memory(config, shape, weighting, world_size=gpus, stage=stage, on_gpu=True)
             for stage in range(pipeline)
         ],
-        cost=cost_of(config, shape, config.data_parallel_size(gpus)),
+        cost=cost_of(config, shape, replicas, documents or WHOLE_ROWS),
         traffic=traffic_of(config, shape, weighting, gpus, on_gpu=True),
         bubble=(pipeline - 1) / schedule,
     )
+
+
+def _documents(config: Config) -> DocumentCounts | None:
+    try:
+        return document_counts(config)
+    except UserError:  # a plan comes before the data
+        return None
 
 
 def advice(plan: Plan) -> list[str]:

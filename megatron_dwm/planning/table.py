@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_dwm.config import TrainingConfig
+from megatron_dwm.data.document_counts import WHOLE_ROWS
 from megatron_dwm.planning.plan import RESERVE, Plan, advice
 
 _GB = 1e9
@@ -74,8 +75,21 @@ def _heading(plan: Plan) -> str:
         f"{config.training.micro_batch_size} x {config.data.sequence_length:,} tokens a step and "
         f"replica; {plan.tokens_a_step:,} tokens a step\n"
         f"policy {config.policy.name}, {plan.cost.num_updates:,} weighting updates in "
-        f"{config.training.steps:,} steps"
+        f"{config.training.steps:,} steps{_documents(plan)}"
     )
+
+
+def _documents(plan: Plan) -> str:
+    """Returns a line about documents inside samples, or nothing if they do not matter."""
+    found = plan.documents
+    if found is None:
+        return "\ndata.train cannot be read: every sample counts as one document"
+    if found == WHOLE_ROWS:
+        return ""
+    line = f"\n{found.units_per_row:,.1f} units a sample"
+    if found.attended_tokens is not None:
+        line += f", attention as in samples of {found.attended_tokens:,.0f} tokens"
+    return line
 
 
 def _memory(plan: Plan) -> str:

@@ -10,6 +10,7 @@ from megatron_dwm.checkpoint.parts import Parts
 from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.config import Config
 from megatron_dwm.data import CorpusSource, Feed, Share, TrainingData
+from megatron_dwm.data.document_counts import document_counts
 from megatron_dwm.data.pieces import document_rules
 from megatron_dwm.run.inputs import RunInputs
 from megatron_dwm.runtime import Runtime
@@ -71,6 +72,7 @@ def build_job(config: Config, runtime: Runtime, inputs: RunInputs) -> Job:
             inputs.shape,
             replicas=runtime.data_size,
             passages=None if inputs.target is None else feed.passages,
+            documents=document_counts(config),
         ),
         state=TrainState(),
     )

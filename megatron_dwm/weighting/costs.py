@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_dwm.config import Config
+from megatron_dwm.data.document_counts import WHOLE_ROWS, DocumentCounts
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.model.flops import FORWARD_BACKWARD, llm_forward_flops
 from megatron_dwm.weighting.model import WeightingShape
@@ -66,9 +67,9 @@ class Costs:
         return -(-updates // self.noise_interval) if self.noise_interval else 0
 
 
-def plain_costs(config: Config, llm: LlamaShape) -> Costs:
+def plain_costs(config: Config, llm: LlamaShape, documents: DocumentCounts = WHOLE_ROWS) -> Costs:
     """Returns the costs of plain training."""
-    return Costs(llm_step=FORWARD_BACKWARD * _forward(config, llm))
+    return Costs(llm_step=FORWARD_BACKWARD * _forward(config, llm, documents))
 
 
 def learning_costs(
@@ -76,6 +77,7 @@ def learning_costs(
     llm: LlamaShape,
     *,
     passages: int | None,
+    documents: DocumentCounts = WHOLE_ROWS,
     model: WeightingShape | None = None,
     extra_forward: bool = False,
     encodes_twice: bool = False,
@@ -84,18 +86,19 @@ def learning_costs(
     """Returns the costs of a method that learns from alignments.
 
     passages: number in a validation batch; None for the configured one.
+    documents: those of the training data; passages count as if they were like them.
     model: the weighting model, if there is one.
     extra_forward: weights need a forward pass of the whole batch first.
     encodes_twice: an update runs the weighting model forward twice (weighting/encoding.py).
     frozen: the method makes no updates.
     """
     rows, length = config.training.global_batch_size, config.data.sequence_length
-    forward = _forward(config, llm)
+    forward = _forward(config, llm, documents)
     passages = config.passages if passages is None else passages
     weighing = 0.0
     if model is not None:
-        weighing = weighting_forward_flops(model, rows, length, _group_size(config))
-    validation = llm_forward_flops(llm, passages, length)
+        weighing = weighting_forward_flops(model, rows, length, _group_size(config), documents)
+    validation = llm_forward_flops(llm, passages, length, documents.attended_tokens)
     fresh = config.weighting.update_on == "fresh"
     update_passes = FORWARD_BACKWARD * (validation + forward + fresh * forward)
     measured = not frozen and why_no_noise(config, passages) is None
@@ -111,22 +114,33 @@ def learning_costs(
 
 
 def weighting_forward_flops(
-    shape: WeightingShape, samples: int, sequence_length: int, group_size: int
+    shape: WeightingShape,
+    samples: int,
+    sequence_length: int,
+    group_size: int,
+    documents: DocumentCounts = WHOLE_ROWS,
 ) -> float:
-    """Returns the FLOPs of weighing `samples` samples of `sequence_length` tokens in groups."""
+    """Returns the FLOPs of weighing `samples` samples of `sequence_length` tokens in groups.
+
+    group_size: samples in a group; a sample has several units if documents are the units.
+    """
+    reach = sequence_length if documents.attended_tokens is None else documents.attended_tokens
+    units = samples * documents.units_per_row
     width = shape.hidden_size
     layer = 4 * width * width + 3 * width * shape.ffn_hidden_size
     if shape.encoder == "own":
-        causal_attention = width * sequence_length
-        reading = sequence_length * shape.num_layers * (layer + causal_attention)
+        tokens = samples * sequence_length
+        reading = tokens * shape.num_layers * (layer + width * reach)
     else:
-        reading = (2 * shape.feature_size + 1) * width
-    across = layer + 2 * width * group_size + 2 * width
-    return 2.0 * samples * (reading + across)
+        reading = units * (2 * shape.feature_size + 1) * width
+    group_units = group_size * documents.units_per_row
+    across = units * (layer + 2 * width * group_units + 2 * width)
+    return 2.0 * (reading + across)
 
 
-def _forward(config: Config, llm: LlamaShape) -> float:
-    return llm_forward_flops(llm, config.training.global_batch_size, config.data.sequence_length)
+def _forward(config: Config, llm: LlamaShape, documents: DocumentCounts) -> float:
+    rows, length = config.training.global_batch_size, config.data.sequence_length
+    return llm_forward_flops(llm, rows, length, documents.attended_tokens)
 
 
 def _group_size(config: Config) -> int:

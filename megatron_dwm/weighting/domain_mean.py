@@ -24,6 +24,7 @@ from torch import Tensor
 from megatron_dwm.config import Config, PolicyConfig, WeightingConfig
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
+from megatron_dwm.data.document_counts import WHOLE_ROWS, DocumentCounts
 from megatron_dwm.model import ForwardOutputs, LlamaShape
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.concentration import GUARDS
@@ -65,10 +66,16 @@ class DomainMean(RuleBased):
 
     @classmethod
     def costs(
-        cls, config: Config, llm: LlamaShape, *, replicas: int, passages: int | None = None
+        cls,
+        config: Config,
+        llm: LlamaShape,
+        *,
+        replicas: int,
+        passages: int | None = None,
+        documents: DocumentCounts = WHOLE_ROWS,
     ) -> Costs:
         """Returns the costs of learning without a weighting model."""
-        return learning_costs(config, llm, passages=passages)
+        return learning_costs(config, llm, passages=passages, documents=documents)
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_dwm.config import Config
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
+from megatron_dwm.data.document_counts import WHOLE_ROWS, DocumentCounts
 from megatron_dwm.model import ForwardOutputs, LlamaShape
 from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.weighting.concentration import GUARDS
@@ -106,7 +107,13 @@ class Dwm(Method):
 
     @classmethod
     def costs(
-        cls, config: Config, llm: LlamaShape, *, replicas: int, passages: int | None = None
+        cls,
+        config: Config,
+        llm: LlamaShape,
+        *,
+        replicas: int,
+        passages: int | None = None,
+        documents: DocumentCounts = WHOLE_ROWS,
     ) -> Costs:
         """Returns the costs of learning, including those of the weighting model."""
         training, weighting = config.training, config.weighting
@@ -118,6 +125,7 @@ class Dwm(Method):
             config,
             llm,
             passages=passages,
+            documents=documents,
             model=cls.model_shape(config, llm),
             extra_forward=not own and is_global and rows > training.micro_batch_size,
             encodes_twice=own and share > training.micro_batch_size,

@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_dwm.config import Config, PolicyConfig, WeightingConfig
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
+from megatron_dwm.data.document_counts import WHOLE_ROWS, DocumentCounts
 from megatron_dwm.model import ForwardOutputs, LlamaShape
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.concentration import GUARDS
@@ -54,10 +55,16 @@ class LossReweighting(RuleBased):
 
     @classmethod
     def costs(
-        cls, config: Config, llm: LlamaShape, *, replicas: int, passages: int | None = None
+        cls,
+        config: Config,
+        llm: LlamaShape,
+        *,
+        replicas: int,
+        passages: int | None = None,
+        documents: DocumentCounts = WHOLE_ROWS,
     ) -> Costs:
         """Returns plain costs, and a forward pass if a group has several micro-batches."""
-        costs, training = plain_costs(config, llm), config.training
+        costs, training = plain_costs(config, llm, documents), config.training
         rows = training.global_batch_size // replicas
         waits = config.weighting.group == "global" and rows > training.micro_batch_size
         return replace(costs, extra_forward=costs.forward) if waits else costs
