@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
         "training",
     },
     "testing": {"config", "runtime", "model", "data", "training"},
-    "planning": {"config", "model", "weighting"},
+    "planning": {"config", "data", "model", "weighting"},
     "doctor": {
         *("config", "runtime", "model", "data", "weighting", "bilevel", "training", "testing"),
     },

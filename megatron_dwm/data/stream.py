@@ -5,9 +5,7 @@ made longer or split over another number of processes reads the same samples.
 
 * One prefix: epoch after epoch of its samples, each shuffled by a hash of (seed, purpose, index of
   the prefix, number of the epoch).
-* Several: Megatron-Core's greedy blend (`build_blending_indices`, megatron/core/datasets/
-  helpers.cpp). Its choice at k depends only on earlier choices, so a longer blend begins with the
-  shorter one. Without weights the shares are in proportion to the samples in an epoch.
+* Several: a blend of their streams (blend.py).
 
 Cost: rank 0 builds the indices of all epochs once. A sample then costs a binary search per document
 and a copy of its tokens from the mapped file.
@@ -23,19 +21,17 @@ from threading import Lock
 
 import numpy as np
 import torch
-from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.batch import Batch
+from megatron_dwm.data.blend import Blend
 from megatron_dwm.data.checks import check_length
 from megatron_dwm.data.domains import DocumentDomains, read_domains
 from megatron_dwm.data.index_cache import (
     Epoch,
-    build_cached,
     build_epoch,
-    cached,
     on_first_rank,
     open_epoch,
 )
@@ -46,7 +42,7 @@ from megatron_dwm.data.pieces import (
     clear_border_labels,
     piece_numbers,
 )
-from megatron_dwm.data.prefixes import BlendPart, IndexedFile, parse_blend, read_indexed_file
+from megatron_dwm.data.prefixes import IndexedFile, parse_blend, read_indexed_file
 
 _OPEN_EPOCHS = 4
 
@@ -176,7 +172,7 @@ class TrainingData:
         self._cache_dir = Path(config.cache_dir) if config.cache_dir else cache_dir
         self._sequence_length = config.sequence_length
         self._rules = rules
-        self._parts = parse_blend(config.train)
+        parts = parse_blend(config.train)
         self._streams = [
             _PrefixStream(
                 read_indexed_file(part.prefix),
@@ -185,13 +181,13 @@ class TrainingData:
                 eod_id=eod_id,
                 cache_dir=self._cache_dir,
             )
-            for index, part in enumerate(self._parts)
+            for index, part in enumerate(parts)
         ]
         documents = [stream.file.num_documents for stream in self._streams]
         self._first_document = np.concatenate([[0], np.cumsum(documents)])
-        self._weights = _shares(self._parts, self._streams)
+        per_epoch = [stream.samples_per_epoch for stream in self._streams]
+        self._blend = Blend(parts, per_epoch, num_samples, self._cache_dir)
         on_first_rank(self._build)
-        self._blend = self._open_blend()
 
     @property
     def domains(self) -> list[str]:
@@ -254,50 +250,9 @@ class TrainingData:
     def _locate(self, sample_id: int) -> tuple[int, int]:
         """Returns a sample's prefix, and its position in the stream of that prefix."""
         assert 0 <= sample_id < self.num_samples, (sample_id, self.num_samples)
-        if self._blend is None:
-            return 0, sample_id
-        return int(self._blend["part"][sample_id]), int(self._blend["position"][sample_id])
+        return self._blend.locate(sample_id)
 
     def _build(self) -> None:
-        if len(self._streams) > 1:
-            build_cached(self._blend_dir(), self._write_blend)
-        counts = self._samples_by_stream()
-        for stream, count in zip(self._streams, counts, strict=True):
+        self._blend.build()
+        for stream, count in zip(self._streams, self._blend.samples_by_prefix(), strict=True):
             stream.build(count)
-
-    def _samples_by_stream(self) -> list[int]:
-        blend = self._open_blend()
-        if blend is None:
-            return [self.num_samples]
-        return np.bincount(blend["part"], minlength=len(self._streams)).tolist()
-
-    def _blend_dir(self) -> Path:
-        text = f"{self.num_samples} {[float(w).hex() for w in self._weights]}"
-        return self._cache_dir / f"blend-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
-
-    def _write_blend(self, folder: Path) -> None:
-        part = np.zeros(self.num_samples, dtype=np.int16)
-        position = np.zeros(self.num_samples, dtype=np.int64)
-        helpers.build_blending_indices(
-            part, position, self._weights, len(self._weights), self.num_samples, False
-        )
-        np.save(folder / "part.npy", part)
-        np.save(folder / "position.npy", position)
-
-    def _open_blend(self) -> dict[str, np.ndarray] | None:
-        """Returns the mapped blend, or None for a single prefix."""
-        if len(self._streams) == 1:
-            return None
-        folder = cached(self._blend_dir())
-        names = ("part", "position")
-        return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
-
-
-def _shares(parts: Sequence[BlendPart], streams: Sequence[_PrefixStream]) -> np.ndarray:
-    """Returns the shares of the prefixes, float64, with sum 1."""
-    raw = [
-        stream.samples_per_epoch if part.weight is None else part.weight
-        for part, stream in zip(parts, streams, strict=True)
-    ]
-    weights = np.array(raw, dtype=np.float64)
-    return weights / weights.sum()

@@ -12,11 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_dwm.config import Config
-from megatron_dwm.data.document_counts import WHOLE_ROWS, DocumentCounts
+from megatron_dwm.data.document_counts import DocumentCounts
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.model.flops import llm_forward_flops
 from megatron_dwm.planning.hardware import Gpu
 from megatron_dwm.weighting import method_class
+from megatron_dwm.weighting.costs import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +76,12 @@ class Cost:
         return seconds / (gpus * mfu)
 
 
-def cost_of(
-    config: Config, shape: LlamaShape, replicas: int, documents: DocumentCounts = WHOLE_ROWS
-) -> Cost:
-    """Returns the cost of a run on `replicas` copies of the LLM, counted as the run counts it."""
+def cost_of(config: Config, shape: LlamaShape, workload: Workload) -> Cost:
+    """Returns the cost of a run, counted as the run counts it."""
     method = method_class(config)
-    costs = method.costs(config, shape, replicas=replicas, documents=documents)
-    schedule = method.schedule(config)
+    costs, schedule = method.costs(config, shape, workload), method.schedule(config)
     steps, num_updates = config.training.steps, schedule.num_updates
-    recompute = _recompute_flops(config, shape, documents)
+    recompute = _recompute_flops(config, shape, workload.documents)
     fresh = config.weighting.update_on == "fresh"
     validation = config.passages / config.training.global_batch_size
     passes = costs.update_passes + recompute * (1 + validation + fresh)

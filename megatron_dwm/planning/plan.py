@@ -17,6 +17,7 @@ from megatron_dwm.planning.hardware import Gpu
 from megatron_dwm.planning.memory import Memory, stage_memory
 from megatron_dwm.planning.traffic import Traffic, traffic_of
 from megatron_dwm.weighting import check_method, method_class
+from megatron_dwm.weighting.costs import Workload
 
 # Fraction of a GPU's memory for the CUDA context, buffers of NCCL and cuBLAS, and fragmentation. It
 # is a guess: no GPU was at hand to measure it.
@@ -137,7 +138,7 @@ def make_plan(config: Config, gpu: Gpu, *, gpus: int, mfu: float) -> Plan:
             stage_memory(config, shape, weighting, world_size=gpus, stage=stage, on_gpu=True)
             for stage in range(pipeline)
         ],
-        cost=cost_of(config, shape, replicas, documents or WHOLE_ROWS),
+        cost=cost_of(config, shape, Workload(replicas=replicas, documents=documents or WHOLE_ROWS)),
         traffic=traffic_of(config, shape, weighting, gpus, on_gpu=True),
         bubble=(pipeline - 1) / schedule,
     )

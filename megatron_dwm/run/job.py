@@ -19,7 +19,7 @@ from megatron_dwm.training import Learner, build_learner
 from megatron_dwm.training.evaluation import HeldOut
 from megatron_dwm.training.optimizer import begin_at
 from megatron_dwm.weighting import BuildContext, Method, method_class
-from megatron_dwm.weighting.costs import Costs
+from megatron_dwm.weighting.costs import Costs, Workload
 from megatron_dwm.weighting.schedule import Schedule
 
 INDEX_CACHE = "index_cache"
@@ -70,9 +70,11 @@ def build_job(config: Config, runtime: Runtime, inputs: RunInputs) -> Job:
         costs=method.costs(
             config,
             inputs.shape,
-            replicas=runtime.data_size,
-            passages=None if inputs.target is None else feed.passages,
-            documents=document_counts(config),
+            Workload(
+                replicas=runtime.data_size,
+                passages=None if inputs.target is None else feed.passages,
+                documents=document_counts(config),
+            ),
         ),
         state=TrainState(),
     )

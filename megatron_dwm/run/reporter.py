@@ -17,8 +17,7 @@ from megatron_dwm.config import LoggingConfig
 from megatron_dwm.data import Origins
 from megatron_dwm.run.files import RunFiles
 from megatron_dwm.run.health import Health
-from megatron_dwm.run.records import weight_statistics
-from megatron_dwm.run.step_lines import StepLines, named_statistics
+from megatron_dwm.run.step_lines import StepLines, batch_statistics, named_statistics
 from megatron_dwm.run.terminal import Terminal
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.training import Taken, UpdateResult
@@ -51,7 +50,7 @@ class Reporter:
 
     def step(self, stage: int, outcome: Taken, origins: FindOrigins) -> None:
         """Report a step that was taken and is already counted in the state."""
-        statistics = self._statistics(outcome.units)
+        statistics = batch_statistics(outcome.units, self._runtime)
         self.terminal.step(self._state.step, stage, outcome)
         self._lap()
         values = {
@@ -89,7 +88,7 @@ class Reporter:
             alignment_mean=float(alignment_n.mean()),
             alignment_std=float(alignment_n.std(correction=0)),
             **({} if result.noise is None else result.noise.columns()),
-            **named_statistics(self._statistics(result.units)),
+            **named_statistics(batch_statistics(result.units, self._runtime)),
         )
         if self._config.weights_interval_steps:
             self._record_weights(stage, origins, result.units, alignment_n)
@@ -147,12 +146,6 @@ class Reporter:
         reason = "its losses or alignments are not finite"
         self._write(stage, "skipped_update", update=number, reason=reason)
         self.terminal.warn(f"weighting update {number} is skipped: {reason}")
-
-    def _statistics(self, units: WeighedUnits) -> Tensor:
-        """Returns `weight_statistics` of the global batch (collective)."""
-        runtime = self._runtime
-        weights_n = units.gather(units.weights_n, runtime)
-        return weight_statistics(weights_n, units.gathered_sizes(runtime))
 
     def _record_weights(
         self, stage: int, origins: FindOrigins, units: WeighedUnits, alignment_n: Tensor | None

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from megatron_dwm.run.files import RunFiles
 from megatron_dwm.run.health import Health
-from megatron_dwm.run.records import STATISTICS
+from megatron_dwm.run.records import STATISTICS, weight_statistics
+from megatron_dwm.runtime import Runtime
+from megatron_dwm.training.weighed_units import WeighedUnits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,12 @@ class StepLines:
     def drop(self) -> None:
         """Drop the lines."""
         self._waiting = []
+
+
+def batch_statistics(units: WeighedUnits, runtime: Runtime) -> Tensor:
+    """Returns `weight_statistics` of the global batch, on the device (collective)."""
+    weights_n = units.gather(units.weights_n, runtime)
+    return weight_statistics(weights_n, units.gathered_sizes(runtime))
 
 
 def named_statistics(statistics: Tensor) -> dict[str, float]:

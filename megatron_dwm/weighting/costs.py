@@ -67,17 +67,30 @@ class Costs:
         return -(-updates // self.noise_interval) if self.noise_interval else 0
 
 
-def plain_costs(config: Config, llm: LlamaShape, documents: DocumentCounts = WHOLE_ROWS) -> Costs:
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What costs depend on besides the configuration.
+
+    replicas: data-parallel copies of the LLM.
+    passages: number in a validation batch; None for the configured one.
+    documents: those of the training data; passages count as if they were like them.
+    """
+
+    replicas: int
+    passages: int | None = None
+    documents: DocumentCounts = WHOLE_ROWS
+
+
+def plain_costs(config: Config, llm: LlamaShape, workload: Workload) -> Costs:
     """Returns the costs of plain training."""
-    return Costs(llm_step=FORWARD_BACKWARD * _forward(config, llm, documents))
+    return Costs(llm_step=FORWARD_BACKWARD * _forward(config, llm, workload.documents))
 
 
 def learning_costs(
     config: Config,
     llm: LlamaShape,
+    workload: Workload,
     *,
-    passages: int | None,
-    documents: DocumentCounts = WHOLE_ROWS,
     model: WeightingShape | None = None,
     extra_forward: bool = False,
     encodes_twice: bool = False,
@@ -85,16 +98,15 @@ def learning_costs(
 ) -> Costs:
     """Returns the costs of a method that learns from alignments.
 
-    passages: number in a validation batch; None for the configured one.
-    documents: those of the training data; passages count as if they were like them.
     model: the weighting model, if there is one.
     extra_forward: weights need a forward pass of the whole batch first.
     encodes_twice: an update runs the weighting model forward twice (weighting/encoding.py).
     frozen: the method makes no updates.
     """
     rows, length = config.training.global_batch_size, config.data.sequence_length
+    documents = workload.documents
     forward = _forward(config, llm, documents)
-    passages = config.passages if passages is None else passages
+    passages = config.passages if workload.passages is None else workload.passages
     weighing = 0.0
     if model is not None:
         weighing = weighting_forward_flops(model, rows, length, _group_size(config), documents)

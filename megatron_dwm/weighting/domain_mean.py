@@ -24,11 +24,10 @@ from torch import Tensor
 from megatron_dwm.config import Config, PolicyConfig, WeightingConfig
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
-from megatron_dwm.data.document_counts import WHOLE_ROWS, DocumentCounts
 from megatron_dwm.model import ForwardOutputs, LlamaShape
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.concentration import GUARDS
-from megatron_dwm.weighting.costs import Costs, learning_costs
+from megatron_dwm.weighting.costs import Costs, Workload, learning_costs
 from megatron_dwm.weighting.groups import Groups, gather_over_data, units_of_replicas
 from megatron_dwm.weighting.method import (
     Alignments,
@@ -65,17 +64,9 @@ class DomainMean(RuleBased):
         return schedule_of(config)
 
     @classmethod
-    def costs(
-        cls,
-        config: Config,
-        llm: LlamaShape,
-        *,
-        replicas: int,
-        passages: int | None = None,
-        documents: DocumentCounts = WHOLE_ROWS,
-    ) -> Costs:
+    def costs(cls, config: Config, llm: LlamaShape, workload: Workload) -> Costs:
         """Returns the costs of learning without a weighting model."""
-        return learning_costs(config, llm, passages=passages, documents=documents)
+        return learning_costs(config, llm, workload)
 
     def __init__(
         self,

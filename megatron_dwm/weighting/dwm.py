@@ -17,11 +17,10 @@ from torch import Tensor
 from megatron_dwm.config import Config
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
-from megatron_dwm.data.document_counts import WHOLE_ROWS, DocumentCounts
 from megatron_dwm.model import ForwardOutputs, LlamaShape
 from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.weighting.concentration import GUARDS
-from megatron_dwm.weighting.costs import Costs, learning_costs
+from megatron_dwm.weighting.costs import Costs, Workload, learning_costs
 from megatron_dwm.weighting.method import (
     Alignments,
     BuildContext,
@@ -106,26 +105,17 @@ class Dwm(Method):
         return found
 
     @classmethod
-    def costs(
-        cls,
-        config: Config,
-        llm: LlamaShape,
-        *,
-        replicas: int,
-        passages: int | None = None,
-        documents: DocumentCounts = WHOLE_ROWS,
-    ) -> Costs:
+    def costs(cls, config: Config, llm: LlamaShape, workload: Workload) -> Costs:
         """Returns the costs of learning, including those of the weighting model."""
         training, weighting = config.training, config.weighting
-        rows = training.global_batch_size // replicas
+        rows = training.global_batch_size // workload.replicas
         share = -(-rows // config.parallel.model_size)
         own = weighting.encoder == "own"
         is_global = weighting.group == "global"
         return learning_costs(
             config,
             llm,
-            passages=passages,
-            documents=documents,
+            workload,
             model=cls.model_shape(config, llm),
             extra_forward=not own and is_global and rows > training.micro_batch_size,
             encodes_twice=own and share > training.micro_batch_size,

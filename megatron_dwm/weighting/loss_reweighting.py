@@ -21,11 +21,10 @@ from torch import Tensor
 from megatron_dwm.config import Config, PolicyConfig, WeightingConfig
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
-from megatron_dwm.data.document_counts import WHOLE_ROWS, DocumentCounts
 from megatron_dwm.model import ForwardOutputs, LlamaShape
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.concentration import GUARDS
-from megatron_dwm.weighting.costs import Costs, plain_costs
+from megatron_dwm.weighting.costs import Costs, Workload, plain_costs
 from megatron_dwm.weighting.groups import gather_over_data, units_of_replicas
 from megatron_dwm.weighting.method import Counters, Needs
 from megatron_dwm.weighting.rule_based import RuleBased
@@ -54,18 +53,10 @@ class LossReweighting(RuleBased):
         return 1
 
     @classmethod
-    def costs(
-        cls,
-        config: Config,
-        llm: LlamaShape,
-        *,
-        replicas: int,
-        passages: int | None = None,
-        documents: DocumentCounts = WHOLE_ROWS,
-    ) -> Costs:
+    def costs(cls, config: Config, llm: LlamaShape, workload: Workload) -> Costs:
         """Returns plain costs, and a forward pass if a group has several micro-batches."""
-        costs, training = plain_costs(config, llm, documents), config.training
-        rows = training.global_batch_size // replicas
+        costs, training = plain_costs(config, llm, workload), config.training
+        rows = training.global_batch_size // workload.replicas
         waits = config.weighting.group == "global" and rows > training.micro_batch_size
         return replace(costs, extra_forward=costs.forward) if waits else costs
 

@@ -21,10 +21,9 @@ from torch import Tensor
 from megatron_dwm.config import Config
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch, Source, ValidationSet
-from megatron_dwm.data.document_counts import WHOLE_ROWS, DocumentCounts
 from megatron_dwm.model import LLM, ForwardOutputs, LlamaShape
 from megatron_dwm.tokenizer import Tokenizer
-from megatron_dwm.weighting.costs import Costs, plain_costs
+from megatron_dwm.weighting.costs import Costs, Workload, plain_costs
 from megatron_dwm.weighting.model import WeightingShape
 from megatron_dwm.weighting.schedule import Schedule
 
@@ -149,21 +148,9 @@ class Method(Protocol):
         return None
 
     @classmethod
-    def costs(
-        cls,
-        config: Config,
-        llm: LlamaShape,
-        *,
-        replicas: int,
-        passages: int | None = None,
-        documents: DocumentCounts = WHOLE_ROWS,
-    ) -> Costs:
-        """Returns the FLOPs of the run's parts.
-
-        passages: number in a validation batch, if it is not the configured one.
-        documents: those of the training data.
-        """
-        return plain_costs(config, llm, documents)
+    def costs(cls, config: Config, llm: LlamaShape, workload: Workload) -> Costs:
+        """Returns the FLOPs of the run's parts."""
+        return plain_costs(config, llm, workload)
 
     @classmethod
     def training_source(

@@ -49,7 +49,11 @@ def test_reports_and_agrees(arguments: list[str], processes: int, fresh: bool) -
     ("arguments", "code", "words"),
     [
         ("--model.precision fp8", 0, "Transformer Engine's: "),
-        ("--model.fp8_emulation true", 0, "emulated_fp8 layers; the hypergradient is checked in fp32"),
+        (
+            "--model.fp8_emulation true",
+            0,
+            "emulated_fp8 layers; the hypergradient is checked in fp32",
+        ),
         ("--model.fp8_emulation true --model.fp8_recipe delayed", 2, "has tensorwise only"),
         ("--profiling.tool nvtx", 2, "needs a GPU"),
         ("--bilevel.estimator unroll --model.precision bf16 --policy.name dwm", 2, "needs model."),

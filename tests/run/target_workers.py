@@ -14,7 +14,7 @@ from megatron_dwm.data.batch import NO_ROW
 from megatron_dwm.run.inputs import RunInputs
 from megatron_dwm.run.remarks import remarks
 from megatron_dwm.tokenizer import build_tokenizer
-from megatron_dwm.weighting.costs import plain_costs
+from megatron_dwm.weighting.costs import Workload, plain_costs
 from tests.subjects import config_of
 from tests.tiny import SAMPLES, tiny
 
@@ -65,7 +65,7 @@ def said_of_a_step(flops: float) -> list[str]:
     """What is said at the start of a run whose step is of so many FLOPs."""
     with tiny(steps=0) as subject:
         config, shape = config_of(4, policy="uniform"), subject.llm.shape
-        costs = replace(plain_costs(config, shape), llm_step=flops)
+        costs = replace(plain_costs(config, shape, Workload(replicas=1)), llm_step=flops)
         inputs = RunInputs(
             tokenizer=None,  # type: ignore[arg-type]  # nothing is read
             shape=shape,

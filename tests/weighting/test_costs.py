@@ -8,7 +8,7 @@ from megatron_dwm.config import Config, DataConfig, PolicyConfig, TrainingConfig
 from megatron_dwm.model.flops import llm_forward_flops
 from megatron_dwm.model.shape import PRESETS
 from megatron_dwm.weighting import method_class
-from megatron_dwm.weighting.costs import Costs
+from megatron_dwm.weighting.costs import Costs, Workload
 
 LARGE = PRESETS["llama-1.3b"]
 
@@ -21,7 +21,7 @@ def _costs(micro_batch: int = 16, **weighting: object) -> Costs:
         policy=PolicyConfig(name="dwm"),
         weighting=WeightingConfig(**weighting),
     )
-    return method_class(config).costs(config, LARGE, replicas=1)
+    return method_class(config).costs(config, LARGE, Workload(replicas=1))
 
 
 def test_a_forward_pass_is_two_flops_for_every_weight_and_token() -> None:
