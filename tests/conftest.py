@@ -21,6 +21,7 @@ SLOW = (
     *("planning/", "preprocess/", "recipes/", "run/", "signatures/", "slurm/", "tools/"),
     *("training/", "weighting/"),
     *("config/test_examples.py", "config/test_printing.py", "model/test_fp8.py"),
+    "model/test_llm_borders.py",
     *("runtime/test_bring_up.py", "runtime/test_peers.py", "tokenizer/test_engine.py"),
     *("test_metrics_document.py", "test_quickstart.py", "test_testing.py"),
 )
