@@ -21,6 +21,7 @@ SLOW = (
     *("planning/", "preprocess/", "recipes/", "run/", "signatures/", "slurm/", "tools/"),
     *("training/", "weighting/"),
     *("config/test_examples.py", "config/test_printing.py", "model/test_fp8.py"),
+    "model/test_llm_borders.py",
     *("runtime/test_bring_up.py", "runtime/test_peers.py", "tokenizer/test_engine.py"),
     *("test_metrics_document.py", "test_quickstart.py", "test_testing.py"),
 )
@@ -32,7 +33,7 @@ NOT_SLOW = (
     *("preprocess/test_metadata.py", "preprocess/test_preprocess_output.py"),
     *("run/test_changes.py", "run/test_health.py", "run/test_lost_checkpoints.py"),
     *("weighting/test_concentration.py", "weighting/test_costs.py", "weighting/test_noise.py"),
-    "weighting/test_schedule.py",
+    *("weighting/test_encoder_borders.py", "weighting/test_schedule.py"),
 )
 _TESTS = Path(__file__).parent
 

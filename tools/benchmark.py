@@ -30,6 +30,10 @@ training batch.
 """
 _CHECKPOINT = "A checkpoint, and an asynchronous one, against torch.save of the same tensors."
 _PREPROCESS = "Preprocessing against gigatoken alone and a pool of SentencePiece workers; merge."
+_BORDERS = """
+Attention inside documents against plain causal attention: time and peak memory, of an LLM's forward
+and backward pass and of attention alone. One process; the micro-batch is the batch.
+"""
 _CONVERT = "to-hf against copying the checkpoint's files; its peak memory."
 
 
@@ -45,6 +49,8 @@ def main() -> None:
             _measure_preprocessing(arguments)
             return
         settings = _settings(arguments)
+        if arguments.command == "borders" and launch.world_size > 1:
+            raise UserError("borders: runs in one process, got torchrun's; start it with python")
         settings.check(launch.world_size)
     except UserError:
         if launch.rank == 0:
@@ -62,6 +68,10 @@ def main() -> None:
         from benchmarks.checkpoint import measure_checkpoints
 
         measure_checkpoints(settings)
+    elif arguments.command == "borders":
+        from benchmarks.borders import measure_borders
+
+        measure_borders(settings, memory_repeats=arguments.memory_repeats)
     else:
         from benchmarks.updates import measure_updates
 
@@ -93,6 +103,8 @@ def _measure_preprocessing(arguments: argparse.Namespace) -> None:
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
+    if arguments.command == "borders":
+        arguments.batch = arguments.micro_batch
     values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Settings)}
     if values["query_groups"] is None:
         values["query_groups"] = values["heads"]
@@ -113,13 +125,8 @@ def _parser() -> argparse.ArgumentParser:
         _add_sizes(command)
         _add_layout(command)
         if name == "hypergradient":
-            command.add_argument(
-                "--memory-repeats",
-                type=_from(0),
-                default=3,
-                metavar="N",
-                help="processes started for each peak of memory; 0 leaves memory out (default: 3)",
-            )
+            _add_memory_repeats(command)
+    _add_borders(commands)
     convert = commands.add_parser("convert", help=_CONVERT, description=_CONVERT)
     presets = ("tiny", "llama-370m", "llama-1.3b")
     convert.add_argument(
@@ -157,7 +164,33 @@ def _add_preprocess(commands: argparse._SubParsersAction) -> None:
         add(flag, type=_from(1), default=default, metavar="N", help=text)
 
 
-def _add_sizes(parser: argparse.ArgumentParser) -> None:
+def _add_borders(commands: argparse._SubParsersAction) -> None:
+    text = _BORDERS.split(":")[0].strip()
+    command = commands.add_parser("borders", help=text, description=_BORDERS)
+    _add_sizes(command, sequence=1024, batch=8, several_micro_batches=False)
+    _add_memory_repeats(command)
+    command.set_defaults(
+        tensor=1, pipeline=1, virtual_stages=1, sequence_parallel=False, sharded_optimizer=False
+    )
+
+
+def _add_memory_repeats(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--memory-repeats",
+        type=_from(0),
+        default=3,
+        metavar="N",
+        help="processes started for each peak of memory; 0 leaves memory out (default: 3)",
+    )
+
+
+def _add_sizes(
+    parser: argparse.ArgumentParser,
+    *,
+    sequence: int = 128,
+    batch: int = 16,
+    several_micro_batches: bool = True,
+) -> None:
     def add(flag: str, default: int, text: str) -> None:
         parser.add_argument(
             flag, type=_from(1), default=default, metavar="N", help=f"{text} (default: {default})"
@@ -171,9 +204,10 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     )
     add("--ffn", 704, "inner width of the SwiGLU block")
     add("--vocab", 1024, "pieces in the vocabulary")
-    add("--sequence", 128, "tokens in a sample")
-    add("--batch", 16, "samples in one optimizer step, over all processes")
-    add("--micro-batch", 16, "samples in one forward pass of one process")
+    add("--sequence", sequence, "tokens in a sample")
+    if several_micro_batches:
+        add("--batch", batch, "samples in one optimizer step, over all processes")
+    add("--micro-batch", batch, "samples in one forward pass of one process")
     parser.add_argument(
         "--precision",
         choices=("fp32", "bf16", "fp8"),

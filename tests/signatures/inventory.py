@@ -75,6 +75,7 @@ def main() -> None:
     swiglu = importlib.import_module("megatron.core.fusions.fused_bias_swiglu")
     attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
     ours = importlib.import_module("megatron_dwm.model.layers.transformer_engine")
+    core_attention = importlib.import_module("transformer_engine.pytorch").DotProductAttention
     table = importlib.import_module("megatron_dwm.bilevel.adapters")
     block = ours.transformer_engine_block_spec(2)
     produced = [
@@ -98,6 +99,9 @@ def main() -> None:
         "mlp_source": inspect.getsource(block_of_mlp.forward),
         "swiglu": _parameters(swiglu.bias_swiglu_impl),
         "swiglu_source": inspect.getsource(swiglu.SwiGLUFunction),
+        "attention": _parameters(core_attention.forward),
+        "attention_source": inspect.getsource(core_attention.forward),
+        "megatrons_attention_source": inspect.getsource(attention.core_attention.forward),
         "norm_source": inspect.getsource(extension.TENorm),
         "checks": {
             name: _parameters(getattr(te, name))

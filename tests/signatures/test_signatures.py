@@ -7,6 +7,7 @@ The real package and Megatron-Core's extension are read in an environment of the
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,9 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_dwm.bilevel.adapters import ADAPTERS, WITHOUT_PARAMETERS
-from megatron_dwm.model.layers.transformer_engine import UNFUSED_NAMES, version_fits
+from megatron_dwm.model.layers.pieces import pieces_of
+from megatron_dwm.model.layers.transformer_engine import (
+    UNFUSED_NAMES,
+    packed_sequences,
+    version_fits,
+)
 
 REPOSITORY = Path(__file__).parent.parent.parent
 PYTHON = REPOSITORY / ".venv-signatures" / "bin" / "python"
@@ -113,6 +120,20 @@ def test_swiglu_is_fused_by_megatron_cores_own_function(inventory: dict[str, Any
     assert "bias_swiglu_impl(" in inventory["mlp_source"]
     assert inventory["swiglu"][:2] == ["input", "bias"]
     assert "swiglu_back(grad_output, input)" in inventory["swiglu_source"]
+
+
+def test_attention_takes_pieces_in_its_packed_form(inventory: dict[str, Any]) -> None:
+    """Megatron-Core passes on all that is set, and asks for the mask of the packed form."""
+    packed = packed_sequences(pieces_of(torch.tensor([[0, 0, 1], [0, 1, 1]])))
+    names = {field.name for field in dataclasses.fields(packed)}
+    given = {name for name in names if getattr(packed, name) is not None}
+    assert given <= set(inventory["attention"])
+    source = inventory["megatrons_attention_source"]
+    assert "attn_mask_type = AttnMaskType.padding_causal" in source
+    assert "for key in self.kept_packed_seq_params" in source
+    source = inventory["attention_source"]
+    for condition in ('qkv_format == "thd"', "torch.int32", '"padding" in attn_mask_type'):
+        assert condition in source, condition
 
 
 def test_norm_is_built_for_rms_norm(inventory: dict[str, Any]) -> None:

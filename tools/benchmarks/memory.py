@@ -26,6 +26,7 @@ UPDATE = "hypergradient (tangent probe)"
 UNROLL = "hypergradient (unroll)"
 _TARGETS = {"fp32": "at most 1.500", "bf16": "at most 1.300"}
 _UNROLL_TARGET = "at least 2.000"
+PEAK_COLUMNS = ("peak memory", "MiB (median)", "of", "ratio", "smallest to largest", "target")
 _MIB = 2**20
 _REPETITIONS = 2
 _TOOLS = Path(__file__).resolve().parent.parent
@@ -42,20 +43,20 @@ def memory_table(settings: Settings, repeats: int) -> str:
     for number in range(repeats):
         for kind in kinds:
             print(f"memory {number + 1}/{repeats}: {kind}", file=sys.stderr, flush=True)
-            peaks[kind].append(_peak_of_child(kind, settings))
+            peaks[kind].append(peak_of_child("benchmarks.memory", kind, settings))
     rows = [
-        _row(PLAIN, peaks[PLAIN], PLAIN, peaks[PLAIN], ""),
-        _row(UPDATE, peaks[UPDATE], PLAIN, peaks[PLAIN], _TARGETS.get(settings.precision, "")),
+        peak_row(PLAIN, peaks[PLAIN], PLAIN, peaks[PLAIN], ""),
+        peak_row(UPDATE, peaks[UPDATE], PLAIN, peaks[PLAIN], _TARGETS.get(settings.precision, "")),
     ]
     if UNROLL in peaks:
-        rows.append(_row(UNROLL, peaks[UNROLL], PLAIN, peaks[PLAIN], ""))
+        rows.append(peak_row(UNROLL, peaks[UNROLL], PLAIN, peaks[PLAIN], ""))
         label = "unroll against tangent probe"
-        rows.append(_row(label, peaks[UNROLL], UPDATE, peaks[UPDATE], _UNROLL_TARGET))
-    columns = ("peak memory", "MiB (median)", "of", "ratio", "smallest to largest", "target")
-    return markdown(columns, rows)
+        rows.append(peak_row(label, peaks[UNROLL], UPDATE, peaks[UPDATE], _UNROLL_TARGET))
+    return markdown(PEAK_COLUMNS, rows)
 
 
-def _row(label: str, peaks: list[int], of: str, base: list[int], target: str) -> list[str]:
+def peak_row(label: str, peaks: list[int], of: str, base: list[int], target: str) -> list[str]:
+    """Returns the cells of PEAK_COLUMNS."""
     ratios = [peak / base_peak for peak, base_peak in zip(peaks, base, strict=True)]
     return [
         label,
@@ -67,11 +68,11 @@ def _row(label: str, peaks: list[int], of: str, base: list[int], target: str) ->
     ]
 
 
-def _peak_of_child(kind: str, settings: Settings) -> int:
-    """Returns the peak bytes of `kind` above a process without a model."""
+def peak_of_child(module: str, kind: str, settings: Settings) -> int:
+    """Returns the peak bytes of `kind` that `module` prints, started as a program with both."""
     python_path = os.pathsep.join([str(_TOOLS), os.environ.get("PYTHONPATH", "")])
     child = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", kind, json.dumps(asdict(settings))],
+        [sys.executable, "-m", module, kind, json.dumps(asdict(settings))],
         env={**os.environ, "PYTHONPATH": python_path, "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
@@ -83,10 +84,11 @@ def _peak_of_child(kind: str, settings: Settings) -> int:
 
 
 def _measure(kind: str, settings: Settings) -> int:
+    """Returns the peak bytes of `kind` above a process without a model."""
     from benchmarks.subject import build_subject, opened
 
     with opened(settings) as runtime:
-        before = _used_bytes(runtime.device)
+        before = used_bytes(runtime.device)
         subject = build_subject(settings, runtime)
         measured = {
             PLAIN: subject.plain_step,
@@ -96,16 +98,17 @@ def _measure(kind: str, settings: Settings) -> int:
         for call in (subject.plain_step, measured[kind]):
             for _ in range(_REPETITIONS):
                 call()
-        return _peak_bytes(runtime.device) - before
+        return peak_bytes(runtime.device) - before
 
 
-def _used_bytes(device: torch.device) -> int:
+def used_bytes(device: torch.device) -> int:
+    """Returns what this process has now."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _status_bytes("VmRSS")
 
 
-def _peak_bytes(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
     """Returns this process's peak; ru_maxrss would start at the parent process's peak."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
