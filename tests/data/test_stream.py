@@ -242,4 +242,3 @@ def test_cache_that_a_rank_cannot_see_is_the_users_to_mend(
         shutil.rmtree(tmp_path / "cache")
         with pytest.raises(UserError, match="file system that all nodes share"):
             data.batch(range(4))
-            data._open_blend()

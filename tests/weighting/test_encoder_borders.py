@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_dwm.data import Batch
 from megatron_dwm.model.layers.pieces import attend, pieces_of
 from megatron_dwm.weighting.encoder import TokenEncoder, rotary_angles, rotate
-from megatron_dwm.weighting.encoding import Division, encode
+from megatron_dwm.weighting.encoding import encode
 
 LENGTHS = [[7, 1, 16], [24], [11, 13], [2, 20, 2], [23, 1]]
 CHUNK = 2
 
 
-@dataclass(frozen=True)
-class PieceMeans:
-    """Every piece is a unit."""
-
-    lengths: list[int]
-
-    def mean_over_tokens(self, hidden_BSD: Tensor) -> Tensor:
-        """As the encoder asks."""
-        parts = hidden_BSD.flatten(0, 1).split(self.lengths)
-        return torch.stack([part.mean(dim=0) for part in parts])
+def batch_of(tokens_BS: Tensor) -> Batch:
+    """Rows whose documents, of `LENGTHS` tokens, are units."""
+    chosen = LENGTHS[: len(tokens_BS)]
+    numbers = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in chosen]
+    return _batch(tokens_BS, sum(len(row) for row in chosen), torch.stack(numbers))
 
 
-def division(rows: slice) -> Division:
-    """Pieces and units of some rows."""
-    chosen = LENGTHS[rows]
-    borders = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in chosen]
-    flat = [length for row in chosen for length in row]
-    return Division(pieces_of(torch.stack(borders)), PieceMeans(flat))
+def rows_of(tokens_BS: Tensor) -> Batch:
+    """Rows that are units, without borders."""
+    return _batch(tokens_BS, len(tokens_BS), None)
+
+
+def _batch(tokens_BS: Tensor, count: int, numbers_BS: Tensor | None) -> Batch:
+    rows, length = tokens_BS.shape
+    return Batch(
+        tokens_BS=tokens_BS,
+        labels_BS=tokens_BS,
+        loss_mask_BS=torch.ones(rows, length),
+        position_ids_BS=torch.arange(length).repeat(rows, 1),
+        sample_ids_B=torch.arange(rows),
+        document_ids_U=torch.arange(count),
+        domains=("drawn",) * count,
+        borders_BS=numbers_BS,
+        units_BS=numbers_BS,
+    )
 
 
 @pytest.fixture
@@ -75,30 +81,22 @@ def _apart(found: Tensor, expected: Tensor) -> float:
 def test_vectors_and_gradients_are_those_of_each_document_alone(
     encoder: TokenEncoder, tokens_BS: Tensor, chunk: int
 ) -> None:
-    found = encode(encoder, tokens_BS, chunk, bf16=False, divide=division)
+    found = encode(encoder, batch_of(tokens_BS), chunk, bf16=False)
     expected = _alone(encoder, tokens_BS)
     assert found.shape == (11, 32) and _apart(found, expected) < 1e-6
     assert _apart(_gradient(encoder, found), _gradient(encoder, expected)) < 1e-5
 
 
-def test_every_chunk_has_a_division_of_its_own(encoder: TokenEncoder, tokens_BS: Tensor) -> None:
-    asked: list[slice] = []
-
-    def divide(rows: slice) -> Division:
-        asked.append(rows)
-        return division(rows)
-
-    encode(encoder, tokens_BS, CHUNK, bf16=False, divide=divide)
-    assert asked == [slice(0, 2), slice(2, 4), slice(4, 5)]
-
-
 def test_vectors_stay_in_fp32_when_products_are_in_bf16(
     encoder: TokenEncoder, tokens_BS: Tensor
 ) -> None:
-    found = encode(encoder, tokens_BS, CHUNK, bf16=True, divide=division)
+    found = encode(encoder, batch_of(tokens_BS), CHUNK, bf16=True)
     assert found.dtype == torch.float32
     expected = torch.cat(
-        [encode(encoder, d, 1, bf16=True) for d in tokens_BS[0][None].split(LENGTHS[0], dim=1)]
+        [
+            encode(encoder, rows_of(document), 1, bf16=True)
+            for document in tokens_BS[0][None].split(LENGTHS[0], dim=1)
+        ]
     )
     # bf16 keeps 8 bits of a value; with kernels of other sizes other values round up.
     assert _apart(found[:3], expected) < 0.02
@@ -107,12 +105,11 @@ def test_vectors_stay_in_fp32_when_products_are_in_bf16(
 def test_rows_of_one_piece_change_nothing(encoder: TokenEncoder, tokens_BS: Tensor) -> None:
     whole = pieces_of(torch.zeros_like(tokens_BS))
     assert torch.equal(encoder(tokens_BS, whole), encoder(tokens_BS))
-    assert torch.equal(encoder(tokens_BS), encode(encoder, tokens_BS, 5, bf16=False))
-    assert _apart(encoder(tokens_BS, None, PieceMeans([24] * 5)), encoder(tokens_BS)) < 1e-6
+    assert torch.equal(encoder(tokens_BS), encode(encoder, rows_of(tokens_BS), 5, bf16=False))
 
 
 def test_rows_are_pooled_if_no_units_are_given(encoder: TokenEncoder, tokens_BS: Tensor) -> None:
-    pooled_BD = encoder(tokens_BS, division(slice(0, 5)).pieces)
+    pooled_BD = encoder(tokens_BS, pieces_of(batch_of(tokens_BS).borders_BS))
     means_UD = _alone(encoder, tokens_BS)
     rows = means_UD.split([len(row) for row in LENGTHS])
     expected = [
@@ -127,8 +124,7 @@ def test_neighbors_do_not_change_a_document_by_a_bit(
 ) -> None:
     other_BS = tokens_BS.clone()
     other_BS[0, :8], other_BS[3:] = 0, 1
-    divided = division(slice(0, 5))
-    one, other = (encoder(t, divided.pieces, divided.units) for t in (tokens_BS, other_BS))
+    one, other = (encode(encoder, batch_of(t), 5, bf16=False) for t in (tokens_BS, other_BS))
     assert torch.equal(one[2:6], other[2:6]) and not torch.equal(one[:2], other[:2])
 
 
