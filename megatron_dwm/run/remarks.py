@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.config import Config
+from megatron_dwm.data.document_counts import document_counts
 from megatron_dwm.run.inputs import RunInputs
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting import learns, method_class
@@ -18,6 +19,7 @@ from megatron_dwm.weighting.noise import why_no_noise
 # A fast CPU with many cores; a laptop has a tenth of it.
 _CPU_FLOPS = 1e12
 _SLOW_STEP_S = 60.0
+_FEW_UNITS = 1.1
 
 
 def remarks(
@@ -26,6 +28,7 @@ def remarks(
     """Yields a line for everything that a user would not expect from the configuration."""
     yield from _updates(config, inputs)
     yield from _shared_passages(config, inputs)
+    yield from _documents(config)
     yield from _slow_steps(config, costs, runtime)
     yield from _nothing_is_learned(config)
     yield from _extra_forward_pass(costs)
@@ -66,6 +69,23 @@ def _shared_passages(config: Config, inputs: RunInputs) -> Iterator[str]:
             f"(evaluation.path) are also in {config.validation.path} (validation.path): "
             "the run learns from them, so their loss is not held out; take them out of one of "
             "the two"
+        )
+
+
+def _documents(config: Config) -> Iterator[str]:
+    """Yields lines about documents that are units."""
+    if config.weighting.unit != "document":
+        return
+    if not config.masks_documents:
+        yield (
+            "weighting.unit document without data.mask_documents: attention reads the documents "
+            "before, so a document's loss and alignment depend on them"
+        )
+    counts = document_counts(config)
+    if counts.units_per_row < _FEW_UNITS:
+        yield (
+            f"weighting.unit document: a sample of {config.data.sequence_length} tokens has "
+            f"{counts.units_per_row:.2f} documents on average, so most weights are of whole samples"
         )
 
 

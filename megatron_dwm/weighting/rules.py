@@ -20,6 +20,8 @@ def group_problems(config: Config) -> Iterator[str]:
     """Check the sizes of weighting groups, for a method whose weights are normalized in groups."""
     weighting, training = config.weighting, config.training
     per_micro_batch = weighting.group == "micro_batch"
+    if weighting.unit == "document":
+        return  # a sample has any number of documents
     if per_micro_batch and training.micro_batch_size < 2:
         yield (
             "training.micro_batch_size 1: a weighting group of one sample always weighs 1; "

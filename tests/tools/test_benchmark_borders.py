@@ -27,7 +27,8 @@ def test_borders() -> None:
     assert done.returncode == 0, done.stderr
     found = tables(done.stdout)
     times = [PLAIN, NOISE, *BORDERS]
-    assert list(found["one pass"]) == [*times, *_alone([*times, MASK])]
+    steps = [f"a step, {BORDERS[0]}: a weight for each {unit}" for unit in ("row", "document")]
+    assert list(found["one pass"]) == [*times, *_alone([*times, MASK]), *steps]
     assert all(value > 0 for cells in found["one pass"].values() for value in numbers(cells))
     memory = [PLAIN, *BORDERS]
     assert list(found["peak memory"]) == [*memory, *_alone([*memory, MASK])]

@@ -2,8 +2,9 @@
 
 A pass is forward and backward of one micro-batch; the pieces and their buckets are made inside it,
 as in a run. Documents follow each other and are cut at the end of a row. Attention alone is also
-measured with a mask [B, 1, S, S]. Memory is the peak of a process of its own above what it has
-before its first pass.
+measured with a mask [B, 1, S, S]. With the same borders a step that weighs documents, by the LLM's
+features, is compared with one that weighs rows. Memory is the peak of a process of its own above
+what it has before its first pass.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.memory import PEAK_COLUMNS, peak_bytes, peak_of_child, peak_row, used_bytes
 from benchmarks.settings import Settings
-from benchmarks.subject import Subject, build_subject, opened
+from benchmarks.subject import LLM, Subject, build_subject, opened
 from benchmarks.table import heading, markdown, ratio_table
 from benchmarks.timing import alternate, timed
 from megatron_dwm.config import UserError
@@ -35,7 +37,9 @@ ONE = "one border in the micro-batch"
 BORDERS = (SHORT, LONG, ONE)
 ALONE = "attention alone: "
 MASK = f"{SHORT}, by a mask"
-TARGET = "at most 1.050"
+STEP = f"a step, {SHORT}: "
+ROWS, DOCUMENTS = STEP + "a weight for each row", STEP + "a weight for each document"
+TARGETS = {**dict.fromkeys(BORDERS, "at most 1.050"), DOCUMENTS: "at most 1.020"}
 _SEED = 0
 _REPETITIONS = 2
 
@@ -62,11 +66,13 @@ def measure_borders(settings: Settings, *, memory_repeats: int) -> None:
 
 
 def _base(name: str) -> str:
+    if name.startswith(STEP):
+        return ROWS
     return ALONE + PLAIN if name.startswith(ALONE) else PLAIN
 
 
 def _target(name: str) -> str:
-    return TARGET if name.removeprefix(ALONE) in BORDERS else ""
+    return TARGETS.get(name.removeprefix(ALONE), "")
 
 
 def passes_of(subject: Subject) -> dict[str, Pass]:
@@ -80,7 +86,22 @@ def passes_of(subject: Subject) -> dict[str, Pass]:
         ALONE + name: partial(_attention_pass, subject, parts, found)
         for name, found in borders.items()
     }
-    return {**llm, **alone, ALONE + MASK: partial(_masked_pass, parts, borders[SHORT])}
+    masked = {ALONE + MASK: partial(_masked_pass, parts, borders[SHORT])}
+    return {**llm, **alone, **masked, **_steps(subject, borders[SHORT])}
+
+
+def _steps(subject: Subject, borders_BS: Tensor) -> dict[str, Pass]:
+    """Returns steps with weights from the LLM's features, of rows and of documents."""
+    rows = replace(subject.train, borders_BS=borders_BS)
+    count = int((borders_BS[:, -1] + 1).sum())
+    documents = replace(
+        rows,
+        units_BS=borders_BS,
+        document_ids_U=torch.arange(count, device=subject.runtime.device),
+        domains=("random",) * count,
+    )
+    subjects = {ROWS: replace(subject, train=rows), DOCUMENTS: replace(subject, train=documents)}
+    return {name: partial(of.step, LLM) for name, of in subjects.items()}
 
 
 def _borders(subject: Subject) -> dict[str, Tensor | None]:

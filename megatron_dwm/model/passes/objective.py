@@ -1,7 +1,7 @@
 """The three losses that a pass can minimize, as coefficients on token losses.
 
 weighted:   sum_u s_u w_u l_u / sum_u s_u with l_u the token-mean loss of unit u and s_u its size
-            (METHOD.md, sections 2 and 5)
+            (METHOD.md, sections 2 and 7)
 unit:       sum_u l_u, what the tangent probe differentiates
 token mean: the mean over all counted tokens, what validation and evaluation report
 """
