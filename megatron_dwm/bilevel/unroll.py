@@ -46,8 +46,11 @@ def unroll(problem: Problem, *, halves: bool = False) -> Hypergradient:
         stepped, norm = _step(problem, theta, gradients)
         val_loss = _token_mean(problem, stepped, problem.val_batch)
         (weight_gradient_n,) = torch.autograd.grad(val_loss, weights_n)
+    share_n = problem.shares()
+    alignment_n = weight_gradient_n / (share_n * -problem.learning_rate)
     return Hypergradient(
-        alignment_n=weight_gradient_n * (-problem.units_worth() / problem.learning_rate),
+        # A unit without a counted token has no share, so its alignment is 0.
+        alignment_n=torch.where(share_n > 0, alignment_n, 0.0),
         val_loss=float(val_loss.detach()),
         grad_norm=float(norm.detach()),
     )
