@@ -32,7 +32,7 @@ NOT_SLOW = (
     *("preprocess/test_metadata.py", "preprocess/test_preprocess_output.py"),
     *("run/test_changes.py", "run/test_health.py", "run/test_lost_checkpoints.py"),
     *("weighting/test_concentration.py", "weighting/test_costs.py", "weighting/test_noise.py"),
-    "weighting/test_schedule.py",
+    *("weighting/test_schedule.py", "weighting/test_sizes.py"),
 )
 _TESTS = Path(__file__).parent
 
