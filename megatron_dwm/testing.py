@@ -34,7 +34,8 @@ from megatron_dwm.model import (
     forward_backward,
     resolve_shape,
 )
-from megatron_dwm.model.passes.objective import weighted, weighted_denominator
+from megatron_dwm.model.passes.micro_batch import MicroBatch, as_layers_take, attention_borders
+from megatron_dwm.model.passes.objective import token_mean, weighted, weighted_denominator
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.training import Learner, build_learner
 
@@ -141,23 +142,25 @@ def weighted_gradient(
 def plain_step(llm: LLM, optimizer: ChainedOptimizer, batch: Batch, micro_batch_size: int) -> float:
     """Take one step of plain Megatron-Core; returns the mean token loss of the global batch.
 
-    Only the model is ours: the rest is in the order of Megatron-LM's training.py and
-    pretrain_gpt.py. The loss is (sum, integer token count, report), finalize_model_grads divides by
-    the total count, and the reports are averaged over the data-parallel group. The caller steps the
-    learning rate. Ranks that compute no loss return 0.
+    Only the model is ours, and the form in which it takes rows and borders: the rest is in the
+    order of Megatron-LM's training.py and pretrain_gpt.py. The loss is (sum, integer token count,
+    report), finalize_model_grads divides by the total count, and the reports are averaged over the
+    data-parallel group. The caller steps the learning rate. Ranks that compute no
+    loss return 0.
     """
     llm.transformer.finalize_model_grads_func = finalize_model_grads
     for chunk in llm.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    micro_batches = batch.micro_batches(micro_batch_size)
+    micro_batches = as_layers_take(llm, token_mean(batch, micro_batch_size))
+    num_rows, sequence_length = micro_batches[0].tokens_BS.shape
     reports = get_forward_backward_func()(
-        forward_step_func=_forward_step,
+        forward_step_func=partial(_forward_step, llm),
         data_iterator=[iter(micro_batches) for _ in llm.chunks],
         model=llm.chunks,
         num_microbatches=len(micro_batches),
-        seq_length=batch.tokens_BS.shape[1],
-        micro_batch_size=micro_batch_size,
+        seq_length=sequence_length,
+        micro_batch_size=num_rows,
         forward_only=False,
     )
     optimizer.step()
@@ -171,9 +174,17 @@ def plain_step(llm: LLM, optimizer: ChainedOptimizer, batch: Batch, micro_batch_
 _LossOutput = tuple[Tensor, Tensor, Tensor]
 
 
-def _forward_step(iterator: Iterator[Batch], chunk: Module) -> tuple[Tensor, partial[_LossOutput]]:
+def _forward_step(
+    llm: LLM, iterator: Iterator[MicroBatch], chunk: Module
+) -> tuple[Tensor, partial[_LossOutput]]:
     batch = next(iterator)
-    losses_BS = chunk(batch.tokens_BS, batch.position_ids_BS, None, labels=batch.labels_BS)
+    losses_BS = chunk(
+        batch.tokens_BS,
+        batch.position_ids_BS,
+        None,
+        labels=batch.labels_BS,
+        packed_seq_params=attention_borders(llm, batch.pieces),
+    )
     return losses_BS, partial(_loss, batch.loss_mask_BS)
 
 

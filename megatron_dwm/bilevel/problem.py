@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
@@ -46,12 +47,13 @@ class Problem:
             return values_n.mean()
         return (sizes_n * values_n).sum() / sizes_n.sum()
 
-    def units_worth(self) -> float | Tensor:
-        """Returns 1 / (each unit's share of the objective), which is n for rows (collective)."""
+    def shares(self) -> Tensor:
+        """Returns [n]: each unit's share of the objective, which is 1/n for rows (collective)."""
         sizes_n = self.train_batch.units.sizes_U
         if sizes_n is None:
-            return float(len(self.weights_n) * self.llm.runtime.data_size)
-        return sum_over_data(self.llm, sizes_n.sum()) / sizes_n
+            num_rows = len(self.weights_n) * self.llm.runtime.data_size
+            return torch.full_like(self.weights_n, 1.0 / num_rows)
+        return sizes_n / sum_over_data(self.llm, sizes_n.sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ class Hypergradient:
 
     def weight_gradient_n(self, problem: Problem) -> Tensor:
         """Returns dL_val(theta')/dw_u = -eta * (share of u) * s_u (collective)."""
-        return self.alignment_n * (-problem.learning_rate / problem.units_worth())
+        return self.alignment_n * problem.shares() * -problem.learning_rate
 
 
 def sum_over_data(llm: LLM, values: Tensor) -> Tensor:

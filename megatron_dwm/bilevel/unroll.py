@@ -47,10 +47,19 @@ def unroll(problem: Problem, *, halves: bool = False) -> Hypergradient:
         val_loss = _token_mean(problem, stepped, problem.val_batch)
         (weight_gradient_n,) = torch.autograd.grad(val_loss, weights_n)
     return Hypergradient(
-        alignment_n=weight_gradient_n * (-problem.units_worth() / problem.learning_rate),
+        alignment_n=_alignments(problem, weight_gradient_n),
         val_loss=float(val_loss.detach()),
         grad_norm=float(norm.detach()),
     )
+
+
+def _alignments(problem: Problem, weight_gradient_n: Tensor) -> Tensor:
+    """Returns s_u from dL_val/dw_u = -eta * (share of u) * s_u."""
+    if problem.train_batch.units.sizes_U is None:
+        return weight_gradient_n * (-len(weight_gradient_n) / problem.learning_rate)
+    share_n = problem.shares()
+    # A unit without a counted token has no share, so its alignment is 0.
+    return torch.where(share_n > 0, weight_gradient_n / (share_n * -problem.learning_rate), 0.0)
 
 
 def _refuse(problem: Problem, halves: bool) -> None:

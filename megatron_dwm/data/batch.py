@@ -44,7 +44,8 @@ class Batch:
     """int64, the number of each token's document piece in its row, from 0; attention stops where it
     changes; None: it does not stop"""
     units_BS: Tensor | None = None
-    """int64, the number of each token's unit in its row, from 0; None: every row is a unit"""
+    """int64, the number of each token's unit in its row, from 0; -1 for padding; None: every row is
+    a unit"""
     equal_shares: bool = False
     """True: units of `units_BS` count the same; False: in proportion to their counted tokens"""
 
@@ -65,9 +66,10 @@ class Batch:
         """What gets a weight, in the order of the rows."""
         if self.units_BS is None:
             return Units(count=self.size)
-        per_row_B = torch.tensor(self.units_per_row, device=self.units_BS.device)
+        per_row_B = torch.tensor(self.units_per_row, dtype=torch.int64, device=self.units_BS.device)
         before_B1 = (per_row_B.cumsum(dim=0) - per_row_B)[:, None]
-        units = Units(count=sum(self.units_per_row), numbers_BS=self.units_BS + before_B1)
+        numbers_BS = torch.where(self.units_BS < 0, -1, self.units_BS + before_B1)
+        units = Units(count=sum(self.units_per_row), numbers_BS=numbers_BS)
         counts_U = units.sum_of_rows(self.loss_mask_BS)
         # A unit without a counted token has no loss, so it has no share either.
         return replace(units, sizes_U=(counts_U > 0).float() if self.equal_shares else counts_U)

@@ -109,20 +109,18 @@ class _PrefixStream:
         last, last_offset = (int(value) for value in dataset.sample_index[shuffled + 1])
         sequences = np.asarray(dataset.document_index[first : last + 1])
         lengths = self._indexed.sequence_lengths[sequences].astype(np.int64)
-        # The sample's one label more is the token at `last_offset`, so 0 means that it begins a
-        # document.
         lengths[-1] = last_offset
         lengths[0] -= first_offset
         # Documents without tokens have no sequence, and a document may have several.
-        borders = self._indexed.document_indices
-        documents = np.searchsorted(borders, sequences, side="right") - 1
+        documents = np.searchsorted(self._indexed.document_indices, sequences, side="right") - 1
+        # The last of the sample's S + 1 tokens is the label at `last_offset` of the last sequence.
+        of_last_label = documents[-1]
+        documents, lengths = documents[lengths > 0], lengths[lengths > 0]
         starts = np.flatnonzero(np.diff(documents, prepend=-1))
-        whole = np.add.reduceat(lengths, starts)
-        kept = whole > 0
         return RowPieces(
-            documents=documents[starts][kept],
-            lengths=whole[kept],
-            ends_at_border=not kept[-1],
+            documents=documents[starts],
+            lengths=np.add.reduceat(lengths, starts),
+            ends_at_border=bool(documents[-1] != of_last_label),
         )
 
 

@@ -63,13 +63,16 @@ def weights_from_logits(
     """Turn logits [G, n] into weights [G, n], non-negative and with mean 1 in every group.
 
     sizes_Gn: how much each unit counts in the mean, and in the effective sample size; None: all the
-    same. A unit of size 0 counts nowhere.
+    same. A unit of size 0 counts nowhere. If no unit of a group counts, all its weights are 1.
 
     Equal logits give exactly 1. The gradient is taken at a fixed temperature. Where the bound on
     the effective sample size is active, this is not the full derivative: the weights there do not
     depend on the scale of the logits, so with the full derivative a group with one sample far above
     the others would never recover.
     """
+    if sizes_Gn is not None:
+        counts_G1 = (sizes_Gn > 0).any(-1, keepdim=True)
+        logits_Gn, sizes_Gn = logits_Gn.where(counts_G1, 0.0), sizes_Gn.where(counts_G1, 1.0)
     if min_effective_sample_size > 0.0:
         temperature_G = temperature(logits_Gn, min_effective_sample_size, sizes_Gn)
         logits_Gn = logits_Gn / temperature_G[..., None]

@@ -31,5 +31,9 @@ class FeatureReader(nn.Module):
         """
         final_GnD, early_GnD = rows_GnK[..., :-1].chunk(2, dim=-1)
         parts = [F.rms_norm(hidden, hidden.shape[-1:]) for hidden in (final_GnD, early_GnD)]
-        loss_Gn1 = standardize(rows_GnK[..., -1], sizes_Gn=sizes_Gn)[..., None]
-        return self.project(torch.cat([*parts, loss_Gn1], dim=-1))
+        loss_Gn = standardize(rows_GnK[..., -1], sizes_Gn=sizes_Gn)
+        if sizes_Gn is not None:
+            # A unit without a counted token has no loss. Far below the mean, the 0 in its place
+            # would reach the others through the attention across units.
+            loss_Gn = torch.where(sizes_Gn > 0, loss_Gn, 0.0)
+        return self.project(torch.cat([*parts, loss_Gn[..., None]], dim=-1))

@@ -17,7 +17,10 @@ def standardize(
     if sizes_Gn is None:
         deviation_G1 = values_Gn.std(-1, keepdim=True, correction=0)
     else:
-        squares_Gn = centered(values_Gn, sizes_Gn=sizes_Gn).square()
+        # Relative to one of the values, so that constant values have a deviation of exactly 0.
+        one_G1 = values_Gn.where(sizes_Gn > 0, -torch.inf).amax(-1, keepdim=True)
+        offsets_Gn = torch.where(sizes_Gn > 0, values_Gn - one_G1, 0.0)
+        squares_Gn = centered(offsets_Gn, sizes_Gn=sizes_Gn).square()
         deviation_G1 = mean_over_units(squares_Gn, sizes_Gn).sqrt()
     centered_Gn = centered(values_Gn, weights_Gn, sizes_Gn)
     return torch.where(deviation_G1 > 0, centered_Gn / deviation_G1, 0.0)
@@ -32,7 +35,12 @@ def centered(
 
 
 def mean_over_units(values_Gn: Tensor, sizes_Gn: Tensor | None) -> Tensor:
-    """Returns [G, 1]: means over the units of each group; arguments as for `standardize`."""
+    """Returns [G, 1]: means over the units of each group; arguments as for `standardize`.
+
+    The mean of a group in which no unit counts is 0.
+    """
     if sizes_Gn is None:
         return values_Gn.mean(-1, keepdim=True)
-    return (sizes_Gn * values_Gn).sum(-1, keepdim=True) / sizes_Gn.sum(-1, keepdim=True)
+    totals_G1 = sizes_Gn.sum(-1, keepdim=True)
+    sums_G1 = (sizes_Gn * values_Gn).sum(-1, keepdim=True)
+    return sums_G1 / totals_G1.clamp(min=torch.finfo(totals_G1.dtype).tiny)

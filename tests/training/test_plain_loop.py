@@ -16,6 +16,19 @@ LAYOUTS = [
     ({"tensor": 2, "sequence": True}, 2),
     ({"pipeline": 2}, 2),
 ]
+# Documents as units, or rows of them, behind borders of the attention.
+WITHOUT, WITH = ({"border_loss": border_loss} for border_loss in (False, True))
+LAYOUTS += [
+    ({"documents": WITHOUT}, 1),
+    ({"documents": WITH, "precision": "bf16"}, 1),
+    ({"documents": {**WITH, "unit": "sample"}}, 1),
+    ({"documents": WITHOUT, "tensor": 2, "sequence": True}, 2),
+    ({"documents": WITH, "tensor": 2}, 2),
+    ({"documents": WITHOUT, "pipeline": 2}, 2),
+    ({"documents": WITH, "pipeline": 2, "recompute": "full"}, 2),
+    ({"documents": WITHOUT}, 2),
+    ({"documents": WITH, "sharded": True}, 2),
+]
 
 
 @pytest.fixture(scope="module")

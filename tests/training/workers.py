@@ -13,6 +13,7 @@ from megatron_dwm.model import clear_gradients, forward_backward
 from megatron_dwm.model.passes.objective import weighted, weighted_denominator
 from megatron_dwm.testing import plain_step
 from megatron_dwm.weighting.uniform import Uniform
+from tests.documents import packed_batch
 from tests.subjects import with_method
 from tests.tiny import MICRO_BATCH, Tiny, tiny
 
@@ -29,22 +30,34 @@ def _full(batch: Batch) -> Batch:
     )
 
 
-def plain_megatron(**layout: Any) -> tuple[list[float], Tensor]:
+def _batch(subject: Tiny, number: int, documents: dict[str, Any] | None) -> Batch:
+    """A batch of rows, or of documents if there are options of `packed_batch`."""
+    if documents is None:
+        return _full(subject.batch(number))
+    return packed_batch(number, subject.runtime, **documents)
+
+
+def plain_megatron(
+    documents: dict[str, Any] | None = None, **layout: Any
+) -> tuple[list[float], Tensor]:
     """(losses, parameters): Megatron-LM's loop, per-token loss, its integer token count."""
     with tiny(steps=0, **layout) as subject:
         losses = []
         for number in range(STEPS):
-            batch = _full(subject.batch(number))
+            batch = _batch(subject, number, documents)
             losses.append(plain_step(subject.llm, subject.optimizer, batch, MICRO_BATCH))
             subject.scheduler.step(increment=1)
         return losses, _flat(subject)
 
 
-def ours_uniform(**layout: Any) -> tuple[list[float], Tensor]:
+def ours_uniform(
+    documents: dict[str, Any] | None = None, **layout: Any
+) -> tuple[list[float], Tensor]:
     """(losses, parameters) of the product's own step with uniform weights, on the same batches."""
     with tiny(steps=0, **layout) as subject:
         ours = with_method(subject, Uniform(), MICRO_BATCH)
-        losses = [ours.taken(_full(subject.batch(number))).loss for number in range(STEPS)]
+        batches = (_batch(subject, number, documents) for number in range(STEPS))
+        losses = [ours.taken(batch).loss for batch in batches]
         return losses, _flat(subject)
 
 

@@ -49,7 +49,6 @@ class MicroBatch:
         """Returns the micro-batch as one row, with a border between any two of its rows."""
         borders_BS = self.borders_BS
         assert borders_BS is not None, "without borders a row would continue in the next one"
-        rows, length = borders_BS.shape
         last_B = borders_BS[:, -1] + 1
         before_B = last_B.cumsum(dim=0) - last_B
         return MicroBatch(
@@ -58,7 +57,7 @@ class MicroBatch:
             position_ids_BS=self.position_ids_BS.reshape(1, -1),
             coefficients_BS=self.coefficients_BS.reshape(1, -1),
             loss_mask_BS=self.loss_mask_BS.reshape(1, -1),
-            units=self.units.flattened(rows, length),
+            units=self.units.flattened(borders_BS),
             borders_BS=(borders_BS + before_B[:, None]).reshape(1, -1),
         )
 

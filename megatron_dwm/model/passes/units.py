@@ -66,11 +66,15 @@ class Units:
         tokens_U = self._add(torch.ones_like(numbers_BS, dtype=torch.float32), numbers_BS)
         return sums_UD / tokens_U[:, None]
 
-    def flattened(self, rows: int, sequence_length: int) -> Units:
-        """Returns the same units of the same tokens as one row of B * S tokens."""
+    def flattened(self, like_BS: Tensor) -> Units:
+        """Returns the same units of the same tokens as one row of B * S tokens.
+
+        like_BS: any tensor of the tokens, for its shape and device.
+        """
         numbers_BS = self.numbers_BS
         if numbers_BS is None:
-            numbers_BS = torch.arange(rows)[:, None].expand(rows, sequence_length)
+            rows_B1 = torch.arange(len(like_BS), device=like_BS.device)[:, None]
+            numbers_BS = rows_B1.expand(like_BS.shape)
         return Units(count=self.count, numbers_BS=numbers_BS.reshape(1, -1), sizes_U=self.sizes_U)
 
     def _part(self, first: int, length: int) -> Tensor:
