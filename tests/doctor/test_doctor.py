@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_dwm.config import Config, DataConfig, TrainingConfig
+from megatron_dwm.doctor.borders import borders_finding
+from megatron_dwm.model.passes import pipeline
+from megatron_dwm.runtime import bring_up
+from megatron_dwm.testing import TINY_MODEL
 from tests.forking.client import run_python
 
 
@@ -41,6 +47,7 @@ def test_reports_and_agrees(arguments: list[str], processes: int, fresh: bool) -
         "layout",
     ):
         assert word in done.stdout
+    assert "do not change the loss of the next one" in done.stdout
     assert "agrees with finite_difference" in done.stdout
     assert ("agrees with unroll" in done.stdout) == (processes == 1)
 
@@ -88,3 +95,19 @@ def test_mistakes_are_one_line() -> None:
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert line.startswith("error: parallel.tensor 3")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_layers_that_ignore_borders_are_found(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(
+        model=replace(TINY_MODEL, precision=precision),
+        data=DataConfig(sequence_length=16),
+        training=TrainingConfig(global_batch_size=4, micro_batch_size=2),
+    )
+    with bring_up(config.parallel, seed=1) as runtime:
+        assert borders_finding(config, runtime)[0]
+        monkeypatch.setattr(pipeline, "attention_borders", lambda *_: None)
+        stops, finding = borders_finding(config, runtime)
+    assert not stops and "CHANGE the loss of the next one" in finding

@@ -131,3 +131,11 @@ def test_memory_of_a_weighting_update(case: dict[str, Any]) -> None:
     """
     [found] = _runs("memory_of_an_update", case)
     assert found["update"] < 1.5 * found["plain"], found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attention_stops_at_borders(precision: str) -> None:
+    """Transformer Engine once ignored the borders of documents without an error."""
+    [(stops, finding)] = _runs("borders", {"precision": precision})
+    assert stops, finding

@@ -13,8 +13,15 @@ from torch import Tensor
 
 from megatron_dwm.bilevel import ESTIMATORS, Problem
 from megatron_dwm.bilevel.virtual_step import prepare_virtual_step
-from megatron_dwm.config import ModelConfig, ParallelConfig, TrainingConfig
+from megatron_dwm.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
 from megatron_dwm.data import Batch
+from megatron_dwm.doctor.borders import borders_finding
 from megatron_dwm.model import LLM, clear_gradients, forward_backward, resolve_shape
 from megatron_dwm.model.layers.choice import choose_layers
 from megatron_dwm.model.passes.objective import token_count, token_mean
@@ -175,3 +182,14 @@ def backend() -> str:
     """Returns the backend of the world's process group."""
     with _problem(precision="bf16", steps=0):
         return dist.get_backend()
+
+
+def borders(precision: str) -> tuple[bool, str]:
+    """The doctor's check of document borders."""
+    config = Config(
+        model=ModelConfig(precision=precision, **SHAPE),
+        data=DataConfig(sequence_length=LENGTH),
+        training=TrainingConfig(global_batch_size=SAMPLES, micro_batch_size=MICRO_BATCH),
+    )
+    with bring_up(config.parallel, seed=1) as runtime:
+        return borders_finding(config, runtime)
