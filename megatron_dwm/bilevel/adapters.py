@@ -74,8 +74,12 @@ class TensorParallelPosition:
         return whole_SBD
 
     def first_of(self, part_SBD: Tensor) -> int:
-        """Returns the position in the row of the first token of a norm's input."""
-        return self.tensor_rank * len(part_SBD) if self.sequence_parallel else 0
+        """Returns the position in the row of the first token of a norm's input.
+
+        A norm of heads, whose input is [S, B, heads, D], sees the whole sequence.
+        """
+        has_part = self.sequence_parallel and part_SBD.dim() == 3
+        return self.tensor_rank * len(part_SBD) if has_part else 0
 
 
 @dataclass(frozen=True)

@@ -110,10 +110,17 @@ def update_from_gradient(
 
 
 def _noise(found: Hypergradient, units: WeighedUnits, runtime: Runtime) -> SignalToNoise | None:
-    """Compute the signal-to-noise ratio over the global batch, if halves exist (collective)."""
+    """Compute the signal-to-noise ratio over the global batch, if halves exist (collective).
+
+    A unit without a counted token has an alignment of 0 in both halves, which is no agreement.
+    """
     if found.halves_2n is None:
         return None
-    return signal_to_noise(*(units.gather(half_n, runtime) for half_n in found.halves_2n))
+    halves = [units.gather(half_n, runtime) for half_n in found.halves_2n]
+    sizes_n = units.gathered_sizes(runtime)
+    if sizes_n is not None:
+        halves = [half_n[sizes_n > 0] for half_n in halves]
+    return signal_to_noise(*halves)
 
 
 def _is_finite_everywhere(found: Hypergradient) -> bool:

@@ -18,6 +18,7 @@ from megatron_dwm.bilevel.adapters import (
     WITHOUT_PARAMETERS,
     adapter_for,
     embedding_tangent,
+    norm_tangent,
     position_of,
 )
 from megatron_dwm.model import Units
@@ -123,6 +124,54 @@ def _tangent(name: str, case: Case, module: Module | None = None) -> Tensor:
 def test_tangent_is_autograds_per_sample_gradient(name: str, kind: type[Module]) -> None:
     case = _case(kind)
     torch.testing.assert_close(_tangent(name, case), case.expected(), rtol=1e-12, atol=1e-12)
+
+
+# Two rows of several units, one of which has padding, and a row that is one unit.
+NUMBERS_BS = torch.tensor([[0, 1, 1, 2, 2], [3, 3, 3, 3, 3], [4, 5, 5, -1, -1]])
+DOCUMENTS = Units(count=6, numbers_BS=NUMBERS_BS)
+
+
+def _of_documents(case: Case) -> Tensor:
+    """Returns <z, gradient of each document's own loss>, from one autograd pass per document."""
+    values_SBC = case.module(case.x_SBD) * case.gradient_SBC
+    parameters, found = list(case.module.parameters()), []
+    for number in range(DOCUMENTS.count):
+        loss = values_SBC[(number == NUMBERS_BS).t()].sum()
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+        pairs = zip(gradients, parameters, strict=True)
+        found.append(sum((g * p.main_grad).sum() for g, p in pairs))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(
+    ("name", "kind"), [(FUSED, Fused), (TE_NORM, Norm), (TE + "TERowParallelLinear", Linear)]
+)
+def test_tangent_of_documents_is_autograds(name: str, kind: type[Module], flat: bool) -> None:
+    case, units = _case(kind), DOCUMENTS
+    gradient, kept = case.gradient_SBC, case.x_SBD
+    if flat:  # one row, as Transformer Engine takes documents
+        gradient, kept = (t.transpose(0, 1).flatten(0, 1)[:, None] for t in (gradient, kept))
+        units = DOCUMENTS.flattened(NUMBERS_BS)
+    found = ADAPTERS[name].form(case.module, {}, ALONE)(gradient, kept, units)
+    torch.testing.assert_close(found, _of_documents(case), rtol=1e-12, atol=1e-12)
+
+
+def test_norms_of_parts_of_the_sequence_add_up_to_documents() -> None:
+    """Sequence parallelism: each rank normalizes its part; a norm of heads sees all tokens."""
+    case, cut = _case(Norm), 3
+    whole = Case(case.module, case.x_SBD, case.gradient_SBC)
+    z_D, total = case.module.weight.main_grad, torch.zeros(6, dtype=torch.float64)
+    for first, stop in ((0, cut), (cut, SEQUENCE)):
+        part = (case.gradient_SBC[first:stop], case.x_SBD[first:stop])
+        total += norm_tangent(*part, z_D, EPSILON, DOCUMENTS, first=first)
+    torch.testing.assert_close(total, _of_documents(whole), rtol=1e-12, atol=1e-12)
+    place = position_of("q_layernorm", sequence_parallel=True, tensor_rank=1, group=None)
+    heads_SBHD = _draw(SEQUENCE, BATCH, 2, WIDTH)
+    of_heads = Case(case.module, heads_SBHD, _draw(*heads_SBHD.shape))
+    tangent = ADAPTERS[TE_NORM].form(case.module, {}, place)
+    found = tangent(of_heads.gradient_SBC, heads_SBHD, DOCUMENTS)
+    torch.testing.assert_close(found, _of_documents(of_heads), rtol=1e-12, atol=1e-12)
 
 
 def test_fused_tangent_is_the_central_difference() -> None:

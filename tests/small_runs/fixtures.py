@@ -56,13 +56,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
         text.write_text("".join(line for line, _ in zip(lines, range(ROWS), strict=False)))
     model = folder / "tokenizer.model"
     _tool("train_tokenizer.py", "--input", text, "--vocab-size", "512", "--output", model)
+    return preprocessed(text, model)
+
+
+def preprocessed(text: Path, model: Path | str) -> Corpus:
+    """Tokenize a JSON Lines file of documents, into files beside it."""
+    prefix = text.with_suffix("")
     _tool(
         "preprocess_data.py",
-        *("--input", text, "--output-prefix", folder / "corpus"),
+        *("--input", text, "--output-prefix", prefix),
         *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model),
         *("--append-eod", "--metadata-keys", "domain"),
     )
-    return Corpus(str(folder / "corpus_text_document"), str(model))
+    return Corpus(f"{prefix}_text_document", str(model))
 
 
 def _tool(name: str, *arguments: object) -> None:

@@ -13,6 +13,7 @@ from megatron_dwm.model import forward_only
 from megatron_dwm.model.passes.objective import token_mean, unit
 from megatron_dwm.training import UpperLevel
 from megatron_dwm.training.weighted_pass import weighted_pass
+from tests.documents import packed_batch
 from tests.subjects import with_dwm
 from tests.tiny import MICRO_BATCH, Tiny, tiny
 
@@ -108,3 +109,19 @@ def inside_and_separate(**layout: Any) -> tuple[Tensor, Tensor]:
         upper = UpperLevel(passages=subject.batch(VALIDATION))
         update = trained.taken(train, upper).update
         return update.hypergradient.alignment_n, separate
+
+
+def agreement_of_halves(**layout: Any) -> tuple[float, float]:
+    """The agreement that an update finds over documents; and by hand, of those that count."""
+    with tiny(**layout) as subject:
+        trained = with_dwm(subject, MICRO_BATCH, encoder="llm", group="micro_batch")
+        options = {"border_loss": False, "uncounted": 0.2}
+        batch = packed_batch(TRAIN, subject.runtime, **options)
+        passages = packed_batch(VALIDATION, subject.runtime, **options)
+        update = trained.update(batch, UpperLevel(passages=passages, measure_noise=True))
+        halves = update.hypergradient.halves_2n
+        values = [*halves, batch.units.sizes_U]
+        first, second, sizes = (update.units.gather(each, subject.runtime) for each in values)
+        counted = torch.stack([first, second])[:, sizes > 0].double()
+        assert int((sizes == 0).sum()) > 3 and update.noise is not None
+        return update.noise.agreement, float(torch.corrcoef(counted)[0, 1])

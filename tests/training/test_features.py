@@ -125,3 +125,10 @@ def test_alignments_inside_a_step_are_those_at_the_state_before_it() -> None:
         for every_rank in run_ranks(f"{WORKERS}:inside_and_separate", size, cases):
             for inside, separate in every_rank:
                 assert torch.equal(inside, separate)
+
+
+def test_halves_agree_on_documents_that_count() -> None:
+    [[found]], ranks = (run_ranks(f"{WORKERS}:agreement_of_halves", size, [{}]) for size in (1, 2))
+    for agreement, by_hand in [found, *ranks[0]]:
+        assert agreement == pytest.approx(by_hand, abs=1e-9)
+        assert agreement == pytest.approx(found[0], abs=1e-4)
