@@ -4,7 +4,7 @@
 #   preprocess -> merge -> uniform, dwm -> transfer -> convert, evaluate (each model) -> report
 #
 #   bash slurm/pipeline.sh --name paper --input 'corpus/*.jsonl.zst' --tokenizer llama2.model \
-#       --validation target.jsonl --config dwm_370m.yaml --target-config uniform_1.3b.yaml
+#       --validation target.jsonl --config dwm_370m.yaml --target-config transfer_1.3b.yaml
 #
 #   --name NAME             files are named after it, under the directories of slurm/site.sh
 #   --input PATTERN         corpora, as tools/preprocess_data.py reads them
@@ -16,12 +16,13 @@
 #   --target-config YAML    the model that `transfer` trains with the learned weighting model
 #   --nodes N               nodes of uniform and dwm, default 1
 #   --target-nodes N        nodes of transfer, default 1
-#   --shards N              tasks that preprocess, default 8
+#   --shards N              tasks that preprocess, at most one a file of the corpus; default 8
 #   --links N               jobs in turn for every run, where the time limit is short; default 1
 #   --evaluate 'ARGUMENTS'  of tools/evaluate.py, default '--suite dwm'
 #   --dry-run               print the jobs, and what tools/plan.py expects of each; submit nothing
 #
-# A job that fails cancels those after it. If one is refused, those before it are cancelled.
+# A job that fails cancels those after it. If one is refused, those before it are cancelled. After a
+# failure, the same command again does what is left; a job whose output is there has nothing to do.
 set -euo pipefail
 DWM_REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=slurm/lib.sh
@@ -54,6 +55,8 @@ check_options() {
     for option in name input tokenizer validation config target_config; do
         [ -n "${!option}" ] || fail "pipeline.sh: --${option//_/-} is missing; see --help"
     done
+    [[ "$name" =~ ^[A-Za-z0-9_.][^/]*$ ]] ||
+        fail "pipeline.sh: --name: expected a name for files and jobs, without /, got '$name'"
     for option in nodes target_nodes shards links; do
         [[ "${!option}" =~ ^[1-9][0-9]*$ ]] ||
             fail "pipeline.sh: --${option//_/-}: expected a whole number from 1, got '${!option}'"
@@ -61,8 +64,16 @@ check_options() {
     for file in "$tokenizer" "$validation" "$config" "$target_config"; do
         [ -f "$file" ] || fail "pipeline.sh: $file: no such file"
     done
-    [[ "$input" == hf://* ]] || compgen -G "$input" >/dev/null ||
-        fail "pipeline.sh: --input: no file matches $input"
+    [[ "$input" == hf://* ]] || check_corpora
+}
+
+check_corpora() {
+    local found
+    mapfile -t found < <(compgen -G "$input")
+    [ "${#found[@]}" -gt 0 ] || fail "pipeline.sh: --input: no file matches $input"
+    [ "$shards" -le "${#found[@]}" ] ||
+        fail "pipeline.sh: --shards $shards: a file is not cut, and there are ${#found[@]};" \
+            "take at most as many"
 }
 
 # in_words DEPENDENCIES
@@ -105,7 +116,8 @@ show_job() {
     case "$script" in
     pretrain) show_plan "${options[*]}" "$@" ;;
     transfer) # its weighting model is not there yet
-        show_plan "${options[*]}" "${@:2}"
+        show_plan "${options[*]}" "${@:2}" --weighting.load null --weighting.frozen false \
+            --validation.path "$validation"
         echo "  (at most: planned as a run that learns the weights, if the configuration's policy does)"
         ;;
     preprocess) echo "  input: $(input_size), on CPUs; output: about 2 or 4 bytes a token" ;;
@@ -114,9 +126,10 @@ show_job() {
 }
 
 input_size() {
+    local found
     if [[ "$input" == hf://* ]]; then echo "$input"; else
-        # shellcheck disable=SC2046 # the pattern's files, one word each
-        du -chL $(compgen -G "$input") | tail -n 1 | cut -f 1
+        mapfile -t found < <(compgen -G "$input")
+        du -chL "${found[@]}" | tail -n 1 | cut -f 1
     fi
 }
 
@@ -126,12 +139,20 @@ show_plan() {
     job_nodes="${job_nodes%% *}"
     shift
     if [ "$DWM_GPUS_PER_NODE" = 0 ] || [ -z "$DWM_GPU" ]; then
+        check_configuration "$@"
         echo "  $job_nodes node(s) x $DWM_RANKS_PER_NODE ranks; no GPU in slurm/site.sh, so no plan"
         return
     fi
     said="$(run_tool plan "$@" --brief \
         --gpus "$((job_nodes * DWM_GPUS_PER_NODE))" --gpu "$DWM_GPU" 2> >(grep -v '^warning: ' >&2))" || exit
     echo "  $said"
+}
+
+# check_configuration ARGUMENTS: a mistake in a configuration is one line now, and not in a job.
+check_configuration() {
+    local code=0
+    run_tool run_status "$@" >/dev/null || code=$?
+    [ "$code" = 0 ] || [ "$code" = 3 ] || exit "$code" # 3: the run is not finished
 }
 
 # run_job NAME DEPENDENCIES SCRIPT NODES ARGUMENTS: a training run, as a chain of --links jobs.
@@ -156,8 +177,7 @@ score_job() {
 read_site
 check_options
 trap '[ $? = 0 ] || cancel_submitted' EXIT
-if [ -n "$dry_run" ]; then dwm_environment; fi
-mkdir -p "$DWM_RUNS/$name/export"
+if [ -n "$dry_run" ]; then load_environment; else mkdir -p "$DWM_RUNS/$name/export"; fi
 prefix="$DWM_DATA/$name"
 common=(--data.train "${prefix}_text_document" --data.tokenizer "$tokenizer")
 
@@ -165,8 +185,10 @@ common=(--data.train "${prefix}_text_document" --data.tokenizer "$tokenizer")
 job preprocess '' preprocess --array="0-$((shards - 1))" -- --input "$input" --output-prefix "$prefix" \
     --tokenizer-type "$tokenizer_type" --tokenizer-model "$tokenizer" --append-eod \
     ${metadata_keys:+--metadata-keys $metadata_keys}
-# A single shard has the name of the whole.
-[ "$shards" = 1 ] || job merge "afterok:$last" merge -- --input "$prefix-*_text_document.idx" \
+# A single shard has the name of the whole. The pattern is that of these shards only: `NAME-*` has
+# those of an experiment `NAME-b`, too, and those that another number of shards has left.
+printf -v of '%05d' "$shards"
+[ "$shards" = 1 ] || job merge "afterok:$last" merge -- --input "$prefix-?????-of-${of}_text_document.idx" \
     --output-prefix "${prefix}_text_document"
 merged="afterok:$last"
 run_job uniform "$merged" pretrain "$nodes" "$config" --run.dir "$DWM_RUNS/$name/uniform" \

@@ -33,9 +33,10 @@ DWM_LOGS="$PWD/logs"
 # No job starts if one of these has less free space.
 DWM_MIN_FREE_GB=20
 
-# The environment of every job: modules and variables of your site, then Python.
+# The environment of every job: modules and variables of your site, then Python. A line that may
+# fail needs `|| return`, otherwise the job goes on without it.
 dwm_environment() {
-    # module load cuda/12.4
+    # module load cuda/12.4 || return
     # export NCCL_SOCKET_IFNAME=ib0 HF_HOME=/shared/hf HF_HUB_OFFLINE=1
     . "$DWM_REPOSITORY/.venv/bin/activate"
 }

@@ -20,7 +20,12 @@ case "$workdir" in
     show_help "${BASH_SOURCE[0]}"
     exit 0
     ;;
+-*)
+    echo "error: unknown option $workdir; see --help" >&2
+    exit 2
+    ;;
 esac
+[ $# -le 1 ] || { echo "error: expected one WORKDIR, got $# words; see --help" >&2 && exit 2; }
 case "${SIZES:-}" in
 "" | full | laptop | tiny) ;;
 *)
@@ -65,8 +70,9 @@ skip() {
     printf '%s\tleft out\t0\t%s\n' "$1" "$2" >>"$workdir/parts.tsv"
 }
 
-# job N: the words that start a Python program in N processes.
-job() { [ "$1" = 1 ] && echo "$python" || echo "$python -m torch.distributed.run --standalone --nproc-per-node $1"; }
+# The words that start a Python program in all processes, where that is what a part tests.
+job=("$python")
+[ "$PROCESSES" = 1 ] || job+=(-m torch.distributed.run --standalone --nproc-per-node "$PROCESSES")
 
 case "$PROCESSES" in
 1) layout="" bench="" ;;
@@ -94,7 +100,7 @@ esac
 failed=0
 # shellcheck disable=SC2086 # options are words
 {
-    part doctor 300 $(job "$PROCESSES") -m megatron_dwm.doctor $layout
+    part doctor 300 "${job[@]}" -m megatron_dwm.doctor $layout
     if [ -n "$NO_TESTS" ]; then
         skip gpu_tests "$NO_TESTS"
     else
@@ -113,7 +119,7 @@ failed=0
     if [ "$PROCESSES" = 1 ]; then
         skip hypergradient_layout "needs two or more GPUs, this machine has $GPUS"
     else
-        part hypergradient_layout 300 $(job "$PROCESSES") tools/benchmark.py hypergradient $sizes \
+        part hypergradient_layout 300 "${job[@]}" tools/benchmark.py hypergradient $sizes \
             --precision bf16 $bench
     fi
     part data 300 bash -c 'set -e; . examples/parts.sh; mkdir "$0"; train_tokenizer "$0"; add_junk "$0" 1234; preprocess "$0"' \
@@ -123,7 +129,7 @@ failed=0
             skip dwm_fp8 "$NO_FP8"
             continue
         fi
-        part "dwm_$precision" 300 $(job "$PROCESSES") -m megatron_dwm.pretrain examples/tiny.yaml \
+        part "dwm_$precision" 300 "${job[@]}" -m megatron_dwm.pretrain examples/tiny.yaml \
             --run.dir "$workdir/runs/dwm_$precision" --data.train "$workdir/data/corpus_text_document" \
             --data.tokenizer "$workdir/data/tokenizer.model" \
             --validation.path examples/corpus/validation.jsonl \

@@ -143,8 +143,8 @@ def _layout(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
     if world_size % config.parallel.model_size:
         yield (
             f"parallel.tensor {tensor} x parallel.pipeline {pipeline}: expected to divide the "
-            f"number of processes, which is {world_size}; start torchrun with another "
-            "--nproc-per-node"
+            f"number of processes, which is {world_size}; start another number (torchrun's "
+            "--nproc-per-node; under Slurm --nodes and DWM_RANKS_PER_NODE)"
         )
     for name, value in (
         ("model.num_attention_heads", shape.num_attention_heads),

@@ -106,6 +106,14 @@ def _check_names(names: Sequence[str]) -> None:
             raise UserError(f"{name}: named twice; its documents would be in the result twice")
     matches = [found for found in map(_SHARD_NAME.match, names) if found is not None]
     for match in matches:
+        others = [
+            m for m in matches if _corpus(m) == _corpus(match) and m["shards"] != match["shards"]
+        ]
+        if others:
+            raise UserError(
+                f"{match[0]} and {others[0][0]}: the same corpus, divided twice; its documents "
+                "would be in the result twice; give the shards of one number"
+            )
         family = [m for m in matches if _family(m) == _family(match)]
         shards = [int(m["shard"]) for m in family]
         if shards != list(range(int(match["shards"]))):
@@ -113,6 +121,10 @@ def _check_names(names: Sequence[str]) -> None:
                 f"{match[0]}: one of {int(match['shards'])} shards, of which "
                 f"{', '.join(map(str, shards))} are given; give all of them, in order"
             )
+
+
+def _corpus(match: re.Match[str]) -> tuple[str, str]:
+    return match["before"], match["after"]
 
 
 def _family(match: re.Match[str]) -> tuple[str, str, str]:

@@ -30,3 +30,10 @@ def test_multimodal_datasets_are_refused(tmp_path: Path) -> None:
         write_dataset(tmp_path / name, np.int32, multimodal=True)
     with pytest.raises(UserError, match="a.idx: multimodal"):
         merge_datasets([str(tmp_path / name) for name in "ab"], str(tmp_path / "merged"))
+
+
+def test_one_corpus_divided_twice_is_refused(tmp_path: Path) -> None:
+    """A pattern such as sp-* has the shards of an earlier division, too."""
+    names = [f"{tmp_path}/sp-{i:05d}-of-{n:05d}_text" for n in (1, 2) for i in range(n)]
+    with pytest.raises(UserError, match="the same corpus, divided twice"):
+        merge_datasets(names, str(tmp_path / "out"))

@@ -40,6 +40,11 @@ def experiment(site: Site) -> Experiment:
         *("--vocab-size", 512, "--output", site.folder / "data" / "my.model"),
     )
     site.cluster.wait(tokenizer, "COMPLETED")
+    return Experiment(site, _submit_experiment(site), site.folder / "runs" / "paper")
+
+
+def _submit_experiment(site: Site) -> dict[str, str]:
+    """Returns the numbers of the jobs, by title."""
     done = site.run_script(
         *("pipeline.sh", "--name", "paper", "--input", site.folder / "corpus" / "*.jsonl"),
         *("--tokenizer", site.folder / "data" / "my.model", "--metadata-keys", "domain"),
@@ -48,8 +53,7 @@ def experiment(site: Site) -> Experiment:
         *("--evaluate", f"--suite local --tasks-dir examples/tasks --data {CORPUS}/lastword.jsonl"),
     )
     assert done.returncode == 0, done.stderr
-    jobs = dict(re.findall(r"^(\S+) +job (\d+)", done.stdout, re.MULTILINE))
-    return Experiment(site, jobs, site.folder / "runs" / "paper")
+    return dict(re.findall(r"^(\S+) +job (\d+)", done.stdout, re.MULTILINE))
 
 
 def test_the_whole_experiment_runs(experiment: Experiment) -> None:
@@ -102,6 +106,44 @@ def test_a_chain_goes_on_after_a_signal_without_requeueing(experiment: Experimen
     assert all("finished" in log for log in logs[1:])
     assert "nothing to do" in logs[2]
     assert without_time(site.folder / "runs" / "chain") == without_time(experiment.runs / "dwm")
+
+
+def test_a_cancelled_run_has_saved_and_does_not_come_back(experiment: Experiment) -> None:
+    site = experiment.site
+    number = site.pretrain("cancelled")
+    _wait_for_steps(site, "cancelled", 4)
+    site.cluster.run("scancel", number)
+    fields = site.cluster.wait(number, "CANCELLED", "PENDING", "COMPLETED", "FAILED")
+    log = site.log(f"cancelled-{number}")
+    assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0"), log
+    assert "this job was cancelled: not requeued" in log
+    assert "checkpoint step_" in log.splitlines()[-1], log
+
+
+def test_a_waiting_job_of_another_run_ends_nothing(experiment: Experiment) -> None:
+    """Two runs of one name: the first is requeued, though a job of its name waits."""
+    site = experiment.site
+    first = site.pretrain("first", "--job-name=same")
+    second = site.pretrain("second", "--job-name=same")
+    _wait_for_steps(site, "first", 4)
+    site.cluster.run("scancel", "--signal=USR2", first)
+    fields = site.cluster.wait(first, "PENDING", "COMPLETED", "FAILED")
+    assert fields["JobState"] == "PENDING", site.log(f"same-{first}")
+    site.cluster.run("scancel", first, second)
+
+
+def test_the_same_experiment_again_has_nothing_to_do(experiment: Experiment) -> None:
+    """As after the failure of a part; an array's logs have the numbers of its tasks."""
+    site, title = experiment.site, experiment.jobs
+    assert "0 rejected" in site.log(f"paper-preprocess-{title['preprocess']}_1")
+    for number in title.values():
+        site.cluster.wait(number, "COMPLETED", limit_s=200)
+    again = _submit_experiment(site)
+    for name, number in again.items():
+        fields = site.cluster.wait(number, "COMPLETED", "FAILED", "CANCELLED", limit_s=200)
+        assert fields["JobState"] == "COMPLETED", name
+    done = [name for name in again if name not in ("preprocess", "report")]
+    assert all("nothing to do" in site.log(f"paper-{name}-{again[name]}") for name in done)
 
 
 def test_a_mistake_ends_the_chain_in_one_line(experiment: Experiment) -> None:

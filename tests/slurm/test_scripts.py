@@ -37,18 +37,32 @@ def _run(site: Path, *command: str, **environment: str) -> subprocess.CompletedP
     )
 
 
+def _with_gpus(site: Path, number: int) -> None:
+    """So many GPUs a node, and as many ranks, but at least one."""
+    text = site.read_text().replace("GPUS_PER_NODE=8", f"GPUS_PER_NODE={number}")
+    site.write_text(text.replace("RANKS_PER_NODE=8", f"RANKS_PER_NODE={max(number, 1)}"))
+
+
+def _one_error(done: subprocess.CompletedProcess[str]) -> str:
+    """The only line of a command that ends as after a user's mistake."""
+    assert done.returncode == 2, done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
 def _pipeline(site: Path, **changed: str) -> subprocess.CompletedProcess[str]:
     options = {
-        **{"name": "paper", "input": str(CORPUS / "*.zst"), "tokenizer": TINY},
+        **{"name": "paper", "input": str(CORPUS / "[hlv]*.jsonl"), "tokenizer": TINY},
         **{"validation": str(CORPUS / "validation.jsonl"), "config": TINY},
-        **{"target-config": TINY, "target-nodes": "2", **changed},
+        **{"target-config": TINY, "target-nodes": "2", "shards": "2", **changed},
     }
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     return _run(site, "slurm/pipeline.sh", *words, "--dry-run")
 
 
 def test_the_dry_run_prints_every_job_and_its_plan(site: Path) -> None:
-    site.write_text(site.read_text().replace("GPUS_PER_NODE=8", "GPUS_PER_NODE=1"))
+    _with_gpus(site, 1)
     done = _pipeline(site)
     assert done.returncode == 0 and not done.stderr, done.stderr
     blocks = dict.fromkeys(block.split()[0] for block in done.stdout.strip().split("\n\n"))
@@ -67,7 +81,7 @@ def test_the_dry_run_prints_every_job_and_its_plan(site: Path) -> None:
 
 def test_links_are_jobs_of_one_name(site: Path) -> None:
     """On CPU nodes, which have no plan."""
-    site.write_text(site.read_text().replace("GPUS_PER_NODE=8", "GPUS_PER_NODE=0"))
+    _with_gpus(site, 0)
     done = _pipeline(site, links="3")
     assert done.returncode == 0 and not done.stderr, done.stderr
     titles = [block.split("\n")[0] for block in done.stdout.strip().split("\n\n")]
@@ -78,7 +92,7 @@ def test_links_are_jobs_of_one_name(site: Path) -> None:
 
 
 def test_a_single_shard_is_not_merged(site: Path) -> None:
-    site.write_text(site.read_text().replace("GPUS_PER_NODE=8", "GPUS_PER_NODE=0"))
+    _with_gpus(site, 0)
     done = _pipeline(site, shards="1")
     assert done.returncode == 0 and "dwm (after preprocess)" in done.stdout
     assert "merge" not in done.stdout
@@ -90,17 +104,49 @@ def test_a_single_shard_is_not_merged(site: Path) -> None:
         ({"input": "/no/such/*.jsonl"}, "--input: no file matches /no/such/*.jsonl"),
         ({"config": "/no/such.yaml"}, "/no/such.yaml: no such file"),
         ({"shards": "many"}, "--shards: expected a whole number from 1, got 'many'"),
+        ({"shards": "4"}, "--shards 4: a file is not cut, and there are 3; take at most as many"),
         ({"name": ""}, "--name is missing"),
+        ({"name": "a/b"}, "--name: expected a name for files and jobs, without /, got 'a/b'"),
         ({"nods": "2"}, "unknown option --nods"),
     ],
 )
 def test_a_mistake_in_the_pipelines_options_is_one_line(
     site: Path, changed: dict[str, str], message: str
 ) -> None:
-    done = _pipeline(site, **changed)
-    assert done.returncode == 2
-    [line] = done.stderr.splitlines()
-    assert line.startswith("error: ") and message in line
+    assert message in _one_error(_pipeline(site, **changed))
+
+
+def test_a_mistake_in_a_configuration_ends_the_dry_run_without_a_gpu(
+    site: Path, tmp_path: Path
+) -> None:
+    _with_gpus(site, 0)
+    config = tmp_path / "a config.yaml"
+    config.write_text(Path(TINY).read_text() + "  wramup_steps: 1\n")
+    assert "weighting.wramup_steps" in _one_error(_pipeline(site, config=str(config)))
+
+
+def test_the_dry_run_plans_a_recipe_that_names_a_weighting_model(site: Path) -> None:
+    """The pipeline gives the weighting model itself, once it is there."""
+    _with_gpus(site, 8)
+    recipes = REPOSITORY / "examples" / "recipes"
+    done = _pipeline(
+        site,
+        config=str(recipes / "llama_370m_dwm.yaml"),
+        **{"target-config": str(recipes / "llama_1.3b_transfer.yaml")},
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout.count("GPU hours") == 3
+
+
+def test_the_dry_run_measures_a_corpus_with_spaces(site: Path, tmp_path: Path) -> None:
+    _with_gpus(site, 0)
+    folder = tmp_path / "a corpus"
+    folder.mkdir()
+    for name in ("a b.jsonl", "c d.jsonl"):
+        (folder / name).write_bytes(b"0" * 2_000_000)
+    done = _pipeline(site, input=str(folder / "*.jsonl"))
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "input: 3.9M" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -110,6 +156,19 @@ def test_a_mistake_in_the_pipelines_options_is_one_line(
         ("RANKS_PER_NODE=8", "RANKS_PER_NODE=two", "DWM_RANKS_PER_NODE: expected a whole number"),
         ("MIN_FREE_GB=0", "MIN_FREE_GB=999999999", "GB free, expected 999999999"),
         ('DWM_RUNS="', 'DWM_RUNS="/proc/no', "DWM_RUNS: cannot make /proc/no"),
+        ('DWM_RUNS="', 'DWM_RUNS="~', "DWM_RUNS: expected a path from /, got '~"),
+        ("DWM_ACCOUNT=none\n", "", "DWM_ACCOUNT is missing"),
+        ("DWM_SBATCH=()", "DWM_SBTACH=()\nDWM_SBATCH=()", "DWM_SBTACH: no such setting"),
+        ("DWM_SBATCH=()", 'DWM_SBATCH="--a --b"', "DWM_SBATCH: expected words in brackets"),
+        ("DWM_SBATCH=()", "DWM_SBATCH=(--export=NONE)", "--export=NONE: jobs need two variables"),
+        ("DWM_TIME=24:00:00", "DWM_TIME=", "DWM_TIME is empty"),
+        ("DWM_TIME=24:00:00", "DWM_TIME=24 hours", "hours: command not found"),
+        ("DWM_TIME=24:00:00", 'DWM_TIME="24', "unexpected EOF"),
+        ("DWM_CPUS=8", "DWM_CPUS=08", "DWM_CPUS: expected a whole number, got '08'"),
+        ("DWM_CPUS=8", "DWM_CPUS=0", "DWM_CPUS: expected 1 or more, got 0"),
+        ("GPUS_PER_NODE=8", "GPUS_PER_NODE=4", "DWM_RANKS_PER_NODE: expected 4, as many as GPUs"),
+        ("dwm_environment()", "dwm_env()", "the function dwm_environment is missing"),
+        ("DWM_TIME=24:00:00\n", "DWM_TIME=24:00:00\r\n", "its lines end as on Windows"),
     ],
 )
 def test_a_mistake_in_the_site_file_is_one_line(
@@ -117,50 +176,68 @@ def test_a_mistake_in_the_site_file_is_one_line(
 ) -> None:
     text = site.read_text()
     assert old in text
-    site.write_text(text.replace(old, new))
-    done = _run(site, "slurm/submit.sh", "pretrain", TINY)
-    assert done.returncode == 2
-    [line] = done.stderr.splitlines()
-    assert line.startswith("error: ") and message in line
+    site.write_text(text.replace(old, new), newline="")
+    assert message in _one_error(_run(site, "slurm/submit.sh", "pretrain", TINY))
 
 
-def test_a_script_that_does_not_exist_is_one_line(site: Path) -> None:
-    done = _run(site, "slurm/submit.sh", "--nodes=2", "pretrian", TINY)
-    assert done.returncode == 2
-    [line] = done.stderr.splitlines()
-    assert line.startswith("error: pretrian: no such script; choose one of convert evaluate merge")
-
-
-# Slurm's commands as a job sees them: ranks that end with a code, nothing pending, a requeue.
-_STUBS = {
-    "srun": "exit ${CODE}",
-    "squeue": "true",
-    "scontrol": "echo requeued; kill $PPID; sleep 1",
-}
-
-
-@pytest.mark.parametrize("code", ["1", "137", "138"])
-def test_three_attempts_without_a_checkpoint_end_the_job(
-    site: Path, tmp_path: Path, code: str
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("--nodes=2", "pretrian"),
+            "pretrian: no such script; choose one of convert",
+        ),
+        (("--nodes", "2", "pretrain"), "2: no such script"),
+        (
+            ("pretrain", TINY, "--nodes=2"),
+            "--nodes=2: no key of a run; sbatch's options",
+        ),
+        (("--job-name=a/b", "report"), "--job-name=a/b: a job's log has its name"),
+        (("--export=NONE", "report"), "--export=NONE: jobs need two variables"),
+    ],
+)
+def test_a_mistake_in_a_submission_is_one_line(
+    site: Path, words: tuple[str, ...], message: str
 ) -> None:
-    """So a time limit that is shorter than the start is not tried for ever."""
-    for name, line in _STUBS.items():
-        stub = tmp_path / "bin" / name
-        stub.parent.mkdir(exist_ok=True)
-        stub.write_text(f"#!/bin/bash\n{line}\n")
-        stub.chmod(0o755)
-    job = {
-        **{"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "stuck", "SLURM_JOB_NODELIST": "n1"},
-        **{"SLURM_JOB_NUM_NODES": "1", "SLURM_SUBMIT_DIR": str(REPOSITORY), "CODE": code},
-    }
+    assert message in _one_error(_run(site, "slurm/submit.sh", *words))
+
+
+def test_a_job_that_is_not_submitted_is_one_line(site: Path) -> None:
+    line = _one_error(_run(site, "slurm/pretrain.sbatch", TINY))
+    assert "submit it: bash slurm/submit.sh pretrain" in line
+
+
+def test_a_new_job_has_nothing_of_the_one_that_submits_it(site: Path, tmp_path: Path) -> None:
+    """Else a job that is no array takes the other's task, and a first attempt is a second."""
+    _stub(tmp_path, "sbatch", 'echo "${!SLURM_@}" >&2; echo 7')
+    old = {"SLURM_JOB_ID": "3", "SLURM_ARRAY_TASK_ID": "1", "SLURM_RESTART_COUNT": "2"}
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    done = _run(site, "slurm/submit.sh", "report", "x", **old, SLURM_CONF="/s", PATH=path)
+    assert (done.stdout, done.stderr) == ("7\n", "SLURM_CONF\n")
+
+
+def test_an_output_of_the_same_inputs_is_not_made_again(site: Path, tmp_path: Path) -> None:
+    """So that an experiment can be submitted again; other inputs are still refused."""
+    log, source, output = tmp_path / "log", tmp_path / "in.idx", tmp_path / "out"
+    source.write_text("first")
+    _stub(tmp_path, "python", f'echo made >>{log}; echo >"{output}.idx"')
     site.write_text(f"{site.read_text()}\ndwm_environment() {{ PATH={tmp_path}/bin:$PATH; }}\n")
-    command = ["slurm/pretrain.sbatch", TINY, "--run.dir", str(tmp_path / "run")]
-    codes = [_run(site, *command, **job, SLURM_RESTART_COUNT=str(n)) for n in range(3)]
-    assert "this job is requeued" in codes[0].stdout and "this job is requeued" in codes[1].stdout
-    assert codes[2].returncode == 1
-    assert codes[2].stderr.splitlines() == [
-        f"error: 3 attempts in a row without a new checkpoint, the last with exit code {code}"
-    ]
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_SUBMIT_DIR": str(REPOSITORY)}
+    words = ("slurm/merge.sbatch", "--input", str(source)[:-4], f"--output-prefix={output}")
+    done = [_run(site, *words, **job) for _ in range(2)]
+    assert [one.returncode for one in done] == [0, 0], done
+    assert log.read_text() == "made\n" and "nothing to do" in done[1].stdout
+    source.write_text("second")
+    _run(site, *words, **job)
+    assert log.read_text() == "made\nmade\n"
+
+
+def _stub(folder: Path, name: str, line: str) -> None:
+    """A program in folder/bin."""
+    file = folder / "bin" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(f"#!/bin/bash\n{line}\n")
+    file.chmod(0o755)
 
 
 def test_shellcheck_finds_nothing() -> None:

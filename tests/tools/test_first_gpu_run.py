@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,11 @@ def run(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU parts would run, too")
 def test_the_report_of_a_cpu(tmp_path: Path) -> None:
     workdir = tmp_path / "a work dir"  # spaces happen
-    done = run(workdir, PERFORMED_BY="a test")
+    python = tmp_path / "an environment" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    done = run(workdir, PERFORMED_BY="a test", PYTHON=str(python))
     assert done.returncode == 0, done.stdout + done.stderr
     report = (workdir / "report.md").read_text()
     headings = [line[3:] for line in report.splitlines() if line.startswith("## ")]
@@ -88,3 +93,16 @@ def test_a_used_workdir_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     done = run(tmp_path, limit_s=60)
     assert done.returncode == 2 and "is not empty" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--sizes"], "unknown option --sizes; see --help"),
+        (["a", "b"], "expected one WORKDIR, got 2 words; see --help"),
+    ],
+)
+def test_words_without_a_meaning_are_refused(tmp_path: Path, words: list[str], said: str) -> None:
+    done = subprocess.run([*SCRIPT, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
