@@ -30,6 +30,10 @@ METHODS: dict[str, Registered] = {
         "weighs harder samples more, by their losses",
         f"{_WEIGHTING}.loss_reweighting:LossReweighting",
     ),
+    "excess_loss": Registered(
+        "keeps what a static reference model predicts better (RHO-LOSS; Rho-1 with unit token)",
+        f"{_WEIGHTING}.excess_loss:ExcessLoss",
+    ),
     "validation_mixing": Registered(
         "puts target passages into the training batch, all weights equal",
         f"{_WEIGHTING}.validation_mixing:ValidationMixing",

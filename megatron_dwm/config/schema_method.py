@@ -61,6 +61,15 @@ class PolicyConfig:
     loss_temperature: float = key(1.0, TEMPERATURE, part="losses")
     """temperature of the softmax over the losses, in standard deviations from their mean
     (loss_reweighting)"""
+    reference: str | None = key(None, part="reference")
+    """the reference model (excess_loss): a Hugging Face directory (LlamaForCausalLM) or a
+    checkpoint, with the LLM's vocabulary"""
+    keep_ratio: float = key(0.6, FRACTION_ABOVE_ZERO, part="selection")
+    """fraction of the units that carry loss, at least one in a group (excess_loss)"""
+    keep_scope: Literal["group", "sequence"] = key(
+        "group", part="selection", only={"weighting.unit": ("token",)}
+    )
+    """where the fraction is kept: in a weighting group, or in every sample (excess_loss)"""
     mix_fraction: float = key(0.1, FRACTION, part="mixing")
     """fraction of every batch that consists of target passages, rounded to whole samples
     (validation_mixing)"""
@@ -110,9 +119,9 @@ class WeightingConfig:
     """attention heads of the weighting model, in its encoder and across samples"""
     ffn_hidden_size: int = key(64, INNER_WIDTH, part="weighting_model", only=_NOT_LOADED)
     """inner width of the weighting model's SwiGLU blocks"""
-    unit: Literal["sample", "document"] = "sample"
-    """what gets a weight: a sample, which is a row of data.sequence_length tokens, or each piece of
-    a document in it"""
+    unit: Literal["sample", "document", "token"] = "sample"
+    """what gets a weight: a sample, which is a row of data.sequence_length tokens, each piece of a
+    document in it, or each token (policy excess_loss)"""
     unit_share: Literal["tokens", "equal"] = key("tokens", only={"weighting.unit": ("document",)})
     """how much a unit counts in the training loss, besides its weight: in proportion to its tokens,
     so that equal weights are plain training, or all units the same"""
@@ -127,13 +136,13 @@ class WeightingConfig:
     standardize: bool = key(True, part="alignments")
     """standardize the alignments of a weighting group before an update; false keeps them in nats of
     validation loss, whose size changes during training"""
-    min_effective_sample_size: float = key(0.5, FRACTION, part="groups")
+    min_effective_sample_size: float = key(0.5, FRACTION, part="softmax")
     """smallest effective sample size of a group, as a fraction of its samples, enforced by a
     temperature; must be above 1 / samples, since it is never smaller; 0 switches it off"""
     warn_effective_sample_size: float = key(0.1, FRACTION, part="groups")
     """warn once if the effective sample size of a batch's weights, as a fraction of the batch,
     falls below this"""
-    uniform_floor: float = key(0.0, FRACTION, part="groups")
+    uniform_floor: float = key(0.0, FRACTION, part="softmax")
     """fraction of every weight that is uniform"""
 
 

@@ -37,7 +37,7 @@ class Batch:
     """int64, the row's number in its stream; `NO_ROW` for padding"""
     document_ids_U: Tensor
     """int64, the unit's document; of a row, the document with most of its tokens; `NO_ROW` for
-    padding"""
+    padding; if tokens are units, one a row"""
     domains: tuple[str, ...]
     """one name a unit: the domain of that document"""
     borders_BS: Tensor | None = None
@@ -48,6 +48,8 @@ class Batch:
     a unit"""
     equal_shares: bool = False
     """True: units of `units_BS` count the same; False: in proportion to their counted tokens"""
+    tokens_are_units: bool = False
+    """True: every token is a unit, of which those count whose label counts"""
 
     @property
     def size(self) -> int:
@@ -55,15 +57,29 @@ class Batch:
         return self.tokens_BS.shape[0]
 
     @cached_property
-    def units_per_row(self) -> list[int]:
-        """Number of units in every row."""
+    def origins_per_row(self) -> list[int]:
+        """Number of units of every row that have an origin; 1 if tokens are units."""
         if self.units_BS is None:
             return [1] * self.size
         return (self.units_BS.amax(dim=1) + 1).tolist()
 
+    @property
+    def units_per_row(self) -> list[int]:
+        """Number of units in every row."""
+        length = self.tokens_BS.shape[1]
+        return [length] * self.size if self.tokens_are_units else self.origins_per_row
+
     @cached_property
     def units(self) -> Units:
         """What gets a weight, in the order of the rows."""
+        if self.tokens_are_units:
+            mask_BS = self.loss_mask_BS
+            numbers_T = torch.arange(mask_BS.numel(), device=mask_BS.device)
+            return Units(
+                count=mask_BS.numel(),
+                numbers_BS=numbers_T.view_as(mask_BS),
+                sizes_U=mask_BS.flatten(),
+            )
         if self.units_BS is None:
             return Units(count=self.size)
         per_row_B = torch.tensor(self.units_per_row, dtype=torch.int64, device=self.units_BS.device)
@@ -121,7 +137,7 @@ class Batch:
         if self.units_BS is None:
             return list(rows)
         firsts = [0]
-        for count in self.units_per_row:
+        for count in self.origins_per_row:
             firsts.append(firsts[-1] + count)
         return [unit for row in rows for unit in range(firsts[row], firsts[row + 1])]
 

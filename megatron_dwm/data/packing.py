@@ -95,6 +95,7 @@ class PackedSequences:
             borders_BS=piece_numbers(pieces) if rules.stop_attention else None,
             units_BS=unit_numbers(pieces) if rules.are_units else None,
             equal_shares=rules.equal_shares,
+            tokens_are_units=rules.tokens_are_units,
         )
 
 

@@ -19,7 +19,8 @@ from megatron_dwm.config import Config
 class DocumentRules:
     """How documents inside a row are told apart.
 
-    are_units: a document's piece is a unit; otherwise the whole row is.
+    are_units: a document's piece is a unit; otherwise the whole row is, or each token.
+    tokens_are_units: each token is a unit.
     equal_shares: units count the same; otherwise in proportion to their counted tokens.
     stop_attention: attention stops at borders.
     border_loss: the label of the last token of a document, which is the first token of the next
@@ -27,6 +28,7 @@ class DocumentRules:
     """
 
     are_units: bool = False
+    tokens_are_units: bool = False
     equal_shares: bool = False
     stop_attention: bool = False
     border_loss: bool = True
@@ -41,6 +43,7 @@ def document_rules(config: Config) -> DocumentRules:
     are_units = config.weighting.unit == "document"
     return DocumentRules(
         are_units=are_units,
+        tokens_are_units=config.weighting.unit == "token",
         equal_shares=are_units and config.weighting.unit_share == "equal",
         stop_attention=config.masks_documents,
         border_loss=config.data.border_loss,

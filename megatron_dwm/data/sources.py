@@ -117,7 +117,7 @@ class MixedSource:
             passages = passages.rows(0, max(0, count - self._border))
         units = passages.units
         numbered: list[Numbering] = ["target"] * units.count
-        per_row = torch.tensor(passages.units_per_row)
+        per_row = torch.tensor(passages.origins_per_row)
         ones_BS = torch.ones_like(passages.loss_mask_BS)
         columns = (
             (corpus.sample_ids_U, passages.sample_ids_B.repeat_interleave(per_row)),

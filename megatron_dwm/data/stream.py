@@ -215,6 +215,7 @@ class TrainingData:
             borders_BS=numbers_BS if self._rules.stop_attention else None,
             units_BS=numbers_BS if self._rules.are_units else None,
             equal_shares=self._rules.equal_shares,
+            tokens_are_units=self._rules.tokens_are_units,
         )
 
     def origins(self, sample_ids: Sequence[int]) -> UnitOrigins:

@@ -171,8 +171,11 @@ def build_llm(
     *,
     sequence_length: int,
     seed: int,
+    trained: bool = True,
 ) -> LLM:
     """Build this rank's part of the LLM, with the same initial values under every layout.
+
+    trained: with gradient buffers; without them only forward passes are possible.
 
     If the configured layers cannot be used, the main process prints the reason on stderr.
     """
@@ -199,7 +202,7 @@ def build_llm(
             block_spec=_block_spec(shape, model, choice.kind, layers),
         ).to(runtime.device)
         _initialize(chunk, shape, layers, runtime, seed)
-        chunks.append(_wrap(chunk, config, parallel))
+        chunks.append(_wrap(chunk, config, parallel) if trained else _frozen(chunk, config))
     return LLM(chunks, config, shape, runtime, choice.kind)
 
 
@@ -287,6 +290,11 @@ def build_module(
         rope_scaling_factor=shape.rope_scaling_factor or 1.0,
         vp_stage=virtual_stage,
     )
+
+
+def _frozen(module: GPTModel, config: TransformerConfig) -> Module:
+    module.requires_grad_(False)
+    return Float16Module(config, module) if config.bf16 else module
 
 
 def _wrap(

@@ -12,6 +12,7 @@ from megatron_dwm.run.inputs import (
     open_model_and_tokenizer,
     open_target,
 )
+from megatron_dwm.run.reference import check_reference
 from megatron_dwm.runtime import world_size_from_environment
 from megatron_dwm.runtime.profiling import check_profiling
 from megatron_dwm.runtime.warn import print_warning
@@ -30,7 +31,13 @@ def check(config: Config) -> RunInputs:
     held_out = open_held_out(config, tokenizer)
     for remark in method_class(config).remarks(config, shape, tokenizer):
         print_warning(remark)
-    return RunInputs(tokenizer=tokenizer, shape=shape, target=target, held_out=held_out)
+    return RunInputs(
+        tokenizer=tokenizer,
+        shape=shape,
+        target=target,
+        held_out=held_out,
+        reference=check_reference(config, shape, world_size),
+    )
 
 
 def _num_samples(config: Config) -> int:

@@ -21,12 +21,14 @@ class RunInputs:
     """The inputs files of a run.
 
     target: None if the method reads none. held_out: None without evaluation.
+    reference: shape of the reference model; None if the method has none.
     """
 
     tokenizer: Tokenizer
     shape: LlamaShape
     target: ValidationSet | None
     held_out: HeldOut | None
+    reference: LlamaShape | None = None
 
 
 def open_model_and_tokenizer(config: Config) -> tuple[Tokenizer, LlamaShape]:

@@ -13,6 +13,7 @@ from megatron_dwm.data import CorpusSource, Feed, Share, TrainingData
 from megatron_dwm.data.document_counts import document_counts
 from megatron_dwm.data.pieces import document_rules
 from megatron_dwm.run.inputs import RunInputs
+from megatron_dwm.run.reference import build_reference
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.training import Learner, build_learner
@@ -58,7 +59,11 @@ def build_job(config: Config, runtime: Runtime, inputs: RunInputs) -> Job:
     )
     method = method_class(config)
     context = BuildContext(
-        config=config, llm=learner.llm, tokenizer=inputs.tokenizer, target=inputs.target
+        config=config,
+        llm=learner.llm,
+        tokenizer=inputs.tokenizer,
+        target=inputs.target,
+        reference=build_reference(config, inputs.reference, runtime),
     )
     feed = build_feed(config, learner, inputs)
     return Job(
@@ -74,6 +79,7 @@ def build_job(config: Config, runtime: Runtime, inputs: RunInputs) -> Job:
                 replicas=runtime.data_size,
                 passages=None if inputs.target is None else feed.passages,
                 documents=document_counts(config),
+                reference=inputs.reference,
             ),
         ),
         state=TrainState(),

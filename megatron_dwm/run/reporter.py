@@ -151,6 +151,7 @@ class Reporter:
         self, stage: int, origins: FindOrigins, units: WeighedUnits, alignment_n: Tensor | None
     ) -> None:
         """Record the weights of a global batch (collective); `alignment_n` is of all replicas."""
+        units = units.recorded()
         losses_n = units.gather(units.losses_n, self._runtime)
         weights_n = units.gather(units.weights_n, self._runtime)
         if self._files is not None:

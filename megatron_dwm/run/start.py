@@ -15,7 +15,6 @@ import torch.distributed as dist
 from megatron_dwm.checkpoint.fingerprint import DOMAINS, fingerprint
 from megatron_dwm.checkpoint.first_checkpoint import note_start
 from megatron_dwm.checkpoint.kept_files import kept_files
-from megatron_dwm.checkpoint.load import load_parameters
 from megatron_dwm.checkpoint.manifest import read_manifest
 from megatron_dwm.checkpoint.names import CONFIG_FILE, SHAPE_FILE
 from megatron_dwm.checkpoint.newest import newest_whole_checkpoint
@@ -25,9 +24,6 @@ from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.load import config_text, save_config
 from megatron_dwm.config.paths import typed_paths, with_absolute_paths
-from megatron_dwm.model import LLM
-from megatron_dwm.model.on_disk.from_huggingface import load_huggingface
-from megatron_dwm.model.on_disk.huggingface_files import is_huggingface, open_huggingface
 from megatron_dwm.run.changes import refuse_changed_files, without_effect
 from megatron_dwm.run.checks import check
 from megatron_dwm.run.directory import run_to_resume
@@ -41,7 +37,7 @@ from megatron_dwm.run.recorded import drop_records_after
 from megatron_dwm.run.remarks import remarks
 from megatron_dwm.run.reporter import Reporter
 from megatron_dwm.run.resume import require_no_loss, warn_of_keys_without_effect
-from megatron_dwm.run.starting_point import warn_of_another_tokenizer
+from megatron_dwm.run.starting_point import load_model, warn_of_another_tokenizer
 from megatron_dwm.run.status import is_finished
 from megatron_dwm.run.terminal import Terminal
 from megatron_dwm.run.upkeep import Upkeep
@@ -131,16 +127,8 @@ def _start(
     elif config.model.init_from is not None:
         if job.learner.runtime.is_main:
             warn_of_another_tokenizer(config, inputs.tokenizer)
-        _start_from(job.learner.llm, Path(config.model.init_from))
+        load_model(job.learner.llm, Path(config.model.init_from))
         job.learner.optimizer.reload_model_params()
-
-
-def _start_from(llm: LLM, directory: Path) -> None:
-    """Load the parameters of a Hugging Face model or of a checkpoint (collective)."""
-    if is_huggingface(directory):
-        load_huggingface(llm, open_huggingface(directory))
-    else:
-        load_parameters(llm, directory)
 
 
 def _loop(

@@ -1,4 +1,6 @@
-"""Checks the checkpoint or Hugging Face model that a run starts from, before processes start.
+"""Checks the model that a run starts from, or compares with, before processes start.
+
+It is a checkpoint or a Hugging Face directory.
 
 A checkpoint's files are compared with the checksums in its manifest. The names and sizes in the
 index of its tensors are compared with its shape.json, so that a wrong checkpoint gives one clear
@@ -16,11 +18,13 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_dwm.checkpoint.kept_files import HUGGINGFACE, TOKENIZER
+from megatron_dwm.checkpoint.load import load_parameters
 from megatron_dwm.checkpoint.manifest import require_whole
 from megatron_dwm.checkpoint.names import LLM_FOLDER, MODEL_PREFIX, SHAPE_FILE
 from megatron_dwm.checkpoint.sharded_files import data_only
 from megatron_dwm.config import Config, UserError
-from megatron_dwm.model import LlamaShape
+from megatron_dwm.model import LLM, LlamaShape
+from megatron_dwm.model.on_disk.from_huggingface import load_huggingface
 from megatron_dwm.model.on_disk.huggingface_files import is_huggingface, open_huggingface
 from megatron_dwm.model.on_disk.parameter_names import megatron_sizes
 from megatron_dwm.model.on_disk.saved_index import read_index
@@ -33,36 +37,52 @@ def shape_to_start_from(config: Config) -> LlamaShape | None:
     """Returns the shape of the model of `model.init_from` and checks its files; None without it."""
     if config.model.init_from is None:
         return None
-    directory = Path(config.model.init_from)
+    return shape_of_model(Path(config.model.init_from), _KEY)
+
+
+def shape_of_model(directory: Path, key: str) -> LlamaShape:
+    """Returns the shape of the model in `directory` and checks its files.
+
+    key: the configuration key that named it, for messages.
+    Raises UserError if it is no whole checkpoint or Hugging Face directory.
+    """
     if is_huggingface(directory):
         return open_huggingface(directory).shape
-    shape = _read_shape(directory / SHAPE_FILE)
+    shape = _read_shape(directory / SHAPE_FILE, key)
     if not (directory / LLM_FOLDER / ".metadata").is_file():
         raise UserError(
-            f"{_KEY}: {directory / 'llm/.metadata'} is missing; the checkpoint is incomplete"
+            f"{key}: {directory / 'llm/.metadata'} is missing; the checkpoint is incomplete"
         )
-    require_whole(directory, _KEY)
-    _require_tensors(directory / LLM_FOLDER, shape)
+    require_whole(directory, key)
+    _require_tensors(directory / LLM_FOLDER, shape, key)
     return shape
 
 
-def _read_shape(path: Path) -> LlamaShape:
+def load_model(llm: LLM, directory: Path) -> None:
+    """Load the parameters of a Hugging Face model or of a checkpoint (collective)."""
+    if is_huggingface(directory):
+        load_huggingface(llm, open_huggingface(directory))
+    else:
+        load_parameters(llm, directory)
+
+
+def _read_shape(path: Path, key: str) -> LlamaShape:
     if not path.is_file():
         raise UserError(
-            f"{_KEY}: {path} is missing; expected a checkpoint such as "
+            f"{key}: {path} is missing; expected a checkpoint such as "
             "RUN/checkpoints/step_00001000, or a Hugging Face directory"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         unknown = set(values) - {field.name for field in fields(LlamaShape)}
         if unknown:
-            raise UserError(f"{_KEY}: {path}: {min(unknown)} is not known; is this a checkpoint?")
+            raise UserError(f"{key}: {path}: {min(unknown)} is not known; is this a checkpoint?")
         return _checked(LlamaShape(**values))
     except UserError:
         raise
     except (ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{_KEY}: {path} does not describe a model ({reason})") from None
+        raise UserError(f"{key}: {path} does not describe a model ({reason})") from None
 
 
 def _checked(shape: LlamaShape) -> LlamaShape:
@@ -77,30 +97,30 @@ def _checked(shape: LlamaShape) -> LlamaShape:
     return shape
 
 
-def _require_tensors(directory: Path, shape: LlamaShape) -> None:
+def _require_tensors(directory: Path, shape: LlamaShape, key: str) -> None:
     """Raise UserError unless the index in `directory` has the tensors of such a model."""
-    found = _read_index(directory).state_dict_metadata
+    found = _read_index(directory, key).state_dict_metadata
     for name, size in megatron_sizes(shape).items():
         entry = found.get(MODEL_PREFIX + name)
         if not isinstance(entry, TensorStorageMetadata):
             raise UserError(
-                f"{_KEY}: {directory} has no tensor {MODEL_PREFIX + name}; it is no checkpoint of "
+                f"{key}: {directory} has no tensor {MODEL_PREFIX + name}; it is no checkpoint of "
                 "a model that the shape.json next to it describes"
             )
         if tuple(entry.size) != size:
             raise UserError(
-                f"{_KEY}: {directory}: tensor {MODEL_PREFIX + name} has shape {list(entry.size)}, "
+                f"{key}: {directory}: tensor {MODEL_PREFIX + name} has shape {list(entry.size)}, "
                 f"the shape.json next to it says {list(size)}"
             )
 
 
-def _read_index(directory: Path) -> Metadata:
+def _read_index(directory: Path, key: str) -> Metadata:
     with data_only(directory / ".metadata"):
         try:
             return read_index(directory)
         except (EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{_KEY}: {directory / '.metadata'} cannot be read; the checkpoint is damaged "
+                f"{key}: {directory / '.metadata'} cannot be read; the checkpoint is damaged "
                 f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
             ) from error
 

@@ -20,16 +20,38 @@ class WeighedUnits:
     losses_n, weights_n: float32; losses are token means.
     sizes_n: float32, how much each unit counts; None: all the same.
     counts: number of units of every replica.
+    rows: of this replica, if tokens are units; else None.
     """
 
     losses_n: Tensor
     weights_n: Tensor
     sizes_n: Tensor | None
     counts: list[int]
+    rows: int | None = None
 
     def gather(self, values_n: Tensor, runtime: Runtime) -> Tensor:
         """Gather values of these units of all replicas, in the batch's order (collective)."""
         return gather_over_data(values_n, runtime, self.counts)
+
+    def recorded(self) -> WeighedUnits:
+        """Returns what is recorded: units with an origin. Tokens are recorded by their row's mean.
+
+        The weight of a row is its tokens' mean weight, so the mean over rows of equal size is 1.
+        """
+        if self.rows is None:
+            return self
+        assert self.sizes_n is not None
+        sizes_BS = self.sizes_n.view(self.rows, -1)
+        losses_B, weights_B = (
+            (sizes_BS * values_n.view_as(sizes_BS)).sum(dim=1) / sizes_BS.sum(dim=1).clamp(min=1.0)
+            for values_n in (self.losses_n, self.weights_n)
+        )
+        return WeighedUnits(
+            losses_n=losses_B,
+            weights_n=weights_B,
+            sizes_n=sizes_BS.sum(dim=1),
+            counts=[self.rows] * len(self.counts),
+        )
 
     def gathered_sizes(self, runtime: Runtime) -> Tensor | None:
         """Returns the sizes of the global batch's units; a collective call if there are sizes."""
@@ -56,4 +78,5 @@ def weighed_units(
         weights_n=weights_n,
         sizes_n=batch.units.sizes_U,
         counts=units_of_replicas(batch, runtime),
+        rows=batch.size if batch.tokens_are_units else None,
     )

@@ -32,18 +32,23 @@ def weighted_pass(
     kept = method.update_needs if for_update else Needs()
     early_layer = kept.early_layer
     weights_n, weigh = torch.ones(batch.units.count, device=llm.runtime.device), None
+    reference_n = method.reference_losses(batch)
     if not needs.forward_pass:
         weights_n = method.weights(batch, None, counters)
     elif needs.whole_batch and batch.size > size:
         # Every weight needs all micro-batches, and a pipeline cannot keep all of them in memory. So
         # an extra forward pass comes first.
         first = forward_only(llm, unit(batch, size), early_layer=needs.early_layer)
-        weights_n = method.weights(batch, first.outputs, counters)
+        outputs = replace(first.outputs, reference_losses_n=reference_n)
+        weights_n = method.weights(batch, outputs, counters)
     else:
         early_layer = needs.early_layer if early_layer is None else early_layer
         rows = batch.micro_batches(size)
+        counts = [part.units.count for part in rows]
+        references = [None] * len(rows) if reference_n is None else reference_n.split(counts)
 
         def weigh(index: int, outputs: ForwardOutputs) -> Tensor:
+            outputs = replace(outputs, reference_losses_n=references[index])
             return method.weights(rows[index], outputs, counters)
 
     clear_gradients(llm, learner.optimizer)

@@ -74,11 +74,13 @@ class Workload:
     replicas: data-parallel copies of the LLM.
     passages: number in a validation batch; None for the configured one.
     documents: those of the training data; passages count as if they were like them.
+    reference: shape of the reference model; None: that of the LLM.
     """
 
     replicas: int
     passages: int | None = None
     documents: DocumentCounts = WHOLE_ROWS
+    reference: LlamaShape | None = None
 
 
 def plain_costs(config: Config, llm: LlamaShape, workload: Workload) -> Costs:

@@ -70,6 +70,7 @@ def gather_inside_replica(part_UD: Tensor, batch: Batch, runtime: Runtime) -> Te
 def units_of_replicas(batch: Batch, runtime: Runtime) -> list[int]:
     """Returns the number of units of every replica; a collective call if documents are units."""
     count = batch.units.count
+    # Only documents may be more on one replica than on another.
     if batch.units_BS is None or runtime.data_size == 1:
         return [count] * runtime.data_size
     mine = torch.tensor([count], device=runtime.device)

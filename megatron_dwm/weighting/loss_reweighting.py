@@ -40,7 +40,7 @@ class LossReweighting(RuleBased):
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
         """Returns the parts: losses and groups."""
-        return frozenset({"losses", "groups"})
+        return frozenset({"losses", "groups", "softmax"})
 
     @classmethod
     def problems(cls, config: Config, num_layers: int, world_size: int) -> Iterator[str]:

@@ -87,12 +87,17 @@ class WeightingUpdate:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildContext:
-    """Everything that a method may be built from; `target` is None if the method reads none."""
+    """Everything that a method may be built from.
+
+    target: None if the method reads none. reference: a second LLM without gradients, that of
+        `policy.reference`; None if the method has none.
+    """
 
     config: Config
     llm: LLM
     tokenizer: Tokenizer
     target: ValidationSet | None = None
+    reference: LLM | None = None
 
 
 class Method(Protocol):
@@ -104,6 +109,8 @@ class Method(Protocol):
 
     gentler: ClassVar[str] = "report it: this method has equal weights"
     """what to change if a few samples get nearly all the weight"""
+    units: ClassVar[frozenset[str]] = frozenset({"sample", "document"})
+    """the values of `weighting.unit` that the method can weigh"""
 
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
@@ -176,6 +183,13 @@ class Method(Protocol):
     def weighs(self, counters: Counters) -> bool:
         """True if the method computes weights for the next batch, which costs FLOPs."""
         return False
+
+    def reference_losses(self, batch: Batch) -> Tensor | None:
+        """Returns float32 [n], a reference's losses of this replica's units (collective).
+
+        `weights` finds them in its `outputs`. None if the method has no reference.
+        """
+        return None
 
     @abstractmethod
     def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:

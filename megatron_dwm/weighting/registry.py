@@ -25,5 +25,11 @@ def check_method(config: Config, num_layers: int, world_size: int) -> None:
 
     num_layers: layers of the LLM. world_size: number of processes.
     """
+    unit, units = config.weighting.unit, method_class(config).units
+    if unit not in units:
+        raise UserError(
+            f"weighting.unit {unit}: expected {' or '.join(sorted(units))} with policy "
+            f"{config.policy.name}"
+        )
     for problem in method_class(config).problems(config, num_layers, world_size):
         raise UserError(problem)

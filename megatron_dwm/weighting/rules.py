@@ -16,17 +16,25 @@ def target_problems(config: Config) -> Iterator[str]:
         )
 
 
-def group_problems(config: Config) -> Iterator[str]:
-    """Check the sizes of weighting groups, for a method whose weights are normalized in groups."""
+def group_size_problems(config: Config) -> Iterator[str]:
+    """Check that weighting groups have several units, for a method that weighs inside groups."""
     weighting, training = config.weighting, config.training
-    per_micro_batch = weighting.group == "micro_batch"
-    if weighting.unit == "document":
-        return  # a sample has any number of documents
-    if per_micro_batch and training.micro_batch_size < 2:
+    if weighting.unit != "sample":
+        return  # a sample has any number of units
+    if weighting.group == "micro_batch" and training.micro_batch_size < 2:
         yield (
             "training.micro_batch_size 1: a weighting group of one sample always weighs 1; "
             "set weighting.group to global or use larger micro-batches"
         )
+
+
+def group_problems(config: Config) -> Iterator[str]:
+    """Check weighting groups, for a method whose weights are a softmax over them."""
+    weighting, training = config.weighting, config.training
+    yield from group_size_problems(config)
+    if weighting.unit != "sample":
+        return
+    per_micro_batch = weighting.group == "micro_batch"
     key = "micro_batch_size" if per_micro_batch else "global_batch_size"
     size = training.micro_batch_size if per_micro_batch else training.global_batch_size
     bound = weighting.min_effective_sample_size
