@@ -43,8 +43,10 @@ def _files_by_key(config: Config) -> Iterator[tuple[str, list[Path]]]:
     yield "data.train", [Path(f"{prefix}.{end}") for prefix in prefixes for end in ("bin", "idx")]
     if config.data.tokenizer is not None:
         yield TOKENIZER_KEY, _tokenizer_files(Path(config.data.tokenizer))
+    of_method: dict[str, list[Path]] = {}
     for key, path in method_class(config).depends_on(config):
-        yield key, [path]
+        of_method.setdefault(key, []).append(path)
+    yield from of_method.items()
 
 
 def tokenizer_digests(path: Path) -> set[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -50,6 +51,17 @@ class ExcessLoss(Method):
                 "directory or a checkpoint), got none"
             )
         yield from group_size_problems(config)
+
+    @classmethod
+    def depends_on(cls, config: Config) -> Iterator[tuple[str, Path]]:
+        """Yields the reference's files."""
+        if config.policy.reference is None:
+            return
+        directory = Path(config.policy.reference)
+        # A checkpoint's manifest has the digests of its other files.
+        manifest = directory / "manifest.json"
+        for file in [manifest] if manifest.is_file() else sorted(directory.glob("*.safetensors")):
+            yield "policy.reference", file
 
     @classmethod
     def first_weighed_step(cls, config: Config) -> int:
