@@ -11,7 +11,7 @@ import torch
 from megatron_dwm.checkpoint.manifest import read_manifest
 from megatron_dwm.checkpoint.names import LLM_FOLDER, TRAINING_FILE
 from megatron_dwm.checkpoint.optimizer_state import filled, saved_step, under_saved_names
-from megatron_dwm.checkpoint.parts import Parts, named_chunks, sharded_model
+from megatron_dwm.checkpoint.parts import Parts, TrainedModel, named_chunks, sharded_model
 from megatron_dwm.checkpoint.sharded_adam import create_state, loadable
 from megatron_dwm.checkpoint.sharded_files import load_sharded, saved_names
 from megatron_dwm.config import UserError
@@ -26,9 +26,12 @@ def load_checkpoint(parts: Parts, directory: Path) -> None:
 
     The learning rate is not loaded: it follows from the configuration and the step.
     """
-    create_state(parts.llm, parts.optimizer)
-    load_parameters(parts.llm, directory)
-    _load_optimizer(parts, directory / LLM_FOLDER)
+    for folder, model in parts.models.items():
+        # A run may have taken up a method with a reference since.
+        if folder == LLM_FOLDER or (directory / folder).is_dir():
+            create_state(model.llm, model.optimizer)
+            _load_parameters(model.llm, directory / folder)
+            _load_optimizer(model, directory / folder)
     with data_only(directory / TRAINING_FILE):
         rest = torch.load(directory / TRAINING_FILE, weights_only=True)
     for name, value in asdict(read_manifest(directory).state).items():
@@ -41,7 +44,11 @@ def load_checkpoint(parts: Parts, directory: Path) -> None:
 
 def load_parameters(llm: LLM, directory: Path) -> None:
     """Load only the LLM's parameters of a checkpoint (`model.init_from`); collective."""
-    loaded = load_sharded(sharded_model(llm), directory / LLM_FOLDER)
+    _load_parameters(llm, directory / LLM_FOLDER)
+
+
+def _load_parameters(llm: LLM, folder: Path) -> None:
+    loaded = load_sharded(sharded_model(llm), folder)
     for name, module in named_chunks(llm):
         module.load_state_dict(loaded[name])
 
@@ -63,14 +70,14 @@ def _load_method(parts: Parts, rest: dict[str, Any], directory: Path) -> None:
         ) from error
 
 
-def _load_optimizer(parts: Parts, directory: Path) -> None:
+def _load_optimizer(model: TrainedModel, directory: Path) -> None:
     """Load Adam's state, from a plain or a sharded optimizer into either.
 
     It is loaded apart from the parameters, since a sharded optimizer may read those again.
     """
-    wanted = parts.sharded(is_loading=True)["optimizer"]
+    wanted = model.sharded(is_loading=True)["optimizer"]
     optimizer = under_saved_names(wanted, saved_names(directory))
     loaded = load_sharded({"wanted": optimizer}, directory)
-    with loadable(parts.optimizer):
+    with loadable(model.optimizer):
         step = saved_step(loaded["optimizer"])
-        parts.optimizer.load_state_dict(filled(optimizer, loaded["wanted"], step))
+        model.optimizer.load_state_dict(filled(optimizer, loaded["wanted"], step))

@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import ChainedOptimizer
 
-from megatron_dwm.checkpoint.names import MODEL_PREFIX
+from megatron_dwm.checkpoint.names import LLM_FOLDER, MODEL_PREFIX, REFERENCE_FOLDER
 from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.model import LLM
 from megatron_dwm.runtime import Runtime
@@ -29,9 +29,26 @@ class Stateful(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainedModel:
+    """A model with its optimizer."""
+
+    llm: LLM
+    optimizer: ChainedOptimizer
+
+    def sharded(self, *, is_loading: bool) -> ShardedStateDict:
+        """Returns the state of both, in the sharded form of Megatron-Core."""
+        model = sharded_model(self.llm)
+        optimizer = self.optimizer.sharded_state_dict(
+            model, is_loading=is_loading, metadata=_metadata(self.llm.runtime)
+        )
+        return {**model, "optimizer": optimizer}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Parts:
     """The stateful parts of a run.
 
+    reference: a second model that the method trains; None if it trains none.
     state: the counters. method_name: the policy's name, saved with its state.
     files: small files of every checkpoint, by path inside; only the main process has them.
     """
@@ -41,6 +58,7 @@ class Parts:
     method_name: str
     method: Stateful
     state: TrainState
+    reference: TrainedModel | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
@@ -48,13 +66,13 @@ class Parts:
         """The processes of the job, and this one's position."""
         return self.llm.runtime
 
-    def sharded(self, *, is_loading: bool) -> ShardedStateDict:
-        """Returns the LLM's and its optimizer's state, in the sharded form of Megatron-Core."""
-        model = sharded_model(self.llm)
-        optimizer = self.optimizer.sharded_state_dict(
-            model, is_loading=is_loading, metadata=_metadata(self.runtime)
-        )
-        return {**model, "optimizer": optimizer}
+    @property
+    def models(self) -> dict[str, TrainedModel]:
+        """The models of the run by the folder of a checkpoint that has their tensors."""
+        found = {LLM_FOLDER: TrainedModel(llm=self.llm, optimizer=self.optimizer)}
+        if self.reference is not None:
+            found[REFERENCE_FOLDER] = self.reference
+        return found
 
     def rest(self) -> dict[str, Any]:
         """Returns the rest of the state (collective); complete only on the main process."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -16,7 +17,7 @@ from megatron_dwm.checkpoint.manifest import (
     record_file,
     write_manifest,
 )
-from megatron_dwm.checkpoint.names import LLM_FOLDER, TRAINING_FILE
+from megatron_dwm.checkpoint.names import TRAINING_FILE
 from megatron_dwm.checkpoint.parts import Parts
 from megatron_dwm.checkpoint.sharded_files import (
     DISK_ERRORS,
@@ -42,21 +43,27 @@ class CheckpointSave:
         run_dir: Path,
         fingerprint: dict[str, str],
         *,
-        plan: SavePlan,
+        plans: dict[str, SavePlan],
         background: bool = False,
     ) -> None:
         """Save the current state; with `background`, copy it and let a thread write the copy.
 
-        plan: shared by all saves of a run.
+        plans: by the folder of a model; shared by all saves of a run, which fill it.
         """
         self._fingerprint, self._runtime, self._kept = fingerprint, parts.runtime, parts.files
         self._state = replace(parts.state, passed_over=list(parts.state.passed_over))
         self.directory = checkpoint_dir(run_dir, self._state)
         self._partial = partial_path(self.directory)
-        self._make_directory()
-        self._files = ShardedFiles(
-            parts.sharded(is_loading=False), self._partial / LLM_FOLDER, plan, copy=background
-        )
+        self._make_directory(parts.models)
+        self._files = {
+            folder: ShardedFiles(
+                model.sharded(is_loading=False),
+                self._partial / folder,
+                plans.setdefault(folder, SavePlan()),
+                copy=background,
+            )
+            for folder, model in parts.models.items()
+        }
         self._rest = parts.rest()
         self._failure: str | None = None
         self._thread: Thread | None = None
@@ -76,7 +83,11 @@ class CheckpointSave:
         """Wait for the files, then rename the checkpoint to its final name (collective)."""
         if self._thread is not None:
             self._thread.join()
-        records = self._files.finish(self._failure)
+        records = {
+            f"{folder}/{name}": record
+            for folder, files in self._files.items()
+            for name, record in sorted(files.finish(self._failure).items())
+        }
         failure = None
         if self._runtime.is_main:
             try:
@@ -91,7 +102,7 @@ class CheckpointSave:
         if self._runtime.is_main:
             shutil.rmtree(self._partial, ignore_errors=True)
 
-    def _make_directory(self) -> None:
+    def _make_directory(self, folders: Iterable[str]) -> None:
         failure = None
         if self._runtime.is_main:
             try:
@@ -99,13 +110,15 @@ class CheckpointSave:
                 # Without `parents`: a run directory that was removed must not be created again.
                 self._partial.parent.mkdir(exist_ok=True)
                 self._partial.mkdir()
-                (self._partial / LLM_FOLDER).mkdir()
+                for folder in folders:
+                    (self._partial / folder).mkdir()
             except OSError as error:
                 failure = reason(error)
         agree(failure)
 
     def _write(self) -> None:
-        self._failure = try_write(self._files)
+        failures = [try_write(files) for files in self._files.values()]
+        self._failure = next((failure for failure in failures if failure is not None), None)
         if self._runtime.is_main and self._failure is None:
             try:
                 save_object(self._rest, self._partial / TRAINING_FILE)
@@ -113,8 +126,8 @@ class CheckpointSave:
             except DISK_ERRORS as error:
                 self._failure = reason(error)
 
-    def _complete(self, of_llm: dict[str, FileRecord]) -> None:
-        files = {f"{LLM_FOLDER}/{name}": record for name, record in sorted(of_llm.items())}
+    def _complete(self, of_models: dict[str, FileRecord]) -> None:
+        files = dict(of_models)
         rest = (TRAINING_FILE, *self._kept)
         files |= {name: record_file(self._partial / name) for name in rest}
         manifest = Manifest(state=self._state, fingerprint=self._fingerprint, files=files)

@@ -38,7 +38,7 @@ class Saver:
         self._parts, self._run_dir, self._config = parts, run_dir, config
         self._fingerprint, self._warn = fingerprint, warn
         self._pending: CheckpointSave | None = None
-        self._plan = SavePlan()
+        self._plans: dict[str, SavePlan] = {}
         self._saved = self._position() if newest is not None else None
 
     @property
@@ -65,7 +65,7 @@ class Saver:
                 self._parts,
                 self._run_dir,
                 self._fingerprint,
-                plan=self._plan,
+                plans=self._plans,
                 background=background,
             )
         except SaveError as error:

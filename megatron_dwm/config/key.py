@@ -20,11 +20,13 @@ Part = str
 PARTS: dict[Part, str] = {
     "target": "reads no target",
     "updates": "makes no weighting updates",
+    "passages": "draws no validation batches",
     "weighting_model": "has no weighting model",
     "groups": "weighs every sample the same",
     "softmax": "has no softmax over a group",
     "selection": "keeps everything",
     "reference": "has no reference model",
+    "dynamic_reference": "trains no reference model",
     "alignments": "uses no alignments",
     "domain_mean": "keeps no means of domains",
     "losses": "does not weigh by losses",

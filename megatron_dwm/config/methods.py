@@ -34,6 +34,10 @@ METHODS: dict[str, Registered] = {
         "keeps what a static reference model predicts better (RHO-LOSS; Rho-1 with unit token)",
         f"{_WEIGHTING}.excess_loss:ExcessLoss",
     ),
+    "blade": Registered(
+        "keeps what a reference that follows the LLM and learns from the target predicts better",
+        f"{_WEIGHTING}.blade:Blade",
+    ),
     "validation_mixing": Registered(
         "puts target passages into the training batch, all weights equal",
         f"{_WEIGHTING}.validation_mixing:ValidationMixing",

@@ -39,7 +39,7 @@ class ValidationConfig:
     """JSON Lines file with a `text` in every line (policy dwm needs it)"""
     loss_on: Literal["all", "last_word"] = key("all", part="target")
     """tokens that count in the validation loss: all, or those of a passage's last word"""
-    batch_size: int | None = key(None, ROWS, part="updates")
+    batch_size: int | None = key(None, ROWS, part="passages")
     """passages in one validation batch; none appears twice in a batch, so at most the number of
     rows in the file (with loss_on all a row has data.sequence_length tokens); empty means
     training.global_batch_size"""
@@ -64,12 +64,23 @@ class PolicyConfig:
     reference: str | None = key(None, part="reference")
     """the reference model (excess_loss): a Hugging Face directory (LlamaForCausalLM) or a
     checkpoint, with the LLM's vocabulary"""
+    sync_interval_steps: int = key(1000, COUNT, part="dynamic_reference")
+    """LLM steps between two synchronizations of the reference with the LLM (blade)"""
+    sync_first_step: int = key(1000, COUNT, part="dynamic_reference")
+    """LLM steps with uniform weights before the first synchronization (blade)"""
+    reference_steps: int = key(300, COUNT, part="dynamic_reference")
+    """steps of the reference on its own objective after every synchronization (blade)"""
+    reference_learning_rate: float = key(1e-4, RATE, part="dynamic_reference")
+    """learning rate of those steps, constant (blade)"""
+    penalty: float = key(1.0, FACTOR, part="dynamic_reference")
+    """weight of the training loss in the reference's objective, that of the validation loss is 1
+    (blade)"""
     keep_ratio: float = key(0.6, FRACTION_ABOVE_ZERO, part="selection")
-    """fraction of the units that carry loss, at least one in a group (excess_loss)"""
+    """fraction of the units that carry loss, at least one in a group (excess_loss, blade)"""
     keep_scope: Literal["group", "sequence"] = key(
         "group", part="selection", only={"weighting.unit": ("token",)}
     )
-    """where the fraction is kept: in a weighting group, or in every sample (excess_loss)"""
+    """where the fraction is kept: in a weighting group, or in every sample (excess_loss, blade)"""
     mix_fraction: float = key(0.1, FRACTION, part="mixing")
     """fraction of every batch that consists of target passages, rounded to whole samples
     (validation_mixing)"""
@@ -121,7 +132,7 @@ class WeightingConfig:
     """inner width of the weighting model's SwiGLU blocks"""
     unit: Literal["sample", "document", "token"] = "sample"
     """what gets a weight: a sample, which is a row of data.sequence_length tokens, each piece of a
-    document in it, or each token (policy excess_loss)"""
+    document in it, or each token (policies excess_loss and blade)"""
     unit_share: Literal["tokens", "equal"] = key("tokens", only={"weighting.unit": ("document",)})
     """how much a unit counts in the training loss, besides its weight: in proportion to its tokens,
     so that equal weights are plain training, or all units the same"""

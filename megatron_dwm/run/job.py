@@ -13,7 +13,7 @@ from megatron_dwm.data import CorpusSource, Feed, Share, TrainingData
 from megatron_dwm.data.document_counts import document_counts
 from megatron_dwm.data.pieces import document_rules
 from megatron_dwm.run.inputs import RunInputs
-from megatron_dwm.run.reference import build_reference
+from megatron_dwm.run.reference import Reference, build_reference
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.training import Learner, build_learner
@@ -38,6 +38,7 @@ class Job:
     held_out: HeldOut | None
     costs: Costs
     state: TrainState
+    reference: Reference | None = None
 
     @property
     def stage(self) -> int:
@@ -58,12 +59,14 @@ def build_job(config: Config, runtime: Runtime, inputs: RunInputs) -> Job:
         seed=config.run.seed,
     )
     method = method_class(config)
+    reference = build_reference(config, inputs.reference, runtime)
     context = BuildContext(
         config=config,
         llm=learner.llm,
         tokenizer=inputs.tokenizer,
         target=inputs.target,
-        reference=build_reference(config, inputs.reference, runtime),
+        reference=None if reference is None else reference.llm,
+        reference_optimizer=None if reference is None else reference.optimizer,
     )
     feed = build_feed(config, learner, inputs)
     return Job(
@@ -83,6 +86,7 @@ def build_job(config: Config, runtime: Runtime, inputs: RunInputs) -> Job:
             ),
         ),
         state=TrainState(),
+        reference=reference,
     )
 
 
@@ -98,9 +102,9 @@ def load_job(job: Job, parts: Parts, directory: Path) -> None:
 def build_feed(config: Config, learner: Learner, inputs: RunInputs) -> Feed:
     """Build the batches that the steps and updates of the run read; a collective call."""
     method, size = method_class(config), config.training.global_batch_size
-    num_updates = method.schedule(config).num_updates
-    updates = None
-    if num_updates and config.weighting.update_on == "fresh":
+    schedule, updates = method.schedule(config), None
+    num_updates = schedule.num_updates
+    if num_updates and not schedule.in_step:
         # The same documents in another order, so that weighting updates never change what the LLM
         # reads.
         data = _corpus(config, inputs.tokenizer, num_updates, "weighting")

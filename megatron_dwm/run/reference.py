@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron.core.optimizer import ChainedOptimizer
+
+from megatron_dwm.checkpoint.parts import TrainedModel
+from megatron_dwm.checkpoint.sharded_adam import create_state
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.validate import validate_layout
 from megatron_dwm.model import LLM, LlamaShape, build_llm
 from megatron_dwm.model.shape import heads_of
 from megatron_dwm.run.starting_point import load_model, shape_of_model
 from megatron_dwm.runtime import Runtime
+from megatron_dwm.training.optimizer import build_optimizer
 from megatron_dwm.weighting import method_class
 
 _KEY = "policy.reference"
@@ -21,8 +27,10 @@ def check_reference(config: Config, llm: LlamaShape, world_size: int) -> LlamaSh
     Raises UserError if it cannot be read, has another vocabulary than the LLM, or cannot be split
     like it.
     """
-    path = config.policy.reference
-    if "reference" not in method_class(config).parts(config) or path is None:
+    path, parts = config.policy.reference, method_class(config).parts(config)
+    if "dynamic_reference" in parts:
+        return llm  # a copy of the LLM
+    if "reference" not in parts or path is None:
         return None
     shape = shape_of_model(Path(path), _KEY)
     if shape.vocab_size != llm.vocab_size:
@@ -37,13 +45,29 @@ def check_reference(config: Config, llm: LlamaShape, world_size: int) -> LlamaSh
     return shape
 
 
-def build_reference(config: Config, shape: LlamaShape | None, runtime: Runtime) -> LLM | None:
-    """Build the reference model in the layout and precision of the LLM, without gradients.
+@dataclass(frozen=True)
+class Reference:
+    """A reference model; `optimizer` is None if it does not change."""
 
-    A collective call.
+    llm: LLM
+    optimizer: ChainedOptimizer | None = None
+
+    @property
+    def saved(self) -> TrainedModel | None:
+        """What a checkpoint has of it: nothing if it does not change."""
+        if self.optimizer is None:
+            return None
+        return TrainedModel(llm=self.llm, optimizer=self.optimizer)
+
+
+def build_reference(config: Config, shape: LlamaShape | None, runtime: Runtime) -> Reference | None:
+    """Build the reference model in the layout and precision of the LLM (collective).
+
+    Returns None if the method has none.
     """
-    if shape is None or config.policy.reference is None:
+    if shape is None:
         return None
+    path = config.policy.reference
     llm = build_llm(
         shape,
         config.model,
@@ -51,7 +75,13 @@ def build_reference(config: Config, shape: LlamaShape | None, runtime: Runtime) 
         runtime,
         sequence_length=config.data.sequence_length,
         seed=config.run.seed,
-        trained=False,
+        trained=path is None,
     )
-    load_model(llm, Path(config.policy.reference))
-    return llm
+    if path is not None:
+        load_model(llm, Path(path))
+        return Reference(llm)
+    training = replace(config.training, learning_rate=config.policy.reference_learning_rate)
+    optimizer = build_optimizer(training, llm, sharded=config.parallel.sharded_optimizer)
+    # A checkpoint may come before the reference's first step, and Adam's state is in it.
+    create_state(llm, optimizer)
+    return Reference(llm, optimizer)

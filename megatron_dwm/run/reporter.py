@@ -17,10 +17,15 @@ from megatron_dwm.config import LoggingConfig
 from megatron_dwm.data import Origins
 from megatron_dwm.run.files import RunFiles
 from megatron_dwm.run.health import Health
-from megatron_dwm.run.step_lines import StepLines, batch_statistics, named_statistics
+from megatron_dwm.run.step_lines import (
+    StepLines,
+    batch_statistics,
+    named_statistics,
+    update_values,
+)
 from megatron_dwm.run.terminal import Terminal
 from megatron_dwm.runtime import Runtime
-from megatron_dwm.training import Taken, UpdateResult
+from megatron_dwm.training import OwnUpdateResult, Taken, UpdateResult
 from megatron_dwm.training.evaluation import Evaluation
 from megatron_dwm.training.weighed_units import WeighedUnits
 from megatron_dwm.weighting.costs import Costs
@@ -67,29 +72,21 @@ class Reporter:
             # An update inside the step records the same weights, with alignments.
             self._record_weights(stage, origins, outcome.units, None)
 
-    def update(self, stage: int, result: UpdateResult | None, origins: FindOrigins) -> None:
+    def update(
+        self, stage: int, result: UpdateResult | OwnUpdateResult | None, origins: FindOrigins
+    ) -> None:
         """Report a weighting update, made or skipped, that is already counted in the state."""
         if result is None:
             self._skipped_update(stage)
             return
-        found = result.hypergradient
-        alignment_n = result.units.gather(found.alignment_n, self._runtime)
-        if result.noise is not None:
-            self._health.signal_to_noise(result.noise.ratio)
-        self._write(
-            stage,
-            "weighting",
-            update=self._state.updates,
-            loss=result.train_loss,
-            val_loss=found.val_loss,
-            grad_norm=found.grad_norm,
-            weighting_grad_norm=result.update.grad_norm,
-            weighting_gradient_cosine=result.update.cosine,
-            alignment_mean=float(alignment_n.mean()),
-            alignment_std=float(alignment_n.std(correction=0)),
-            **({} if result.noise is None else result.noise.columns()),
-            **named_statistics(batch_statistics(result.units, self._runtime)),
-        )
+        runtime, alignment_n = self._runtime, None
+        if isinstance(result, UpdateResult):
+            alignment_n = result.units.gather(result.hypergradient.alignment_n, runtime)
+            if result.noise is not None:
+                self._health.signal_to_noise(result.noise.ratio)
+        values = update_values(result, alignment_n)
+        statistics = named_statistics(batch_statistics(result.units, runtime))
+        self._write(stage, "weighting", update=self._state.updates, **values, **statistics)
         if self._config.weights_interval_steps:
             self._record_weights(stage, origins, result.units, alignment_n)
 

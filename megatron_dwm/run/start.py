@@ -107,6 +107,7 @@ def _parts(config: Config, job: Job, inputs: RunInputs, newest: Path | None) -> 
         method_name=config.policy.name,
         method=job.method,
         state=job.state,
+        reference=None if job.reference is None else job.reference.saved,
         files=files,
     )
 

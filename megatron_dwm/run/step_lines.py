@@ -15,6 +15,7 @@ from megatron_dwm.run.files import RunFiles
 from megatron_dwm.run.health import Health
 from megatron_dwm.run.records import STATISTICS, weight_statistics
 from megatron_dwm.runtime import Runtime
+from megatron_dwm.training import OwnUpdateResult, UpdateResult
 from megatron_dwm.training.weighed_units import WeighedUnits
 
 
@@ -54,6 +55,32 @@ def batch_statistics(units: WeighedUnits, runtime: Runtime) -> Tensor:
     """Returns `weight_statistics` of the global batch, on the device (collective)."""
     weights_n = units.gather(units.weights_n, runtime)
     return weight_statistics(weights_n, units.gathered_sizes(runtime))
+
+
+def update_values(
+    result: UpdateResult | OwnUpdateResult, alignment_n: Tensor | None
+) -> dict[str, float | None]:
+    """Returns what a line says about an update, but its weights.
+
+    alignment_n: alignments of the global batch; None if the update computed none.
+    """
+    if isinstance(result, OwnUpdateResult):
+        return {
+            "loss": result.train_loss,
+            "val_loss": result.val_loss,
+            "weighting_grad_norm": result.grad_norm,
+        }
+    assert alignment_n is not None
+    return {
+        "loss": result.train_loss,
+        "val_loss": result.hypergradient.val_loss,
+        "grad_norm": result.hypergradient.grad_norm,
+        "weighting_grad_norm": result.update.grad_norm,
+        "weighting_gradient_cosine": result.update.cosine,
+        "alignment_mean": float(alignment_n.mean()),
+        "alignment_std": float(alignment_n.std(correction=0)),
+        **({} if result.noise is None else result.noise.columns()),
+    }
 
 
 def named_statistics(statistics: Tensor) -> dict[str, float]:

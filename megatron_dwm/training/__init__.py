@@ -2,10 +2,16 @@
 
 from megatron_dwm.training.learner import Learner, build_learner
 from megatron_dwm.training.step import Skipped, Spike, StepOutcome, Taken, train_step
-from megatron_dwm.training.update import UpdateResult, UpperLevel, weighting_update
+from megatron_dwm.training.update import (
+    OwnUpdateResult,
+    UpdateResult,
+    UpperLevel,
+    weighting_update,
+)
 
 __all__ = [
     "Learner",
+    "OwnUpdateResult",
     "Skipped",
     "Spike",
     "StepOutcome",

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from megatron_dwm.data import Batch
+from megatron_dwm.model.optimizer_step import step_if_finite
 from megatron_dwm.runtime.profiling import phase
-from megatron_dwm.training.guard import require_sound_weights, step_if_finite
+from megatron_dwm.training.guard import require_sound_weights
 from megatron_dwm.training.learner import Learner
 from megatron_dwm.training.update import UpdateResult, UpperLevel, update_from_gradient
 from megatron_dwm.training.weighed_units import WeighedUnits, weighed_units

@@ -56,18 +56,49 @@ class UpdateResult:
     train_loss: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnUpdateResult:
+    """The result of one update without a hypergradient.
+
+    units: losses and weights of this replica's units. train_loss: mean of those losses over the
+    global batch. val_loss, grad_norm: as in `OwnUpdate`.
+    """
+
+    units: WeighedUnits
+    train_loss: float
+    val_loss: float
+    grad_norm: float
+
+
 def weighting_update(
     learner: Learner, method: Method, train: Batch, upper: UpperLevel, counters: Counters
-) -> UpdateResult | None:
+) -> UpdateResult | OwnUpdateResult | None:
     """Make one update on its own batch, with the LLM frozen (collective).
 
     Returns None, without an update, if alignments or validation loss are not finite.
     """
+    if method.own_updates:
+        return _own_update(learner, method, train, upper.passages, counters)
     with phase("weighted gradient"):
         result = weighted_pass(learner, method, train, counters, for_update=True)
     update = update_from_gradient(learner, method, train, result, upper)
     clear_gradients(learner.llm, learner.optimizer)
     return update
+
+
+def _own_update(
+    learner: Learner, method: Method, train: Batch, passages: Batch, counters: Counters
+) -> OwnUpdateResult | None:
+    found = method.own_update(learner.llm, train, passages, counters)
+    if found is None:
+        return None
+    units = weighed_units(train, found.losses_n, found.weights_n, learner.runtime)
+    return OwnUpdateResult(
+        units=units,
+        train_loss=float(units.mean(units.losses_n[None], learner.runtime)[0]),
+        val_loss=found.val_loss,
+        grad_norm=found.grad_norm,
+    )
 
 
 def update_from_gradient(

@@ -107,7 +107,7 @@ class ExcessLoss(Method):
         """True: every step has a pass of the reference."""
         return True
 
-    def reference_losses(self, batch: Batch) -> Tensor:
+    def reference_losses(self, batch: Batch) -> Tensor | None:
         """Returns float32 [n], the reference's losses of this replica's units (collective)."""
         return forward_only(self.reference, unit(batch, self.micro_batch_size)).unit_losses_n
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 
 from megatron_dwm.config import Config
@@ -86,11 +87,25 @@ class WeightingUpdate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OwnUpdate:
+    """The result of an update that computes no hypergradient.
+
+    losses_n, weights_n: float32, of this replica's units of the batch that it read.
+    val_loss: mean over the tokens of the passages. grad_norm: of the model that it trained.
+    """
+
+    losses_n: Tensor
+    weights_n: Tensor
+    val_loss: float
+    grad_norm: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class BuildContext:
     """Everything that a method may be built from.
 
-    target: None if the method reads none. reference: a second LLM without gradients, that of
-        `policy.reference`; None if the method has none.
+    target: None if the method reads none. reference: a second LLM; None if the method has none.
+    reference_optimizer: None if the reference does not change.
     """
 
     config: Config
@@ -98,6 +113,7 @@ class BuildContext:
     tokenizer: Tokenizer
     target: ValidationSet | None = None
     reference: LLM | None = None
+    reference_optimizer: ChainedOptimizer | None = None
 
 
 class Method(Protocol):
@@ -111,6 +127,8 @@ class Method(Protocol):
     """what to change if a few samples get nearly all the weight"""
     units: ClassVar[frozenset[str]] = frozenset({"sample", "document"})
     """the values of `weighting.unit` that the method can weigh"""
+    own_updates: ClassVar[bool] = False
+    """True: updates are passes of the method's own (`own_update`), without a hypergradient"""
 
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
@@ -205,6 +223,15 @@ class Method(Protocol):
     ) -> WeightingUpdate:
         """Learn from this replica's samples and their alignments (collective over the world)."""
         raise NotImplementedError("a method whose schedule has updates learns from them")
+
+    def own_update(
+        self, llm: LLM, batch: Batch, passages: Batch, counters: Counters
+    ) -> OwnUpdate | None:
+        """Make an update of one's own from this replica's rows (collective over the world).
+
+        passages: of the target. Returns None, without an update, if values are not finite.
+        """
+        raise NotImplementedError("a method with own_updates has its own")
 
     def after_step(self, batch: Batch, losses_n: Tensor, counters: Counters) -> None:
         """Record the token-mean losses of this replica's units in a step that was taken."""

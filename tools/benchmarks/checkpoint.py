@@ -58,7 +58,7 @@ def _times(
 ) -> tuple[dict[str, list[float]], int]:
     runtime = subject.runtime
     tensors = _tensors(subject.learner)
-    save = partial(_save, _parts(subject), folder, SavePlan())
+    save = partial(_save, _parts(subject), folder, {})
     plain = folder / f"plain_{runtime.rank}.pt"
     contestants = [
         timed(PLAIN, lambda: torch.save(tensors, plain), runtime),
@@ -113,10 +113,12 @@ def _parts(subject: Subject) -> Parts:
     )
 
 
-def _save(parts: Parts, folder: Path, plan: SavePlan, *, background: bool) -> CheckpointSave:
+def _save(
+    parts: Parts, folder: Path, plans: dict[str, SavePlan], *, background: bool
+) -> CheckpointSave:
     """Begin a checkpoint a step after the one before: each one of a run has its own name."""
     parts.state.step += 1
-    return CheckpointSave(parts, folder, {}, plan=plan, background=background)
+    return CheckpointSave(parts, folder, {}, plans=plans, background=background)
 
 
 def _stall(subject: Subject, save: Callable[..., CheckpointSave]) -> Contestant:
