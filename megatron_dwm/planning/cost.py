@@ -82,7 +82,7 @@ def cost_of(config: Config, shape: LlamaShape, workload: Workload) -> Cost:
     costs, schedule = method.costs(config, shape, workload), method.schedule(config)
     steps, num_updates = config.training.steps, schedule.num_updates
     recompute = _recompute_flops(config, shape, workload.documents)
-    fresh = config.weighting.update_on == "fresh"
+    fresh = config.weighting.update_on == "fresh" and not method.own_updates
     validation = config.passages / config.training.global_batch_size
     passes = costs.update_passes + recompute * (1 + validation + fresh)
     first_weighed = method.first_weighed_step(config)

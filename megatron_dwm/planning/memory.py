@@ -26,7 +26,7 @@ from megatron_dwm.planning.activations import (
     layer_bytes,
 )
 from megatron_dwm.planning.placement import RankParameters, layers_in_flight, rank_parameters
-from megatron_dwm.weighting import learns
+from megatron_dwm.weighting import learns, method_class
 from megatron_dwm.weighting.model import WeightingShape
 
 _FP32 = 4
@@ -40,13 +40,14 @@ _FP8_COPIES = {"delayed": 2.0, "tensorwise": 2.0, "blockwise": 2.0, "mxfp8": 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one rank of a pipeline stage. The first five parts are held at all times."""
+    """Bytes of one rank of a pipeline stage. The first six parts are held at all times."""
 
     weights: float
     gradients: float
     optimizer: float
     fp8_copies: float
     weighting_model: float
+    reference: float
     activations: float
     working: float
     virtual_step: float
@@ -55,9 +56,8 @@ class Memory:
     @property
     def always(self) -> float:
         """Bytes that are held from the first step to the last."""
-        return (
-            self.weights + self.gradients + self.optimizer + self.fp8_copies + self.weighting_model
-        )
+        of_llm = self.weights + self.gradients + self.optimizer + self.fp8_copies
+        return of_llm + self.weighting_model + self.reference
 
     @property
     def step(self) -> float:
@@ -95,12 +95,18 @@ def stage_memory(
     state = (_MOMENTS + (_FP32 if mixed else 0)) * found.total / shards
     copies = (1 if mixed else 2) * _FP32 * found.total / shards
     of_weighting = _WEIGHTING_BYTES if learns(config) else _FP32
+    weights, gradients = kernels.value_bytes * found.total, _FP32 * found.total
+    parts = method_class(config).parts(config)
+    reference = weights if "reference" in parts else 0.0
+    if "dynamic_reference" in parts:
+        reference = weights + gradients + state
     return Memory(
-        weights=kernels.value_bytes * found.total,
-        gradients=_FP32 * found.total,
+        weights=weights,
+        gradients=gradients,
         optimizer=state,
         fp8_copies=_fp8_copies(config, shape, found, stage),
         weighting_model=float(of_weighting * weighting_parameters(weighting)),
+        reference=reference,
         activations=_activations(config, shape, world_size, stage, on_gpu),
         working=_working(config, shape, found, on_gpu),
         virtual_step=copies if learns(config) else 0.0,

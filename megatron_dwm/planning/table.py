@@ -18,6 +18,7 @@ _PARTS = {
     "optimizer": "optimizer state",
     "fp8_copies": "FP8 copies of weights",
     "weighting_model": "weighting model, its optimizer",
+    "reference": "reference model",
     "activations": "activations",
     "working": "backward pass at work",
     "virtual_step": "virtual step's copies (update)",

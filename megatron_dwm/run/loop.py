@@ -73,7 +73,7 @@ class Loop:
         job, state = self._job, self._state
         due = 0 if job.schedule.in_step else job.schedule.updates_before(state.step)
         while state.stage_updates < due:
-            weighed = job.method.weighs(state)
+            weighed = job.method.weighs(state) and not job.method.own_updates
             with phase("weighting update"):
                 batch, upper = job.feed.update(state.updates), self._upper_level()
                 result = weighting_update(job.learner, job.method, batch, upper, state)
