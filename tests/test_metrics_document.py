@@ -21,6 +21,8 @@ SOURCES = {"training", "update", "target"}
 EVALUATED = ["--evaluation.path", str(CORPUS / "heldout.jsonl")]
 EVERY_WEIGHT = ["--logging.weights_interval_steps", "1"]
 BROKEN = ["--training.learning_rate", "1e4", "--training.weight_decay", "1e4"]
+BLADE = ["--policy.sync_first_step", "1", "--policy.sync_interval_steps", "2"]
+BLADE += ["--policy.reference_steps", "2"]
 _KEY = re.compile(r"`([a-z_]+)`")
 
 Keys = dict[str, set[str]]
@@ -53,6 +55,7 @@ def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
         # A model that learns, on batches of its own; its first update measures noise.
         "fresh": ["--policy.name", "dwm", *_steps(9), *EVALUATED],
         "domain_mean": ["--policy.name", "domain_mean", *_steps(6)],
+        "blade": ["--policy.name", "blade", *_steps(3), *BLADE],
         "mixing": ["--policy.name", "validation_mixing", *_steps(2), *EVERY_WEIGHT],
         # Parameters grow by 1e8 a step: from step 2 on nothing is finite.
         "broken": ["--policy.name", "dwm", *_steps(6), *BROKEN],
