@@ -24,9 +24,12 @@ def main() -> None:
     if len(sys.argv) != 2:
         raise UserError("expected one argument, the WORKDIR of a study")
     found: dict[str, list[dict[str, float]]] = {}
-    for directory in sorted(Path(sys.argv[1]).glob("*.*/weights")):
+    workdir = Path(sys.argv[1])
+    for directory in sorted({file.parent for file in workdir.glob("*.*/weights/*.parquet")}):
         method = directory.parent.name.rsplit(".", 1)[0]
         found.setdefault(method, []).append(_mean_weights(directory))
+    if not found:
+        raise UserError(f"{workdir}: no run METHOD.SEED with weights in it; name a study's WORKDIR")
     domains = sorted({name for runs in found.values() for means in runs for name in means})
     print("| mean weight | " + " | ".join(printable(name) for name in domains) + " |")
     print("| --- " * (len(domains) + 1) + "|")
@@ -38,6 +41,8 @@ def main() -> None:
 def _mean_weights(directory: Path) -> dict[str, float]:
     columns = ["step", "domain", "tokens", "weight"]
     table = ds.dataset(directory, format="parquet").to_table(columns=columns)
+    # Every file has a dictionary of its own names, and groups need one for all.
+    table = table.set_column(1, "domain", pc.cast(table["domain"], "string"))
     last = pc.max(table["step"]).as_py()
     table = table.filter(pc.greater(table["step"], 0.75 * last))
     weighed = pc.multiply(pc.cast(table["weight"], "double"), table["tokens"])

@@ -29,6 +29,11 @@ from megatron_dwm.config.paths import TYPED_PATHS
 from megatron_dwm.config.schema import Config
 from megatron_dwm.files.atomic import write_text
 
+# What jsonargparse says of a wrong value for a key that may be empty.
+_OPTIONAL = re.compile(
+    r"Does not validate against any of the Union subtypes Subtypes: \[.+, NoneType\] "
+    r"Errors: - (.+) - Expected a NoneType Given value type: \w+ Given value: (.*)"
+)
 _LIST_KEYS = ("--data.train", "--run.allow_changed")
 
 
@@ -221,6 +226,7 @@ def _one_line(message: str, file: Path | None) -> str:
     text = re.sub(r"Parser key \"([\w.]+)\":", r"\1:", text)
     text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
     text = text.replace("Expected a Literal", "expected one of ")
+    text = _OPTIONAL.sub(r"\1, or null. Got value: \2", text)
     where = f" (from {file} or the command line)" if file else ""
     return text + where
 

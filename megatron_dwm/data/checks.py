@@ -1,12 +1,15 @@
 """Cheap checks of the training data, before any process group or model exists.
 
-Cost per prefix: a few reads of headers and footers, and up to 16 million token ids if no sidecar
-says which tokenizer made them.
+Cost per prefix: a few reads of headers and footers, up to 16 million token ids if no sidecar says
+which tokenizer made them, and the lengths of all documents without `data.border_loss`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import DataConfig
@@ -29,8 +32,8 @@ def check_data(config: DataConfig, tokenizer: Tokenizer, num_samples: int) -> No
 
     Raises:
         UserError: the list is malformed; a file is missing, broken, shorter than one sample or
-            read more than `MAX_EPOCHS` times; a sidecar does not fit its index; or the data was
-            made with another tokenizer.
+            read more than `MAX_EPOCHS` times; no label counts; a sidecar does not fit its index; or
+            the data was made with another tokenizer.
     """
     if config.sequence_length < 1:
         raise UserError(f"data.sequence_length is {config.sequence_length}: must be at least 1")
@@ -39,6 +42,8 @@ def check_data(config: DataConfig, tokenizer: Tokenizer, num_samples: int) -> No
     for file in files:
         check_length(file, config.sequence_length)
     _check_epochs(parts, files, config.sequence_length, num_samples)
+    if not config.border_loss:
+        _check_labels(files)
     for file in files:
         check_sidecar(file, config.domain_key)
         check_tokenizer(file, tokenizer)
@@ -75,3 +80,17 @@ def _check_epochs(
                 "data.sequence_length, training.global_batch_size or training.steps, a smaller "
                 "weight in data.train, or more text"
             )
+
+
+def _check_labels(files: list[IndexedFile]) -> None:
+    """Check that a document has a label of its own, as borders have none: two tokens or more."""
+    for file in files:
+        indexed = IndexedDataset(file.prefix, mmap=True)
+        ends = np.concatenate([[0], np.cumsum(indexed.sequence_lengths, dtype=np.int64)])
+        if np.diff(ends[indexed.document_indices]).max(initial=0) > 1:
+            return
+    raise UserError(
+        f"data.border_loss false: no label would count, because no document of "
+        f"{', '.join(file.prefix for file in files)} has more than one token; set it to true, or "
+        "tokenize with --append-eod"
+    )

@@ -37,6 +37,8 @@ MAY_CHANGE = {
 }
 # Keys about the start of a run: a resumed run reads its checkpoint instead.
 _STARTS_FROM = ("model.init_from", "weighting.load")
+# Named first, because they are why other keys changed.
+_CAUSES = ("policy.name", "weighting.unit")
 MAY_CHANGE_SECTIONS = ("parallel", "logging", "evaluation", "profiling")
 
 
@@ -57,8 +59,7 @@ def refuse_changes(
         and not (key in PATH_KEYS and is_same_path(key, before[key], now[key], typed or {}))
     ]
     if changed:
-        # Another policy is why other keys changed.
-        changed.sort(key=lambda name: name != "policy.name")
+        changed.sort(key=lambda name: name not in _CAUSES)
         key, others = changed[0], ", ".join(changed[1:])
         raise UserError(
             f"{key}: the run in {where} has {before[key]!r}, now {now[key]!r}; a resumed run "
@@ -114,8 +115,10 @@ def _allow(key: str) -> str:
 
 
 def _flat(config: Config) -> dict[str, Any]:
-    return {
+    flat = {
         f"{section}.{key}": value
         for section, values in dataclasses.asdict(config).items()
         for key, value in values.items()
     }
+    # Empty follows weighting.unit, so the LLM's attention would change with it unseen.
+    return flat | {"data.mask_documents": config.masks_documents}

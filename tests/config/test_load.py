@@ -255,3 +255,16 @@ def test_no_arguments_give_the_defaults() -> None:
 def test_missing_data_is_named() -> None:
     with pytest.raises(UserError, match="data.train"):
         judge(load_config(["--data.tokenizer", "t"]), SHAPE, 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("data.mask_documents", "Expected a bool, or null"),
+        ("model.num_layers", "Expected a int, or null"),
+        ("model.preset", r"expected one of \['tiny', .*\], or null"),
+    ],
+)
+def test_a_wrong_value_of_a_key_that_may_be_empty(key: str, expected: str) -> None:
+    with pytest.raises(UserError, match=rf"^{key}: {expected}\. Got value: maybe$"):
+        load_config([f"--{key}", "maybe"])

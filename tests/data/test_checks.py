@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import DataConfig
@@ -174,3 +177,18 @@ def test_a_run_that_would_read_the_same_without_end_is_refused(
     check_data(blend, tokenizer, 1000 * in_pass[0])
     with pytest.raises(UserError, match=f"{two[0]}.bin: .* weight in data.train"):
         check_data(blend, tokenizer, 1010 * in_pass[0])
+
+
+def test_borders_without_loss_need_documents_of_two_tokens(
+    tmp_path: Path, corpus: str, tokenizer: Tokenizer
+) -> None:
+    """Otherwise nothing is left to train on: a loss of 0, or of NaN where documents are units."""
+    prefix = str(tmp_path / "single")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for _ in range(300):
+        builder.add_document(torch.tensor([5]), [1])
+    builder.finalize(f"{prefix}.idx")
+    single = DataConfig(train=[prefix], sequence_length=4, border_loss=False)
+    assert "data.border_loss false: no label would count" in refused(single, tokenizer)
+    check_data(dataclasses.replace(single, border_loss=True), tokenizer, SAMPLES)
+    check_data(dataclasses.replace(single, train=[prefix, corpus]), tokenizer, SAMPLES)

@@ -38,3 +38,17 @@ def test_a_rate_may_change_and_a_decay_when_it_is_allowed() -> None:
         refuse_changes(old, decaying, Path("run"))
     allowed = replace(old.run, allow_changed=["weighting.weight_decay"])
     refuse_changes(old, replace(decaying, run=allowed), Path("run"))
+
+
+def test_attention_does_not_change_unseen_with_the_unit() -> None:
+    """An empty data.mask_documents is compared by what it means."""
+    old = Config()
+    new = replace(old, weighting=WeightingConfig(unit="document"))
+    with pytest.raises(UserError, match=r"^weighting.unit: .*also changed: data.mask_documents"):
+        refuse_changes(old, new, Path("run"))
+    new = replace(new, run=replace(old.run, allow_changed=["weighting.unit"]))
+    with pytest.raises(UserError, match=r"^data.mask_documents: .* has False, now True"):
+        refuse_changes(old, new, Path("run"))
+    refuse_changes(old, replace(new, data=replace(old.data, mask_documents=False)), Path("run"))
+    spelled_out = replace(new, data=replace(old.data, mask_documents=True))
+    refuse_changes(new, spelled_out, Path("run"))
