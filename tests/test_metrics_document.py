@@ -53,6 +53,7 @@ def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
         # A model that learns, on batches of its own; its first update measures noise.
         "fresh": ["--policy.name", "dwm", *_steps(9), *EVALUATED],
         "domain_mean": ["--policy.name", "domain_mean", *_steps(6)],
+        "similarity": ["--policy.name", "similarity", *_steps(6)],
         "mixing": ["--policy.name", "validation_mixing", *_steps(2), *EVERY_WEIGHT],
         # Parameters grow by 1e8 a step: from step 2 on nothing is finite.
         "broken": ["--policy.name", "dwm", *_steps(6), *BROKEN],

@@ -42,7 +42,6 @@ def check(config: Config) -> RunInputs:
 
 def _num_samples(config: Config) -> int:
     """Returns the number of samples that steps read, or fresh updates if those read more."""
-    updates = 0
-    if config.weighting.update_on == "fresh":
-        updates = method_class(config).schedule(config).num_updates
+    schedule = method_class(config).schedule(config)
+    updates = schedule.num_updates if schedule.fresh else 0
     return max(config.training.steps, updates) * config.training.global_batch_size

@@ -20,7 +20,7 @@ from megatron_dwm.run.health import Health
 from megatron_dwm.run.step_lines import StepLines, batch_statistics, named_statistics
 from megatron_dwm.run.terminal import Terminal
 from megatron_dwm.runtime import Runtime
-from megatron_dwm.training import Taken, UpdateResult
+from megatron_dwm.training import Taken, TargetRead, UpdateResult
 from megatron_dwm.training.evaluation import Evaluation
 from megatron_dwm.training.weighed_units import WeighedUnits
 from megatron_dwm.weighting.costs import Costs
@@ -67,27 +67,27 @@ class Reporter:
             # An update inside the step records the same weights, with alignments.
             self._record_weights(stage, origins, outcome.units, None)
 
-    def update(self, stage: int, result: UpdateResult | None, origins: FindOrigins) -> None:
+    def update(
+        self, stage: int, result: UpdateResult | TargetRead | None, origins: FindOrigins
+    ) -> None:
         """Report a weighting update, made or skipped, that is already counted in the state."""
         if result is None:
             self._skipped_update(stage)
-            return
-        found = result.hypergradient
-        alignment_n = result.units.gather(found.alignment_n, self._runtime)
+        elif isinstance(result, TargetRead):
+            number = self._state.updates
+            self._write(stage, "weighting", update=number, val_loss=result.val_loss)
+        else:
+            self._made_update(stage, result, origins)
+
+    def _made_update(self, stage: int, result: UpdateResult, origins: FindOrigins) -> None:
+        alignment_n = result.units.gather(result.hypergradient.alignment_n, self._runtime)
         if result.noise is not None:
             self._health.signal_to_noise(result.noise.ratio)
         self._write(
             stage,
             "weighting",
             update=self._state.updates,
-            loss=result.train_loss,
-            val_loss=found.val_loss,
-            grad_norm=found.grad_norm,
-            weighting_grad_norm=result.update.grad_norm,
-            weighting_gradient_cosine=result.update.cosine,
-            alignment_mean=float(alignment_n.mean()),
-            alignment_std=float(alignment_n.std(correction=0)),
-            **({} if result.noise is None else result.noise.columns()),
+            **_columns(result, alignment_n),
             **named_statistics(batch_statistics(result.units, self._runtime)),
         )
         if self._config.weights_interval_steps:
@@ -143,7 +143,7 @@ class Reporter:
 
     def _skipped_update(self, stage: int) -> None:
         number = self._state.updates
-        reason = "its losses or alignments are not finite"
+        reason = "its losses, alignments or features are not finite"
         self._write(stage, "skipped_update", update=number, reason=reason)
         self.terminal.warn(f"weighting update {number} is skipped: {reason}")
 
@@ -179,3 +179,17 @@ class Reporter:
         now_s = time.monotonic()
         self._state.seconds += now_s - self._clock_s
         self._clock_s = now_s
+
+
+def _columns(result: UpdateResult, alignment_n: Tensor) -> dict[str, float | None]:
+    """Returns the values of an update by name; `alignment_n` is of all replicas."""
+    return {
+        "loss": result.train_loss,
+        "val_loss": result.hypergradient.val_loss,
+        "grad_norm": result.hypergradient.grad_norm,
+        "weighting_grad_norm": result.update.grad_norm,
+        "weighting_gradient_cosine": result.update.cosine,
+        "alignment_mean": float(alignment_n.mean()),
+        "alignment_std": float(alignment_n.std(correction=0)),
+        **({} if result.noise is None else result.noise.columns()),
+    }

@@ -49,7 +49,8 @@ class DomainMean(RuleBased):
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
         """Returns the parts: a target, updates from alignments, groups and the means."""
-        return frozenset({"target", "updates", "alignments", "domain_mean", "groups", "softmax"})
+        learning = {"target", "passages", "updates", "hypergradients", "alignments"}
+        return frozenset({*learning, "domain_mean", "groups", "softmax"})
 
     @classmethod
     def problems(cls, config: Config, num_layers: int, world_size: int) -> Iterator[str]:
