@@ -56,6 +56,7 @@ def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
         "fresh": ["--policy.name", "dwm", *_steps(9), *EVALUATED],
         "domain_mean": ["--policy.name", "domain_mean", *_steps(6)],
         "blade": ["--policy.name", "blade", *_steps(3), *BLADE],
+        "similarity": ["--policy.name", "similarity", *_steps(6)],
         "mixing": ["--policy.name", "validation_mixing", *_steps(2), *EVERY_WEIGHT],
         # Parameters grow by 1e8 a step: from step 2 on nothing is finite.
         "broken": ["--policy.name", "dwm", *_steps(6), *BROKEN],

@@ -19,17 +19,19 @@ Part = str
 
 PARTS: dict[Part, str] = {
     "target": "reads no target",
+    "passages": "reads no validation batches",
     "updates": "makes no weighting updates",
-    "passages": "draws no validation batches",
+    "hypergradients": "computes no hypergradients",
     "weighting_model": "has no weighting model",
     "groups": "weighs every sample the same",
     "softmax": "has no softmax over a group",
     "selection": "keeps everything",
     "reference": "has no reference model",
     "dynamic_reference": "trains no reference model",
-    "alignments": "uses no alignments",
+    "alignments": "learns nothing from alignments",
     "domain_mean": "keeps no means of domains",
     "losses": "does not weigh by losses",
+    "similarity": "compares no features",
     "mixing": "mixes no target passages into the batches",
 }
 """every part, with the words for a method that lacks it"""

@@ -30,6 +30,10 @@ METHODS: dict[str, Registered] = {
         "weighs harder samples more, by their losses",
         f"{_WEIGHTING}.loss_reweighting:LossReweighting",
     ),
+    "similarity": Registered(
+        "weighs by the cosine of a sample's hidden states and the target's (ADAPT)",
+        f"{_WEIGHTING}.similarity:Similarity",
+    ),
     "excess_loss": Registered(
         "keeps what a static reference model predicts better (RHO-LOSS; Rho-1 with unit token)",
         f"{_WEIGHTING}.excess_loss:ExcessLoss",

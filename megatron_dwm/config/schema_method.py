@@ -61,6 +61,11 @@ class PolicyConfig:
     loss_temperature: float = key(1.0, TEMPERATURE, part="losses")
     """temperature of the softmax over the losses, in standard deviations from their mean
     (loss_reweighting)"""
+    similarity_temperature: float = key(0.1, TEMPERATURE, part="similarity")
+    """temperature of the softmax over the cosines, which are between -1 and 1 (similarity)"""
+    similarity_layer: int = key(1, LAYERS, part="similarity")
+    """layer of the LLM, counted from 1, whose pooled output is compared in addition to the last
+    one's (similarity)"""
     reference: str | None = key(None, part="reference")
     """the reference model (excess_loss): a Hugging Face directory (LlamaForCausalLM) or a
     checkpoint, with the LLM's vocabulary"""
@@ -107,12 +112,12 @@ class WeightingConfig:
     warmup_steps: int = key(50, COUNT_OR_ZERO, part="updates", only=_ONLINE)
     """LLM steps with uniform weights before the first update; with update_on training at least 2,
     because the first update happens inside the last of them"""
-    update_on: Literal["fresh", "training"] = key("fresh", part="updates")
+    update_on: Literal["fresh", "training"] = key("fresh", part="alignments")
     """fresh: an update reads its own batch and costs three plain steps; training (mode online): it
     uses the batch, gradient and weights of the current LLM step and costs two"""
     freeze_after: float = key(1.0, FRACTION_ABOVE_ZERO, part="updates")
     """fraction of training.steps after which the weighting model is no longer updated"""
-    damp_by_noise: bool = key(False, part="updates")
+    damp_by_noise: bool = key(False, part="alignments")
     """multiply the learning rate of updates by the measured reliability of the alignments"""
     load: str | None = key(None, part="weighting_model")
     """directory of a weighting model (weighting/stage_K of a run) to start from; its sizes replace
@@ -162,15 +167,18 @@ class BilevelConfig:
     """How the hypergradient is computed (METHOD.md, section 2)."""
 
     estimator: Literal["tangent_probe", "finite_difference", "unroll"] = key(
-        "tangent_probe", part="updates"
+        "tangent_probe", part="hypergradients"
     )
     """tangent_probe works under every layout; the other two are slow and for comparison"""
-    inner_optimizer: Literal["adam", "sgd"] = key("adam", part="updates")
+    inner_optimizer: Literal["adam", "sgd"] = key("adam", part="hypergradients")
     """the virtual step: the step of the LLM's optimizer (adam), or plain gradient descent (sgd)"""
-    noise_interval_updates: int = key(10, COUNT_OR_ZERO, part="updates", only=_NOISE_KNOWN)
+    noise_interval_updates: int = key(10, COUNT_OR_ZERO, part="hypergradients", only=_NOISE_KNOWN)
     """weighting updates between measurements of the alignments' signal-to-noise ratio; one costs an
     extra pass and needs two passages and three samples; 0 never measures"""
     min_signal_to_noise: float = key(
-        0.1, FACTOR, part="updates", only={**_NOISE_KNOWN, "bilevel.noise_interval_updates": SET}
+        0.1,
+        FACTOR,
+        part="hypergradients",
+        only={**_NOISE_KNOWN, "bilevel.noise_interval_updates": SET},
     )
     """warn once if the measured signal-to-noise ratio stays below this"""

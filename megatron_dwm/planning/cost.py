@@ -16,7 +16,7 @@ from megatron_dwm.data.document_counts import DocumentCounts
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.model.flops import llm_forward_flops
 from megatron_dwm.planning.hardware import Gpu
-from megatron_dwm.weighting import method_class
+from megatron_dwm.weighting import learns, method_class
 from megatron_dwm.weighting.costs import Workload
 
 
@@ -82,13 +82,15 @@ def cost_of(config: Config, shape: LlamaShape, workload: Workload) -> Cost:
     costs, schedule = method.costs(config, shape, workload), method.schedule(config)
     steps, num_updates = config.training.steps, schedule.num_updates
     recompute = _recompute_flops(config, shape, workload.documents)
-    fresh = config.weighting.update_on == "fresh" and not method.own_updates
-    validation = config.passages / config.training.global_batch_size
-    passes = costs.update_passes + recompute * (1 + validation + fresh)
+    # A forward pass alone repeats nothing.
+    repeats = costs.update_passes / costs.llm_step if learns(config) else 0.0
+    if method.own_updates:
+        repeats = 1 + config.passages / config.training.global_batch_size
+    passes = costs.update_passes + recompute * repeats
     first_weighed = method.first_weighed_step(config)
     # A fresh batch is weighed like a step's, except the first one that a new model learns from.
     unweighed = 1 if first_weighed > 0 else 0
-    weighed_updates = max(0, num_updates - unweighed) if fresh else 0
+    weighed_updates = max(0, num_updates - unweighed) if schedule.fresh else 0
     weighed = (steps - first_weighed) / steps
     return Cost(
         llm=costs.llm_step,

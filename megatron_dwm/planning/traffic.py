@@ -25,7 +25,7 @@ from megatron_dwm.model import LlamaShape
 from megatron_dwm.model.passes.micro_batches import largest_micro_batch, rows_of_replica
 from megatron_dwm.planning.memory import weighting_parameters
 from megatron_dwm.planning.placement import rank_parameters
-from megatron_dwm.weighting import learns
+from megatron_dwm.weighting import learns, method_class
 from megatron_dwm.weighting.model import WeightingShape
 
 _FP32 = 4
@@ -82,7 +82,8 @@ def traffic_of(
     on_gpu: bool,
 ) -> list[Traffic]:
     """Returns a line for every link. on_gpu: the layers are Transformer Engine's."""
-    fresh = config.weighting.update_on == "fresh"
+    schedule = method_class(config).schedule(config)
+    fresh = schedule.fresh
     updates = float(learns(config))
     # An update has a pass for g of a fresh batch, that of the validation batch, and the probe,
     # which reads the batch and forms no gradient.
@@ -97,6 +98,10 @@ def traffic_of(
         in_update += _probe_gathers(config, shape, batch) * updates
     borders = _pipeline(config, shape, batch)
     over_borders = borders * of_batch + _pipeline(config, shape, target) * updates
+    if schedule.num_updates and not learns(config):
+        # The target is read: a forward pass, of which no gradient comes back.
+        in_update = _tensor(config, shape, target, backward=False)
+        over_borders = _pipeline(config, shape, target) * 0.5
     tensor_factor = 2 * (tensor - 1) / tensor / (2 if config.parallel.sequence else 1)
     return [
         _line("tensor", tensor, layers + norms, in_update, tensor_factor),
@@ -170,7 +175,7 @@ def _hidden(config: Config, shape: LlamaShape, run: Pass) -> _Sent:
     return _Sent(1, float(value_bytes * tokens * shape.hidden_size))
 
 
-def _tensor(config: Config, shape: LlamaShape, run: Pass) -> _Sent:
+def _tensor(config: Config, shape: LlamaShape, run: Pass, *, backward: bool = True) -> _Sent:
     """Returns the messages of one pass on the last stage, which is the busiest.
 
     It has the output layer and, if it is the only stage, the input embedding.
@@ -183,6 +188,9 @@ def _tensor(config: Config, shape: LlamaShape, run: Pass) -> _Sent:
     a_layer = (10 if sequence else 4) + (2 * (2 if sequence else 1) if full else 0)
     output = 3 if sequence else 1
     embedding = (2 if sequence else 1) if config.parallel.pipeline == 1 else 0
+    if not backward:
+        a_layer, output = (4, 1) if sequence else (2, 0)
+        embedding = int(config.parallel.pipeline == 1)
     hidden = _hidden(config, shape, run) * (layers * a_layer + output + embedding)
     loss = _Sent(1, _FP32 * run.samples * config.data.sequence_length) * _CROSS_ENTROPY
     return (hidden + loss) * run.micro_batches

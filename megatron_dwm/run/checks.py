@@ -43,5 +43,5 @@ def check(config: Config) -> RunInputs:
 def _num_samples(config: Config) -> int:
     """Returns the number of samples that steps read, or fresh updates if those read more."""
     schedule = method_class(config).schedule(config)
-    updates = 0 if schedule.in_step else schedule.num_updates
+    updates = schedule.num_updates if schedule.fresh else 0
     return max(config.training.steps, updates) * config.training.global_batch_size

@@ -63,7 +63,7 @@ def open_target(config: Config, tokenizer: Tokenizer) -> ValidationSet | None:
         seed=config.run.seed,
         rules=document_rules(config),
     )
-    if "updates" in parts and config.weighting.damp_by_noise and target.num_rows < 2:
+    if "alignments" in parts and config.weighting.damp_by_noise and target.num_rows < 2:
         raise UserError(
             f"weighting.damp_by_noise: {config.validation.path} (validation.path) has one row, "
             "and noise is measured between halves; give more text or leave it out"

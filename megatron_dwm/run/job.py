@@ -102,12 +102,12 @@ def load_job(job: Job, parts: Parts, directory: Path) -> None:
 def build_feed(config: Config, learner: Learner, inputs: RunInputs) -> Feed:
     """Build the batches that the steps and updates of the run read; a collective call."""
     method, size = method_class(config), config.training.global_batch_size
-    schedule, updates = method.schedule(config), None
-    num_updates = schedule.num_updates
-    if num_updates and not schedule.in_step:
+    schedule = method.schedule(config)
+    updates = None
+    if schedule.num_updates and schedule.fresh:
         # The same documents in another order, so that weighting updates never change what the LLM
         # reads.
-        data = _corpus(config, inputs.tokenizer, num_updates, "weighting")
+        data = _corpus(config, inputs.tokenizer, schedule.num_updates, "weighting")
         updates = CorpusSource(data, size, "update")
     corpus = CorpusSource(
         _corpus(config, inputs.tokenizer, config.training.steps, "training"), size

@@ -2,7 +2,7 @@
 
     for step in the remaining steps:
         for each update that is due before it:          # LLM frozen
-            weighting_update(batch, passages)
+            weighting_update(batch, passages)           # or read_target(passages)
         train_step(batch)                               # taken, skipped or a spike
         evaluate, save and stop if due
 
@@ -23,11 +23,15 @@ from megatron_dwm.run.reporter import Reporter
 from megatron_dwm.run.upkeep import Upkeep
 from megatron_dwm.runtime.profiling import Window, phase
 from megatron_dwm.training import (
+    OwnUpdateResult,
     Skipped,
     Spike,
     StepOutcome,
     Taken,
+    TargetRead,
+    UpdateResult,
     UpperLevel,
+    read_target,
     train_step,
     weighting_update,
 )
@@ -73,11 +77,8 @@ class Loop:
         job, state = self._job, self._state
         due = 0 if job.schedule.in_step else job.schedule.updates_before(state.step)
         while state.stage_updates < due:
-            weighed = job.method.weighs(state) and not job.method.own_updates
             with phase("weighting update"):
-                batch, upper = job.feed.update(state.updates), self._upper_level()
-                result = weighting_update(job.learner, job.method, batch, upper, state)
-            state.weighings += weighed
+                result = self._update()
             state.updates, state.stage_updates = state.updates + 1, state.stage_updates + 1
             origins = partial(job.feed.update_origins, state.updates - 1)
             self._report.update(self._job.stage, result, origins)
@@ -85,6 +86,18 @@ class Loop:
             if not self._upkeep.after_update(counts=due > 1):
                 return False
         return True
+
+    def _update(self) -> UpdateResult | OwnUpdateResult | TargetRead | None:
+        """Make the next update with the LLM frozen."""
+        job, state = self._job, self._state
+        if not job.schedule.fresh:
+            return read_target(job.learner, job.method, job.feed.validation(state.updates))
+        # An update of the method's own counts its passes itself.
+        weighed = job.method.weighs(state) and not job.method.own_updates
+        batch, upper = job.feed.update(state.updates), self._upper_level()
+        result = weighting_update(job.learner, job.method, batch, upper, state)
+        state.weighings += weighed
+        return result
 
     def _make_step(self) -> bool:
         """Make one step and what is due after it; False after a request to stop."""

@@ -37,7 +37,7 @@ def remarks(
 
 def _updates(config: Config, inputs: RunInputs) -> Iterator[str]:
     """Yields lines about small validation batches and noise that is not measured."""
-    if inputs.target is None or not learns(config):
+    if inputs.target is None or "passages" not in method_class(config).parts(config):
         return
     passages = min(config.passages, inputs.target.num_rows)
     if passages != config.passages:
@@ -50,7 +50,7 @@ def _updates(config: Config, inputs: RunInputs) -> Iterator[str]:
             f"a validation batch takes every row of {config.validation.path} (validation.path) "
             f"once: {passages}, not the {config.passages} of {asked_by}"
         )
-    reason = why_no_noise(config, passages)
+    reason = why_no_noise(config, passages) if learns(config) else None
     if config.bilevel.noise_interval_updates and reason is not None:
         yield (
             f"the alignments' signal-to-noise is not measured: {reason} "
@@ -103,7 +103,7 @@ def _slow_steps(config: Config, costs: Costs, runtime: Runtime) -> Iterator[str]
 
 def _nothing_is_learned(config: Config) -> Iterator[str]:
     method = method_class(config)
-    if learns(config) and not method.schedule(config).num_updates:
+    if "updates" in method.parts(config) and not method.schedule(config).num_updates:
         yield (
             f"policy {config.policy.name} makes no weighting update in {config.training.steps} "
             "steps: lower weighting.warmup_steps, raise weighting.freeze_after or train longer"

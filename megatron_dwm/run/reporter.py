@@ -25,7 +25,7 @@ from megatron_dwm.run.step_lines import (
 )
 from megatron_dwm.run.terminal import Terminal
 from megatron_dwm.runtime import Runtime
-from megatron_dwm.training import OwnUpdateResult, Taken, UpdateResult
+from megatron_dwm.training import OwnUpdateResult, Taken, TargetRead, UpdateResult
 from megatron_dwm.training.evaluation import Evaluation
 from megatron_dwm.training.weighed_units import WeighedUnits
 from megatron_dwm.weighting.costs import Costs
@@ -73,11 +73,18 @@ class Reporter:
             self._record_weights(stage, origins, outcome.units, None)
 
     def update(
-        self, stage: int, result: UpdateResult | OwnUpdateResult | None, origins: FindOrigins
+        self,
+        stage: int,
+        result: UpdateResult | OwnUpdateResult | TargetRead | None,
+        origins: FindOrigins,
     ) -> None:
         """Report a weighting update, made or skipped, that is already counted in the state."""
         if result is None:
             self._skipped_update(stage)
+            return
+        if isinstance(result, TargetRead):
+            values: dict[str, Any] = {"val_loss": result.val_loss}
+            self._write(stage, "weighting", update=self._state.updates, **values)
             return
         runtime, alignment_n = self._runtime, None
         if isinstance(result, UpdateResult):
@@ -140,7 +147,7 @@ class Reporter:
 
     def _skipped_update(self, stage: int) -> None:
         number = self._state.updates
-        reason = "its losses or alignments are not finite"
+        reason = "its losses, alignments or features are not finite"
         self._write(stage, "skipped_update", update=number, reason=reason)
         self.terminal.warn(f"weighting update {number} is skipped: {reason}")
 

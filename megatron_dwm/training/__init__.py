@@ -2,6 +2,7 @@
 
 from megatron_dwm.training.learner import Learner, build_learner
 from megatron_dwm.training.step import Skipped, Spike, StepOutcome, Taken, train_step
+from megatron_dwm.training.target import TargetRead, read_target
 from megatron_dwm.training.update import (
     OwnUpdateResult,
     UpdateResult,
@@ -16,9 +17,11 @@ __all__ = [
     "Spike",
     "StepOutcome",
     "Taken",
+    "TargetRead",
     "UpdateResult",
     "UpperLevel",
     "build_learner",
+    "read_target",
     "train_step",
     "weighting_update",
 ]

@@ -80,6 +80,7 @@ class Blade(ExcessLoss):
             steps=steps,
             update_steps=range(policy.sync_first_step, steps, policy.sync_interval_steps),
             updates_each=policy.reference_steps,
+            fresh=True,
         )
 
     @classmethod

@@ -49,7 +49,7 @@ class DomainMean(RuleBased):
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
         """Returns the parts: a target, updates from alignments, groups and the means."""
-        learning = {"target", "updates", "passages", "alignments"}
+        learning = {"target", "passages", "updates", "hypergradients", "alignments"}
         return frozenset({*learning, "domain_mean", "groups", "softmax"})
 
     @classmethod

@@ -43,7 +43,9 @@ from megatron_dwm.weighting.schedule import Schedule, schedule_of
 from megatron_dwm.weighting.trainer import WeightingTrainer
 
 _PARTS: frozenset[Part] = frozenset({"weighting_model", "groups", "softmax"})
-_LEARNING: frozenset[Part] = frozenset({"target", "updates", "passages", "alignments"})
+_LEARNING: frozenset[Part] = frozenset(
+    {"target", "passages", "updates", "hypergradients", "alignments"}
+)
 # Gives the weighting model another seed than the LLM's, from the same run.seed.
 _SEED_OFFSET = 7919
 

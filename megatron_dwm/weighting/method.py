@@ -195,7 +195,7 @@ class Method(Protocol):
 
     @property
     def update_needs(self) -> Needs:
-        """What `update` reads of its samples in addition to their tokens."""
+        """What `update` or `read_target` reads in addition to tokens."""
         return Needs()
 
     def weighs(self, counters: Counters) -> bool:
@@ -232,6 +232,14 @@ class Method(Protocol):
         passages: of the target. Returns None, without an update, if values are not finite.
         """
         raise NotImplementedError("a method with own_updates has its own")
+
+    def read_target(self, passages: Batch, outputs: ForwardOutputs) -> None:
+        """Update from this replica's passages of the target (collective over the data group).
+
+        For a method whose updates use no hypergradients. outputs: losses and features of the
+        passages' units under the LLM as it is; features as `update_needs` says.
+        """
+        raise NotImplementedError("a method that updates without hypergradients reads the target")
 
     def after_step(self, batch: Batch, losses_n: Tensor, counters: Counters) -> None:
         """Record the token-mean losses of this replica's units in a step that was taken."""

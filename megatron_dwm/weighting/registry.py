@@ -16,8 +16,8 @@ def method_class(config: Config) -> type[Method]:
 
 
 def learns(config: Config) -> bool:
-    """True if the run's method is updated from hypergradients."""
-    return "updates" in method_class(config).parts(config)
+    """True if the run's method reads hypergradients."""
+    return "hypergradients" in method_class(config).parts(config)
 
 
 def check_method(config: Config, num_layers: int, world_size: int) -> None:

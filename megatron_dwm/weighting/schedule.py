@@ -22,6 +22,7 @@ class Schedule:
     updates_each: updates before each of them, with the LLM frozen.
     borders: the first step of every stage, ascending, beginning with 0.
     in_step: the update comes inside the preceding step, from that step's own batch and gradient.
+    fresh: an update reads a training batch of its own.
     """
 
     steps: int
@@ -29,6 +30,7 @@ class Schedule:
     updates_each: int = 1
     borders: Sequence[int] = (0,)
     in_step: bool = False
+    fresh: bool = False
 
     def updates_before(self, step: int) -> int:
         """Returns the number of updates that are due before step `step`."""
@@ -56,7 +58,7 @@ class Schedule:
 
 
 def schedule_of(config: Config) -> Schedule:
-    """Returns the schedule of a method that learns, by `weighting.mode`."""
+    """Returns the schedule of a method that learns from alignments, by `weighting.mode`."""
     weighting = config.weighting
     last = weighting.freeze_after * config.training.steps
     if weighting.mode == "online":
@@ -86,10 +88,16 @@ def staged(steps: int, *, stages: int, updates: int, last: float) -> Schedule:
         update_steps=tuple(takewhile(lambda step: step <= last, borders[1:])),
         updates_each=updates,
         borders=tuple(borders),
+        fresh=True,
     )
 
 
 def online(steps: int, *, warmup: int, interval: int, last: float, in_step: bool) -> Schedule:
     """Returns one update after `warmup` steps and then every `interval` steps, in one stage."""
     end = min(steps, int(last) + 1)
-    return Schedule(steps=steps, update_steps=range(max(warmup, 1), end, interval), in_step=in_step)
+    return Schedule(
+        steps=steps,
+        update_steps=range(max(warmup, 1), end, interval),
+        in_step=in_step,
+        fresh=not in_step,
+    )

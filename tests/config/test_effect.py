@@ -24,6 +24,7 @@ LOADED = "--policy.name dwm --weighting.load w"
 FROZEN = f"{LOADED} --weighting.frozen true"
 DOMAINS = "--policy.name domain_mean"
 MIXING = "--policy.name validation_mixing"
+SIMILARITY = "--policy.name similarity --weighting.mode online"
 UNROLL = "--policy.name dwm --bilevel.estimator unroll"
 
 # (mode, key, a value that differs from the default, what the line says)
@@ -45,8 +46,8 @@ WITHOUT_EFFECT = [
     (FROZEN, "validation.path", "v", "policy dwm with weighting.frozen reads no target"),
     (FROZEN, "weighting.mode", "online", "makes no weighting updates"),
     (FROZEN, "weighting.stages", "4", "makes no weighting updates"),
-    (FROZEN, "weighting.standardize", "false", "uses no alignments"),
-    (FROZEN, "bilevel.inner_optimizer", "sgd", "makes no weighting updates"),
+    (FROZEN, "weighting.standardize", "false", "learns nothing from alignments"),
+    (FROZEN, "bilevel.inner_optimizer", "sgd", "computes no hypergradients"),
     (OWN, "policy.domain_decay", "0.5", "policy dwm keeps no means of domains"),
     (OWN, "policy.domain_temperature", "0.4", "policy dwm keeps no means of domains"),
     (OWN, "policy.mix_fraction", "0.2", "policy dwm mixes no target passages"),
@@ -55,7 +56,10 @@ WITHOUT_EFFECT = [
     (DOMAINS, "weighting.frozen", "true", "policy domain_mean has no weighting model"),
     (DOMAINS, "weighting.learning_rate", "0.5", "policy domain_mean has no weighting model"),
     (DOMAINS, "policy.mix_fraction", "0.2", "policy domain_mean mixes no target passages"),
-    (MIXING, "validation.batch_size", "4", "makes no weighting updates"),
+    (MIXING, "validation.batch_size", "4", "reads no validation batches"),
+    (SIMILARITY, "weighting.update_on", "training", "learns nothing from alignments"),
+    (SIMILARITY, "bilevel.estimator", "unroll", "policy similarity computes no hypergradients"),
+    (OWN, "policy.similarity_temperature", "0.4", "policy dwm compares no features"),
     (MIXING, "weighting.group", "global", "weighs every sample the same"),
     (MIXING, "policy.domain_decay", "0.5", "keeps no means of domains"),
     (UNIFORM, "validation.path", "nowhere.jsonl", "policy uniform reads no target"),
@@ -172,8 +176,10 @@ def test_a_shared_file_gives_one_line_a_reason_and_the_command_line_one_in_all()
         "target",
         "weighting.encoder: set in the configuration file, has no effect: policy uniform has no "
         "weighting model",
-        "weighting.mode, weighting.update_on: set in the configuration file, have no effect: "
-        "policy uniform makes no weighting updates",
+        "weighting.mode: set in the configuration file, has no effect: policy uniform makes no "
+        "weighting updates",
+        "weighting.update_on: set in the configuration file, has no effect: policy uniform learns "
+        "nothing from alignments",
     ]
     with pytest.raises(UserError) as caught:
         _judged(["--policy.mix_fraction", "0.2", "--weighting.stages", "3"])

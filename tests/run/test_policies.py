@@ -18,11 +18,13 @@ TRAINING = [*LLM, "--weighting.update_on", "training"]
 DOMAINS = ["--policy.name", "domain_mean", "--weighting.damp_by_noise", "true"]
 MIXING = ["--policy.name", "validation_mixing", "--policy.mix_fraction", "0.25"]
 LOSSES = ["--policy.name", "loss_reweighting"]
+SIMILARITY = ["--policy.name", "similarity", "--policy.similarity_temperature", "0.02"]
 POLICIES = {
     "training": TRAINING,
     "domain_mean": DOMAINS,
     "validation_mixing": MIXING,
     "loss_reweighting": LOSSES,
+    "similarity": SIMILARITY,
 }
 
 
@@ -45,6 +47,8 @@ def alone(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         ("validation_mixing", []),
         ("loss_reweighting", ["--parallel.tensor", "2"]),
         ("loss_reweighting", ["--parallel.pipeline", "2"]),
+        ("similarity", ["--parallel.tensor", "2", "--parallel.sequence", "true"]),
+        ("similarity", []),
     ],
     ids=str,
 )
@@ -56,7 +60,8 @@ def test_layouts_train_alike(
         ours, expected = metrics(tmp_path / "run", phase), metrics(alone[name], phase)
         assert len(ours) == len(expected)
         for line, other in zip(ours, expected, strict=True):
-            assert abs(line["loss"] - other["loss"]) < LAYOUT_TOLERANCE, (phase, line["step"])
+            for key in {"loss", "val_loss"} & set(line):
+                assert abs(line[key] - other[key]) < LAYOUT_TOLERANCE, (phase, line["step"])
 
 
 def test_updates_on_the_training_batch_come_inside_its_step(alone: dict[str, Path]) -> None:
@@ -119,3 +124,8 @@ def test_flops_add_up(alone: dict[str, Path]) -> None:
     # the first is one, a second probe.
     assert train[5]["flops"] - train[4]["flops"] == pytest.approx((4 + 9) * forward, rel=2e-3)
     assert train[8]["flops"] - train[7]["flops"] == pytest.approx((4 + 6) * forward, rel=2e-3)
+    # Five steps, then a reading of 8 passages, and two micro-batches of one group: read first.
+    read = [line["flops"] for line in metrics(alone["similarity"], "train")]
+    assert read[:5] == [n * 3 * forward for n in range(1, 6)]
+    assert read[5] - read[4] == (4 + 1) * forward and read[6] - read[5] == 4 * forward
+    assert read[8] - read[7] == (4 + 1) * forward

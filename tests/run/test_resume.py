@@ -33,10 +33,21 @@ POLICIES = {
     "domain_mean": ["--policy.name", "domain_mean"],
     "loss_reweighting": ["--policy.name", "loss_reweighting", "--weighting.group", "global"],
     "validation_mixing": ["--policy.name", "validation_mixing", "--policy.mix_fraction", "0.25"],
+    "similarity": ["--policy.name", "similarity"],
+    "similarity, at a reading": ["--policy.name", "similarity", "--weighting.unit", "document"],
 }
-LAYOUTS = {"own": ["--parallel.pipeline", "2"], "llm": ["--parallel.tensor", "2"]}
+LAYOUTS = {
+    "own": ["--parallel.pipeline", "2"],
+    "llm": ["--parallel.tensor", "2"],
+    "similarity, at a reading": ["--parallel.pipeline", "2"],
+}
 # The call at which the run is stopped: inside a phase, or right after an update.
-STOPPED_AT = {"own": ("weighting", 2), "llm": ("weighting", 1)}
+STOPPED_AT = {
+    "own": ("weighting", 2),
+    "llm": ("weighting", 1),
+    "similarity": ("training", 7),
+    "similarity, at a reading": ("reading", 1),
+}
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -54,7 +65,7 @@ def test_resume_is_bit_exact_under_every_policy(
     stop = {"name": "send_signal", "place": place, "call": call, "number": 15, "rank": 0}
     server.succeed(resumed, arguments, ranks=ranks, fault=stop)
     state = read_manifest(list_checkpoints(resumed)[-1]).state
-    assert state.step < 10 and (state.stage_updates == call) == (place == "weighting")
+    assert state.step < 10 and (state.stage_updates == call) == (place != "training")
     go_on = [*arguments, *RESUME, "--training.checkpoint_async", "true"]
     server.succeed(resumed, go_on, ranks=ranks)
     assert_same(resumed, whole)

@@ -27,6 +27,7 @@ _PLACES: dict[str, tuple[Any, str]] = {
     "loading": (start, "load_job"),
     "training": (loop, "train_step"),
     "weighting": (loop, "weighting_update"),
+    "reading": (loop, "read_target"),
     "evaluation": (upkeep, "evaluate"),
     "checkpoint": (sharded_files.ShardedFiles, "write"),
     "weighting model": (weighting_files, "move_files"),
