@@ -87,10 +87,12 @@ def _documents(plan: Plan) -> str:
         return "\ndata.train cannot be read: every sample counts as one document"
     if found == WHOLE_ROWS:
         return ""
-    line = f"\n{found.units_per_row:,.1f} units a sample"
+    lines = []
+    if found.units_per_row != 1.0:
+        lines.append(f"{found.units_per_row:,.1f} units a sample")
     if found.attended_tokens is not None:
-        line += f", attention as in samples of {found.attended_tokens:,.0f} tokens"
-    return line
+        lines.append(f"attention as in samples of {found.attended_tokens:,.0f} tokens")
+    return "\n" + ", ".join(lines)
 
 
 def _memory(plan: Plan) -> str:

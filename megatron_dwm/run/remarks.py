@@ -20,6 +20,7 @@ from megatron_dwm.weighting.noise import why_no_noise
 _CPU_FLOPS = 1e12
 _SLOW_STEP_S = 60.0
 _FEW_UNITS = 1.1
+_ALONE = ", alone in their groups, and always 1: set weighting.group global"
 
 
 def remarks(
@@ -86,7 +87,14 @@ def _documents(config: Config) -> Iterator[str]:
         yield (
             f"weighting.unit document: a sample of {config.data.sequence_length} tokens has "
             f"{counts.units_per_row:.2f} documents on average, so most weights are of whole samples"
+            f"{_ALONE if _are_alone(config) else ''}"
         )
+
+
+def _are_alone(config: Config) -> bool:
+    """True if a weighting group is one sample."""
+    alone = config.weighting.group == "micro_batch" and config.training.micro_batch_size == 1
+    return alone and "groups" in method_class(config).parts(config)
 
 
 def _slow_steps(config: Config, costs: Costs, runtime: Runtime) -> Iterator[str]:
