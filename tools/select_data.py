@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -28,17 +29,45 @@ def parse_arguments() -> argparse.Namespace:
     """Read the options of the command."""
     parser = OneLineParser(description=__doc__, epilog=_EPILOG)
     methods = parser.add_subparsers(dest="method", required=True, metavar="METHOD")
-    for name, text in (("random", "all documents with the same probability"),):
-        _add_common(
-            methods.add_parser(
-                name,
-                help=text,
-                description=f"{name}: {text}.",
-                epilog=_EPILOG,
-                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            )
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        method = methods.add_parser(
+            name,
+            help=text,
+            description=f"{name}: {text}.",
+            epilog=_EPILOG,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
+        _add_common(method)
+        return method
+
+    add("random", "all documents with the same probability")
+    dsir = add("dsir", "documents whose words are likely in a target text (Xie et al. 2023)")
+    _add_draw(dsir, "log-weights are divided by it before they are drawn")
+    _add_dsir(dsir)
+    qurating = add("qurating", "exp(score / temperature) of a column (Wettig et al. 2024)")
+    _add_draw(qurating, "standardized scores are divided by it before they are drawn")
+    qurating.add_argument("--column", required=True, default=argparse.SUPPRESS, metavar="NAME",
+        help="numeric column of the table; larger is better")  # fmt: skip
     return parser.parse_args()
+
+
+def _add_draw(parser: argparse.ArgumentParser, temperature: str) -> None:
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--top-k", action="store_true", help="take the best, without drawing")
+    how.add_argument("--temperature", type=float, default=1.0, metavar="T", help=temperature)
+
+
+def _add_dsir(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--target", required=True, default=argparse.SUPPRESS, metavar="FILE",
+        help="JSON Lines with a `text` in each line (plain or compressed)")  # fmt: skip
+    add("--tokenizer", required=True, default=argparse.SUPPRESS, metavar="M",
+        help="the tokenizer that the data was made with, which decodes it")  # fmt: skip
+    add("--min-words", type=int, default=100, metavar="N",
+        help="shorter documents are never chosen, words")  # fmt: skip
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+        help="processes that hash; the output is the same for any number")  # fmt: skip
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -96,12 +125,17 @@ def selection_of(arguments: argparse.Namespace) -> Selection:
         raise UserError(f"--tokens {arguments.tokens}: expected 1 or more")
     if arguments.seed < 0:
         raise UserError(f"--seed {arguments.seed}: expected 0 or more")
+    temperature = vars(arguments).get("temperature", 1.0)
+    if not 0 < temperature < math.inf:
+        raise UserError(f"--temperature {temperature}: expected more than 0; or pass --top-k")
     return Selection(
         input_prefix=arguments.input,
         output_prefix=arguments.output_prefix,
         draw=Draw(
             tokens=arguments.tokens,
             seed=arguments.seed,
+            temperature=temperature,
+            top_k=vars(arguments).get("top_k", False),
             shares=shares_of(arguments.domain_shares),
         ),
         domain_key=arguments.domain_key or DataConfig().domain_key,
@@ -110,11 +144,24 @@ def selection_of(arguments: argparse.Namespace) -> Selection:
 
 
 def method_of(arguments: argparse.Namespace) -> ScoringMethod:
-    """The method that is asked for."""
+    """The method that is asked for. Raises `UserError` for an impossible number."""
+    from megatron_dwm.selection.dsir import DsirScores
+    from megatron_dwm.selection.qurating import QuRatingScores
     from megatron_dwm.selection.uniform import UniformScores
 
-    assert arguments.method == "random"
-    return UniformScores()
+    if arguments.method == "random":
+        return UniformScores()
+    if arguments.method == "qurating":
+        return QuRatingScores(column=arguments.column)
+    for option, value in (("--min-words", arguments.min_words), ("--workers", arguments.workers)):
+        if value < 1:
+            raise UserError(f"{option} {value}: expected 1 or more")
+    return DsirScores(
+        target=arguments.target,
+        tokenizer=arguments.tokenizer,
+        min_words=arguments.min_words,
+        num_workers=arguments.workers,
+    )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,8 +49,11 @@ class ScoringMethod(Protocol):
         """What decides the scores, for the record; `UserError` if it names a missing file."""
         ...
 
-    def scores(self, pool: Pool, progress: Progress) -> Scores:
-        """Score all documents. Raises `UserError` if `pool` lacks what the method reads."""
+    def scores(self, pool: Pool, progress: Progress, scratch: Path) -> Scores:
+        """Score all documents; `scratch` is a folder for temporary files.
+
+        Raises `UserError` if `pool` lacks what the method reads.
+        """
         ...
 
 
@@ -85,13 +89,31 @@ def select(selection: Selection, method: ScoringMethod, progress: Progress) -> O
     paths = OutputPaths.of(selection.output_prefix)
     require_possible_names(paths.in_order())
     options = {**_options(selection), **method.options()}
-    inputs = inputs_of(pool)
-    done = finished_before(paths, method.name, options, inputs)
+    done = finished_before(paths, method.name, options, inputs_of(pool))
     if done is not None:
         return Outcome(record=done, was_complete=True, has_sidecar=pool.sidecar is not None)
     _refuse_existing(paths)
+    try:
+        record = _select(pool, selection, method, options, progress)
+    except OSError as error:
+        words = why_unwritable(error)
+        if words is None:
+            raise
+        raise UserError(f"{paths.dataset.bin}: the output cannot be written ({words})") from None
+    return Outcome(record=record, was_complete=False, has_sidecar=pool.sidecar is not None)
+
+
+def _select(
+    pool: Pool,
+    selection: Selection,
+    method: ScoringMethod,
+    options: Mapping[str, Any],
+    progress: Progress,
+) -> SelectionRecord:
+    paths = OutputPaths.of(selection.output_prefix)
+    inputs = inputs_of(pool)
     domains = _domains(pool, selection)
-    scores = method.scores(pool, progress)
+    scores = method.scores(pool, progress, paths.record.parent)
     chosen_D = choose(scores, pool.tokens_D, domains, selection.draw)
     record = SelectionRecord(
         method=method.name,
@@ -100,7 +122,7 @@ def select(selection: Selection, method: ScoringMethod, progress: Progress) -> O
         domains=count_domains(pool.tokens_D, domains, chosen_D),
     )
     _write(pool, chosen_D, record, paths, progress)
-    return Outcome(record=record, was_complete=False, has_sidecar=pool.sidecar is not None)
+    return record
 
 
 def _options(selection: Selection) -> dict[str, Any]:
@@ -145,17 +167,11 @@ def _write(
     progress: Progress,
 ) -> None:
     size_bytes = pool.dataset.paths.bin.stat().st_size
-    try:
-        with new_outputs(paths.in_order()) as partials, progress(size_bytes) as advance:
-            copy_tokens(pool, chosen_D, partials[paths.dataset.bin], advance)
-            copy_index(pool, chosen_D, partials[paths.dataset.idx])
-            if pool.sidecar is not None:
-                copy_rows(pool, chosen_D, partials[paths.dataset.sidecar])
-            if inputs_of(pool) != record.inputs:
-                raise UserError(f"{pool.prefix}: changed while it was read; begin again")
-            write_json(partials[paths.record], record.content(), indent=1)
-    except OSError as error:
-        words = why_unwritable(error)
-        if words is None:
-            raise
-        raise UserError(f"{paths.dataset.bin}: the output cannot be written ({words})") from None
+    with new_outputs(paths.in_order()) as partials, progress(size_bytes) as advance:
+        copy_tokens(pool, chosen_D, partials[paths.dataset.bin], advance)
+        copy_index(pool, chosen_D, partials[paths.dataset.idx])
+        if pool.sidecar is not None:
+            copy_rows(pool, chosen_D, partials[paths.dataset.sidecar])
+        if inputs_of(pool) != record.inputs:
+            raise UserError(f"{pool.prefix}: changed while it was read; begin again")
+        write_json(partials[paths.record], record.content(), indent=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ class UniformScores:
         """There are none."""
         return {}
 
-    def scores(self, pool: Pool, progress: Progress) -> Scores:  # noqa: ARG002
+    def scores(self, pool: Pool, progress: Progress, scratch: Path) -> Scores:  # noqa: ARG002
         """The same score for all."""
         return Scores(
             values_D=np.zeros(pool.num_documents),
