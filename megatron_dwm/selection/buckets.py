@@ -64,7 +64,7 @@ class BucketCache:
         found = np.full((len(words.begins_W), 2), NO_BUCKET, dtype=np.uint16)
         if not len(found):
             return found
-        keys_W = _keys_of_words(batch.content, words.begins_W, words.ends_W)
+        keys_W = keys_of_words(batch.content, words.begins_W, words.ends_W)
         found[:, 0] = self._look_up(
             _mix(keys_W ^ _ONE_WORD), batch.content, words.begins_W, words.ends_W, None
         )
@@ -125,7 +125,7 @@ def _spell(
     ]
 
 
-def _keys_of_words(content: bytes, begins_W: np.ndarray, ends_W: np.ndarray) -> np.ndarray:
+def keys_of_words(content: bytes, begins_W: np.ndarray, ends_W: np.ndarray) -> np.ndarray:
     """Returns a 64-bit number for each word, from all its bytes."""
     padded = content + bytes(_WORD_BYTES)
     # The eight bytes from every place on, as one number.
