@@ -37,6 +37,7 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "runtime", "model", "data", "weighting", "bilevel", "training", "testing"),
     },
     "preprocess": {"files", "config", "tokenizer"},
+    "selection": {"files", "config", "tokenizer", "preprocess"},
     "convert": {"files", "config", "tokenizer", "runtime", "model", "checkpoint"},
     "evaluation": {"files", "config"},
     "report": {"config"},

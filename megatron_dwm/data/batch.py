@@ -16,7 +16,6 @@ from torch import Tensor
 
 from megatron_dwm.model.passes.units import Units
 
-UNKNOWN_DOMAIN = "unknown"
 NO_ROW = -1
 """sample and document id of a padding row"""
 

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.data.batch import UNKNOWN_DOMAIN
 from megatron_dwm.data.prefixes import IndexedFile
 from megatron_dwm.data.tokenizer_record import check_record
+from megatron_dwm.files.sidecar_columns import UNKNOWN_DOMAIN, read_codes
 from megatron_dwm.files.sidecar_format import OWN_COLUMNS, TOKENIZER_SHA256, VOCAB_SIZE, facts_in
 
 if TYPE_CHECKING:
@@ -51,16 +50,8 @@ def read_domains(file: IndexedFile, domain_key: str) -> DocumentDomains:
     sidecar = _open_sidecar(file)
     if sidecar is None or not _has_domains(sidecar, file, domain_key):
         return DocumentDomains(names=(UNKNOWN_DOMAIN,), codes=None)
-    codes_by_name: dict[str, int] = {}
-    codes = np.empty(file.num_documents, dtype=np.int32)
-    row = 0
-    for group in range(sidecar.num_row_groups):
-        column = sidecar.read_row_group(group, columns=[domain_key]).column(0)
-        group_codes = _encode(column, codes_by_name)
-        codes[row : row + len(group_codes)] = group_codes
-        row += len(group_codes)
-    names = tuple(codes_by_name)
-    return DocumentDomains(names=names, codes=codes.astype(np.min_scalar_type(len(names))))
+    names, codes = read_codes(sidecar, domain_key)
+    return DocumentDomains(names=names, codes=codes)
 
 
 def check_sidecar(file: IndexedFile, domain_key: str) -> None:
@@ -132,20 +123,6 @@ def _has_domains(sidecar: pq.ParquetFile, file: IndexedFile, domain_key: str) ->
             f"it has {', '.join(others)}"
         )
     return False
-
-
-def _encode(column: pa.ChunkedArray, codes_by_name: dict[str, int]) -> np.ndarray:
-    """Returns the codes of the column's values, and adds new names to `codes_by_name`."""
-    text = pc.fill_null(pc.cast(column, pa.string()), UNKNOWN_DOMAIN).combine_chunks()
-    encoded = text.dictionary_encode()
-    lookup = np.array(
-        [
-            codes_by_name.setdefault(name or UNKNOWN_DOMAIN, len(codes_by_name))
-            for name in encoded.dictionary.to_pylist()
-        ],
-        dtype=np.int32,
-    )
-    return lookup[encoded.indices.to_numpy(zero_copy_only=False)]
 
 
 def _check_largest_id(file: IndexedFile, tokenizer: Tokenizer) -> None:

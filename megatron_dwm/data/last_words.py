@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megatron_dwm.config.schema import DataConfig
-from megatron_dwm.data.batch import UNKNOWN_DOMAIN, Batch
+from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.packing import PackedSequences, pack_last_word
 from megatron_dwm.data.passages import read_passages
+from megatron_dwm.files.sidecar_columns import UNKNOWN_DOMAIN
 
 if TYPE_CHECKING:
     from megatron_dwm.tokenizer import Tokenizer

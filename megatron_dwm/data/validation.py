@@ -13,10 +13,11 @@ import numpy as np
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import DataConfig, EvaluationConfig, ValidationConfig
-from megatron_dwm.data.batch import UNKNOWN_DOMAIN, Batch
+from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.packing import PackedSequences, pack_dense, pack_last_word
 from megatron_dwm.data.passages import Passage, bare_text, read_passages
 from megatron_dwm.data.pieces import ROWS, DocumentRules
+from megatron_dwm.files.sidecar_columns import UNKNOWN_DOMAIN
 
 if TYPE_CHECKING:
     from megatron_dwm.tokenizer import Tokenizer

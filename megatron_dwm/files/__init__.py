@@ -5,6 +5,7 @@
     dataset_paths.py   the files of an indexed dataset, by its prefix
     index_format.py    PREFIX.idx: lengths, offsets and document borders
     sidecar_format.py  PREFIX.meta.parquet: columns and facts of a dataset's documents
+    sidecar_columns.py its columns as arrays
     json_lines.py      numbered lines, and values by dotted names
 
 Nothing here knows the rest of the package. Errors are `OSError` (the disk) and `ValueError` (the

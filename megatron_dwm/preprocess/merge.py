@@ -20,8 +20,14 @@ import numpy as np
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.outputs import new_outputs, why_unwritable
 from megatron_dwm.files.dataset_paths import DatasetPaths
-from megatron_dwm.files.index_format import IndexHeader, read_header, read_numbers
+from megatron_dwm.files.index_format import IndexHeader
 from megatron_dwm.preprocess.merge_sidecars import matching_sidecars, merge_sidecars
+from megatron_dwm.preprocess.read.indexed import (
+    IndexedInput,
+    open_indexed,
+    prefix_of,
+    signed_lengths,
+)
 from megatron_dwm.preprocess.write.index_writer import write_index
 
 _COPY_BYTES = 1 << 26
@@ -40,14 +46,6 @@ class MergeSummary:
     has_sidecar: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """One of the datasets to merge."""
-
-    paths: DatasetPaths
-    header: IndexHeader
-
-
 def merge_datasets(
     prefixes: Sequence[str],
     output_prefix: str,
@@ -60,9 +58,9 @@ def merge_datasets(
     named twice, different token types or tokenizers, sidecars of some only, an incomplete set of
     shards, and an output that exists.
     """
-    names = [_stem(prefix) for prefix in prefixes]
+    names = [prefix_of(prefix) for prefix in prefixes]
     _check_names(names)
-    parts = [_open_part(name) for name in names]
+    parts = [open_indexed(name) for name in names]
     _check_types(parts)
     sidecars = matching_sidecars(
         [part.paths.sidecar for part in parts], [part.header.num_documents for part in parts]
@@ -89,15 +87,8 @@ def merge_datasets(
 
 def total_bytes(prefixes: Sequence[str]) -> int:
     """Bytes of the `.bin` files that exist."""
-    bins = [DatasetPaths.of(_stem(prefix)).bin for prefix in prefixes]
+    bins = [DatasetPaths.of(prefix_of(prefix)).bin for prefix in prefixes]
     return sum(path.stat().st_size for path in bins if path.is_file())
-
-
-def _stem(prefix: str) -> str:
-    for ending in (".idx", ".bin"):
-        if prefix.endswith(ending):
-            return prefix.removesuffix(ending)
-    return prefix
 
 
 def _check_names(names: Sequence[str]) -> None:
@@ -131,38 +122,7 @@ def _family(match: re.Match[str]) -> tuple[str, str, str]:
     return match["before"], match["shards"], match["after"]
 
 
-def _open_part(name: str) -> _Part:
-    paths = DatasetPaths.of(name)
-    for path in (paths.idx, paths.bin):
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; --input takes prefixes, as P_text_document")
-    header = _read_header(paths.idx)
-    expected = _num_tokens(paths.idx, header) * header.itemsize
-    if paths.bin.stat().st_size != expected:
-        raise UserError(
-            f"{paths.bin}: {paths.bin.stat().st_size} bytes, but its .idx points to {expected}; "
-            "it is damaged"
-        )
-    return _Part(paths=paths, header=header)
-
-
-def _read_header(idx: Path) -> IndexHeader:
-    try:
-        header = read_header(idx)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if header.has_modes:
-        raise UserError(f"{idx}: multimodal (it has a mode of each sequence); only text is merged")
-    return header
-
-
-def _num_tokens(idx: Path, header: IndexHeader) -> int:
-    with idx.open("rb") as file:
-        blocks = read_numbers(file, header.lengths_at, np.int32, header.num_sequences)
-        return sum(int(block.sum(dtype=np.int64)) for block in blocks)
-
-
-def _check_types(parts: Sequence[_Part]) -> None:
+def _check_types(parts: Sequence[IndexedInput]) -> None:
     first = parts[0]
     for part in parts[1:]:
         if part.header.dtype is not first.header.dtype:
@@ -173,7 +133,9 @@ def _check_types(parts: Sequence[_Part]) -> None:
             )
 
 
-def _copy_ids(parts: Sequence[_Part], output: Path, advance: Callable[[int, int], None]) -> None:
+def _copy_ids(
+    parts: Sequence[IndexedInput], output: Path, advance: Callable[[int, int], None]
+) -> None:
     with output.open("wb", buffering=0) as target:
         for part in parts:
             with part.paths.bin.open("rb", buffering=0) as source:
@@ -208,30 +170,9 @@ def _send(source: BinaryIO, target: BinaryIO, num_bytes: int) -> int:
     return os.sendfile(target.fileno(), source.fileno(), None, num_bytes)
 
 
-def _merge_indices(parts: Sequence[_Part], output: Path) -> IndexHeader:
-    def signed_lengths() -> Iterator[np.ndarray]:
+def _merge_indices(parts: Sequence[IndexedInput], output: Path) -> IndexHeader:
+    def all_lengths() -> Iterator[np.ndarray]:
         for part in parts:
-            yield from _signed_lengths(part)
+            yield from signed_lengths(part)
 
-    return write_index(output, parts[0].header.dtype, signed_lengths)
-
-
-def _signed_lengths(part: _Part) -> Iterator[np.ndarray]:
-    """Read the lengths of all documents and sign them by the borders (index_writer.py)."""
-    header = part.header
-    with part.paths.idx.open("rb") as borders_file, part.paths.idx.open("rb") as lengths_file:
-        before = 0
-        at = header.borders_at + 8
-        for ends in read_numbers(borders_file, at, np.int64, header.num_documents):
-            counts = np.diff(ends, prepend=before)
-            taken = int(ends[-1]) - before
-            at_length = header.lengths_at + 4 * before
-            blocks = list(read_numbers(lengths_file, at_length, np.int32, taken))
-            lengths = np.concatenate([np.zeros(0, np.int32), *blocks])
-            if counts.min() < 0 or (len(lengths) and lengths.min() <= 0):
-                raise UserError(f"{part.paths.idx}: a sequence without tokens; it is damaged")
-            starts = np.cumsum(counts) - counts
-            signed_lengths = -lengths
-            signed_lengths[starts[counts > 0]] *= -1
-            before = int(ends[-1])
-            yield np.insert(signed_lengths, starts[counts == 0], 0)
+    return write_index(output, parts[0].header.dtype, all_lengths)

@@ -84,7 +84,7 @@ def _parse_line(line: bytes) -> tuple[bytes, int] | None:
 
 
 def _tokenizer_json(ranks: dict[bytes, int]) -> dict[str, Any]:
-    spelling = _spellings_of_bytes()
+    spelling = spellings_of_bytes()
 
     def spell(token: bytes) -> str:
         return "".join(spelling[byte] for byte in token)
@@ -135,7 +135,7 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     return [(left, right) for *_, left, right in merges]
 
 
-def _spellings_of_bytes() -> list[str]:
+def spellings_of_bytes() -> list[str]:
     """Returns the character for each byte in a byte-level vocabulary (GPT-2's)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -1,0 +1,16 @@
+"""Offline selection: a smaller dataset from a larger one, and cheap scores of its documents.
+
+    pool.py        the documents to choose from: lengths, domains, columns
+    uniform.py, qurating.py, dsir.py    a score for every document
+    choice.py      which documents to take, given scores and a budget
+    copy.py        the chosen documents as a dataset
+    record.py      P.select.json
+    select.py      all of it: tools/select_data.py
+
+    texts.py       documents as text, decoded from their tokens
+    words.py, buckets.py    words of many texts at once, and DSIR's hash of them
+    workers.py     batches of documents over several processes
+    statistics.py, score.py    columns of cheap statistics: tools/score_data.py
+
+A new method is a class like `UniformScores`; a new statistic is a function and a line.
+"""

@@ -1,0 +1,129 @@
+"""Adds columns of statistics to the sidecar of a dataset: `tools/score_data.py`.
+
+Texts are decoded and measured by several processes. The values are kept in memory, 8 bytes a
+document and column. Then the table is written anew, a row group at a time, with the new columns
+last, and takes the place of the old one at once. Columns that were there keep their values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_dwm.config.errors import UserError
+from megatron_dwm.config.outputs import require_writable_parents, why_unwritable
+from megatron_dwm.files.atomic import new_file
+from megatron_dwm.files.sidecar_format import OWN_COLUMNS, write_row_groups
+from megatron_dwm.selection.pool import Pool, open_pool
+from megatron_dwm.selection.record import inputs_of
+from megatron_dwm.selection.select import Progress
+from megatron_dwm.selection.statistics import STATISTICS, Texts
+from megatron_dwm.selection.texts import TextSource, open_texts
+from megatron_dwm.selection.workers import Span, map_spans, spans_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """What the user asks of `tools/score_data.py`."""
+
+    prefix: str
+    columns: tuple[str, ...]
+    """names in `STATISTICS`"""
+    tokenizer: str
+    num_workers: int = 1
+    replaces: bool = False
+    """True if a column that is there may get new values"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsWork:
+    """Measures the documents of a dataset."""
+
+    source: TextSource
+    columns: tuple[str, ...]
+
+    def build(self) -> Callable[[Span], dict[str, np.ndarray]]:
+        """Open the texts."""
+        read = self.source.open()
+
+        def measure(span: Span) -> dict[str, np.ndarray]:
+            texts = Texts(read(span))
+            return {name: STATISTICS[name](texts) for name in self.columns}
+
+        return measure
+
+
+def score(settings: ScoreSettings, progress: Progress) -> dict[str, np.ndarray]:
+    """Add the columns, and return their values.
+
+    Raises `UserError` for an unusable dataset or tokenizer, and a column that is there.
+    """
+    pool = open_pool(settings.prefix)
+    sidecar = pool.require_sidecar("score_data.py")
+    _check_columns(settings, sidecar.schema_arrow.names, pool.dataset.paths.sidecar)
+    require_writable_parents([pool.dataset.paths.sidecar])
+    before = inputs_of(pool)
+    values = _measure(settings, pool, progress)
+    if inputs_of(pool) != before:
+        raise UserError(f"{pool.prefix}: changed while it was read; begin again")
+    write_columns(pool.dataset.paths.sidecar, sidecar, values)
+    return values
+
+
+def write_columns(path: Path, sidecar: pq.ParquetFile, values: dict[str, np.ndarray]) -> None:
+    """Write `sidecar` with these columns to `path`, in place of the file that it was read from."""
+    schema = sidecar.schema_arrow
+    for name, column in values.items():
+        field = pa.field(name, pa.from_numpy_dtype(column.dtype))
+        at = schema.get_field_index(name)
+        schema = schema.append(field) if at < 0 else schema.set(at, field)
+
+    def tables() -> Iterator[pa.Table]:
+        row = 0
+        for group in range(sidecar.num_row_groups):
+            table = sidecar.read_row_group(group)
+            columns = {name: table.column(name) for name in table.column_names}
+            for name, column in values.items():
+                columns[name] = pa.chunked_array([column[row : row + table.num_rows]])
+            row += table.num_rows
+            yield pa.table([columns[name] for name in schema.names], schema=schema)
+
+    try:
+        with new_file(path) as partial:
+            write_row_groups(partial, schema, tables())
+    except OSError as error:
+        words = why_unwritable(error)
+        if words is None:
+            raise
+        raise UserError(f"{path}: cannot be written ({words}); it is as it was") from None
+
+
+def _check_columns(settings: ScoreSettings, names: Sequence[str], sidecar: Path) -> None:
+    for name in settings.columns:
+        if name not in STATISTICS:
+            raise UserError(f"--columns {name}: not known; choose among {', '.join(STATISTICS)}")
+        if settings.columns.count(name) > 1:
+            raise UserError(f"--columns {name}: named twice")
+        assert name not in OWN_COLUMNS
+        if name in names and not settings.replaces:
+            raise UserError(f"{sidecar}: has a column {name}; pass --replace to give it new values")
+
+
+def _measure(settings: ScoreSettings, pool: Pool, progress: Progress) -> dict[str, np.ndarray]:
+    source = open_texts(pool, settings.tokenizer)
+    work = StatisticsWork(source=source, columns=settings.columns)
+    spans = spans_of(pool.tokens_D)
+    found: dict[str, list[np.ndarray]] = {name: [] for name in settings.columns}
+    with progress(pool.dataset.paths.bin.stat().st_size) as advance:
+        results = map_spans(work, spans, settings.num_workers)
+        for span, result in zip(spans, results, strict=True):
+            for name, values in result.items():
+                found[name].append(values)
+            num_tokens = int(pool.tokens_D[span.begin : span.end].sum())
+            advance(num_tokens * pool.dataset.header.itemsize, span.end - span.begin)
+    return {name: np.concatenate(blocks or [np.zeros(0)]) for name, blocks in found.items()}
