@@ -34,6 +34,13 @@ METHODS: dict[str, Registered] = {
         "keeps what a static reference model predicts better (RHO-LOSS; Rho-1 with unit token)",
         f"{_WEIGHTING}.excess_loss:ExcessLoss",
     ),
+    "fixed": Registered(
+        "weighs by a column of the metadata, or by domain", f"{_WEIGHTING}.fixed:Fixed"
+    ),
+    "curriculum": Registered(
+        "begins with the easiest units, by a column or by length, and ends with all of them",
+        f"{_WEIGHTING}.curriculum:Curriculum",
+    ),
     "validation_mixing": Registered(
         "puts target passages into the training batch, all weights equal",
         f"{_WEIGHTING}.validation_mixing:ValidationMixing",
