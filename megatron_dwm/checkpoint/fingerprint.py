@@ -17,6 +17,7 @@ from megatron_dwm.config import Config
 from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.domains import read_domains
 from megatron_dwm.data.prefixes import parse_blend, read_indexed_file
+from megatron_dwm.data.values import DocumentValues
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.tokenizer.huggingface import FILE_NAME
 from megatron_dwm.weighting import method_class
@@ -27,14 +28,23 @@ _NUM_BLOCKS = 256
 TOKENIZER_KEY = "data.tokenizer"
 DOMAINS = "data.train (domains in .meta.parquet)"
 """key for the domains of all documents; checkpoints of earlier versions lack it"""
+VALUES = "data.train (values in .meta.parquet)"
+"""key for the values of all documents, if the method reads a column of them"""
 
 
-def fingerprint(config: Config, shape: LlamaShape) -> dict[str, str]:
-    """Returns digests of the model's shape, the data files and the domains, by key."""
+def fingerprint(
+    config: Config, shape: LlamaShape, values: DocumentValues | None = None
+) -> dict[str, str]:
+    """Returns digests of the model's shape, the data files, the domains and values, by key.
+
+    values: those that the method reads; None if it reads none.
+    """
     digests = {"model": json.dumps(dataclasses.asdict(shape), sort_keys=True)}
     for key, paths in _files_by_key(config):
         digests[key] = _digest(paths)
     digests[DOMAINS] = _digest_of_domains(config.data)
+    if values is not None and values.are_of_a_column:
+        digests[VALUES] = _digest_of_values(values)
     return digests
 
 
@@ -78,6 +88,14 @@ def _digest_of_domains(data: DataConfig) -> str:
         if domains.codes is not None and len(domains.names) > 1:
             digest.update(domains.codes.tobytes())
     return f"{digest.hexdigest()[:16]} ({total} documents)"
+
+
+def _digest_of_values(values: DocumentValues) -> str:
+    """Returns a short digest of every document's value, and the number of documents."""
+    digest = hashlib.sha256()
+    for values_D in values.of_prefixes:
+        digest.update(values_D.tobytes())
+    return f"{digest.hexdigest()[:16]} ({sum(map(len, values.of_prefixes))} documents)"
 
 
 def _digest(paths: Iterable[Path]) -> str:

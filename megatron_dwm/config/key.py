@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -32,6 +33,8 @@ PARTS: dict[Part, str] = {
     "domain_mean": "keeps no means of domains",
     "losses": "does not weigh by losses",
     "similarity": "compares no features",
+    "values": "has no weights of its own for documents",
+    "pacing": "has no curriculum",
     "mixing": "mixes no target passages into the batches",
 }
 """every part, with the words for a method that lacks it"""
@@ -77,12 +80,12 @@ def key(
     part: Part | None = None,
     only: Condition | tuple[Condition, ...] = (),
 ) -> T:
-    """Returns a dataclass field with a `Rule`; a list is copied for every configuration."""
+    """Returns a dataclass field with a `Rule`; every configuration gets its own list or dict."""
     assert part is None or part in PARTS, part
     alternatives = only if isinstance(only, tuple) else (only,)
     metadata = {_METADATA: Rule(bound=bound, part=part, only=alternatives)}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)  # type: ignore
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -102,8 +105,17 @@ def entries(config: Any) -> Iterator[Entry]:
 
 
 def number_problems(config: Any) -> Iterator[str]:
-    """Yields a line for every number of a `Config` outside its bound; an empty value is allowed."""
+    """Yields a line for every number of a `Config` outside its bound; an empty value is allowed.
+
+    A dict has a number under each of its names.
+    """
     for entry in entries(config):
         bound, value = entry.rule.bound, entry.value
-        if bound is not None and value is not None and not bound.allows(value):
-            yield f"{entry.name}: expected a number {bound}, got {value}"
+        numbers = (
+            {f" {name}": each for name, each in value.items()}
+            if isinstance(value, dict)
+            else {"": value}
+        )
+        for name, number in numbers.items():
+            if bound is not None and number is not None and not bound.allows(number):
+                yield f"{entry.name}{name}: expected a number {bound}, got {number}"

@@ -1,8 +1,8 @@
 """Reading a configuration: a YAML file, then dotted overrides, into frozen dataclasses.
 
 jsonargparse checks types. This file adds: one line for a user's mistake, the nearest known key for
-an unknown one, which keys were set where, the bounds of numbers, and `--data.train` with several
-values, as Megatron's --data-path has them.
+an unknown one, which keys were set where, the bounds of numbers, `--data.train` with several
+values, as Megatron's --data-path has them, and `--policy.domain_weights web=2 code=0.5`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _OPTIONAL = re.compile(
     r"Errors: - (.+) - Expected a NoneType Given value type: \w+ Given value: (.*)"
 )
 _LIST_KEYS = ("--data.train", "--run.allow_changed")
+_DICT_KEYS = ("--policy.domain_weights",)
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,10 @@ def _keys_of_file(file: Path) -> Iterator[str]:
 
 
 def _join_lists(arguments: Sequence[str]) -> list[str]:
-    """Turn `--data.train 0.3 a 0.7 b` into one JSON list; also checks the names of options."""
+    """Turn `--data.train 0.3 a 0.7 b` into one JSON list, and `NAME=VALUE ...` into an object.
+
+    Also checks the names of options.
+    """
     joined: list[str] = []
     position = 0
     while position < len(arguments):
@@ -199,17 +203,35 @@ def _join_lists(arguments: Sequence[str]) -> list[str]:
         position += 1
         _check_option(word)
         joined.append(word)
-        if word in _LIST_KEYS:
+        if word in _LIST_KEYS + _DICT_KEYS:
             values = []
             while position < len(arguments) and not arguments[position].startswith("--"):
                 values.append(arguments[position])
                 position += 1
-            joined.append(values[0] if _is_json_list(values) else json.dumps(values))
+            joined.append(values[0] if _is_json(values) else _as_json(word, values))
     return joined
 
 
-def _is_json_list(values: Sequence[str]) -> bool:
-    return len(values) == 1 and values[0].startswith("[")
+def _is_json(values: Sequence[str]) -> bool:
+    return len(values) == 1 and values[0].startswith(("[", "{"))
+
+
+def _as_json(option: str, values: Sequence[str]) -> str:
+    if option in _LIST_KEYS:
+        return json.dumps(values)
+    found: dict[str, float] = {}
+    for value in values:
+        name, equals, number = value.rpartition("=")
+        try:
+            assigned = float(number)
+        except ValueError:
+            equals = ""
+        if not (name and equals) or name in found:
+            raise UserError(
+                f"{option[2:]}: expected NAME=NUMBER for different names, got '{value}'"
+            )
+        found[name] = assigned
+    return json.dumps(found)
 
 
 def _check_option(word: str) -> None:

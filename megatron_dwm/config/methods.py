@@ -42,6 +42,13 @@ METHODS: dict[str, Registered] = {
         "keeps what a reference that follows the LLM and learns from the target predicts better",
         f"{_WEIGHTING}.blade:Blade",
     ),
+    "fixed": Registered(
+        "weighs by a column of the metadata, or by domain", f"{_WEIGHTING}.fixed:Fixed"
+    ),
+    "curriculum": Registered(
+        "begins with the easiest units, by a column or by length, and ends with all of them",
+        f"{_WEIGHTING}.curriculum:Curriculum",
+    ),
     "validation_mixing": Registered(
         "puts target passages into the training batch, all weights equal",
         f"{_WEIGHTING}.validation_mixing:ValidationMixing",

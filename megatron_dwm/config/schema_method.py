@@ -14,9 +14,11 @@ from megatron_dwm.config.bounds import (
     FRACTION_ABOVE_ZERO,
     INNER_WIDTH,
     LAYERS,
+    POWER,
     RATE,
     ROWS,
     TEMPERATURE,
+    WHOLE_FRACTION,
     WIDTH,
 )
 from megatron_dwm.config.key import SET, key
@@ -86,6 +88,22 @@ class PolicyConfig:
         "group", part="selection", only={"weighting.unit": ("token",)}
     )
     """where the fraction is kept: in a weighting group, or in every sample (excess_loss, blade)"""
+    column: str | None = key(None, part="values")
+    """column of the metadata (PREFIX.meta.parquet) with every document's weight, 0 or more (fixed);
+    a sample weighs the mean over its tokens"""
+    domain_weights: dict[str, float] = key({}, FACTOR, part="values")
+    """instead of a column, NAME=WEIGHT NAME=WEIGHT ... (in a file, {NAME: WEIGHT, ...}) for domains
+    of data.domain_key; a domain without a name here weighs 1 (fixed)"""
+    difficulty: str = key("tokens", part="pacing")
+    """column of the metadata (PREFIX.meta.parquet) with every document's difficulty, or tokens, the
+    length of the document (curriculum); a sample's is the mean over its tokens"""
+    pacing_start: float = key(0.01, WHOLE_FRACTION, part="pacing")
+    """fraction of the corpus, its easiest, that carries weight in the first step (curriculum)"""
+    pacing_power: float = key(2.0, POWER, part="pacing")
+    """how that fraction grows to 1 (curriculum): raised to this power, it grows linearly; so 1 is a
+    line, and 2 a square root, which grows fast at first"""
+    pacing_steps: float = key(0.5, FRACTION_ABOVE_ZERO, part="pacing")
+    """fraction of training.steps after which the whole corpus carries weight (curriculum)"""
     mix_fraction: float = key(0.1, FRACTION, part="mixing")
     """fraction of every batch that consists of target passages, rounded to whole samples
     (validation_mixing)"""

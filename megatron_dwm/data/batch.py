@@ -6,7 +6,7 @@ are on one device; slices share memory with their batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -39,6 +39,9 @@ class Batch:
     padding; if tokens are units, one a row"""
     domains: tuple[str, ...]
     """one name a unit: the domain of that document"""
+    values_U: Tensor | None = None
+    """float32, the unit's value: that of its document, or of a row the mean over its tokens; None
+    if the method reads no values (values.py)"""
     borders_BS: Tensor | None = None
     """int64, the number of each token's document piece in its row, from 0; attention stops where it
     changes; None: it does not stop"""
@@ -93,16 +96,14 @@ class Batch:
         """Returns every `step`-th of the rows `start` to `stop - 1`; they share its memory."""
         assert 0 <= start <= stop <= self.size, (start, stop, self.size)
         chosen = self._units_of(range(start, stop, step))
-        return self._with(
-            {name: value[start:stop:step] for name, value in self._row_tensors().items()},
-            self.document_ids_U[chosen],
-            tuple(self.domains[unit] for unit in chosen),
-        )
+        tensors = {name: value[start:stop:step] for name, value in self._row_tensors().items()}
+        tensors |= {name: value[chosen] for name, value in self._unit_tensors().items()}
+        return self._with(tensors, tuple(self.domains[unit] for unit in chosen))
 
     def to(self, device: torch.device | str) -> Batch:
         """Returns the batch with its tensors on `device`."""
-        moved = {name: value.to(device) for name, value in self._row_tensors().items()}
-        return self._with(moved, self.document_ids_U.to(device), self.domains)
+        tensors = {**self._row_tensors(), **self._unit_tensors()}
+        return self._with({name: value.to(device) for name, value in tensors.items()}, self.domains)
 
     def micro_batches(self, size: int) -> list[Batch]:
         """Returns the rows in order, `size` at a time; `size` must divide the batch."""
@@ -113,23 +114,20 @@ class Batch:
     def concatenate(batches: Sequence[Batch]) -> Batch:
         """Returns one batch with the rows of `batches` (at least one), in order.
 
-        All of them have borders or none has, and the same holds for units inside rows.
+        All of them have borders or none has, and the same holds for units inside rows and values.
         """
         assert batches, "concatenate needs at least one batch"
-        rows = [batch._row_tensors() for batch in batches]
-        assert all(columns.keys() == rows[0].keys() for columns in rows)
+        parts = [{**batch._row_tensors(), **batch._unit_tensors()} for batch in batches]
+        assert all(tensors.keys() == parts[0].keys() for tensors in parts)
         return batches[0]._with(
-            {name: torch.cat([columns[name] for columns in rows]) for name in rows[0]},
-            torch.cat([batch.document_ids_U for batch in batches]),
+            {name: torch.cat([tensors[name] for tensors in parts]) for name in parts[0]},
             tuple(name for batch in batches for name in batch.domains),
         )
 
-    def _with(
-        self, row_tensors: dict[str, Tensor], document_ids_U: Tensor, domains: tuple[str, ...]
-    ) -> Batch:
-        """Returns a batch of other rows, by the names of `_row_tensors`."""
-        changes: dict[str, Any] = dict(row_tensors)
-        return replace(self, **changes, document_ids_U=document_ids_U, domains=domains)
+    def _with(self, tensors: dict[str, Tensor], domains: tuple[str, ...]) -> Batch:
+        """Returns a batch of other rows, by the names of all its tensors."""
+        changes: dict[str, Any] = dict(tensors)
+        return replace(self, **changes, domains=domains)
 
     def _units_of(self, rows: range) -> list[int]:
         """Returns the numbers of the units in `rows`."""
@@ -142,9 +140,13 @@ class Batch:
 
     def _row_tensors(self) -> dict[str, Tensor]:
         """Returns the tensors that have a row for each row of the batch."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {
-            name: value
-            for name, value in values.items()
-            if isinstance(value, Tensor) and name != "document_ids_U"
-        }
+        return {name: value for name, value in self._tensors() if not name.endswith("_U")}
+
+    def _unit_tensors(self) -> dict[str, Tensor]:
+        """Returns the tensors that have a row for each unit with an origin."""
+        return {name: value for name, value in self._tensors() if name.endswith("_U")}
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), Tensor):
+                yield field.name, value

@@ -59,11 +59,16 @@ def document_counts(config: Config) -> DocumentCounts:
     )
 
 
-def _means(file: IndexedFile, sequence_length: int) -> tuple[float, float]:
-    """Returns the pieces in a row, and the mean over tokens of the length of their piece."""
+def document_lengths(file: IndexedFile) -> np.ndarray:
+    """Returns int64, the tokens of every document; 0 for an empty one."""
     indexed = IndexedDataset(file.prefix, mmap=True)
     ends = np.concatenate([[0], np.cumsum(indexed.sequence_lengths, dtype=np.int64)])
-    lengths = np.diff(ends[indexed.document_indices]).astype(np.float64)
+    return np.diff(ends[indexed.document_indices])
+
+
+def _means(file: IndexedFile, sequence_length: int) -> tuple[float, float]:
+    """Returns the pieces in a row, and the mean over tokens of the length of their piece."""
+    lengths = document_lengths(file).astype(np.float64)
     lengths = lengths[lengths > 0]
     size, tokens = float(sequence_length), lengths.sum()
     pieces = (1.0 + (lengths - 1.0) / size).sum() / tokens * size

@@ -47,7 +47,7 @@ def read_domains(file: IndexedFile, domain_key: str) -> DocumentDomains:
         UserError: the sidecar cannot be read, has another number of rows than the index has
             documents, or has metadata columns but not `domain_key`.
     """
-    sidecar = _open_sidecar(file)
+    sidecar = open_sidecar(file)
     if sidecar is None or not _has_domains(sidecar, file, domain_key):
         return DocumentDomains(names=(UNKNOWN_DOMAIN,), codes=None)
     names, codes = read_codes(sidecar, domain_key)
@@ -60,7 +60,7 @@ def check_sidecar(file: IndexedFile, domain_key: str) -> None:
     Raises:
         UserError: as `read_domains`.
     """
-    sidecar = _open_sidecar(file)
+    sidecar = open_sidecar(file)
     if sidecar is not None:
         _has_domains(sidecar, file, domain_key)
 
@@ -75,7 +75,7 @@ def check_tokenizer(file: IndexedFile, tokenizer: Tokenizer) -> None:
         UserError: another tokenizer, another vocabulary size, other ends of documents or special
             tokens around them, or an id that is too large.
     """
-    sidecar = _open_sidecar(file)
+    sidecar = open_sidecar(file)
     recorded = {} if sidecar is None else facts_in(sidecar.schema_arrow)
     recorded_sha256 = recorded.get(TOKENIZER_SHA256, "")
     recorded_size = recorded.get(VOCAB_SIZE, "")
@@ -94,7 +94,12 @@ def check_tokenizer(file: IndexedFile, tokenizer: Tokenizer) -> None:
         _check_largest_id(file, tokenizer)
 
 
-def _open_sidecar(file: IndexedFile) -> pq.ParquetFile | None:
+def open_sidecar(file: IndexedFile) -> pq.ParquetFile | None:
+    """Open the metadata of `file`; None if there is none.
+
+    Raises:
+        UserError: it cannot be read, or has another number of rows than there are documents.
+    """
     path = file.sidecar_path
     if not path.is_file():
         return None

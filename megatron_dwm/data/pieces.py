@@ -74,6 +74,14 @@ class RowPieces:
             return [self.main_document]
         return self.documents[self.documents >= 0].tolist()
 
+    def unit_values(self, rules: DocumentRules, values_D: np.ndarray) -> np.ndarray:
+        """Returns float64, the value of every unit, of a row the mean over its input tokens.
+
+        values_D: one a document of the row's file. The row has no padding.
+        """
+        own = values_D[self.documents].astype(np.float64)
+        return own if rules.are_units else np.average(own, weights=self.lengths)[None]
+
 
 def pieces_of_row(owners: np.ndarray) -> RowPieces:
     """Returns the pieces of a row from the document of each of its S + 1 tokens."""

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch import Tensor
 
 from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.batch import Batch
@@ -43,6 +44,7 @@ from megatron_dwm.data.pieces import (
     piece_numbers,
 )
 from megatron_dwm.data.prefixes import IndexedFile, parse_blend, read_indexed_file
+from megatron_dwm.data.values import DocumentValues
 
 _OPEN_EPOCHS = 4
 
@@ -151,6 +153,7 @@ class TrainingData:
         cache_dir: Path,
         purpose: str = "training",
         rules: DocumentRules = ROWS,
+        values: DocumentValues | None = None,
     ) -> None:
         """Open the data and build missing indices in `cache_dir`.
 
@@ -162,6 +165,7 @@ class TrainingData:
             cache_dir: directory of the index cache if `config.cache_dir` is empty.
             purpose: another purpose gives another, independent order of the same data.
             rules: how documents inside a sample are told apart.
+            values: those that batches carry; None if the method reads none.
 
         Raises:
             UserError: as `checks.check_data`, or the cache directory cannot be written.
@@ -169,7 +173,7 @@ class TrainingData:
         self.num_samples = num_samples
         self._cache_dir = Path(config.cache_dir) if config.cache_dir else cache_dir
         self._sequence_length = config.sequence_length
-        self._rules = rules
+        self._rules, self._values = rules, values
         parts = parse_blend(config.train)
         self._streams = [
             _PrefixStream(
@@ -212,6 +216,7 @@ class TrainingData:
             sample_ids_B=torch.tensor(list(sample_ids), dtype=torch.int64),
             document_ids_U=torch.tensor(origins.documents, dtype=torch.int64),
             domains=tuple(origins.domains),
+            values_U=self._unit_values(sample_ids, pieces),
             borders_BS=numbers_BS if self._rules.stop_attention else None,
             units_BS=numbers_BS if self._rules.are_units else None,
             equal_shares=self._rules.equal_shares,
@@ -245,6 +250,16 @@ class TrainingData:
                 found.domains.append(domains.of(document))
                 found.tokens.append(tokens)
         return found
+
+    def _unit_values(self, sample_ids: Sequence[int], pieces: Sequence[RowPieces]) -> Tensor | None:
+        if self._values is None:
+            return None
+        of_prefixes = self._values.of_prefixes
+        found = [
+            row.unit_values(self._rules, of_prefixes[self._locate(sample_id)[0]])
+            for sample_id, row in zip(sample_ids, pieces, strict=True)
+        ]
+        return torch.from_numpy(np.concatenate(found).astype(np.float32))
 
     def _locate(self, sample_id: int) -> tuple[int, int]:
         """Returns a sample's prefix, and its position in the stream of that prefix."""

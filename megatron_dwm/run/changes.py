@@ -8,12 +8,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_dwm.checkpoint.fingerprint import DOMAINS
+from megatron_dwm.checkpoint.fingerprint import DOMAINS, VALUES
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.paths import PATH_KEYS, is_same_path
 from megatron_dwm.weighting import method_class
 
-_ALLOWED_BY = {DOMAINS: ("data.train", "data.domain_key")}
+_ALLOWED_BY = {
+    DOMAINS: ("data.train", "data.domain_key"),
+    VALUES: ("data.train", "policy.column", "policy.difficulty"),
+}
 
 # Keys that a resumed run may change; all others decide what is trained.
 MAY_CHANGE = {

@@ -27,6 +27,7 @@ def check(config: Config) -> RunInputs:
     check_method(config, shape.num_layers, world_size)
     check_profiling(config.profiling)
     check_data(config.data, tokenizer, _num_samples(config))
+    values = method_class(config).document_values(config)
     target = open_target(config, tokenizer)
     held_out = open_held_out(config, tokenizer)
     for remark in method_class(config).remarks(config, shape, tokenizer):
@@ -37,6 +38,7 @@ def check(config: Config) -> RunInputs:
         target=target,
         held_out=held_out,
         reference=check_reference(config, shape, world_size),
+        values=values,
     )
 
 

@@ -9,6 +9,7 @@ from megatron_dwm.data import EvaluationSet, ValidationSet
 from megatron_dwm.data.last_words import LastWords
 from megatron_dwm.data.pieces import document_rules
 from megatron_dwm.data.tokenizer_record import has_special_tokens
+from megatron_dwm.data.values import DocumentValues
 from megatron_dwm.model import LlamaShape, resolve_shape
 from megatron_dwm.run.starting_point import shape_to_start_from
 from megatron_dwm.tokenizer import Tokenizer, open_tokenizer
@@ -22,6 +23,7 @@ class RunInputs:
 
     target: None if the method reads none. held_out: None without evaluation.
     reference: shape of the reference model; None if the method has none.
+    values: those of the documents; None if the method reads none.
     """
 
     tokenizer: Tokenizer
@@ -29,6 +31,7 @@ class RunInputs:
     target: ValidationSet | None
     held_out: HeldOut | None
     reference: LlamaShape | None = None
+    values: DocumentValues | None = None
 
 
 def open_model_and_tokenizer(config: Config) -> tuple[Tokenizer, LlamaShape]:

@@ -15,7 +15,6 @@ from megatron_dwm.data.pieces import document_rules
 from megatron_dwm.run.inputs import RunInputs
 from megatron_dwm.run.reference import Reference, build_reference
 from megatron_dwm.runtime import Runtime
-from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.training import Learner, build_learner
 from megatron_dwm.training.evaluation import HeldOut
 from megatron_dwm.training.optimizer import begin_at
@@ -67,6 +66,7 @@ def build_job(config: Config, runtime: Runtime, inputs: RunInputs) -> Job:
         target=inputs.target,
         reference=None if reference is None else reference.llm,
         reference_optimizer=None if reference is None else reference.optimizer,
+        values=inputs.values,
     )
     feed = build_feed(config, learner, inputs)
     return Job(
@@ -107,11 +107,9 @@ def build_feed(config: Config, learner: Learner, inputs: RunInputs) -> Feed:
     if schedule.num_updates and schedule.fresh:
         # The same documents in another order, so that weighting updates never change what the LLM
         # reads.
-        data = _corpus(config, inputs.tokenizer, schedule.num_updates, "weighting")
+        data = _corpus(config, inputs, schedule.num_updates, "weighting")
         updates = CorpusSource(data, size, "update")
-    corpus = CorpusSource(
-        _corpus(config, inputs.tokenizer, config.training.steps, "training"), size
-    )
+    corpus = CorpusSource(_corpus(config, inputs, config.training.steps, "training"), size)
     runtime = learner.runtime
     return Feed(
         method.training_source(config, corpus, inputs.target),
@@ -129,13 +127,14 @@ def build_feed(config: Config, learner: Learner, inputs: RunInputs) -> Feed:
     )
 
 
-def _corpus(config: Config, tokenizer: Tokenizer, batches: int, purpose: str) -> TrainingData:
+def _corpus(config: Config, inputs: RunInputs, batches: int, purpose: str) -> TrainingData:
     return TrainingData(
         config.data,
-        eod_id=tokenizer.eod_id,
+        eod_id=inputs.tokenizer.eod_id,
         seed=config.run.seed,
         num_samples=batches * config.training.global_batch_size,
         cache_dir=Path(config.run.dir) / INDEX_CACHE,
         purpose=purpose,
         rules=document_rules(config),
+        values=inputs.values,
     )

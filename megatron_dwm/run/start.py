@@ -65,7 +65,7 @@ def run(config: Config) -> None:
         _claimed(run_dir, runtime) as is_lost,
     ):
         newest = newest_whole_checkpoint(run_dir, runtime) if before else None
-        found = fingerprint(config, inputs.shape)
+        found = fingerprint(config, inputs.shape, inputs.values)
         if before and newest is None:
             require_no_loss(run_dir, before.training)
         if _is_over(config, _saved_state(config, newest, found), runtime):

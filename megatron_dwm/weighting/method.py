@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_dwm.config import Config
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch, Source, ValidationSet
+from megatron_dwm.data.values import DocumentValues
 from megatron_dwm.model import LLM, ForwardOutputs, LlamaShape
 from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.weighting.costs import Costs, Workload, plain_costs
@@ -105,7 +106,8 @@ class BuildContext:
     """Everything that a method may be built from.
 
     target: None if the method reads none. reference: a second LLM; None if the method has none.
-    reference_optimizer: None if the reference does not change.
+    reference_optimizer: None if the reference does not change. values: what `document_values`
+        returned.
     """
 
     config: Config
@@ -114,6 +116,7 @@ class BuildContext:
     target: ValidationSet | None = None
     reference: LLM | None = None
     reference_optimizer: ChainedOptimizer | None = None
+    values: DocumentValues | None = None
 
 
 class Method(Protocol):
@@ -156,6 +159,14 @@ class Method(Protocol):
         """Yields the keys and files whose content must be the same in a resumed run."""
         if "target" in cls.parts(config) and config.validation.path is not None:
             yield "validation.path", Path(config.validation.path)
+
+    @classmethod
+    def document_values(cls, config: Config) -> DocumentValues | None:
+        """Returns the values that batches carry (`Batch.values_U`); None if the method reads none.
+
+        Raises UserError if they cannot be read.
+        """
+        return None
 
     @classmethod
     def schedule(cls, config: Config) -> Schedule:
