@@ -21,6 +21,7 @@ SOURCES = {"training", "update", "target"}
 EVALUATED = ["--evaluation.path", str(CORPUS / "heldout.jsonl")]
 EVERY_WEIGHT = ["--logging.weights_interval_steps", "1"]
 BROKEN = ["--training.learning_rate", "1e4", "--training.weight_decay", "1e4"]
+_ALIGNED = ["--policy.alignment_warmup", "1"]
 _KEY = re.compile(r"`([a-z_]+)`")
 
 Keys = dict[str, set[str]]
@@ -53,6 +54,7 @@ def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
         # A model that learns, on batches of its own; its first update measures noise.
         "fresh": ["--policy.name", "dwm", *_steps(9), *EVALUATED],
         "domain_mean": ["--policy.name", "domain_mean", *_steps(6)],
+        "aligned": ["--policy.name", "gradient_alignment", *_ALIGNED, *_steps(2)],
         "similarity": ["--policy.name", "similarity", *_steps(6)],
         "mixing": ["--policy.name", "validation_mixing", *_steps(2), *EVERY_WEIGHT],
         # Parameters grow by 1e8 a step: from step 2 on nothing is finite.

@@ -31,6 +31,7 @@ PARTS: dict[Part, str] = {
     "domain_mean": "keeps no means of domains",
     "losses": "does not weigh by losses",
     "similarity": "compares no features",
+    "gradient_alignment": "does not weigh by the batch's own alignments",
     "mixing": "mixes no target passages into the batches",
 }
 """every part, with the words for a method that lacks it"""

@@ -74,8 +74,7 @@ class Reporter:
         if result is None:
             self._skipped_update(stage)
         elif isinstance(result, TargetRead):
-            number = self._state.updates
-            self._write(stage, "weighting", update=number, val_loss=result.val_loss)
+            self._write_update(stage, val_loss=result.val_loss)
         else:
             self._made_update(stage, result, origins)
 
@@ -83,14 +82,10 @@ class Reporter:
         alignment_n = result.units.gather(result.hypergradient.alignment_n, self._runtime)
         if result.noise is not None:
             self._health.signal_to_noise(result.noise.ratio)
-        self._write(
-            stage,
-            "weighting",
-            update=self._state.updates,
-            **_columns(result, alignment_n),
-            **named_statistics(batch_statistics(result.units, self._runtime)),
-        )
-        if self._config.weights_interval_steps:
+        statistics = named_statistics(batch_statistics(result.units, self._runtime))
+        self._write_update(stage, **_columns(result, alignment_n), **statistics)
+        interval = self._config.weights_interval_steps
+        if interval and (not result.weighs_step or self._state.step % interval == 0):
             self._record_weights(stage, origins, result.units, alignment_n)
 
     def skipped(self, stage: int, reason: str, samples: range) -> None:
@@ -157,6 +152,9 @@ class Reporter:
         if self._files is not None:
             step = self._state.step
             self._files.weights.add(step, stage, origins(), losses_n, weights_n, alignment_n)
+
+    def _write_update(self, stage: int, **values: object) -> None:
+        self._write(stage, "weighting", update=self._state.updates, **values)
 
     def _write(self, stage: int, phase: str, **values: object) -> None:
         self._step_lines.write()

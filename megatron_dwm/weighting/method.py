@@ -111,6 +111,9 @@ class Method(Protocol):
     """what to change if a few samples get nearly all the weight"""
     units: ClassVar[frozenset[str]] = frozenset({"sample", "document"})
     """the values of `weighting.unit` that the method can weigh"""
+    aligns_first: ClassVar[bool] = False
+    """an update inside a step gives that step's own weights: it computes the alignments of the
+    batch at uniform weights, and `weights` finds them in its `outputs`"""
 
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:

@@ -11,6 +11,7 @@ from megatron_dwm.config import Config
 from megatron_dwm.config.load import load_config
 from megatron_dwm.model import resolve_shape
 from megatron_dwm.planning.cost import Cost, cost_of
+from megatron_dwm.weighting.costs import Workload
 from megatron_dwm.weighting.model import WeightingShape, build_weighting_model
 from tests.small_runs.command import metrics
 from tests.small_runs.fixtures import Corpus
@@ -35,7 +36,7 @@ def weighing(width: int, layers: int, inner: int) -> int:
 
 
 def in_config(config: Config) -> Cost:
-    return cost_of(config, resolve_shape(config.model, VOCAB_SIZE), 1)
+    return cost_of(config, resolve_shape(config.model, VOCAB_SIZE), Workload(replicas=1))
 
 
 def test_a_frozen_model_is_counted_with_its_own_sizes(
