@@ -23,6 +23,7 @@ EVERY_WEIGHT = ["--logging.weights_interval_steps", "1"]
 BROKEN = ["--training.learning_rate", "1e4", "--training.weight_decay", "1e4"]
 BLADE = ["--policy.sync_first_step", "1", "--policy.sync_interval_steps", "2"]
 BLADE += ["--policy.reference_steps", "2"]
+_ALIGNED = ["--policy.alignment_warmup", "1"]
 _KEY = re.compile(r"`([a-z_]+)`")
 
 Keys = dict[str, set[str]]
@@ -56,6 +57,7 @@ def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
         "fresh": ["--policy.name", "dwm", *_steps(9), *EVALUATED],
         "domain_mean": ["--policy.name", "domain_mean", *_steps(6)],
         "blade": ["--policy.name", "blade", *_steps(3), *BLADE],
+        "aligned": ["--policy.name", "gradient_alignment", *_ALIGNED, *_steps(2)],
         "similarity": ["--policy.name", "similarity", *_steps(6)],
         "mixing": ["--policy.name", "validation_mixing", *_steps(2), *EVERY_WEIGHT],
         # Parameters grow by 1e8 a step: from step 2 on nothing is finite.

@@ -35,6 +35,7 @@ PARTS: dict[Part, str] = {
     "similarity": "compares no features",
     "values": "has no weights of its own for documents",
     "pacing": "has no curriculum",
+    "gradient_alignment": "does not weigh by the batch's own alignments",
     "mixing": "mixes no target passages into the batches",
 }
 """every part, with the words for a method that lacks it"""

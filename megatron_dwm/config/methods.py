@@ -34,6 +34,10 @@ METHODS: dict[str, Registered] = {
         "weighs by the cosine of a sample's hidden states and the target's (ADAPT)",
         f"{_WEIGHTING}.similarity:Similarity",
     ),
+    "gradient_alignment": Registered(
+        "weighs by the alignments of the batch itself, at the cost of three more steps each",
+        f"{_WEIGHTING}.gradient_alignment:GradientAlignment",
+    ),
     "excess_loss": Registered(
         "keeps what a static reference model predicts better (RHO-LOSS; Rho-1 with unit token)",
         f"{_WEIGHTING}.excess_loss:ExcessLoss",

@@ -68,6 +68,15 @@ class PolicyConfig:
     similarity_layer: int = key(1, LAYERS, part="similarity")
     """layer of the LLM, counted from 1, whose pooled output is compared in addition to the last
     one's (similarity)"""
+    alignment_temperature: float = key(1.0, TEMPERATURE, part="gradient_alignment")
+    """temperature of the softmax over the alignments, in standard deviations from their mean
+    (gradient_alignment)"""
+    alignment_warmup: int = key(50, COUNT, part="gradient_alignment")
+    """LLM steps with uniform weights at first, in which Adam's moments settle
+    (gradient_alignment)"""
+    alignment_interval: int = key(1, COUNT, part="gradient_alignment")
+    """compute alignments, and with them weights, in every how many-th step; the others have uniform
+    weights (gradient_alignment)"""
     reference: str | None = key(None, part="reference")
     """the reference model (excess_loss): a Hugging Face directory (LlamaForCausalLM) or a
     checkpoint, with the LLM's vocabulary"""

@@ -83,11 +83,11 @@ def traffic_of(
 ) -> list[Traffic]:
     """Returns a line for every link. on_gpu: the layers are Transformer Engine's."""
     schedule = method_class(config).schedule(config)
-    fresh = schedule.fresh
+    own_pass = schedule.fresh or method_class(config).aligns_first
     updates = float(learns(config))
-    # An update has a pass for g of a fresh batch, that of the validation batch, and the probe,
+    # An update may have a pass for its own g; it has that of the validation batch, and the probe,
     # which reads the batch and forms no gradient.
-    of_batch = gradients = updates * (1 + fresh)
+    of_batch = gradients = updates * (1 + own_pass)
     phi = _FP32 * weighting_parameters(weighting)
     learning = _Sent(1, phi) * updates if phi and world_size > 1 else _Sent()
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline

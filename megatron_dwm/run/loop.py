@@ -6,7 +6,8 @@
         train_step(batch)                               # taken, skipped or a spike
         evaluate, save and stop if due
 
-With `weighting.update_on training` an update comes inside the preceding step.
+With `weighting.update_on training`, and for a method that weighs a batch by its own alignments, an
+update comes inside the preceding step.
 
 The run can be stopped, saved and resumed between any two of these: requests are polled after every
 step and update, and between the batches of an evaluation.

@@ -83,8 +83,7 @@ class Reporter:
             self._skipped_update(stage)
             return
         if isinstance(result, TargetRead):
-            values: dict[str, Any] = {"val_loss": result.val_loss}
-            self._write(stage, "weighting", update=self._state.updates, **values)
+            self._write_update(stage, val_loss=result.val_loss)
             return
         runtime, alignment_n = self._runtime, None
         if isinstance(result, UpdateResult):
@@ -93,8 +92,11 @@ class Reporter:
                 self._health.signal_to_noise(result.noise.ratio)
         values = update_values(result, alignment_n)
         statistics = named_statistics(batch_statistics(result.units, runtime))
-        self._write(stage, "weighting", update=self._state.updates, **values, **statistics)
-        if self._config.weights_interval_steps:
+        self._write_update(stage, **values, **statistics)
+        interval = self._config.weights_interval_steps
+        # The step that follows from its own update records the same weights.
+        weighs_step = isinstance(result, UpdateResult) and result.weighs_step
+        if interval and (not weighs_step or self._state.step % interval == 0):
             self._record_weights(stage, origins, result.units, alignment_n)
 
     def skipped(self, stage: int, reason: str, samples: range) -> None:
@@ -161,6 +163,9 @@ class Reporter:
         if self._files is not None:
             step = self._state.step
             self._files.weights.add(step, stage, origins(), losses_n, weights_n, alignment_n)
+
+    def _write_update(self, stage: int, **values: object) -> None:
+        self._write(stage, "weighting", update=self._state.updates, **values)
 
     def _write(self, stage: int, phase: str, **values: object) -> None:
         self._step_lines.write()

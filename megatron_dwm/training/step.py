@@ -3,7 +3,8 @@
 An update on the training batch comes between the gradient and the optimizer: first g(w) at theta,
 then the hypergradient through the step that follows, then that step. So theta and the moments are
 those before the step, and theta' is bit-identical to the parameters after it. The updated weighting
-model gives the weights from the next step on.
+model gives the weights from the next step on. A method that weighs by the batch's own alignments
+has its update before the weights (`Method.aligns_first`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from megatron_dwm.model.optimizer_step import step_if_finite
 from megatron_dwm.runtime.profiling import phase
 from megatron_dwm.training.guard import require_sound_weights
 from megatron_dwm.training.learner import Learner
-from megatron_dwm.training.update import UpdateResult, UpperLevel, update_from_gradient
+from megatron_dwm.training.update import (
+    UpdateResult,
+    UpperLevel,
+    align_first,
+    update_from_gradient,
+    weighs_step,
+)
 from megatron_dwm.training.weighed_units import WeighedUnits, weighed_units
 from megatron_dwm.training.weighted_pass import weighted_pass
 from megatron_dwm.weighting import Counters, Method
@@ -71,20 +78,32 @@ def train_step(
 ) -> StepOutcome:
     """Take one optimizer step of the LLM on this replica's `batch` (collective).
 
-    upper: make a weighting update from this step's own gradient; the step itself does not change.
+    upper: make a weighting update from this step's own batch. The step itself does not change,
+        unless the method weighs it by the alignments.
     largest_loss: a larger loss is a spike.
 
     Raises RunError for weights that are not finite, negative or of another mean than 1.
     """
     learning_rate = learner.learning_rate
+    aligned = None
+    if upper is not None and method.aligns_first:
+        aligned, upper = align_first(learner, batch, upper), None
     with phase("weighted gradient"):
-        result = weighted_pass(learner, method, batch, counters, for_update=upper is not None)
+        result = weighted_pass(
+            learner,
+            method,
+            batch,
+            counters,
+            for_update=upper is not None,
+            aligned=None if aligned is None else aligned.outputs,
+        )
     assert result.weights_n is not None
     units = weighed_units(batch, result.unit_losses_n, result.weights_n, learner.runtime)
     loss, weighted_loss, weight, wrong = _means(learner, units)
     if largest_loss is not None and loss > largest_loss:
         return Spike(loss=loss, limit=largest_loss)
-    update, grad_norm = None, math.nan
+    update = None if aligned is None else weighs_step(aligned, result.weights_n)
+    grad_norm = math.nan
     if math.isfinite(loss):
         require_sound_weights(weight, wrong)
         if upper is not None:

@@ -1,7 +1,8 @@
 """One weighting update, from the weighted gradient of a batch.
 
 The gradient buffers contain g(w). The hypergradient through the virtual step along g(w) says how
-the weights should change (bilevel/), and the method learns from that.
+the weights should change (bilevel/), and the method learns from that; or it weighs the batch itself
+by the alignments at uniform weights.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_dwm.bilevel import Hypergradient, Problem, hypergradient
 from megatron_dwm.bilevel.problem import InnerOptimizer
 from megatron_dwm.data import Batch
-from megatron_dwm.model import PassResult, clear_gradients
+from megatron_dwm.model import ForwardOutputs, PassResult, clear_gradients, forward_backward
+from megatron_dwm.model.passes.objective import weighted, weighted_denominator
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.runtime.profiling import phase
 from megatron_dwm.training.learner import Learner
@@ -47,6 +50,7 @@ class UpdateResult:
     noise: signal-to-noise of the alignments; None if it was not measured.
     units: losses at theta and weights of this replica's units, before the update.
     train_loss: mean of those losses over the global batch.
+    weighs_step: the weights are those that follow from the alignments, of the step itself.
     """
 
     hypergradient: Hypergradient
@@ -54,6 +58,13 @@ class UpdateResult:
     update: WeightingUpdate
     units: WeighedUnits
     train_loss: float
+    weighs_step: bool = False
+
+    @property
+    def outputs(self) -> ForwardOutputs:
+        """Losses and alignments, as a method that weighs by them takes them."""
+        alignment_n = self.hypergradient.alignment_n
+        return ForwardOutputs(losses_n=self.units.losses_n, alignment_n=alignment_n)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +119,47 @@ def update_from_gradient(
 
     result: the pass that computed g(w). Returns None as `weighting_update` does.
     """
+    found = _hypergradient(learner, train, result, upper)
+    if found is None:
+        return None
+    alignments = Alignments(
+        values_n=found.hypergradient.alignment_n,
+        learning_rate=learner.optimizer.param_groups[0]["lr"],
+        signal_to_noise=None if found.noise is None else found.noise.ratio,
+    )
+    with phase("weighting model"):
+        update = method.update(train, result.outputs, alignments)
+    return _with_weights(found, update)
+
+
+def align_first(learner: Learner, batch: Batch, upper: UpperLevel) -> UpdateResult | None:
+    """Compute the alignments of a step's batch at uniform weights (collective).
+
+    Returns None as `weighting_update` does. The gradient buffers are overwritten.
+    """
+    llm, size = learner.llm, learner.micro_batch_size
+    ones_n = torch.ones(batch.units.count, device=llm.runtime.device)
+    clear_gradients(llm, learner.optimizer)
+    with phase("weighted gradient"):
+        result = forward_backward(
+            llm, weighted(batch, ones_n, size), denominator=weighted_denominator(batch)
+        )
+    return _hypergradient(learner, batch, replace(result, weights_n=ones_n), upper)
+
+
+def weighs_step(found: UpdateResult, weights_n: Tensor) -> UpdateResult:
+    """Returns the update with the weights that the method made of its alignments."""
+    return replace(_with_weights(found, WeightingUpdate(weights_n)), weighs_step=True)
+
+
+def _with_weights(found: UpdateResult, update: WeightingUpdate) -> UpdateResult:
+    return replace(found, update=update, units=replace(found.units, weights_n=update.weights_n))
+
+
+def _hypergradient(
+    learner: Learner, train: Batch, result: PassResult, upper: UpperLevel
+) -> UpdateResult | None:
+    """Returns an update with the pass's own weights; None if it is not finite (collective)."""
     assert result.weights_n is not None
     problem = Problem(
         llm=learner.llm,
@@ -123,19 +175,11 @@ def update_from_gradient(
     if not _is_finite_everywhere(found):
         return None
     units = weighed_units(train, result.unit_losses_n, result.weights_n, learner.runtime)
-    noise = _noise(found, units, learner.runtime)
-    alignments = Alignments(
-        values_n=found.alignment_n,
-        learning_rate=problem.learning_rate,
-        signal_to_noise=None if noise is None else noise.ratio,
-    )
-    with phase("weighting model"):
-        update = method.update(train, result.outputs, alignments)
     return UpdateResult(
         hypergradient=found,
-        noise=noise,
-        update=update,
-        units=replace(units, weights_n=update.weights_n),
+        noise=_noise(found, units, learner.runtime),
+        update=WeightingUpdate(result.weights_n),
+        units=units,
         train_loss=float(units.mean(units.losses_n[None], learner.runtime)[0]),
     )
 

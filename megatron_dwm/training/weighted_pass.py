@@ -21,11 +21,18 @@ from megatron_dwm.weighting import Counters, Method, Needs
 
 
 def weighted_pass(
-    learner: Learner, method: Method, batch: Batch, counters: Counters, *, for_update: bool
+    learner: Learner,
+    method: Method,
+    batch: Batch,
+    counters: Counters,
+    *,
+    for_update: bool,
+    aligned: ForwardOutputs | None = None,
 ) -> PassResult:
     """Compute g(w) into the gradient buffers; the result has the method's weights (collective).
 
     for_update: keep what an update of the method reads.
+    aligned: alignments of the batch, for a method that weighs by them.
     """
     llm, size = learner.llm, learner.micro_batch_size
     needs = method.needs(counters)
@@ -34,7 +41,7 @@ def weighted_pass(
     weights_n, weigh = torch.ones(batch.units.count, device=llm.runtime.device), None
     reference_n = method.reference_losses(batch)
     if not needs.forward_pass:
-        weights_n = method.weights(batch, None, counters)
+        weights_n = method.weights(batch, aligned, counters)
     elif needs.whole_batch and batch.size > size:
         # Every weight needs all micro-batches, and a pipeline cannot keep all of them in memory. So
         # an extra forward pass comes first.

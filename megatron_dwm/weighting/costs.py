@@ -93,13 +93,15 @@ def learning_costs(
     llm: LlamaShape,
     workload: Workload,
     *,
+    gradient_pass: bool,
     model: WeightingShape | None = None,
     extra_forward: bool = False,
     encodes_twice: bool = False,
     frozen: bool = False,
 ) -> Costs:
-    """Returns the costs of a method that learns from alignments.
+    """Returns the costs of a method that reads alignments.
 
+    gradient_pass: an update has a pass of its own for g(w).
     model: the weighting model, if there is one.
     extra_forward: weights need a forward pass of the whole batch first.
     encodes_twice: an update runs the weighting model forward twice (weighting/encoding.py).
@@ -113,8 +115,7 @@ def learning_costs(
     if model is not None:
         weighing = weighting_forward_flops(model, rows, length, _group_size(config), documents)
     validation = llm_forward_flops(llm, passages, length, documents.attended_tokens)
-    fresh = config.weighting.update_on == "fresh"
-    update_passes = FORWARD_BACKWARD * (validation + forward + fresh * forward)
+    update_passes = FORWARD_BACKWARD * (validation + forward + gradient_pass * forward)
     measured = not frozen and why_no_noise(config, passages) is None
     return Costs(
         llm_step=FORWARD_BACKWARD * forward,

@@ -67,7 +67,8 @@ class DomainMean(RuleBased):
     @classmethod
     def costs(cls, config: Config, llm: LlamaShape, workload: Workload) -> Costs:
         """Returns the costs of learning without a weighting model."""
-        return learning_costs(config, llm, workload)
+        fresh = config.weighting.update_on == "fresh"
+        return learning_costs(config, llm, workload, gradient_pass=fresh)
 
     def __init__(
         self,

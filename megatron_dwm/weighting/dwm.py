@@ -118,6 +118,7 @@ class Dwm(Method):
             config,
             llm,
             workload,
+            gradient_pass=weighting.update_on == "fresh",
             model=cls.model_shape(config, llm),
             extra_forward=not own and is_global and rows > training.micro_batch_size,
             encodes_twice=own and share > training.micro_batch_size,

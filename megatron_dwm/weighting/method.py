@@ -132,6 +132,9 @@ class Method(Protocol):
     """the values of `weighting.unit` that the method can weigh"""
     own_updates: ClassVar[bool] = False
     """True: updates are passes of the method's own (`own_update`), without a hypergradient"""
+    aligns_first: ClassVar[bool] = False
+    """an update inside a step gives that step's own weights: it computes the alignments of the
+    batch at uniform weights, and `weights` finds them in its `outputs`"""
 
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:

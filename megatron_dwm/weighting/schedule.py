@@ -21,7 +21,7 @@ class Schedule:
     update_steps: the steps before which updates are made, ascending.
     updates_each: updates before each of them, with the LLM frozen.
     borders: the first step of every stage, ascending, beginning with 0.
-    in_step: the update comes inside the preceding step, from that step's own batch and gradient.
+    in_step: the update comes inside the preceding step, from that step's own batch.
     fresh: an update reads a training batch of its own.
     """
 

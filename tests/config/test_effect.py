@@ -24,6 +24,7 @@ LOADED = "--policy.name dwm --weighting.load w"
 FROZEN = f"{LOADED} --weighting.frozen true"
 DOMAINS = "--policy.name domain_mean"
 MIXING = "--policy.name validation_mixing"
+ALIGNED = "--policy.name gradient_alignment"
 SIMILARITY = "--policy.name similarity --weighting.mode online"
 UNROLL = "--policy.name dwm --bilevel.estimator unroll"
 
@@ -59,6 +60,9 @@ WITHOUT_EFFECT = [
     (MIXING, "validation.batch_size", "4", "reads no validation batches"),
     (SIMILARITY, "weighting.update_on", "training", "learns nothing from alignments"),
     (SIMILARITY, "bilevel.estimator", "unroll", "policy similarity computes no hypergradients"),
+    (ALIGNED, "weighting.mode", "online", "gradient_alignment makes no weighting updates"),
+    (ALIGNED, "weighting.standardize", "false", "learns nothing from alignments"),
+    (OWN, "policy.alignment_interval", "4", "policy dwm does not weigh by the batch's own"),
     (OWN, "policy.similarity_temperature", "0.4", "policy dwm compares no features"),
     (MIXING, "weighting.group", "global", "weighs every sample the same"),
     (MIXING, "policy.domain_decay", "0.5", "keeps no means of domains"),
@@ -147,6 +151,10 @@ WITH_EFFECT = [
     f"{DOMAINS} --policy.domain_decay 0.5 --weighting.mode online --weighting.standardize false",
     f"{DOMAINS} --weighting.damp_by_noise true --weighting.min_effective_sample_size 0",
     f"{MIXING} --policy.mix_fraction 0.2 --validation.path v --validation.loss_on last_word",
+    f"{SIMILARITY} --policy.similarity_layer 2 --weighting.interval_steps 4 --validation.path v",
+    f"{SIMILARITY} --weighting.freeze_after 0.5 --validation.batch_size 4",
+    f"{ALIGNED} --policy.alignment_interval 2 --policy.alignment_warmup 4 --validation.path v",
+    f"{ALIGNED} --bilevel.noise_interval_updates 4 --bilevel.inner_optimizer sgd",
     "--training.keep_every 10 --training.keep_last 1",
     "--evaluation.path e --evaluation.interval_steps 9",
     "--profiling.tool torch --profiling.first_step 3",

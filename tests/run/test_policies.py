@@ -19,12 +19,15 @@ DOMAINS = ["--policy.name", "domain_mean", "--weighting.damp_by_noise", "true"]
 MIXING = ["--policy.name", "validation_mixing", "--policy.mix_fraction", "0.25"]
 LOSSES = ["--policy.name", "loss_reweighting"]
 SIMILARITY = ["--policy.name", "similarity", "--policy.similarity_temperature", "0.02"]
+ALIGNED = ["--policy.name", "gradient_alignment", "--policy.alignment_interval", "2"]
+ALIGNED += ["--policy.alignment_warmup", "5"]
 POLICIES = {
     "training": TRAINING,
     "domain_mean": DOMAINS,
     "validation_mixing": MIXING,
     "loss_reweighting": LOSSES,
     "similarity": SIMILARITY,
+    "gradient_alignment": ALIGNED,
 }
 
 
@@ -49,6 +52,8 @@ def alone(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         ("loss_reweighting", ["--parallel.pipeline", "2"]),
         ("similarity", ["--parallel.tensor", "2", "--parallel.sequence", "true"]),
         ("similarity", []),
+        ("gradient_alignment", ["--parallel.pipeline", "2"]),
+        ("gradient_alignment", ["--parallel.sharded_optimizer", "true"]),
     ],
     ids=str,
 )
@@ -108,6 +113,23 @@ def test_passages_take_their_part_of_every_batch(alone: dict[str, Path]) -> None
     assert metrics(alone["validation_mixing"], "weighting") == []
 
 
+def test_alignments_of_the_batch_weigh_its_own_step(alone: dict[str, Path]) -> None:
+    run_dir = alone["gradient_alignment"]
+    train = {line["step"]: line for line in metrics(run_dir, "train")}
+    weighting = metrics(run_dir, "weighting")
+    assert [line["step"] for line in weighting] == list(range(6, 21, 2))
+    for step, line in train.items():
+        assert (line["weight_std"] > 0.0) == (step in range(6, 21, 2)), step
+    for line in weighting:  # the weights that follow from the alignments
+        assert line["weight_std"] == train[line["step"]]["weight_std"]
+        assert line["weighting_grad_norm"] is None
+        assert line["loss"] == pytest.approx(train[line["step"]]["loss"], abs=1e-6)
+    rows = ds.dataset(run_dir / "weights").to_table().to_pylist()
+    assert {row["step"] for row in rows} == {10, 20}, "as logging.weights_interval_steps says"
+    last = sorted((row["alignment"], row["weight"]) for row in rows if row["step"] == 20)
+    assert last == sorted(last, key=lambda pair: pair[1])
+
+
 def test_flops_add_up(alone: dict[str, Path]) -> None:
     """The tiny model's forward pass, multiplied out by hand: 8 rows of 32 tokens."""
     layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 176  # query, out; key, value; SwiGLU
@@ -129,3 +151,9 @@ def test_flops_add_up(alone: dict[str, Path]) -> None:
     assert read[:5] == [n * 3 * forward for n in range(1, 6)]
     assert read[5] - read[4] == (4 + 1) * forward and read[6] - read[5] == 4 * forward
     assert read[8] - read[7] == (4 + 1) * forward
+    # A pass for g at uniform weights, that of 8 passages and the probe; noise in every tenth.
+    aligned = [line["flops"] for line in metrics(alone["gradient_alignment"], "train")]
+    assert aligned[:5] == [n * 3 * forward for n in range(1, 6)]
+    differences = [after - before for before, after in zip(aligned[4:], aligned[5:], strict=False)]
+    # An update inside a step is counted after the step's own line.
+    assert differences[:4] == [3 * forward, (3 + 9 + 3) * forward, 3 * forward, (3 + 9) * forward]

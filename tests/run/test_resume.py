@@ -33,12 +33,17 @@ POLICIES = {
     "domain_mean": ["--policy.name", "domain_mean"],
     "loss_reweighting": ["--policy.name", "loss_reweighting", "--weighting.group", "global"],
     "validation_mixing": ["--policy.name", "validation_mixing", "--policy.mix_fraction", "0.25"],
+    "gradient_alignment": [
+        *("--policy.name", "gradient_alignment", "--policy.alignment_interval", "2"),
+        *("--policy.alignment_warmup", "3"),
+    ],
     "similarity": ["--policy.name", "similarity"],
     "similarity, at a reading": ["--policy.name", "similarity", "--weighting.unit", "document"],
 }
 LAYOUTS = {
     "own": ["--parallel.pipeline", "2"],
     "llm": ["--parallel.tensor", "2"],
+    "gradient_alignment": ["--parallel.sharded_optimizer", "true"],
     "similarity, at a reading": ["--parallel.pipeline", "2"],
 }
 # The call at which the run is stopped: inside a phase, or right after an update.

@@ -50,11 +50,13 @@ class ForwardOutputs:
     losses_n: float32, token-mean losses.
     features: None unless the pass was asked for them.
     reference_losses_n: float32, losses of a reference model; None without one.
+    alignment_n: float32, alignments at uniform weights; None unless computed before.
     """
 
     losses_n: Tensor
     features: Features | None = None
     reference_losses_n: Tensor | None = None
+    alignment_n: Tensor | None = None
 
 
 class FeatureTap:

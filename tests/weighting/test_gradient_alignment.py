@@ -1,0 +1,60 @@
+"""Weights from the batch's own alignments against double precision, and under every layout."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+
+from tests.launch import run_ranks
+
+WORKERS = "tests.weighting.alignment_workers"
+LAYOUTS = [
+    ({"tensor": 2, "sequence": True}, 2),
+    ({"pipeline": 2}, 2),
+    ({}, 2),
+    ({"sharded": True}, 2),
+    ({"tensor": 2, "pipeline": 2}, 4),
+]
+CASES = [
+    {"unit": unit, "group": group}
+    for unit, group in product(("sample", "document"), ("micro_batch", "global"))
+]
+
+
+def test_weights_are_those_of_the_oracles_alignments() -> None:
+    cases = [
+        {"group": "global", "inner": "adam"},
+        {"group": "global", "inner": "sgd"},
+        {"group": "global", "inner": "adam", "clip": 0.2},
+        {"group": "micro_batch", "inner": "adam"},
+    ]
+    for [found] in run_ranks(f"{WORKERS}:weights_and_oracle", 1, cases):
+        assert float(found["by hand"].std()) > 0.3, "the weights are far from uniform"
+        # fp32 alignments have a relative error of 1e-5 (tests/bilevel).
+        torch.testing.assert_close(found["ours"].double(), found["by hand"], rtol=0, atol=5e-4)
+
+
+def test_layouts_agree() -> None:
+    """And in each, alignments are bit for bit those of the estimator at uniform weights."""
+    for case, [alone] in zip(CASES, run_ranks(f"{WORKERS}:steps", 1, CASES), strict=True):
+        assert float(alone["weights"].std()) > 0.3, "the weights are far from uniform"
+        for size in (2, 4):
+            layouts = [layout for layout, ranks in LAYOUTS if ranks == size]
+            cases = [{**case, **layout} for layout in layouts]
+            results = run_ranks(f"{WORKERS}:steps", size, cases)
+            for layout, ranks in zip(layouts, results, strict=True):
+                for found in ranks:
+                    for name, of_all in alone.items():
+                        # Rounding is 1e-4 of the largest alignment (tests/training).
+                        tolerance = 3e-4 * float(of_all.abs().max())
+                        difference = float((found[name] - of_all).abs().max())
+                        assert difference < tolerance, (case, layout, name)
+
+
+def test_a_high_temperature_is_plain_training() -> None:
+    cases = [{"temperature": temperature} for temperature in (1e6, 1.0, None)]
+    [[hot], [warm], [plain]] = run_ranks(f"{WORKERS}:parameters_after_a_step", 1, cases)
+    assert torch.equal(plain[0], torch.ones_like(plain[0]))
+    assert float((hot[0] - 1.0).abs().max()) < 1e-5 < 0.3 < float(warm[0].std())
+    assert float((hot[1] - plain[1]).abs().max()) < 1e-6 < float((warm[1] - plain[1]).abs().max())
