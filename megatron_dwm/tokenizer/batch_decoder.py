@@ -4,7 +4,8 @@ The bytes of every piece are in one table, and a text is one gather from it: som
 a second on one core. How a vocabulary spells bytes is not said in one place of its file, so each
 known spelling is tried on trial_texts.py, and the first that gives the reference's texts is used.
 If none does, the reference decodes, one sequence at a time. It also decodes sequences whose bytes
-are no UTF-8 (cut in the middle of a character).
+are no UTF-8 (cut in the middle of a character). Sequences are what a text was encoded to, whole or
+cut short; one that begins elsewhere may keep a space at its beginning that the reference drops.
 """
 
 from __future__ import annotations
