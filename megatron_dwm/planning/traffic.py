@@ -101,7 +101,7 @@ def traffic_of(
     if schedule.num_updates and not learns(config):
         # The target is read: a forward pass, of which no gradient comes back.
         in_update = _tensor(config, shape, target, backward=False)
-        over_borders = _pipeline(config, shape, target) * 0.5
+        over_borders = _pipeline(config, shape, target, backward=False)
     tensor_factor = 2 * (tensor - 1) / tensor / (2 if config.parallel.sequence else 1)
     return [
         _line("tensor", tensor, layers + norms, in_update, tensor_factor),
@@ -217,8 +217,11 @@ def _probe_gathers(config: Config, shape: LlamaShape, run: Pass) -> _Sent:
     return _hidden(config, shape, run) * (2 * layers * run.micro_batches)
 
 
-def _pipeline(config: Config, shape: LlamaShape, run: Pass) -> _Sent:
-    """Returns what a middle stage sends in a pass, or either stage of two."""
+def _pipeline(config: Config, shape: LlamaShape, run: Pass, *, backward: bool = True) -> _Sent:
+    """Returns what a middle stage sends in a pass, or either stage of two.
+
+    backward: False for a forward pass alone, in which the first stage of two sends.
+    """
     parallel = config.parallel
     if parallel.pipeline == 1:
         return _Sent()
@@ -227,6 +230,8 @@ def _pipeline(config: Config, shape: LlamaShape, run: Pass) -> _Sent:
     # a middle stage has one before and one behind it.
     chunks = parallel.virtual_stages
     sends = 2 * chunks if parallel.pipeline > 2 else 2 * chunks - 1
+    if not backward:
+        sends = chunks
     whole = _hidden(config, shape, run)
     share = _Sent(1, whole.num_bytes / part)
     return share * (run.micro_batches * sends)

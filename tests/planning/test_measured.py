@@ -231,3 +231,20 @@ def test_peak_memory_on_a_cpu(kind: str, peak: str, precision: str) -> None:
         config, resolve_shape(config.model), None, world_size=1, stage=0, on_gpu=False
     )
     assert int(child.stdout.split()[-1]) == pytest.approx(getattr(plan, peak), rel=0.15)
+
+
+def test_a_reading_of_the_target_sends_one_way() -> None:
+    """The rank that sends the most, to the byte."""
+    layouts = [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}]
+    layouts.append({"pipeline": 2, "virtual_stages": 2, "model": {"num_layers": 4}})
+    cases = [{"length": 64, **layout, "weighting": {"mode": "online"}} for layout in layouts]
+    arguments = [{"what": "reading", "options": case} for case in cases]
+    for case, ranks in zip(
+        cases, run_ranks("tests.planning.workers:measured", 2, arguments), strict=True
+    ):
+        config = configured(policy="similarity", **case)
+        shape = resolve_shape(config.model)
+        for line in traffic_of(config, shape, None, 2, on_gpu=False):
+            counted = [rank.get(line.link, (0, 0)) for rank in ranks]
+            assert line.update == max(num_bytes for _, num_bytes in counted), (case, line)
+            assert line.update_messages == max(number for number, _ in counted), (case, line)

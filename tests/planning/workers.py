@@ -17,7 +17,8 @@ from megatron_dwm.model import forward_backward, resolve_shape
 from megatron_dwm.model.passes.objective import unit
 from megatron_dwm.runtime import Runtime, bring_up
 from megatron_dwm.testing import random_batch
-from megatron_dwm.training import Learner, build_learner
+from megatron_dwm.training import Learner, build_learner, read_target
+from megatron_dwm.weighting.similarity import Similarity
 from tests.planning.runs import configured
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))
@@ -32,7 +33,8 @@ _SCALARS_BYTES = 64
 
 def measured(what: str, options: dict[str, Any]) -> Any:
     """Run one measurement; one start of the processes serves them all."""
-    return {"holdings": holdings, "kept": kept, "sent": sent, "by_link": by_link}[what](**options)
+    measurements = {"holdings": holdings, "kept": kept, "sent": sent, "by_link": by_link}
+    return {**measurements, "reading": reading}[what](**options)
 
 
 def holdings(**options: Any) -> dict[str, int]:
@@ -100,6 +102,23 @@ def sent(**settings: Any) -> dict[str, int]:
                 call()
             counts[name] = sum(counter.traffic.num_bytes.values())
         return counts
+
+
+def reading(**options: Any) -> dict[str, tuple[int, int]]:
+    """Count (messages, bytes) of hidden states that this process sends when it reads the target."""
+    config = configured(policy="similarity", **options)
+    with bring_up(config.parallel, seed=1) as runtime:
+        learner, size = _learner(config, runtime), config.training.micro_batch_size
+        method = Similarity(config.policy, config.weighting, runtime, size)
+        with CountCalls() as counter:
+            read_target(learner, method, _batch(config, runtime))
+    # Features of a few samples are left out of a plan, and sent over other groups or small.
+    smallest = 4 * size * config.data.sequence_length
+    links = {"tensor": [], "pipeline": []}
+    for message in counter.traffic.messages:
+        if message.num_bytes >= smallest and message.name != "broadcast_":
+            links["pipeline" if message.name == "send" else "tensor"].append(message.num_bytes)
+    return {link: (len(found), sum(found)) for link, found in links.items()}
 
 
 def by_link(*, passages: int, **settings: Any) -> dict[str, dict[str, tuple[int, int]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,28 @@ def test_a_resumed_run_counts_on(server: Server, corpus: Corpus, tmp_path: Path)
     # The update before step 9 is the second, and its batch is weighed.
     update = 3 * 3 * FORWARD + 4 * weighing(32, 1, 64)
     assert train[8] - train[7] == 3 * FORWARD + update + 2 * weighing(32, 1, 64)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        ["similarity", "--weighting.interval_steps", "2"],
+        [
+            "gradient_alignment",
+            "--policy.alignment_interval",
+            "2",
+            "--policy.alignment_warmup",
+            "3",
+        ],
+    ],
+    ids=lambda policy: policy[0],
+)
+def test_rules_cost_what_their_plan_says(
+    server: Server, corpus: Corpus, tmp_path: Path, policy: list[str]
+) -> None:
+    """Readings of the target, and of a batch of two micro-batches first; alignments and noise."""
+    arguments = [*corpus.arguments(), "--policy.name", *policy, "--training.steps", "9"]
+    server.succeed(tmp_path / "run", arguments)
+    *_, last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    cost = in_config(load_config(arguments))
+    assert 9 * (cost.llm + cost.weighting) == pytest.approx(json.loads(last)["flops"])

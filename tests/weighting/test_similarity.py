@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pyarrow.dataset as ds
 import pytest
 import torch
 
+from megatron_dwm.config import Config, PolicyConfig, UserError, ValidationConfig, WeightingConfig
 from megatron_dwm.convert.to_hf import export_to_huggingface
+from megatron_dwm.weighting import check_method
 from tests.launch import run_ranks
 from tests.small_runs.command import metrics, succeed
 from tests.small_runs.fixtures import Corpus
@@ -83,3 +87,26 @@ def test_a_reading_records_the_passages_loss() -> None:
 def test_a_reading_that_is_not_finite_is_left_out() -> None:
     [[found]] = run_ranks(f"{WORKERS}:not_finite", 1, [{}])
     assert found == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"validation": ValidationConfig()}, "validation.path: policy similarity needs"),
+        ({"weighting": WeightingConfig()}, "weighting.mode staged: policy similarity"),
+        (
+            {"policy": PolicyConfig(name="similarity", similarity_layer=5)},
+            "policy.similarity_layer 5: expected 1 to the LLM's number of layers, 4",
+        ),
+        ({}, ""),
+    ],
+)
+def test_what_it_needs_is_asked_for(change: dict[str, Any], words: str) -> None:
+    sections: dict[str, Any] = {
+        "validation": ValidationConfig(path="v"),
+        "policy": PolicyConfig(name="similarity"),
+        "weighting": WeightingConfig(mode="online"),
+        **change,
+    }
+    with pytest.raises(UserError, match=f"^{words}") if words else nullcontext():
+        check_method(Config(**sections), 4, 1)
