@@ -32,6 +32,7 @@ from megatron_dwm.weighting.costs import Costs
 
 # Looks up the origins of a global batch's rows when they are needed.
 FindOrigins = Callable[[], Origins]
+Update = UpdateResult | OwnUpdateResult | TargetRead
 
 
 class Reporter:
@@ -72,12 +73,7 @@ class Reporter:
             # An update inside the step records the same weights, with alignments.
             self._record_weights(stage, origins, outcome.units, None)
 
-    def update(
-        self,
-        stage: int,
-        result: UpdateResult | OwnUpdateResult | TargetRead | None,
-        origins: FindOrigins,
-    ) -> None:
+    def update(self, stage: int, result: Update | None, origins: FindOrigins) -> None:
         """Report a weighting update, made or skipped, that is already counted in the state."""
         if result is None:
             self._skipped_update(stage)

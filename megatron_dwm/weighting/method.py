@@ -241,17 +241,16 @@ class Method(Protocol):
     def own_update(
         self, llm: LLM, batch: Batch, passages: Batch, counters: Counters
     ) -> OwnUpdate | None:
-        """Make an update of one's own from this replica's rows (collective over the world).
+        """Make an update of one's own (collective); None if values are not finite.
 
-        passages: of the target. Returns None, without an update, if values are not finite.
+        batch, passages: this replica's rows of training text and of the target.
         """
         raise NotImplementedError("a method with own_updates has its own")
 
     def read_target(self, passages: Batch, outputs: ForwardOutputs) -> None:
-        """Update from this replica's passages of the target (collective over the data group).
+        """Update from this replica's passages alone (collective over the data group).
 
-        For a method whose updates use no hypergradients. outputs: losses and features of the
-        passages' units under the LLM as it is; features as `update_needs` says.
+        outputs: losses and features of their units; features as `update_needs` says.
         """
         raise NotImplementedError("a method that updates without hypergradients reads the target")
 
