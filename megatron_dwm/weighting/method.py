@@ -217,10 +217,7 @@ class Method(Protocol):
         return False
 
     def reference_losses(self, batch: Batch) -> Tensor | None:
-        """Returns float32 [n], a reference's losses of this replica's units (collective).
-
-        `weights` finds them in its `outputs`. None if the method has no reference.
-        """
+        """Returns a reference's losses, float32 [n], for `weights`; None without (collective)."""
         return None
 
     @abstractmethod
