@@ -18,11 +18,15 @@ TRAINING = [*LLM, "--weighting.update_on", "training"]
 DOMAINS = ["--policy.name", "domain_mean", "--weighting.damp_by_noise", "true"]
 MIXING = ["--policy.name", "validation_mixing", "--policy.mix_fraction", "0.25"]
 LOSSES = ["--policy.name", "loss_reweighting"]
+FIXED = ["--policy.name", "fixed", "--policy.column", "tokens"]
+CURRICULUM = ["--policy.name", "curriculum", "--policy.pacing_start", "0.2"]
 POLICIES = {
     "training": TRAINING,
     "domain_mean": DOMAINS,
     "validation_mixing": MIXING,
     "loss_reweighting": LOSSES,
+    "fixed": FIXED,
+    "curriculum": CURRICULUM,
 }
 
 
@@ -45,6 +49,8 @@ def alone(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         ("validation_mixing", []),
         ("loss_reweighting", ["--parallel.tensor", "2"]),
         ("loss_reweighting", ["--parallel.pipeline", "2"]),
+        ("fixed", ["--parallel.pipeline", "2"]),
+        ("curriculum", ["--parallel.tensor", "2"]),
     ],
     ids=str,
 )
