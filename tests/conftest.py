@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_runs.fixtures import corpus, server, stopped  # noqa: F401
+from tests.small_runs.fixtures import corpus, server, short, stopped  # noqa: F401
 
 # By processor time; begun first, so that no worker is left alone with one of them at the end.
 LONGEST = (

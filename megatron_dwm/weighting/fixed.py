@@ -89,6 +89,8 @@ def _warn_of_groups_without_weight(config: Config, values: DocumentValues) -> No
 
     All units of a group weigh 0 if all its rows do, also where documents are the units.
     """
+    if all(values_D.all() for values_D in values.of_prefixes):
+        return
     of_rows = quantiles(config.data, values, are_documents=False, seed=config.run.seed)
     training, is_global = config.training, config.weighting.group == "global"
     size = training.global_batch_size if is_global else training.micro_batch_size

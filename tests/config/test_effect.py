@@ -26,6 +26,8 @@ DOMAINS = "--policy.name domain_mean"
 MIXING = "--policy.name validation_mixing"
 ALIGNED = "--policy.name gradient_alignment"
 SIMILARITY = "--policy.name similarity --weighting.mode online"
+FIXED = "--policy.name fixed"
+CURRICULUM = "--policy.name curriculum"
 UNROLL = "--policy.name dwm --bilevel.estimator unroll"
 
 # (mode, key, a value that differs from the default, what the line says)
@@ -66,6 +68,11 @@ WITHOUT_EFFECT = [
     (OWN, "policy.similarity_temperature", "0.4", "policy dwm compares no features"),
     (MIXING, "weighting.group", "global", "weighs every sample the same"),
     (MIXING, "policy.domain_decay", "0.5", "keeps no means of domains"),
+    (OWN, "policy.column", "quality", "policy dwm has no weights of its own for documents"),
+    (OWN, "policy.domain_weights", "{web: 2}", "has no weights of its own for documents"),
+    (FIXED, "weighting.uniform_floor", "0.1", "policy fixed has no softmax over a group"),
+    (FIXED, "policy.pacing_start", "0.5", "policy fixed has no curriculum"),
+    (CURRICULUM, "policy.column", "quality", "policy curriculum has no weights of its own"),
     (UNIFORM, "validation.path", "nowhere.jsonl", "policy uniform reads no target"),
     (UNIFORM, "validation.loss_on", "last_word", "policy uniform reads no target"),
     (UNIFORM, "weighting.warn_effective_sample_size", "0.2", "weighs every sample the same"),
@@ -150,6 +157,8 @@ WITH_EFFECT = [
     f"{FROZEN} --weighting.encoder llm --weighting.early_layer 2",
     f"{DOMAINS} --policy.domain_decay 0.5 --weighting.mode online --weighting.standardize false",
     f"{DOMAINS} --weighting.damp_by_noise true --weighting.min_effective_sample_size 0",
+    f"{FIXED} --policy.domain_weights web=2 code=0.5 --weighting.group global",
+    f"{CURRICULUM} --policy.difficulty quality --policy.pacing_steps 0.2",
     f"{MIXING} --policy.mix_fraction 0.2 --validation.path v --validation.loss_on last_word",
     f"{SIMILARITY} --policy.similarity_layer 2 --weighting.interval_steps 4 --validation.path v",
     f"{SIMILARITY} --weighting.freeze_after 0.5 --validation.batch_size 4",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dwm.config import Config, UserError
-from megatron_dwm.config.load import load_config, save_config
+from megatron_dwm.config.load import config_text, load_config, save_config
 from megatron_dwm.config.names import known_keys
 from megatron_dwm.config.validate import Heads, validate_config
 from megatron_dwm.weighting import check_method
@@ -246,6 +246,25 @@ def test_any_number_of_passages_goes_through_any_layout(passages: int) -> None:
     sizes = ["--training.micro_batch_size", "2", "--validation.batch_size", str(passages)]
     config = load_config([*GOOD, *DWM, *GLOBAL, *layout, *sizes])
     judge(config, SHAPE._replace(num_layers=4), 4)
+
+
+def test_weights_of_domains_have_names(tmp_path: Path) -> None:
+    """On the command line, in a file, and both: the later one replaces the earlier one."""
+    typed = ["--policy.domain_weights", "web=2", "a=b=0.5"]
+    assert load_config(typed).policy.domain_weights == {"web": 2.0, "a=b": 0.5}
+    file = tmp_path / "run.yaml"
+    file.write_text("policy: {domain_weights: {web: 3, code: 1}}")
+    assert load_config([str(file)]).policy.domain_weights == {"web": 3.0, "code": 1.0}
+    assert load_config([str(file), *typed]).policy.domain_weights == {"web": 2.0, "a=b": 0.5}
+    file.write_text(config_text(load_config(typed)))
+    assert load_config([str(file)]).policy.domain_weights == {"web": 2.0, "a=b": 0.5}
+
+
+@pytest.mark.parametrize("words", ["web", "web=x", "=2", "a=1 a=2", "web=nan", "web=-1", "[1]"])
+def test_wrong_weights_of_domains_are_one_line(words: str) -> None:
+    with pytest.raises(UserError, match="^policy.domain_weights.*[Ee]xpected .*") as caught:
+        load_config(["--policy.domain_weights", *words.split()])
+    assert "\n" not in str(caught.value)
 
 
 def test_no_arguments_give_the_defaults() -> None:

@@ -21,6 +21,8 @@ LOSSES = ["--policy.name", "loss_reweighting"]
 SIMILARITY = ["--policy.name", "similarity", "--policy.similarity_temperature", "0.02"]
 ALIGNED = ["--policy.name", "gradient_alignment", "--policy.alignment_interval", "2"]
 ALIGNED += ["--policy.alignment_warmup", "5"]
+FIXED = ["--policy.name", "fixed", "--policy.column", "tokens"]
+CURRICULUM = ["--policy.name", "curriculum", "--policy.pacing_start", "0.2"]
 POLICIES = {
     "training": TRAINING,
     "domain_mean": DOMAINS,
@@ -28,6 +30,8 @@ POLICIES = {
     "loss_reweighting": LOSSES,
     "similarity": SIMILARITY,
     "gradient_alignment": ALIGNED,
+    "fixed": FIXED,
+    "curriculum": CURRICULUM,
 }
 
 
@@ -54,6 +58,8 @@ def alone(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         ("similarity", []),
         ("gradient_alignment", ["--parallel.pipeline", "2"]),
         ("gradient_alignment", ["--parallel.sharded_optimizer", "true"]),
+        ("fixed", ["--parallel.pipeline", "2"]),
+        ("curriculum", ["--parallel.tensor", "2"]),
     ],
     ids=str,
 )

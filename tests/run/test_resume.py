@@ -32,6 +32,8 @@ POLICIES = {
     ],
     "domain_mean": ["--policy.name", "domain_mean"],
     "loss_reweighting": ["--policy.name", "loss_reweighting", "--weighting.group", "global"],
+    "fixed": ["--policy.name", "fixed", "--policy.column", "tokens"],
+    "curriculum": ["--policy.name", "curriculum", "--policy.pacing_start", "0.2"],
     "validation_mixing": ["--policy.name", "validation_mixing", "--policy.mix_fraction", "0.25"],
     "gradient_alignment": [
         *("--policy.name", "gradient_alignment", "--policy.alignment_interval", "2"),

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 
 from megatron_dwm.checkpoint.manifest import list_checkpoints, read_manifest
 from tests.small_runs.command import RESUME
-from tests.small_runs.fixtures import CORPUS, Corpus, preprocessed
+from tests.small_runs.fixtures import Corpus
 from tests.small_runs.forked import Server
 from tests.small_runs.progress import assert_same
 
@@ -34,18 +32,6 @@ RUNS = {
 }
 RESUMED = ("llm, replicas", "own, stages")
 Row = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def short(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """The beginnings of documents, of one character to some rows' length."""
-    file = tmp_path_factory.mktemp("short") / "short.jsonl"
-    with zstandard.open(CORPUS / "train.jsonl.zst", "rt", encoding="utf-8") as lines:
-        records = [json.loads(line) for line, _ in zip(lines, range(400), strict=False)]
-    for number, record in enumerate(records):
-        record["text"] = record["text"][: 1 + number * number % 500]
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return preprocessed(file, corpus.tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     model = folder / "tokenizer.model"
     _tool("train_tokenizer.py", "--input", text, "--vocab-size", "512", "--output", model)
     return preprocessed(text, model)
+
+
+@pytest.fixture(scope="session")
+def short(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """The beginnings of documents, of one character to some rows' length."""
+    file = tmp_path_factory.mktemp("short") / "short.jsonl"
+    with zstandard.open(CORPUS / "train.jsonl.zst", "rt", encoding="utf-8") as lines:
+        records = [json.loads(line) for line, _ in zip(lines, range(400), strict=False)]
+    for number, record in enumerate(records):
+        record["text"] = record["text"][: 1 + number * number % 500]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return preprocessed(file, corpus.tokenizer)
 
 
 def preprocessed(text: Path, model: Path | str) -> Corpus:
