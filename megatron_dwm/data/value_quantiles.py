@@ -4,8 +4,9 @@
 
 A prefix of a blend counts by its share. Where documents are the units, x is the document's value.
 Where rows are, it is the mean over a row's tokens, whose distribution is narrower: documents in a
-random order are cut into rows, as in an epoch. Cost, once: a sort of the units, and some tens of
-bytes a document while it runs.
+random order are cut into rows, as in an epoch, up to 65,536 of a prefix. F is then within 0.002 of
+that of all rows (one standard deviation). Cost, once: a sort of the units, and some tens of bytes a
+document while it runs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.document_counts import document_lengths
 from megatron_dwm.data.prefixes import parse_blend, read_indexed_file
 from megatron_dwm.data.values import DocumentValues
+
+_MAX_ROWS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,8 @@ def quantiles(
         share = float(lengths_D.sum()) if part.weight is None else part.weight
         if not are_documents:
             order = np.random.default_rng(seed).permutation(len(kept))
+            enough = np.searchsorted(np.cumsum(lengths_D[order]), _MAX_ROWS * data.sequence_length)
+            order = order[: enough + 1]
             values_D = row_means(values_D[order], lengths_D[order], data.sequence_length)
             lengths_D = np.ones(len(values_D))
         found.append(values_D)
