@@ -110,12 +110,14 @@ def _slow_steps(config: Config, costs: Costs, runtime: Runtime) -> Iterator[str]
 
 
 def _nothing_is_learned(config: Config) -> Iterator[str]:
-    method = method_class(config)
-    if "updates" in method.parts(config) and not method.schedule(config).num_updates:
-        yield (
-            f"policy {config.policy.name} makes no weighting update in {config.training.steps} "
-            "steps: lower weighting.warmup_steps, raise weighting.freeze_after or train longer"
-        )
+    method, steps = method_class(config), config.training.steps
+    parts = method.parts(config)
+    if not parts & {"updates", "hypergradients"} or method.schedule(config).num_updates:
+        return
+    advice = "lower weighting.warmup_steps, raise weighting.freeze_after or train longer"
+    if "updates" not in parts:
+        advice = "lower policy.alignment_warmup or train longer"
+    yield f"policy {config.policy.name} makes no weighting update in {steps} steps: {advice}"
 
 
 def _extra_forward_pass(costs: Costs) -> Iterator[str]:

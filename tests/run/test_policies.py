@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.dataset as ds
 import pytest
 
-from tests.small_runs.command import metrics, succeed
+from tests.small_runs.command import metrics, pretrain, succeed
 from tests.small_runs.fixtures import Corpus
 
 # Sums in another order are 1e-7 apart; 20 steps of Adam at 3e-3 may multiply that.
@@ -134,6 +134,15 @@ def test_alignments_of_the_batch_weigh_its_own_step(alone: dict[str, Path]) -> N
     assert {row["step"] for row in rows} == {10, 20}, "as logging.weights_interval_steps says"
     last = sorted((row["alignment"], row["weight"]) for row in rows if row["step"] == 20)
     assert last == sorted(last, key=lambda pair: pair[1])
+
+
+def test_a_run_that_ends_in_the_warm_up_is_told(corpus: Corpus, tmp_path: Path) -> None:
+    for policy, key in (("gradient_alignment", "alignment_warmup"), ("similarity", "warmup_steps")):
+        arguments = (*corpus.arguments(), "--policy.name", policy, "--training.steps", "2")
+        done = pretrain(tmp_path / policy, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert f"policy {policy} makes no weighting update in 2 steps: " in done.stderr
+        assert key in done.stderr
 
 
 def test_flops_add_up(alone: dict[str, Path]) -> None:
