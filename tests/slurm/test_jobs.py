@@ -159,6 +159,21 @@ def test_a_mistake_ends_the_chain_in_one_line(experiment: Experiment) -> None:
     assert "/no/such/prefix" in log[-1] and "not requeued" in log[-2], log
 
 
+def test_documents_are_selected(experiment: Experiment) -> None:
+    """After the experiment's jobs have written the data; a missing prefix is the user's mistake."""
+    site = experiment.site
+    site.cluster.wait(experiment.jobs["merge"], "COMPLETED")
+    data, tokens = site.folder / "data", ("--tokens", 2000)
+    chosen = ("--output-prefix", data / "part")
+    words = ("select", "random", "--input", data / "paper_text_document", *chosen, *tokens)
+    number = site.submit(*words)
+    assert site.cluster.wait(number, "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
+    assert (data / "part.select.json").is_file() and (data / "part.idx").is_file()
+    failed = site.submit("select", "random", "--input", data / "no", *chosen, *tokens)
+    fields = site.cluster.wait(failed, "FAILED", "COMPLETED")
+    assert fields["ExitCode"] == "2:0" and "error: " in site.log(f"select-{failed}")
+
+
 def test_a_dead_dependency_cancels_the_job(experiment: Experiment) -> None:
     site = experiment.site
     failed = site.submit("merge", "--input", "/no/such/*.idx", "--output-prefix", "x")
