@@ -5,7 +5,8 @@
 # tokens packs good text with junk. For every SEED (default 1234 1235 1236) it trains the model of
 # examples/tiny.yaml with uniform weights, with a weight for every window (sample) and with a weight
 # for every document; attention stops at the borders of documents in all of them. Finished runs are
-# not repeated. About 10 minutes a seed on two cores. The environment variable STEPS may be set.
+# not repeated. Two runs at a time if there are two cores; one at a time takes 10 to 15 minutes a seed.
+# The environment variables STEPS and JOBS (runs at a time) may be set.
 set -euo pipefail
 
 . "$(dirname "${BASH_SOURCE[0]}")/parts.sh"

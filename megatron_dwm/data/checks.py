@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDataset
-
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import DataConfig
+from megatron_dwm.data.document_counts import document_lengths
 from megatron_dwm.data.domains import check_sidecar, check_tokenizer
 from megatron_dwm.data.prefixes import BlendPart, IndexedFile, parse_blend, read_indexed_file
 
@@ -84,11 +82,8 @@ def _check_epochs(
 
 def _check_labels(files: list[IndexedFile]) -> None:
     """Check that a document has a label of its own, as borders have none: two tokens or more."""
-    for file in files:
-        indexed = IndexedDataset(file.prefix, mmap=True)
-        ends = np.concatenate([[0], np.cumsum(indexed.sequence_lengths, dtype=np.int64)])
-        if np.diff(ends[indexed.document_indices]).max(initial=0) > 1:
-            return
+    if any(document_lengths(file).max(initial=0) > 1 for file in files):
+        return
     raise UserError(
         f"data.border_loss false: no label would count, because no document of "
         f"{', '.join(file.prefix for file in files)} has more than one token; set it to true, or "
