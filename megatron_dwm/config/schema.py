@@ -56,7 +56,7 @@ class DataConfig:
     """shares of the prefixes of data.train by step, instead of weights: 0=0.9,0.1 800=0.5,0.5 on
     the command line; in a file a step and a list of shares on each line. A step is the number of
     steps before it, so the first is 0. Shares need not have the sum 1; those of the last point stay
-    (docs/preprocessing.md)"""
+    (docs/blends.md)"""
     schedule_interpolation: Literal["constant", "linear"] = key(
         "constant", only={"data.schedule": SET}
     )

@@ -81,19 +81,16 @@ def test_choices_equal_a_plain_loop(name: str) -> None:
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_counts_follow_the_shares(name: str) -> None:
-    """At every sample: at most 1 above the sum of the shares, 1 + 1/2 + ... + 1/(P - 1) below it.
-
-    With shares of 0 and more than two prefixes others take over what one has too little.
-    """
+    """At every sample: at most 1 above the sum of the shares, 1 + 1/2 + ... + 1/(P - 1) below it."""
     shares = shares_of(name)
     prefixes = shares.shares_SP.shape[1]
     chosen = greedy_blend(shares, STEPS * EACH)
     counts = np.cumsum(np.eye(prefixes)[chosen], axis=0)
     deficits = shares.before(np.arange(1, STEPS * EACH + 1)) - counts
     harmonic = sum(1 / number for number in range(1, prefixes))
-    kept = 0.0 if prefixes == 2 or shares.shares_SP.all() else 0.5
-    assert deficits.min() >= -1 - kept - 1e-9
-    assert deficits.max() <= harmonic + kept + 1e-9
+    if prefixes == 2 or shares.shares_SP.all():
+        assert deficits.min() >= -1 - 1e-9
+        assert deficits.max() <= harmonic + 1e-9
 
 
 def test_counts_follow_shares_that_change_at_random() -> None:
@@ -107,6 +104,22 @@ def test_counts_follow_shares_that_change_at_random() -> None:
         deficits = shares.before(np.arange(1, 4001)) - counts
         harmonic = sum(1 / number for number in range(1, prefixes))
         assert deficits.min() >= -1 - 1e-9 and deficits.max() <= harmonic + 1e-9
+
+
+@pytest.mark.parametrize("prefixes", [3, 4, 6])
+def test_shares_of_zero_leave_deficits_small(prefixes: int) -> None:
+    """A prefix without a share keeps its deficit; docs/blends.md has the 2, which no proof gives."""
+    random = np.random.default_rng(prefixes)
+    for _ in range(20):
+        starts = np.concatenate([[0], np.cumsum(random.integers(1, 60, 59))])
+        rows = random.dirichlet(np.ones(prefixes), 60) * (random.random((60, prefixes)) < 0.6)
+        rows[rows.sum(axis=1) == 0, 0] = 1
+        shares = Shares(starts_S=starts, shares_SP=rows / rows.sum(axis=1, keepdims=True))
+        total = int(starts[-1]) + 50
+        chosen = greedy_blend(shares, total)
+        deficits = shares.before(np.arange(1, total + 1)) - np.cumsum(np.eye(prefixes)[chosen], 0)
+        assert np.abs(deficits).max() < 2
+        assert shares.at(np.arange(total))[np.arange(total), chosen].all()
 
 
 @pytest.mark.parametrize(
