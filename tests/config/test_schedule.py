@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from megatron_dwm.config import Config, UserError
+from megatron_dwm.config import Config, DataConfig, TrainingConfig, UserError
 from megatron_dwm.config.effect import warnings_of_effect
 from megatron_dwm.config.load import load, load_config, save_config
 from megatron_dwm.config.validate_schedule import schedule_problems
 
-STEPS = ["--training.steps", "1000"]
 TWO = ["--data.train", "a", "b"]
 POINTS = {0: [0.9, 0.1], 800: [1.0, 3.0]}
 FILE = """
@@ -24,8 +25,13 @@ data:
 """
 
 
-def problems(*arguments: str) -> list[str]:
-    return list(schedule_problems(load_config([*STEPS, *arguments])))
+def problems(
+    schedule: dict[int, list[float]],
+    interpolation: Literal["constant", "linear"] = "constant",
+    train: Sequence[str | float] = ("a", "b"),
+) -> list[str]:
+    data = DataConfig(train=list(train), schedule=schedule, schedule_interpolation=interpolation)
+    return list(schedule_problems(Config(data=data, training=TrainingConfig(steps=1000))))
 
 
 def refused_in_file(folder: Path, text: str) -> str:
@@ -48,49 +54,49 @@ def test_a_file_and_the_command_line_read_alike_and_again(tmp_path: Path) -> Non
     for paths in (None, {"directory": "/somewhere", "data.train": ["a", "b"]}):
         save_config(typed, tmp_path / "config.yaml", paths)
         assert load_config([str(tmp_path / "config.yaml")]) == typed
-    assert not problems(*TWO, *line)
-    assert not problems("--data.train", "a", "b") and not Config().data.schedule
+    assert not problems(typed.data.schedule, "linear") and not problems({})
 
 
 @pytest.mark.parametrize(
-    ("points", "message"),
+    ("schedule", "message"),
     [
         (
             ["0=1,2,3"],
             "data.schedule 0: expected 2 shares, one for each prefix of data.train, got 3",
         ),
-        (["0=1,2", "9=1"], "data.schedule 9: expected 2 shares, one for each prefix"),
-        (["0=1,-1"], "data.schedule 0: expected shares from 0 to 1e+30, got -1.0"),
-        (["0=1,1e31"], "data.schedule 0: expected shares from 0 to 1e+30, got 1e+31"),
-        (["0=0,0", "5=1,1"], "data.schedule 0: expected a share above 0, got only 0"),
-        (["0=1,0", "5=2,0"], "data.schedule: b has the share 0 at every point; leave it out of"),
-        (["5=1,2"], "data.schedule: expected 0 as the first point, got 5"),
-        (["-5=1,2", "0=1,2"], "data.schedule: expected 0 as the first point, got -5"),
-        (["0=1,2", "9=1,1", "5=1,2"], "data.schedule: expected rising steps, got 5 after 9"),
+        ({0: [1, 2], 9: [1]}, "data.schedule 9: expected 2 shares, one for each prefix"),
+        ({0: [1, -1]}, "data.schedule 0: expected shares from 0 to 1e+30, got -1"),
+        ({0: [1, 1e31]}, "data.schedule 0: expected shares from 0 to 1e+30, got 1e+31"),
+        ({0: [0, 0], 5: [1, 1]}, "data.schedule 0: expected a share above 0, got only 0"),
         (
-            ["0=1,2", "1000=2,1"],
+            {0: [1, 0], 5: [2, 0]},
+            "data.schedule: b has the share 0 at every point; leave it out of",
+        ),
+        ({5: [1, 2]}, "data.schedule: expected 0 as the first point, got 5"),
+        ({-5: [1, 2], 0: [1, 2]}, "data.schedule: expected 0 as the first point, got -5"),
+        ({0: [1, 2], 9: [1, 1], 5: [1, 2]}, "data.schedule: expected rising steps, got 5 after 9"),
+        (
+            {0: [1, 2], 1000: [2, 1]},
             "data.schedule 1000: this point is beyond the run, expected at most",
         ),
     ],
 )
-def test_points_that_cannot_be(points: list[str], message: str) -> None:
-    first = problems(*TWO, "--data.schedule", *points)[0]
+def test_points_that_cannot_be(schedule: dict[int, list[float]], message: str) -> None:
+    first = problems(schedule)[0]
     assert first.startswith(message) and "\n" not in first
 
 
 def test_the_last_point_of_a_line_may_be_the_end_of_the_run() -> None:
-    linear = [*TWO, "--data.schedule_interpolation", "linear", "--data.schedule", "0=1,2"]
-    assert not problems(*linear, "1000=2,1")
-    [problem] = problems(*linear, "1001=2,1")
+    assert not problems({0: [1, 2], 1000: [2, 1]}, "linear")
+    [problem] = problems({0: [1, 2], 1001: [2, 1]}, "linear")
     assert "expected at most 1000 (training.steps 1000" in problem
 
 
 def test_a_schedule_needs_prefixes_without_weights() -> None:
-    points = ["--data.schedule", "0=1,2"]
-    [problem] = problems("--data.train", "0.3", "a", "0.7", "b", *points)
+    [problem] = problems({0: [1, 2]}, train=["0.3", "a", "0.7", "b"])
     assert problem.startswith("data.schedule: expected data.train without weights")
     for same in (["a"], ["a", "a"]):
-        problem = problems("--data.train", *same, *points)[0]
+        problem = problems({0: [1, 2]}, train=same)[0]
         assert problem == "data.schedule: expected several prefixes in data.train, got 1"
 
 
@@ -120,7 +126,7 @@ def test_files_that_have_no_points(tmp_path: Path) -> None:
     text = refused_in_file(tmp_path, FILE.replace("[1, 3]", "[1, much]"))
     assert "data.schedule: Expected a float. Got value: much" in text
     text = refused_in_file(tmp_path, FILE.replace("linear", "cubic"))
-    assert "data.schedule_interpolation: Expected one of" in text and "cubic" in text
+    assert "data.schedule_interpolation: expected one of" in text and "cubic" in text
 
 
 def test_an_interpolation_without_a_schedule_has_no_effect() -> None:

@@ -81,7 +81,7 @@ def test_choices_equal_a_plain_loop(name: str) -> None:
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_counts_follow_the_shares(name: str) -> None:
-    """At every sample: at most 1 above the sum of the shares, 1 + 1/2 + ... + 1/(P - 1) below it."""
+    """At every sample at most 1 above the sum of the shares, and a harmonic number below it."""
     shares = shares_of(name)
     prefixes = shares.shares_SP.shape[1]
     chosen = greedy_blend(shares, STEPS * EACH)
@@ -108,7 +108,7 @@ def test_counts_follow_shares_that_change_at_random() -> None:
 
 @pytest.mark.parametrize("prefixes", [3, 4, 6])
 def test_shares_of_zero_leave_deficits_small(prefixes: int) -> None:
-    """A prefix without a share keeps its deficit; docs/blends.md has the 2, which no proof gives."""
+    """A prefix without a share keeps its deficit; the 2 is that of docs/blends.md, measured."""
     random = np.random.default_rng(prefixes)
     for _ in range(20):
         starts = np.concatenate([[0], np.cumsum(random.integers(1, 60, 59))])

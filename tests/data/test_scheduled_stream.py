@@ -98,13 +98,12 @@ def test_a_prefix_named_twice_is_one_with_both_shares(two: list[str], tmp_path: 
 def test_epochs_are_counted_by_the_shares_of_all_steps(
     two: list[str], tokenizer: Tokenizer
 ) -> None:
-    """The second prefix has a share in the last quarter only."""
+    """The second prefix has a share from the second step on, and each reads a hundred epochs."""
     per_epoch = read_indexed_file(two[1]).samples_per_epoch(LENGTH)
-    schedule = {0: [1.0, 0.0], 30: [0.0, 1.0]}
+    schedule = {0: [1.0, 0.0], 1: [0.0, 1.0]}
     config = DataConfig(train=two, sequence_length=LENGTH, schedule=schedule)
     most = MAX_EPOCHS * per_epoch // 10
-    check_data(config, tokenizer, ReadSteps(steps=range(40), samples_each=most))
-    # Ten more steps read it twice as often.
-    long = ReadSteps(steps=range(50), samples_each=most)
+    check_data(config, tokenizer, ReadSteps(steps=range(11), samples_each=most))
+    long = ReadSteps(steps=range(12), samples_each=most)
     with pytest.raises(UserError, match=f"{two[1]}.bin: .* a smaller share in data.schedule"):
         check_data(config, tokenizer, long)

@@ -72,7 +72,8 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert_same(resumed, whole)
     by_step = second_by_step(whole, "training", documents(corpus.prefix))
     if name == "constant, uniform":
-        assert by_step == {step: (0, 4, 8)[(step - 1) // 4] for step in by_step}
+        # Of 32 samples with the share 0.001 one is taken at once, when none is behind.
+        assert list(by_step.values()) == [0, 0, 0, 0, 4, 4, 4, 4, 7, 8, 8, 8]
     if name == "fresh updates":
         # After 5, 8 and 11 steps; the shares of the second are 0.1, 0.1 and then 0.7 of 8 samples.
         updates = second_by_step(whole, "update", documents(corpus.prefix))
