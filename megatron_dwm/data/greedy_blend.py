@@ -70,12 +70,16 @@ class _Block:
     stop: int
     active_A: np.ndarray
 
+    @property
+    def _chunk(self) -> int:
+        return min(_CHUNK, self.stop - self.start)
+
     def choose(self, counts_P: np.ndarray) -> np.ndarray:
         """Returns the place in `active_A` of every sample. counts_P: samples before the block."""
-        starts_M = np.arange(self.start, self.stop, _CHUNK)
+        starts_M = np.arange(self.start, self.stop, self._chunk)
         counts_MA = self._guess(starts_M, counts_P)
         ends_MA = np.empty_like(counts_MA)
-        chosen_MC = np.empty((len(starts_M), _CHUNK), dtype=np.int16)
+        chosen_MC = np.empty((len(starts_M), self._chunk), dtype=np.int16)
         todo = np.arange(len(starts_M))
         for number in range(_ROUNDS):
             if number:
@@ -111,8 +115,8 @@ class _Block:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns the choices [M, C] in chunks, and the counts [M, A] after them."""
         counts_AM, chunks = counts_MA.T.copy(), np.arange(len(starts_M))
-        chosen_CM = np.empty((_CHUNK, len(starts_M)), dtype=np.int16)
-        for first in range(0, _CHUNK, _AT_ONCE):
+        chosen_CM = np.empty((self._chunk, len(starts_M)), dtype=np.int16)
+        for first in range(0, self._chunk, _AT_ONCE):
             samples = starts_M + np.arange(first, first + _AT_ONCE)[:, None]
             for row, sums_AM in zip(chosen_CM[first:], self._sums(samples), strict=False):
                 row[:] = _first_largest(sums_AM - counts_AM)
@@ -122,7 +126,7 @@ class _Block:
     def _in_order(self, start: int, counts_A: np.ndarray) -> tuple[list[int], list[float]]:
         """Returns the choices in one chunk, and the counts after it."""
         counts, chosen = counts_A.tolist(), []
-        [sums_AC] = self._sums(np.arange(start, start + _CHUNK)[None])
+        [sums_AC] = self._sums(np.arange(start, start + self._chunk)[None])
         for sums in sums_AC.T.tolist():
             deficits = [sum_ - count for sum_, count in zip(sums, counts, strict=True)]
             chosen.append(deficits.index(max(deficits)))

@@ -61,7 +61,7 @@ def test_a_file_and_the_command_line_read_alike_and_again(tmp_path: Path) -> Non
     ("schedule", "message"),
     [
         (
-            ["0=1,2,3"],
+            {0: [1, 2, 3]},
             "data.schedule 0: expected 2 shares, one for each prefix of data.train, got 3",
         ),
         ({0: [1, 2], 9: [1]}, "data.schedule 9: expected 2 shares, one for each prefix"),

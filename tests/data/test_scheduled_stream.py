@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_dwm.config import Config, TrainingConfig, WeightingConfig
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.checks import MAX_EPOCHS, check_data
+from megatron_dwm.data.document_counts import document_counts
 from megatron_dwm.data.prefixes import read_indexed_file
 from megatron_dwm.data.shares import ReadSteps
 from megatron_dwm.data.stream import TrainingData
@@ -107,3 +109,21 @@ def test_epochs_are_counted_by_the_shares_of_all_steps(
     long = ReadSteps(steps=range(12), samples_each=most)
     with pytest.raises(UserError, match=f"{two[1]}.bin: .* a smaller share in data.schedule"):
         check_data(config, tokenizer, long)
+
+
+def test_documents_a_sample_follow_the_mean_of_the_shares(two: list[str]) -> None:
+    """Of 30 steps ten read the first prefix alone, and twenty both alike: two thirds, one third."""
+
+    def units(*train: str, schedule: dict[int, list[float]] | None = None) -> float:
+        data = DataConfig(train=list(train), sequence_length=LENGTH, schedule=schedule or {})
+        config = Config(
+            data=data,
+            training=TrainingConfig(steps=30),
+            weighting=WeightingConfig(unit="document"),
+        )
+        return document_counts(config).units_per_row
+
+    first, second = units(two[0]), units(two[1])
+    assert first != second
+    mixed = units(*two, schedule={0: [1, 0], 10: [1, 1]})
+    assert mixed == pytest.approx(2 / 3 * first + 1 / 3 * second, rel=1e-12)
