@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets import helpers
 
-from megatron_dwm.data.greedy_blend import greedy_blend
+from megatron_dwm.data.greedy_blend import greedy_blend, number_within
 from megatron_dwm.data.index_cache import build_cached, cached
 from megatron_dwm.data.shares import Shares
 
@@ -76,9 +76,7 @@ class Blend:
             )
         else:
             part = greedy_blend(self._shares, self._num_samples)
-            for prefix in range(self._num_prefixes):
-                places = np.flatnonzero(part == prefix)
-                position[places] = np.arange(len(places))
+            number_within(part, self._num_prefixes, position)
         np.save(folder / "part.npy", part)
         np.save(folder / "position.npy", position)
 

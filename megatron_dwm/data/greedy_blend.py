@@ -20,8 +20,7 @@ counts. Chunks that began with other counts than the chunk before ended with are
 until all fit, which is exact. Under shares below about 0.0001 chunks forget slowly; what is left
 after a few rounds is computed one sample after the other.
 
-Cost: on a CPU core 0.2 microseconds a sample for three prefixes, 0.6 for ten, and about 1 one after
-the other; a few hundred MB.
+Cost: 0.1 to 0.2 microseconds of CPU time a sample (docs/blends.md has the command), and 100 MB.
 """
 
 from __future__ import annotations
@@ -49,6 +48,17 @@ def greedy_blend(shares: Shares, num_samples: int) -> np.ndarray:
         chosen[start:stop] = active_A[block.choose(counts_P)]
         counts_P += np.bincount(chosen[start:stop], minlength=len(counts_P))
     return chosen
+
+
+def number_within(chosen: np.ndarray, num_prefixes: int, numbers: np.ndarray) -> None:
+    """Write to `numbers` for each sample how many of its prefix come before it."""
+    counts_P = np.zeros(num_prefixes, dtype=np.int64)
+    for start in range(0, len(chosen), _BLOCK):
+        of_block = chosen[start : start + _BLOCK]
+        for prefix in range(num_prefixes):
+            places = np.flatnonzero(of_block == prefix)
+            numbers[start + places] = counts_P[prefix] + np.arange(len(places))
+            counts_P[prefix] += len(places)
 
 
 def _blocks(shares: Shares, num_samples: int) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,7 @@ from megatron.core.datasets import helpers
 
 from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data import greedy_blend as module
-from megatron_dwm.data.greedy_blend import greedy_blend
+from megatron_dwm.data.greedy_blend import greedy_blend, number_within
 from megatron_dwm.data.prefixes import parse_blend
 from megatron_dwm.data.shares import ReadSteps, Shares, shares_of_run, shares_of_samples
 
@@ -150,11 +150,16 @@ def test_chunks_do_not_change_choices(name: str, monkeypatch: pytest.MonkeyPatch
     """Tiny chunks, which forget nothing, tiny blocks, and one sample after the other."""
     shares = shares_of(name)
     whole = greedy_blend(shares, STEPS * EACH)
+    prefixes = shares.shares_SP.shape[1]
+    before = np.cumsum(np.eye(prefixes, dtype=int)[whole], axis=0)[np.arange(len(whole)), whole] - 1
     for chunk, block, rounds in ((32, 4096, 4), (64, 640, 1), (1024, 1024, 4)):
         monkeypatch.setattr(module, "_CHUNK", chunk)
         monkeypatch.setattr(module, "_BLOCK", block)
         monkeypatch.setattr(module, "_ROUNDS", rounds)
         assert np.array_equal(greedy_blend(shares, STEPS * EACH), whole)
+        numbers = np.zeros_like(before)
+        number_within(whole, prefixes, numbers)
+        assert np.array_equal(numbers, before)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
