@@ -36,6 +36,7 @@ PARTS: dict[Part, str] = {
     "values": "has no weights of its own for documents",
     "pacing": "has no curriculum",
     "gradient_alignment": "does not weigh by the batch's own alignments",
+    "redundancy": "chooses nothing one by one",
     "mixing": "mixes no target passages into the batches",
 }
 """every part, with the words for a method that lacks it"""

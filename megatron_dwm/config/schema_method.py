@@ -68,7 +68,13 @@ class PolicyConfig:
     similarity_layer: int = key(1, LAYERS, part="similarity")
     """layer of the LLM, counted from 1, whose pooled output is compared in addition to the last
     one's (similarity)"""
-    alignment_temperature: float = key(1.0, TEMPERATURE, part="gradient_alignment")
+    alignment_choice: Literal["softmax", "greedy"] = key("softmax", part="gradient_alignment")
+    """softmax: weights follow the alignments; greedy: policy.keep_ratio of the units of a group
+    have equal weights and the others none, chosen one by one by alignment less overlap with those
+    already chosen, as in GREATS (gradient_alignment)"""
+    alignment_temperature: float = key(
+        1.0, TEMPERATURE, part="gradient_alignment", only={"policy.alignment_choice": ("softmax",)}
+    )
     """temperature of the softmax over the alignments, in standard deviations from their mean
     (gradient_alignment)"""
     alignment_warmup: int = key(50, COUNT, part="gradient_alignment")
@@ -77,6 +83,14 @@ class PolicyConfig:
     alignment_interval: int = key(1, COUNT, part="gradient_alignment")
     """compute alignments, and with them weights, in every how many-th step; the others have uniform
     weights (gradient_alignment)"""
+    redundancy: float = key(1.0, FACTOR, part="redundancy")
+    """how much the overlap with chosen units counts against a unit: factor of eta^2 times the inner
+    product of both units' steps, beside eta times the alignment; 0 switches it off
+    (gradient_alignment)"""
+    sketch_size: int = key(8192, COUNT_OR_ZERO, part="redundancy", only={"policy.redundancy": SET})
+    """numbers of the sketch of a unit's step, from which overlaps are computed: their error is
+    1.1 % of the steps' sizes at 8192, and falls with the square root; 0 is exact and takes one for
+    every parameter of the model (gradient_alignment)"""
     reference: str | None = key(None, part="reference")
     """the reference model (excess_loss): a Hugging Face directory (LlamaForCausalLM) or a
     checkpoint, with the LLM's vocabulary"""
@@ -92,7 +106,8 @@ class PolicyConfig:
     """weight of the training loss in the reference's objective, that of the validation loss is 1
     (blade)"""
     keep_ratio: float = key(0.6, FRACTION_ABOVE_ZERO, part="selection")
-    """fraction of the units that carry loss, at least one in a group (excess_loss, blade)"""
+    """fraction of the units that carry loss, at least one in a group (excess_loss, blade;
+    gradient_alignment with alignment_choice greedy)"""
     keep_scope: Literal["group", "sequence"] = key(
         "group", part="selection", only={"weighting.unit": ("token",)}
     )

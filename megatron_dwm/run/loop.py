@@ -182,5 +182,6 @@ class Loop:
             passages=self._job.feed.validation(updates, halves=measure_noise),
             measure_noise=measure_noise,
             estimator=bilevel.estimator,
+            sketch_size=self._job.method.sketch_size,
             inner_optimizer=bilevel.inner_optimizer,
         )

@@ -136,6 +136,10 @@ class Method(Protocol):
     """an update inside a step gives that step's own weights: it computes the alignments of the
     batch at uniform weights, and `weights` finds them in its `outputs`"""
 
+    sketch_size: int | None = None
+    """size of the sketches of the units' steps that an update forms (bilevel/sketch.py); None: it
+    forms none"""
+
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
         """Returns the parts of the method; keys of other parts have no effect with it."""

@@ -52,6 +52,39 @@ def test_layouts_agree() -> None:
                         assert difference < tolerance, (case, layout, name)
 
 
+CHOICES = [
+    {"inner": "adam", "redundancy": 1.0},
+    {"inner": "adam", "redundancy": 10.0, "clip": 0.2},
+    {"inner": "sgd", "redundancy": 1.0, "clip": 0.0},
+    {"inner": "sgd", "redundancy": 1000.0},
+]
+
+
+def test_greedy_choices_are_those_of_a_plain_loop_over_autograds_gradients() -> None:
+    changed = 0
+    for case, [found] in zip(
+        CHOICES, run_ranks(f"{WORKERS}:choice_and_oracle", 1, CHOICES), strict=True
+    ):
+        assert found["gap"] > 1e-3, (case, "rounding could change a choice", found["gap"])
+        assert torch.equal(found["ours"], found["by hand"]), case
+        changed += not torch.equal(found["by hand"], found["without overlaps"])
+    assert changed >= 2, "overlaps change what is chosen"
+
+
+def test_greedy_choices_agree_between_layouts() -> None:
+    cases = [
+        {**case, "sketch_size": size} for case, size in zip(CASES, (0, 8192, 8192, 0), strict=True)
+    ]
+    for case, [alone] in zip(cases, run_ranks(f"{WORKERS}:choices", 1, cases), strict=True):
+        assert {0.0} < set(alone["weights"].tolist())
+        for size in (2, 4):
+            layouts = [layout for layout, ranks in LAYOUTS if ranks == size]
+            results = run_ranks(f"{WORKERS}:choices", size, [{**case, **x} for x in layouts])
+            for layout, ranks in zip(layouts, results, strict=True):
+                for found in ranks:
+                    assert torch.equal(found["weights"], alone["weights"]), (case, layout)
+
+
 def test_a_high_temperature_is_plain_training() -> None:
     cases = [{"temperature": temperature} for temperature in (1e6, 1.0, None)]
     [[hot], [warm], [plain]] = run_ranks(f"{WORKERS}:parameters_after_a_step", 1, cases)
