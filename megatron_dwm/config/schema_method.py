@@ -21,7 +21,7 @@ from megatron_dwm.config.bounds import (
     WHOLE_FRACTION,
     WIDTH,
 )
-from megatron_dwm.config.key import SET, key
+from megatron_dwm.config.key import SET, SEVERAL, key
 from megatron_dwm.config.methods import METHODS
 
 PolicyName: TypeAlias = Literal[tuple(METHODS)]  # type: ignore[valid-type]
@@ -167,6 +167,14 @@ class WeightingConfig:
     trained with"""
     frozen: bool = key(False, part="weighting_model")
     """use the loaded weighting model without updating it"""
+    pool_batches: int = key(1, COUNT, part="pool")
+    """global batches that a step reads, of which it trains on one: samples that the method chooses
+    among all of them; so the run reads this many times as many samples; 1 trains on all"""
+    kept_weights: Literal["equal", "learned"] = key(
+        "equal", part="weighting_model", only={"weighting.pool_batches": SEVERAL}
+    )
+    """weights of the samples that a weighting model keeps of a pool: all 1, so that it only selects
+    (its logits already decided, and nothing is weighed twice), or its weights in the new batch"""
     hidden_size: int = key(32, WIDTH, part="weighting_model", only=_NOT_LOADED)
     """width of the weighting model"""
     num_layers: int = key(

@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 MAX_EPOCHS = 1000
 
 
-def check_data(config: DataConfig, tokenizer: Tokenizer, num_samples: int) -> None:
+def check_data(
+    config: DataConfig, tokenizer: Tokenizer, num_samples: int, *, pool_batches: int = 1
+) -> None:
     """Check that `config.train` can be read with `tokenizer` at `config.sequence_length`.
 
-    num_samples: number of samples that the run reads.
+    num_samples: number of samples that the run reads. pool_batches: global batches that a step
+        reads of them.
 
     Raises:
         UserError: the list is malformed; a file is missing, broken, shorter than one sample or
@@ -39,7 +42,7 @@ def check_data(config: DataConfig, tokenizer: Tokenizer, num_samples: int) -> No
     files = [read_indexed_file(part.prefix) for part in parts]
     for file in files:
         check_length(file, config.sequence_length)
-    _check_epochs(parts, files, config.sequence_length, num_samples)
+    _check_epochs(parts, files, config.sequence_length, num_samples, pool_batches)
     if not config.border_loss:
         _check_labels(files)
     for file in files:
@@ -62,21 +65,28 @@ def check_length(file: IndexedFile, sequence_length: int) -> None:
 
 
 def _check_epochs(
-    parts: list[BlendPart], files: list[IndexedFile], sequence_length: int, num_samples: int
+    parts: list[BlendPart],
+    files: list[IndexedFile],
+    sequence_length: int,
+    num_samples: int,
+    pool_batches: int,
 ) -> None:
     """Check that no file is read more than `MAX_EPOCHS` times, given its share of the samples."""
     in_epoch = [file.samples_per_epoch(sequence_length) for file in files]
     # Without weights the shares follow the sizes.
     shares = [part.weight or count for part, count in zip(parts, in_epoch, strict=True)]
+    pools = pool_batches > 1
+    why = f" ({pool_batches} global batches a step, weighting.pool_batches)" if pools else ""
+    keys = f"{'weighting.pool_batches, ' if pools else ''}data.sequence_length"
     for file, count, share in zip(files, in_epoch, shares, strict=True):
         wanted = num_samples * share / sum(shares)
         if wanted > MAX_EPOCHS * count:
             raise UserError(
                 f"{file.bin_path}: {file.num_tokens} tokens are {count} samples of "
-                f"data.sequence_length {sequence_length}, of which the run reads {wanted:.0f}, "
-                f"each {wanted / count:.0f} times, expected at most {MAX_EPOCHS}; give a smaller "
-                "data.sequence_length, training.global_batch_size or training.steps, a smaller "
-                "weight in data.train, or more text"
+                f"data.sequence_length {sequence_length}, of which the run reads {wanted:.0f}"
+                f"{why}, each {wanted / count:.0f} times, expected at most {MAX_EPOCHS}; give a "
+                f"smaller {keys}, training.global_batch_size or training.steps, a smaller weight "
+                "in data.train, or more text"
             )
 
 

@@ -31,6 +31,8 @@ _FLOPS = {
     "recompute": "recomputation",
     "weighing": "weighting model on steps' batches",
     "reading": "reading the batch first",
+    "pool_passes": "passes over the pools",
+    "pool_scores": "scores of the pools",
     "updates": "updates: passes of the LLM",
     "noise": "updates: signal-to-noise",
     "learning": "updates: weighting model",

@@ -26,7 +26,8 @@ def check(config: Config) -> RunInputs:
     validate_config(config, heads_of(shape), world_size)
     check_method(config, shape.num_layers, world_size)
     check_profiling(config.profiling)
-    check_data(config.data, tokenizer, _num_samples(config))
+    pools = method_class(config).pool_batches(config)
+    check_data(config.data, tokenizer, _num_samples(config), pool_batches=pools)
     values = method_class(config).document_values(config)
     target = open_target(config, tokenizer)
     held_out = open_held_out(config, tokenizer)
@@ -44,6 +45,8 @@ def check(config: Config) -> RunInputs:
 
 def _num_samples(config: Config) -> int:
     """Returns the number of samples that steps read, or fresh updates if those read more."""
-    schedule = method_class(config).schedule(config)
+    method = method_class(config)
+    schedule = method.schedule(config)
     updates = schedule.num_updates if schedule.fresh else 0
-    return max(config.training.steps, updates) * config.training.global_batch_size
+    batches = max(config.training.steps * method.pool_batches(config), updates)
+    return batches * config.training.global_batch_size

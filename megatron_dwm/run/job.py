@@ -109,7 +109,9 @@ def build_feed(config: Config, learner: Learner, inputs: RunInputs) -> Feed:
         # reads.
         data = _corpus(config, inputs, schedule.num_updates, "weighting")
         updates = CorpusSource(data, size, "update")
-    corpus = CorpusSource(_corpus(config, inputs, config.training.steps, "training"), size)
+    pools = method.pool_batches(config)
+    data = _corpus(config, inputs, config.training.steps * pools, "training")
+    corpus = CorpusSource(data, size * pools)
     runtime = learner.runtime
     return Feed(
         method.training_source(config, corpus, inputs.target),
@@ -121,6 +123,7 @@ def build_feed(config: Config, learner: Learner, inputs: RunInputs) -> Feed:
         ),
         steps=config.training.steps,
         device=runtime.device,
+        pool_batches=pools,
         updates=updates,
         target=inputs.target,
         passages=config.passages,

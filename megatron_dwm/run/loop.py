@@ -21,6 +21,7 @@ from megatron_dwm.config import Config
 from megatron_dwm.run import limits
 from megatron_dwm.run.job import Job
 from megatron_dwm.run.reporter import Reporter
+from megatron_dwm.run.step_batch import step_batch
 from megatron_dwm.run.upkeep import Upkeep
 from megatron_dwm.runtime.profiling import Window, phase
 from megatron_dwm.training import (
@@ -133,7 +134,7 @@ class Loop:
             outcome = train_step(
                 job.learner,
                 job.method,
-                job.feed.training(state.step),
+                step_batch(job),
                 state,
                 upper=upper,
                 largest_loss=limits.largest_loss(self._config.training, state.mean_loss),

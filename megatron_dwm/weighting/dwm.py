@@ -2,6 +2,11 @@
 
 The model reads a sample's tokens with its own encoder, or the LLM's hidden states of the sample
 (`weighting.encoder`). weighting/trainer.py trains it (METHOD.md, section 2).
+
+A frozen model can also filter: of `weighting.pool_batches` global batches it keeps the samples with
+the largest logits, each computed in its weighting group. Logits, because weights compare a sample
+with its group only: the best of a bad micro-batch would beat the second best of a good one. A
+global group is the whole pool.
 """
 
 from __future__ import annotations
@@ -17,15 +22,20 @@ from torch import Tensor
 from megatron_dwm.config import Config
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
-from megatron_dwm.model import ForwardOutputs, LlamaShape
+from megatron_dwm.model import LLM, ForwardOutputs, LlamaShape, forward_only
+from megatron_dwm.model.passes.objective import unit
 from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.weighting.concentration import GUARDS
-from megatron_dwm.weighting.costs import Costs, Workload, learning_costs
+from megatron_dwm.weighting.costs import (
+    Costs,
+    Workload,
+    learning_costs,
+    weighting_forward_flops,
+)
 from megatron_dwm.weighting.method import (
     Alignments,
     BuildContext,
     Counters,
-    Method,
     Needs,
     WeightingUpdate,
 )
@@ -38,11 +48,12 @@ from megatron_dwm.weighting.model import (
     require_same_input,
     unchecked_tokenizer_warning,
 )
+from megatron_dwm.weighting.pool import ChoosesFromPool
 from megatron_dwm.weighting.rules import group_problems, learning_problems, target_problems
 from megatron_dwm.weighting.schedule import Schedule, schedule_of
 from megatron_dwm.weighting.trainer import WeightingTrainer
 
-_PARTS: frozenset[Part] = frozenset({"weighting_model", "groups", "softmax"})
+_PARTS: frozenset[Part] = frozenset({"weighting_model", "groups", "pool"})
 _LEARNING: frozenset[Part] = frozenset(
     {"target", "passages", "updates", "hypergradients", "alignments"}
 )
@@ -50,7 +61,7 @@ _LEARNING: frozenset[Part] = frozenset(
 _SEED_OFFSET = 7919
 
 
-class Dwm(Method):
+class Dwm(ChoosesFromPool):
     """Weights from a weighting model, which is the same on every rank of the job."""
 
     gentler = f"{GUARDS}, or lower weighting.learning_rate"
@@ -58,7 +69,8 @@ class Dwm(Method):
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
         """Returns the parts: a weighting model and groups and, unless frozen, those of learning."""
-        return _PARTS if config.weighting.frozen else _PARTS | _LEARNING
+        parts = _PARTS if _only_selects(config) else _PARTS | {"softmax"}
+        return parts if config.weighting.frozen else parts | _LEARNING
 
     @classmethod
     def problems(cls, config: Config, num_layers: int, world_size: int) -> Iterator[str]:
@@ -67,7 +79,8 @@ class Dwm(Method):
         if learns:
             yield from target_problems(config)
         yield from _model_problems(config, num_layers)
-        yield from group_problems(config)
+        if not _only_selects(config):
+            yield from group_problems(config)
         if learns:
             yield from learning_problems(config, world_size)
 
@@ -109,21 +122,7 @@ class Dwm(Method):
     @classmethod
     def costs(cls, config: Config, llm: LlamaShape, workload: Workload) -> Costs:
         """Returns the costs of learning, including those of the weighting model."""
-        training, weighting = config.training, config.weighting
-        rows = training.global_batch_size // workload.replicas
-        share = -(-rows // config.parallel.model_size)
-        own = weighting.encoder == "own"
-        is_global = weighting.group == "global"
-        return learning_costs(
-            config,
-            llm,
-            workload,
-            gradient_pass=weighting.update_on == "fresh",
-            model=cls.model_shape(config, llm),
-            extra_forward=not own and is_global and rows > training.micro_batch_size,
-            encodes_twice=own and share > training.micro_batch_size,
-            frozen=weighting.frozen,
-        )
+        return _costs(config, llm, workload, cls.model_shape(config, llm))
 
     @classmethod
     def build(cls, context: BuildContext) -> Dwm:
@@ -146,15 +145,17 @@ class Dwm(Method):
                 config.training.micro_batch_size,
                 learned=config.weighting.load is not None,
                 bf16=config.model.precision != "fp32",
-            )
+            ),
+            only_selects=_only_selects(config),
         )
 
-    def __init__(self, trainer: WeightingTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: WeightingTrainer, *, only_selects: bool = False) -> None:
+        """only_selects: the model chooses from pools, and all weights are 1."""
+        self.trainer, self.only_selects = trainer, only_selects
 
     def needs(self, counters: Counters) -> Needs:
         """Returns what the weighting model reads; nothing before the first update."""
-        return self.update_needs if self.trainer.learned else Needs()
+        return self.update_needs if self.weighs(counters) else Needs()
 
     @property
     def update_needs(self) -> Needs:
@@ -169,16 +170,26 @@ class Dwm(Method):
         )
 
     def weighs(self, counters: Counters) -> bool:
-        """True after the first update, or with a loaded model."""
-        return self.trainer.learned
+        """True after the first update, or with a loaded model, unless that only selects."""
+        return self.trainer.learned and not self.only_selects
 
     @torch.no_grad()
     def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
         """Returns float32 [n], mean 1 in every weighting group; all 1 before the first update."""
-        trainer = self.trainer
-        if not trainer.learned:
+        if not self.weighs(counters):
             return torch.ones(batch.units.count, device=batch.tokens_BS.device)
-        return trainer.weights(batch, outputs)
+        return self.trainer.weights(batch, outputs)
+
+    @torch.no_grad()
+    def pool_scores(
+        self, llm: LLM, pool: Batch, passages: Batch | None, counters: Counters
+    ) -> Tensor:
+        """Returns float32 [n], logits of this replica's candidates, in their weighting groups."""
+        needs, size = self.update_needs, self.trainer.grouping.micro_batch_size
+        if not needs.forward_pass:
+            return self.trainer.scores(pool, None)
+        first = forward_only(llm, unit(pool, size), early_layer=needs.early_layer)
+        return self.trainer.scores(pool, first.outputs)
 
     def update(
         self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments
@@ -199,8 +210,50 @@ class Dwm(Method):
         self.trainer.load_state_dict(state)
 
 
+def _only_selects(config: Config) -> bool:
+    """True if a frozen model chooses from pools and all weights are 1."""
+    weighting = config.weighting
+    return weighting.pool_batches > 1 and weighting.kept_weights == "equal"
+
+
+def _costs(config: Config, llm: LlamaShape, workload: Workload, model: WeightingShape) -> Costs:
+    """Returns the costs of learning, of weighing, and of scoring pools."""
+    training, weighting = config.training, config.weighting
+    rows = training.global_batch_size // workload.replicas
+    share = -(-rows // config.parallel.model_size)
+    own = weighting.encoder == "own"
+    is_global = weighting.group == "global"
+    costs = learning_costs(
+        config,
+        llm,
+        workload,
+        gradient_pass=weighting.update_on == "fresh",
+        model=model,
+        extra_forward=not own and is_global and rows > training.micro_batch_size,
+        encodes_twice=own and share > training.micro_batch_size,
+        frozen=weighting.frozen,
+    )
+    pools, length = weighting.pool_batches, config.data.sequence_length
+    if pools == 1:
+        return costs
+    candidates = pools * training.global_batch_size
+    group = candidates if is_global else training.micro_batch_size
+    costs = replace(
+        costs,
+        pool_passes=0.0 if own else pools * costs.forward,
+        pool_scores=weighting_forward_flops(model, candidates, length, group, workload.documents),
+    )
+    return replace(costs, weighing=0.0, extra_forward=0.0) if _only_selects(config) else costs
+
+
 def _model_problems(config: Config, num_layers: int) -> Iterator[str]:
     weighting = config.weighting
+    if weighting.pool_batches > 1 and not weighting.frozen:
+        yield (
+            f"weighting.pool_batches {weighting.pool_batches}: expected weighting.frozen true with "
+            "policy dwm: a model that still learns weighs what it reads; set it, with "
+            "weighting.load, or leave weighting.pool_batches at 1"
+        )
     if weighting.frozen and weighting.load is None:
         yield "weighting.frozen: expected weighting.load to name a weighting model, got none"
     # A loaded model has its own sizes.

@@ -169,10 +169,7 @@ class Method(Protocol):
 
     @classmethod
     def document_values(cls, config: Config) -> DocumentValues | None:
-        """Returns the values that batches carry (`Batch.values_U`); None if the method reads none.
-
-        Raises UserError if they cannot be read.
-        """
+        """Returns the values that batches carry, or None. Raises UserError for unreadable ones."""
         return None
 
     @classmethod
@@ -194,6 +191,11 @@ class Method(Protocol):
     def costs(cls, config: Config, llm: LlamaShape, workload: Workload) -> Costs:
         """Returns the FLOPs of the run's parts."""
         return plain_costs(config, llm, workload)
+
+    @classmethod
+    def pool_batches(cls, config: Config) -> int:
+        """Returns the global batches that a step reads; above 1 it trains on one (pool.py)."""
+        return 1
 
     @classmethod
     def training_source(
@@ -259,10 +261,7 @@ class Method(Protocol):
         """Record the token-mean losses of this replica's units in a step that was taken."""
 
     def files(self) -> dict[str, bytes]:
-        """Returns files that another run can use, by name; empty if there are none.
-
-        The main process alone calls it, so it may make no collective call.
-        """
+        """Returns files for other runs, by name (only the main process calls it)."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -95,10 +95,24 @@ class WeightingTrainer:
         groups = self.grouping.of(batch)
         return groups.local(self._group_weights(batch, outputs, groups))
 
+    def scores(self, batch: Batch, outputs: ForwardOutputs | None) -> Tensor:
+        """Returns [n]: the logits of this replica's units, each computed in its group."""
+        groups = self.grouping.of(batch)
+        return groups.local(self._group_logits(batch, outputs, groups))
+
     def _group_weights(
         self, batch: Batch, outputs: ForwardOutputs | None, groups: Groups
     ) -> Tensor:
         """Returns [G, n]: the weights of this rank's groups."""
+        return weights_from_logits(
+            self._group_logits(batch, outputs, groups),
+            groups.sizes_Gn,
+            min_effective_sample_size=self.config.min_effective_sample_size,
+            uniform_floor=self.config.uniform_floor,
+        )
+
+    def _group_logits(self, batch: Batch, outputs: ForwardOutputs | None, groups: Groups) -> Tensor:
+        """Returns [G, n]: the logits of this rank's groups."""
         if self.model.shape.encoder == "own":
             pooled_GnD = groups.gather(self._encoded(batch))
         else:
@@ -106,12 +120,7 @@ class WeightingTrainer:
             rows_nK = torch.cat([outputs.features.flat(), outputs.losses_n[:, None]], dim=1)
             rows_GnK = groups.gather(rows_nK.to(self._dtype))
             pooled_GnD = self.model.encoder(rows_GnK, groups.sizes_Gn)
-        return weights_from_logits(
-            self.model.logits(pooled_GnD, groups.present_Gn),
-            groups.sizes_Gn,
-            min_effective_sample_size=self.config.min_effective_sample_size,
-            uniform_floor=self.config.uniform_floor,
-        )
+        return self.model.logits(pooled_GnD, groups.present_Gn)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that a resumed run needs."""
