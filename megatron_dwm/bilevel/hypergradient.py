@@ -80,7 +80,7 @@ def from_gradient(
             step.enter()
         with phase("validation gradient"):
             clear_gradients(llm, optimizer)
-            loss_and_count = _validation_gradient(problem, part)
+            loss_and_count = validation_gradient(problem, part)
         with phase("direction"):
             step.direction()
         with phase("restore"):
@@ -126,8 +126,8 @@ def _validation_parts(problem: Problem, halves: bool) -> list[TokenBatch]:
     return [problem.val_batch.rows(0, rows, 2), problem.val_batch.rows(1, rows, 2)]
 
 
-def _validation_gradient(problem: Problem, batch: TokenBatch) -> Tensor:
-    """Write grad L_val into the gradient buffers; returns float64 [L_val, divisor] of all ranks."""
+def validation_gradient(problem: Problem, batch: TokenBatch) -> Tensor:
+    """Add grad L_val to the gradient buffers; returns float64 [L_val, divisor] (collective)."""
     llm, objective = problem.llm, problem.objective
     rows = batch.tokens_BS.shape[0]
     size = largest_micro_batch(rows, problem.micro_batch_size, llm.micro_batches_multiple)

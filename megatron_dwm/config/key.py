@@ -36,7 +36,9 @@ PARTS: dict[Part, str] = {
     "values": "has no weights of its own for documents",
     "pacing": "has no curriculum",
     "gradient_alignment": "does not weigh by the batch's own alignments",
+    "aligned_steps": "computes no alignments of the batches that it trains on",
     "redundancy": "chooses nothing one by one",
+    "sampling": "draws nothing from a pool",
     "pool": "trains on every batch that it reads",
     "mixing": "mixes no target passages into the batches",
 }

@@ -18,6 +18,7 @@ from megatron_dwm.config.bounds import (
     RATE,
     ROWS,
     TEMPERATURE,
+    TOKENS,
     WHOLE_FRACTION,
     WIDTH,
 )
@@ -77,20 +78,39 @@ class PolicyConfig:
     )
     """temperature of the softmax over the alignments, in standard deviations from their mean
     (gradient_alignment)"""
-    alignment_warmup: int = key(50, COUNT, part="gradient_alignment")
-    """LLM steps with uniform weights at first, in which Adam's moments settle
+    alignment_decay: float = key(
+        0.0,
+        FRACTION,
+        part="gradient_alignment",
+        only={"policy.alignment_choice": ("softmax",)},
+    )
+    """fraction of the alignments' running moments that a batch keeps: weights follow alignments in
+    units of their deviation over the batches so far, so that a batch, or group, whose alignments
+    hardly differ has nearly uniform weights; 0 takes each group's own deviation
     (gradient_alignment)"""
-    alignment_interval: int = key(1, COUNT, part="gradient_alignment")
-    """compute alignments, and with them weights, in every how many-th step; the others have uniform
-    weights (gradient_alignment)"""
+    alignment_warmup: int = key(50, COUNT, part="aligned_steps")
+    """LLM steps with uniform weights (opus: random choices) at first, in which Adam's moments
+    settle (gradient_alignment, opus)"""
+    alignment_interval: int = key(1, COUNT, part="aligned_steps")
+    """compute alignments, and with them weights or a choice, in every how many-th step; the others
+    have uniform weights, or a random choice (gradient_alignment, opus)"""
     redundancy: float = key(1.0, FACTOR, part="redundancy")
     """how much the overlap with chosen units counts against a unit: factor of eta^2 times the inner
     product of both units' steps, beside eta times the alignment; 0 switches it off
-    (gradient_alignment)"""
+    (gradient_alignment, opus)"""
     sketch_size: int = key(8192, COUNT_OR_ZERO, part="redundancy", only={"policy.redundancy": SET})
     """numbers of the sketch of a unit's step, from which overlaps are computed: their error is
     1.1 % of the steps' sizes at 8192, and falls with the square root; 0 is exact and takes one for
-    every parameter of the model (gradient_alignment)"""
+    every parameter of the model (gradient_alignment, opus)"""
+    selection_temperature: float = key(0.9, FACTOR, part="sampling")
+    """temperature at which candidates are drawn one by one, in standard deviations of the pool's
+    alignments; 0 always takes the best, a high one draws at random (opus)"""
+    jacobian: Literal["frozen", "exact"] = key("frozen", part="sampling")
+    """frozen: score candidates with Adam's moments and at the parameters that stand; exact: through
+    the virtual step along the pool's gradient, a training pass of the pool more (opus)"""
+    score_tokens: int | None = key(None, TOKENS, part="sampling")
+    """score candidates by their first tokens, this many, at most data.sequence_length; empty means
+    all (opus)"""
     reference: str | None = key(None, part="reference")
     """the reference model (excess_loss): a Hugging Face directory (LlamaForCausalLM) or a
     checkpoint, with the LLM's vocabulary"""

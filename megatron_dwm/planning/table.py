@@ -22,6 +22,7 @@ _PARTS = {
     "activations": "activations",
     "working": "backward pass at work",
     "virtual_step": "virtual step's copies (update)",
+    "sketches": "sketches of gradients (update)",
     "weighting_activations": "weighting model's activations",
     "step": "peak of a step",
     "update": "peak with weighting updates",

@@ -10,6 +10,7 @@ from megatron_dwm.config import RunError
 from megatron_dwm.data import Batch
 from megatron_dwm.runtime.profiling import phase
 from megatron_dwm.training.learner import Learner
+from megatron_dwm.training.pool_alignments import align_pool
 from megatron_dwm.weighting import ChoosesFromPool, Counters
 from megatron_dwm.weighting.groups import gather_over_data
 
@@ -31,7 +32,12 @@ def choose_rows(
     """
     runtime = learner.runtime
     with phase("pool"):
-        scores_n = method.pool_scores(learner.llm, pool, passages, counters).detach()
+        request = method.pool_alignments(counters)
+        if request is None:
+            scores_n = method.pool_scores(learner.llm, pool, passages, counters).detach()
+        else:
+            assert passages is not None
+            scores_n = align_pool(learner, pool, passages, request)
     scores = gather_over_data(scores_n, runtime)
     rows = torch.full((count,), -1, dtype=torch.int64, device=runtime.device)
     if runtime.is_main:

@@ -6,8 +6,11 @@
 With `policy.alignment_choice greedy` the units of a group are chosen one by one instead, by s_i
 less the overlap of their steps with those already chosen (greedy.py), and those weigh the same.
 
-Nothing is learned and there is no state: a step computes g at uniform weights, the virtual step,
-the validation gradient and the alignments, and then the weighted gradient of the same batch. The
+With `policy.alignment_decay` mean and deviation are those of the global batches so far, from
+running means m and q of s and s^2: m <- decay m + (1 - decay) * mean of s, deviation^2 = q - m^2.
+
+Nothing else is kept from step to step. A step computes g at uniform weights, the virtual step, the
+validation gradient and the alignments, and then the weighted gradient of the same batch. The
 alignments are exact for this batch and hold for no other one, so the steps between
 (`policy.alignment_interval`) have uniform weights. So have the first `policy.alignment_warmup`
 steps, since Adam's J is near zero while its moments are empty.
@@ -20,20 +23,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from megatron_dwm.config import Config
+from megatron_dwm.config import Config, PolicyConfig, WeightingConfig
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
 from megatron_dwm.model import ForwardOutputs, LlamaShape
+from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.concentration import GUARDS
 from megatron_dwm.weighting.costs import Costs, Workload, learning_costs
 from megatron_dwm.weighting.greedy import choose_greedily, overlaps
 from megatron_dwm.weighting.groups import Groups
 from megatron_dwm.weighting.method import Counters
+from megatron_dwm.weighting.moments import global_moments
 from megatron_dwm.weighting.rule_based import RuleBased
 from megatron_dwm.weighting.rules import (
     estimator_problems,
@@ -54,10 +59,23 @@ class GradientAlignment(RuleBased):
     )
     aligns_first: ClassVar[bool] = True
 
+    def __init__(
+        self,
+        config: PolicyConfig,
+        weighting: WeightingConfig,
+        runtime: Runtime,
+        micro_batch_size: int,
+    ) -> None:
+        super().__init__(config, weighting, runtime, micro_batch_size)
+        # Means of s and of s^2, float64 [2]; those of a step count once it was taken.
+        self.moments: Tensor | None = None
+        self._next_moments: Tensor | None = None
+
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
         """Returns the parts: a target, hypergradients, groups, and a softmax or a choice."""
         reads = {"target", "passages", "hypergradients", "gradient_alignment", "groups"}
+        reads |= {"aligned_steps"}
         is_greedy = config.policy.alignment_choice == "greedy"
         return frozenset(reads | ({"selection", "redundancy"} if is_greedy else {"softmax"}))
 
@@ -106,9 +124,40 @@ class GradientAlignment(RuleBased):
         alignment_Gn = groups.gather(outputs.alignment_n)
         if self.config.alignment_choice == "greedy":
             return groups.local(self._chosen(alignment_Gn, outputs.overlap_nK, groups))
-        standard_Gn = standardize(alignment_Gn, sizes_Gn=groups.sizes_Gn)
+        standard_Gn = self._standardized(alignment_Gn, batch, outputs.alignment_n, groups)
         logits_n = groups.local(standard_Gn) / self.config.alignment_temperature
         return groups.local(self.group_weights(logits_n, groups))
+
+    def after_step(self, batch: Batch, losses_n: Tensor, counters: Counters) -> None:
+        """Keep the moments with this step's alignments, now that it was taken."""
+        if self._next_moments is not None:
+            self.moments, self._next_moments = self._next_moments, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the running moments."""
+        return {"moments": None if self.moments is None else self.moments.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the state of `state_dict`."""
+        moments, self._next_moments = state["moments"], None
+        if moments is not None:
+            moments = torch.tensor(moments, dtype=torch.float64, device=self.runtime.device)
+        self.moments = moments
+
+    def _standardized(
+        self, alignment_Gn: Tensor, batch: Batch, alignment_n: Tensor, groups: Groups
+    ) -> Tensor:
+        """Returns [G, n], by the group's own mean and deviation, or the running ones."""
+        if not self.config.alignment_decay:
+            return standardize(alignment_Gn, sizes_Gn=groups.sizes_Gn)
+        found = global_moments(alignment_n, batch, self.runtime)
+        if self.moments is not None:
+            found = torch.lerp(found, self.moments, self.config.alignment_decay)
+        self._next_moments = found
+        mean, square = found
+        deviation = (square - mean.square()).clamp(min=0.0).sqrt()
+        centered_Gn = alignment_Gn.double() - mean
+        return torch.where(deviation > 0, centered_Gn / deviation, 0.0).float()
 
     def _chosen(self, alignment_Gn: Tensor, overlap_nK: Tensor | None, groups: Groups) -> Tensor:
         """Returns [G, n]: weights of mean 1, equal for the units of the greedy choice, else 0."""

@@ -9,7 +9,8 @@ Which samples a step reads depends only on its number, so a run resumes without 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -17,6 +18,21 @@ from megatron_dwm.config import Config
 from megatron_dwm.data import Batch
 from megatron_dwm.model import LLM
 from megatron_dwm.weighting.method import Counters, Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolAlignments:
+    """How to compute the alignments of a pool.
+
+    jacobian: exact: through a virtual step along the pool's gradient (bilevel/hypergradient.py);
+        frozen: with the moments and at the parameters that stand (bilevel/frozen.py).
+    sketch_size: of the sketches of the candidates' steps; None: there are none.
+    tokens: read the first tokens of every candidate, this many; None: all.
+    """
+
+    jacobian: Literal["exact", "frozen"]
+    sketch_size: int | None = None
+    tokens: int | None = None
 
 
 class ChoosesFromPool(Method):
@@ -29,6 +45,14 @@ class ChoosesFromPool(Method):
     def pool_batches(cls, config: Config) -> int:
         """Returns `weighting.pool_batches`."""
         return config.weighting.pool_batches
+
+    def pool_alignments(self, counters: Counters) -> PoolAlignments | None:
+        """Returns how the scores of the next pool are its alignments; None for `pool_scores`.
+
+        Rows of scores are then [1 + K]: a candidate's alignment, and its row of overlaps
+        (`ForwardOutputs.overlap_nK`) if there are sketches.
+        """
+        return None
 
     @abstractmethod
     def pool_scores(

@@ -101,6 +101,8 @@ def test_a_resumed_run_counts_on(server: Server, corpus: Corpus, tmp_path: Path)
             "--policy.alignment_warmup",
             "3",
         ],
+        ["gradient_alignment", "--policy.alignment_choice", "greedy"],
+        ["opus", "--weighting.pool_batches", "3", "--policy.alignment_warmup", "4"],
     ],
     ids=lambda policy: policy[0],
 )
@@ -109,6 +111,8 @@ def test_rules_cost_what_their_plan_says(
 ) -> None:
     """Readings of the target, and of a batch of two micro-batches first; alignments and noise."""
     arguments = [*corpus.arguments(), "--policy.name", *policy, "--training.steps", "9"]
+    if "greedy" in policy:
+        arguments += ["--policy.alignment_warmup", "4"]
     server.succeed(tmp_path / "run", arguments)
     *_, last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     cost = in_config(load_config(arguments))

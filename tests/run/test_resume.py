@@ -39,6 +39,14 @@ POLICIES = {
         *("--policy.name", "gradient_alignment", "--policy.alignment_interval", "2"),
         *("--policy.alignment_warmup", "3"),
     ],
+    "greedy": [
+        *("--policy.name", "gradient_alignment", "--policy.alignment_choice", "greedy"),
+        *("--policy.alignment_warmup", "3", "--weighting.group", "global"),
+    ],
+    "opus": [
+        *("--policy.name", "opus", "--weighting.pool_batches", "3"),
+        *("--policy.alignment_warmup", "3", "--policy.jacobian", "exact"),
+    ],
     "similarity": ["--policy.name", "similarity"],
     "similarity, at a reading": ["--policy.name", "similarity", "--weighting.unit", "document"],
 }
@@ -46,6 +54,8 @@ LAYOUTS = {
     "own": ["--parallel.pipeline", "2"],
     "llm": ["--parallel.tensor", "2"],
     "gradient_alignment": ["--parallel.sharded_optimizer", "true"],
+    "greedy": ["--parallel.tensor", "2"],
+    "opus": ["--parallel.sharded_optimizer", "true"],
     "similarity, at a reading": ["--parallel.pipeline", "2"],
 }
 # The call at which the run is stopped: inside a phase, or right after an update.
