@@ -137,8 +137,7 @@ class Method(Protocol):
     batch at uniform weights, and `weights` finds them in its `outputs`"""
 
     sketch_size: int | None = None
-    """size of the sketches of the units' steps that an update forms (bilevel/sketch.py); None: it
-    forms none"""
+    """size of the sketches of units' steps that an update forms (bilevel/sketch.py); None: none"""
 
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:

@@ -73,6 +73,7 @@ WITHOUT_EFFECT = [
     (ALIGNED, "policy.sketch_size", "64", "gradient_alignment chooses nothing one by one"),
     (ALIGNED, "policy.jacobian", "exact", "gradient_alignment draws nothing from a pool"),
     (ALIGNED, "weighting.pool_batches", "2", "gradient_alignment trains on every batch"),
+    (GREEDY, "policy.alignment_decay", "0.5", "needs policy.alignment_choice softmax"),
     (GREEDY, "policy.alignment_temperature", "2", "needs policy.alignment_choice softmax"),
     (GREEDY, "weighting.uniform_floor", "0.1", "gradient_alignment has no softmax over a group"),
     (f"{GREEDY} --policy.redundancy 0", "policy.sketch_size", "64", "needs policy.redundancy set"),

@@ -37,7 +37,7 @@ POLICIES = {
     "validation_mixing": ["--policy.name", "validation_mixing", "--policy.mix_fraction", "0.25"],
     "gradient_alignment": [
         *("--policy.name", "gradient_alignment", "--policy.alignment_interval", "2"),
-        *("--policy.alignment_warmup", "3"),
+        *("--policy.alignment_warmup", "3", "--policy.alignment_decay", "0.5"),
     ],
     "greedy": [
         *("--policy.name", "gradient_alignment", "--policy.alignment_choice", "greedy"),

@@ -30,9 +30,11 @@ TEMPERATURE, BOUND = 0.8, 0.4
 KEPT, REDUNDANCY = 0.5, 1.0
 
 
-def _trained(subject: Tiny, group: str, temperature: float = TEMPERATURE) -> Subject:
+def _trained(
+    subject: Tiny, group: str, temperature: float = TEMPERATURE, decay: float = 0.0
+) -> Subject:
     method = GradientAlignment(
-        PolicyConfig(alignment_temperature=temperature),
+        PolicyConfig(alignment_temperature=temperature, alignment_decay=decay),
         WeightingConfig(group=group, min_effective_sample_size=BOUND),
         subject.runtime,
         MICRO_BATCH,
@@ -182,6 +184,34 @@ def steps(unit: str, group: str, **layout: Any) -> dict[str, Tensor]:
             "weights": gather_over_data(first.units.weights_n, runtime, counts),
             "losses": torch.tensor([first.loss, first.weighted_loss, second.loss]),
         }
+
+
+def running(unit: str, group: str, decay: float, **layout: Any) -> list[dict[str, Any]]:
+    """Three steps with running moments; the method is saved, built anew and loaded before each.
+
+    For each: alignments and weights of all units, their sizes, and the moments after it.
+    """
+    found, state = [], None
+    with tiny(**layout) as subject:
+        runtime = subject.runtime
+        for number in range(3):
+            trained = _trained(subject, group, decay=decay)
+            if state is not None:
+                trained.method.load_state_dict(state)
+            batch, passages = _batch(subject, unit, TRAIN + number), _batch(subject, unit, 7)
+            taken = trained.taken(batch, UpperLevel(passages=passages))
+            assert taken.update is not None
+            counts, sizes_U = units_of_replicas(batch, runtime), batch.units.sizes_U
+            sizes_U = torch.ones(batch.units.count) if sizes_U is None else sizes_U
+            state = trained.method.state_dict()
+            columns = {
+                "alignments": taken.update.hypergradient.alignment_n,
+                "weights": taken.units.weights_n,
+                "sizes": sizes_U,
+            }
+            gathered = {n: gather_over_data(v, runtime, counts) for n, v in columns.items()}
+            found.append({**gathered, "moments": state["moments"]})
+    return found
 
 
 def parameters_after_a_step(temperature: float | None) -> tuple[Tensor, Tensor]:
