@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dwm.bilevel.coordinates import Numbering, element_numbers, named_parameters
@@ -90,6 +91,24 @@ def gram_by_hand(units: str = "rows", weighed: bool = False, **model: Any) -> Te
             )
         gradients_UN = torch.stack(rows)
         return gradients_UN @ gradients_UN.t()
+
+
+def along_z(**layout: Any) -> tuple[Tensor, Tensor]:
+    """Returns the products of z and exact sketches, and the probe's <z, grad l_u>, on each rank."""
+    with tiny(**layout) as subject:
+        llm, passes = subject.llm, unit(subject.batch(TRAIN), MICRO_BATCH)
+        subject.gradient(TRAIN + 1)  # z
+        found = probe(llm, passes, SketchPlan(size=0))
+        assert found.sketch_nK is not None
+        z = torch.zeros(found.sketch_nK.shape[1])
+        for name, parameter in named_parameters(llm):
+            z[element_numbers(llm, name, parameter)] = parameter.main_grad
+        # Ranks have different parts of z, and those that both have are equal.
+        counts = (z != 0).float()
+        for tensor in (z, counts):
+            dist.all_reduce(tensor, group=llm.runtime.inner_group)
+        z /= counts.clamp(min=1.0)
+        return found.sketch_nK.double() @ z.double(), found.alignment_n
 
 
 def over_seeds(size: int, seeds: int) -> tuple[Tensor, Tensor]:

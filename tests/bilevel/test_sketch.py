@@ -6,10 +6,24 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import Module
 
 from megatron_dwm.bilevel.adapters import ADAPTERS
-from megatron_dwm.bilevel.sketch import count_sketch
+from megatron_dwm.bilevel.sketch import Places, UnitSketches, count_sketch
 from megatron_dwm.bilevel.unit_gradients import FORMS
+from tests.bilevel.test_adapters import (
+    ALONE,
+    DOCUMENTS,
+    FUSED,
+    NUMBERS_BS,
+    TE,
+    TE_NORM,
+    Case,
+    Fused,
+    Linear,
+    Norm,
+    _case,
+)
 from tests.launch import run_ranks
 
 WORKERS = "tests.bilevel.sketch_workers"
@@ -78,6 +92,55 @@ def test_sketches_are_the_same_under_every_layout() -> None:
         for rank in ranks:
             difference = float((rank["sketches"] - expected["sketches"]).abs().max())
             assert difference < TOLERANCE * largest, layout
+
+
+def test_products_with_z_are_the_probes_also_below_fp32() -> None:
+    """In emulated FP8 with the layer's own rounded values; in bf16 each rounds its products."""
+    cases: list[tuple[int, dict[str, Any], float]] = [
+        (1, {"fp8_emulation": True}, 1e-4),
+        (2, {"fp8_emulation": True, "pipeline": 2}, 1e-4),
+        (1, {"precision": "bf16"}, 0.03),
+    ]
+    found = _run("along_z", [(size, case) for size, case, _ in cases])
+    for (_, case, tolerance), ranks in zip(cases, found, strict=True):
+        for product_n, alignment_n in ranks:
+            largest = float(alignment_n.abs().max())
+            assert float((product_n - alignment_n).abs().max()) < tolerance * largest, case
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(
+    ("name", "kind"), [(FUSED, Fused), (TE_NORM, Norm), (TE + "TEColumnParallelLinear", Linear)]
+)
+def test_transformer_engines_classes_have_autograds_gradients(
+    name: str, kind: type[Module], flat: bool
+) -> None:
+    case, units = _case(kind), DOCUMENTS
+    expected = _gradients_of_documents(case)
+    gradient, kept = case.gradient_SBC, case.x_SBD
+    if flat:  # one row, as Transformer Engine takes documents
+        gradient, kept = (t.transpose(0, 1).flatten(0, 1)[:, None] for t in (gradient, kept))
+        units = DOCUMENTS.flattened(NUMBERS_BS)
+    places, first = {}, 0
+    for parameter in case.module.parameters():
+        numbers = torch.arange(first, first + parameter.numel()).view(parameter.shape)
+        places[id(parameter)] = Places(numbers, torch.ones(parameter.shape))
+        first += parameter.numel()
+    sketches = UnitSketches(places, torch.zeros(units.count + 1, first))
+    FORMS[name](case.module, {}, ALONE)(sketches, gradient, kept, units, 1)
+    assert not sketches.values_nK[0].any(), "the units begin at row 1"
+    # Sums are in fp32.
+    torch.testing.assert_close(sketches.values_nK[1:].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def _gradients_of_documents(case: Case) -> torch.Tensor:
+    values_SBC = case.module(case.x_SBD) * case.gradient_SBC
+    rows = []
+    for number in range(DOCUMENTS.count):
+        loss = values_SBC[(number == NUMBERS_BS).t()].sum()
+        gradients = torch.autograd.grad(loss, list(case.module.parameters()), retain_graph=True)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    return torch.stack(rows)
 
 
 def test_inner_products_of_sketches_are_unbiased_and_have_the_stated_variance() -> None:
