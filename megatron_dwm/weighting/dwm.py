@@ -5,8 +5,9 @@ The model reads a sample's tokens with its own encoder, or the LLM's hidden stat
 
 A frozen model can also filter: of `weighting.pool_batches` global batches it keeps the samples with
 the largest logits, each computed in its weighting group. Logits, because weights compare a sample
-with its group only: the best of a bad micro-batch would beat the second best of a good one. A
-global group is the whole pool.
+with its group only: the best of a bad micro-batch would beat the second best of a good one. Groups
+have the size that the model learned in: with `weighting.group global` each global batch of the pool
+is one.
 """
 
 from __future__ import annotations
@@ -26,12 +27,7 @@ from megatron_dwm.model import LLM, ForwardOutputs, LlamaShape, forward_only
 from megatron_dwm.model.passes.objective import unit
 from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.weighting.concentration import GUARDS
-from megatron_dwm.weighting.costs import (
-    Costs,
-    Workload,
-    learning_costs,
-    weighting_forward_flops,
-)
+from megatron_dwm.weighting.costs import Costs, Workload, learning_costs
 from megatron_dwm.weighting.method import (
     Alignments,
     BuildContext,
@@ -146,12 +142,15 @@ class Dwm(ChoosesFromPool):
                 learned=config.weighting.load is not None,
                 bf16=config.model.precision != "fp32",
             ),
+            batches=config.weighting.pool_batches,
             only_selects=_only_selects(config),
         )
 
-    def __init__(self, trainer: WeightingTrainer, *, only_selects: bool = False) -> None:
-        """only_selects: the model chooses from pools, and all weights are 1."""
-        self.trainer, self.only_selects = trainer, only_selects
+    def __init__(
+        self, trainer: WeightingTrainer, *, batches: int = 1, only_selects: bool = False
+    ) -> None:
+        """batches: in a pool. only_selects: the model chooses from it, and all weights are 1."""
+        self.trainer, self.batches, self.only_selects = trainer, batches, only_selects
 
     def needs(self, counters: Counters) -> Needs:
         """Returns what the weighting model reads; nothing before the first update."""
@@ -187,9 +186,9 @@ class Dwm(ChoosesFromPool):
         """Returns float32 [n], logits of this replica's candidates, in their weighting groups."""
         needs, size = self.update_needs, self.trainer.grouping.micro_batch_size
         if not needs.forward_pass:
-            return self.trainer.scores(pool, None)
+            return self.trainer.pool_logits(pool, None, self.batches)
         first = forward_only(llm, unit(pool, size), early_layer=needs.early_layer)
-        return self.trainer.scores(pool, first.outputs)
+        return self.trainer.pool_logits(pool, first.outputs, self.batches)
 
     def update(
         self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments
@@ -233,15 +232,13 @@ def _costs(config: Config, llm: LlamaShape, workload: Workload, model: Weighting
         encodes_twice=own and share > training.micro_batch_size,
         frozen=weighting.frozen,
     )
-    pools, length = weighting.pool_batches, config.data.sequence_length
+    pools = weighting.pool_batches
     if pools == 1:
         return costs
-    candidates = pools * training.global_batch_size
-    group = candidates if is_global else training.micro_batch_size
     costs = replace(
         costs,
         pool_passes=0.0 if own else pools * costs.forward,
-        pool_scores=weighting_forward_flops(model, candidates, length, group, workload.documents),
+        pool_scores=pools * costs.weighing,
     )
     return replace(costs, weighing=0.0, extra_forward=0.0) if _only_selects(config) else costs
 
