@@ -98,6 +98,12 @@ class PolicyConfig:
     """how much the overlap with chosen units counts against a unit: factor of eta^2 times the inner
     product of both units' steps, beside eta times the alignment; 0 switches it off
     (gradient_alignment, opus)"""
+    overlap_unit: Literal["loss", "deviation"] = key(
+        "loss", part="redundancy", only={"policy.redundancy": SET}
+    )
+    """unit of overlaps: loss: as above and as published, whose size beside the alignments grows
+    with the model and the learning rate; deviation: repeating a chosen unit costs
+    policy.redundancy standard deviations of the alignments (gradient_alignment, opus)"""
     sketch_size: int = key(8192, COUNT_OR_ZERO, part="redundancy", only={"policy.redundancy": SET})
     """numbers of the sketch of a unit's step, from which overlaps are computed: their error is
     1.1 % of the steps' sizes at 8192, and falls with the square root; 0 is exact and takes one for

@@ -35,7 +35,7 @@ from megatron_dwm.model import ForwardOutputs, LlamaShape
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.concentration import GUARDS
 from megatron_dwm.weighting.costs import Costs, Workload, learning_costs
-from megatron_dwm.weighting.greedy import choose_greedily, overlaps
+from megatron_dwm.weighting.greedy import choose_greedily, in_deviations, overlaps
 from megatron_dwm.weighting.groups import Groups
 from megatron_dwm.weighting.method import Counters
 from megatron_dwm.weighting.moments import global_moments
@@ -166,9 +166,12 @@ class GradientAlignment(RuleBased):
             return keep_largest(alignment_Gn, sizes_Gn, ratio)
         sizes_Gn = torch.ones_like(alignment_Gn) if sizes_Gn is None else sizes_Gn
         counts_Gn = sizes_Gn > 0
+        overlaps_Gnn = overlaps(groups.gather(overlap_nK))
+        if self.config.overlap_unit == "deviation":
+            overlaps_Gnn = in_deviations(overlaps_Gnn, alignment_Gn, counts_Gn)
         chosen_Gn = choose_greedily(
             alignment_Gn,
-            overlaps(groups.gather(overlap_nK)),
+            overlaps_Gnn,
             counts_Gn,
             number_kept(counts_Gn, ratio),
             self.config.redundancy,

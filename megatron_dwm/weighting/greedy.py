@@ -20,6 +20,23 @@ def overlaps(overlap_GnK: Tensor) -> Tensor:
     return overlap_GnK @ overlap_GnK.transpose(-1, -2)
 
 
+def in_deviations(overlaps_Gnn: Tensor, scores_Gn: Tensor, counts_Gn: Tensor) -> Tensor:
+    """Returns the overlaps times one number a group: then their mean K_ii is the scores' deviation.
+
+    So repeating a chosen unit of average size costs one standard deviation of the scores, whatever
+    the size of the model, the learning rate and the batch. counts_Gn: as in `choose_greedily`.
+    """
+    counts_Gn = counts_Gn.to(scores_Gn.dtype)
+    total_G1 = counts_Gn.sum(-1, keepdim=True).clamp(min=1.0)
+    mean_G1 = (scores_Gn * counts_Gn).sum(-1, keepdim=True) / total_G1
+    squares_Gn = (scores_Gn - mean_G1).square() * counts_Gn
+    deviation_G1 = (squares_Gn.sum(-1, keepdim=True) / total_G1).sqrt()
+    own_Gn = overlaps_Gnn.diagonal(dim1=-2, dim2=-1) * counts_Gn
+    own_G1 = own_Gn.sum(-1, keepdim=True) / total_G1
+    factor_G1 = torch.where(own_G1 > 0, deviation_G1 / own_G1, 0.0)
+    return overlaps_Gnn * factor_G1[..., None]
+
+
 def choose_greedily(
     scores_Gn: Tensor, overlaps_Gnn: Tensor, counts_Gn: Tensor, kept_G1: Tensor, redundancy: float
 ) -> Tensor:

@@ -31,7 +31,7 @@ from megatron_dwm.data import Batch
 from megatron_dwm.model import LLM, ForwardOutputs, LlamaShape
 from megatron_dwm.model.flops import FORWARD_BACKWARD, llm_forward_flops
 from megatron_dwm.weighting.costs import Costs, Workload, plain_costs
-from megatron_dwm.weighting.greedy import overlaps
+from megatron_dwm.weighting.greedy import in_deviations, overlaps
 from megatron_dwm.weighting.method import BuildContext, Counters
 from megatron_dwm.weighting.pool import ChoosesFromPool, PoolAlignments
 from megatron_dwm.weighting.rules import target_problems
@@ -117,10 +117,13 @@ class Opus(ChoosesFromPool):
     def choose(self, scores: Tensor, count: int, step: int) -> Tensor:
         """Returns int64 [count], the rows drawn; scores are as `pool_alignments` says."""
         generator = torch.Generator().manual_seed(_seed(self.seed, step))
-        overlap_PP = self.config.redundancy * overlaps(scores[:, 1:])
+        alignment_P, overlap_PP = scores[:, 0], overlaps(scores[:, 1:])
+        if self.config.overlap_unit == "deviation":
+            everything_P = torch.ones_like(alignment_P, dtype=torch.bool)
+            overlap_PP = in_deviations(overlap_PP, alignment_P, everything_P)
         return draw(
-            scores[:, 0].double().cpu(),
-            overlap_PP.double().cpu(),
+            alignment_P.double().cpu(),
+            self.config.redundancy * overlap_PP.double().cpu(),
             count,
             temperature=self.config.selection_temperature,
             generator=generator,

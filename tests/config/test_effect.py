@@ -77,6 +77,12 @@ WITHOUT_EFFECT = [
     (GREEDY, "policy.alignment_temperature", "2", "needs policy.alignment_choice softmax"),
     (GREEDY, "weighting.uniform_floor", "0.1", "gradient_alignment has no softmax over a group"),
     (f"{GREEDY} --policy.redundancy 0", "policy.sketch_size", "64", "needs policy.redundancy set"),
+    (
+        f"{OPUS} --policy.redundancy 0",
+        "policy.overlap_unit",
+        "deviation",
+        "needs policy.redundancy",
+    ),
     (OPUS, "bilevel.estimator", "unroll", "policy opus computes no hypergradients"),
     (OPUS, "weighting.group", "global", "policy opus weighs every sample the same"),
     (OPUS, "policy.keep_ratio", "0.4", "policy opus keeps everything"),

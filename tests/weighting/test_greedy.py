@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_dwm.weighting.greedy import choose_greedily, overlaps
+from megatron_dwm.weighting.greedy import choose_greedily, in_deviations, overlaps
 from megatron_dwm.weighting.top_fraction import keep_largest, number_kept, weights_of_kept
 
 
@@ -44,6 +44,24 @@ def test_without_redundancy_it_keeps_the_largest() -> None:
     weights_Gn = weights_of_kept(chosen_Gn, sizes_Gn)
     assert torch.equal(weights_Gn, keep_largest(scores_Gn, sizes_Gn, 0.5))
     assert float((weights_Gn * sizes_Gn).sum()) == float(sizes_Gn.sum())
+
+
+def test_in_deviations_the_average_own_overlap_is_the_scores_deviation() -> None:
+    generator = torch.Generator().manual_seed(2)
+    scores_Gn = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    gram_Gnn = overlaps(torch.randn(3, 5, 4, generator=generator, dtype=torch.float64))
+    counts_Gn = torch.tensor([[True] * 5, [True, True, False, True, False], [False] * 5])
+    found_Gnn = in_deviations(gram_Gnn, scores_Gn, counts_Gn)
+    for group in range(2):
+        counted = counts_Gn[group]
+        deviation = scores_Gn[group][counted].std(correction=0)
+        torch.testing.assert_close(found_Gnn[group].diagonal()[counted].mean(), deviation)
+        ratio = found_Gnn[group] / gram_Gnn[group]
+        torch.testing.assert_close(ratio, ratio[0, 0].expand(5, 5))
+    # Scales of neither alignments nor steps change a choice; without steps there is no overlap.
+    scaled_Gnn = in_deviations(1e6 * gram_Gnn, 3.0 * scores_Gn, counts_Gn)
+    torch.testing.assert_close(scaled_Gnn, 3.0 * found_Gnn)
+    assert not in_deviations(0.0 * gram_Gnn, scores_Gn, counts_Gn).any()
 
 
 def test_twins_are_not_both_chosen() -> None:
