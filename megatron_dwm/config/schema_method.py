@@ -190,7 +190,8 @@ class WeightingConfig:
     load: str | None = key(None, part="weighting_model")
     """directory of a weighting model (weighting/stage_K of a run) to start from; its sizes replace
     the four keys below (policy dwm); with encoder own, data.tokenizer must be the tokenizer it was
-    trained with"""
+    trained with; the run itself, or its folder weighting, names the models of all its N stages,
+    which a frozen model takes in turn, each for one Nth of this run"""
     frozen: bool = key(False, part="weighting_model")
     """use the loaded weighting model without updating it"""
     pool_batches: int = key(1, COUNT, part="pool")

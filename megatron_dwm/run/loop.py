@@ -129,6 +129,7 @@ class Loop:
     def _outcome(self, upper: UpperLevel | None) -> StepOutcome:
         """Run the next step and return its outcome."""
         job, state = self._job, self._state
+        job.method.before_step(state)
         weighed = job.method.weighs(state)
         with phase("step"):
             outcome = train_step(

@@ -217,6 +217,9 @@ class Method(Protocol):
         """What `update` or `read_target` reads in addition to tokens."""
         return Needs()
 
+    def before_step(self, counters: Counters) -> None:
+        """Prepare for the next step (every rank calls it, before anything else of the step)."""
+
     def weighs(self, counters: Counters) -> bool:
         """True if the method computes weights for the next batch, which costs FLOPs."""
         return False
