@@ -135,7 +135,6 @@ class Method(Protocol):
     aligns_first: ClassVar[bool] = False
     """an update inside a step gives that step's own weights: it computes the alignments of the
     batch at uniform weights, and `weights` finds them in its `outputs`"""
-
     sketch_size: int | None = None
     """size of the sketches of units' steps that an update forms (bilevel/sketch.py); None: none"""
 
@@ -146,10 +145,7 @@ class Method(Protocol):
 
     @classmethod
     def problems(cls, config: Config, num_layers: int, world_size: int) -> Iterator[str]:
-        """Yields a line for every rule that the configuration breaks.
-
-        num_layers: layers of the LLM.
-        """
+        """Yields a line for every rule that is broken; num_layers: layers of the LLM."""
         yield from ()
 
     @classmethod

@@ -86,15 +86,18 @@ def test_exact_scores_are_the_hypergradient_bit_for_bit() -> None:
 def test_at_temperature_0_the_choice_is_that_of_a_plain_loop() -> None:
     by_hand = _by_hand()
     changed = False
-    for redundancy in (0.3, 3.0):
+    for redundancy, overlap_unit in ((0.3, "loss"), (3.0, "loss"), (0.7, "deviation")):
         options = {"selection_temperature": 0.0, "redundancy": redundancy, "sketch_size": 0}
+        options["overlap_unit"] = overlap_unit
         for layout, ranks in _on_layouts("choice", step=7, options=options):
             expected = _expected(by_hand, layout)
-            values = expected["alignments"].clone()
+            values, gram = expected["alignments"].clone(), redundancy * expected["overlaps"]
+            if overlap_unit == "deviation":
+                gram *= values.std(correction=0) / gram.diag().mean() * redundancy
             chosen: list[int] = []
             for _ in range(4):
                 chosen.append(int(values.argmax()))
-                values = values - redundancy * expected["overlaps"][chosen[-1]]
+                values = values - gram[chosen[-1]]
                 values[chosen] = -torch.inf
             assert all(rows == sorted(chosen) for rows in ranks), layout
             best = expected["alignments"].argsort(descending=True)[:4].tolist()
