@@ -5,7 +5,8 @@ made longer or split over another number of processes reads the same samples.
 
 * One prefix: epoch after epoch of its samples, each shuffled by a hash of (seed, purpose, index of
   the prefix, number of the epoch).
-* Several: a blend of their streams (blend.py).
+* Several: a blend of their streams (blend.py). With shares by step (`data.schedule`), sample k also
+  depends on the steps at which the samples up to k are read.
 
 Cost: rank 0 builds the indices of all epochs once. A sample then costs a binary search per document
 and a copy of its tokens from the mapped file.
@@ -44,6 +45,7 @@ from megatron_dwm.data.pieces import (
     piece_numbers,
 )
 from megatron_dwm.data.prefixes import IndexedFile, parse_blend, read_indexed_file
+from megatron_dwm.data.shares import ReadSteps, shares_of_samples
 from megatron_dwm.data.values import DocumentValues
 
 _OPEN_EPOCHS = 4
@@ -152,6 +154,7 @@ class TrainingData:
         num_samples: int,
         cache_dir: Path,
         purpose: str = "training",
+        read_at: ReadSteps | None = None,
         rules: DocumentRules = ROWS,
         values: DocumentValues | None = None,
     ) -> None:
@@ -164,6 +167,7 @@ class TrainingData:
             num_samples: number of samples that may be read, over all steps and ranks.
             cache_dir: directory of the index cache if `config.cache_dir` is empty.
             purpose: another purpose gives another, independent order of the same data.
+            read_at: when samples are read; only `config.schedule` needs it.
             rules: how documents inside a sample are told apart.
             values: those that batches carry; None if the method reads none.
 
@@ -188,7 +192,8 @@ class TrainingData:
         documents = [stream.file.num_documents for stream in self._streams]
         self._first_document = np.concatenate([[0], np.cumsum(documents)])
         per_epoch = [stream.samples_per_epoch for stream in self._streams]
-        self._blend = Blend(parts, per_epoch, num_samples, self._cache_dir)
+        shares = shares_of_samples(config, parts, per_epoch, read_at)
+        self._blend = Blend(shares, num_samples, self._cache_dir)
         on_first_rank(self._build)
 
     @property
