@@ -80,8 +80,8 @@ def _check_epochs(
                 f"{file.bin_path}: {file.num_tokens} tokens are {count} samples of "
                 f"data.sequence_length {config.sequence_length}, of which the run reads "
                 f"{wanted:.0f}, each {wanted / count:.0f} times, expected at most {MAX_EPOCHS}; "
-                "give a smaller data.sequence_length, training.global_batch_size or "
-                f"training.steps, a smaller {has_shares}, or more text"
+                "give a smaller data.sequence_length, training.global_batch_size, training.steps "
+                f"or weighting.pool_batches, a smaller {has_shares}, or more text"
             )
 
 

@@ -110,7 +110,8 @@ def build_feed(config: Config, learner: Learner, inputs: RunInputs) -> Feed:
         # reads.
         data = _corpus(config, inputs, reads, "weighting")
         updates = CorpusSource(data, size, "update")
-    corpus = CorpusSource(_corpus(config, inputs, training_reads(config), "training"), size)
+    pools = method.pool_batches(config)
+    corpus = CorpusSource(_corpus(config, inputs, training_reads(config), "training"), size * pools)
     runtime = learner.runtime
     return Feed(
         method.training_source(config, corpus, inputs.target),
@@ -122,6 +123,7 @@ def build_feed(config: Config, learner: Learner, inputs: RunInputs) -> Feed:
         ),
         steps=config.training.steps,
         device=runtime.device,
+        pool_batches=pools,
         updates=updates,
         target=inputs.target,
         passages=config.passages,

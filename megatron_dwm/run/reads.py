@@ -8,9 +8,11 @@ from megatron_dwm.weighting import method_class
 
 
 def training_reads(config: Config) -> ReadSteps:
-    """Returns the steps at which the samples of the training stream are read."""
+    """Returns the steps at which the samples of the training stream are read, pools included."""
+    batches = method_class(config).pool_batches(config)
     return ReadSteps(
-        steps=range(config.training.steps), samples_each=config.training.global_batch_size
+        steps=range(config.training.steps),
+        samples_each=batches * config.training.global_batch_size,
     )
 
 

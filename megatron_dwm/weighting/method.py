@@ -135,6 +135,8 @@ class Method(Protocol):
     aligns_first: ClassVar[bool] = False
     """an update inside a step gives that step's own weights: it computes the alignments of the
     batch at uniform weights, and `weights` finds them in its `outputs`"""
+    sketch_size: int | None = None
+    """size of the sketches of units' steps that an update forms (bilevel/sketch.py); None: none"""
 
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
@@ -143,10 +145,7 @@ class Method(Protocol):
 
     @classmethod
     def problems(cls, config: Config, num_layers: int, world_size: int) -> Iterator[str]:
-        """Yields a line for every rule that the configuration breaks.
-
-        num_layers: layers of the LLM.
-        """
+        """Yields a line for every rule that is broken; num_layers: layers of the LLM."""
         yield from ()
 
     @classmethod
@@ -165,10 +164,7 @@ class Method(Protocol):
 
     @classmethod
     def document_values(cls, config: Config) -> DocumentValues | None:
-        """Returns the values that batches carry (`Batch.values_U`); None if the method reads none.
-
-        Raises UserError if they cannot be read.
-        """
+        """Returns the values that batches carry, or None. Raises UserError for unreadable ones."""
         return None
 
     @classmethod
@@ -192,6 +188,11 @@ class Method(Protocol):
         return plain_costs(config, llm, workload)
 
     @classmethod
+    def pool_batches(cls, config: Config) -> int:
+        """Returns the global batches that a step reads; above 1 it trains on one (pool.py)."""
+        return 1
+
+    @classmethod
     def training_source(
         cls, config: Config, corpus: Source, target: ValidationSet | None
     ) -> Source:
@@ -211,6 +212,9 @@ class Method(Protocol):
     def update_needs(self) -> Needs:
         """What `update` or `read_target` reads in addition to tokens."""
         return Needs()
+
+    def before_step(self, counters: Counters) -> None:
+        """Prepare for the next step (every rank calls it, before anything else of the step)."""
 
     def weighs(self, counters: Counters) -> bool:
         """True if the method computes weights for the next batch, which costs FLOPs."""
@@ -255,10 +259,7 @@ class Method(Protocol):
         """Record the token-mean losses of this replica's units in a step that was taken."""
 
     def files(self) -> dict[str, bytes]:
-        """Returns files that another run can use, by name; empty if there are none.
-
-        The main process alone calls it, so it may make no collective call.
-        """
+        """Returns files for other runs, by name (only the main process calls it)."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from megatron_dwm.weighting.feature_reader import FeatureReader
 
 _SHAPE_FILE = "weighting.json"
 _TENSOR_FILE = "weighting.safetensors"
+MODEL_FILES = (_SHAPE_FILE, _TENSOR_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,7 @@ def read_weighting_shape(directory: Path) -> WeightingShape:
         if not file.is_file():
             raise UserError(
                 f"weighting.load: {file} is missing; expected a directory such as "
-                "RUN/weighting/stage_2"
+                "RUN/weighting/stage_2, or the run for the models of all its stages"
             )
     try:
         return WeightingShape(**json.loads(shape_file.read_text(encoding="utf-8")))
