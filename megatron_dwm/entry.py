@@ -34,7 +34,7 @@ def run_job(prog: str, job: Callable[[Loaded], None]) -> None:
     def main() -> None:
         exit_on_help(prog, sys.argv[1:])
         find_launch(os.environ)  # a wrong variable is an error before anything else
-        _quiet_upstream()
+        quiet_upstream()
         try:
             job(load(sys.argv[1:], prog))
         except LostPeer as error:
@@ -48,7 +48,8 @@ def run_job(prog: str, job: Callable[[Loaded], None]) -> None:
     run_command(main)
 
 
-def _quiet_upstream() -> None:
+def quiet_upstream() -> None:
+    """Hide warnings of other packages that ask nothing of a user."""
     # Megatron-Core prints this on import on every machine without these optional packages.
     warnings.filterwarnings("ignore", message=".*(Apex|apex) (is|are) not installed.*")
     # torch 2.13 renames collectives that Megatron-Core 0.16.1 calls by their old names.

@@ -19,7 +19,7 @@ LONGEST = (
 SLOW = (
     *("bilevel/", "checkpoint/", "convert/", "doctor/", "evaluation/", "forking/", "gpu/"),
     *("planning/", "preprocess/", "recipes/", "run/", "signatures/", "slurm/", "tools/"),
-    *("selection/", "training/", "weighting/"),
+    *("scoring/", "selection/", "training/", "weighting/"),
     *("config/test_examples.py", "config/test_printing.py", "model/test_fp8.py"),
     "model/test_llm_borders.py",
     *("runtime/test_bring_up.py", "runtime/test_peers.py", "tokenizer/test_engine.py"),

@@ -37,7 +37,10 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "runtime", "model", "data", "weighting", "bilevel", "training", "testing"),
     },
     "preprocess": {"files", "config", "tokenizer"},
-    "selection": {"files", "config", "tokenizer", "preprocess"},
+    "selection": {
+        *("files", "config", "tokenizer", "runtime", "model", "data", "checkpoint", "run"),
+        "preprocess",
+    },
     "convert": {"files", "config", "tokenizer", "runtime", "model", "checkpoint"},
     "evaluation": {"files", "config"},
     "report": {"config"},

@@ -1,4 +1,4 @@
-"""Add columns of cheap text statistics to the table of an indexed dataset."""
+"""Add columns to the table of an indexed dataset: text statistics, and losses of a model."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING
 
 from megatron_dwm.config.command_line import OneLineParser, run_command
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.entry import quiet_upstream
 
 if TYPE_CHECKING:
     from megatron_dwm.selection.copy import Advance
 
 _EPILOG = """
-Columns: length (characters); type_token_ratio (distinct words / words, in lower case); symbol_share
-(characters that are neither white space, letters, digits nor _, / characters); compression_ratio
-(bytes after zlib / bytes); mean_word_length (characters). PREFIX.meta.parquet is replaced at once;
-its other columns keep their values. select_data.py qurating --column selects by them.
+Columns with --tokenizer: length (characters); type_token_ratio (distinct words / words, in lower
+case); symbol_share (characters that are neither white space, letters, digits nor _, / characters);
+compression_ratio (bytes after zlib / bytes); mean_word_length (characters). Columns with --model:
+loss (mean over a document's tokens but the first, nats a token); perplexity (its exponential). A
+document is never read with another; one longer than --context-tokens is read in windows.
+PREFIX.meta.parquet is replaced at once; its other columns keep their values. select_data.py
+qurating --column selects by them.
 """
 
 
@@ -32,11 +36,24 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--input", required=True, default=argparse.SUPPRESS, metavar="PREFIX",
         help="dataset, without or with .idx (data/my_text_document)")  # fmt: skip
-    add("--columns", nargs="+", required=True, default=argparse.SUPPRESS, metavar="NAME",
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--columns", nargs="+", default=argparse.SUPPRESS, metavar="NAME",
         help="columns to add")  # fmt: skip
-    add("--tokenizer", required=True, default=argparse.SUPPRESS, metavar="M",
+    what.add_argument("--token-losses", default=argparse.SUPPRESS, metavar="NAME",
+        help="write PREFIX.NAME.losses, the loss of every token under --model, which "
+        "policy.reference_losses NAME reads in training")  # fmt: skip
+    add("--tokenizer", metavar="M",
         help="the tokenizer that the data was made with, which decodes it")  # fmt: skip
-    add("--replace", action="store_true", help="give columns that are there new values")
+    add("--model", metavar="DIR",
+        help="a language model: Hugging Face directory, checkpoint or run")  # fmt: skip
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of the model")
+    add("--context-tokens", type=int, metavar="N",
+        help="longest window that a model reads, tokens; empty takes its own context")  # fmt: skip
+    add(
+        "--replace",
+        action="store_true",
+        help="give columns that are there new values, or write a file of losses again",
+    )
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
         help="processes that measure; the output is the same for any number")  # fmt: skip
     return parser.parse_args()
@@ -54,8 +71,20 @@ def progress(total_bytes: int) -> Iterator[Advance]:
 def main() -> None:
     """Run the command."""
     arguments = parse_arguments()
-    if arguments.workers < 1:
-        raise UserError(f"--workers {arguments.workers}: expected 1 or more")
+    for option, value in (
+        ("--workers", arguments.workers),
+        ("--context-tokens", arguments.context_tokens),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"{option} {value}: expected 1 or more")
+    quiet_upstream()
+    if "token_losses" in arguments:
+        _token_losses(arguments)
+    else:
+        _columns(arguments)
+
+
+def _columns(arguments: argparse.Namespace) -> None:
     # Imported after the arguments are read, so that --help answers at once.
     from megatron_dwm.selection.score import ScoreSettings, score
 
@@ -63,6 +92,9 @@ def main() -> None:
         prefix=arguments.input,
         columns=tuple(arguments.columns),
         tokenizer=arguments.tokenizer,
+        model=arguments.model,
+        precision=arguments.precision,
+        context_tokens=arguments.context_tokens,
         num_workers=arguments.workers,
         replaces=arguments.replace,
     )
@@ -70,6 +102,28 @@ def main() -> None:
     for name, column in values.items():
         if len(column):
             print(f"{name}: mean {column.mean():.4g}, {column.min():.4g} to {column.max():.4g}")
+
+
+def _token_losses(arguments: argparse.Namespace) -> None:
+    if arguments.model is None:
+        raise UserError("--token-losses: needs --model")
+    if arguments.tokenizer is not None:
+        raise UserError("--tokenizer: has no effect with --token-losses; leave it out")
+    from megatron_dwm.selection.token_losses import write_token_losses
+
+    header = write_token_losses(
+        arguments.input,
+        arguments.token_losses,
+        arguments.model,
+        progress,
+        precision=arguments.precision,
+        context_tokens=arguments.context_tokens,
+        replaces=arguments.replace,
+    )
+    print(
+        f"{arguments.input}: {header.num_tokens} losses under {header.model} "
+        f"({header.model_digest}), at most {header.context_tokens} tokens of context"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """A digest of everything that a run depends on, so that a resumed run can refuse changes.
 
-Files are compared by a digest of their bytes. Of a file above 16 MiB only the size and 256 blocks
-of 64 KiB are read, evenly spaced from the first to the last. A replaced file is noticed; a single
-changed byte may not be.
+Files are compared by a digest of their bytes, of large ones of some of them (files/digest.py).
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_dwm.config import Config
@@ -18,12 +16,10 @@ from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.domains import read_domains
 from megatron_dwm.data.prefixes import parse_blend, read_indexed_file
 from megatron_dwm.data.values import DocumentValues
+from megatron_dwm.files.digest import digest_of_files
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.tokenizer.huggingface import FILE_NAME
 from megatron_dwm.weighting import method_class
-
-_BLOCK_BYTES = 1 << 16
-_NUM_BLOCKS = 256
 
 TOKENIZER_KEY = "data.tokenizer"
 DOMAINS = "data.train (domains in .meta.parquet)"
@@ -41,7 +37,7 @@ def fingerprint(
     """
     digests = {"model": json.dumps(dataclasses.asdict(shape), sort_keys=True)}
     for key, paths in _files_by_key(config):
-        digests[key] = _digest(paths)
+        digests[key] = digest_of_files(paths)
     digests[DOMAINS] = _digest_of_domains(config.data)
     if values is not None and values.are_of_a_column:
         digests[VALUES] = _digest_of_values(values)
@@ -67,7 +63,7 @@ def tokenizer_digests(path: Path) -> set[str]:
     named = [path, path / FILE_NAME] if path.is_dir() else [path]
     if path.name == FILE_NAME:
         named.append(path.parent)
-    return {_digest(_tokenizer_files(name)) for name in named if name.exists()}
+    return {digest_of_files(_tokenizer_files(name)) for name in named if name.exists()}
 
 
 def _tokenizer_files(path: Path) -> list[Path]:
@@ -96,25 +92,3 @@ def _digest_of_values(values: DocumentValues) -> str:
     for values_D in values.of_prefixes:
         digest.update(values_D.tobytes())
     return f"{digest.hexdigest()[:16]} ({sum(map(len, values.of_prefixes))} documents)"
-
-
-def _digest(paths: Iterable[Path]) -> str:
-    """Returns a short digest of the files, and their number of bytes."""
-    digest, total_bytes = hashlib.sha256(), 0
-    for path in paths:
-        size_bytes = path.stat().st_size
-        total_bytes += size_bytes
-        digest.update(size_bytes.to_bytes(8, "big"))
-        with path.open("rb") as stream:
-            for start in _starts(size_bytes):
-                stream.seek(start)
-                digest.update(stream.read(_BLOCK_BYTES))
-    return f"{digest.hexdigest()[:16]} ({total_bytes} bytes)"
-
-
-def _starts(size_bytes: int) -> Iterable[int]:
-    """Returns the offsets of the blocks to read: all in a small file, some in a large one."""
-    if size_bytes <= _BLOCK_BYTES * _NUM_BLOCKS:
-        return range(0, size_bytes, _BLOCK_BYTES)
-    last = size_bytes - _BLOCK_BYTES
-    return [last * number // (_NUM_BLOCKS - 1) for number in range(_NUM_BLOCKS)]

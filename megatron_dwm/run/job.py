@@ -141,4 +141,5 @@ def _corpus(config: Config, inputs: RunInputs, reads: ReadSteps, purpose: str) -
         read_at=reads,
         rules=document_rules(config),
         values=inputs.values,
+        token_losses=inputs.token_losses,
     )

@@ -1,15 +1,17 @@
-"""Adds columns of statistics to the sidecar of a dataset: `tools/score_data.py`.
+"""Adds columns to the sidecar of a dataset: `tools/score_data.py`.
 
-Texts are decoded and measured by several processes. The values are kept in memory, 8 bytes a
-document and column. Then the table is written anew, a row group at a time, with the new columns
+Statistics: texts are decoded and measured by several processes. Losses (perplexity.py): a model
+reads all documents, in this process. The values are kept in memory, 8 bytes a document and column.
+Then the table is written anew, a row group at a time, with the new columns
 last, and takes the place of the old one at once. Columns that were there keep their values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +28,15 @@ from megatron_dwm.selection.statistics import STATISTICS, Texts
 from megatron_dwm.selection.texts import TextSource, open_texts
 from megatron_dwm.selection.workers import Span, map_spans, spans_of
 
+if TYPE_CHECKING:
+    from megatron_dwm.selection.language_model import Precision
+
+LOSS_COLUMNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "loss": lambda losses_D: losses_D,
+    "perplexity": np.exp,
+}
+"""each column of perplexity.py, from the mean losses of documents"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
@@ -33,11 +44,27 @@ class ScoreSettings:
 
     prefix: str
     columns: tuple[str, ...]
-    """names in `STATISTICS`"""
-    tokenizer: str
+    """names in `STATISTICS` and `LOSS_COLUMNS`"""
+    tokenizer: str | None = None
+    """the tokenizer of the data, which statistics need"""
+    model: str | None = None
+    """the language model, which losses need"""
+    precision: Precision = "fp32"
+    context_tokens: int | None = None
+    """longest window that the model reads; None: its own context"""
     num_workers: int = 1
     replaces: bool = False
     """True if a column that is there may get new values"""
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The columns that are statistics of texts."""
+        return tuple(name for name in self.columns if name in STATISTICS)
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The columns that are losses of a model."""
+        return tuple(name for name in self.columns if name in LOSS_COLUMNS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +95,7 @@ def score(settings: ScoreSettings, progress: Progress) -> dict[str, np.ndarray]:
     _check_columns(settings, sidecar.schema_arrow.names, pool.dataset.paths.sidecar)
     require_writable_parents([pool.dataset.paths.sidecar])
     before = inputs_of(pool)
-    values = _measure(settings, pool, progress)
+    values = _values(settings, pool, progress)
     if inputs_of(pool) != before:
         raise UserError(f"{pool.prefix}: changed while it was read; begin again")
     write_columns(pool.dataset.paths.sidecar, sidecar, values)
@@ -104,21 +131,59 @@ def write_columns(path: Path, sidecar: pq.ParquetFile, values: dict[str, np.ndar
 
 
 def _check_columns(settings: ScoreSettings, names: Sequence[str], sidecar: Path) -> None:
+    known = (*STATISTICS, *LOSS_COLUMNS)
     for name in settings.columns:
-        if name not in STATISTICS:
-            raise UserError(f"--columns {name}: not known; choose among {', '.join(STATISTICS)}")
+        if name not in known:
+            raise UserError(f"--columns {name}: not known; choose among {', '.join(known)}")
         if settings.columns.count(name) > 1:
             raise UserError(f"--columns {name}: named twice")
         assert name not in OWN_COLUMNS
         if name in names and not settings.replaces:
             raise UserError(f"{sidecar}: has a column {name}; pass --replace to give it new values")
+    _require_option("--tokenizer", settings.tokenizer, settings.statistics, STATISTICS)
+    _require_option("--model", settings.model, settings.losses, LOSS_COLUMNS)
+
+
+def _require_option(
+    option: str, value: str | None, columns: Sequence[str], readers: Iterable[str]
+) -> None:
+    """Raise `UserError` if the columns need an option that is not given, or none reads it."""
+    if columns and value is None:
+        raise UserError(f"--columns {columns[0]}: needs {option}")
+    if value is not None and not columns:
+        raise UserError(
+            f"{option} {value}: has no effect; only columns {', '.join(readers)} read it"
+        )
+
+
+def _values(settings: ScoreSettings, pool: Pool, progress: Progress) -> dict[str, np.ndarray]:
+    """The values of all columns, in the order in which they were named."""
+    found: dict[str, np.ndarray] = {}
+    if settings.losses:
+        found |= _losses(settings, pool, progress)
+    if settings.statistics:
+        found |= _measure(settings, pool, progress)
+    return {name: found[name] for name in settings.columns}
+
+
+def _losses(settings: ScoreSettings, pool: Pool, progress: Progress) -> dict[str, np.ndarray]:
+    # Imported here: the processes that measure texts do not wait for the LLM's libraries.
+    from megatron_dwm.selection.language_model import check_model
+    from megatron_dwm.selection.perplexity import document_losses
+
+    assert settings.model is not None
+    files = check_model(settings.model, pool)
+    context_tokens = settings.context_tokens or files.context_tokens
+    losses_D = document_losses(pool, files, settings.precision, context_tokens, progress)
+    return {name: LOSS_COLUMNS[name](losses_D) for name in settings.losses}
 
 
 def _measure(settings: ScoreSettings, pool: Pool, progress: Progress) -> dict[str, np.ndarray]:
+    assert settings.tokenizer is not None
     source = open_texts(pool, settings.tokenizer)
-    work = StatisticsWork(source=source, columns=settings.columns)
+    work = StatisticsWork(source=source, columns=settings.statistics)
     spans = spans_of(pool.tokens_D)
-    found: dict[str, list[np.ndarray]] = {name: [] for name in settings.columns}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in settings.statistics}
     with progress(pool.dataset.paths.bin.stat().st_size) as advance:
         results = map_spans(work, spans, settings.num_workers)
         for span, result in zip(spans, results, strict=True):

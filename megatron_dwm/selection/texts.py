@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +23,7 @@ from megatron_dwm.files.sidecar_format import (
 )
 from megatron_dwm.preprocess.messages import warn
 from megatron_dwm.selection.pool import Pool
+from megatron_dwm.selection.tokens import TokenSource
 from megatron_dwm.selection.words import TextBatch
 from megatron_dwm.selection.workers import Span
 
@@ -35,12 +35,7 @@ if TYPE_CHECKING:
 class TextSource:
     """What a process needs to read texts."""
 
-    bin_path: Path
-    idx_path: Path
-    dtype: type[np.number]
-    lengths_at: int
-    offsets_at: int
-    borders_at: int
+    tokens: TokenSource
     tokenizer_model: str
     tokenizer_kind: str
     has_special_tokens: bool
@@ -58,36 +53,11 @@ class TextSource:
         return lambda span: self._read(span, decoder, tokenizer)
 
     def _read(self, span: Span, decoder: BatchDecoder, tokenizer: Tokenizer) -> TextBatch:
-        borders_E = self._numbers(
-            self.idx_path, self.borders_at, np.int64, span.begin, span.end + 1
-        )
-        begin, end = int(borders_E[0]), int(borders_E[-1])
-        num_sequences_D = np.diff(borders_E)
-        if begin == end:
+        found = self.tokens.read(span, tokenizer.vocab_size, self.tokenizer_model)
+        if not len(found.ids):
             return TextBatch.of_bytes([b""] * (span.end - span.begin))
-        lengths_S = self._numbers(self.idx_path, self.lengths_at, np.int32, begin, end)
-        [offset] = self._numbers(self.idx_path, self.offsets_at, np.int64, begin, begin + 1)
-        ends_S = np.cumsum(lengths_S, dtype=np.int64)
-        first = int(offset) // np.dtype(self.dtype).itemsize
-        ids = self._numbers(self.bin_path, 0, self.dtype, first, first + int(ends_S[-1]))
-        if not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
-            raise UserError(
-                f"{self.bin_path}: has an id outside the vocabulary of {self.tokenizer_model} (0 "
-                f"to {tokenizer.vocab_size - 1}); give the tokenizer that the data was made with"
-            )
-        decoded = decoder.decode(ids, ends_S)
-        return _by_document(decoded.content, decoded.ends, num_sequences_D)
-
-    def _numbers(
-        self, path: Path, at: int, dtype: type[np.number], begin: int, end: int
-    ) -> np.ndarray:
-        size = np.dtype(dtype).itemsize
-        with path.open("rb", buffering=0) as file:
-            file.seek(at + begin * size)
-            content = file.read((end - begin) * size)
-        if len(content) < (end - begin) * size:
-            raise UserError(f"{path}: became shorter while it was read")
-        return np.frombuffer(content, dtype)
+        decoded = decoder.decode(found.ids, found.ends_S)
+        return _by_document(decoded.content, decoded.ends, found.sequences_D)
 
 
 def open_texts(pool: Pool, tokenizer_model: str) -> TextSource:
@@ -108,14 +78,8 @@ def open_texts(pool: Pool, tokenizer_model: str) -> TextSource:
             f"{tokenizer_model}: its pieces are spelled in an unknown way; the tokenizer's library "
             "decodes, several times slower"
         )
-    header, paths = pool.dataset.header, pool.dataset.paths
     return TextSource(
-        bin_path=paths.bin,
-        idx_path=paths.idx,
-        dtype=header.dtype,
-        lengths_at=header.lengths_at,
-        offsets_at=header.offsets_at,
-        borders_at=header.borders_at,
+        tokens=TokenSource.of(pool),
         tokenizer_model=tokenizer_model,
         tokenizer_kind=kind,
         has_special_tokens=has_special_tokens,

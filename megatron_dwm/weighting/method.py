@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_dwm.config import Config
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch, Source, ValidationSet
+from megatron_dwm.data.token_losses import TokenLosses
 from megatron_dwm.data.values import DocumentValues
 from megatron_dwm.model import LLM, ForwardOutputs, LlamaShape
 from megatron_dwm.tokenizer import Tokenizer
@@ -165,6 +166,14 @@ class Method(Protocol):
     @classmethod
     def document_values(cls, config: Config) -> DocumentValues | None:
         """Returns the values that batches carry, or None. Raises UserError for unreadable ones."""
+        return None
+
+    @classmethod
+    def token_losses(cls, config: Config) -> TokenLosses | None:
+        """Returns the losses that batches carry (`Batch.reference_losses_BS`); None without.
+
+        Raises UserError if they cannot be read.
+        """
         return None
 
     @classmethod

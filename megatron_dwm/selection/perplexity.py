@@ -1,0 +1,39 @@
+"""The loss of every document under a language model: columns `loss` and `perplexity`.
+
+    loss = mean over the document's tokens but the first of -log p(token | those before it), nats
+    perplexity = exp(loss)
+
+A token is predicted from those before it in its window (windows.py), never from another document.
+A document of one token predicts nothing. It gets the loss of a guess, the logarithm of the number
+of ids, so that every document has a number; so does an empty one.
+
+Cost: one forward pass of the model over all tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from megatron_dwm.selection.language_model import ModelFiles, Precision, open_model
+from megatron_dwm.selection.pool import Pool
+from megatron_dwm.selection.select import Progress
+from megatron_dwm.selection.windows import scan
+
+
+def document_losses(
+    pool: Pool, files: ModelFiles, precision: Precision, context_tokens: int, progress: Progress
+) -> np.ndarray:
+    """Returns float64 [D], the mean loss of every document in nats a token."""
+    vocab_size, name = files.shape.vocab_size, str(files.directory)
+    sums_D = np.zeros(pool.num_documents)
+    with open_model(files, precision, context_tokens) as model:
+        for scanned in scan(pool, vocab_size, name, context_tokens, progress):
+            for chosen_B, batch in scanned.batches():
+                sums_B = model.losses(batch).double().sum(dim=1).numpy()
+                np.add.at(
+                    sums_D, scanned.span.begin + scanned.windows.documents_W[chosen_B], sums_B
+                )
+    predicted_D = np.maximum(pool.tokens_D - 1, 0)
+    return np.where(predicted_D > 0, sums_D / np.maximum(predicted_D, 1), math.log(vocab_size))
