@@ -203,9 +203,7 @@ MISTAKES = {
         "weighting.kept_weights: has no effect: weighting.pool_batches is 1, and it needs "
         "weighting.pool_batches above 1"
     ),
-    "--weighting.pool_batches 100000000": (
-        "(100000000 global batches a step, weighting.pool_batches)"
-    ),
+    "--weighting.pool_batches 100000000": ("training.steps or weighting.pool_batches, a smaller"),
 }
 
 
