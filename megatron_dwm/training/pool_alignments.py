@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,15 +56,10 @@ def _columns(alignment_n: Tensor, overlap_nK: Tensor | None) -> Tensor:
 
 def first_tokens(batch: Batch, tokens: int) -> Batch:
     """Returns the rows of a batch of samples, cut after their first `tokens` tokens."""
-
-    def cut(values_BS: Tensor) -> Tensor:
-        return values_BS[:, :tokens].contiguous()
-
-    return replace(
-        batch,
-        tokens_BS=cut(batch.tokens_BS),
-        labels_BS=cut(batch.labels_BS),
-        loss_mask_BS=cut(batch.loss_mask_BS),
-        position_ids_BS=cut(batch.position_ids_BS),
-        borders_BS=None if batch.borders_BS is None else cut(batch.borders_BS),
-    )
+    columns = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    cut: dict[str, Any] = {
+        name: value[:, :tokens].contiguous()
+        for name, value in columns.items()
+        if name.endswith("_BS") and value is not None
+    }
+    return replace(batch, **cut)

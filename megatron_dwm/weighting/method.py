@@ -170,10 +170,7 @@ class Method(Protocol):
 
     @classmethod
     def token_losses(cls, config: Config) -> TokenLosses | None:
-        """Returns the losses that batches carry (`Batch.reference_losses_BS`); None without.
-
-        Raises UserError if they cannot be read.
-        """
+        """Returns `Batch.reference_losses_BS`, or None. Raises UserError for unreadable ones."""
         return None
 
     @classmethod
@@ -251,17 +248,11 @@ class Method(Protocol):
     def own_update(
         self, llm: LLM, batch: Batch, passages: Batch, counters: Counters
     ) -> OwnUpdate | None:
-        """Make an update of one's own (collective); None if values are not finite.
-
-        batch, passages: this replica's rows of training text and of the target.
-        """
+        """Make an update of one's own from this replica's rows (collective); None: not finite."""
         raise NotImplementedError("a method with own_updates has its own")
 
     def read_target(self, passages: Batch, outputs: ForwardOutputs) -> None:
-        """Update from this replica's passages alone (collective over the data group).
-
-        outputs: losses and features of their units; features as `update_needs` says.
-        """
+        """Update from this replica's passages and their `update_needs` alone (collective)."""
         raise NotImplementedError("a method that updates without hypergradients reads the target")
 
     def after_step(self, batch: Batch, losses_n: Tensor, counters: Counters) -> None:
