@@ -240,8 +240,10 @@ class TrainingData:
             sample_ids_B=torch.tensor(list(sample_ids), dtype=torch.int64),
             document_ids_U=torch.tensor(origins.documents, dtype=torch.int64),
             domains=tuple(origins.domains),
-            values_U=self._unit_values(sample_ids, pieces),
-            reference_losses_BS=self._reference_losses(located, loss_mask_BS),
+            values_U=_unit_values(self._values, self._rules, located, pieces),
+            reference_losses_BS=_label_losses(
+                self._token_losses, self._streams, located, loss_mask_BS
+            ),
             borders_BS=numbers_BS if self._rules.stop_attention else None,
             units_BS=numbers_BS if self._rules.are_units else None,
             equal_shares=self._rules.equal_shares,
@@ -276,28 +278,6 @@ class TrainingData:
                 found.tokens.append(tokens)
         return found
 
-    def _unit_values(self, sample_ids: Sequence[int], pieces: Sequence[RowPieces]) -> Tensor | None:
-        if self._values is None:
-            return None
-        of_prefixes = self._values.of_prefixes
-        found = [
-            row.unit_values(self._rules, of_prefixes[self._locate(sample_id)[0]])
-            for sample_id, row in zip(sample_ids, pieces, strict=True)
-        ]
-        return torch.from_numpy(np.concatenate(found).astype(np.float32))
-
-    def _reference_losses(
-        self, located: Sequence[tuple[int, int]], loss_mask_BS: Tensor
-    ) -> Tensor | None:
-        if self._token_losses is None:
-            return None
-        rows = [
-            self._token_losses.of_prefixes[prefix][self._streams[prefix].label_places(position)]
-            for prefix, position in located
-        ]
-        # What does not count may be the first token of a document, which has no loss.
-        return torch.from_numpy(np.stack(rows)).where(loss_mask_BS > 0, 0.0)
-
     def _locate(self, sample_id: int) -> tuple[int, int]:
         """Returns a sample's prefix, and its position in the stream of that prefix."""
         assert 0 <= sample_id < self.num_samples, (sample_id, self.num_samples)
@@ -307,3 +287,40 @@ class TrainingData:
         self._blend.build()
         for stream, count in zip(self._streams, self._blend.samples_by_prefix(), strict=True):
             stream.build(count)
+
+
+_Located = Sequence[tuple[int, int]]
+"""the prefix of every sample, and its position in the stream of that prefix"""
+
+
+def _unit_values(
+    values: DocumentValues | None,
+    rules: DocumentRules,
+    located: _Located,
+    pieces: Sequence[RowPieces],
+) -> Tensor | None:
+    """Returns float32 [n], the values of the units of all samples."""
+    if values is None:
+        return None
+    found = [
+        row.unit_values(rules, values.of_prefixes[prefix])
+        for (prefix, _), row in zip(located, pieces, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(found).astype(np.float32))
+
+
+def _label_losses(
+    losses: TokenLosses | None,
+    streams: Sequence[_PrefixStream],
+    located: _Located,
+    loss_mask_BS: Tensor,
+) -> Tensor | None:
+    """Returns float32 [B, S], the reference's losses of the labels; 0 where none counts."""
+    if losses is None:
+        return None
+    rows = [
+        losses.of_prefixes[prefix][streams[prefix].label_places(position)]
+        for prefix, position in located
+    ]
+    # What does not count may be the first token of a document, which has no loss.
+    return torch.from_numpy(np.stack(rows)).where(loss_mask_BS > 0, 0.0)

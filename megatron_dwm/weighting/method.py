@@ -120,12 +120,8 @@ class BuildContext:
     values: DocumentValues | None = None
 
 
-class Method(Protocol):
-    """Decides the weights of samples.
-
-    It gets this replica's samples of one optimizer step; or one micro-batch of them, if it needs
-    the forward pass but not the whole batch.
-    """
+class MethodConfiguration(Protocol):
+    """What a method says of a configuration, before anything is built."""
 
     gentler: ClassVar[str] = "report it: this method has equal weights"
     """what to change if a few samples get nearly all the weight"""
@@ -136,8 +132,6 @@ class Method(Protocol):
     aligns_first: ClassVar[bool] = False
     """an update inside a step gives that step's own weights: it computes the alignments of the
     batch at uniform weights, and `weights` finds them in its `outputs`"""
-    sketch_size: int | None = None
-    """size of the sketches of units' steps that an update forms (bilevel/sketch.py); None: none"""
 
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
@@ -146,7 +140,10 @@ class Method(Protocol):
 
     @classmethod
     def problems(cls, config: Config, num_layers: int, world_size: int) -> Iterator[str]:
-        """Yields a line for every rule that is broken; num_layers: layers of the LLM."""
+        """Yields a line for every rule that the configuration breaks.
+
+        num_layers: layers of the LLM.
+        """
         yield from ()
 
     @classmethod
@@ -165,7 +162,10 @@ class Method(Protocol):
 
     @classmethod
     def document_values(cls, config: Config) -> DocumentValues | None:
-        """Returns the values that batches carry, or None. Raises UserError for unreadable ones."""
+        """Returns the values that batches carry (`Batch.values_U`); None if the method reads none.
+
+        Raises UserError if they cannot be read.
+        """
         return None
 
     @classmethod
@@ -204,6 +204,17 @@ class Method(Protocol):
     ) -> Source:
         """Returns the batches that the LLM trains on."""
         return corpus
+
+
+class Method(MethodConfiguration, Protocol):
+    """Decides the weights of samples.
+
+    It gets this replica's samples of one optimizer step; or one micro-batch of them, if it needs
+    the forward pass but not the whole batch.
+    """
+
+    sketch_size: int | None = None
+    """size of the sketches of units' steps that an update forms (bilevel/sketch.py); None: none"""
 
     @classmethod
     def build(cls, context: BuildContext) -> Method:
@@ -259,7 +270,10 @@ class Method(Protocol):
         """Record the token-mean losses of this replica's units in a step that was taken."""
 
     def files(self) -> dict[str, bytes]:
-        """Returns files for other runs, by name (only the main process calls it)."""
+        """Returns files that another run can use, by name; empty if there are none.
+
+        The main process alone calls it, so it may make no collective call.
+        """
         return {}
 
     def state_dict(self) -> dict[str, Any]:
