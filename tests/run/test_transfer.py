@@ -189,7 +189,12 @@ MISTAKES: list[tuple[Callable[[Path], None], list[str], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "options", "said"), MISTAKES, ids=lambda value: str(value)[:30])
+def _name_of(value: object) -> str:
+    """A case's name, the same in every pytest worker."""
+    return getattr(value, "__name__", str(value)[:30])
+
+
+@pytest.mark.parametrize(("change", "options", "said"), MISTAKES, ids=_name_of)
 def test_mistakes_are_one_line(
     server: Server,
     source: Path,
