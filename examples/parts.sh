@@ -40,7 +40,7 @@ train() { # train DATA_DIR RUN_DIR SEED [options]: examples/tiny.yaml with these
     shift 3
     case " $* " in # these methods read no target and refuse the key
     *" --policy.name uniform "* | *" --policy.name loss_reweighting "* | *" --policy.name excess_loss "* | \
-        *" --policy.name fixed "* | *" --policy.name curriculum "*) target="" ;;
+        *" --policy.name fixed "* | *" --policy.name curriculum "* | *" --weighting.frozen true "*) target="" ;;
     esac
     OMP_NUM_THREADS=1 python -m megatron_dwm.pretrain "$repository/examples/tiny.yaml" \
         --run.dir "$run" --run.seed "$seed" \

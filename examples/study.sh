@@ -5,10 +5,11 @@
 # model of examples/tiny.yaml once with every method, and with uniform weights on documents that were
 # selected beforehand. All runs of a seed but the selected ones read the same data in the same order.
 # The static reference of excess_loss is the last checkpoint of validation_mixing, a model of the same
-# size that has seen the target. Finished runs are not repeated, so the study can be stopped and
-# started again. One run a core at a time: about an hour a seed on two cores. The environment
-# variables STEPS (default: examples/tiny.yaml's), JOBS (runs at a time) and METHODS (names, separated
-# by spaces) may be set.
+# size that has seen the target; filter keeps the better half of every pool of two batches by the
+# weighting models that own_staged has learned. opus and filter read twice as many samples.
+# Finished runs are not repeated, so the study can be stopped and started again. One run a core at a
+# time: about an hour a seed on two cores. The environment variables STEPS (default:
+# examples/tiny.yaml's), JOBS (runs at a time) and METHODS (names, separated by spaces) may be set.
 set -euo pipefail
 
 . "$(dirname "${BASH_SOURCE[0]}")/parts.sh"
@@ -37,6 +38,9 @@ options_of() { # options_of METHOD SEED: what differs from examples/tiny.yaml
     llm_training) echo --weighting.group global --weighting.encoder llm --weighting.update_on training ;;
     domain_mean) echo --policy.name domain_mean --weighting.group global --weighting.update_on fresh ;;
     gradient_alignment) echo --policy.name gradient_alignment --weighting.group global ;;
+    greats) echo --policy.name gradient_alignment --weighting.group global --policy.alignment_choice greedy --policy.overlap_unit deviation ;;
+    opus) echo --policy.name opus --weighting.pool_batches 2 --policy.overlap_unit deviation ;;
+    filter) echo --weighting.encoder own --weighting.load "$workdir/own_staged.$2" --weighting.frozen true --weighting.pool_batches 2 ;;
     similarity | loss_reweighting) echo --policy.name "$1" --weighting.group global ;;
     rho_loss) echo --policy.name excess_loss --weighting.group global --policy.reference "$(last_checkpoint "validation_mixing.$2")" ;;
     rho_1) echo --policy.name excess_loss --weighting.unit token --policy.reference "$(last_checkpoint "validation_mixing.$2")" ;;
@@ -109,10 +113,10 @@ export repository corpus workdir blade no_junk
 for seed in "${seeds[@]}"; do
     prepare "$seed"
     runs_of "$seed" uniform validation_mixing llm_training random_half dsir_half loss_reweighting \
-        similarity domain_mean no_junk curriculum own_staged own_online llm_fresh gradient_alignment \
-        blade_sample blade_token
+        similarity domain_mean no_junk curriculum own_staged own_online llm_fresh \
+        blade_sample blade_token opus gradient_alignment greats
 done | side_by_side
 for seed in "${seeds[@]}"; do
-    runs_of "$seed" rho_loss rho_1
+    runs_of "$seed" rho_loss rho_1 filter
 done | side_by_side
 python "$repository/examples/study_table.py" "$workdir"

@@ -19,6 +19,8 @@ STEP_ROWS = [
     "ours, uniform weights",
     "ours, weights from the LLM's features",
     "ours, weights from an encoder of their own",
+    "ours, weights by similarity with a target",
+    "ours, weights by loss",
     "ours, with an update on the training batch (features)",
     "an update on a fresh batch alone (features)",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from benchmarks.settings import Settings
-from benchmarks.subject import LLM, OWN, UNIFORM, Subject, build_subject, opened
+from benchmarks.subject import LLM, LOSSES, OWN, SIMILARITY, UNIFORM, Subject, build_subject, opened
 from benchmarks.table import heading, ratio_table
 from benchmarks.timing import alternate, timed
 
@@ -14,6 +14,8 @@ CONTROL = "plain loop, again (noise)"
 UNIFORM_STEP = "ours, uniform weights"
 LLM_STEP = "ours, weights from the LLM's features"
 OWN_STEP = "ours, weights from an encoder of their own"
+SIMILARITY_STEP = "ours, weights by similarity with a target"
+LOSSES_STEP = "ours, weights by loss"
 LEARNING_STEP = "ours, with an update on the training batch (features)"
 FRESH_UPDATE = "an update on a fresh batch alone (features)"
 UNIFORM_TARGET = "at most 1.010"
@@ -37,6 +39,8 @@ def _times(subject: Subject, settings: Settings) -> dict[str, list[float]]:
         UNIFORM_STEP: partial(subject.step, UNIFORM),
         LLM_STEP: partial(subject.step, LLM),
         OWN_STEP: partial(subject.step, OWN),
+        SIMILARITY_STEP: partial(subject.step, SIMILARITY),
+        LOSSES_STEP: partial(subject.step, LOSSES),
         LEARNING_STEP: subject.learning_step,
         FRESH_UPDATE: partial(subject.weighting_update, LLM),
     }
@@ -55,6 +59,8 @@ def _table(times_s: dict[str, list[float]]) -> str:
         (UNIFORM_STEP, PLAIN, UNIFORM_TARGET),
         (LLM_STEP, UNIFORM_STEP, LLM_TARGET),
         (OWN_STEP, UNIFORM_STEP, ""),
+        (SIMILARITY_STEP, UNIFORM_STEP, LLM_TARGET),
+        (LOSSES_STEP, UNIFORM_STEP, LLM_TARGET),
         (LEARNING_STEP, UNIFORM_STEP, ""),
         (FRESH_UPDATE, UNIFORM_STEP, ""),
     ]

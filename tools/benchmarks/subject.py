@@ -26,12 +26,16 @@ from megatron_dwm.training import (
 )
 from megatron_dwm.weighting import Method
 from megatron_dwm.weighting.dwm import Dwm
+from megatron_dwm.weighting.loss_reweighting import LossReweighting
 from megatron_dwm.weighting.model import build_weighting_model
+from megatron_dwm.weighting.similarity import Similarity
 from megatron_dwm.weighting.trainer import WeightingTrainer
 from megatron_dwm.weighting.uniform import Uniform
 
 UNIFORM, OWN, LLM = "uniform", "own", "llm"
 """names of the methods: uniform weights, and the two values of `weighting.encoder`"""
+SIMILARITY, LOSSES = "similarity", "loss_reweighting"
+"""methods that compute weights in the step and learn nothing"""
 
 _SEED = 1234
 _TRAIN, _VAL = 1, 2
@@ -145,6 +149,8 @@ def build_subject(settings: Settings, runtime: Runtime) -> Subject:
             UNIFORM: Uniform(),
             OWN: _weighting_method(config, learner, OWN),
             LLM: _weighting_method(config, learner, LLM),
+            SIMILARITY: _similarity(config, learner),
+            LOSSES: _loss_reweighting(config, learner),
         },
         train=train,
         val=val,
@@ -165,3 +171,19 @@ def _weighting_method(config: Config, learner: Learner, encoder: str) -> Dwm:
         bf16=config.model.precision != "fp32",
     )
     return Dwm(trainer)
+
+
+def _similarity(config: Config, learner: Learner) -> Similarity:
+    """Returns the method with a target that it has read, a random one."""
+    method = Similarity(config.policy, config.weighting, learner.runtime, learner.micro_batch_size)
+    method.mean = torch.randn(2 * learner.llm.shape.hidden_size, device=learner.runtime.device)
+    return method
+
+
+def _loss_reweighting(config: Config, learner: Learner) -> LossReweighting:
+    """Returns the method with moments, as after the first step; every step updates them."""
+    method = LossReweighting(
+        config.policy, config.weighting, learner.runtime, learner.micro_batch_size
+    )
+    method.load_state_dict({"moments": [1.0, 2.0]})
+    return method
