@@ -36,8 +36,12 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--input", required=True, default=argparse.SUPPRESS, metavar="PREFIX",
         help="dataset, without or with .idx (data/my_text_document)")  # fmt: skip
-    add("--columns", nargs="+", required=True, default=argparse.SUPPRESS, metavar="NAME",
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--columns", nargs="+", default=argparse.SUPPRESS, metavar="NAME",
         help="columns to add")  # fmt: skip
+    what.add_argument("--token-losses", default=argparse.SUPPRESS, metavar="NAME",
+        help="write PREFIX.NAME.losses, the loss of every token under --model, which "
+        "policy.reference_losses NAME reads in training")  # fmt: skip
     add("--tokenizer", metavar="M",
         help="the tokenizer that the data was made with, which decodes it")  # fmt: skip
     add("--model", metavar="DIR",
@@ -45,7 +49,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of the model")
     add("--context-tokens", type=int, metavar="N",
         help="longest window that a model reads, tokens; empty takes its own context")  # fmt: skip
-    add("--replace", action="store_true", help="give columns that are there new values")
+    add(
+        "--replace",
+        action="store_true",
+        help="give columns that are there new values, or write a file of losses again",
+    )
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
         help="processes that measure; the output is the same for any number")  # fmt: skip
     return parser.parse_args()
@@ -70,6 +78,13 @@ def main() -> None:
         if value is not None and value < 1:
             raise UserError(f"{option} {value}: expected 1 or more")
     quiet_upstream()
+    if "token_losses" in arguments:
+        _token_losses(arguments)
+    else:
+        _columns(arguments)
+
+
+def _columns(arguments: argparse.Namespace) -> None:
     # Imported after the arguments are read, so that --help answers at once.
     from megatron_dwm.selection.score import ScoreSettings, score
 
@@ -87,6 +102,28 @@ def main() -> None:
     for name, column in values.items():
         if len(column):
             print(f"{name}: mean {column.mean():.4g}, {column.min():.4g} to {column.max():.4g}")
+
+
+def _token_losses(arguments: argparse.Namespace) -> None:
+    if arguments.model is None:
+        raise UserError("--token-losses: needs --model")
+    if arguments.tokenizer is not None:
+        raise UserError("--tokenizer: has no effect with --token-losses; leave it out")
+    from megatron_dwm.selection.token_losses import write_token_losses
+
+    header = write_token_losses(
+        arguments.input,
+        arguments.token_losses,
+        arguments.model,
+        progress,
+        precision=arguments.precision,
+        context_tokens=arguments.context_tokens,
+        replaces=arguments.replace,
+    )
+    print(
+        f"{arguments.input}: {header.num_tokens} losses under {header.model} "
+        f"({header.model_digest}), at most {header.context_tokens} tokens of context"
+    )
 
 
 if __name__ == "__main__":

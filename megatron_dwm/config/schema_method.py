@@ -77,9 +77,13 @@ class PolicyConfig:
     alignment_interval: int = key(1, COUNT, part="gradient_alignment")
     """compute alignments, and with them weights, in every how many-th step; the others have uniform
     weights (gradient_alignment)"""
-    reference: str | None = key(None, part="reference")
+    reference: str | None = key(None, part="reference", only={"policy.reference_losses": (None,)})
     """the reference model (excess_loss): a Hugging Face directory (LlamaForCausalLM) or a
     checkpoint, with the LLM's vocabulary"""
+    reference_losses: str | None = key(None, part="reference")
+    """instead of a model, NAME of files with its loss of every token, PREFIX.NAME.losses beside
+    each prefix of data.train, which score_data.py --token-losses NAME writes (excess_loss); needs
+    data.mask_documents true and data.border_loss false"""
     sync_interval_steps: int = key(1000, COUNT, part="dynamic_reference")
     """LLM steps between two synchronizations of the reference with the LLM (blade)"""
     sync_first_step: int = key(1000, COUNT, part="dynamic_reference")

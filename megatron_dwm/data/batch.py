@@ -42,6 +42,9 @@ class Batch:
     values_U: Tensor | None = None
     """float32, the unit's value: that of its document, or of a row the mean over its tokens; None
     if the method reads no values (values.py)"""
+    reference_losses_BS: Tensor | None = None
+    """float32, a reference's loss of each label, 0 where the label does not count; None if the
+    method reads no file of them (token_losses.py)"""
     borders_BS: Tensor | None = None
     """int64, the number of each token's document piece in its row, from 0; attention stops where it
     changes; None: it does not stop"""

@@ -44,6 +44,7 @@ from megatron_dwm.data.pieces import (
     piece_numbers,
 )
 from megatron_dwm.data.prefixes import IndexedFile, parse_blend, read_indexed_file
+from megatron_dwm.data.token_losses import TokenLosses
 from megatron_dwm.data.values import DocumentValues
 
 _OPEN_EPOCHS = 4
@@ -87,6 +88,18 @@ class _PrefixStream:
         number, index = divmod(position, self.samples_per_epoch)
         return self._pieces(self._dataset(number), index)
 
+    def label_places(self, position: int) -> np.ndarray:
+        """Returns int64 [S], the place in the `.bin` of each label of the sample at `position`."""
+        number, index = divmod(position, self.samples_per_epoch)
+        sequences, first_offset, last_offset = self._extent(self._dataset(number), index)
+        itemsize = np.dtype(self.file.dtype).itemsize
+        begins = self._indexed.index.sequence_pointers[sequences] // itemsize
+        ends = begins + self._indexed.sequence_lengths[sequences]
+        ends[-1] = begins[-1] + last_offset + 1
+        begins[0] += first_offset
+        runs = [np.arange(a, b) for a, b in zip(begins, ends, strict=True)]
+        return np.concatenate(runs)[1:]
+
     def _epoch(self, number: int) -> Epoch:
         digest = hashlib.sha256(f"{self._order}/{number}".encode()).digest()
         seed = int.from_bytes(digest[:4], "big")  # numpy.random.RandomState needs 32 bits
@@ -105,11 +118,15 @@ class _PrefixStream:
         assert len(dataset) == self.samples_per_epoch, (len(dataset), self.samples_per_epoch)
         return dataset
 
-    def _pieces(self, dataset: GPTDataset, index: int) -> RowPieces:
+    def _extent(self, dataset: GPTDataset, index: int) -> tuple[np.ndarray, int, int]:
+        """Returns a sample's sequences, and the offsets of its first and its last token in them."""
         shuffled = int(dataset.shuffle_index[index])
         first, first_offset = (int(value) for value in dataset.sample_index[shuffled])
         last, last_offset = (int(value) for value in dataset.sample_index[shuffled + 1])
-        sequences = np.asarray(dataset.document_index[first : last + 1])
+        return np.asarray(dataset.document_index[first : last + 1]), first_offset, last_offset
+
+    def _pieces(self, dataset: GPTDataset, index: int) -> RowPieces:
+        sequences, first_offset, last_offset = self._extent(dataset, index)
         lengths = self._indexed.sequence_lengths[sequences].astype(np.int64)
         lengths[-1] = last_offset
         lengths[0] -= first_offset
@@ -154,6 +171,7 @@ class TrainingData:
         purpose: str = "training",
         rules: DocumentRules = ROWS,
         values: DocumentValues | None = None,
+        token_losses: TokenLosses | None = None,
     ) -> None:
         """Open the data and build missing indices in `cache_dir`.
 
@@ -166,6 +184,7 @@ class TrainingData:
             purpose: another purpose gives another, independent order of the same data.
             rules: how documents inside a sample are told apart.
             values: those that batches carry; None if the method reads none.
+            token_losses: a reference's, which batches carry; None if the method reads none.
 
         Raises:
             UserError: as `checks.check_data`, or the cache directory cannot be written.
@@ -173,7 +192,7 @@ class TrainingData:
         self.num_samples = num_samples
         self._cache_dir = Path(config.cache_dir) if config.cache_dir else cache_dir
         self._sequence_length = config.sequence_length
-        self._rules, self._values = rules, values
+        self._rules, self._values, self._token_losses = rules, values, token_losses
         parts = parse_blend(config.train)
         self._streams = [
             _PrefixStream(
@@ -217,6 +236,7 @@ class TrainingData:
             document_ids_U=torch.tensor(origins.documents, dtype=torch.int64),
             domains=tuple(origins.domains),
             values_U=self._unit_values(sample_ids, pieces),
+            reference_losses_BS=self._reference_losses(located, loss_mask_BS),
             borders_BS=numbers_BS if self._rules.stop_attention else None,
             units_BS=numbers_BS if self._rules.are_units else None,
             equal_shares=self._rules.equal_shares,
@@ -260,6 +280,18 @@ class TrainingData:
             for sample_id, row in zip(sample_ids, pieces, strict=True)
         ]
         return torch.from_numpy(np.concatenate(found).astype(np.float32))
+
+    def _reference_losses(
+        self, located: Sequence[tuple[int, int]], loss_mask_BS: Tensor
+    ) -> Tensor | None:
+        if self._token_losses is None:
+            return None
+        rows = [
+            self._token_losses.of_prefixes[prefix][self._streams[prefix].label_places(position)]
+            for prefix, position in located
+        ]
+        # What does not count may be the first token of a document, which has no loss.
+        return torch.from_numpy(np.stack(rows)).where(loss_mask_BS > 0, 0.0)
 
     def _locate(self, sample_id: int) -> tuple[int, int]:
         """Returns a sample's prefix, and its position in the stream of that prefix."""

@@ -97,7 +97,8 @@ def stage_memory(
     of_weighting = _WEIGHTING_BYTES if learns(config) else _FP32
     weights, gradients = kernels.value_bytes * found.total, _FP32 * found.total
     parts = method_class(config).parts(config)
-    reference = weights if "reference" in parts else 0.0
+    is_stored = config.policy.reference_losses is not None  # its losses are read from files
+    reference = weights if "reference" in parts and not is_stored else 0.0
     if "dynamic_reference" in parts:
         reference = weights + gradients + state
     return Memory(

@@ -39,6 +39,7 @@ def check(config: Config) -> RunInputs:
         held_out=held_out,
         reference=check_reference(config, shape, world_size),
         values=values,
+        token_losses=method_class(config).token_losses(config),
     )
 
 

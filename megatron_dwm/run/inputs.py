@@ -8,6 +8,7 @@ from megatron_dwm.config import Config, UserError
 from megatron_dwm.data import EvaluationSet, ValidationSet
 from megatron_dwm.data.last_words import LastWords
 from megatron_dwm.data.pieces import document_rules
+from megatron_dwm.data.token_losses import TokenLosses
 from megatron_dwm.data.tokenizer_record import has_special_tokens
 from megatron_dwm.data.values import DocumentValues
 from megatron_dwm.model import LlamaShape, resolve_shape
@@ -24,6 +25,7 @@ class RunInputs:
     target: None if the method reads none. held_out: None without evaluation.
     reference: shape of the reference model; None if the method has none.
     values: those of the documents; None if the method reads none.
+    token_losses: those of a reference, from files; None if the method reads none.
     """
 
     tokenizer: Tokenizer
@@ -32,6 +34,7 @@ class RunInputs:
     held_out: HeldOut | None
     reference: LlamaShape | None = None
     values: DocumentValues | None = None
+    token_losses: TokenLosses | None = None
 
 
 def open_model_and_tokenizer(config: Config) -> tuple[Tokenizer, LlamaShape]:

@@ -137,4 +137,5 @@ def _corpus(config: Config, inputs: RunInputs, batches: int, purpose: str) -> Tr
         purpose=purpose,
         rules=document_rules(config),
         values=inputs.values,
+        token_losses=inputs.token_losses,
     )

@@ -30,7 +30,7 @@ def check_reference(config: Config, llm: LlamaShape, world_size: int) -> LlamaSh
     path, parts = config.policy.reference, method_class(config).parts(config)
     if "dynamic_reference" in parts:
         return llm  # a copy of the LLM
-    if "reference" not in parts or path is None:
+    if "reference" not in parts or path is None or config.policy.reference_losses is not None:
         return None
     shape = shape_of_model(Path(path), _KEY)
     if shape.vocab_size != llm.vocab_size:

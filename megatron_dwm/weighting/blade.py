@@ -114,7 +114,7 @@ class Blade(ExcessLoss):
         return cls(config, reference)
 
     def __init__(self, config: Config, reference: DynamicReference) -> None:
-        super().__init__(config, reference.llm)
+        super().__init__(config, reference.llm.runtime, reference.llm)
         self.dynamic = reference
         self.steps_each = config.policy.reference_steps
         self.synchronized = False

@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_dwm.config import Config
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch, Source, ValidationSet
+from megatron_dwm.data.token_losses import TokenLosses
 from megatron_dwm.data.values import DocumentValues
 from megatron_dwm.model import LLM, ForwardOutputs, LlamaShape
 from megatron_dwm.tokenizer import Tokenizer
@@ -143,10 +144,7 @@ class Method(Protocol):
 
     @classmethod
     def problems(cls, config: Config, num_layers: int, world_size: int) -> Iterator[str]:
-        """Yields a line for every rule that the configuration breaks.
-
-        num_layers: layers of the LLM.
-        """
+        """Yields a line for each rule that is broken; `num_layers`: layers of the LLM."""
         yield from ()
 
     @classmethod
@@ -169,6 +167,11 @@ class Method(Protocol):
 
         Raises UserError if they cannot be read.
         """
+        return None
+
+    @classmethod
+    def token_losses(cls, config: Config) -> TokenLosses | None:
+        """Returns what `Batch.reference_losses_BS` is read from; raises UserError as above."""
         return None
 
     @classmethod

@@ -76,7 +76,9 @@ def _stepped(trained: Subject, unit: str) -> dict[str, Tensor]:
 def steps(unit: str, scope: str, group: str, ratio: float, **layout: Any) -> dict[str, Tensor]:
     """Weights and losses of two steps under a layout."""
     with tiny(**layout) as subject:
-        method = ExcessLoss(config_of(unit, scope, group, ratio), reference_of(subject, layout))
+        method = ExcessLoss(
+            config_of(unit, scope, group, ratio), subject.runtime, reference_of(subject, layout)
+        )
         return _stepped(with_method(subject, method, MICRO_BATCH), unit)
 
 
@@ -88,7 +90,7 @@ def everything_kept(unit: str, scope: str, group: str) -> list[list[Tensor]]:
             method: Method = Uniform()
             if selects:
                 config = config_of(unit, scope, group, 1.0)
-                method = ExcessLoss(config, reference_of(subject, {}))
+                method = ExcessLoss(config, subject.runtime, reference_of(subject, {}))
             _stepped(with_method(subject, method, MICRO_BATCH), unit)
             found.append([parameter.detach().clone() for parameter in subject.llm.parameters()])
     return found
@@ -100,7 +102,7 @@ def weights_by_hand(unit: str, scope: str, group: str, ratio: float) -> dict[str
         reference = reference_of(subject, {})
         batch = batch_of(subject.runtime, unit)
         excess_BS = _token_losses(subject.llm, batch) - _token_losses(reference, batch)
-        method = ExcessLoss(config_of(unit, scope, group, ratio), reference)
+        method = ExcessLoss(config_of(unit, scope, group, ratio), subject.runtime, reference)
         ours = _stepped(with_method(subject, method, MICRO_BATCH), unit)["weights"]
     return {"ours": ours, "by hand": torch.tensor(_by_hand(batch, excess_BS, scope, group, ratio))}
 
