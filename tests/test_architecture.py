@@ -38,8 +38,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "preprocess": {"files", "config", "tokenizer"},
     "selection": {
-        *("files", "config", "tokenizer", "runtime", "model", "data", "checkpoint", "run"),
-        "preprocess",
+        *("files", "config", "tokenizer", "runtime", "model", "data", "weighting", "checkpoint"),
+        *("run", "preprocess"),
     },
     "convert": {"files", "config", "tokenizer", "runtime", "model", "checkpoint"},
     "evaluation": {"files", "config"},

@@ -1,4 +1,4 @@
-"""Add columns to the table of an indexed dataset: text statistics, and losses of a model."""
+"""Add columns to the table of an indexed dataset: text statistics, losses, a rater's scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ Columns with --tokenizer: length (characters); type_token_ratio (distinct words 
 case); symbol_share (characters that are neither white space, letters, digits nor _, / characters);
 compression_ratio (bytes after zlib / bytes); mean_word_length (characters). Columns with --model:
 loss (mean over a document's tokens but the first, nats a token); perplexity (its exponential). A
-document is never read with another; one longer than --context-tokens is read in windows.
+document is never read with another; one longer than --context-tokens is read in windows. Column
+with --rater: weight (the logit that a weighting model of a run gives the document among others).
 PREFIX.meta.parquet is replaced at once; its other columns keep their values. select_data.py
 qurating --column selects by them.
 """
@@ -46,6 +47,9 @@ def parse_arguments() -> argparse.Namespace:
         help="the tokenizer that the data was made with, which decodes it")  # fmt: skip
     add("--model", metavar="DIR",
         help="a language model: Hugging Face directory, checkpoint or run")  # fmt: skip
+    add("--rater", metavar="DIR",
+        help="a weighting model, RUN/weighting/stage_K; with weighting.encoder llm, --model names "
+        "the checkpoint of its run")  # fmt: skip
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of the model")
     add("--context-tokens", type=int, metavar="N",
         help="longest window that a model reads, tokens; empty takes its own context")  # fmt: skip
@@ -93,6 +97,7 @@ def _columns(arguments: argparse.Namespace) -> None:
         columns=tuple(arguments.columns),
         tokenizer=arguments.tokenizer,
         model=arguments.model,
+        rater=arguments.rater,
         precision=arguments.precision,
         context_tokens=arguments.context_tokens,
         num_workers=arguments.workers,
@@ -107,8 +112,9 @@ def _columns(arguments: argparse.Namespace) -> None:
 def _token_losses(arguments: argparse.Namespace) -> None:
     if arguments.model is None:
         raise UserError("--token-losses: needs --model")
-    if arguments.tokenizer is not None:
-        raise UserError("--tokenizer: has no effect with --token-losses; leave it out")
+    for option, value in (("--tokenizer", arguments.tokenizer), ("--rater", arguments.rater)):
+        if value is not None:
+            raise UserError(f"{option}: has no effect with --token-losses; leave it out")
     from megatron_dwm.selection.token_losses import write_token_losses
 
     header = write_token_losses(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dwm.config.command_line import OneLineParser, run_command
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.entry import quiet_upstream
 
 if TYPE_CHECKING:
     from megatron_dwm.selection.copy import Advance
@@ -47,6 +48,9 @@ def parse_arguments() -> argparse.Namespace:
     _add_dsir(dsir)
     qurating = add("qurating", "exp(score / temperature) of a column (Wettig et al. 2024)")
     _add_draw(qurating, "standardized scores are divided by it before they are drawn")
+    rater = add("rater", "exp(score / temperature) of a weighting model that a run trained")
+    _add_draw(rater, "standardized scores are divided by it before they are drawn")
+    _add_rater(rater)
     qurating.add_argument("--column", required=True, default=argparse.SUPPRESS, metavar="NAME",
         help="numeric column of the table; larger is better")  # fmt: skip
     return parser.parse_args()
@@ -68,6 +72,18 @@ def _add_dsir(parser: argparse.ArgumentParser) -> None:
         help="shorter documents are never chosen, words")  # fmt: skip
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
         help="processes that hash; the output is the same for any number")  # fmt: skip
+
+
+def _add_rater(parser: argparse.ArgumentParser) -> None:
+    scores = parser.add_mutually_exclusive_group(required=True)
+    scores.add_argument("--rater", metavar="DIR", default=argparse.SUPPRESS,
+        help="the weighting model, RUN/weighting/stage_K")  # fmt: skip
+    scores.add_argument("--column", metavar="NAME", default=argparse.SUPPRESS,
+        help="scores that are in the table already (score_data.py --columns weight)")  # fmt: skip
+    parser.add_argument("--model", metavar="DIR",
+        help="checkpoint of the run, for a rater with weighting.encoder llm")  # fmt: skip
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
+        help="precision of the models")  # fmt: skip
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +169,8 @@ def method_of(arguments: argparse.Namespace) -> ScoringMethod:
         return UniformScores()
     if arguments.method == "qurating":
         return QuRatingScores(column=arguments.column)
+    if arguments.method == "rater":
+        return _rater_scores(arguments)
     for option, value in (("--min-words", arguments.min_words), ("--workers", arguments.workers)):
         if value < 1:
             raise UserError(f"{option} {value}: expected 1 or more")
@@ -162,6 +180,19 @@ def method_of(arguments: argparse.Namespace) -> ScoringMethod:
         min_words=arguments.min_words,
         num_workers=arguments.workers,
     )
+
+
+def _rater_scores(arguments: argparse.Namespace) -> ScoringMethod:
+    if "column" in arguments:
+        from megatron_dwm.selection.qurating import QuRatingScores
+
+        if arguments.model is not None:
+            raise UserError("--model: has no effect with --column; leave it out")
+        return QuRatingScores(column=arguments.column, name="rater")
+    quiet_upstream()
+    from megatron_dwm.selection.rater import RaterScores
+
+    return RaterScores(rater=arguments.rater, model=arguments.model, precision=arguments.precision)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ class QuRatingScores:
     """`select_data.py qurating`."""
 
     column: str
-    name = "qurating"
+    name: str = "qurating"
 
     def options(self) -> dict[str, Any]:
         """The column."""
@@ -41,24 +41,8 @@ class QuRatingScores:
         Raises `UserError` for a column that is missing or no number, for a document with tokens
         whose value is null or not finite, and if all values are the same.
         """
-        values_D = self._read(pool)
-        eligible_D = pool.tokens_D > 0
         where = f"{pool.dataset.paths.sidecar}: column {self.column}"
-        bad = np.flatnonzero(eligible_D & ~np.isfinite(values_D))
-        if len(bad):
-            value = values_D[bad[0]]
-            raise UserError(
-                f"{where} is {'null' if np.isnan(value) else value} in row {bad[0]} (from 0), one "
-                f"of {len(bad)} such documents with tokens; a score is needed for each of them"
-            )
-        scored = values_D[eligible_D]
-        if not len(scored) or scored.min() == scored.max():
-            raise UserError(f"{where} has the same value in all documents; nothing to select by")
-        return Scores(
-            values_D=np.where(eligible_D, (values_D - scored.mean()) / scored.std(), 0.0),
-            eligible_D=eligible_D,
-            eligible_words="all documents",
-        )
+        return standardized(self._read(pool), pool, where)
 
     def _read(self, pool: Pool) -> np.ndarray:
         """The column as float64; null is NaN."""
@@ -70,6 +54,30 @@ class QuRatingScores:
             )
         sidecar = pool.require_sidecar("--column")
         return np.concatenate([np.zeros(0), *_blocks(sidecar, self.column)])
+
+
+def standardized(values_D: np.ndarray, pool: Pool, where: str) -> Scores:
+    """Returns scores of mean 0 and deviation 1 over the documents with tokens.
+
+    where: what has the values, for messages.
+    Raises `UserError` for a document with tokens whose value is not finite, and if all are equal.
+    """
+    eligible_D = pool.tokens_D > 0
+    bad = np.flatnonzero(eligible_D & ~np.isfinite(values_D))
+    if len(bad):
+        value = values_D[bad[0]]
+        raise UserError(
+            f"{where} is {'null' if np.isnan(value) else value} in row {bad[0]} (from 0), one "
+            f"of {len(bad)} such documents with tokens; a score is needed for each of them"
+        )
+    scored = values_D[eligible_D]
+    if not len(scored) or scored.min() == scored.max():
+        raise UserError(f"{where} has the same value in all documents; nothing to select by")
+    return Scores(
+        values_D=np.where(eligible_D, (values_D - scored.mean()) / scored.std(), 0.0),
+        eligible_D=eligible_D,
+        eligible_words="all documents",
+    )
 
 
 def _blocks(sidecar: pq.ParquetFile, column: str) -> list[np.ndarray]:

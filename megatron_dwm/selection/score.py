@@ -1,7 +1,8 @@
 """Adds columns to the sidecar of a dataset: `tools/score_data.py`.
 
-Statistics: texts are decoded and measured by several processes. Losses (perplexity.py): a model
-reads all documents, in this process. The values are kept in memory, 8 bytes a document and column.
+Statistics: texts are decoded and measured by several processes. Losses and
+scores (perplexity.py, rater.py): a model reads all documents, in this process. The values are kept
+in memory, 8 bytes a document and column.
 Then the table is written anew, a row group at a time, with the new columns
 last, and takes the place of the old one at once. Columns that were there keep their values.
 """
@@ -36,6 +37,8 @@ LOSS_COLUMNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "perplexity": np.exp,
 }
 """each column of perplexity.py, from the mean losses of documents"""
+RATER_COLUMN = "weight"
+"""the score of rater.py"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +47,13 @@ class ScoreSettings:
 
     prefix: str
     columns: tuple[str, ...]
-    """names in `STATISTICS` and `LOSS_COLUMNS`"""
+    """names in `STATISTICS` and `LOSS_COLUMNS`, and `RATER_COLUMN`"""
     tokenizer: str | None = None
     """the tokenizer of the data, which statistics need"""
     model: str | None = None
-    """the language model, which losses need"""
+    """the language model, which losses need, and a rater that reads its features"""
+    rater: str | None = None
+    """directory of a weighting model"""
     precision: Precision = "fp32"
     context_tokens: int | None = None
     """longest window that the model reads; None: its own context"""
@@ -65,6 +70,11 @@ class ScoreSettings:
     def losses(self) -> tuple[str, ...]:
         """The columns that are losses of a model."""
         return tuple(name for name in self.columns if name in LOSS_COLUMNS)
+
+    @property
+    def logits(self) -> tuple[str, ...]:
+        """The column of a rater, if it is named."""
+        return tuple(name for name in self.columns if name == RATER_COLUMN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +141,7 @@ def write_columns(path: Path, sidecar: pq.ParquetFile, values: dict[str, np.ndar
 
 
 def _check_columns(settings: ScoreSettings, names: Sequence[str], sidecar: Path) -> None:
-    known = (*STATISTICS, *LOSS_COLUMNS)
+    known = (*STATISTICS, *LOSS_COLUMNS, RATER_COLUMN)
     for name in settings.columns:
         if name not in known:
             raise UserError(f"--columns {name}: not known; choose among {', '.join(known)}")
@@ -141,7 +151,11 @@ def _check_columns(settings: ScoreSettings, names: Sequence[str], sidecar: Path)
         if name in names and not settings.replaces:
             raise UserError(f"{sidecar}: has a column {name}; pass --replace to give it new values")
     _require_option("--tokenizer", settings.tokenizer, settings.statistics, STATISTICS)
-    _require_option("--model", settings.model, settings.losses, LOSS_COLUMNS)
+    _require_option("--rater", settings.rater, settings.logits, [RATER_COLUMN])
+    if not settings.logits:
+        _require_option("--model", settings.model, settings.losses, LOSS_COLUMNS)
+    if settings.context_tokens is not None and not settings.losses:
+        raise UserError("--context-tokens: has no effect; only columns loss, perplexity read it")
 
 
 def _require_option(
@@ -159,6 +173,8 @@ def _require_option(
 def _values(settings: ScoreSettings, pool: Pool, progress: Progress) -> dict[str, np.ndarray]:
     """The values of all columns, in the order in which they were named."""
     found: dict[str, np.ndarray] = {}
+    if settings.logits:
+        found |= _logits(settings, pool, progress)
     if settings.losses:
         found |= _losses(settings, pool, progress)
     if settings.statistics:
@@ -171,11 +187,22 @@ def _losses(settings: ScoreSettings, pool: Pool, progress: Progress) -> dict[str
     from megatron_dwm.selection.language_model import check_model
     from megatron_dwm.selection.perplexity import document_losses
 
-    assert settings.model is not None
+    if settings.model is None:
+        raise UserError(f"--columns {settings.losses[0]}: needs --model")
     files = check_model(settings.model, pool)
     context_tokens = settings.context_tokens or files.context_tokens
     losses_D = document_losses(pool, files, settings.precision, context_tokens, progress)
     return {name: LOSS_COLUMNS[name](losses_D) for name in settings.losses}
+
+
+def _logits(settings: ScoreSettings, pool: Pool, progress: Progress) -> dict[str, np.ndarray]:
+    from megatron_dwm.selection.rater import OWN_ENCODER, check_rater, document_scores
+
+    assert settings.rater is not None
+    files = check_rater(settings.rater, settings.model, pool)
+    if files.language_model is None and settings.model is not None and not settings.losses:
+        raise UserError(f"--model {settings.model}: {OWN_ENCODER}")
+    return {RATER_COLUMN: document_scores(pool, files, settings.precision, progress)}
 
 
 def _measure(settings: ScoreSettings, pool: Pool, progress: Progress) -> dict[str, np.ndarray]:

@@ -81,7 +81,8 @@ class EncoderLayer(nn.Module):
         """Transform [B, S, D]: causally over S with a rotation, as an unordered set without one.
 
         pieces: attention with a rotation stays inside each of them; None: inside each row.
-        present_BS: False for padding of a set, which nothing attends to; None: no padding.
+        present_BS: False for padding of a set, which nothing attends to; None: no padding. Or
+            [B, S, S]: what each of its members attends to.
         """
         batch, length, width = hidden_BSD.shape
         qkv = self.qkv(self.attention_norm(hidden_BSD))
@@ -92,7 +93,7 @@ class EncoderLayer(nn.Module):
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         if pieces is None or pieces.are_rows:
-            seen = None if present_BS is None else present_BS[:, None, None, :]
+            seen = None if present_BS is None else present_BS.reshape(batch, 1, -1, length)
             mixed = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=seen, is_causal=rotation is not None
             ).transpose(1, 2)

@@ -70,10 +70,23 @@ class WeightingModel(nn.Module):
     def logits(self, pooled_GnD: Tensor, present_Gn: Tensor | None = None) -> Tensor:
         """Turn pooled vectors [G, n, D] into logits [G, n]; units of one group interact.
 
-        present_Gn: False for padding, which no unit sees; None if there is none.
+        present_Gn: False for padding, which no unit sees; None if there is none. Or [G, n, n]:
+            which units each unit sees.
         """
         mixed_GnD = self.across_samples(pooled_GnD, rotation=None, present_BS=present_Gn)
         return (self.head(mixed_GnD) + self.sample_head(pooled_GnD)).squeeze(-1)
+
+    def logits_beside(self, pooled_nD: Tensor, companions_mD: Tensor) -> Tensor:
+        """Returns [n]: the logit of each unit in a group of its own beside the same companions.
+
+        Attention across samples is one layer, so a unit's logit needs only what that unit sees. All
+        of them are computed as one group, in which no unit sees another but the companions.
+        """
+        n = len(pooled_nD)
+        everyone_1ND = torch.cat([pooled_nD, companions_mD])[None]
+        sees_NN = torch.eye(everyone_1ND.shape[1], dtype=torch.bool, device=pooled_nD.device)
+        sees_NN[:, n:] = True
+        return self.logits(everyone_1ND, sees_NN[None])[0, :n]
 
     def files(self) -> dict[str, bytes]:
         """Returns the model as files: `weighting.json` and `weighting.safetensors`."""
@@ -103,20 +116,22 @@ def load_weighting_model(directory: Path, expected: WeightingShape) -> Weighting
     return model
 
 
-def read_weighting_shape(directory: Path) -> WeightingShape:
-    """Read the shape from `directory`. Raises UserError for a missing or damaged file."""
+def read_weighting_shape(directory: Path, key: str = "weighting.load") -> WeightingShape:
+    """Read the shape from `directory`; `key` is what named it, for messages.
+
+    Raises UserError for a missing or damaged file.
+    """
     shape_file, tensor_file = directory / _SHAPE_FILE, directory / _TENSOR_FILE
     for file in (shape_file, tensor_file):
         if not file.is_file():
             raise UserError(
-                f"weighting.load: {file} is missing; expected a directory such as "
-                "RUN/weighting/stage_2"
+                f"{key}: {file} is missing; expected a directory such as RUN/weighting/stage_2"
             )
     try:
         return WeightingShape(**json.loads(shape_file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"weighting.load: {shape_file} does not describe a weighting model ({error}); bring "
+            f"{key}: {shape_file} does not describe a weighting model ({error}); bring "
             "back a copy of it"
         ) from None
 
