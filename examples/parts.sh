@@ -38,7 +38,10 @@ train() { # train DATA_DIR RUN_DIR SEED [options]: examples/tiny.yaml with these
     local data="$1" run="$2" seed="$3"
     local target="$corpus/validation.jsonl"
     shift 3
-    case " $* " in *" --policy.name uniform "*) target="" ;; esac # uniform reads no target and refuses the key
+    case " $* " in # these methods read no target and refuse the key
+    *" --policy.name uniform "* | *" --policy.name loss_reweighting "* | *" --policy.name excess_loss "* | \
+        *" --policy.name fixed "* | *" --policy.name curriculum "*) target="" ;;
+    esac
     OMP_NUM_THREADS=1 python -m megatron_dwm.pretrain "$repository/examples/tiny.yaml" \
         --run.dir "$run" --run.seed "$seed" \
         --data.train "$data/corpus_text_document" --data.tokenizer "$data/tokenizer.model" \

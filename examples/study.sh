@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Seven ways of weighting at equal steps and data order:   bash examples/study.sh WORKDIR [SEED...]
+# Every method at equal steps:   bash examples/study.sh WORKDIR [SEED...]
 #
 # For every SEED (default 1234 1235 1236) this mixes new junk into the sample corpus and trains the
-# model of examples/tiny.yaml with uniform weights, with the paper's own encoder (staged and online),
-# with the LLM's features (updates on fresh batches and on the training batch), and with two baselines
-# without a model. Finished runs are not repeated, so the study can be stopped and started again. Two
-# runs at a time if there are two cores: about 12 minutes a seed. The environment variable STEPS
-# (default: examples/tiny.yaml's) may be set.
+# model of examples/tiny.yaml once with every method, and with uniform weights on documents that were
+# selected beforehand. All runs of a seed but the selected ones read the same data in the same order.
+# The static reference of excess_loss is the last checkpoint of validation_mixing, a model of the same
+# size that has seen the target. Finished runs are not repeated, so the study can be stopped and
+# started again. One run a core at a time: about an hour a seed on two cores. The environment
+# variables STEPS (default: examples/tiny.yaml's), JOBS (runs at a time) and METHODS (names, separated
+# by spaces) may be set.
 set -euo pipefail
 
 . "$(dirname "${BASH_SOURCE[0]}")/parts.sh"
@@ -23,45 +25,94 @@ seeds=("$@")
 
 . "$repository/tools/environment.sh" eval,report
 
-options_of() { # options_of METHOD: what differs from examples/tiny.yaml
+blade="--policy.sync_first_step 200 --policy.sync_interval_steps 200 --policy.reference_steps 60 --policy.reference_learning_rate 1e-3"
+no_junk="shuffled_words=0 random_words=0 random_characters=0"
+
+options_of() { # options_of METHOD SEED: what differs from examples/tiny.yaml
     case "$1" in
-    uniform | validation_mixing) ;;
-    *) echo --weighting.group global ;;
-    esac
-    case "$1" in
-    uniform) echo --policy.name uniform ;;
-    own_staged) echo --weighting.encoder own --weighting.update_on fresh --weighting.mode staged ;;
-    own_online) echo --weighting.encoder own --weighting.update_on fresh ;;
-    llm_fresh) echo --weighting.encoder llm --weighting.update_on fresh ;;
-    llm_training) echo --weighting.encoder llm --weighting.update_on training ;;
-    domain_mean) echo --policy.name domain_mean --weighting.update_on fresh ;;
+    uniform | random_half | dsir_half) echo --policy.name uniform ;;
+    own_staged) echo --weighting.group global --weighting.encoder own --weighting.update_on fresh --weighting.mode staged ;;
+    own_online) echo --weighting.group global --weighting.encoder own --weighting.update_on fresh ;;
+    llm_fresh) echo --weighting.group global --weighting.encoder llm --weighting.update_on fresh ;;
+    llm_training) echo --weighting.group global --weighting.encoder llm --weighting.update_on training ;;
+    domain_mean) echo --policy.name domain_mean --weighting.group global --weighting.update_on fresh ;;
+    gradient_alignment) echo --policy.name gradient_alignment --weighting.group global ;;
+    similarity | loss_reweighting) echo --policy.name "$1" --weighting.group global ;;
+    rho_loss) echo --policy.name excess_loss --weighting.group global --policy.reference "$(last_checkpoint "validation_mixing.$2")" ;;
+    rho_1) echo --policy.name excess_loss --weighting.unit token --policy.reference "$(last_checkpoint "validation_mixing.$2")" ;;
+    blade_sample) echo --policy.name blade --weighting.group global $blade ;;
+    blade_token) echo --policy.name blade --weighting.unit token $blade ;;
+    no_junk) echo --policy.name fixed --policy.domain_weights $no_junk ;;
+    curriculum) echo --policy.name curriculum ;;
     validation_mixing) echo --policy.name validation_mixing ;;
+    *)
+        echo "error: $1: no method of this study" >&2
+        return 2
+        ;;
     esac
 }
 
+last_checkpoint() { find "$workdir/$1/checkpoints" -maxdepth 1 -name 'step_*' | sort | tail -n 1; }
+
 one_run() { # one_run METHOD SEED
-    local run="$workdir/$1.$2"
+    local run="$workdir/$1.$2" data="$workdir/data.$2" options
+    options="$(options_of "$1" "$2")"
+    case "$1" in *_half) data="$workdir/$1.data.$2" ;; esac
     echo "$(date +%H:%M:%S) $1, seed $2: $run.log"
-    # shellcheck disable=SC2046  # options are words
-    train "$workdir/data.$2" "$run" "$2" --run.resume true --training.micro_batch_size 32 \
-        $(options_of "$1") >"$run.log" 2>&1 || {
+    # shellcheck disable=SC2086  # options are words
+    train "$data" "$run" "$2" --run.resume true --training.micro_batch_size 32 $options \
+        >"$run.log" 2>&1 || {
         tail -n 20 "$run.log" >&2
         return 1
     }
 }
 
-export -f one_run options_of train
-export repository corpus workdir
+prepare() { # prepare SEED: the corpus with junk, and two selections of half its tokens
+    local data="$workdir/data.$1"
+    [ ! -f "$workdir/dsir_half.data.$1/corpus_text_document.idx" ] || return 0
+    mkdir -p "$data"
+    if [ ! -f "$data/corpus_text_document.meta.parquet" ]; then
+        { train_tokenizer "$data" && add_junk "$data" "$1" && preprocess "$data"; } >"$data.log"
+    fi
+    choose "$1" random_half random
+    choose "$1" dsir_half dsir --target "$corpus/validation.jsonl" \
+        --tokenizer "$data/tokenizer.model" --min-words 10
+}
+
+choose() { # choose SEED NAME METHOD [options]: half the tokens of the seed's corpus
+    local data="$workdir/data.$1" chosen="$workdir/$2.data.$1" method="$3" seed="$1"
+    shift 3
+    mkdir -p "$chosen"
+    cp "$data/tokenizer.model" "$chosen/"
+    python "$tools/select_data.py" "$method" --input "$data/corpus_text_document" \
+        --output-prefix "$chosen/corpus_text_document" --seed "$seed" \
+        --tokens "$(half_the_tokens "$data")" "$@" >"$chosen.log"
+}
+
+half_the_tokens() { # half_the_tokens DATA_DIR: of the corpus there; a token takes two bytes
+    echo $(($(stat -c %s "$1/corpus_text_document.bin") / 4))
+}
+
+runs_of() { # runs_of SEED NAME...: a line for each of these methods that METHODS asks for
+    local seed="$1" method
+    shift
+    for method in "$@"; do
+        case " ${METHODS:-$method} " in *" $method "*) echo "$method $seed" ;; esac
+    done
+}
+
+side_by_side() { xargs -r -P "${JOBS:-$(nproc)}" -L 1 bash -c 'one_run "$0" "$1"'; }
+
+export -f one_run options_of last_checkpoint train
+export repository corpus workdir blade no_junk
 
 for seed in "${seeds[@]}"; do
-    data="$workdir/data.$seed"
-    if [ ! -f "$data/corpus_text_document.meta.parquet" ]; then
-        mkdir -p "$data"
-        { train_tokenizer "$data" && add_junk "$data" "$seed" && preprocess "$data"; } >"$data.log"
-    fi
-    for method in \
-        uniform own_staged own_online llm_fresh llm_training domain_mean validation_mixing; do
-        echo "$method $seed"
-    done
-done | xargs -P "$(nproc)" -L 1 bash -c 'one_run "$0" "$1"'
+    prepare "$seed"
+    runs_of "$seed" uniform validation_mixing llm_training random_half dsir_half loss_reweighting \
+        similarity domain_mean no_junk curriculum own_staged own_online llm_fresh gradient_alignment \
+        blade_sample blade_token
+done | side_by_side
+for seed in "${seeds[@]}"; do
+    runs_of "$seed" rho_loss rho_1
+done | side_by_side
 python "$repository/examples/study_table.py" "$workdir"

@@ -17,7 +17,16 @@ LONGEST = (
 # Folders and files whose tests start processes, train or convert models; `-m "not slow"` runs the
 # others in under a minute. A new file is slow if its folder is listed.
 SLOW = (
-    *("bilevel/", "checkpoint/", "convert/", "doctor/", "evaluation/", "forking/", "gpu/"),
+    *(
+        "bilevel/",
+        "checkpoint/",
+        "compat/",
+        "convert/",
+        "doctor/",
+        "evaluation/",
+        "forking/",
+        "gpu/",
+    ),
     *("planning/", "preprocess/", "recipes/", "run/", "signatures/", "slurm/", "tools/"),
     *("scoring/", "selection/", "training/", "weighting/"),
     *("config/test_examples.py", "config/test_printing.py", "model/test_fp8.py"),

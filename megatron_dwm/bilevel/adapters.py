@@ -247,20 +247,20 @@ def _embedding(module: Any, _: Mapping[str, Any], position: TensorParallelPositi
 # Megatron-Core's product of a linear layer, before its output is reduced or scattered.
 _PRODUCT = "_forward_impl"
 
-_MEGATRON = "megatron.core.tensor_parallel.layers."
-_MEGATRON_TE = "megatron.core.extensions.transformer_engine."
-_OURS = "megatron_dwm.model.layers."
+MEGATRON = "megatron.core.tensor_parallel.layers."
+MEGATRON_TE = "megatron.core.extensions.transformer_engine."
+OURS = "megatron_dwm.model.layers."
 
 ADAPTERS: Mapping[str, Adapter] = {
-    _MEGATRON + "ColumnParallelLinear": Adapter(_column, "input_"),
-    _MEGATRON + "RowParallelLinear": Adapter(_row, "input", method=_PRODUCT),
-    _MEGATRON + "VocabParallelEmbedding": Adapter(_embedding, "input_"),
-    _OURS + "local.RMSNorm": Adapter(_norm, "hidden_SBD", splits_weight=False),
-    _OURS + "fp8_emulation.Fp8ColumnParallelLinear": Adapter(_quantized_column, "input_"),
-    _OURS + "fp8_emulation.Fp8RowParallelLinear": Adapter(_quantized_row, "input", method=_PRODUCT),
-    _MEGATRON_TE + "TEColumnParallelLinear": Adapter(_column, "x"),
-    _MEGATRON_TE + "TERowParallelLinear": Adapter(_te_row, "x"),
-    _MEGATRON_TE + "TELayerNormColumnParallelLinear": Adapter(_norm_then_column, "x"),
+    MEGATRON + "ColumnParallelLinear": Adapter(_column, "input_"),
+    MEGATRON + "RowParallelLinear": Adapter(_row, "input", method=_PRODUCT),
+    MEGATRON + "VocabParallelEmbedding": Adapter(_embedding, "input_"),
+    OURS + "local.RMSNorm": Adapter(_norm, "hidden_SBD", splits_weight=False),
+    OURS + "fp8_emulation.Fp8ColumnParallelLinear": Adapter(_quantized_column, "input_"),
+    OURS + "fp8_emulation.Fp8RowParallelLinear": Adapter(_quantized_row, "input", method=_PRODUCT),
+    MEGATRON_TE + "TEColumnParallelLinear": Adapter(_column, "x"),
+    MEGATRON_TE + "TERowParallelLinear": Adapter(_te_row, "x"),
+    MEGATRON_TE + "TELayerNormColumnParallelLinear": Adapter(_norm_then_column, "x"),
     # What TENorm makes for RMSNorm.
     "transformer_engine.pytorch.module.rmsnorm.RMSNorm": Adapter(
         _te_norm, "input", splits_weight=False
@@ -268,7 +268,7 @@ ADAPTERS: Mapping[str, Adapter] = {
 }
 """class name -> adapter; it is for that class only, since a subclass may compute otherwise"""
 
-WITHOUT_PARAMETERS = (_MEGATRON_TE + "TEDotProductAttention",)
+WITHOUT_PARAMETERS = (MEGATRON_TE + "TEDotProductAttention",)
 """Transformer Engine's classes in the specs without parameters, which have no tangent"""
 
 
@@ -289,14 +289,19 @@ def position_of(
     )
 
 
+def class_name(module: Module) -> str:
+    """Returns the dotted name of the module's class, as tables of classes have it."""
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def adapter_for(module: Module, adapters: Mapping[str, Adapter] = ADAPTERS) -> Adapter | None:
     """Returns the adapter of a module; None for a module without parameters of its own.
 
     Raises NotImplementedError for a class with parameters that is not in the table: without its
     tangent every alignment would be wrong.
     """
-    kind = type(module)
-    name = f"{kind.__module__}.{kind.__qualname__}"
+    name = class_name(module)
     if name in adapters:
         return adapters[name]
     if any(True for _ in module.parameters(recurse=False)):

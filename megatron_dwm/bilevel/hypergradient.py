@@ -20,9 +20,10 @@ from torch import Tensor
 
 from megatron_dwm.bilevel.finite_difference import finite_difference
 from megatron_dwm.bilevel.problem import Hypergradient, Problem, sum_over_data
-from megatron_dwm.bilevel.tangent_probe import tangent_probe
+from megatron_dwm.bilevel.sketch import SketchPlan
+from megatron_dwm.bilevel.tangent_probe import Probed, probe, tangent_probe
 from megatron_dwm.bilevel.unroll import unroll
-from megatron_dwm.bilevel.virtual_step import prepare_virtual_step
+from megatron_dwm.bilevel.virtual_step import VirtualStep, prepare_virtual_step
 from megatron_dwm.model import LLM, MicroBatch, clear_gradients, forward_backward
 from megatron_dwm.model.passes.micro_batches import largest_micro_batch
 from megatron_dwm.model.passes.objective import (
@@ -66,34 +67,50 @@ def from_gradient(
     halves: also return the alignments of each half of the validation batch, at the cost of one more
     pass of `inner_products`. Their weighted sum is the whole's, because z is linear in the
     validation gradient.
+
+    Raises ValueError if the problem asks for sketches and `inner_products` has none.
     """
     llm, optimizer = problem.llm, problem.optimizer
     with phase("virtual step"):
         step = prepare_virtual_step(llm, optimizer, problem.inner)
-    found = []
+    plan = _sketch_plan(problem, step, inner_products)
+    found: list[tuple[Tensor, Probed]] = []
     for part in _validation_parts(problem, halves):
         with phase("virtual step"):
             step.enter()
         with phase("validation gradient"):
             clear_gradients(llm, optimizer)
-            loss_and_count = _validation_gradient(problem, part)
+            loss_and_count = validation_gradient(problem, part)
         with phase("direction"):
             step.direction()
         with phase("restore"):
             step.restore()
-        probe = unit(problem.train_batch, problem.micro_batch_size)
-        found.append((loss_and_count, inner_products(llm, probe)))
+        passes = unit(problem.train_batch, problem.micro_batch_size)
+        sketches = plan is not None and not found
+        probed = probe(llm, passes, plan) if sketches else Probed(inner_products(llm, passes))
+        found.append((loss_and_count, probed))
     with phase("restore"):
         step.restore_gradient()
     losses_and_counts = torch.stack([pair for pair, _ in found])
-    parts_Kn = torch.stack([alignment_n for _, alignment_n in found])
+    parts_Kn = torch.stack([probed.alignment_n for _, probed in found])
     share_K = losses_and_counts[:, 1] / losses_and_counts[:, 1].sum()
     return Hypergradient(
         alignment_n=(share_K[:, None] * parts_Kn).sum(dim=0),
         val_loss=float((share_K * losses_and_counts[:, 0]).sum()),
         grad_norm=step.grad_norm,
         halves_2n=parts_Kn if halves else None,
+        sketch_nK=found[0][1].sketch_nK,
     )
+
+
+def _sketch_plan(
+    problem: Problem, step: VirtualStep, inner_products: InnerProducts
+) -> SketchPlan | None:
+    if problem.sketch_size is None:
+        return None
+    if inner_products is not tangent_probe:
+        raise ValueError("sketches of gradients: only bilevel.estimator tangent_probe forms them")
+    return SketchPlan(size=problem.sketch_size, factors=step.jacobian())
 
 
 def _validation_parts(problem: Problem, halves: bool) -> list[TokenBatch]:
@@ -109,8 +126,8 @@ def _validation_parts(problem: Problem, halves: bool) -> list[TokenBatch]:
     return [problem.val_batch.rows(0, rows, 2), problem.val_batch.rows(1, rows, 2)]
 
 
-def _validation_gradient(problem: Problem, batch: TokenBatch) -> Tensor:
-    """Write grad L_val into the gradient buffers; returns float64 [L_val, divisor] of all ranks."""
+def validation_gradient(problem: Problem, batch: TokenBatch) -> Tensor:
+    """Add grad L_val to the gradient buffers; returns float64 [L_val, divisor] (collective)."""
     llm, objective = problem.llm, problem.objective
     rows = batch.tokens_BS.shape[0]
     size = largest_micro_batch(rows, problem.micro_batch_size, llm.micro_batches_multiple)

@@ -24,6 +24,7 @@ class Problem:
     weights_n: float32, mean 1 over the global batch; the point at which to differentiate.
     inner: the virtual step: the step that training would take (adam) or plain descent (sgd).
     objective: the loss on the validation batch that the weights are to lower.
+    sketch_size: also sketch the units' steps, with this many numbers each (sketch.py); None: no.
     """
 
     llm: LLM
@@ -34,6 +35,7 @@ class Problem:
     micro_batch_size: int
     inner: InnerOptimizer = "adam"
     objective: ValidationObjective = TOKEN_MEAN
+    sketch_size: int | None = None
 
     @property
     def learning_rate(self) -> float:
@@ -64,12 +66,15 @@ class Hypergradient:
     val_loss: L_val(theta'), mean over tokens.
     grad_norm: |g(w)| before clipping.
     halves_2n: float32 [2, n], s_i from each half of the validation batch; None unless asked for.
+    sketch_nK: float32, sketches of J grad l_u, without the change of the clipping factor; None
+        unless asked for.
     """
 
     alignment_n: Tensor
     val_loss: float
     grad_norm: float
     halves_2n: Tensor | None = None
+    sketch_nK: Tensor | None = None
 
     def weight_gradient_n(self, problem: Problem) -> Tensor:
         """Returns dL_val(theta')/dw_u = -eta * (share of u) * s_u (collective)."""

@@ -9,7 +9,8 @@ function to each module's output that is the identity forward and adds those inn
 `alignment_n` backward; it saves only what plain training saves, too. The parameters are frozen in
 this pass, so no weight gradient is formed and the pass costs one plain training step: forward,
 input gradients, and one product of a weight gradient's size. z is read from the gradient buffers.
-adapters.py has the inner products of each module class.
+adapters.py has the inner products of each module class. The same hooks can add to sketches of the
+units' gradients (sketch.py), at the cost of one more product of a weight gradient's size.
 
 Tensor parallel: a module whose weight is split gives each rank a partial sum. A module that every
 rank holds whole (a norm) is counted on one rank, or on all ranks if each has its own part of the
@@ -35,8 +36,11 @@ from megatron_dwm.bilevel.adapters import (
     Tangent,
     TensorParallelPosition,
     adapter_for,
+    class_name,
     position_of,
 )
+from megatron_dwm.bilevel.sketch import SketchPlan, UnitSketches
+from megatron_dwm.bilevel.unit_gradients import FORMS
 from megatron_dwm.model import LLM, MicroBatch, forward_backward
 from megatron_dwm.model.passes.micro_batch import as_layers_take
 from megatron_dwm.model.passes.units import Units
@@ -49,6 +53,7 @@ class _Current:
 
     alignment_n: Tensor
     units: list[Units]
+    sketches: UnitSketches | None = None
     micro_batch: int = 0
 
     def __post_init__(self) -> None:
@@ -58,9 +63,21 @@ class _Current:
     def enter(self, micro_batch: int) -> None:
         self.micro_batch = micro_batch
 
-    def alignments(self) -> tuple[Tensor, Units]:
-        units, first = self.units[self.micro_batch], self.firsts[self.micro_batch]
-        return self.alignment_n[first : first + units.count], units
+    def place(self) -> tuple[Units, int]:
+        """Returns the current units, and the number of the first of them in the pass."""
+        return self.units[self.micro_batch], self.firsts[self.micro_batch]
+
+
+@dataclass(frozen=True)
+class Probed:
+    """The result of one pass, on every rank of the replica.
+
+    alignment_n: float32, <z, grad l_u>. sketch_nK: float32, sketches of grad l_u; None unless asked
+    for.
+    """
+
+    alignment_n: Tensor
+    sketch_nK: Tensor | None = None
 
 
 def tangent_probe(
@@ -71,16 +88,34 @@ def tangent_probe(
     `micro_batches` carry the unit objective. Costs one plain training step and one all-reduce of n
     floats over the inner group. Parameters and gradient buffers keep their values.
     """
+    return probe(llm, micro_batches, adapters=adapters).alignment_n
+
+
+def probe(
+    llm: LLM,
+    micro_batches: list[MicroBatch],
+    plan: SketchPlan | None = None,
+    adapters: Mapping[str, Adapter] = ADAPTERS,
+) -> Probed:
+    """As `tangent_probe`; with a `plan` the same pass also sketches the units' gradients.
+
+    The sketches cost one more product of a forward pass's size, and one all-reduce of n K floats.
+    """
     # In the form that the layers take, since the hooks see the layers' tokens.
     units = [batch.units for batch in as_layers_take(llm, micro_batches)]
-    zeros_n = torch.zeros(sum(part.count for part in units), device=llm.runtime.device)
-    current = _Current(zeros_n.requires_grad_(), units)
+    num_units = sum(part.count for part in units)
+    zeros_n = torch.zeros(num_units, device=llm.runtime.device)
+    sketches = None if plan is None else plan.prepare(llm, num_units)
+    current = _Current(zeros_n.requires_grad_(), units, sketches)
     with phase("tangent probe"), _frozen(llm), _hooked(llm, current, adapters):
         forward_backward(llm, micro_batches, denominator=None, on_micro_batch=current.enter)
     alignment_n = current.alignment_n.grad
     assert alignment_n is not None
     dist.all_reduce(alignment_n, group=llm.runtime.inner_group)
-    return alignment_n
+    if sketches is None:
+        return Probed(alignment_n)
+    dist.all_reduce(sketches.values_nK, group=llm.runtime.inner_group)
+    return Probed(alignment_n, sketches.values_nK)
 
 
 @contextmanager
@@ -152,14 +187,30 @@ class _Hook:
         if not torch.is_grad_enabled():  # the first forward pass of activation recomputation
             return output
         kept = args[0] if args else kwargs[self.adapter.input_name]
-        tangent = self.adapter.form(module, kwargs, self.position)
+        backward = self._backward(module, kwargs)
         if isinstance(output, tuple):
-            return (self._probed(output[0], kept, tangent), *output[1:])
-        return self._probed(output, kept, tangent)
+            return (self._probed(output[0], kept, backward), *output[1:])
+        return self._probed(output, kept, backward)
 
-    def _probed(self, output: Tensor, kept: Tensor, tangent: Tangent) -> Tensor:
-        alignment_U, units = self.current.alignments()
-        return _Identity.apply(output, alignment_U, kept, tangent, units)
+    def _probed(self, output: Tensor, kept: Tensor, backward: Tangent) -> Tensor:
+        units, first = self.current.place()
+        alignment_U = self.current.alignment_n[first : first + units.count]
+        return _Identity.apply(output, alignment_U, kept, backward, units)
+
+    def _backward(self, module: Module, kwargs: dict[str, Any]) -> Tangent:
+        """Returns the tangent, which adds to the sketches when it is called, if there are some."""
+        tangent = self.adapter.form(module, kwargs, self.position)
+        sketches = self.current.sketches
+        if sketches is None:
+            return tangent
+        add = FORMS[class_name(module)](module, kwargs, self.position)
+        _, first = self.current.place()
+
+        def both(gradient: Tensor, kept: Tensor, units: Units) -> Tensor:
+            add(sketches, gradient, kept, units, first)
+            return tangent(gradient, kept, units)
+
+        return both
 
 
 class _Identity(torch.autograd.Function):

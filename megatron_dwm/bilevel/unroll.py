@@ -82,6 +82,8 @@ def _refuse(problem: Problem, halves: bool) -> None:
         raise ValueError(
             "bilevel.estimator unroll: supports the token mean only; use tangent_probe"
         )
+    if problem.sketch_size is not None:
+        raise ValueError("bilevel.estimator unroll: forms no sketches; use tangent_probe")
     if halves:
         raise ValueError("bilevel.estimator unroll: measures no signal-to-noise; use tangent_probe")
     if not any(isinstance(module, RMSNorm) for module in problem.llm.modules[0].modules()):

@@ -25,6 +25,7 @@ from megatron_dwm.bilevel.slots import (
     gather_gradient_buffers,
     gather_parameters,
     is_sharded,
+    slice_of_z,
 )
 from megatron_dwm.bilevel.update_rules import UPDATE_RULES, UpdateRule
 from megatron_dwm.model import LLM, invalidate_weight_caches
@@ -81,6 +82,20 @@ class VirtualStep:
             self._pull_back_clipping()
         if is_sharded(self.optimizer):
             gather_gradient_buffers(self.llm)
+
+    @torch.no_grad()
+    def jacobian(self) -> dict[int, Tensor]:
+        """Returns c J at g, the diagonal part of d(step)/dg, for this rank's parameters, by id.
+
+        It leaves out that the clipping factor changes with g. The gradient buffers are overwritten.
+        """
+        for slot, gradient in zip(self.slots, self.gradients, strict=True):
+            ones = slot.gradient.fill_(1.0)
+            ones.copy_(self.rule.pullback(slot, self._clipped(gradient), ones))
+            ones.mul_(self.clip_factor)
+        if is_sharded(self.optimizer):
+            gather_gradient_buffers(self.llm)
+        return {id(p): slice_of_z(p).clone() for p in self.llm.parameters()}
 
     @torch.no_grad()
     def restore_gradient(self) -> None:

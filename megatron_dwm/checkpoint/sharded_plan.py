@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import io
 import queue
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedBase,
@@ -29,17 +26,13 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.base import (
-    StrategyAction,
-    get_default_strategy,
-    register_default_strategy,
-)
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
+
+from megatron_dwm.runtime import releases
 
 BACKEND, VERSION = "torch_dist", 1
 _PartKey = tuple[str, tuple[int, ...]]
@@ -149,17 +142,6 @@ def _key(index: MetadataIndex) -> _PartKey:
     return index.fqn, tuple(index.offset or ())
 
 
-class _KeptCommon(TorchCommonSaveStrategy):
-    """Keeps everything that is no tensor in memory, instead of writing it."""
-
-    def __init__(self) -> None:
-        super().__init__("torch", VERSION)
-        self.kept: StateDict = {}
-
-    def save_common(self, common_state_dict: StateDict, checkpoint_dir: str | Path) -> None:
-        self.kept = common_state_dict
-
-
 class _Planner(TorchDistSaveShardedStrategy):
     """Plans as its base class, but keeps the plan instead of passing it to other processes."""
 
@@ -168,38 +150,23 @@ class _Planner(TorchDistSaveShardedStrategy):
         self.writer: FileSystemWriterAsync | None = None
         self.index: Metadata | None = None
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
+    def _get_save_and_finalize_callbacks(
+        self, writer: Any, save_state_dict_ret: Any, *_: Any
+    ) -> Any:
         self.writer, self.index = writer, save_state_dict_ret[1]
         return AsyncRequest(None, (), [])
 
 
 def _plan(state: ShardedStateDict, directory: Path) -> Planned:
     """Make Megatron-Core's plan, which checks that the ranks' parts cover every tensor once."""
-    planner, common = _Planner(), _KeptCommon()
-    # filesystem_async.py, `_get_write_results_queue`, would start a process for a queue.
+    planner = _Planner()
+    # filesystem_async.py would start a process for a queue.
     filesystem_async._results_queue = queue.Queue()
-    with _common_strategy(common):
-        dist_checkpointing.save(
-            state,
-            str(directory),
-            planner,
-            validate_access_integrity=True,
-            async_sharded_save=True,
-        )
+    sharded, common = save_preprocess(state, validate_access_integrity=True)
+    releases.plan_save(planner, sharded, directory)
     assert planner.writer is not None
     files = [
         RankFile(name, objects, tensors)
         for _, name, (objects, tensors) in planner.writer.write_buckets or []
     ]
-    return Planned(files, planner.index, common.kept)
-
-
-@contextmanager
-def _common_strategy(strategy: TorchCommonSaveStrategy) -> Iterator[None]:
-    """Register the strategy, since dist_checkpointing.save reads it from its registry only."""
-    before = get_default_strategy(StrategyAction.SAVE_COMMON, "torch", VERSION)
-    register_default_strategy(StrategyAction.SAVE_COMMON, "torch", VERSION, strategy)
-    try:
-        yield
-    finally:
-        register_default_strategy(StrategyAction.SAVE_COMMON, "torch", VERSION, before)
+    return Planned(files, planner.index, common)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.config.key import PARTS, SET, Condition, Entry, Part, Values, entries
+from megatron_dwm.config.key import PARTS, SET, SEVERAL, Condition, Entry, Part, Values, entries
 from megatron_dwm.config.schema import Config
 
 
@@ -74,6 +74,8 @@ def _unmet(config: Config, condition: Condition) -> str | None:
 
 def _has(config: Config, name: str, values: Values) -> bool:
     value = _value(config, name)
+    if values == SEVERAL:
+        return value > 1
     return bool(value) if values == SET else value in values
 
 
@@ -98,6 +100,8 @@ def condition_text(alternatives: tuple[Condition, ...]) -> str:
 def _wanted(name: str, values: Values) -> str:
     if values == SET:
         return f"{name} set"
+    if values == SEVERAL:
+        return f"{name} above 1"
     if values == (None,):
         return f"{name} empty"
     return f"{name} {' or '.join(map(_word, values))}"

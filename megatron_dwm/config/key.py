@@ -36,6 +36,10 @@ PARTS: dict[Part, str] = {
     "values": "has no weights of its own for documents",
     "pacing": "has no curriculum",
     "gradient_alignment": "does not weigh by the batch's own alignments",
+    "aligned_steps": "computes no alignments of the batches that it trains on",
+    "redundancy": "chooses nothing one by one",
+    "sampling": "draws nothing from a pool",
+    "pool": "trains on every batch that it reads",
     "mixing": "mixes no target passages into the batches",
 }
 """every part, with the words for a method that lacks it"""
@@ -43,7 +47,10 @@ PARTS: dict[Part, str] = {
 SET: Literal["set"] = "set"
 """stands for every value of another key except an empty one, 0 and false"""
 
-Values = tuple[Any, ...] | Literal["set"]
+SEVERAL: Literal["several"] = "several"
+"""stands for every number above 1 of another key"""
+
+Values = tuple[Any, ...] | Literal["set", "several"]
 Condition = Mapping[str, Values]
 """other keys, each with the values of which it must have one"""
 

@@ -2,7 +2,8 @@
 
 jsonargparse checks types. This file adds: one line for a user's mistake, the nearest known key for
 an unknown one, which keys were set where, the bounds of numbers, `--data.train` with several
-values, as Megatron's --data-path has them, and `--policy.domain_weights web=2 code=0.5`.
+values, as Megatron's --data-path has them, `--policy.domain_weights web=2 code=0.5`, and
+`--data.schedule 0=0.9,0.1 800=0.5,0.5`.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ _OPTIONAL = re.compile(
     r"Does not validate against any of the Union subtypes Subtypes: \[.+, NoneType\] "
     r"Errors: - (.+) - Expected a NoneType Given value type: \w+ Given value: (.*)"
 )
+_NO_INTEGER = re.compile(r"invalid literal for int\(\) with base 10: ('.*')")
 _LIST_KEYS = ("--data.train", "--run.allow_changed")
-_DICT_KEYS = ("--policy.domain_weights",)
+_SCHEDULE = "data.schedule"
+_DICT_KEYS = ("--policy.domain_weights", f"--{_SCHEDULE}")
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,16 @@ def _keys_of_file(file: Path) -> Iterator[str]:
             dotted = f"{section}.{key}"
             if dotted not in known_keys():
                 raise UserError(f"{file}: {unknown_key(dotted)}")
+            if dotted == _SCHEDULE:
+                _check_steps(file, values[key])
             yield dotted
+
+
+def _check_steps(file: Path, points: object) -> None:
+    """Refuse steps that are no whole numbers; jsonargparse would round them."""
+    for step in points if isinstance(points, dict) else ():
+        if type(step) is not int:
+            raise UserError(f"{file}: {_SCHEDULE}: expected whole numbers of steps, got {step!r}")
 
 
 def _join_lists(arguments: Sequence[str]) -> list[str]:
@@ -219,18 +231,20 @@ def _is_json(values: Sequence[str]) -> bool:
 def _as_json(option: str, values: Sequence[str]) -> str:
     if option in _LIST_KEYS:
         return json.dumps(values)
-    found: dict[str, float] = {}
+    of_steps = option[2:] == _SCHEDULE
+    expected = (
+        "STEP=SHARE,SHARE for different steps" if of_steps else "NAME=NUMBER for different names"
+    )
+    found: dict[str, float | list[float]] = {}
     for value in values:
-        name, equals, number = value.rpartition("=")
+        name, equals, text = value.rpartition("=")
         try:
-            assigned = float(number)
+            numbers = [float(number) for number in (text.split(",") if of_steps else [text])]
         except ValueError:
             equals = ""
         if not (name and equals) or name in found:
-            raise UserError(
-                f"{option[2:]}: expected NAME=NUMBER for different names, got '{value}'"
-            )
-        found[name] = assigned
+            raise UserError(f"{option[2:]}: expected {expected}, got '{value}'")
+        found[name] = numbers if of_steps else numbers[0]
     return json.dumps(found)
 
 
@@ -248,6 +262,7 @@ def _one_line(message: str, file: Path | None) -> str:
     text = re.sub(r"Parser key \"([\w.]+)\":", r"\1:", text)
     text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
     text = text.replace("Expected a Literal", "expected one of ")
+    text = _NO_INTEGER.sub(r"Expected a whole number. Got value: \1", text)
     text = _OPTIONAL.sub(r"\1, or null. Got value: \2", text)
     where = f" (from {file} or the command line)" if file else ""
     return text + where

@@ -38,6 +38,10 @@ METHODS: dict[str, Registered] = {
         "weighs by the alignments of the batch itself, at the cost of three more steps each",
         f"{_WEIGHTING}.gradient_alignment:GradientAlignment",
     ),
+    "opus": Registered(
+        "draws every batch from a pool of candidates by their alignments less overlap (OPUS)",
+        f"{_WEIGHTING}.opus:Opus",
+    ),
     "excess_loss": Registered(
         "keeps what a static reference model predicts better (RHO-LOSS; Rho-1 with unit token)",
         f"{_WEIGHTING}.excess_loss:ExcessLoss",

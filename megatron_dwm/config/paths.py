@@ -60,7 +60,7 @@ def is_same_path(key: str, before: Any, now: Any, typed: Mapping[str, Any]) -> b
 def _each(value: Any, change: Callable[[str], str]) -> Any:
     """Apply `change` to a path, or to the prefixes (not the weights) of a `data.train` list."""
     if isinstance(value, list):
-        return [entry if _is_weight(entry) else change(entry) for entry in value]
+        return [entry if is_weight(entry) else change(entry) for entry in value]
     return change(value)
 
 
@@ -68,7 +68,8 @@ def _absolute(path: str) -> str:
     return str(Path(path).absolute())
 
 
-def _is_weight(entry: Any) -> bool:
+def is_weight(entry: str | float) -> bool:
+    """True if this entry of `data.train` is a weight, not a prefix."""
     try:
         float(entry)
     except ValueError:

@@ -50,7 +50,18 @@ class DataConfig:
     """The training data."""
 
     train: list[str | float] = field(default_factory=list)
-    """prefixes of indexed files, or weight prefix weight prefix ..., as Megatron's --data-path"""
+    """prefixes of indexed files, or weight prefix weight prefix ..., as Megatron's --data-path; a
+    prefix that is named twice is one with both shares, so no sample is read twice in an epoch"""
+    schedule: dict[int, list[float]] = field(default_factory=dict)
+    """shares of the prefixes of data.train by step, instead of weights: 0=0.9,0.1 800=0.5,0.5 on
+    the command line; in a file a step and a list of shares on each line. A step is the number of
+    steps before it, so the first is 0. Shares need not have the sum 1; those of the last point stay
+    (docs/blends.md)"""
+    schedule_interpolation: Literal["constant", "linear"] = key(
+        "constant", only={"data.schedule": SET}
+    )
+    """shares between two points of data.schedule: those of the earlier one (constant), or on the
+    line between both (linear)"""
     tokenizer: str | None = None
     """the tokenizer that the data was made with: a SentencePiece model or a tokenizer.json"""
     sequence_length: int = key(1024, TOKENS)

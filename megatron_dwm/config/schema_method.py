@@ -18,10 +18,11 @@ from megatron_dwm.config.bounds import (
     RATE,
     ROWS,
     TEMPERATURE,
+    TOKENS,
     WHOLE_FRACTION,
     WIDTH,
 )
-from megatron_dwm.config.key import SET, key
+from megatron_dwm.config.key import SET, SEVERAL, key
 from megatron_dwm.config.methods import METHODS
 
 PolicyName: TypeAlias = Literal[tuple(METHODS)]  # type: ignore[valid-type]
@@ -68,15 +69,54 @@ class PolicyConfig:
     similarity_layer: int = key(1, LAYERS, part="similarity")
     """layer of the LLM, counted from 1, whose pooled output is compared in addition to the last
     one's (similarity)"""
-    alignment_temperature: float = key(1.0, TEMPERATURE, part="gradient_alignment")
+    alignment_choice: Literal["softmax", "greedy"] = key("softmax", part="gradient_alignment")
+    """softmax: weights follow the alignments; greedy: policy.keep_ratio of the units of a group
+    have equal weights and the others none, chosen one by one by alignment less overlap with those
+    already chosen, as in GREATS (gradient_alignment)"""
+    alignment_temperature: float = key(
+        1.0, TEMPERATURE, part="gradient_alignment", only={"policy.alignment_choice": ("softmax",)}
+    )
     """temperature of the softmax over the alignments, in standard deviations from their mean
     (gradient_alignment)"""
-    alignment_warmup: int = key(50, COUNT, part="gradient_alignment")
-    """LLM steps with uniform weights at first, in which Adam's moments settle
+    alignment_decay: float = key(
+        0.0,
+        FRACTION,
+        part="gradient_alignment",
+        only={"policy.alignment_choice": ("softmax",)},
+    )
+    """fraction of the alignments' running moments that a batch keeps: weights follow alignments in
+    units of their deviation over the batches so far, so that a batch, or group, whose alignments
+    hardly differ has nearly uniform weights; 0 takes each group's own deviation
     (gradient_alignment)"""
-    alignment_interval: int = key(1, COUNT, part="gradient_alignment")
-    """compute alignments, and with them weights, in every how many-th step; the others have uniform
-    weights (gradient_alignment)"""
+    alignment_warmup: int = key(50, COUNT, part="aligned_steps")
+    """LLM steps with uniform weights (opus: random choices) at first, in which Adam's moments
+    settle (gradient_alignment, opus)"""
+    alignment_interval: int = key(1, COUNT, part="aligned_steps")
+    """compute alignments, and with them weights or a choice, in every how many-th step; the others
+    have uniform weights, or a random choice (gradient_alignment, opus)"""
+    redundancy: float = key(1.0, FACTOR, part="redundancy")
+    """how much the overlap with chosen units counts against a unit: factor of eta^2 times the inner
+    product of both units' steps, beside eta times the alignment; 0 switches it off
+    (gradient_alignment, opus)"""
+    overlap_unit: Literal["loss", "deviation"] = key(
+        "loss", part="redundancy", only={"policy.redundancy": SET}
+    )
+    """unit of overlaps: loss: as above and as published, whose size beside the alignments grows
+    with the model and the learning rate; deviation: repeating a chosen unit costs
+    policy.redundancy standard deviations of the alignments (gradient_alignment, opus)"""
+    sketch_size: int = key(8192, COUNT_OR_ZERO, part="redundancy", only={"policy.redundancy": SET})
+    """numbers of the sketch of a unit's step, from which overlaps are computed: their error is
+    1.1 % of the steps' sizes at 8192, and falls with the square root; 0 is exact and takes one for
+    every parameter of the model (gradient_alignment, opus)"""
+    selection_temperature: float = key(0.9, FACTOR, part="sampling")
+    """temperature at which candidates are drawn one by one, in standard deviations of the pool's
+    alignments; 0 always takes the best, a high one draws at random (opus)"""
+    jacobian: Literal["frozen", "exact"] = key("frozen", part="sampling")
+    """frozen: score candidates with Adam's moments and at the parameters that stand; exact: through
+    the virtual step along the pool's gradient, a training pass of the pool more (opus)"""
+    score_tokens: int | None = key(None, TOKENS, part="sampling")
+    """score candidates by their first tokens, this many, at most data.sequence_length; empty means
+    all (opus)"""
     reference: str | None = key(None, part="reference", only={"policy.reference_losses": (None,)})
     """the reference model (excess_loss): a Hugging Face directory (LlamaForCausalLM) or a
     checkpoint, with the LLM's vocabulary"""
@@ -96,7 +136,8 @@ class PolicyConfig:
     """weight of the training loss in the reference's objective, that of the validation loss is 1
     (blade)"""
     keep_ratio: float = key(0.6, FRACTION_ABOVE_ZERO, part="selection")
-    """fraction of the units that carry loss, at least one in a group (excess_loss, blade)"""
+    """fraction of the units that carry loss, at least one in a group (excess_loss, blade;
+    gradient_alignment with alignment_choice greedy)"""
     keep_scope: Literal["group", "sequence"] = key(
         "group", part="selection", only={"weighting.unit": ("token",)}
     )
@@ -153,9 +194,18 @@ class WeightingConfig:
     load: str | None = key(None, part="weighting_model")
     """directory of a weighting model (weighting/stage_K of a run) to start from; its sizes replace
     the four keys below (policy dwm); with encoder own, data.tokenizer must be the tokenizer it was
-    trained with"""
+    trained with; the run itself, or its folder weighting, names the models of all its N stages,
+    which a frozen model takes in turn, each for one Nth of this run"""
     frozen: bool = key(False, part="weighting_model")
     """use the loaded weighting model without updating it"""
+    pool_batches: int = key(1, COUNT, part="pool")
+    """global batches that a step reads, of which it trains on one: samples that the method chooses
+    among all of them; so the run reads this many times as many samples; 1 trains on all"""
+    kept_weights: Literal["equal", "learned"] = key(
+        "equal", part="weighting_model", only={"weighting.pool_batches": SEVERAL}
+    )
+    """weights of the samples that a weighting model keeps of a pool: all 1, so that it only selects
+    (its logits already decided, and nothing is weighed twice), or its weights in the new batch"""
     hidden_size: int = key(32, WIDTH, part="weighting_model", only=_NOT_LOADED)
     """width of the weighting model"""
     num_layers: int = key(

@@ -15,6 +15,7 @@ from megatron_dwm.config.key import number_problems
 from megatron_dwm.config.names import known_keys, nearest_key
 from megatron_dwm.config.schema import Config
 from megatron_dwm.config.validate_profiling import profiling_problems
+from megatron_dwm.config.validate_schedule import schedule_problems
 
 # Properties of a run that several keys decide together: the model's shape.
 _FINGERPRINTS = ("model",)
@@ -77,6 +78,7 @@ def _data(config: Config) -> Iterator[str]:
         yield "data.train: expected at least one prefix of indexed files, got none"
     if config.data.tokenizer is None:
         yield "data.tokenizer: expected the tokenizer model that the data was tokenized with"
+    yield from schedule_problems(config)
 
 
 def _allowed_changes(config: Config) -> Iterator[str]:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.document_counts import document_lengths
 from megatron_dwm.data.domains import check_sidecar, check_tokenizer
 from megatron_dwm.data.prefixes import BlendPart, IndexedFile, parse_blend, read_indexed_file
+from megatron_dwm.data.shares import ReadSteps, shares_of_samples
 
 if TYPE_CHECKING:
     from megatron_dwm.tokenizer import Tokenizer
@@ -23,10 +26,10 @@ if TYPE_CHECKING:
 MAX_EPOCHS = 1000
 
 
-def check_data(config: DataConfig, tokenizer: Tokenizer, num_samples: int) -> None:
+def check_data(config: DataConfig, tokenizer: Tokenizer, *reads: ReadSteps | None) -> None:
     """Check that `config.train` can be read with `tokenizer` at `config.sequence_length`.
 
-    num_samples: number of samples that the run reads.
+    reads: when the samples of each stream of the run are read; None for a stream without any.
 
     Raises:
         UserError: the list is malformed; a file is missing, broken, shorter than one sample or
@@ -39,7 +42,9 @@ def check_data(config: DataConfig, tokenizer: Tokenizer, num_samples: int) -> No
     files = [read_indexed_file(part.prefix) for part in parts]
     for file in files:
         check_length(file, config.sequence_length)
-    _check_epochs(parts, files, config.sequence_length, num_samples)
+    for each in reads:
+        if each is not None:
+            _check_epochs(parts, files, config, each)
     if not config.border_loss:
         _check_labels(files)
     for file in files:
@@ -62,21 +67,21 @@ def check_length(file: IndexedFile, sequence_length: int) -> None:
 
 
 def _check_epochs(
-    parts: list[BlendPart], files: list[IndexedFile], sequence_length: int, num_samples: int
+    parts: list[BlendPart], files: list[IndexedFile], config: DataConfig, reads: ReadSteps
 ) -> None:
-    """Check that no file is read more than `MAX_EPOCHS` times, given its share of the samples."""
-    in_epoch = [file.samples_per_epoch(sequence_length) for file in files]
-    # Without weights the shares follow the sizes.
-    shares = [part.weight or count for part, count in zip(parts, in_epoch, strict=True)]
-    for file, count, share in zip(files, in_epoch, shares, strict=True):
-        wanted = num_samples * share / sum(shares)
+    """Check that no file is read more than `MAX_EPOCHS` times, given its shares of the samples."""
+    in_epoch = [file.samples_per_epoch(config.sequence_length) for file in files]
+    shares = shares_of_samples(config, parts, in_epoch, reads)
+    [wanted_P] = shares.before(np.array([reads.num_samples]))
+    has_shares = "share in data.schedule" if config.schedule else "weight in data.train"
+    for file, count, wanted in zip(files, in_epoch, wanted_P, strict=True):
         if wanted > MAX_EPOCHS * count:
             raise UserError(
                 f"{file.bin_path}: {file.num_tokens} tokens are {count} samples of "
-                f"data.sequence_length {sequence_length}, of which the run reads {wanted:.0f}, "
-                f"each {wanted / count:.0f} times, expected at most {MAX_EPOCHS}; give a smaller "
-                "data.sequence_length, training.global_batch_size or training.steps, a smaller "
-                "weight in data.train, or more text"
+                f"data.sequence_length {config.sequence_length}, of which the run reads "
+                f"{wanted:.0f}, each {wanted / count:.0f} times, expected at most {MAX_EPOCHS}; "
+                "give a smaller data.sequence_length, training.global_batch_size, training.steps "
+                f"or weighting.pool_batches, a smaller {has_shares}, or more text"
             )
 
 

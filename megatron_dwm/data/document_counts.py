@@ -18,11 +18,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_dwm.config import Config
 from megatron_dwm.data.prefixes import IndexedFile, parse_blend, read_indexed_file
+from megatron_dwm.data.shares import shares_of_run
 
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentCounts:
-    """Means over the training data.
+    """Means over what the run reads of the training data.
 
     units_per_row: units in a sample.
     attended_tokens: the length of whole rows with the same attention FLOPs a token; None if
@@ -48,10 +49,8 @@ def document_counts(config: Config) -> DocumentCounts:
     parts = parse_blend(config.data.train)
     files = [read_indexed_file(part.prefix) for part in parts]
     means = [_means(file, config.data.sequence_length) for file in files]
-    shares = [
-        file.num_tokens if part.weight is None else part.weight
-        for part, file in zip(parts, files, strict=True)
-    ]
+    tokens = [file.num_tokens for file in files]
+    shares = shares_of_run(config.data, parts, tokens, config.training.steps)
     pieces, attended = np.average(means, axis=0, weights=shares)
     return DocumentCounts(
         units_per_row=float(pieces) if are_units else 1.0,

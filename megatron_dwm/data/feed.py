@@ -3,18 +3,22 @@
 A thread reads the next training batch while the step computes. Results do not depend on it: a batch
 follows from its number alone, so resuming or skipping a step needs no special care. Cost: one
 training batch of this replica in host memory.
+
+A step may have a pool: `pool_batches` global batches, of which it trains on one, chosen from their
+rows. Then this replica's part of the pool is what is read ahead, and the chosen rows are read by
+their numbers, since they may come from the parts of other replicas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Thread
 
 import torch
 
 from megatron_dwm.data.batch import Batch
-from megatron_dwm.data.sources import Origins, Source
+from megatron_dwm.data.sources import ChosenSource, CorpusSource, Origins, Source
 from megatron_dwm.data.validation import ValidationSet
 from megatron_dwm.model.passes.micro_batches import rows_of_replica
 
@@ -74,6 +78,7 @@ class Feed:
         *,
         steps: int,
         device: torch.device,
+        pool_batches: int = 1,
         updates: Source | None = None,
         target: ValidationSet | None = None,
         passages: int = 0,
@@ -81,22 +86,25 @@ class Feed:
         """Open the feed.
 
         steps: number of batches of `training` that the run reads.
+        pool_batches: global batches in one batch of `training`; above 1 that is the pool of a step.
         updates: batches of fresh updates; None if updates use the step's batch.
         target: passages for validation batches of at most `passages` rows each.
         """
         self._training, self._share, self._steps = training, share, steps
         self._device, self._updates, self._target = device, updates, target
+        self.pool_batches = pool_batches
+        self._chosen: tuple[int, ChosenSource] | None = None
         # A batch never has a row of the target twice.
         self.passages = passages if target is None else min(passages, target.num_rows)
         self._ahead: _ReadAhead | None = None
 
     @property
     def global_batch_size(self) -> int:
-        """Samples in one step, over all replicas."""
-        return self._training.size
+        """Samples that one step trains on, over all replicas."""
+        return self._training.size // self.pool_batches
 
     def training(self, step: int) -> Batch:
-        """Returns the batch of step `step` (from 0), and starts to read the next one."""
+        """Returns the batch of step `step` (from 0), or its pool; starts to read the next one."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead.step == step:
             batch = ahead.result()
@@ -105,6 +113,17 @@ class Feed:
         if step + 1 < self._steps:
             self._ahead = _ReadAhead(step + 1, self._read_training)
         return batch.to(self._device)
+
+    def chosen(self, step: int, rows: Sequence[int]) -> Batch:
+        """Returns this replica's part of a batch of rows chosen from the pool of step `step`.
+
+        rows: numbers of the rows in the pool, for all replicas.
+        """
+        assert isinstance(self._training, CorpusSource), "pools are of the corpus"
+        source = self._training.chosen(step, rows)
+        self._chosen = (step, source)
+        mine = self._share.rows(len(rows))
+        return source.rows(mine.start, mine.stop).to(self._device)
 
     def update(self, number: int) -> Batch:
         """Returns the batch of weighting update `number` (from 0), if updates read their own."""
@@ -134,8 +153,14 @@ class Feed:
         return batch.rows(rows.start, rows.stop).to(self._device)
 
     def origins(self, step: int) -> Origins:
-        """Returns the origins of the global batch of step `step`; reads no token."""
-        return self._training.origins(step)
+        """Returns the origins of the global batch of step `step`; reads no token.
+
+        With pools it is that of the last step whose rows were chosen.
+        """
+        if self.pool_batches == 1:
+            return self._training.origins(step)
+        assert self._chosen is not None and self._chosen[0] == step, step
+        return self._chosen[1].origins()
 
     def update_origins(self, number: int) -> Origins:
         """Returns the origins of the global batch of update `number`."""
@@ -143,7 +168,7 @@ class Feed:
         return self._updates.origins(number)
 
     def sample_range(self, step: int) -> range:
-        """Returns the numbers of the corpus samples in the global batch of step `step`."""
+        """Returns the numbers of the corpus samples in the batch or the pool of step `step`."""
         return self._training.sample_range(step)
 
     def _read_training(self, step: int) -> Batch:

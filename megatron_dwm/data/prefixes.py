@@ -1,7 +1,9 @@
 """Indexed files on disk: finds those that a configuration names, and checks that they are usable.
 
 `data.train` is a list of prefixes, or `weight prefix weight prefix ...`, as Megatron's
-`--data-path`. A prefix stands for `PREFIX.bin` (tokens) and `PREFIX.idx` (files/index_format.py).
+`--data-path`. A prefix that is named twice is one part of the blend with the sum of the shares, so
+that none of its samples is read again before all were read; Megatron would read the same samples
+for both. A prefix stands for `PREFIX.bin` (tokens) and `PREFIX.idx` (files/index_format.py).
 Only the header and the last entries of the .idx file are read here, so the cost does not depend on
 the size of the data.
 """
@@ -32,7 +34,9 @@ class BlendPart:
 
     prefix: str
     weight: float | None
-    """None if the configuration has no weights; the share is then in proportion to the size"""
+    """None if `data.train` has no weights; the share is then in proportion to the size"""
+    places: tuple[int, ...]
+    """where the list of prefixes names it, from 0; several if it does so more than once"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,38 +70,45 @@ class IndexedFile:
 
 
 def parse_blend(train: Sequence[str | float]) -> list[BlendPart]:
-    """Returns the parts of `data.train`, in order.
+    """Returns the parts of `data.train`, in order, one for each prefix.
 
     Raises:
-        UserError: the list is empty, weights and prefixes do not alternate, a weight is not a
-            positive number, or a prefix is named twice.
+        UserError: the list is empty, weights and prefixes do not alternate, or a weight is not a
+            positive number.
     """
     entries = [str(entry) for entry in train]
     if not entries:
         raise UserError("data.train is empty: name at least one prefix of PREFIX.bin/PREFIX.idx")
     weighted = any(_number(entry) is not None for entry in entries)
-    parts = _weighted(entries) if weighted else [BlendPart(prefix=e, weight=None) for e in entries]
-    prefixes = [part.prefix for part in parts]
-    for prefix in prefixes:
-        if prefixes.count(prefix) > 1:
-            raise UserError(f"data.train names {prefix} twice: name it once, with a larger weight")
-    return parts
+    named = _weighted(entries) if weighted else [(prefix, None) for prefix in entries]
+    places: dict[str, list[int]] = {}
+    for place, (prefix, _) in enumerate(named):
+        places.setdefault(prefix, []).append(place)
+    return [
+        BlendPart(
+            prefix=prefix,
+            weight=sum(named[place][1] or 0.0 for place in found) if weighted else None,
+            places=tuple(found),
+        )
+        for prefix, found in places.items()
+    ]
 
 
-def _weighted(entries: list[str]) -> list[BlendPart]:
+def _weighted(entries: list[str]) -> list[tuple[str, float | None]]:
+    """Returns every prefix with its weight."""
     expected = "expected weights and prefixes in turn (0.3 A 0.7 B), or prefixes alone"
     if len(entries) % 2 == 1:
         raise UserError(
             f"data.train has {len(entries)} entries with weights among them: {expected}"
         )
-    parts = []
+    parts: list[tuple[str, float | None]] = []
     for weight_text, prefix in zip(entries[::2], entries[1::2], strict=True):
         weight = _number(weight_text)
         if weight is None or _number(prefix) is not None:
             raise UserError(f"data.train has '{weight_text} {prefix}' as a pair: {expected}")
         if not (weight > 0 and np.isfinite(weight)):
             raise UserError(f"data.train gives {prefix} the weight {weight_text}: must be above 0")
-        parts.append(BlendPart(prefix=prefix, weight=weight))
+        parts.append((prefix, weight))
     return parts
 
 

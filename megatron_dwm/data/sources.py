@@ -5,6 +5,7 @@ A source has no state, so a resumed run reads the same batches as one that was n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -71,18 +72,43 @@ class CorpusSource:
 
     def origins(self, number: int, count: int | None = None) -> Origins:
         """Returns the origins of batch `number`."""
-        found = self.data.origins(self.sample_range(number)[:count])
-        return Origins(
-            sample_ids_U=torch.tensor(found.samples, dtype=torch.int64),
-            document_ids_U=torch.tensor(found.documents, dtype=torch.int64),
-            tokens_U=torch.tensor(found.tokens, dtype=torch.int64),
-            domains=tuple(found.domains),
-            numberings=(self.numbering,) * len(found.samples),
-        )
+        return _origins(self.data, self.sample_range(number)[:count], self.numbering)
 
     def sample_range(self, number: int) -> range:
         """Returns the numbers of the samples in batch `number`."""
         return range(number * self.size, (number + 1) * self.size)
+
+    def chosen(self, number: int, rows: Sequence[int]) -> ChosenSource:
+        """Returns the batch of these rows of batch `number`, in this order."""
+        samples = self.sample_range(number)
+        return ChosenSource(self.data, tuple(samples[row] for row in rows))
+
+
+@dataclass(frozen=True)
+class ChosenSource:
+    """One batch: the samples of the training data with these numbers."""
+
+    data: TrainingData
+    samples: tuple[int, ...]
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Returns rows `start` to `stop - 1`, on the CPU."""
+        return self.data.batch(self.samples[start:stop])
+
+    def origins(self) -> Origins:
+        """Returns the origins of the batch; reads no token."""
+        return _origins(self.data, self.samples, "training")
+
+
+def _origins(data: TrainingData, samples: Sequence[int], numbering: Numbering) -> Origins:
+    found = data.origins(samples)
+    return Origins(
+        sample_ids_U=torch.tensor(found.samples, dtype=torch.int64),
+        document_ids_U=torch.tensor(found.documents, dtype=torch.int64),
+        tokens_U=torch.tensor(found.tokens, dtype=torch.int64),
+        domains=tuple(found.domains),
+        numberings=(numbering,) * len(found.samples),
+    )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ made longer or split over another number of processes reads the same samples.
 
 * One prefix: epoch after epoch of its samples, each shuffled by a hash of (seed, purpose, index of
   the prefix, number of the epoch).
-* Several: a blend of their streams (blend.py).
+* Several: a blend of their streams (blend.py). With shares by step (`data.schedule`), sample k also
+  depends on the steps at which the samples up to k are read.
 
 Cost: rank 0 builds the indices of all epochs once. A sample then costs a binary search per document
 and a copy of its tokens from the mapped file.
@@ -44,6 +45,7 @@ from megatron_dwm.data.pieces import (
     piece_numbers,
 )
 from megatron_dwm.data.prefixes import IndexedFile, parse_blend, read_indexed_file
+from megatron_dwm.data.shares import ReadSteps, shares_of_samples
 from megatron_dwm.data.token_losses import TokenLosses
 from megatron_dwm.data.values import DocumentValues
 
@@ -169,6 +171,7 @@ class TrainingData:
         num_samples: int,
         cache_dir: Path,
         purpose: str = "training",
+        read_at: ReadSteps | None = None,
         rules: DocumentRules = ROWS,
         values: DocumentValues | None = None,
         token_losses: TokenLosses | None = None,
@@ -182,6 +185,7 @@ class TrainingData:
             num_samples: number of samples that may be read, over all steps and ranks.
             cache_dir: directory of the index cache if `config.cache_dir` is empty.
             purpose: another purpose gives another, independent order of the same data.
+            read_at: when samples are read; only `config.schedule` needs it.
             rules: how documents inside a sample are told apart.
             values: those that batches carry; None if the method reads none.
             token_losses: a reference's, which batches carry; None if the method reads none.
@@ -207,7 +211,8 @@ class TrainingData:
         documents = [stream.file.num_documents for stream in self._streams]
         self._first_document = np.concatenate([[0], np.cumsum(documents)])
         per_epoch = [stream.samples_per_epoch for stream in self._streams]
-        self._blend = Blend(parts, per_epoch, num_samples, self._cache_dir)
+        shares = shares_of_samples(config, parts, per_epoch, read_at)
+        self._blend = Blend(shares, num_samples, self._cache_dir)
         on_first_rank(self._build)
 
     @property
@@ -235,8 +240,10 @@ class TrainingData:
             sample_ids_B=torch.tensor(list(sample_ids), dtype=torch.int64),
             document_ids_U=torch.tensor(origins.documents, dtype=torch.int64),
             domains=tuple(origins.domains),
-            values_U=self._unit_values(sample_ids, pieces),
-            reference_losses_BS=self._reference_losses(located, loss_mask_BS),
+            values_U=_unit_values(self._values, self._rules, located, pieces),
+            reference_losses_BS=_label_losses(
+                self._token_losses, self._streams, located, loss_mask_BS
+            ),
             borders_BS=numbers_BS if self._rules.stop_attention else None,
             units_BS=numbers_BS if self._rules.are_units else None,
             equal_shares=self._rules.equal_shares,
@@ -271,28 +278,6 @@ class TrainingData:
                 found.tokens.append(tokens)
         return found
 
-    def _unit_values(self, sample_ids: Sequence[int], pieces: Sequence[RowPieces]) -> Tensor | None:
-        if self._values is None:
-            return None
-        of_prefixes = self._values.of_prefixes
-        found = [
-            row.unit_values(self._rules, of_prefixes[self._locate(sample_id)[0]])
-            for sample_id, row in zip(sample_ids, pieces, strict=True)
-        ]
-        return torch.from_numpy(np.concatenate(found).astype(np.float32))
-
-    def _reference_losses(
-        self, located: Sequence[tuple[int, int]], loss_mask_BS: Tensor
-    ) -> Tensor | None:
-        if self._token_losses is None:
-            return None
-        rows = [
-            self._token_losses.of_prefixes[prefix][self._streams[prefix].label_places(position)]
-            for prefix, position in located
-        ]
-        # What does not count may be the first token of a document, which has no loss.
-        return torch.from_numpy(np.stack(rows)).where(loss_mask_BS > 0, 0.0)
-
     def _locate(self, sample_id: int) -> tuple[int, int]:
         """Returns a sample's prefix, and its position in the stream of that prefix."""
         assert 0 <= sample_id < self.num_samples, (sample_id, self.num_samples)
@@ -302,3 +287,40 @@ class TrainingData:
         self._blend.build()
         for stream, count in zip(self._streams, self._blend.samples_by_prefix(), strict=True):
             stream.build(count)
+
+
+_Located = Sequence[tuple[int, int]]
+"""the prefix of every sample, and its position in the stream of that prefix"""
+
+
+def _unit_values(
+    values: DocumentValues | None,
+    rules: DocumentRules,
+    located: _Located,
+    pieces: Sequence[RowPieces],
+) -> Tensor | None:
+    """Returns float32 [n], the values of the units of all samples."""
+    if values is None:
+        return None
+    found = [
+        row.unit_values(rules, values.of_prefixes[prefix])
+        for (prefix, _), row in zip(located, pieces, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(found).astype(np.float32))
+
+
+def _label_losses(
+    losses: TokenLosses | None,
+    streams: Sequence[_PrefixStream],
+    located: _Located,
+    loss_mask_BS: Tensor,
+) -> Tensor | None:
+    """Returns float32 [B, S], the reference's losses of the labels; 0 where none counts."""
+    if losses is None:
+        return None
+    rows = [
+        losses.of_prefixes[prefix][streams[prefix].label_places(position)]
+        for prefix, position in located
+    ]
+    # What does not count may be the first token of a document, which has no loss.
+    return torch.from_numpy(np.stack(rows)).where(loss_mask_BS > 0, 0.0)

@@ -2,11 +2,11 @@
 
     F(x) = the fraction of the training tokens in units of value x or less
 
-A prefix of a blend counts by its share. Where documents are the units, x is the document's value.
-Where rows are, it is the mean over a row's tokens, whose distribution is narrower: documents in a
-random order are cut into rows, as in an epoch, up to 65,536 of a prefix. F is then within 0.002 of
-that of all rows (one standard deviation). Cost, once: a sort of the units, and some tens of bytes a
-document while it runs.
+A prefix of a blend counts by its share, under a schedule by the mean of its shares over the run.
+Where documents are the units, x is the document's value. Where rows are, it is the mean over a
+row's tokens, whose distribution is narrower: documents in a random order are cut into rows, as in
+an epoch, up to 65,536 of a prefix. F is then within 0.002 of that of all rows (one standard
+deviation). Cost, once: a sort of the units, and some tens of bytes a document while it runs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.document_counts import document_lengths
 from megatron_dwm.data.prefixes import parse_blend, read_indexed_file
+from megatron_dwm.data.shares import shares_of_run
 from megatron_dwm.data.values import DocumentValues
 
 _MAX_ROWS = 1 << 16
@@ -42,18 +43,19 @@ class Quantiles:
 
 
 def quantiles(
-    data: DataConfig, values: DocumentValues, *, are_documents: bool, seed: int
+    data: DataConfig, values: DocumentValues, *, steps: int, are_documents: bool, seed: int
 ) -> Quantiles:
     """Returns the distribution over documents, or over rows of `data.sequence_length` tokens.
 
-    seed: of the documents' random order.
+    steps: of the run. seed: of the documents' random order.
     """
+    parts = parse_blend(data.train)
+    lengths = [document_lengths(read_indexed_file(part.prefix)) for part in parts]
+    shares = shares_of_run(data, parts, [int(each.sum()) for each in lengths], steps)
     found, sizes = [], []
-    for part, values_D in zip(parse_blend(data.train), values.of_prefixes, strict=True):
-        lengths_D = document_lengths(read_indexed_file(part.prefix))
+    for share, lengths_D, values_D in zip(shares, lengths, values.of_prefixes, strict=True):
         kept = np.flatnonzero(lengths_D)
         values_D, lengths_D = values_D[kept], lengths_D[kept]
-        share = float(lengths_D.sum()) if part.weight is None else part.weight
         if not are_documents:
             order = np.random.default_rng(seed).permutation(len(kept))
             enough = np.searchsorted(np.cumsum(lengths_D[order]), _MAX_ROWS * data.sequence_length)

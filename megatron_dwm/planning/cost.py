@@ -29,6 +29,8 @@ class Cost:
     weighing: the weighting model on the batches of steps, from its first update on, or from the
         start if it was loaded.
     reading: the LLM's forward pass that the weights wait for.
+    pool_passes: the LLM's passes over the pools that batches are chosen from.
+    pool_scores: the method's own part of scoring them.
     updates: the LLM's passes of weighting updates.
     noise: one more such pass in every bilevel.noise_interval_updates-th update.
     learning: the weighting model's own part of updates.
@@ -40,6 +42,8 @@ class Cost:
     recompute: float
     weighing: float
     reading: float
+    pool_passes: float
+    pool_scores: float
     updates: float
     noise: float
     learning: float
@@ -49,7 +53,8 @@ class Cost:
     @property
     def weighting(self) -> float:
         """FLOPs a step that plain training does not have."""
-        return self.weighing + self.reading + self.updates + self.noise + self.learning
+        of_pools = self.pool_passes + self.pool_scores
+        return of_pools + self.weighing + self.reading + self.updates + self.noise + self.learning
 
     @property
     def share(self) -> float:
@@ -69,8 +74,8 @@ class Cost:
         llm = self.llm + self.recompute
         weighting = 0.0
         if not plain:
-            llm += self.reading + self.updates + self.noise
-            weighting = self.weighing + self.learning
+            llm += self.reading + self.pool_passes + self.updates + self.noise
+            weighting = self.weighing + self.pool_scores + self.learning
         seconds = llm / gpu.peak_flops(precision)
         seconds += weighting / gpu.peak_flops(self.weighting_precision)
         return seconds / (gpus * mfu)
@@ -97,6 +102,8 @@ def cost_of(config: Config, shape: LlamaShape, workload: Workload) -> Cost:
         recompute=recompute,
         weighing=costs.weighing * weighed,
         reading=costs.extra_forward * weighed,
+        pool_passes=costs.pool_passes * costs.pools(steps) / steps,
+        pool_scores=costs.pool_scores * costs.pools(steps) / steps,
         updates=(num_updates * passes + weighed_updates * costs.extra_forward) / steps,
         noise=costs.measurements(num_updates) * (costs.noise + recompute) / steps,
         learning=(num_updates * costs.learning + weighed_updates * costs.weighing) / steps,

@@ -3,7 +3,8 @@
     always    weights, gradient buffers, optimizer state, FP8 copies, weighting model
     step      always + activations + tensors that the backward pass works on
     update    step + the virtual step's copies (bilevel/virtual_step.py): g, and theta if no fp32
-              main parameters hold that copy
+              main parameters hold that copy; and, for sketches of the units' steps, the Jacobian,
+              buckets and signed factors (bilevel/sketch.py), and the sketches
     weighting always + activations of the weighting model, after the LLM's are freed; they are those
               of one micro-batch, because weighting/encoding.py encodes one at a time
 
@@ -34,6 +35,8 @@ _MOMENTS = 2 * _FP32
 # AdamW's two moments, the parameters, and the gradient, the sum and the last update's gradient. A
 # frozen model is only its parameters.
 _WEIGHTING_BYTES = _MOMENTS + 4 * _FP32
+# The Jacobian, a signed factor and a bucket for every parameter.
+_SKETCHING_BYTES = 12
 # Both orientations of a weight in FP8; mxfp8 has a scale for every 32 values.
 _FP8_COPIES = {"delayed": 2.0, "tensorwise": 2.0, "blockwise": 2.0, "mxfp8": 2.0 * 33 / 32}
 
@@ -51,6 +54,7 @@ class Memory:
     activations: float
     working: float
     virtual_step: float
+    sketches: float
     weighting_activations: float
 
     @property
@@ -67,7 +71,8 @@ class Memory:
     @property
     def update(self) -> float:
         """Peak bytes of a weighting update; those of a step if the method does not learn."""
-        return max(self.step + self.virtual_step, self.always + self.weighting_activations)
+        of_passes = self.step + self.virtual_step + self.sketches
+        return max(of_passes, self.always + self.weighting_activations)
 
     def rows(self) -> dict[str, float]:
         """Returns the bytes of every part, and the two peaks, by name."""
@@ -110,9 +115,26 @@ def stage_memory(
         reference=reference,
         activations=_activations(config, shape, world_size, stage, on_gpu),
         working=_working(config, shape, found, on_gpu),
-        virtual_step=copies if learns(config) else 0.0,
+        virtual_step=copies if learns(config) or _aligns_exactly(config) else 0.0,
+        sketches=_sketch_bytes(config, shape, found, replicas),
         weighting_activations=_weighting_activations(config, weighting, world_size, kernels),
     )
+
+
+def _aligns_exactly(config: Config) -> bool:
+    """True if pools are scored through a virtual step."""
+    parts = method_class(config).parts(config)
+    return "sampling" in parts and config.policy.jacobian == "exact"
+
+
+def _sketch_bytes(config: Config, shape: LlamaShape, found: RankParameters, replicas: int) -> float:
+    """Returns the bytes of sketching the units' steps, a sample each, in one update or pool."""
+    policy, method = config.policy, method_class(config)
+    if "redundancy" not in method.parts(config) or not policy.redundancy:
+        return 0.0
+    samples = method.pool_batches(config) * config.training.global_batch_size / replicas
+    size = policy.sketch_size or shape.num_parameters()
+    return _SKETCHING_BYTES * found.total + _FP32 * samples * size
 
 
 def weighting_parameters(shape: WeightingShape | None) -> int:

@@ -12,8 +12,9 @@ scatter.
               message for every model chunk
     weighting the weighting model's own gradient, over all ranks
 
-The busiest stage is counted. Left out are scalars and alignments, and what the weighting model
-reads: pooled vectors inside a replica or over all of them, features of an early layer (below 1 %).
+The busiest stage is counted. Left out are scalars, alignments and sketches, and what the weighting
+model reads: pooled vectors inside a replica or over all of them, features of an early layer (below
+1 %). So are the passes over pools (weighting/pool.py), whose FLOPs cost.py counts.
 """
 
 from __future__ import annotations

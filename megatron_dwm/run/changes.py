@@ -12,6 +12,7 @@ from megatron_dwm.checkpoint.fingerprint import DOMAINS, VALUES
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.paths import PATH_KEYS, is_same_path
 from megatron_dwm.weighting import method_class
+from megatron_dwm.weighting.loaded import stage_directories
 
 _ALLOWED_BY = {
     DOMAINS: ("data.train", "data.domain_key"),
@@ -76,6 +77,8 @@ def without_effect(old: Config, new: Config) -> list[str]:
     before, now = _flat(old), _flat(new)
     if old.policy.name != new.policy.name:  # the new one's weighting model has no state yet
         before["weighting.load"] = now["weighting.load"]
+    if new.weighting.load is not None and len(stage_directories(new)) > 1:
+        before["weighting.load"] = now["weighting.load"]  # each stage takes its model from there
     return [key for key in _STARTS_FROM if not is_same_path(key, before[key], now[key], {})]
 
 

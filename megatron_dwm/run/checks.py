@@ -12,6 +12,7 @@ from megatron_dwm.run.inputs import (
     open_model_and_tokenizer,
     open_target,
 )
+from megatron_dwm.run.reads import training_reads, update_reads
 from megatron_dwm.run.reference import check_reference
 from megatron_dwm.runtime import world_size_from_environment
 from megatron_dwm.runtime.profiling import check_profiling
@@ -26,7 +27,7 @@ def check(config: Config) -> RunInputs:
     validate_config(config, heads_of(shape), world_size)
     check_method(config, shape.num_layers, world_size)
     check_profiling(config.profiling)
-    check_data(config.data, tokenizer, _num_samples(config))
+    check_data(config.data, tokenizer, training_reads(config), update_reads(config))
     values = method_class(config).document_values(config)
     target = open_target(config, tokenizer)
     held_out = open_held_out(config, tokenizer)
@@ -41,10 +42,3 @@ def check(config: Config) -> RunInputs:
         values=values,
         token_losses=method_class(config).token_losses(config),
     )
-
-
-def _num_samples(config: Config) -> int:
-    """Returns the number of samples that steps read, or fresh updates if those read more."""
-    schedule = method_class(config).schedule(config)
-    updates = schedule.num_updates if schedule.fresh else 0
-    return max(config.training.steps, updates) * config.training.global_batch_size

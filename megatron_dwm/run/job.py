@@ -12,7 +12,9 @@ from megatron_dwm.config import Config
 from megatron_dwm.data import CorpusSource, Feed, Share, TrainingData
 from megatron_dwm.data.document_counts import document_counts
 from megatron_dwm.data.pieces import document_rules
+from megatron_dwm.data.shares import ReadSteps
 from megatron_dwm.run.inputs import RunInputs
+from megatron_dwm.run.reads import training_reads, update_reads
 from megatron_dwm.run.reference import Reference, build_reference
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.training import Learner, build_learner
@@ -102,14 +104,14 @@ def load_job(job: Job, parts: Parts, directory: Path) -> None:
 def build_feed(config: Config, learner: Learner, inputs: RunInputs) -> Feed:
     """Build the batches that the steps and updates of the run read; a collective call."""
     method, size = method_class(config), config.training.global_batch_size
-    schedule = method.schedule(config)
     updates = None
-    if schedule.num_updates and schedule.fresh:
+    if (reads := update_reads(config)) is not None:
         # The same documents in another order, so that weighting updates never change what the LLM
         # reads.
-        data = _corpus(config, inputs, schedule.num_updates, "weighting")
+        data = _corpus(config, inputs, reads, "weighting")
         updates = CorpusSource(data, size, "update")
-    corpus = CorpusSource(_corpus(config, inputs, config.training.steps, "training"), size)
+    pools = method.pool_batches(config)
+    corpus = CorpusSource(_corpus(config, inputs, training_reads(config), "training"), size * pools)
     runtime = learner.runtime
     return Feed(
         method.training_source(config, corpus, inputs.target),
@@ -121,20 +123,22 @@ def build_feed(config: Config, learner: Learner, inputs: RunInputs) -> Feed:
         ),
         steps=config.training.steps,
         device=runtime.device,
+        pool_batches=pools,
         updates=updates,
         target=inputs.target,
         passages=config.passages,
     )
 
 
-def _corpus(config: Config, inputs: RunInputs, batches: int, purpose: str) -> TrainingData:
+def _corpus(config: Config, inputs: RunInputs, reads: ReadSteps, purpose: str) -> TrainingData:
     return TrainingData(
         config.data,
         eod_id=inputs.tokenizer.eod_id,
         seed=config.run.seed,
-        num_samples=batches * config.training.global_batch_size,
+        num_samples=reads.num_samples,
         cache_dir=Path(config.run.dir) / INDEX_CACHE,
         purpose=purpose,
+        read_at=reads,
         rules=document_rules(config),
         values=inputs.values,
         token_losses=inputs.token_losses,

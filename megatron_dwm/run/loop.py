@@ -21,6 +21,7 @@ from megatron_dwm.config import Config
 from megatron_dwm.run import limits
 from megatron_dwm.run.job import Job
 from megatron_dwm.run.reporter import Reporter
+from megatron_dwm.run.step_batch import step_batch
 from megatron_dwm.run.upkeep import Upkeep
 from megatron_dwm.runtime.profiling import Window, phase
 from megatron_dwm.training import (
@@ -128,12 +129,13 @@ class Loop:
     def _outcome(self, upper: UpperLevel | None) -> StepOutcome:
         """Run the next step and return its outcome."""
         job, state = self._job, self._state
+        job.method.before_step(state)
         weighed = job.method.weighs(state)
         with phase("step"):
             outcome = train_step(
                 job.learner,
                 job.method,
-                job.feed.training(state.step),
+                step_batch(job),
                 state,
                 upper=upper,
                 largest_loss=limits.largest_loss(self._config.training, state.mean_loss),
@@ -182,5 +184,6 @@ class Loop:
             passages=self._job.feed.validation(updates, halves=measure_noise),
             measure_noise=measure_noise,
             estimator=bilevel.estimator,
+            sketch_size=self._job.method.sketch_size,
             inner_optimizer=bilevel.inner_optimizer,
         )

@@ -16,6 +16,8 @@ import torch
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode
 
+from megatron_dwm.runtime import releases
+
 _CPU = torch.device("cpu")
 
 
@@ -71,6 +73,7 @@ def _replace_functions() -> None:
     cuda.current_device = lambda: _CPU
     cuda.synchronize = lambda *_, **__: None
     cuda.empty_cache = lambda: None
+    releases.redirect_streams(cuda)
     # For CudaRNGStatesTracker and CheckpointFunction in tensor_parallel/random.py: the CPU's
     # generator takes the place of CUDA's.
     cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()

@@ -28,6 +28,7 @@ DLPROF_MODULE = "nvidia_dlprof_pytorch_nvtx"
 
 Phase = Literal[
     "step",
+    "pool",
     "weighted gradient",
     "optimizer step",
     "weighting update",

@@ -110,5 +110,6 @@ def _require_whole_documents(pool: Pool) -> None:
     if header.num_sequences != int(np.count_nonzero(pool.tokens_D)):
         raise UserError(
             f"{pool.dataset.paths.idx}: has documents of several sequences, which training "
-            "shuffles apart, so that their losses depend on the order; write one a document"
+            "shuffles apart, so that a token's loss depends on the order; write one sequence a "
+            "document"
         )

@@ -35,12 +35,14 @@ class UpperLevel:
     passages: this replica's passages of the target.
     measure_noise: also compute the alignments of both halves of them, the even and the odd rows.
     estimator, inner_optimizer: as in `bilevel.*`.
+    sketch_size: of the sketches of the units' steps; None: there are none.
     """
 
     passages: Batch
     measure_noise: bool = False
     estimator: str = "tangent_probe"
     inner_optimizer: InnerOptimizer = "adam"
+    sketch_size: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,7 @@ class UpdateResult:
     noise: signal-to-noise of the alignments; None if it was not measured.
     units: losses at theta and weights of this replica's units, before the update.
     train_loss: mean of those losses over the global batch.
+    learning_rate: eta of the virtual step.
     weighs_step: the weights are those that follow from the alignments, of the step itself.
     """
 
@@ -58,13 +61,18 @@ class UpdateResult:
     update: WeightingUpdate
     units: WeighedUnits
     train_loss: float
+    learning_rate: float
     weighs_step: bool = False
 
     @property
     def outputs(self) -> ForwardOutputs:
-        """Losses and alignments, as a method that weighs by them takes them."""
-        alignment_n = self.hypergradient.alignment_n
-        return ForwardOutputs(losses_n=self.units.losses_n, alignment_n=alignment_n)
+        """Losses, alignments and overlaps, as a method that weighs by them takes them."""
+        sketch_nK = self.hypergradient.sketch_nK
+        return ForwardOutputs(
+            losses_n=self.units.losses_n,
+            alignment_n=self.hypergradient.alignment_n,
+            overlap_nK=None if sketch_nK is None else sketch_nK * self.learning_rate**0.5,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +177,7 @@ def _hypergradient(
         val_batch=upper.passages,
         micro_batch_size=learner.micro_batch_size,
         inner=upper.inner_optimizer,
+        sketch_size=upper.sketch_size,
     )
     with phase("hypergradient"):
         found = hypergradient(problem, upper.estimator, halves=upper.measure_noise)
@@ -181,6 +190,7 @@ def _hypergradient(
         update=WeightingUpdate(result.weights_n),
         units=units,
         train_loss=float(units.mean(units.losses_n[None], learner.runtime)[0]),
+        learning_rate=problem.learning_rate,
     )
 
 
@@ -201,6 +211,8 @@ def _noise(found: Hypergradient, units: WeighedUnits, runtime: Runtime) -> Signa
 def _is_finite_everywhere(found: Hypergradient) -> bool:
     """True if every replica's alignments and the validation loss are finite (collective)."""
     finite = torch.isfinite(found.alignment_n).all() & math.isfinite(found.val_loss)
+    if found.sketch_nK is not None:
+        finite &= torch.isfinite(found.sketch_nK).all()
     answer = finite.to(torch.int32)
     dist.all_reduce(answer, op=dist.ReduceOp.MIN)
     return bool(answer)

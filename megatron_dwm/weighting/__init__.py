@@ -8,11 +8,14 @@ from megatron_dwm.weighting.method import (
     Needs,
     WeightingUpdate,
 )
+from megatron_dwm.weighting.pool import ChoosesFromPool, PoolAlignments
 from megatron_dwm.weighting.registry import check_method, learns, method_class
 
 __all__ = [
     "Alignments",
     "BuildContext",
+    "ChoosesFromPool",
+    "PoolAlignments",
     "Counters",
     "Method",
     "Needs",

@@ -32,6 +32,9 @@ class Costs:
     llm_step: forward and backward of one global batch.
     weighing: the weighting model on one batch, once it has learned.
     extra_forward: the LLM's extra forward pass that must finish before a batch has weights.
+    pool_passes: the LLM's passes over the pool of a step, from which its batch is chosen.
+    pool_scores: the method's own part of scoring a pool.
+    first_pool, pool_interval: the first step (from 0) with scores, and from one to the next.
     update_passes: the LLM's passes of one weighting update.
     learning: the weighting model's own part of one update.
     noise: one measurement of signal-to-noise, made in every `noise_interval`-th update (0: none).
@@ -40,6 +43,10 @@ class Costs:
     llm_step: float
     weighing: float = 0.0
     extra_forward: float = 0.0
+    pool_passes: float = 0.0
+    pool_scores: float = 0.0
+    first_pool: int = 0
+    pool_interval: int = 1
     update_passes: float = 0.0
     learning: float = 0.0
     noise: float = 0.0
@@ -58,9 +65,14 @@ class Costs:
     def spent(self, counters: Spent) -> float:
         """Returns the FLOPs of a run so far."""
         passes = counters.step * self.llm_step
+        passes += self.pools(counters.step) * (self.pool_passes + self.pool_scores)
         passes += counters.weighings * (self.weighing + self.extra_forward)
         noise = self.measurements(counters.updates) * self.noise
         return passes + counters.updates * self.update + noise
+
+    def pools(self, steps: int) -> int:
+        """Returns how many pools are scored in the first `steps` steps."""
+        return max(-(-(steps - self.first_pool) // self.pool_interval), 0)
 
     def measurements(self, updates: int) -> int:
         """Returns how often noise is measured in `updates` updates: first, then every interval."""

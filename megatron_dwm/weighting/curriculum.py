@@ -66,6 +66,7 @@ class Curriculum(Method):
         of_units = quantiles(
             config.data,
             context.values,
+            steps=training.steps,
             are_documents=config.weighting.unit == "document",
             seed=config.run.seed,
         )

@@ -91,7 +91,13 @@ def _warn_of_groups_without_weight(config: Config, values: DocumentValues) -> No
     """
     if all(values_D.all() for values_D in values.of_prefixes):
         return
-    of_rows = quantiles(config.data, values, are_documents=False, seed=config.run.seed)
+    of_rows = quantiles(
+        config.data,
+        values,
+        steps=config.training.steps,
+        are_documents=False,
+        seed=config.run.seed,
+    )
     training, is_global = config.training, config.weighting.group == "global"
     size = training.global_batch_size if is_global else training.micro_batch_size
     fraction = of_rows.fraction_up_to(0.0) ** size

@@ -25,11 +25,10 @@ from megatron_dwm.model import ForwardOutputs, LlamaShape
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.concentration import GUARDS
 from megatron_dwm.weighting.costs import Costs, Workload, plain_costs
-from megatron_dwm.weighting.groups import gather_over_data, units_of_replicas
 from megatron_dwm.weighting.method import Counters, Needs
+from megatron_dwm.weighting.moments import global_moments
 from megatron_dwm.weighting.rule_based import RuleBased
 from megatron_dwm.weighting.rules import group_problems
-from megatron_dwm.weighting.standardize import mean_over_units
 
 
 class LossReweighting(RuleBased):
@@ -98,12 +97,7 @@ class LossReweighting(RuleBased):
     @torch.no_grad()
     def after_step(self, batch: Batch, losses_n: Tensor, counters: Counters) -> None:
         """Update the moments with the losses of this global batch (collective)."""
-        counts, sizes_U = units_of_replicas(batch, self.runtime), batch.units.sizes_U
-        losses_N = gather_over_data(losses_n.detach(), self.runtime, counts).double()
-        if sizes_U is not None:
-            sizes_U = gather_over_data(sizes_U, self.runtime, counts).double()
-        moments = [mean_over_units(values_N, sizes_U) for values_N in (losses_N, losses_N.square())]
-        found = torch.cat(moments)
+        found = global_moments(losses_n.detach(), batch, self.runtime)
         if self.moments is None:
             self.moments = found
         else:

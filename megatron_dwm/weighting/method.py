@@ -120,12 +120,8 @@ class BuildContext:
     values: DocumentValues | None = None
 
 
-class Method(Protocol):
-    """Decides the weights of samples.
-
-    It gets this replica's samples of one optimizer step; or one micro-batch of them, if it needs
-    the forward pass but not the whole batch.
-    """
+class MethodConfiguration(Protocol):
+    """What a method says of a configuration, before anything is built."""
 
     gentler: ClassVar[str] = "report it: this method has equal weights"
     """what to change if a few samples get nearly all the weight"""
@@ -144,7 +140,10 @@ class Method(Protocol):
 
     @classmethod
     def problems(cls, config: Config, num_layers: int, world_size: int) -> Iterator[str]:
-        """Yields a line for each rule that is broken; `num_layers`: layers of the LLM."""
+        """Yields a line for every rule that the configuration breaks.
+
+        num_layers: layers of the LLM.
+        """
         yield from ()
 
     @classmethod
@@ -171,7 +170,7 @@ class Method(Protocol):
 
     @classmethod
     def token_losses(cls, config: Config) -> TokenLosses | None:
-        """Returns what `Batch.reference_losses_BS` is read from; raises UserError as above."""
+        """Returns `Batch.reference_losses_BS`, or None. Raises UserError for unreadable ones."""
         return None
 
     @classmethod
@@ -195,11 +194,27 @@ class Method(Protocol):
         return plain_costs(config, llm, workload)
 
     @classmethod
+    def pool_batches(cls, config: Config) -> int:
+        """Returns the global batches that a step reads; above 1 it trains on one (pool.py)."""
+        return 1
+
+    @classmethod
     def training_source(
         cls, config: Config, corpus: Source, target: ValidationSet | None
     ) -> Source:
         """Returns the batches that the LLM trains on."""
         return corpus
+
+
+class Method(MethodConfiguration, Protocol):
+    """Decides the weights of samples.
+
+    It gets this replica's samples of one optimizer step; or one micro-batch of them, if it needs
+    the forward pass but not the whole batch.
+    """
+
+    sketch_size: int | None = None
+    """size of the sketches of units' steps that an update forms (bilevel/sketch.py); None: none"""
 
     @classmethod
     def build(cls, context: BuildContext) -> Method:
@@ -214,6 +229,9 @@ class Method(Protocol):
     def update_needs(self) -> Needs:
         """What `update` or `read_target` reads in addition to tokens."""
         return Needs()
+
+    def before_step(self, counters: Counters) -> None:
+        """Prepare for the next step (every rank calls it, before anything else of the step)."""
 
     def weighs(self, counters: Counters) -> bool:
         """True if the method computes weights for the next batch, which costs FLOPs."""
@@ -241,17 +259,11 @@ class Method(Protocol):
     def own_update(
         self, llm: LLM, batch: Batch, passages: Batch, counters: Counters
     ) -> OwnUpdate | None:
-        """Make an update of one's own (collective); None if values are not finite.
-
-        batch, passages: this replica's rows of training text and of the target.
-        """
+        """Make an update of one's own from this replica's rows (collective); None: not finite."""
         raise NotImplementedError("a method with own_updates has its own")
 
     def read_target(self, passages: Batch, outputs: ForwardOutputs) -> None:
-        """Update from this replica's passages alone (collective over the data group).
-
-        outputs: losses and features of their units; features as `update_needs` says.
-        """
+        """Update from this replica's passages and their `update_needs` alone (collective)."""
         raise NotImplementedError("a method that updates without hypergradients reads the target")
 
     def after_step(self, batch: Batch, losses_n: Tensor, counters: Counters) -> None:

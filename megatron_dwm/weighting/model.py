@@ -25,6 +25,7 @@ from megatron_dwm.weighting.feature_reader import FeatureReader
 
 _SHAPE_FILE = "weighting.json"
 _TENSOR_FILE = "weighting.safetensors"
+MODEL_FILES = (_SHAPE_FILE, _TENSOR_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +123,13 @@ def read_weighting_shape(directory: Path, key: str = "weighting.load") -> Weight
     Raises UserError for a missing or damaged file.
     """
     shape_file, tensor_file = directory / _SHAPE_FILE, directory / _TENSOR_FILE
+    whole_runs = key == "weighting.load"
+    stages = ", or the run for the models of all its stages" if whole_runs else ""
     for file in (shape_file, tensor_file):
         if not file.is_file():
             raise UserError(
                 f"{key}: {file} is missing; expected a directory such as RUN/weighting/stage_2"
+                f"{stages}"
             )
     try:
         return WeightingShape(**json.loads(shape_file.read_text(encoding="utf-8")))

@@ -31,5 +31,11 @@ def check_method(config: Config, num_layers: int, world_size: int) -> None:
             f"weighting.unit {unit}: expected {' or '.join(sorted(units))} with policy "
             f"{config.policy.name}"
         )
+    pools = method_class(config).pool_batches(config)
+    if pools > 1 and unit != "sample":
+        raise UserError(
+            f"weighting.unit {unit}: expected sample with weighting.pool_batches {pools}: whole "
+            "samples are chosen from a pool"
+        )
     for problem in method_class(config).problems(config, num_layers, world_size):
         raise UserError(problem)

@@ -20,11 +20,20 @@ def keep_largest(scores_Gn: Tensor, sizes_Gn: Tensor | None, ratio: float) -> Te
     """
     sizes_Gn = torch.ones_like(scores_Gn) if sizes_Gn is None else sizes_Gn
     counts_Gn = sizes_Gn > 0
-    kept_G1 = (ratio * counts_Gn.sum(-1, keepdim=True)).round().clamp(min=1.0)
+    kept_G1 = number_kept(counts_Gn, ratio)
     ranked_Gn = scores_Gn.where(counts_Gn, -torch.inf)
     order_Gn = ranked_Gn.argsort(dim=-1, descending=True, stable=True)
     numbers_n = torch.arange(order_Gn.shape[-1], device=order_Gn.device)
     places_Gn = order_Gn.scatter(-1, order_Gn, numbers_n.expand_as(order_Gn))
-    chosen_Gn = (places_Gn < kept_G1) & counts_Gn
+    return weights_of_kept((places_Gn < kept_G1) & counts_Gn, sizes_Gn)
+
+
+def number_kept(counts_Gn: Tensor, ratio: float) -> Tensor:
+    """Returns float [G, 1]: how many to keep of the units of a group that count, at least 1."""
+    return (ratio * counts_Gn.sum(-1, keepdim=True)).round().clamp(min=1.0)
+
+
+def weights_of_kept(chosen_Gn: Tensor, sizes_Gn: Tensor) -> Tensor:
+    """Returns weights [G, n] with mean 1 in every group, the same for all chosen units, else 0."""
     kept_size_G1 = (sizes_Gn * chosen_Gn).sum(-1, keepdim=True)
     return chosen_Gn * (sizes_Gn.sum(-1, keepdim=True) / kept_size_G1.where(kept_size_G1 > 0, 1.0))

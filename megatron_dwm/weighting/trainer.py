@@ -95,23 +95,38 @@ class WeightingTrainer:
         groups = self.grouping.of(batch)
         return groups.local(self._group_weights(batch, outputs, groups))
 
+    def pool_logits(self, pool: Batch, outputs: ForwardOutputs | None, batches: int) -> Tensor:
+        """Returns [n]: the logits of this replica's candidates, each computed in its group.
+
+        batches: global batches in the pool; each is a group if groups are global.
+        """
+        groups = self.grouping.of(pool)
+        parts = batches if self.grouping.is_global else 1
+        return groups.local(self._group_logits(pool, outputs, groups, parts))
+
     def _group_weights(
         self, batch: Batch, outputs: ForwardOutputs | None, groups: Groups
     ) -> Tensor:
         """Returns [G, n]: the weights of this rank's groups."""
-        if self.model.shape.encoder == "own":
-            pooled_GnD = groups.gather(self._encoded(batch))
-        else:
-            assert outputs is not None and outputs.features is not None
-            rows_nK = torch.cat([outputs.features.flat(), outputs.losses_n[:, None]], dim=1)
-            rows_GnK = groups.gather(rows_nK.to(self._dtype))
-            pooled_GnD = self.model.encoder(rows_GnK, groups.sizes_Gn)
         return weights_from_logits(
-            self.model.logits(pooled_GnD, groups.present_Gn),
+            self._group_logits(batch, outputs, groups),
             groups.sizes_Gn,
             min_effective_sample_size=self.config.min_effective_sample_size,
             uniform_floor=self.config.uniform_floor,
         )
+
+    def _group_logits(
+        self, batch: Batch, outputs: ForwardOutputs | None, groups: Groups, parts: int = 1
+    ) -> Tensor:
+        """Returns [G, n]: the logits of this rank's groups, each divided into `parts` groups."""
+        if self.model.shape.encoder == "own":
+            pooled_GnD = _divided(groups.gather(self._encoded(batch)), parts)
+        else:
+            assert outputs is not None and outputs.features is not None
+            rows_nK = torch.cat([outputs.features.flat(), outputs.losses_n[:, None]], dim=1)
+            rows_GnK = _divided(groups.gather(rows_nK.to(self._dtype)), parts)
+            pooled_GnD = self.model.encoder(rows_GnK, groups.sizes_Gn)
+        return self.model.logits(pooled_GnD, groups.present_Gn)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that a resumed run needs."""
@@ -170,3 +185,9 @@ class WeightingTrainer:
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
         return flat
+
+
+def _divided(rows_GnK: Tensor, parts: int) -> Tensor:
+    """Returns [G * parts, n / parts, K]."""
+    groups, size, width = rows_GnK.shape
+    return rows_GnK.reshape(groups * parts, size // parts, width)

@@ -25,6 +25,8 @@ FROZEN = f"{LOADED} --weighting.frozen true"
 DOMAINS = "--policy.name domain_mean"
 MIXING = "--policy.name validation_mixing"
 ALIGNED = "--policy.name gradient_alignment"
+GREEDY = f"{ALIGNED} --policy.alignment_choice greedy"
+OPUS = "--policy.name opus --weighting.pool_batches 2"
 SIMILARITY = "--policy.name similarity --weighting.mode online"
 FIXED = "--policy.name fixed"
 CURRICULUM = "--policy.name curriculum"
@@ -64,7 +66,26 @@ WITHOUT_EFFECT = [
     (SIMILARITY, "bilevel.estimator", "unroll", "policy similarity computes no hypergradients"),
     (ALIGNED, "weighting.mode", "online", "gradient_alignment makes no weighting updates"),
     (ALIGNED, "weighting.standardize", "false", "learns nothing from alignments"),
-    (OWN, "policy.alignment_interval", "4", "policy dwm does not weigh by the batch's own"),
+    (OWN, "policy.alignment_interval", "4", "policy dwm computes no alignments of the batches"),
+    (OWN, "policy.alignment_choice", "greedy", "policy dwm does not weigh by the batch's own"),
+    (ALIGNED, "policy.keep_ratio", "0.4", "policy gradient_alignment keeps everything"),
+    (ALIGNED, "policy.redundancy", "2", "gradient_alignment chooses nothing one by one"),
+    (ALIGNED, "policy.sketch_size", "64", "gradient_alignment chooses nothing one by one"),
+    (ALIGNED, "policy.jacobian", "exact", "gradient_alignment draws nothing from a pool"),
+    (ALIGNED, "weighting.pool_batches", "2", "gradient_alignment trains on every batch"),
+    (GREEDY, "policy.alignment_decay", "0.5", "needs policy.alignment_choice softmax"),
+    (GREEDY, "policy.alignment_temperature", "2", "needs policy.alignment_choice softmax"),
+    (GREEDY, "weighting.uniform_floor", "0.1", "gradient_alignment has no softmax over a group"),
+    (f"{GREEDY} --policy.redundancy 0", "policy.sketch_size", "64", "needs policy.redundancy set"),
+    (
+        f"{OPUS} --policy.redundancy 0",
+        "policy.overlap_unit",
+        "deviation",
+        "needs policy.redundancy",
+    ),
+    (OPUS, "bilevel.estimator", "unroll", "policy opus computes no hypergradients"),
+    (OPUS, "weighting.group", "global", "policy opus weighs every sample the same"),
+    (OPUS, "policy.keep_ratio", "0.4", "policy opus keeps everything"),
     (OWN, "policy.similarity_temperature", "0.4", "policy dwm compares no features"),
     (MIXING, "weighting.group", "global", "weighs every sample the same"),
     (MIXING, "policy.domain_decay", "0.5", "keeps no means of domains"),

@@ -17,9 +17,14 @@ from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.checks import check_data
 from megatron_dwm.data.prefixes import parse_blend, read_indexed_file
+from megatron_dwm.data.shares import ReadSteps
 from megatron_dwm.tokenizer import Tokenizer
 
-SAMPLES = 64
+SAMPLES = ReadSteps(steps=range(8), samples_each=8)
+
+
+def _samples(count: int) -> ReadSteps:
+    return ReadSteps(steps=range(count), samples_each=1)
 
 
 def refused(config: DataConfig, tokenizer: Tokenizer) -> str:
@@ -51,7 +56,6 @@ def test_good_data_passes(corpus: str, two: list[str], shared: Path, tokenizer: 
         (["1", "A", "-2", "B"], "gives B the weight -2"),
         (["nan", "A", "1", "B"], "gives A the weight nan"),
         (["inf", "A", "1", "B"], "gives A the weight inf"),
-        (["A", "B", "A"], "names A twice"),
     ],
 )
 def test_lists_that_are_no_blend(train: list[str], message: str, tokenizer: Tokenizer) -> None:
@@ -62,6 +66,10 @@ def test_lists_that_are_blends() -> None:
     assert [p.prefix for p in parse_blend(["A", "B"])] == ["A", "B"]
     assert [p.weight for p in parse_blend(["3", "A", "1e-1", "B"])] == [3.0, 0.1]
     assert parse_blend(["A"])[0].weight is None
+    [first, second] = parse_blend(["0.5", "A", "2", "B", "0.25", "A"])
+    assert (first.prefix, first.weight, first.places) == ("A", 0.75, (0, 2))
+    assert (second.prefix, second.weight, second.places) == ("B", 2.0, (1,))
+    assert [part.places for part in parse_blend(["A", "B", "A"])] == [(0, 2), (1,)]
 
 
 def test_missing_files_come_with_a_hint(corpus: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -165,18 +173,18 @@ def test_a_run_that_would_read_the_same_without_end_is_refused(
     tokens = read_indexed_file(corpus).num_tokens
     length = (tokens - 1) // 2  # two samples in a pass
     long = DataConfig(train=[corpus], sequence_length=length)
-    check_data(long, tokenizer, 2000)
+    check_data(long, tokenizer, _samples(2000))
     with pytest.raises(UserError, match=f"2 samples of data.sequence_length {length}") as caught:
-        check_data(long, tokenizer, 32_000)
+        check_data(long, tokenizer, _samples(8), _samples(32_000))
     assert "each 16000 times, expected at most 1000" in str(caught.value)
     with pytest.raises(UserError, match="needs at least .* more text"):
-        check_data(DataConfig(train=[corpus], sequence_length=tokens), tokenizer, 1)
+        check_data(DataConfig(train=[corpus], sequence_length=tokens), tokenizer, SAMPLES)
     # By the share of the samples that a part of a blend gets.
     in_pass = [read_indexed_file(prefix).samples_per_epoch(64) for prefix in two]
     blend = DataConfig(train=["999", two[0], "1", two[1]], sequence_length=64)
-    check_data(blend, tokenizer, 1000 * in_pass[0])
+    check_data(blend, tokenizer, _samples(1000 * in_pass[0]), None)
     with pytest.raises(UserError, match=f"{two[0]}.bin: .* weight in data.train"):
-        check_data(blend, tokenizer, 1010 * in_pass[0])
+        check_data(blend, tokenizer, _samples(1010 * in_pass[0]))
 
 
 def test_borders_without_loss_need_documents_of_two_tokens(

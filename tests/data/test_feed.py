@@ -86,6 +86,28 @@ def test_replicas_share_the_batch_out_in_order(data: TrainingData) -> None:
     assert_equal(Batch.concatenate(parts), data.batch(range(2 * SIZE, 3 * SIZE)))
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_rows_chosen_from_a_pool_come_from_any_part_of_it(
+    data: TrainingData, replicas: int
+) -> None:
+    """Pools of two batches; the rows that replicas get are not those that they have read."""
+    pool, pools, rows = CorpusSource(data, 2 * SIZE), [], [1, 3, 4, 8, 10, 11]
+    parts = []
+    for replica in range(replicas):
+        share = Share(replicas=replicas, replica=replica, micro_batch_size=1)
+        feed = Feed(pool, share, steps=STEPS // 2, device=torch.device("cpu"), pool_batches=2)
+        assert feed.global_batch_size == SIZE
+        pools.append(feed.training(3))
+        parts.append(feed.chosen(3, rows))
+        origins = feed.origins(3)
+        assert feed.sample_range(3) == range(6 * SIZE, 8 * SIZE)
+    expected = data.batch([6 * SIZE + row for row in rows])
+    assert_equal(Batch.concatenate(pools), data.batch(range(6 * SIZE, 8 * SIZE)))
+    assert_equal(Batch.concatenate(parts), expected)
+    assert torch.equal(origins.sample_ids_U, expected.sample_ids_B)
+    assert origins.domains == expected.domains and set(origins.numberings) == {"training"}
+
+
 def test_origins_are_those_of_the_batch(data: TrainingData, target: ValidationSet) -> None:
     corpus = CorpusSource(data, SIZE)
     for source in (corpus, MixedSource(corpus, target, num_mixed=2)):

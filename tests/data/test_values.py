@@ -174,7 +174,11 @@ def test_quantiles_of_documents_count_tokens(scored: list[str], documents: list[
     parts = [documents[:60], documents[60:]]
     tokens = [sorted(_tokens_by_value(part, _scores(len(part)))) for part in parts]
     found = quantiles(
-        _config(["1", scored[0], "3", scored[1]]), _read(scored), are_documents=True, seed=1
+        _config(["1", scored[0], "3", scored[1]]),
+        _read(scored),
+        steps=9,
+        are_documents=True,
+        seed=1,
     )
     for value in (0.0, 0.4, 1.0, 2.0, 4.0):
         by_hand = [
@@ -191,7 +195,7 @@ def test_quantiles_of_documents_count_tokens(scored: list[str], documents: list[
 
 def test_quantiles_of_rows_are_those_of_an_epoch(scored: list[str], tmp_path: Path) -> None:
     """The rows of the run, which cuts the same documents in another order."""
-    found = quantiles(_config(scored[:1]), _read(scored[:1]), are_documents=False, seed=1)
+    found = quantiles(_config(scored[:1]), _read(scored[:1]), steps=9, are_documents=False, seed=1)
     rows = _batch(scored[:1], tmp_path, ROWS, _read(scored[:1])).values_U.numpy()
     assert len(found.values_N) > SAMPLES
     assert abs(np.quantile(rows, 0.5) - found.at(np.array([0.5]))[0]) < 0.5

@@ -250,3 +250,26 @@ def test_recomputation_is_a_forward_pass_more() -> None:
     full = replace(config, model=replace(config.model, recompute="full"))
     more = planned(full).step_s / planned(config).step_s
     assert 1.30 < more < 4 / 3  # all but the output layer
+
+
+def test_opus_costs_its_pools_and_sketches() -> None:
+    """A pool of two batches with 512 of 1024 tokens scored, from step 50 on."""
+    pools = {"pool_batches": 2}
+    config = large(policy="opus", weighting=pools)
+    config = replace(config, policy=replace(config.policy, score_tokens=512))
+    scored, without, exact = (
+        planned(replace(config, policy=replace(config.policy, **changes)))
+        for changes in ({}, {"redundancy": 0.0}, {"jacobian": "exact"})
+    )
+    plain = planned(large())
+    part = 1 - 50 / config.training.steps
+    # Half of the tokens of two batches cost one, less attention; passages are a batch.
+    for plan, passes in ((scored, 4 + 3), (without, 3 + 3), (exact, 7 + 3)):
+        expected = part * passes * plain.cost.llm / 3
+        assert plan.cost.pool_passes == pytest.approx(expected, rel=0.03)
+    stage, other = scored.stages[0], plain.stages[0]
+    parameters = other.gradients / 4
+    of_candidates = 4 * 8192 * 2 * 512 / 8
+    assert stage.sketches == pytest.approx(12 * parameters + of_candidates)
+    assert without.stages[0].sketches == 0.0 == stage.virtual_step < exact.stages[0].virtual_step
+    assert stage.update == pytest.approx(stage.step + stage.sketches)

@@ -19,10 +19,12 @@ from transformers import AutoTokenizer
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import DataConfig, EvaluationConfig
 from megatron_dwm.data.checks import check_data
+from megatron_dwm.data.shares import ReadSteps
 from megatron_dwm.data.tokenizer_record import has_special_tokens
 from megatron_dwm.data.validation import EvaluationSet
 from megatron_dwm.tokenizer import open_tokenizer
 
+ONE = ReadSteps(steps=range(1), samples_each=1)
 Run = Callable[..., subprocess.CompletedProcess[str]]
 BEGIN, END, OTHER = "<|begin|>", "<|end|>", "<|other|>"
 SEQUENCES = ["A first part. ", "", "And a second one.", " "]
@@ -213,7 +215,7 @@ def forget(sidecar: Path) -> None:
 def check(prefix: str, tokenizer: Path) -> None:
     config = DataConfig(train=[prefix], sequence_length=16)
     include = has_special_tokens(config.train)
-    check_data(config, open_tokenizer(tokenizer, include_special_tokens=include), 1)
+    check_data(config, open_tokenizer(tokenizer, include_special_tokens=include), ONE)
 
 
 def test_training_compares_ends_and_special_tokens(
@@ -236,7 +238,7 @@ def test_training_compares_ends_and_special_tokens(
     config = DataConfig(train=[plain, prefix], sequence_length=16)
     tokenizer = open_tokenizer(llama, include_special_tokens=has_special_tokens(config.train))
     with pytest.raises(UserError, match=r"before the text none.* would be .*\[1\]"):
-        check_data(config, tokenizer, 1)
+        check_data(config, tokenizer, ONE)
     assert capsys.readouterr().err == ""
     forget(Path(f"{plain}.meta.parquet"))
     check(plain, llama)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from megatron_dwm.checkpoint.manifest import list_checkpoints, read_manifest
 from tests.small_runs.command import RESUME, metrics
 from tests.small_runs.fixtures import Corpus
 from tests.small_runs.forked import Server
-from tests.small_runs.progress import assert_same
+from tests.small_runs.progress import assert_same, saved_step, wait_for_step
 
 METHOD = [
     *("--policy.name", "blade", "--policy.sync_first_step", "3"),
@@ -52,6 +54,37 @@ def test_layouts_train_alike(
         ours, theirs = metrics(run_dir, phase), metrics(alone["token"], phase)
         for line, other in zip(ours, theirs, strict=True):
             assert abs(line["loss"] - other["loss"]) < LAYOUT_TOLERANCE, (phase, line["step"])
+
+
+def test_tensor_times_pipeline_in_bf16(
+    server: Server, corpus: Corpus, alone: dict[str, Path], tmp_path: Path
+) -> None:
+    """Four processes, sharded, in bf16: unit roundoff 2^-9 of losses near 6.5, added up."""
+    run_dir = tmp_path / "run"
+    layout = ["--parallel.tensor", "2", "--parallel.pipeline", "2", "--model.precision", "bf16"]
+    server.succeed(run_dir, [*corpus.arguments(), *METHOD, *layout], ranks=4)
+    for phase in ("train", "weighting"):
+        ours, theirs = metrics(run_dir, phase), metrics(alone["sample"], phase)
+        for line, other in zip(ours, theirs, strict=True):
+            assert abs(line["loss"] - other["loss"]) < 0.02, (phase, line["step"])
+    assert any(line["weight_min"] == 0 for line in metrics(run_dir, "train"))
+
+
+def test_killed_at_random_moments(server: Server, corpus: Corpus, tmp_path: Path) -> None:
+    """kill -9 of both ranks, until the run is near its end: it ends as the undisturbed one."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    saves = ["--training.checkpoint_interval_steps", "2", "--parallel.tensor", "2"]
+    arguments = [*corpus.arguments(), *METHOD, *TOKENS, *saves]
+    server.succeed(whole, arguments, ranks=2)
+    chance, kills = random.Random(7), 0
+    while saved_step(killed) < 7 and kills < 6:
+        job = server.start(killed, [*arguments, *RESUME], ranks=2)
+        wait_for_step(job, killed, min(saved_step(killed) + chance.randint(1, 3), 8))
+        time.sleep(chance.uniform(0.0, 0.3))
+        job.kill()
+        kills += 1
+    server.succeed(killed, [*arguments, *RESUME], ranks=2)
+    assert_same(killed, whole)
 
 
 def test_the_rhythm_and_the_weights(alone: dict[str, Path]) -> None:

@@ -54,6 +54,32 @@ def test_a_frozen_model_is_counted_with_its_own_sizes(
     assert cost.llm + cost.weighting == pytest.approx(a_step)
 
 
+@pytest.mark.parametrize("kept", ["equal", "learned"])
+def test_a_pool_is_scored_in_every_step(
+    server: Server, corpus: Corpus, tmp_path: Path, kept: str
+) -> None:
+    """Three groups of 8; what is kept is weighed once more if it is to have weights."""
+    write_files(build_weighting_model(LOADED, seed=1).files(), tmp_path / "model")
+    load = ["--weighting.load", str(tmp_path / "model"), "--weighting.frozen", "true"]
+    pool = ["--weighting.pool_batches", "3", "--weighting.kept_weights", kept]
+    arguments = [*corpus.arguments(), "--policy.name", "dwm", *load, *pool, "--training.steps", "3"]
+    server.succeed(tmp_path / "run", arguments)
+    a_step = 3 * FORWARD + (3 + (kept == "learned")) * weighing(48, 2, 80)
+    flops = [line["flops"] for line in metrics(tmp_path / "run", "train")]
+    assert flops == [a_step, 2 * a_step, 3 * a_step]
+    cost = in_config(load_config(arguments))
+    assert cost.llm + cost.weighting == pytest.approx(a_step)
+
+
+@pytest.mark.parametrize("reads_llm", [False, True])
+def test_the_llm_reads_a_pool_only_for_its_features(corpus: Corpus, reads_llm: bool) -> None:
+    encoder = ["--weighting.encoder", "llm" if reads_llm else "own"]
+    pool = ["--weighting.frozen", "true", "--weighting.pool_batches", "3"]
+    cost = in_config(load_config([*corpus.arguments(), "--policy.name", "dwm", *encoder, *pool]))
+    assert cost.pool_passes == (3 * FORWARD if reads_llm else 0)
+    assert cost.pool_scores > 0 and cost.reading == cost.weighing == 0.0
+
+
 @pytest.mark.parametrize("loads", [False, True])
 def test_steps_and_updates_weigh_once_there_is_a_model(
     server: Server, corpus: Corpus, tmp_path: Path, loads: bool
@@ -101,6 +127,8 @@ def test_a_resumed_run_counts_on(server: Server, corpus: Corpus, tmp_path: Path)
             "--policy.alignment_warmup",
             "3",
         ],
+        ["gradient_alignment", "--policy.alignment_choice", "greedy"],
+        ["opus", "--weighting.pool_batches", "3", "--policy.alignment_warmup", "4"],
     ],
     ids=lambda policy: policy[0],
 )
@@ -109,6 +137,8 @@ def test_rules_cost_what_their_plan_says(
 ) -> None:
     """Readings of the target, and of a batch of two micro-batches first; alignments and noise."""
     arguments = [*corpus.arguments(), "--policy.name", *policy, "--training.steps", "9"]
+    if "greedy" in policy:
+        arguments += ["--policy.alignment_warmup", "4"]
     server.succeed(tmp_path / "run", arguments)
     *_, last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     cost = in_config(load_config(arguments))

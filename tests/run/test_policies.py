@@ -21,6 +21,10 @@ LOSSES = ["--policy.name", "loss_reweighting"]
 SIMILARITY = ["--policy.name", "similarity", "--policy.similarity_temperature", "0.02"]
 ALIGNED = ["--policy.name", "gradient_alignment", "--policy.alignment_interval", "2"]
 ALIGNED += ["--policy.alignment_warmup", "5"]
+GREEDY = [*ALIGNED, "--policy.alignment_choice", "greedy"]
+OPUS = ["--policy.name", "opus", "--weighting.pool_batches", "2", "--policy.alignment_warmup", "5"]
+OPUS += ["--policy.alignment_interval", "2", "--policy.score_tokens", "16"]
+OPUS += ["--logging.weights_interval_steps", "1"]
 FIXED = ["--policy.name", "fixed", "--policy.column", "tokens"]
 CURRICULUM = ["--policy.name", "curriculum", "--policy.pacing_start", "0.2"]
 POLICIES = {
@@ -30,6 +34,8 @@ POLICIES = {
     "loss_reweighting": LOSSES,
     "similarity": SIMILARITY,
     "gradient_alignment": ALIGNED,
+    "greedy": GREEDY,
+    "opus": OPUS,
     "fixed": FIXED,
     "curriculum": CURRICULUM,
 }
@@ -58,6 +64,11 @@ def alone(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         ("similarity", []),
         ("gradient_alignment", ["--parallel.pipeline", "2"]),
         ("gradient_alignment", ["--parallel.sharded_optimizer", "true"]),
+        ("greedy", ["--parallel.tensor", "2", "--parallel.sequence", "true"]),
+        ("opus", ["--parallel.tensor", "2", "--parallel.sequence", "true"]),
+        ("opus", ["--parallel.pipeline", "2"]),
+        ("opus", []),
+        ("opus", ["--parallel.sharded_optimizer", "true"]),
         ("fixed", ["--parallel.pipeline", "2"]),
         ("curriculum", ["--parallel.tensor", "2"]),
     ],
@@ -136,6 +147,22 @@ def test_alignments_of_the_batch_weigh_its_own_step(alone: dict[str, Path]) -> N
     assert last == sorted(last, key=lambda pair: pair[1])
 
 
+def test_opus_draws_every_batch_from_its_own_pool(alone: dict[str, Path]) -> None:
+    rows = ds.dataset(alone["opus"] / "weights").to_table().to_pylist()
+    by_step: dict[int, list[int]] = {}
+    for row in rows:
+        assert row["weight"] == 1.0 and row["source"] == "training"
+        by_step.setdefault(row["step"], []).append(row["sample_id"])
+    assert sorted(by_step) == list(range(1, 21))
+    places = []
+    for step, numbers in by_step.items():
+        pool = range((step - 1) * 16, step * 16)
+        assert len(set(numbers)) == 8 and set(numbers) <= set(pool)
+        places.append(tuple(number - pool.start for number in numbers))
+    assert len(set(places)) == 20, "each step draws anew, at random too"
+    assert metrics(alone["opus"], "weighting") == []
+
+
 def test_a_run_that_ends_in_the_warm_up_is_told(corpus: Corpus, tmp_path: Path) -> None:
     for policy, key in (("gradient_alignment", "alignment_warmup"), ("similarity", "warmup_steps")):
         arguments = (*corpus.arguments(), "--policy.name", policy, "--training.steps", "2")
@@ -166,6 +193,12 @@ def test_flops_add_up(alone: dict[str, Path]) -> None:
     assert read[:5] == [n * 3 * forward for n in range(1, 6)]
     assert read[5] - read[4] == (4 + 1) * forward and read[6] - read[5] == 4 * forward
     assert read[8] - read[7] == (4 + 1) * forward
+    # A pool of 16 rows, of which 16 tokens are read: probe and sketches; 8 passages.
+    short = 2 * 16 * 16 * (2 * (layer + 64 * 16) + 512 * 64)
+    drawn = [line["flops"] for line in metrics(alone["opus"], "train")]
+    assert drawn[:5] == [n * 3 * forward for n in range(1, 6)]
+    assert drawn[5] - drawn[4] == (3 + 3) * forward + 4 * short
+    assert drawn[6] - drawn[5] == 3 * forward
     # A pass for g at uniform weights, that of 8 passages and the probe; noise in every tenth.
     aligned = [line["flops"] for line in metrics(alone["gradient_alignment"], "train")]
     assert aligned[:5] == [n * 3 * forward for n in range(1, 6)]

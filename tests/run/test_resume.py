@@ -37,7 +37,15 @@ POLICIES = {
     "validation_mixing": ["--policy.name", "validation_mixing", "--policy.mix_fraction", "0.25"],
     "gradient_alignment": [
         *("--policy.name", "gradient_alignment", "--policy.alignment_interval", "2"),
-        *("--policy.alignment_warmup", "3"),
+        *("--policy.alignment_warmup", "3", "--policy.alignment_decay", "0.5"),
+    ],
+    "greedy": [
+        *("--policy.name", "gradient_alignment", "--policy.alignment_choice", "greedy"),
+        *("--policy.alignment_warmup", "3", "--weighting.group", "global"),
+    ],
+    "opus": [
+        *("--policy.name", "opus", "--weighting.pool_batches", "3"),
+        *("--policy.alignment_warmup", "3", "--policy.jacobian", "exact"),
     ],
     "similarity": ["--policy.name", "similarity"],
     "similarity, at a reading": ["--policy.name", "similarity", "--weighting.unit", "document"],
@@ -46,6 +54,8 @@ LAYOUTS = {
     "own": ["--parallel.pipeline", "2"],
     "llm": ["--parallel.tensor", "2"],
     "gradient_alignment": ["--parallel.sharded_optimizer", "true"],
+    "greedy": ["--parallel.tensor", "2"],
+    "opus": ["--parallel.sharded_optimizer", "true"],
     "similarity, at a reading": ["--parallel.pipeline", "2"],
 }
 # The call at which the run is stopped: inside a phase, or right after an update.

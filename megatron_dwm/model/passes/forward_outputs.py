@@ -51,12 +51,15 @@ class ForwardOutputs:
     features: None unless the pass was asked for them.
     reference_losses_n: float32, losses of a reference model; None without one.
     alignment_n: float32, alignments at uniform weights; None unless computed before.
+    overlap_nK: float32; the inner product of rows u and v is eta <J grad l_u, J grad l_v>, or an
+        estimate; None unless computed before.
     """
 
     losses_n: Tensor
     features: Features | None = None
     reference_losses_n: Tensor | None = None
     alignment_n: Tensor | None = None
+    overlap_nK: Tensor | None = None
 
 
 class FeatureTap:

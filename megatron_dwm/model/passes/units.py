@@ -53,6 +53,16 @@ class Units:
         values_SB = values_SBX.sum(dim=features, dtype=dtype) if features else values_SBX.to(dtype)
         return self._add(values_SB, self._part(first, len(values_SB)))
 
+    def of_sequence(self, values_SBX: Tensor, *, first: int = 0) -> Tensor:
+        """Returns int64 [S, B]: the unit of each position of `values_SBX`, -1 for none.
+
+        first: as in `sum_of_sequence`.
+        """
+        if self.numbers_BS is not None:
+            return self._part(first, len(values_SBX))
+        rows_B = torch.arange(values_SBX.shape[1], device=values_SBX.device)
+        return rows_B.expand(values_SBX.shape[:2])
+
     def pool(self, hidden_SBD: Tensor, *, first: int = 0) -> Tensor:
         """Returns [U, D], float32 or wider: sums over each unit's tokens, divided by their number.
 

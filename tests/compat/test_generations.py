@@ -1,0 +1,107 @@
+"""Checkpoints move between two releases of Megatron-Core, which train alike.
+
+`theirs` is the release that runs these tests (tests/compat/run.sh), `ours` that of .venv.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import megatron.core
+import pytest
+
+from megatron_dwm.checkpoint.manifest import list_checkpoints, read_manifest
+from tests.forking.client import REPOSITORY, TORCHRUN
+from tests.small_runs.command import RESUME, metrics
+from tests.small_runs.fixtures import Corpus
+
+LIMIT_S = 240
+OURS, THEIRS = str(REPOSITORY / ".venv" / "bin" / "python"), sys.executable
+STEPS = 12
+# Both releases add the same numbers; another order in one kernel, 1e-7 of a loss near 6, grows over
+# twelve steps of Adam at 1e-3.
+TOLERANCE = 2e-5
+LAYOUTS = {
+    "one process": ([], 1),
+    "TP 2 and sequence parallel": (["--parallel.tensor", "2", "--parallel.sequence", "true"], 2),
+    "PP 2": (["--parallel.pipeline", "2"], 2),
+    "sharded": (["--parallel.sharded_optimizer", "true"], 2),
+}
+
+
+def test_the_release_is_the_one_asked_for() -> None:
+    # A release may name its commit after its number.
+    number, *_ = megatron.core.__version__.split("+")
+    assert number == os.environ["MEGATRON_DWM_COMPAT"]
+    command = [OURS, "-c", "import megatron.core as m; print(m.__version__)"]
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=True)
+    assert done.stdout.strip() != megatron.core.__version__
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_moves_there_and_back(corpus: Corpus, tmp_path: Path, layout: str) -> None:
+    """Four steps under ours, four under theirs, four under ours: the losses of one release's run.
+
+    An update of the weighting model inside every third step, so hypergradients count.
+    """
+    options, ranks = LAYOUTS[layout]
+    arguments = [
+        *corpus.arguments(),
+        *(
+            "--policy.name",
+            "dwm",
+            "--weighting.encoder",
+            "llm",
+            "--weighting.update_on",
+            "training",
+        ),
+        *("--weighting.warmup_steps", "2", "--training.steps", str(STEPS)),
+        *("--training.learning_rate", "0.001", "--training.checkpoint_interval_steps", "4"),
+        *options,
+    ]
+    whole, moved, other = tmp_path / "whole", tmp_path / "moved", tmp_path / "other"
+    _train(OURS, whole, arguments, ranks)
+    _train(THEIRS, other, arguments, ranks)
+    stop = {"name": "send_signal", "place": "training", "call": 4, "number": 15, "rank": 0}
+    for python, fault, reached in ((OURS, stop, 4), (THEIRS, stop, 8), (OURS, None, STEPS)):
+        _train(python, moved, [*arguments, *RESUME], ranks, fault)
+        assert read_manifest(list_checkpoints(moved)[-1]).state.step == reached
+    for run_dir in (moved, other):
+        _assert_alike(run_dir, whole)
+
+
+def _train(
+    python: str, run_dir: Path, arguments: list[str], ranks: int, fault: dict | None = None
+) -> None:
+    """Train in fresh processes of an interpreter, with a fault of tests/small_runs."""
+    launcher = [*TORCHRUN, "--nproc-per-node", str(ranks)]
+    command = [python, *launcher, "-m", "tests.small_runs.forked", json.dumps(fault), *arguments]
+    done = subprocess.run(
+        [*command, "--run.dir", str(run_dir)],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        cwd=REPOSITORY,
+        env=_environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _environment() -> dict[str, str]:
+    """Each interpreter finds its own release, so no path of this process is handed on."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def _assert_alike(run_dir: Path, expected: Path) -> None:
+    for phase in ("train", "weighting"):
+        ours, theirs = metrics(run_dir, phase), metrics(expected, phase)
+        assert len(ours) == len(theirs) > 0
+        for line, other in zip(ours, theirs, strict=True):
+            assert line["step"] == other["step"]
+            assert abs(line["loss"] - other["loss"]) < TOLERANCE, (phase, line["step"])
