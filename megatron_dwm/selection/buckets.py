@@ -65,64 +65,48 @@ class BucketCache:
         if not len(found):
             return found
         keys_W = keys_of_words(batch.content, words.begins_W, words.ends_W)
-        found[:, 0] = self._look_up(
-            _mix(keys_W ^ _ONE_WORD), batch.content, words.begins_W, words.ends_W, None
-        )
-        has_next = np.ones(len(found), dtype=bool)
-        has_next[np.cumsum(words.counts_D)[words.counts_D > 0] - 1] = False
-        first = np.flatnonzero(has_next)
-        second = first + 1
-        found[first, 1] = self._look_up(
-            _mix(keys_W[first] * _ODD[0] + keys_W[second]),
-            batch.content,
-            words.begins_W[first],
-            words.ends_W[second],
-            (words.ends_W[first], words.begins_W[second]),
-        )
+        found[:, 0] = self._look_up(keys_W ^ _ONE_WORD, batch.content, words, pairs=False)
+        # Pairs over the border of two documents are looked up, too, and dropped: they are few, and
+        # to leave them out costs a copy of all others.
+        pairs = _mix(keys_W[:-1] * _ODD[0] + keys_W[1:])
+        found[:-1, 1] = self._look_up(pairs, batch.content, words, pairs=True)
+        found[np.cumsum(words.counts_D)[words.counts_D > 0] - 1, 1] = NO_BUCKET
         return found
 
     def _look_up(
-        self,
-        keys_N: np.ndarray,
-        content: bytes,
-        begins_N: np.ndarray,
-        ends_N: np.ndarray,
-        gaps: tuple[np.ndarray, np.ndarray] | None,
+        self, keys_N: np.ndarray, content: bytes, words: Words, *, pairs: bool
     ) -> np.ndarray:
-        """Returns the buckets of the n-grams with these keys, from begin to end in `content`.
-
-        gaps: begin and end of what lies between two words, in place of which the hash has a space.
-        """
-        places_N = (keys_N & self._mask).astype(np.int64)
-        entries_N = self._table[places_N]
+        """Returns the buckets of the n-grams that begin with each word and have these keys."""
+        places_N = (keys_N & self._mask).view(np.int64)
+        entries_N = self._table.take(places_N)
         missing = np.flatnonzero((entries_N ^ keys_N) > _BUCKET_MASK)
-        found_N = (entries_N & _BUCKET_MASK).astype(np.uint16)
+        entries_N &= _BUCKET_MASK
+        found_N = entries_N.astype(np.uint16)
         if len(missing):
             keys, first, number = np.unique(keys_N[missing], return_index=True, return_inverse=True)
             chosen = missing[first]
-            parts = None if gaps is None else (gaps[0][chosen], gaps[1][chosen])
-            buckets = buckets_of(_spell(content, begins_N[chosen], ends_N[chosen], parts))
+            buckets = buckets_of(_spell(content, words, chosen, pairs=pairs))
             found_N[missing] = buckets[number]
             self._table[places_N[chosen]] = keys & ~_BUCKET_MASK | buckets
         return found_N
 
 
-def _spell(
-    content: bytes,
-    begins_N: np.ndarray,
-    ends_N: np.ndarray,
-    gaps: tuple[np.ndarray, np.ndarray] | None,
-) -> list[bytes]:
-    begins, ends = begins_N.tolist(), ends_N.tolist()
-    if gaps is None:
-        return [content[begin:end] for begin, end in zip(begins, ends, strict=True)]
-    lefts_N, rights_N = gaps
-    is_space_N = (rights_N - lefts_N == 1) & (np.frombuffer(content, np.uint8)[lefts_N] == _SPACE)
-    rows = zip(begins, ends, lefts_N.tolist(), rights_N.tolist(), is_space_N.tolist(), strict=True)
-    return [
-        content[begin:end] if is_space else content[begin:left] + b" " + content[right:end]
-        for begin, end, left, right, is_space in rows
-    ]
+def _spell(content: bytes, words: Words, first_N: np.ndarray, *, pairs: bool) -> list[bytes]:
+    """The bytes of the n-grams that begin with these words; a pair is joined by a space."""
+    begins_N, ends_N = words.begins_W[first_N], words.ends_W[first_N]
+    if not pairs:
+        rows = zip(begins_N.tolist(), ends_N.tolist(), strict=True)
+        return [content[begin:end] for begin, end in rows]
+    nexts_N, lasts_N = words.begins_W[first_N + 1], words.ends_W[first_N + 1]
+    rows = zip(begins_N.tolist(), lasts_N.tolist(), strict=True)
+    spelled = [content[begin:end] for begin, end in rows]
+    is_space_N = (nexts_N - ends_N == 1) & (np.frombuffer(content, np.uint8)[ends_N] == _SPACE)
+    other = np.flatnonzero(~is_space_N)
+    sizes, skipped = (ends_N - begins_N)[other].tolist(), (nexts_N - begins_N)[other].tolist()
+    for i, size, skip in zip(other.tolist(), sizes, skipped, strict=True):
+        whole = spelled[i]
+        spelled[i] = whole[:size] + b" " + whole[skip:]
+    return spelled
 
 
 def keys_of_words(content: bytes, begins_W: np.ndarray, ends_W: np.ndarray) -> np.ndarray:

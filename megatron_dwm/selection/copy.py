@@ -41,11 +41,13 @@ def copy_tokens(pool: Pool, chosen_D: np.ndarray, output: Path, advance: Advance
         output.open("wb", buffering=_BUFFER_BYTES) as target,
     ):
         size_bytes = os.fstat(source.fileno()).st_size
+        # One window for all reads: fresh memory for each would cost more than the copy.
+        window = memoryview(bytearray(min(_WINDOW_BYTES, size_bytes)))
         for at in range(0, size_bytes, _WINDOW_BYTES):
             stop = min(at + _WINDOW_BYTES, size_bytes)
             runs = slice(np.searchsorted(end_R, at, "right"), np.searchsorted(begin_R, stop))
             begins, ends = np.maximum(begin_R[runs], at), np.minimum(end_R[runs], stop)
-            _copy_window(source, target, begins, ends)
+            _copy_window(source, target, begins, ends, window)
             advance(stop - at, 0)
     advance(0, int(np.count_nonzero(chosen_D)))
 
@@ -86,14 +88,16 @@ def _runs(chosen_D: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(steps == 1), np.flatnonzero(steps == -1) - 1
 
 
-def _copy_window(source: BinaryIO, target: BinaryIO, begins: np.ndarray, ends: np.ndarray) -> None:
-    """Copy byte ranges, which are in order and lie within a window, with one read."""
+def _copy_window(
+    source: BinaryIO, target: BinaryIO, begins: np.ndarray, ends: np.ndarray, window: memoryview
+) -> None:
+    """Copy byte ranges, which are in order and fit into `window`, with one read."""
     if not len(begins):
         return
     base = int(begins[0])
     wanted = int(ends[-1]) - base
-    content = memoryview(os.pread(source.fileno(), wanted, base))
-    if len(content) < wanted:
+    content = window[:wanted]
+    if os.preadv(source.fileno(), [content], base) < wanted:
         raise UserError(f"{source.name}: became shorter while it was read")
     for begin, end in zip((begins - base).tolist(), (ends - base).tolist(), strict=True):
         target.write(content[begin:end])

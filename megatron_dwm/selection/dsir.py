@@ -160,7 +160,8 @@ def log_ratios_of(target: np.ndarray, raw: np.ndarray) -> np.ndarray:
 
 def log_weights(hashed: Hashed, log_ratios: np.ndarray) -> np.ndarray:
     """The sum of each document's log-ratios."""
-    sums_W = log_ratios[hashed.buckets_W2].sum(axis=1)
+    of_words, of_pairs = (log_ratios.take(hashed.buckets_W2[:, i]) for i in range(2))
+    sums_W = of_words + of_pairs
     weights_D = np.zeros(len(hashed.counts_D))
     has_words = hashed.counts_D > 0
     if has_words.any():

@@ -54,26 +54,30 @@ class Words:
 
     begins_W: np.ndarray
     ends_W: np.ndarray
-    classes_W: np.ndarray
-    """`WORD` or `SYMBOL`"""
     counts_D: np.ndarray
     """int64: words of each document"""
+    classes: np.ndarray
+    """uint8: the class of each byte of the batch"""
+
+    @property
+    def classes_W(self) -> np.ndarray:
+        """`WORD` or `SYMBOL`."""
+        return self.classes[self.begins_W]
 
 
 def split_words(batch: TextBatch) -> Words:
     """Returns the words of `batch`, as it is spelled."""
     classes = classes_of(batch.content)
-    borders = np.flatnonzero(classes[1:] != classes[:-1]) + 1
-    begins = np.concatenate([[0], borders])
-    ends = np.concatenate([borders, [len(classes)]])
-    is_word = classes[begins] != SPACE if len(classes) else np.zeros(len(begins), dtype=bool)
-    begins_W = begins[is_word]
+    is_border = np.ones(len(classes) + 1, dtype=bool)
+    np.not_equal(classes[1:], classes[:-1], out=is_border[1:-1])
+    is_text = classes != SPACE
+    begins_W = np.flatnonzero(is_border[:-1] & is_text)
     firsts = np.searchsorted(begins_W, batch.begins_D)
     return Words(
         begins_W=begins_W,
-        ends_W=ends[is_word],
-        classes_W=classes[begins_W] if len(begins_W) else np.zeros(0, np.uint8),
+        ends_W=np.flatnonzero(is_border[1:] & is_text) + 1,
         counts_D=np.diff(np.append(firsts, len(begins_W))),
+        classes=classes,
     )
 
 
@@ -90,10 +94,11 @@ def lower(batch: TextBatch) -> TextBatch:
 
 def classes_of(content: bytes) -> np.ndarray:
     """Returns the class of the character that each byte belongs to, uint8."""
-    values = np.frombuffer(content, np.uint8)
-    classes = _class_table()[values]
+    classes = np.frombuffer(content.translate(_class_of_bytes()), np.uint8)
     if content.isascii():
         return classes
+    classes = classes.copy()
+    values = np.frombuffer(content, np.uint8)
     places, characters = _characters(values)
     found = _class_table()[np.minimum(characters, _TABLE_SIZE - 1)]
     first = values[places]
@@ -135,6 +140,12 @@ def _characters(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _class_table() -> np.ndarray:
     """The class of each code point; that of the last entry is the class of all beyond."""
     return np.array([_class_of(chr(point)) for point in range(_TABLE_SIZE)], dtype=np.uint8)
+
+
+@cache
+def _class_of_bytes() -> bytes:
+    """The class of each byte that is a character of its own; others are overwritten."""
+    return _class_table()[:256].tobytes()
 
 
 @cache
