@@ -50,7 +50,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--rater", metavar="DIR",
         help="a weighting model, RUN/weighting/stage_K; with weighting.encoder llm, --model names "
         "the checkpoint of its run")  # fmt: skip
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of the model")
+    add("--precision", choices=("fp32", "bf16"), default=argparse.SUPPRESS,
+        help="precision of the model or rater (default: fp32)")  # fmt: skip
     add("--context-tokens", type=int, metavar="N",
         help="longest window that a model reads, tokens; empty takes its own context")  # fmt: skip
     add(
@@ -81,6 +82,8 @@ def main() -> None:
     ):
         if value is not None and value < 1:
             raise UserError(f"{option} {value}: expected 1 or more")
+    if "precision" in arguments and arguments.model is None and arguments.rater is None:
+        raise UserError("--precision: has no effect without --model or --rater; leave it out")
     quiet_upstream()
     if "token_losses" in arguments:
         _token_losses(arguments)
@@ -98,7 +101,7 @@ def _columns(arguments: argparse.Namespace) -> None:
         tokenizer=arguments.tokenizer,
         model=arguments.model,
         rater=arguments.rater,
-        precision=arguments.precision,
+        precision=vars(arguments).get("precision", "fp32"),
         context_tokens=arguments.context_tokens,
         num_workers=arguments.workers,
         replaces=arguments.replace,
@@ -122,7 +125,7 @@ def _token_losses(arguments: argparse.Namespace) -> None:
         arguments.token_losses,
         arguments.model,
         progress,
-        precision=arguments.precision,
+        precision=vars(arguments).get("precision", "fp32"),
         context_tokens=arguments.context_tokens,
         replaces=arguments.replace,
     )

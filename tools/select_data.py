@@ -82,8 +82,8 @@ def _add_rater(parser: argparse.ArgumentParser) -> None:
         help="scores that are in the table already (score_data.py --columns weight)")  # fmt: skip
     parser.add_argument("--model", metavar="DIR",
         help="checkpoint of the run, for a rater with weighting.encoder llm")  # fmt: skip
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
-        help="precision of the models")  # fmt: skip
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default=argparse.SUPPRESS,
+        help="precision of the models (default: fp32)")  # fmt: skip
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -186,13 +186,21 @@ def _rater_scores(arguments: argparse.Namespace) -> ScoringMethod:
     if "column" in arguments:
         from megatron_dwm.selection.qurating import QuRatingScores
 
-        if arguments.model is not None:
-            raise UserError("--model: has no effect with --column; leave it out")
+        for option, is_given in (
+            ("--model", arguments.model is not None),
+            ("--precision", "precision" in arguments),
+        ):
+            if is_given:
+                raise UserError(f"{option}: has no effect with --column; leave it out")
         return QuRatingScores(column=arguments.column, name="rater")
     quiet_upstream()
     from megatron_dwm.selection.rater import RaterScores
 
-    return RaterScores(rater=arguments.rater, model=arguments.model, precision=arguments.precision)
+    return RaterScores(
+        rater=arguments.rater,
+        model=arguments.model,
+        precision=vars(arguments).get("precision", "fp32"),
+    )
 
 
 @contextmanager

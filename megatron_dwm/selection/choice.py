@@ -61,16 +61,31 @@ def choose(scores: Scores, tokens_D: np.ndarray, domains: Domains, draw: Draw) -
 
     Raises `UserError` if a budget is larger than the eligible documents of its domain.
     """
+    require_enough(tokens_D, domains, draw, scores.eligible_D, scores.eligible_words)
     keys_D = keys_of(scores.values_D, draw)
     chosen_D = np.zeros(len(tokens_D), dtype=bool)
     for name, budget in _budgets(draw).items():
         candidates = np.flatnonzero(scores.eligible_D & _is_in(domains, name))
-        available = int(tokens_D[candidates].sum())
-        if budget > available:
-            raise UserError(_too_large(name, budget, available, scores, draw))
         taken = take_budget(keys_D[candidates], tokens_D[candidates], budget)
         chosen_D[candidates[taken]] = True
     return chosen_D
+
+
+def require_enough(
+    tokens_D: np.ndarray,
+    domains: Domains,
+    draw: Draw,
+    eligible_D: np.ndarray | bool = True,
+    eligible_words: str = "all documents",
+) -> None:
+    """Raise `UserError` if a budget is larger than the eligible documents of its domain.
+
+    By default all documents are eligible, as they may be before they are scored.
+    """
+    for name, budget in _budgets(draw).items():
+        available = int(tokens_D.sum(where=eligible_D & _is_in(domains, name)))
+        if budget > available:
+            raise UserError(_too_large(name, budget, available, eligible_words, draw))
 
 
 def keys_of(values_D: np.ndarray, draw: Draw) -> np.ndarray:
@@ -103,14 +118,16 @@ def _is_in(domains: Domains, name: str | None) -> np.ndarray | bool:
     return True if name is None else domains.codes_D == domains.names.index(name)
 
 
-def _too_large(name: str | None, budget: int, available: int, scores: Scores, draw: Draw) -> str:
+def _too_large(
+    name: str | None, budget: int, available: int, eligible_words: str, draw: Draw
+) -> str:
     if name is None:
         return (
-            f"--tokens {budget}: the data has {available} in {scores.eligible_words}; ask for at "
+            f"--tokens {budget}: the data has {available} in {eligible_words}; ask for at "
             "most that many"
         )
     assert draw.shares is not None
     return (
         f"--domain-shares {name}={draw.shares[name]:g}: that is {budget} tokens, but {name} has "
-        f"{available} in {scores.eligible_words}; lower its share or --tokens"
+        f"{available} in {eligible_words}; lower its share or --tokens"
     )

@@ -22,7 +22,7 @@ from megatron_dwm.config.outputs import (
     why_unwritable,
 )
 from megatron_dwm.files.atomic import write_json
-from megatron_dwm.selection.choice import Domains, Draw, Scores, choose
+from megatron_dwm.selection.choice import Domains, Draw, Scores, choose, require_enough
 from megatron_dwm.selection.copy import Advance, copy_index, copy_rows, copy_tokens
 from megatron_dwm.selection.pool import Pool, open_pool
 from megatron_dwm.selection.record import (
@@ -113,6 +113,8 @@ def _select(
     paths = OutputPaths.of(selection.output_prefix)
     inputs = inputs_of(pool)
     domains = _domains(pool, selection)
+    # Scoring may take hours, so what cannot succeed is refused before.
+    require_enough(pool.tokens_D, domains, selection.draw)
     scores = method.scores(pool, progress, paths.record.parent)
     chosen_D = choose(scores, pool.tokens_D, domains, selection.draw)
     record = SelectionRecord(

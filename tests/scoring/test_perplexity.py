@@ -92,6 +92,7 @@ def test_mistakes(checkpoint: Path, run: Run, tmp_path: Path) -> None:
         ("d", ("--model", tmp_path / "empty"), "not a checkpoint"),
         ("d", (*model, "--context-tokens", 0), "--context-tokens 0: expected 1 or more"),
         ("d", (*model, "--tokenizer", "x"), "--tokenizer x: has no effect"),
+        ("d", ("--precision", "bf16"), "--precision: has no effect without --model"),
         ("other", model, "its tokenizer is "),
         ("larger", model, "a vocabulary of 600, but "),
         ("ids", model, "ids.bin: has an id outside the vocabulary of "),

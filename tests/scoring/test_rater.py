@@ -175,4 +175,14 @@ def test_mistakes(data: str, checkpoint: Path, run: Run, tmp_path: Path) -> None
             done = run(*command, "--input", data, *rater, *options)
             assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
             assert words in done.stderr and "--rater" in done.stderr
+    one = ("select_data.py", "rater", "--input", data, "--output-prefix", tmp_path / "o")
+    for options, words in (
+        (("--tokens", 10**9, "--rater", tmp_path / "no"), "--tokens 1000000000: the data has "),
+        (("--tokens", 9, "--column", "domain"), "column domain (--column) is of type string"),
+        (("--tokens", 9, "--column", "tokens", *model), "--model: has no effect with --column"),
+        (("--tokens", 9), "one of the arguments --rater --column is required"),
+    ):
+        done = run(*one, *options)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert words in done.stderr
     assert (sorted(tmp_path.iterdir()), Path(f"{data}.meta.parquet").read_bytes()) == before
