@@ -7,6 +7,7 @@ import pytest
 from megatron_dwm.config import Config, DataConfig, PolicyConfig, TrainingConfig, WeightingConfig
 from megatron_dwm.model.flops import llm_forward_flops
 from megatron_dwm.model.shape import PRESETS
+from megatron_dwm.planning.memory import stage_memory
 from megatron_dwm.weighting import method_class
 from megatron_dwm.weighting.costs import Costs, Workload
 
@@ -71,3 +72,15 @@ def test_updates_are_three_steps_or_two() -> None:
 def test_reading_first_is_counted() -> None:
     grouped, whole = (_costs(encoder="llm", group=group) for group in ("micro_batch", "global"))
     assert whole.extra_forward == pytest.approx(whole.llm_step / 3) and grouped.extra_forward == 0.0
+
+
+def test_a_references_losses_from_a_file_cost_nothing() -> None:
+    found = []
+    for policy in ({"reference": "model"}, {"reference_losses": "ref"}):
+        config = Config(policy=PolicyConfig(name="excess_loss", **policy))
+        spent = method_class(config).costs(config, LARGE, Workload(replicas=1))
+        memory = stage_memory(config, LARGE, None, world_size=1, stage=0, on_gpu=False)
+        found.append((spent.weighing / spent.llm_step, memory.reference))
+    (with_model, its_bytes), from_file = found
+    assert with_model == pytest.approx(1 / 3) and its_bytes > 0
+    assert from_file == (0.0, 0.0)
