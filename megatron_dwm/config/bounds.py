@@ -66,6 +66,8 @@ def _short(value: float) -> str:
 COUNT = Bound(low=1, high=_MAX_COUNT)
 COUNT_OR_ZERO = Bound(low=0, high=_MAX_COUNT)
 ROWS = Bound(low=1, high=10**7)
+# A pool is in memory as a whole, and is scored before one step.
+POOL = Bound(low=1, high=1000)
 TOKENS = Bound(low=1, high=2**24)
 WIDTH = Bound(low=1, high=_MAX_WIDTH)
 INNER_WIDTH = Bound(low=1, high=8 * _MAX_WIDTH)

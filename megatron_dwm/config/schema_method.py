@@ -14,6 +14,7 @@ from megatron_dwm.config.bounds import (
     FRACTION_ABOVE_ZERO,
     INNER_WIDTH,
     LAYERS,
+    POOL,
     POWER,
     RATE,
     ROWS,
@@ -198,7 +199,7 @@ class WeightingConfig:
     which a frozen model takes in turn, each for one Nth of this run"""
     frozen: bool = key(False, part="weighting_model")
     """use the loaded weighting model without updating it"""
-    pool_batches: int = key(1, COUNT, part="pool")
+    pool_batches: int = key(1, POOL, part="pool")
     """global batches that a step reads, of which it trains on one: samples that the method chooses
     among all of them; so the run reads this many times as many samples; 1 trains on all"""
     kept_weights: Literal["equal", "learned"] = key(
