@@ -84,6 +84,8 @@ def main() -> None:
             raise UserError(f"{option} {value}: expected 1 or more")
     if "precision" in arguments and arguments.model is None and arguments.rater is None:
         raise UserError("--precision: has no effect without --model or --rater; leave it out")
+    if arguments.context_tokens is not None and arguments.model is None:
+        raise UserError("--context-tokens: has no effect without --model; leave it out")
     quiet_upstream()
     if "token_losses" in arguments:
         _token_losses(arguments)
@@ -129,9 +131,10 @@ def _token_losses(arguments: argparse.Namespace) -> None:
         context_tokens=arguments.context_tokens,
         replaces=arguments.replace,
     )
+    digest = header.model_digest.split()[0]  # the number of bytes follows
     print(
         f"{arguments.input}: {header.num_tokens} losses under {header.model} "
-        f"({header.model_digest}), at most {header.context_tokens} tokens of context"
+        f"(digest {digest}), at most {header.context_tokens} tokens of context"
     )
 
 

@@ -26,7 +26,7 @@ PARTS: dict[Part, str] = {
     "weighting_model": "has no weighting model",
     "groups": "weighs every sample the same",
     "softmax": "has no softmax over a group",
-    "selection": "keeps everything",
+    "selection": "has no fraction of units to keep",
     "reference": "has no reference model",
     "dynamic_reference": "trains no reference model",
     "alignments": "learns nothing from alignments",

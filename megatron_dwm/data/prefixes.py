@@ -70,7 +70,7 @@ class IndexedFile:
 
 
 def parse_blend(train: Sequence[str | float]) -> list[BlendPart]:
-    """Returns the parts of `data.train`, in order, one for each prefix.
+    """Returns the parts of `data.train`, in order, one for each prefix, however it is spelled.
 
     Raises:
         UserError: the list is empty, weights and prefixes do not alternate, or a weight is not a
@@ -81,16 +81,16 @@ def parse_blend(train: Sequence[str | float]) -> list[BlendPart]:
         raise UserError("data.train is empty: name at least one prefix of PREFIX.bin/PREFIX.idx")
     weighted = any(_number(entry) is not None for entry in entries)
     named = _weighted(entries) if weighted else [(prefix, None) for prefix in entries]
-    places: dict[str, list[int]] = {}
+    places: dict[Path, list[int]] = {}
     for place, (prefix, _) in enumerate(named):
-        places.setdefault(prefix, []).append(place)
+        places.setdefault(Path(prefix).resolve(), []).append(place)
     return [
         BlendPart(
-            prefix=prefix,
+            prefix=named[found[0]][0],
             weight=sum(named[place][1] or 0.0 for place in found) if weighted else None,
             places=tuple(found),
         )
-        for prefix, found in places.items()
+        for found in places.values()
     ]
 
 

@@ -94,8 +94,10 @@ def cost_of(config: Config, shape: LlamaShape, workload: Workload) -> Cost:
     passes = costs.update_passes + recompute * repeats
     first_weighed = method.first_weighed_step(config)
     # A fresh batch is weighed like a step's, except the first one that a new model learns from.
+    # An update of the method's own has its scores among its passes.
     unweighed = 1 if first_weighed > 0 else 0
-    weighed_updates = max(0, num_updates - unweighed) if schedule.fresh else 0
+    weighs_again = schedule.fresh and not method.own_updates
+    weighed_updates = max(0, num_updates - unweighed) if weighs_again else 0
     weighed = (steps - first_weighed) / steps
     return Cost(
         llm=costs.llm_step,

@@ -32,6 +32,7 @@ def remarks(
     yield from _documents(config)
     yield from _slow_steps(config, costs, runtime)
     yield from _nothing_is_learned(config)
+    yield from _no_pool_is_scored(config, costs)
     yield from _extra_forward_pass(costs)
     yield from _nothing_is_profiled(config, state)
 
@@ -118,6 +119,15 @@ def _nothing_is_learned(config: Config) -> Iterator[str]:
     if "updates" not in parts:
         advice = "lower policy.alignment_warmup or train longer"
     yield f"policy {config.policy.name} makes no weighting update in {steps} steps: {advice}"
+
+
+def _no_pool_is_scored(config: Config, costs: Costs) -> Iterator[str]:
+    steps = config.training.steps
+    if costs.pool_passes and not costs.pools(steps):
+        yield (
+            f"policy {config.policy.name} draws at random in all {steps} steps: lower "
+            "policy.alignment_warmup or train longer"
+        )
 
 
 def _extra_forward_pass(costs: Costs) -> Iterator[str]:

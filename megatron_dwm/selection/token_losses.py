@@ -46,6 +46,8 @@ def write_token_losses(
     context_tokens: longest window; None: the model's own context.
     Raises `UserError` for a dataset or model that cannot be used, and a file that is there.
     """
+    if "/" in name or not name:
+        raise UserError(f"--token-losses {name}: expected a name without /, part of a file's name")
     pool = open_pool(prefix)
     _require_whole_documents(pool)
     path = losses_path(pool.prefix, name)

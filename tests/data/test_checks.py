@@ -70,6 +70,8 @@ def test_lists_that_are_blends() -> None:
     assert (first.prefix, first.weight, first.places) == ("A", 0.75, (0, 2))
     assert (second.prefix, second.weight, second.places) == ("B", 2.0, (1,))
     assert [part.places for part in parse_blend(["A", "B", "A"])] == [(0, 2), (1,)]
+    [one] = parse_blend(["d/A", "./d/../d/A"])
+    assert (one.prefix, one.places) == ("d/A", (0, 1)), "one prefix, spelled in two ways"
 
 
 def test_missing_files_come_with_a_hint(corpus: str, tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -273,3 +273,16 @@ def test_opus_costs_its_pools_and_sketches() -> None:
     assert stage.sketches == pytest.approx(12 * parameters + of_candidates)
     assert without.stages[0].sketches == 0.0 == stage.virtual_step < exact.stages[0].virtual_step
     assert stage.update == pytest.approx(stage.step + stage.sketches)
+
+
+@pytest.mark.parametrize("group", ["micro_batch", "global"])
+def test_blade_costs_what_its_run_counts(group: str) -> None:
+    """In forward passes: a step 3, a weighed step more, a step of the reference 2 + 3 + 3."""
+    config = large(policy="blade", weighting={"group": group})
+    rhythm = {"sync_first_step": 4, "sync_interval_steps": 4, "reference_steps": 3}
+    config = replace(config, policy=replace(config.policy, **rhythm))
+    config = replace(config, training=replace(config.training, steps=12))
+    cost = planned(config).cost
+    # Of 12 steps, 8 are weighed: by the reference's pass, in a global group also by the LLM's.
+    passes = 12 * 3 + 8 * (2 if group == "global" else 1) + 2 * 3 * 8
+    assert 12 * (cost.llm + cost.weighting) == pytest.approx(passes * cost.llm / 3)

@@ -170,6 +170,10 @@ def test_a_run_that_ends_in_the_warm_up_is_told(corpus: Corpus, tmp_path: Path) 
         assert done.returncode == 0, done.stderr
         assert f"policy {policy} makes no weighting update in 2 steps: " in done.stderr
         assert key in done.stderr
+    arguments = (*corpus.arguments(), "--policy.name", "opus", "--weighting.pool_batches", "2")
+    done = pretrain(tmp_path / "opus", *arguments, "--training.steps", "2")
+    assert done.returncode == 0, done.stderr
+    assert "policy opus draws at random in all 2 steps: " in done.stderr
 
 
 def test_flops_add_up(alone: dict[str, Path]) -> None:

@@ -182,6 +182,8 @@ def test_mistakes(corpus: Corpus, aligned: str, checkpoint: Path, run: Run, tmp_
     assert losses.read_bytes() == whole
     done = run("score_data.py", "--input", prefix, "--token-losses", "ref")
     assert done.returncode == 2 and "--token-losses: needs --model" in done.stderr
+    done = run("score_data.py", "--input", prefix, "--token-losses", "../r", "--model", checkpoint)
+    assert done.returncode == 2 and "--token-losses ../r: expected a name without /" in done.stderr
     write_dataset(tmp_path / "two", [[[1], [2, 3]]], {})
     done = run("score_data.py", "--input", tmp_path / "two", "--token-losses", "ref",
                "--model", checkpoint)  # fmt: skip
