@@ -203,7 +203,10 @@ MISTAKES = {
         "weighting.kept_weights: has no effect: weighting.pool_batches is 1, and it needs "
         "weighting.pool_batches above 1"
     ),
-    "--weighting.pool_batches 100000000": ("training.steps or weighting.pool_batches, a smaller"),
+    "--weighting.pool_batches 1000 --training.steps 100000": (
+        "training.steps or weighting.pool_batches, a smaller"
+    ),
+    "--weighting.pool_batches 1001": "expected a number from 1 to 1,000, got 1001",
 }
 
 
