@@ -28,11 +28,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megatron_dwm.config import Config, PolicyConfig, WeightingConfig
+from megatron_dwm.config import Config
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
 from megatron_dwm.model import ForwardOutputs, LlamaShape
-from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.concentration import GUARDS
 from megatron_dwm.weighting.costs import Costs, Workload, learning_costs
 from megatron_dwm.weighting.greedy import choose_greedily, in_deviations, overlaps
@@ -58,18 +57,9 @@ class GradientAlignment(RuleBased):
         f"{GUARDS}, or policy.alignment_temperature; policy.keep_ratio if the choice is greedy"
     )
     aligns_first: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        config: PolicyConfig,
-        weighting: WeightingConfig,
-        runtime: Runtime,
-        micro_batch_size: int,
-    ) -> None:
-        super().__init__(config, weighting, runtime, micro_batch_size)
-        # Means of s and of s^2, float64 [2]; those of a step count once it was taken.
-        self.moments: Tensor | None = None
-        self._next_moments: Tensor | None = None
+    # Means of s and of s^2, float64 [2]; those of a step count once it was taken.
+    moments: Tensor | None = None
+    _next_moments: Tensor | None = None
 
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:

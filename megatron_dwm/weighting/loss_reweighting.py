@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dwm.config import Config, PolicyConfig, WeightingConfig
+from megatron_dwm.config import Config
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
 from megatron_dwm.model import ForwardOutputs, LlamaShape
-from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.concentration import GUARDS
 from megatron_dwm.weighting.costs import Costs, Workload, plain_costs
 from megatron_dwm.weighting.method import Counters, Needs
@@ -35,6 +34,8 @@ class LossReweighting(RuleBased):
     """Weights from losses and their two running moments, the same on every rank."""
 
     gentler = f"{GUARDS}, or policy.loss_temperature"
+    # Means of l and of l^2, float64, on the device, so that a step does not wait for them.
+    moments: Tensor | None = None
 
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
@@ -58,17 +59,6 @@ class LossReweighting(RuleBased):
         rows = training.global_batch_size // workload.replicas
         waits = config.weighting.group == "global" and rows > training.micro_batch_size
         return replace(costs, extra_forward=costs.forward) if waits else costs
-
-    def __init__(
-        self,
-        config: PolicyConfig,
-        weighting: WeightingConfig,
-        runtime: Runtime,
-        micro_batch_size: int,
-    ) -> None:
-        super().__init__(config, weighting, runtime, micro_batch_size)
-        # Means of l and of l^2, float64, on the device, so that a step does not wait for them.
-        self.moments: Tensor | None = None
 
     def needs(self, counters: Counters) -> Needs:
         """Returns losses after the first batch, and nothing before it."""

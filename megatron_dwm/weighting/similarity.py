@@ -23,12 +23,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dwm.config import Config, PolicyConfig, WeightingConfig
+from megatron_dwm.config import Config
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
 from megatron_dwm.model import Features, ForwardOutputs, LlamaShape
 from megatron_dwm.model.flops import llm_forward_flops
-from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.concentration import GUARDS
 from megatron_dwm.weighting.costs import Costs, Workload, plain_costs
 from megatron_dwm.weighting.method import Counters, Needs
@@ -41,6 +40,8 @@ class Similarity(RuleBased):
     """Weights from the direction of the target's mean features, the same on every rank."""
 
     gentler = f"{GUARDS}, or policy.similarity_temperature"
+    # float32 [2 D], on the device; None before the target is read.
+    mean: Tensor | None = None
 
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
@@ -94,17 +95,6 @@ class Similarity(RuleBased):
             update_passes=llm_forward_flops(llm, passages, length, attended),
             extra_forward=costs.forward if waits else 0.0,
         )
-
-    def __init__(
-        self,
-        config: PolicyConfig,
-        weighting: WeightingConfig,
-        runtime: Runtime,
-        micro_batch_size: int,
-    ) -> None:
-        super().__init__(config, weighting, runtime, micro_batch_size)
-        # float32 [2 D], on the device; None before the target is read.
-        self.mean: Tensor | None = None
 
     def needs(self, counters: Counters) -> Needs:
         """Returns features once the target is read, and nothing before."""
