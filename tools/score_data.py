@@ -59,8 +59,9 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="give columns that are there new values, or write a file of losses again",
     )
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-        help="processes that measure; the output is the same for any number")  # fmt: skip
+    add("--workers", type=int, metavar="N",
+        help="processes that measure statistics (empty: one a core); the output is the same for "
+        "any number")  # fmt: skip
     return parser.parse_args()
 
 
@@ -84,6 +85,8 @@ def main() -> None:
             raise UserError(f"{option} {value}: expected 1 or more")
     if "precision" in arguments and arguments.model is None and arguments.rater is None:
         raise UserError("--precision: has no effect without --model or --rater; leave it out")
+    if arguments.workers is not None and arguments.tokenizer is None:
+        raise UserError("--workers: has no effect without statistics of texts; leave it out")
     if arguments.context_tokens is not None and arguments.model is None:
         raise UserError("--context-tokens: has no effect without --model; leave it out")
     quiet_upstream()
@@ -105,7 +108,7 @@ def _columns(arguments: argparse.Namespace) -> None:
         rater=arguments.rater,
         precision=vars(arguments).get("precision", "fp32"),
         context_tokens=arguments.context_tokens,
-        num_workers=arguments.workers,
+        num_workers=arguments.workers or len(os.sched_getaffinity(0)),
         replaces=arguments.replace,
     )
     values = score(settings, progress)

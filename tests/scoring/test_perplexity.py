@@ -93,6 +93,7 @@ def test_mistakes(checkpoint: Path, run: Run, tmp_path: Path) -> None:
         ("d", (*model, "--context-tokens", 0), "--context-tokens 0: expected 1 or more"),
         ("d", (*model, "--tokenizer", "x"), "--tokenizer x: has no effect"),
         ("d", ("--precision", "bf16"), "--precision: has no effect without --model"),
+        ("d", (*model, "--workers", 2), "--workers: has no effect without statistics of texts"),
         ("d", ("--context-tokens", 8), "--context-tokens: has no effect without --model"),
         ("other", model, "its tokenizer is "),
         ("larger", model, "a vocabulary of 600, but "),
