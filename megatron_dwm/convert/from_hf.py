@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from tqdm import tqdm
 
 from megatron_dwm.checkpoint.kept_files import HUGGINGFACE, huggingface_files, write_files
@@ -28,8 +28,9 @@ from megatron_dwm.convert.checkpoint_reader import open_checkpoint
 from megatron_dwm.convert.gate import gate_tokens, require_equal_logits
 from megatron_dwm.convert.original_files import plain_encoder, special_tokens
 from megatron_dwm.convert.output import new_directory, require_free
+from megatron_dwm.model.builders.build import build_module
 from megatron_dwm.model.initialize import global_parameter_names
-from megatron_dwm.model.llm import build_module, transformer_config
+from megatron_dwm.model.llm import whole_model
 from megatron_dwm.model.on_disk.huggingface_files import HuggingFaceModel, open_huggingface
 from megatron_dwm.model.on_disk.parameter_names import megatron_tensor
 from megatron_dwm.runtime import bring_up
@@ -74,28 +75,26 @@ def import_from_huggingface(
 
 
 def _write(model: HuggingFaceModel, directory: Path) -> None:
-    shape, parallel = model.shape, ParallelConfig()
     (directory / LLM_FOLDER).mkdir()
-    with bring_up(parallel, seed=0):
-        config = transformer_config(shape, ModelConfig(precision="fp32"), parallel)
-        module = build_module(
-            shape,
-            replace(config, perform_initialization=False, params_dtype=model.dtype),
-            shape.num_layers,
+    with bring_up(ParallelConfig(), seed=0):
+        chunk = whole_model(
+            model.shape,
+            ModelConfig(precision="fp32"),
             sequence_length=model.context_tokens,
-            is_first=True,
-            is_last=True,
+            perform_initialization=False,
+            params_dtype=model.dtype,
         )
+        module = build_module(chunk)
         _fill(module, model)
         state = {"model": module.sharded_state_dict(prefix=MODEL_PREFIX)}
         dist_checkpointing.save(state, str(directory / LLM_FOLDER))
-    (directory / SHAPE_FILE).write_text(json.dumps(asdict(shape)), encoding="utf-8")
+    (directory / SHAPE_FILE).write_text(json.dumps(asdict(model.shape)), encoding="utf-8")
     save_config(_config(model), directory / CONFIG_FILE)
     write_files(huggingface_files(model.directory), directory / HUGGINGFACE)
 
 
 @torch.no_grad()
-def _fill(module: GPTModel, model: HuggingFaceModel) -> None:
+def _fill(module: LanguageModule, model: HuggingFaceModel) -> None:
     parameters = list(global_parameter_names(module, 0))
     if not sys.stderr.isatty():
         print(f"reading {printable(model.directory)}", file=sys.stderr)
