@@ -26,7 +26,6 @@ from torch.nn import Module, ModuleList
 
 from megatron_dwm.checkpoint.names import MODEL_PREFIX
 from megatron_dwm.config import ModelConfig, ParallelConfig
-from megatron_dwm.config.schema_llm import Builder
 from megatron_dwm.convert.checkpoint_reader import SavedLLM
 from megatron_dwm.model.builders.build import build_module
 from megatron_dwm.model.llm import whole_model
@@ -36,24 +35,20 @@ _LAYER = f"{MODEL_PREFIX}decoder.layers."
 
 
 @torch.no_grad()
-def megatron_logits(
-    saved: SavedLLM, tokens_BS: Tensor, dtype: torch.dtype, builder: Builder = "gpt"
-) -> Tensor:
+def megatron_logits(saved: SavedLLM, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns float32 logits [B, S, V] without padding; parameters are rounded to `dtype` first.
-
-    builder: Megatron-Core's class that computes them.
 
     Runs in this one process: creates Megatron's process groups and destroys them at the end.
     """
     with bring_up(ParallelConfig(), seed=0) as runtime:
         chunk = whole_model(
             replace(saved.shape, num_layers=1),
-            ModelConfig(precision="fp32", builder=builder),
+            ModelConfig(precision="fp32", builder=saved.builder),
             sequence_length=tokens_BS.shape[1],
             # Without initialization no memory is touched before a parameter is read.
             perform_initialization=False,
         )
-        module = build_module(chunk, builder).to(runtime.device)
+        module = build_module(chunk).to(runtime.device)
         _load_parameters_on_demand(module.eval(), saved, dtype)
         tokens_BS = tokens_BS.to(runtime.device)
         positions_BS = torch.arange(tokens_BS.shape[1], device=runtime.device)

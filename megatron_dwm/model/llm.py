@@ -196,6 +196,7 @@ def build_llm(
     for number in range(parallel.virtual_stages):
         layers = _ChunkLayers.of_chunk(number, shape, parallel, runtime)
         part = Chunk(
+            builder=model.builder,
             shape=shape,
             config=config,
             layers=_block_spec(shape, model, choice.kind, layers),
@@ -204,7 +205,7 @@ def build_llm(
             is_last=layers.is_last,
             virtual_stage=number if parallel.virtual_stages > 1 else None,
         )
-        chunk = build_module(part, model.builder).to(runtime.device)
+        chunk = build_module(part).to(runtime.device)
         _initialize(chunk, shape, layers, runtime, seed)
         chunks.append(_wrap(chunk, config, parallel) if trained else _frozen(chunk, config))
     return LLM(chunks, config, shape, runtime, choice.kind)
@@ -271,6 +272,7 @@ def whole_model(
     changes: to fields of Megatron-Core's configuration.
     """
     return Chunk(
+        builder=model.builder,
         shape=shape,
         config=replace(transformer_config(shape, model, ParallelConfig()), **changes),
         layers=llama_block_spec(shape.num_layers),

@@ -1,4 +1,4 @@
-"""Builds a chunk of the LLM with the class that `model.builder` names."""
+"""Builds a chunk of the LLM as the class of Megatron-Core that `model.builder` names."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def require_builder(builder: Builder) -> None:
         )
 
 
-def build_module(chunk: Chunk, builder: Builder = "gpt") -> LanguageModule:
+def build_module(chunk: Chunk) -> LanguageModule:
     """Returns the chunk's model; Megatron-Core fills its parameters.
 
     Raises UserError if the installed release of Megatron-Core lacks the class.
     """
-    require_builder(builder)
-    if builder == "gpt":
+    require_builder(chunk.builder)
+    if chunk.builder == "gpt":
         return build_gpt(chunk)
     # Older releases cannot import the file.
     from megatron_dwm.model.builders.hybrid import build_hybrid

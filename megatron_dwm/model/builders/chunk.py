@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dwm.config.schema_llm import Builder
 from megatron_dwm.model.shape import LlamaShape
 
 
@@ -14,12 +15,13 @@ from megatron_dwm.model.shape import LlamaShape
 class Chunk:
     """Consecutive layers of the LLM on one rank.
 
-    config: Megatron-Core's, for the builder that gets the chunk.
+    builder: the class to build. config: Megatron-Core's configuration for that class.
     layers: one spec for each whole layer, and the final norm's.
     is_first, is_last: with the input embedding; with the final norm and the output layer.
     virtual_stage: number of the chunk on its pipeline stage; None if the stage has one.
     """
 
+    builder: Builder
     shape: LlamaShape
     config: TransformerConfig
     layers: TransformerBlockSubmodules
