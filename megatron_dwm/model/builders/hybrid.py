@@ -112,6 +112,21 @@ class LlamaStack(HybridStack):
         return state
 
 
+class LlamaModel(HybridModel):
+    """HybridModel, saved as GPTModel."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", *arguments: Any, **named: Any
+    ) -> ShardedStateDict:
+        """Returns the parameters, without the output layer's extra state.
+
+        It is always None, and GPTModel.sharded_state_dict leaves it out, too.
+        """
+        state = super().sharded_state_dict(prefix, *arguments, **named)
+        state.pop(f"{prefix}output_layer._extra_state", None)
+        return state
+
+
 def _halves(
     layers: Sequence[ModuleSpec], first_block: int
 ) -> dict[int, TransformerLayerSubmodules]:
@@ -131,10 +146,10 @@ def _halves(
     return halves
 
 
-def build_hybrid(chunk: Chunk) -> HybridModel:
+def build_hybrid(chunk: Chunk) -> LlamaModel:
     """Returns the chunk's model; Megatron-Core fills its parameters."""
     shape = chunk.shape
-    module = HybridModel(
+    module = LlamaModel(
         chunk.config,
         ModuleSpec(LlamaStack, submodules=chunk.layers),
         vocab_size=shape.padded_vocab_size,
