@@ -74,6 +74,20 @@ def test_both_classes_take_the_same_steps(name: str) -> None:
             assert torch.equal(value, others[key]), key
 
 
+def test_both_classes_find_the_same_of_documents() -> None:
+    """Alignments and sketches of gradients with documents as units."""
+    options = {"border_loss": False, "uncounted": 0.2}
+    for worker, of_worker in (
+        ("tests.bilevel.unit_workers:alignments", {"options": options}),
+        ("tests.bilevel.sketch_workers:sketches", {"size": 64, "units": "document"}),
+    ):
+        layout = {"tensor": 2, "sequence": True, "layers": 4}
+        gpt, hybrid = _of_both(worker, 2, {**of_worker, **layout})
+        for values, others in zip(gpt, hybrid, strict=True):
+            for key, value in values.items():
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(others[key])), key
+
+
 def test_attention_stops_at_the_same_borders() -> None:
     worker = "tests.model.border_workers:losses_and_gradients"
     for ranks, options in ((1, {"recompute": "full"}), (2, {"tensor": 2, "sequence": True})):
