@@ -28,6 +28,7 @@ PARTS: dict[Part, str] = {
     "softmax": "has no softmax over a group",
     "selection": "has no fraction of units to keep",
     "reference": "has no reference model",
+    "second_llm": "has no second LLM",
     "dynamic_reference": "trains no reference model",
     "alignments": "learns nothing from alignments",
     "domain_mean": "keeps no means of domains",

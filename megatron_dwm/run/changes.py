@@ -37,6 +37,7 @@ MAY_CHANGE = {
     "training.micro_batch_size",
     "data.cache_dir",
     "model.recompute",
+    "policy.offload_reference",
     "weighting.learning_rate",
 }
 # Keys about the start of a run: a resumed run reads its checkpoint instead.
