@@ -21,7 +21,7 @@ Part = str
 PARTS: dict[Part, str] = {
     "target": "reads no target",
     "passages": "reads no validation batches",
-    "updates": "makes no weighting updates",
+    "updates": "learns no weights",
     "hypergradients": "computes no hypergradients",
     "weighting_model": "has no weighting model",
     "groups": "weighs every sample the same",
