@@ -80,7 +80,7 @@ WITHOUT_EFFECT = [
     (ALIGNED, "weighting.pool_batches", "2", "alignment_choice softmax trains on every batch"),
     (GREEDY, "policy.alignment_decay", "0.5", "needs policy.alignment_choice softmax"),
     (GREEDY, "policy.alignment_temperature", "2", "needs policy.alignment_choice softmax"),
-    (GREEDY, "weighting.uniform_floor", "0.1", "alignment_choice greedy has no softmax over a group"),
+    (GREEDY, "weighting.uniform_floor", "0.1", "alignment_choice greedy has no softmax"),
     (f"{GREEDY} --policy.redundancy 0", "policy.sketch_size", "64", "needs policy.redundancy set"),
     (
         f"{OPUS} --policy.redundancy 0",
