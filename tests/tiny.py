@@ -11,7 +11,7 @@ import torch
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_dwm.config import ParallelConfig
+from megatron_dwm.config import ParallelConfig, TrainingConfig
 from megatron_dwm.data import Batch
 from megatron_dwm.model import LLM
 from megatron_dwm.runtime import Runtime, bring_up
@@ -60,7 +60,15 @@ class Tiny:
 
 
 @contextmanager
-def tiny(
+def tiny(**arguments: Any) -> Iterator[Tiny]:
+    """One of `tinies`."""
+    with tinies(1, **arguments) as (subject,):
+        yield subject
+
+
+@contextmanager
+def tinies(
+    count: int,
     *,
     tensor: int = 1,
     pipeline: int = 1,
@@ -74,8 +82,8 @@ def tiny(
     steps: int = 4,
     rounding_seed: int | None = None,
     **model: Any,
-) -> Iterator[Tiny]:
-    """A tiny model under a layout, after `steps` training steps.
+) -> Iterator[list[Tiny]]:
+    """Equal tiny models under a layout, each after `steps` training steps.
 
     rounding_seed: change each first parameter by one fp32 unit in the last place, up or down at
     random: what then changes in a result is rounding.
@@ -91,18 +99,31 @@ def tiny(
     training = replace(TINY_TRAINING, clip_grad=clip)
     model |= {"tied_embeddings": tied, "num_query_groups": query_groups, "num_layers": layers}
     with bring_up(parallel, seed=1) as runtime:
-        built = tiny_learner(runtime, parallel=parallel, training=training, **model)
-        if rounding_seed is not None:
-            _round_otherwise(built.llm, rounding_seed)
-        # The first step, at rate 0, only fills the moments. Adam's first step is the gradient's
-        # sign, which makes whole steps of the rounding errors by which layouts differ.
-        begin_at(built.scheduler, 0)
-        weights_n = torch.linspace(0.2, 1.8, SAMPLES)[replica_rows(runtime, SAMPLES)]
-        subject = Tiny(
-            runtime, built.llm, built.optimizer, built.scheduler, weights_n.to(runtime.device)
-        )
-        subject.train(steps)
-        yield subject
+        yield [
+            _trained(runtime, parallel, training, model, steps, rounding_seed) for _ in range(count)
+        ]
+
+
+def _trained(
+    runtime: Runtime,
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    model: dict[str, Any],
+    steps: int,
+    rounding_seed: int | None,
+) -> Tiny:
+    built = tiny_learner(runtime, parallel=parallel, training=training, **model)
+    if rounding_seed is not None:
+        _round_otherwise(built.llm, rounding_seed)
+    # The first step, at rate 0, only fills the moments. Adam's first step is the gradient's sign,
+    # which makes whole steps of the rounding errors by which layouts differ.
+    begin_at(built.scheduler, 0)
+    weights_n = torch.linspace(0.2, 1.8, SAMPLES)[replica_rows(runtime, SAMPLES)]
+    subject = Tiny(
+        runtime, built.llm, built.optimizer, built.scheduler, weights_n.to(runtime.device)
+    )
+    subject.train(steps)
+    return subject
 
 
 @torch.no_grad()

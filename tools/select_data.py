@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from megatron_dwm.config.command_line import OneLineParser, run_command
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.entry import quiet_upstream
+from megatron_dwm.files.sidecar_columns import UNKNOWN_DOMAIN
 
 if TYPE_CHECKING:
     from megatron_dwm.selection.copy import Advance
@@ -229,6 +230,8 @@ def report(prefix: str, outcome: Outcome) -> None:
             f"{count.chosen_tokens} of {count.tokens} tokens; {before:.1f} % of all tokens before, "
             f"{after:.1f} % after"
         )
+    if outcome.has_sidecar and set(outcome.record.domains) == {UNKNOWN_DOMAIN}:
+        print("the table names no domains: --domain-key names the column with them")
     if not outcome.has_sidecar:
         print("the input has no .meta.parquet, so neither has the result")
 

@@ -29,9 +29,10 @@ def load_checkpoint(parts: Parts, directory: Path) -> None:
     for folder, model in parts.models.items():
         # A run may have taken up a method with a reference since.
         if folder == LLM_FOLDER or (directory / folder).is_dir():
-            create_state(model.llm, model.optimizer)
-            _load_parameters(model.llm, directory / folder)
-            _load_optimizer(model, directory / folder)
+            with model.offload.learning():
+                create_state(model.llm, model.optimizer)
+                _load_parameters(model.llm, directory / folder)
+                _load_optimizer(model, directory / folder)
     with data_only(directory / TRAINING_FILE):
         rest = torch.load(directory / TRAINING_FILE, weights_only=True)
     for name, value in asdict(read_manifest(directory).state).items():

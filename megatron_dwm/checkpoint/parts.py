@@ -14,6 +14,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron_dwm.checkpoint.names import LLM_FOLDER, MODEL_PREFIX, REFERENCE_FOLDER
 from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.model import LLM
+from megatron_dwm.model.offload import Offload
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.runtime.random_state import random_state
 
@@ -30,10 +31,11 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedModel:
-    """A model with its optimizer."""
+    """A model with its optimizer; `offload` has both on the device while they are in use."""
 
     llm: LLM
     optimizer: ChainedOptimizer
+    offload: Offload = field(default_factory=Offload)
 
     def sharded(self, *, is_loading: bool) -> ShardedStateDict:
         """Returns the state of both, in the sharded form of Megatron-Core."""

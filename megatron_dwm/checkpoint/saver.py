@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -58,6 +59,12 @@ class Saver:
         a thread may still write it.
         """
         self.finish()
+        with ExitStack() as stack:
+            for model in self._parts.models.values():
+                stack.enter_context(model.offload.learning())
+            return self._save(wait=wait)
+
+    def _save(self, *, wait: bool) -> bool:
         background = self._config.checkpoint_async and not wait
         position = self._position()
         try:

@@ -1,8 +1,9 @@
 """Keys that are set but have no effect with the chosen method and mode.
 
-On the command line such a key is an error, because whoever typed it expects an effect. In a file it
-is a warning, and only if its value differs from the default: several methods may share a file, and
-the `config.yaml` of a run has every key.
+On the command line such a key is an error, because whoever typed it expects an effect; not if it is
+empty (`null`), which takes back what a file says. In a file it is a warning, and only if its value
+differs from the default: several methods may share a file, and the `config.yaml` of a run has every
+key.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def warnings_of_effect(config: Config, given: Given, parts: Set[Part]) -> list[s
     """
     assert parts <= PARTS.keys(), parts - PARTS.keys()
     idle = {name: why for entry in entries(config) for name, why in _idle(entry, config, parts)}
-    refused = [name for name in idle if name in given.command_line]
+    refused = [
+        name for name in idle if name in given.command_line and _value(config, name) is not None
+    ]
     if refused:
         also = f" (also without effect: {', '.join(refused[1:])})" if refused[1:] else ""
         raise UserError(f"{refused[0]}: has no effect: {idle[refused[0]]}; leave it out{also}")
@@ -61,9 +64,13 @@ def _idle(entry: Entry, config: Config, parts: Set[Part]) -> Iterator[tuple[str,
 
 
 def _method(config: Config, parts: Set[Part]) -> str:
-    """Returns the method in words; it names `frozen` only if the method has a weighting model."""
+    """Returns the method in words, with the keys that take parts from it."""
     frozen = "weighting_model" in parts and config.weighting.frozen
-    return f"policy {config.policy.name}{' with weighting.frozen' if frozen else ''}"
+    chosen = config.policy.alignment_choice if "gradient_alignment" in parts else None
+    return (
+        f"policy {config.policy.name}{' with weighting.frozen' if frozen else ''}"
+        f"{f' with policy.alignment_choice {chosen}' if chosen else ''}"
+    )
 
 
 def _unmet(config: Config, condition: Condition) -> str | None:

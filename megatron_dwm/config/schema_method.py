@@ -125,6 +125,11 @@ class PolicyConfig:
     """instead of a model, NAME of files with its loss of every token, PREFIX.NAME.losses beside
     each prefix of data.train, which score_data.py --token-losses NAME writes (excess_loss); needs
     data.mask_documents true and data.border_loss false"""
+    offload_reference: bool = key(
+        False, part="second_llm", only={"policy.reference_losses": (None,)}
+    )
+    """keep the reference, and its optimizer if it learns, in host memory between its uses: less GPU
+    memory in the LLM's passes, for copies over the bus in every step (excess_loss, blade)"""
     sync_interval_steps: int = key(1000, COUNT, part="dynamic_reference")
     """LLM steps between two synchronizations of the reference with the LLM (blade)"""
     sync_first_step: int = key(1000, COUNT, part="dynamic_reference")

@@ -43,7 +43,11 @@ _FP8_COPIES = {"delayed": 2.0, "tensorwise": 2.0, "blockwise": 2.0, "mxfp8": 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one rank of a pipeline stage. The first six parts are held at all times."""
+    """Bytes of one rank of a pipeline stage. The first six parts are held at all times.
+
+    reference_on_host: of a reference that waits in host memory. reference_in_use: on the device
+    while it is used, with its activations if it learns; a forward pass alone keeps none.
+    """
 
     weights: float
     gradients: float
@@ -51,6 +55,8 @@ class Memory:
     fp8_copies: float
     weighting_model: float
     reference: float
+    reference_on_host: float
+    reference_in_use: float
     activations: float
     working: float
     virtual_step: float
@@ -72,7 +78,8 @@ class Memory:
     def update(self) -> float:
         """Peak bytes of a weighting update; those of a step if the method does not learn."""
         of_passes = self.step + self.virtual_step + self.sketches
-        return max(of_passes, self.always + self.weighting_activations)
+        between = max(self.weighting_activations, self.reference_in_use)
+        return max(of_passes, self.always + between)
 
     def rows(self) -> dict[str, float]:
         """Returns the bytes of every part, and the two peaks, by name."""
@@ -106,15 +113,22 @@ def stage_memory(
     reference = weights if "reference" in parts and not is_stored else 0.0
     if "dynamic_reference" in parts:
         reference = weights + gradients + state
+    activations = _activations(config, shape, world_size, stage, on_gpu)
+    working = _working(config, shape, found, on_gpu)
+    offloads = config.policy.offload_reference and reference > 0.0
+    learns_itself = "dynamic_reference" in parts
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=state,
         fp8_copies=_fp8_copies(config, shape, found, stage),
         weighting_model=float(of_weighting * weighting_parameters(weighting)),
-        reference=reference,
-        activations=_activations(config, shape, world_size, stage, on_gpu),
-        working=_working(config, shape, found, on_gpu),
+        reference=0.0 if offloads else reference,
+        # Gradients are zero between uses, and have no copy.
+        reference_on_host=(reference - learns_itself * gradients) if offloads else 0.0,
+        reference_in_use=(reference + working + learns_itself * activations) if offloads else 0.0,
+        activations=activations,
+        working=working,
         virtual_step=copies if learns(config) or _aligns_exactly(config) else 0.0,
         sketches=_sketch_bytes(config, shape, found, replicas),
         weighting_activations=_weighting_activations(config, weighting, world_size, kernels),

@@ -19,6 +19,8 @@ _PARTS = {
     "fp8_copies": "FP8 copies of weights",
     "weighting_model": "weighting model, its optimizer",
     "reference": "reference model",
+    "reference_on_host": "reference model, in host memory",
+    "reference_in_use": "reference model at work",
     "activations": "activations",
     "working": "backward pass at work",
     "virtual_step": "virtual step's copies (update)",

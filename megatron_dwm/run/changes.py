@@ -38,6 +38,7 @@ MAY_CHANGE = {
     "data.cache_dir",
     "model.builder",
     "model.recompute",
+    "policy.offload_reference",
     "weighting.learning_rate",
 }
 # Keys about the start of a run: a resumed run reads its checkpoint instead.

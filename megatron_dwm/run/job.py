@@ -13,6 +13,7 @@ from megatron_dwm.data import CorpusSource, Feed, Share, TrainingData
 from megatron_dwm.data.document_counts import document_counts
 from megatron_dwm.data.pieces import document_rules
 from megatron_dwm.data.shares import ReadSteps
+from megatron_dwm.model.offload import Offload
 from megatron_dwm.run.inputs import RunInputs
 from megatron_dwm.run.reads import training_reads, update_reads
 from megatron_dwm.run.reference import Reference, build_reference
@@ -68,6 +69,7 @@ def build_job(config: Config, runtime: Runtime, inputs: RunInputs) -> Job:
         target=inputs.target,
         reference=None if reference is None else reference.llm,
         reference_optimizer=None if reference is None else reference.optimizer,
+        reference_offload=Offload() if reference is None else reference.offload,
         values=inputs.values,
     )
     feed = build_feed(config, learner, inputs)

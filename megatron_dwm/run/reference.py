@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron.core.optimizer import ChainedOptimizer
@@ -12,6 +12,7 @@ from megatron_dwm.checkpoint.sharded_adam import create_state
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.validate import validate_layout
 from megatron_dwm.model import LLM, LlamaShape, build_llm
+from megatron_dwm.model.offload import Offload
 from megatron_dwm.model.shape import heads_of
 from megatron_dwm.run.starting_point import load_model, shape_of_model
 from megatron_dwm.runtime import Runtime
@@ -47,17 +48,21 @@ def check_reference(config: Config, llm: LlamaShape, world_size: int) -> LlamaSh
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference model; `optimizer` is None if it does not change."""
+    """A reference model.
+
+    optimizer: None if it does not change. offload: has both on the device while they are in use.
+    """
 
     llm: LLM
     optimizer: ChainedOptimizer | None = None
+    offload: Offload = field(default_factory=Offload)
 
     @property
     def saved(self) -> TrainedModel | None:
         """What a checkpoint has of it: nothing if it does not change."""
         if self.optimizer is None:
             return None
-        return TrainedModel(llm=self.llm, optimizer=self.optimizer)
+        return TrainedModel(llm=self.llm, optimizer=self.optimizer, offload=self.offload)
 
 
 def build_reference(config: Config, shape: LlamaShape | None, runtime: Runtime) -> Reference | None:
@@ -67,7 +72,7 @@ def build_reference(config: Config, shape: LlamaShape | None, runtime: Runtime) 
     """
     if shape is None:
         return None
-    path = config.policy.reference
+    path, waits = config.policy.reference, config.policy.offload_reference
     llm = build_llm(
         shape,
         config.model,
@@ -79,9 +84,9 @@ def build_reference(config: Config, shape: LlamaShape | None, runtime: Runtime) 
     )
     if path is not None:
         load_model(llm, Path(path))
-        return Reference(llm)
+        return Reference(llm, offload=Offload(llm if waits else None))
     training = replace(config.training, learning_rate=config.policy.reference_learning_rate)
     optimizer = build_optimizer(training, llm, sharded=config.parallel.sharded_optimizer)
     # A checkpoint may come before the reference's first step, and Adam's state is in it.
     create_state(llm, optimizer)
-    return Reference(llm, optimizer)
+    return Reference(llm, optimizer, Offload(llm if waits else None, optimizer))

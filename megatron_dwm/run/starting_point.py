@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from megatron_dwm.checkpoint.kept_files import HUGGINGFACE, TOKENIZER
 from megatron_dwm.checkpoint.load import load_parameters
-from megatron_dwm.checkpoint.manifest import require_whole
+from megatron_dwm.checkpoint.manifest import list_checkpoints, require_whole
 from megatron_dwm.checkpoint.names import LLM_FOLDER, MODEL_PREFIX, SHAPE_FILE
 from megatron_dwm.checkpoint.sharded_files import data_only
 from megatron_dwm.config import Config, UserError
@@ -68,9 +68,11 @@ def load_model(llm: LLM, directory: Path) -> None:
 
 def _read_shape(path: Path, key: str) -> LlamaShape:
     if not path.is_file():
+        steps = list_checkpoints(path.parent)
+        newest = f"; this is a run, and its newest checkpoint is {steps[-1]}" if steps else ""
         raise UserError(
             f"{key}: {path} is missing; expected a checkpoint such as "
-            "RUN/checkpoints/step_00001000, or a Hugging Face directory"
+            f"RUN/checkpoints/step_00001000, or a Hugging Face directory{newest}"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

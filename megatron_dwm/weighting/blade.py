@@ -29,6 +29,7 @@ from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
 from megatron_dwm.model import LLM, ForwardOutputs, LlamaShape, forward_only
 from megatron_dwm.model.flops import FORWARD_BACKWARD, llm_forward_flops
+from megatron_dwm.model.offload import Offload
 from megatron_dwm.model.passes.objective import unit
 from megatron_dwm.weighting.costs import Costs, Workload
 from megatron_dwm.weighting.dynamic_reference import DynamicReference
@@ -46,7 +47,8 @@ class Blade(ExcessLoss):
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
         """Returns the parts: a target, a reference in training, a selection, and groups."""
-        return frozenset({"target", "passages", "dynamic_reference", "selection", "groups"})
+        of_reference: frozenset[Part] = frozenset({"second_llm", "dynamic_reference", "passages"})
+        return of_reference | {"target", "selection", "groups"}
 
     @classmethod
     def problems(cls, config: Config, num_layers: int, world_size: int) -> Iterator[str]:
@@ -111,10 +113,10 @@ class Blade(ExcessLoss):
             penalty=config.policy.penalty,
             micro_batch_size=config.training.micro_batch_size,
         )
-        return cls(config, reference)
+        return cls(config, reference, context.reference_offload)
 
-    def __init__(self, config: Config, reference: DynamicReference) -> None:
-        super().__init__(config, reference.llm.runtime, reference.llm)
+    def __init__(self, config: Config, reference: DynamicReference, offload: Offload) -> None:
+        super().__init__(config, reference.llm.runtime, reference.llm, offload)
         self.dynamic = reference
         self.steps_each = config.policy.reference_steps
         self.synchronized = False
@@ -142,6 +144,12 @@ class Blade(ExcessLoss):
         self, llm: LLM, batch: Batch, passages: Batch, counters: Counters
     ) -> OwnUpdate | None:
         """Take one step of the reference; the first of a synchronization copies the LLM before."""
+        with self.offload.learning():
+            return self._own_update(llm, batch, passages, counters)
+
+    def _own_update(
+        self, llm: LLM, batch: Batch, passages: Batch, counters: Counters
+    ) -> OwnUpdate | None:
         if counters.updates % self.steps_each == 0:
             self.dynamic.copy_from(llm)
             self.synchronized = True

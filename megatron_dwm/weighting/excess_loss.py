@@ -5,7 +5,8 @@
 Per sample this is RHO-LOSS (Mindermann et al., ICML 2022, arXiv 2206.07137), per token Rho-1 (Lin
 et al., NeurIPS 2024, arXiv 2404.07965); documents lie between. A unit is learnable if the reference
 predicts it, and worth learning if the LLM does not yet. The reference reads the batch in a forward
-pass of its own before every step, under the layout of the LLM. Memory: its parameters.
+pass of its own before every step, under the layout of the LLM. Memory: its parameters; with
+`policy.offload_reference` only during that pass.
 
 Or its losses come with the batch (`policy.reference_losses`), from a file that score_data.py wrote:
 no cost and no memory. That file has the loss of every token given those before it in its document.
@@ -29,6 +30,7 @@ from megatron_dwm.data import Batch
 from megatron_dwm.data.token_losses import TokenLosses, open_token_losses, token_loss_files
 from megatron_dwm.model import LLM, ForwardOutputs, LlamaShape, forward_only
 from megatron_dwm.model.flops import llm_forward_flops
+from megatron_dwm.model.offload import Offload
 from megatron_dwm.model.passes.objective import unit
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.costs import Costs, Workload, plain_costs
@@ -49,7 +51,7 @@ class ExcessLoss(Method):
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
         """Returns the parts: a reference, a selection, and groups."""
-        return frozenset({"reference", "selection", "groups"})
+        return frozenset({"reference", "second_llm", "selection", "groups"})
 
     @classmethod
     def problems(cls, config: Config, num_layers: int, world_size: int) -> Iterator[str]:
@@ -105,11 +107,15 @@ class ExcessLoss(Method):
     @classmethod
     def build(cls, context: BuildContext) -> ExcessLoss:
         """Build the method with the run's reference model, if it has one."""
-        return cls(context.config, context.llm.runtime, context.reference)
+        return cls(
+            context.config, context.llm.runtime, context.reference, context.reference_offload
+        )
 
-    def __init__(self, config: Config, runtime: Runtime, reference: LLM | None) -> None:
-        """Reference: None if the batches carry its losses."""
-        self.reference = reference
+    def __init__(
+        self, config: Config, runtime: Runtime, reference: LLM | None, offload: Offload
+    ) -> None:
+        """Offload: of the reference, which is None if the batches carry its losses."""
+        self.reference, self.offload = reference, offload
         self.keep_ratio = config.policy.keep_ratio
         self.inside_rows = _inside_rows(config)
         self.micro_batch_size = config.training.micro_batch_size
@@ -130,7 +136,8 @@ class ExcessLoss(Method):
         """Returns float32 [n], the reference's losses of this replica's units (collective)."""
         if self.reference is None:
             return _stored_losses(batch)
-        return forward_only(self.reference, unit(batch, self.micro_batch_size)).unit_losses_n
+        with self.offload.reading():
+            return forward_only(self.reference, unit(batch, self.micro_batch_size)).unit_losses_n
 
     @torch.no_grad()
     def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:

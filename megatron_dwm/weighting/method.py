@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -25,6 +25,7 @@ from megatron_dwm.data import Batch, Source, ValidationSet
 from megatron_dwm.data.token_losses import TokenLosses
 from megatron_dwm.data.values import DocumentValues
 from megatron_dwm.model import LLM, ForwardOutputs, LlamaShape
+from megatron_dwm.model.offload import Offload
 from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.weighting.costs import Costs, Workload, plain_costs
 from megatron_dwm.weighting.model import WeightingShape
@@ -107,8 +108,8 @@ class BuildContext:
     """Everything that a method may be built from.
 
     target: None if the method reads none. reference: a second LLM; None if the method has none.
-    reference_optimizer: None if the reference does not change. values: what `document_values`
-        returned.
+    reference_optimizer: None if the reference does not change. reference_offload: has
+        both on the device while they are in use. values: what `document_values` returned.
     """
 
     config: Config
@@ -117,6 +118,7 @@ class BuildContext:
     target: ValidationSet | None = None
     reference: LLM | None = None
     reference_optimizer: ChainedOptimizer | None = None
+    reference_offload: Offload = field(default_factory=Offload)
     values: DocumentValues | None = None
 
 

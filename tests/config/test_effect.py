@@ -49,8 +49,8 @@ WITHOUT_EFFECT = [
         for name in ("learning_rate", "weight_decay", "clip_grad")
     ],
     (FROZEN, "validation.path", "v", "policy dwm with weighting.frozen reads no target"),
-    (FROZEN, "weighting.mode", "online", "makes no weighting updates"),
-    (FROZEN, "weighting.stages", "4", "makes no weighting updates"),
+    (FROZEN, "weighting.mode", "online", "learns no weights"),
+    (FROZEN, "weighting.stages", "4", "learns no weights"),
     (FROZEN, "weighting.standardize", "false", "learns nothing from alignments"),
     (FROZEN, "bilevel.inner_optimizer", "sgd", "computes no hypergradients"),
     (OWN, "policy.domain_decay", "0.5", "policy dwm keeps no means of domains"),
@@ -64,7 +64,7 @@ WITHOUT_EFFECT = [
     (MIXING, "validation.batch_size", "4", "reads no validation batches"),
     (SIMILARITY, "weighting.update_on", "training", "learns nothing from alignments"),
     (SIMILARITY, "bilevel.estimator", "unroll", "policy similarity computes no hypergradients"),
-    (ALIGNED, "weighting.mode", "online", "gradient_alignment makes no weighting updates"),
+    (ALIGNED, "weighting.mode", "online", "alignment_choice softmax learns no weights"),
     (ALIGNED, "weighting.standardize", "false", "learns nothing from alignments"),
     (OWN, "policy.alignment_interval", "4", "policy dwm computes no alignments of the batches"),
     (OWN, "policy.alignment_choice", "greedy", "policy dwm does not weigh by the batch's own"),
@@ -72,15 +72,15 @@ WITHOUT_EFFECT = [
         ALIGNED,
         "policy.keep_ratio",
         "0.4",
-        "policy gradient_alignment has no fraction of units to keep",
+        "policy.alignment_choice softmax has no fraction of units to keep",
     ),
-    (ALIGNED, "policy.redundancy", "2", "gradient_alignment chooses nothing one by one"),
-    (ALIGNED, "policy.sketch_size", "64", "gradient_alignment chooses nothing one by one"),
-    (ALIGNED, "policy.jacobian", "exact", "gradient_alignment draws nothing from a pool"),
-    (ALIGNED, "weighting.pool_batches", "2", "gradient_alignment trains on every batch"),
+    (ALIGNED, "policy.redundancy", "2", "alignment_choice softmax chooses nothing one by one"),
+    (ALIGNED, "policy.sketch_size", "64", "alignment_choice softmax chooses nothing one by one"),
+    (ALIGNED, "policy.jacobian", "exact", "alignment_choice softmax draws nothing from a pool"),
+    (ALIGNED, "weighting.pool_batches", "2", "alignment_choice softmax trains on every batch"),
     (GREEDY, "policy.alignment_decay", "0.5", "needs policy.alignment_choice softmax"),
     (GREEDY, "policy.alignment_temperature", "2", "needs policy.alignment_choice softmax"),
-    (GREEDY, "weighting.uniform_floor", "0.1", "gradient_alignment has no softmax over a group"),
+    (GREEDY, "weighting.uniform_floor", "0.1", "alignment_choice greedy has no softmax"),
     (f"{GREEDY} --policy.redundancy 0", "policy.sketch_size", "64", "needs policy.redundancy set"),
     (
         f"{OPUS} --policy.redundancy 0",
@@ -158,6 +158,14 @@ def test_the_command_line_is_refused_and_a_file_is_warned(
         _judged([str(file), *mode.split(), f"--{key}={value}"])
 
 
+def test_an_empty_value_takes_back_what_a_file_says(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("validation: {path: v.jsonl}")
+    arguments = [str(file), "--policy.name", "uniform"]
+    assert len(_judged(arguments)) == 1
+    assert _judged([*arguments, "--validation.path", "null"]) == []
+
+
 @pytest.mark.parametrize("policy", ["uniform", "validation_mixing"])
 def test_nothing_of_the_weighting_model_is_for_policies_without_one(policy: str) -> None:
     """All of `weighting`, `bilevel` and the domains' keys, at their defaults as at any value.
@@ -168,7 +176,8 @@ def test_nothing_of_the_weighting_model_is_for_policies_without_one(policy: str)
     for entry in entries(loaded.config):
         ours = entry.name.startswith(("weighting.", "bilevel.", "policy.domain_"))
         given = Given(command_line=frozenset({entry.name}))
-        if ours and not entry.name.startswith("weighting.unit"):
+        # An empty value asks for nothing.
+        if ours and not entry.name.startswith("weighting.unit") and entry.value is not None:
             with pytest.raises(UserError, match=f"{entry.name}: has no effect: policy {policy}"):
                 warnings_of_effect(loaded.config, given, parts_of(loaded.config))
 
@@ -219,8 +228,8 @@ def test_a_shared_file_gives_one_line_a_reason_and_the_command_line_one_in_all()
         "target",
         "weighting.encoder: set in the configuration file, has no effect: policy uniform has no "
         "weighting model",
-        "weighting.mode: set in the configuration file, has no effect: policy uniform makes no "
-        "weighting updates",
+        "weighting.mode: set in the configuration file, has no effect: policy uniform learns no "
+        "weights",
         "weighting.update_on: set in the configuration file, has no effect: policy uniform learns "
         "nothing from alignments",
     ]

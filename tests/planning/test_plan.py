@@ -286,3 +286,17 @@ def test_blade_costs_what_its_run_counts(group: str) -> None:
     # Of 12 steps, 8 are weighed: by the reference's pass, in a global group also by the LLM's.
     passes = 12 * 3 + 8 * (2 if group == "global" else 1) + 2 * 3 * 8
     assert 12 * (cost.llm + cost.weighting) == pytest.approx(passes * cost.llm / 3)
+
+
+def test_a_reference_in_host_memory_takes_the_devices_only_at_work() -> None:
+    """Its gradients are zero between uses, so the host has no copy of them."""
+    config = large(policy="blade")
+    config = replace(config, policy=replace(config.policy, sync_first_step=500))
+    waiting = replace(config, policy=replace(config.policy, offload_reference=True))
+    stays, waits = (planned(each).stages[0] for each in (config, waiting))
+    assert stays.reference == stays.weights + stays.gradients + stays.optimizer
+    assert waits.reference == 0.0 == stays.reference_on_host
+    assert waits.reference_on_host == stays.weights + stays.optimizer
+    assert waits.step == stays.step - stays.reference
+    at_work = stays.reference + stays.activations + stays.working
+    assert waits.update == max(waits.step, waits.always + at_work)

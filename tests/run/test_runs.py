@@ -207,7 +207,7 @@ def test_a_key_without_effect_is_refused_or_warned_of_once(corpus: Corpus, tmp_p
     # A resumed run is judged as a new one is, whatever has a key in its own config.yaml.
     again = (*corpus.arguments(), "--run.resume", "true", "--training.steps", "2")
     done = pretrain(tmp_path / "run", *again, *staged)
-    assert done.returncode == 2 and "policy uniform makes no weighting updates" in done.stderr
+    assert done.returncode == 2 and "policy uniform learns no weights" in done.stderr
     done = pretrain(tmp_path / "run", *again, processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("warning: validation.path: set in the configuration file") == 1

@@ -53,6 +53,7 @@ def test_documents_and_rows_are_those_of_the_input(
     done = run(*RANDOM, "--input", f"{tmp_path}/d.idx", "--output-prefix", tmp_path / "o",
                "--tokens", 3000)  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "the table names no domains: --domain-key" in done.stdout
     chosen = check(dataset, str(tmp_path / "o"))
     tokens = sum(len(s) for i in chosen for s in documents[i])
     longest = max(sum(map(len, d)) for d in documents)

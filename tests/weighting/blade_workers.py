@@ -16,6 +16,7 @@ from megatron_dwm.data import Batch
 from megatron_dwm.model import build_llm
 from megatron_dwm.model.layers.local import packed_pieces
 from megatron_dwm.model.layers.pieces import pieces_of
+from megatron_dwm.model.offload import Offload
 from megatron_dwm.testing import SEQUENCE_LENGTH, TINY_TRAINING
 from megatron_dwm.training.optimizer import build_optimizer
 from megatron_dwm.weighting import dynamic_reference
@@ -56,7 +57,7 @@ def reference_of(subject: Tiny, layout: dict[str, Any], learning_rate: float) ->
 def blade_of(subject: Tiny, unit: str, layout: dict[str, Any], learning_rate: float) -> Blade:
     config = config_of(unit, "group", "global", 0.4)
     config = replace(config, policy=replace(config.policy, reference_steps=2))
-    return Blade(config, reference_of(subject, layout, learning_rate))
+    return Blade(config, reference_of(subject, layout, learning_rate), Offload())
 
 
 def copied(**layout: Any) -> tuple[list[Tensor], list[Tensor]]:

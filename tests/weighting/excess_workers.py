@@ -19,6 +19,7 @@ from megatron_dwm.config import (
 )
 from megatron_dwm.data import Batch
 from megatron_dwm.model import LLM, build_llm
+from megatron_dwm.model.offload import Offload
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.testing import SEQUENCE_LENGTH
 from megatron_dwm.weighting import Method
@@ -77,7 +78,10 @@ def steps(unit: str, scope: str, group: str, ratio: float, **layout: Any) -> dic
     """Weights and losses of two steps under a layout."""
     with tiny(**layout) as subject:
         method = ExcessLoss(
-            config_of(unit, scope, group, ratio), subject.runtime, reference_of(subject, layout)
+            config_of(unit, scope, group, ratio),
+            subject.runtime,
+            reference_of(subject, layout),
+            Offload(),
         )
         return _stepped(with_method(subject, method, MICRO_BATCH), unit)
 
@@ -90,7 +94,7 @@ def everything_kept(unit: str, scope: str, group: str) -> list[list[Tensor]]:
             method: Method = Uniform()
             if selects:
                 config = config_of(unit, scope, group, 1.0)
-                method = ExcessLoss(config, subject.runtime, reference_of(subject, {}))
+                method = ExcessLoss(config, subject.runtime, reference_of(subject, {}), Offload())
             _stepped(with_method(subject, method, MICRO_BATCH), unit)
             found.append([parameter.detach().clone() for parameter in subject.llm.parameters()])
     return found
@@ -102,7 +106,9 @@ def weights_by_hand(unit: str, scope: str, group: str, ratio: float) -> dict[str
         reference = reference_of(subject, {})
         batch = batch_of(subject.runtime, unit)
         excess_BS = _token_losses(subject.llm, batch) - _token_losses(reference, batch)
-        method = ExcessLoss(config_of(unit, scope, group, ratio), subject.runtime, reference)
+        method = ExcessLoss(
+            config_of(unit, scope, group, ratio), subject.runtime, reference, Offload()
+        )
         ours = _stepped(with_method(subject, method, MICRO_BATCH), unit)["weights"]
     return {"ours": ours, "by hand": torch.tensor(_by_hand(batch, excess_BS, scope, group, ratio))}
 
