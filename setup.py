@@ -8,12 +8,13 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 CORE = [
-    # Pinned: the one release this code was run with. Where no CPU build is at hand the same
-    # version is the CUDA build.
-    "torch==2.13.0",
-    # Newest release for Python 3.10 to 3.12; 0.17 needs 3.12, 0.19 deprecates GPTModel.
-    # runtime/cpu.py and the optimizer's virtual step name functions inside it.
-    "megatron-core==0.16.1",
+    # Both ends were run (docs/releases.md). tools/constraints.txt has the one that tests install.
+    "torch>=2.11,<2.16",
+    # Both ends were run. pip takes 0.16.1 for Python 3.10 and 3.11, since 0.17 and later declare
+    # 3.12. What differs between them is in megatron_dwm/runtime/releases.py.
+    "megatron-core>=0.16.1,<0.20",
+    # 0.18 and later import it without a guard; builds of torch for CUDA bring it along.
+    "triton>=3,<4; sys_platform == 'linux' and python_version >= '3.12'",
     "numpy>=1.26,<3",
     "psutil>=5.9,<8",  # megatron.core.dist_checkpointing saves with it
     "jsonargparse[signatures]>=4.49,<5",  # `instantiate` came with 4.49; signatures: help texts
@@ -67,9 +68,9 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    # 3.10: oldest that torch 2.13 and megatron-core 0.16 support; 3.13 is not supported by the
-    # wheels of megatron-core 0.16.
-    python_requires=">=3.10,<3.13",
+    # 3.10: oldest that megatron-core 0.16 supports. 3.13: newest that megatron-core 0.19 has
+    # wheels for.
+    python_requires=">=3.10,<3.14",
     packages=find_packages(include=["megatron_dwm", "megatron_dwm.*"]),
     package_data={"megatron_dwm": ["py.typed"]},
     install_requires=CORE,

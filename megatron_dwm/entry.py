@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import sys
@@ -58,6 +59,8 @@ def quiet_upstream() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron_dwm\.runtime\.cpu")
     # Megatron-Core's sharded optimizer reads the gradient of parts of a buffer.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a")
+    # A torch for CUDA on a machine with its compiler and no GPU; the run's own lines say "cpu".
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def _as_this_process_says(error: UserError | RunError) -> UserError | RunError:

@@ -15,6 +15,7 @@ from megatron_dwm.config.command_line import OneLineParser, run_command
 from megatron_dwm.config.huggingface import read_huggingface_config
 from megatron_dwm.config.schema_llm import Builder
 from megatron_dwm.convert.output import require_free
+from megatron_dwm.entry import quiet_upstream
 
 _TO_HF = """
 Write a checkpoint as a Hugging Face directory (safetensors, config, tokenizer, model card). The
@@ -37,6 +38,7 @@ def main() -> None:
     """Parse the arguments and convert."""
     arguments = _parser().parse_args()
     # Megatron-Core warns on import that optional GPU packages are missing.
+    quiet_upstream()
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     arguments.convert(arguments)
 
