@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from torch import Tensor
 
 from megatron_dwm.config import Config, ModelConfig, ParallelConfig, UserError
@@ -153,6 +154,18 @@ def test_recipes_in_megatron_cores_configuration() -> None:
     config = transformer_config(shape, model, ParallelConfig(), "transformer_engine")
     assert config.first_last_layers_bf16
     assert (config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16) == (1, 1)
+
+
+def test_megatron_core_keeps_both_blocks_of_first_and_last_layer_in_bf16() -> None:
+    """By its own rule, over the blocks of the whole model, from 0."""
+    for builder, in_bf16 in (("gpt", [0, 3]), ("hybrid", [0, 1, 6, 7])):
+        model = ModelConfig(
+            precision="fp8", fp8_first_last_bf16=True, num_layers=4, builder=builder
+        )
+        shape = resolve_shape(model, 64)
+        config = transformer_config(shape, model, ParallelConfig(), "transformer_engine")
+        blocks = range(config.num_layers)
+        assert [n for n in blocks if is_first_last_bf16_layer(config, n)] == in_bf16
 
 
 def test_layers_are_chosen_and_the_reason_is_said() -> None:

@@ -48,7 +48,7 @@ class RMSNorm(torch.nn.Module):
 
 @dataclass
 class PackedPieces(PackedSeqParams):
-    """Pieces of documents on their way through GPTModel's argument `packed_seq_params`.
+    """Pieces of documents on their way through the model's argument `packed_seq_params`.
 
     Megatron-Core hands the object on to every core attention, also when it recomputes. It leaves
     the shapes of the format "sbhd" alone, and takes the number of rotary positions from
@@ -59,7 +59,7 @@ class PackedPieces(PackedSeqParams):
 
 
 def packed_pieces(pieces: Pieces) -> PackedPieces:
-    """Returns what GPTModel takes as `packed_seq_params` for a micro-batch [B, S]."""
+    """Returns what the model takes as `packed_seq_params` for a micro-batch [B, S]."""
     length = pieces.row_length
     return PackedPieces(qkv_format="sbhd", max_seqlen_q=length, max_seqlen_kv=length, pieces=pieces)
 

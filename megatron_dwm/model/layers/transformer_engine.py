@@ -85,7 +85,7 @@ def transformer_engine_block_spec(num_layers: int) -> TransformerBlockSubmodules
 
 
 def packed_sequences(pieces: Pieces) -> PackedSeqParams:
-    """Returns what GPTModel takes as `packed_seq_params` so that attention stops at borders.
+    """Returns what the model takes as `packed_seq_params` so that attention stops at borders.
 
     The micro-batch [B, S] has to be flattened to one row, [1, B * S], tokens and labels alike. The
     cumulative lengths are those of its pieces, and rotary positions begin anew at each.
