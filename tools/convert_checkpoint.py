@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import warnings
 from pathlib import Path
+from typing import get_args
 
 from megatron_dwm.config.command_line import OneLineParser, run_command
 from megatron_dwm.config.huggingface import read_huggingface_config
+from megatron_dwm.config.schema_llm import Builder
 from megatron_dwm.convert.output import require_free
 from megatron_dwm.entry import quiet_upstream
 
@@ -69,7 +71,10 @@ def _from_hf(arguments: argparse.Namespace) -> None:
     from megatron_dwm.convert.from_hf import import_from_huggingface
 
     found = import_from_huggingface(
-        arguments.directory, arguments.output, skip_check=arguments.skip_check
+        arguments.directory,
+        arguments.output,
+        skip_check=arguments.skip_check,
+        builder=arguments.builder,
     )
     print(
         f"{found.directory}: {str(found.dtype).removeprefix('torch.')} from {found.source}; "
@@ -117,6 +122,13 @@ def _parser() -> OneLineParser:
     )
     from_hf.set_defaults(convert=_from_hf)
     from_hf.add_argument("directory", type=Path, metavar="DIR", help="Hugging Face directory")
+    from_hf.add_argument(
+        "--builder",
+        choices=get_args(Builder),
+        default="gpt",
+        help="Megatron-Core's class that the logits are compared with, as model.builder (default: "
+        "gpt); to-hf takes the run's",
+    )
     for command in (to_hf, from_hf):
         command.add_argument(
             "--output",

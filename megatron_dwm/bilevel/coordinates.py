@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_dwm.model import LLM, LlamaShape
+from megatron_dwm.model.builders.blocks import first_layer
 from megatron_dwm.model.initialize import global_parameter_names, slice_of_rank
 from megatron_dwm.model.on_disk.parameter_names import EMBEDDING, OUTPUT, megatron_sizes
 
@@ -59,8 +60,7 @@ class Numbering:
 def named_parameters(llm: LLM) -> Iterator[tuple[str, Parameter]]:
     """Yields (global name, parameter) of this rank; a tied output layer is the embedding."""
     for module in llm.modules:
-        first_layer = module.decoder.layers[0].layer_number - 1
-        for name, parameter in global_parameter_names(module, first_layer):
+        for name, parameter in global_parameter_names(module, first_layer(module)):
             tied = name == OUTPUT and llm.shape.tied_embeddings
             yield EMBEDDING if tied else name, parameter
 

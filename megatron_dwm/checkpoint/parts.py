@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.optimizer import ChainedOptimizer
 
 from megatron_dwm.checkpoint.names import LLM_FOLDER, MODEL_PREFIX, REFERENCE_FOLDER
@@ -91,7 +91,7 @@ class Parts:
         }
 
 
-def named_chunks(llm: LLM) -> list[tuple[str, GPTModel]]:
+def named_chunks(llm: LLM) -> list[tuple[str, LanguageModule]]:
     """Returns the model chunks with Megatron-LM's names; a single chunk is `model`."""
     if len(llm.modules) == 1:
         return [("model", llm.modules[0])]

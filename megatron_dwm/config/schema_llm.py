@@ -28,6 +28,7 @@ from megatron_dwm.config.key import SET, key
 
 Precision = Literal["fp32", "bf16", "fp8"]
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
+Builder = Literal["gpt", "hybrid"]
 Preset = Literal["tiny", "llama-370m", "llama-1.3b", "llama-2-7b", "llama-3-70b", "llama-3.1-405b"]
 
 _IN_FP8 = ({"model.precision": ("fp8",)}, {"model.fp8_emulation": (True,)})
@@ -97,6 +98,10 @@ class ModelConfig:
     """epsilon of RMSNorm"""
     init_std: float | None = key(None, DEVIATION, only={"model.init_from": (None,)})
     """standard deviation of the normal initialization"""
+    builder: Builder = "gpt"
+    """class of Megatron-Core that the LLM is built from: GPTModel, or HybridModel with a block of
+    attention and one of MLP for each layer (Megatron-Core 0.18 or newer); both train alike and read
+    the same checkpoints"""
     recompute: Literal["none", "selective", "full"] = "none"
     """activations that the backward pass recomputes: none, of core attention (selective), or of
     whole layers (full)"""

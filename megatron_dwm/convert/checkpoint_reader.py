@@ -35,8 +35,10 @@ from megatron_dwm.checkpoint.kept_files import HUGGINGFACE, TOKENIZER, own_token
 from megatron_dwm.checkpoint.manifest import MANIFEST, named_checkpoint, read_manifest
 from megatron_dwm.checkpoint.names import CONFIG_FILE, LLM_FOLDER, MODEL_PREFIX, SHAPE_FILE
 from megatron_dwm.config import UserError
+from megatron_dwm.config.schema_llm import Builder
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.model.on_disk.saved_index import data_only, read_index
+from megatron_dwm.runtime import releases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,12 @@ class SavedLLM:
     def tokenizer_path(self) -> str | None:
         """Path of the tokenizer that the run's configuration names, if any."""
         return self.config["data"].get("tokenizer")
+
+    @property
+    def builder(self) -> Builder:
+        """Megatron-Core's class that computes its logits: the run's, if this release has it."""
+        is_hybrid = (self.config.get("model") or {}).get("builder") == "hybrid"
+        return "hybrid" if is_hybrid and releases.has_hybrid_model() else "gpt"
 
     @property
     def tensors_directory(self) -> Path:

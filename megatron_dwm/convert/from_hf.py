@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from tqdm import tqdm
 
 from megatron_dwm.checkpoint.kept_files import HUGGINGFACE, huggingface_files, write_files
@@ -24,12 +24,14 @@ from megatron_dwm.checkpoint.names import CONFIG_FILE, LLM_FOLDER, MODEL_PREFIX,
 from megatron_dwm.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_dwm.config.load import save_config
 from megatron_dwm.config.printing import printable
+from megatron_dwm.config.schema_llm import Builder
 from megatron_dwm.convert.checkpoint_reader import open_checkpoint
 from megatron_dwm.convert.gate import gate_tokens, require_equal_logits
 from megatron_dwm.convert.original_files import plain_encoder, special_tokens
 from megatron_dwm.convert.output import new_directory, require_free
+from megatron_dwm.model.builders.build import build_module, require_builder
 from megatron_dwm.model.initialize import global_parameter_names
-from megatron_dwm.model.llm import build_module, transformer_config
+from megatron_dwm.model.llm import whole_model
 from megatron_dwm.model.on_disk.huggingface_files import HuggingFaceModel, open_huggingface
 from megatron_dwm.model.on_disk.parameter_names import megatron_tensor
 from megatron_dwm.runtime import bring_up
@@ -49,53 +51,53 @@ class Import:
 
 
 def import_from_huggingface(
-    source: str | Path, output: str | Path, *, skip_check: bool = False
+    source: str | Path, output: str | Path, *, skip_check: bool = False, builder: Builder = "gpt"
 ) -> Import:
     """Write Hugging Face directory `source` as checkpoint directory `output`.
 
-    Parameters keep their data type.
+    Parameters keep their data type. `builder` (model.builder) writes them and computes the logits.
 
     Raises:
         UserError: `output` exists; `source` is not a complete model of a supported kind; or it has
-            no tokenizer for the comparison of logits.
+            no tokenizer for the comparison of logits; or the release of Megatron-Core lacks the
+            builder's class.
         GateError: the two models compute different logits; `output` is then not written.
     """
     output = Path(output)
+    require_builder(builder)
     require_free(output)
     model = open_huggingface(Path(source))
     # RunInputs first, so that a missing tokenizer is an error before the long part.
     encode = None if skip_check else plain_encoder(model.directory)
     with new_directory(output) as partial:
-        _write(model, partial)
+        _write(model, partial, builder)
         deviation = None if encode is None else _compare_logits(model, partial, encode)
     return Import(
         directory=output, source=model.directory, dtype=model.dtype, logits_deviation=deviation
     )
 
 
-def _write(model: HuggingFaceModel, directory: Path) -> None:
-    shape, parallel = model.shape, ParallelConfig()
+def _write(model: HuggingFaceModel, directory: Path, builder: Builder) -> None:
     (directory / LLM_FOLDER).mkdir()
-    with bring_up(parallel, seed=0):
-        config = transformer_config(shape, ModelConfig(precision="fp32"), parallel)
-        module = build_module(
-            shape,
-            replace(config, perform_initialization=False, params_dtype=model.dtype),
-            shape.num_layers,
+    with bring_up(ParallelConfig(), seed=0):
+        chunk = whole_model(
+            model.shape,
+            ModelConfig(precision="fp32", builder=builder),
             sequence_length=model.context_tokens,
-            is_first=True,
-            is_last=True,
+            perform_initialization=False,
+            params_dtype=model.dtype,
         )
+        module = build_module(chunk)
         _fill(module, model)
         state = {"model": module.sharded_state_dict(prefix=MODEL_PREFIX)}
         dist_checkpointing.save(state, str(directory / LLM_FOLDER))
-    (directory / SHAPE_FILE).write_text(json.dumps(asdict(shape)), encoding="utf-8")
-    save_config(_config(model), directory / CONFIG_FILE)
+    (directory / SHAPE_FILE).write_text(json.dumps(asdict(model.shape)), encoding="utf-8")
+    save_config(_config(model, builder), directory / CONFIG_FILE)
     write_files(huggingface_files(model.directory), directory / HUGGINGFACE)
 
 
 @torch.no_grad()
-def _fill(module: GPTModel, model: HuggingFaceModel) -> None:
+def _fill(module: LanguageModule, model: HuggingFaceModel) -> None:
     parameters = list(global_parameter_names(module, 0))
     if not sys.stderr.isatty():
         print(f"reading {printable(model.directory)}", file=sys.stderr)
@@ -103,13 +105,13 @@ def _fill(module: GPTModel, model: HuggingFaceModel) -> None:
         parameter.copy_(megatron_tensor(model.shape, name, model.read))
 
 
-def _config(model: HuggingFaceModel) -> Config:
+def _config(model: HuggingFaceModel, builder: Builder) -> Config:
     """Returns the configuration of a run that has this model, as far as it is known."""
     names = {field.name for field in fields(ModelConfig)}
     shape = {name: value for name, value in asdict(model.shape).items() if name in names}
     is_bf16 = model.dtype == torch.bfloat16
     return Config(
-        model=ModelConfig(precision="bf16" if is_bf16 else "fp32", **shape),
+        model=ModelConfig(precision="bf16" if is_bf16 else "fp32", builder=builder, **shape),
         data=DataConfig(sequence_length=model.context_tokens),
     )
 

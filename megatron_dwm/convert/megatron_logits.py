@@ -1,8 +1,8 @@
 """Logits of a checkpoint, computed by Megatron-Core's own model with one layer in memory at a time.
 
-A GPTModel with a single layer runs that layer once for every layer of the model, each time with the
-next layer's parameters. Megatron-Core itself says which part of which saved tensor a parameter is
-(`sharded_state_dict`), so this shares no names or layouts with the export that it checks.
+A model of a single layer runs that layer once for every layer of the whole model, each time with
+the next layer's parameters. Megatron-Core itself says which part of which saved tensor a parameter
+is (`sharded_state_dict`), so this shares no names or layouts with the export that it checks.
 (Megatron-Core's loader is not used: in one process it needs whole stacks of layers, and it reads
 pickles.) Cost: one read of the model's tensors and one forward pass in this process.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import count
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import Module, ModuleList
@@ -28,7 +27,8 @@ from torch.nn import Module, ModuleList
 from megatron_dwm.checkpoint.names import MODEL_PREFIX
 from megatron_dwm.config import ModelConfig, ParallelConfig
 from megatron_dwm.convert.checkpoint_reader import SavedLLM
-from megatron_dwm.model.llm import build_module, transformer_config
+from megatron_dwm.model.builders.build import build_module
+from megatron_dwm.model.llm import whole_model
 from megatron_dwm.runtime import bring_up
 
 _LAYER = f"{MODEL_PREFIX}decoder.layers."
@@ -40,18 +40,15 @@ def megatron_logits(saved: SavedLLM, tokens_BS: Tensor, dtype: torch.dtype) -> T
 
     Runs in this one process: creates Megatron's process groups and destroys them at the end.
     """
-    parallel = ParallelConfig()
-    with bring_up(parallel, seed=0) as runtime:
-        config = transformer_config(saved.shape, ModelConfig(precision="fp32"), parallel)
-        module = build_module(
-            saved.shape,
-            # Without initialization no memory is touched before a parameter is read.
-            replace(config, num_layers=1, perform_initialization=False),
-            1,
+    with bring_up(ParallelConfig(), seed=0) as runtime:
+        chunk = whole_model(
+            replace(saved.shape, num_layers=1),
+            ModelConfig(precision="fp32", builder=saved.builder),
             sequence_length=tokens_BS.shape[1],
-            is_first=True,
-            is_last=True,
-        ).to(runtime.device)
+            # Without initialization no memory is touched before a parameter is read.
+            perform_initialization=False,
+        )
+        module = build_module(chunk).to(runtime.device)
         _load_parameters_on_demand(module.eval(), saved, dtype)
         tokens_BS = tokens_BS.to(runtime.device)
         positions_BS = torch.arange(tokens_BS.shape[1], device=runtime.device)
@@ -59,9 +56,9 @@ def megatron_logits(saved: SavedLLM, tokens_BS: Tensor, dtype: torch.dtype) -> T
     return logits_BSV[..., : saved.shape.vocab_size].float().cpu()
 
 
-def _load_parameters_on_demand(module: GPTModel, saved: SavedLLM, dtype: torch.dtype) -> None:
+def _load_parameters_on_demand(module: LanguageModule, saved: SavedLLM, dtype: torch.dtype) -> None:
     """Make every part of the one-layer `module` read its parameters just before it runs."""
-    (layer,) = module.decoder.layers
+    blocks = list(module.decoder.layers)
     whole = module.sharded_state_dict(prefix=MODEL_PREFIX)
     for prefix, part in (
         ("embedding.", module.embedding),
@@ -74,9 +71,10 @@ def _load_parameters_on_demand(module: GPTModel, saved: SavedLLM, dtype: torch.d
         # A tied output layer needs the embedding's parameter at the end.
         if not (saved.shape.tied_embeddings and part is module.embedding):
             part.register_forward_hook(_drop)
-    states = (_state_of_layer(layer, i, saved.shape.num_layers) for i in count())
-    layer.register_forward_pre_hook(_reader(saved, _LAYER, states, dtype))
-    module.decoder.layers = ModuleList([layer] * saved.shape.num_layers)
+    for block in blocks:
+        states = _states_as_layers(block, saved.shape.num_layers)
+        block.register_forward_pre_hook(_reader(saved, _LAYER, states, dtype))
+    module.decoder.layers = ModuleList(blocks * saved.shape.num_layers)
 
 
 def _once(state: ShardedStateDict) -> Iterator[ShardedStateDict]:
@@ -86,9 +84,10 @@ def _once(state: ShardedStateDict) -> Iterator[ShardedStateDict]:
         yield waiting.pop()
 
 
-def _state_of_layer(layer: TransformerLayer, number: int, num_layers: int) -> ShardedStateDict:
-    """Returns what `layer` would save as layer `number` (from 0) of a whole model."""
-    return layer.sharded_state_dict(_LAYER, ((0, number, num_layers),))
+def _states_as_layers(block: TransformerLayer, num_layers: int) -> Iterator[ShardedStateDict]:
+    """Yields what `block` would save in layer 0, 1, ... of a whole model."""
+    for number in range(num_layers):
+        yield block.sharded_state_dict(_LAYER, ((0, number, num_layers),))
 
 
 def _reader(

@@ -20,6 +20,7 @@ from megatron_dwm.config.validate import validate_layout, validate_options
 from megatron_dwm.data import Batch
 from megatron_dwm.doctor.borders import borders_finding
 from megatron_dwm.model import resolve_shape
+from megatron_dwm.model.builders.build import require_builder
 from megatron_dwm.model.layers.choice import choose_layers
 from megatron_dwm.model.shape import heads_of
 from megatron_dwm.runtime import Runtime, bring_up, world_size_from_environment
@@ -42,6 +43,7 @@ def diagnose(config: Config) -> bool:
     """Print the report; returns True if all checks hold (collective)."""
     world_size = world_size_from_environment()
     asked = config
+    require_builder(asked.model.builder)
     validate_options(asked, heads_of(resolve_shape(asked.model)), world_size)
     if learns(asked):
         for problem in estimator_problems(asked, world_size):

@@ -18,19 +18,21 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from megatron_dwm.model.builders.blocks import blocks_per_layer
 from megatron_dwm.model.layers.transformer_engine import unfused_name
 
 
 def global_parameter_names(module: Module, first_layer: int) -> Iterator[tuple[str, Parameter]]:
     """Yields (global name, parameter) of a chunk whose layer 0 is the model's `first_layer`.
 
-    The names are those of the unfused spec, also if the model was built from another spec.
+    The names are those of GPTModel with the unfused spec, whatever the model was built from.
     """
+    blocks = blocks_per_layer(module)
     for name, parameter in module.named_parameters():
         yield (
             re.sub(
                 r"decoder\.layers\.(\d+)\.",
-                lambda match: f"decoder.layers.{int(match[1]) + first_layer}.",
+                lambda match: f"decoder.layers.{int(match[1]) // blocks + first_layer}.",
                 unfused_name(name),
             ),
             parameter,

@@ -1,4 +1,4 @@
-"""The LLM: Megatron-Core's GPTModel in Llama's shape, wrapped for data parallelism.
+"""The LLM: a model of Megatron-Core in Llama's shape, wrapped for data parallelism.
 
 Each rank holds one or more chunks of consecutive layers. The parameters start from the run's seed
 in the same way under every layout (initialize.py).
@@ -7,12 +7,13 @@ in the same way under every layout (initialize.py).
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -21,6 +22,9 @@ from torch.nn import Module, Parameter
 
 from megatron_dwm.config import ModelConfig, ParallelConfig
 from megatron_dwm.config.printing import printable
+from megatron_dwm.model.builders.blocks import BLOCKS
+from megatron_dwm.model.builders.build import build_module
+from megatron_dwm.model.builders.chunk import Chunk
 from megatron_dwm.model.initialize import initialize_parameters
 from megatron_dwm.model.layers.choice import (
     LayerChoice,
@@ -57,7 +61,7 @@ class LLM:
         return self.layer_kind == "emulated_fp8" or self.transformer.fp8 is not None
 
     @property
-    def modules(self) -> list[GPTModel]:
+    def modules(self) -> list[LanguageModule]:
         """The bare models inside the wrappers."""
         return [unwrap(chunk) for chunk in self.chunks]
 
@@ -94,9 +98,9 @@ def invalidate_weight_caches(llm: LLM) -> None:
         chunk.set_is_first_microbatch()
 
 
-def unwrap(module: Module) -> GPTModel:
-    """The GPTModel inside Megatron's wrappers."""
-    while not isinstance(module, GPTModel):
+def unwrap(module: Module) -> LanguageModule:
+    """The model inside Megatron's wrappers."""
+    while not isinstance(module, LanguageModule):
         inner = module.module
         assert isinstance(inner, Module)
         module = inner
@@ -117,9 +121,9 @@ def transformer_config(
     """
     dtype = parameter_dtype(model)
     virtual_stages = parallel.virtual_stages if parallel.virtual_stages > 1 else None
-    recompute = model.recompute == "full"
+    recompute, blocks = model.recompute == "full", BLOCKS[model.builder]
     return TransformerConfig(
-        num_layers=shape.num_layers,
+        num_layers=shape.num_layers * blocks,
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups,
@@ -146,7 +150,7 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         recompute_granularity=None if model.recompute == "none" else model.recompute,
         recompute_method="uniform" if recompute else None,
-        recompute_num_layers=1 if recompute else None,
+        recompute_num_layers=blocks if recompute else None,
         # Losses are summed over samples; passes/pipeline.py divides once, by a float denominator.
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=fused_gradients,
@@ -191,16 +195,17 @@ def build_llm(
     chunks = []
     for number in range(parallel.virtual_stages):
         layers = _ChunkLayers.of_chunk(number, shape, parallel, runtime)
-        chunk = build_module(
-            shape,
-            config,
-            layers.num_layers,
+        part = Chunk(
+            builder=model.builder,
+            shape=shape,
+            config=config,
+            layers=_block_spec(shape, model, choice.kind, layers),
             sequence_length=sequence_length,
             is_first=layers.is_first,
             is_last=layers.is_last,
             virtual_stage=number if parallel.virtual_stages > 1 else None,
-            block_spec=_block_spec(shape, model, choice.kind, layers),
-        ).to(runtime.device)
+        )
+        chunk = build_module(part).to(runtime.device)
         _initialize(chunk, shape, layers, runtime, seed)
         chunks.append(_wrap(chunk, config, parallel) if trained else _frozen(chunk, config))
     return LLM(chunks, config, shape, runtime, choice.kind)
@@ -246,7 +251,7 @@ def _block_spec(
 
 
 def _initialize(
-    module: GPTModel, shape: LlamaShape, layers: _ChunkLayers, runtime: Runtime, seed: int
+    module: LanguageModule, shape: LlamaShape, layers: _ChunkLayers, runtime: Runtime, seed: int
 ) -> None:
     initialize_parameters(
         module,
@@ -259,46 +264,31 @@ def _initialize(
     )
 
 
-def build_module(
-    shape: LlamaShape,
-    config: TransformerConfig,
-    num_layers: int,
-    *,
-    sequence_length: int,
-    is_first: bool,
-    is_last: bool,
-    virtual_stage: int | None = None,
-    block_spec: TransformerBlockSubmodules | None = None,
-) -> GPTModel:
-    """Build Megatron-Core's model with `num_layers` layers; Megatron-Core fills its parameters.
+def whole_model(
+    shape: LlamaShape, model: ModelConfig, *, sequence_length: int, **changes: Any
+) -> Chunk:
+    """Returns the whole model as one chunk in one process, of Megatron-Core's own layers.
 
-    is_first, is_last: with the input embedding; with the final norm and the output layer.
-    block_spec: the layers; None takes Megatron-Core's own.
+    changes: to fields of Megatron-Core's configuration.
     """
-    return GPTModel(
-        config,
-        block_spec or llama_block_spec(num_layers),
-        vocab_size=shape.padded_vocab_size,
-        max_sequence_length=sequence_length,
-        pre_process=is_first,
-        post_process=is_last,
-        share_embeddings_and_output_weights=shape.tied_embeddings,
-        position_embedding_type="rope",
-        rotary_base=shape.rotary_base,
-        # Its other constants are Llama 3's: see LlamaShape.rope_scaling_factor.
-        rope_scaling=shape.rope_scaling_factor is not None,
-        rope_scaling_factor=shape.rope_scaling_factor or 1.0,
-        vp_stage=virtual_stage,
+    return Chunk(
+        builder=model.builder,
+        shape=shape,
+        config=replace(transformer_config(shape, model, ParallelConfig()), **changes),
+        layers=llama_block_spec(shape.num_layers),
+        sequence_length=sequence_length,
+        is_first=True,
+        is_last=True,
     )
 
 
-def _frozen(module: GPTModel, config: TransformerConfig) -> Module:
+def _frozen(module: LanguageModule, config: TransformerConfig) -> Module:
     module.requires_grad_(False)
     return Float16Module(config, module) if config.bf16 else module
 
 
 def _wrap(
-    module: GPTModel, config: TransformerConfig, parallel: ParallelConfig
+    module: LanguageModule, config: TransformerConfig, parallel: ParallelConfig
 ) -> DistributedDataParallel:
     wrapped = Float16Module(config, module) if config.bf16 else module
     return DistributedDataParallel(

@@ -36,6 +36,7 @@ MAY_CHANGE = {
     "training.steps",
     "training.micro_batch_size",
     "data.cache_dir",
+    "model.builder",
     "model.recompute",
     "policy.offload_reference",
     "weighting.learning_rate",

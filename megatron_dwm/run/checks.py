@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_dwm.config import Config
 from megatron_dwm.config.validate import validate_config
 from megatron_dwm.data.checks import check_data
+from megatron_dwm.model.builders.build import require_builder
 from megatron_dwm.model.shape import heads_of
 from megatron_dwm.run.inputs import (
     RunInputs,
@@ -22,6 +23,7 @@ from megatron_dwm.weighting import check_method, method_class
 
 def check(config: Config) -> RunInputs:
     """Check the run and return the files that it inputs. Raises UserError for the first mistake."""
+    require_builder(config.model.builder)
     tokenizer, shape = open_model_and_tokenizer(config)
     world_size = world_size_from_environment()
     validate_config(config, heads_of(shape), world_size)

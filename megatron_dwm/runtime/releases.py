@@ -6,6 +6,7 @@ the same in all of them.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,25 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.package_info import __version__
+
+
+def version() -> str:
+    """Returns the number of the installed release, such as 0.16.1.
+
+    0.19 names its commit after it, and some builds do.
+    """
+    return __version__.partition("+")[0]
+
+
+def has_hybrid_model() -> bool:
+    """True if the release has HybridModel, which replaces GPTModel.
+
+    0.18 named MambaModel so (models/mamba became models/hybrid) and gave its stack layer numbers
+    that count over pipeline stages. 0.19 deprecates GPTModel: its constructor logs a warning on
+    rank 0 (models/gpt/gpt_model.py), below the level that bring_up.py sets.
+    """
+    return importlib.util.find_spec("megatron.core.models.hybrid") is not None
 
 
 def plan_save(

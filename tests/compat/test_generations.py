@@ -9,12 +9,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import megatron.core
 import pytest
 
 from megatron_dwm.checkpoint.manifest import list_checkpoints, read_manifest
+from megatron_dwm.runtime import releases
 from tests.forking.client import REPOSITORY, TORCHRUN
 from tests.small_runs.command import RESUME, metrics
 from tests.small_runs.fixtures import Corpus
@@ -44,12 +46,30 @@ def test_the_release_is_the_one_asked_for() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_moves_there_and_back(corpus: Corpus, tmp_path: Path, layout: str) -> None:
-    """Four steps under ours, four under theirs, four under ours: the losses of one release's run.
-
-    An update of the weighting model inside every third step, so hypergradients count.
-    """
+    """Four steps under ours, four under theirs, four under ours, against one release's runs."""
     options, ranks = LAYOUTS[layout]
-    arguments = [
+    arguments = _arguments(corpus, options)
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    _train(OURS, whole, arguments, ranks)
+    _train(THEIRS, other, arguments, ranks)
+    _assert_alike(other, whole)
+    _assert_alike(_moved(tmp_path, arguments, ranks), whole)
+
+
+def test_a_run_moves_to_another_class_and_back(corpus: Corpus, tmp_path: Path) -> None:
+    """The same with GPTModel under ours, HybridModel under theirs."""
+    if not releases.has_hybrid_model():
+        pytest.skip("this release has no HybridModel")
+    options, ranks = LAYOUTS["PP 2"]
+    arguments = _arguments(corpus, options)
+    _train(OURS, tmp_path / "whole", arguments, ranks)
+    moved = _moved(tmp_path, arguments, ranks, ["--model.builder", "hybrid"])
+    _assert_alike(moved, tmp_path / "whole")
+
+
+def _arguments(corpus: Corpus, options: list[str]) -> list[str]:
+    """Options of a run with an update inside every third step, so that hypergradients count."""
+    return [
         *corpus.arguments(),
         *(
             "--policy.name",
@@ -63,15 +83,20 @@ def test_a_run_moves_there_and_back(corpus: Corpus, tmp_path: Path, layout: str)
         *("--training.learning_rate", "0.001", "--training.checkpoint_interval_steps", "4"),
         *options,
     ]
-    whole, moved, other = tmp_path / "whole", tmp_path / "moved", tmp_path / "other"
-    _train(OURS, whole, arguments, ranks)
-    _train(THEIRS, other, arguments, ranks)
+
+
+def _moved(folder: Path, arguments: list[str], ranks: int, theirs: Sequence[str] = ()) -> Path:
+    """Train under ours, theirs and ours in turn; returns the run. theirs: options for theirs."""
+    run_dir = folder / "moved"
     stop = {"name": "send_signal", "place": "training", "call": 4, "number": 15, "rank": 0}
-    for python, fault, reached in ((OURS, stop, 4), (THEIRS, stop, 8), (OURS, None, STEPS)):
-        _train(python, moved, [*arguments, *RESUME], ranks, fault)
-        assert read_manifest(list_checkpoints(moved)[-1]).state.step == reached
-    for run_dir in (moved, other):
-        _assert_alike(run_dir, whole)
+    for python, options, fault, reached in (
+        (OURS, (), stop, 4),
+        (THEIRS, theirs, stop, 8),
+        (OURS, (), None, STEPS),
+    ):
+        _train(python, run_dir, [*arguments, *RESUME, *options], ranks, fault)
+        assert read_manifest(list_checkpoints(run_dir)[-1]).state.step == reached
+    return run_dir
 
 
 def _train(

@@ -20,17 +20,15 @@ LENGTHS = [[10, 30, 24], [34, 30]]
 LENGTH = sum(LENGTHS[0])
 
 
-def losses_and_gradients(
-    tensor: int = 1, sequence: bool = False, recompute: str = "none"
-) -> dict[str, Any]:
+def losses_and_gradients(tensor: int = 1, sequence: bool = False, **model: Any) -> dict[str, Any]:
     """Token losses of packed rows with borders, of each document alone, and of rows without
     borders; and the gradients of the sum of the first two.
+
+    model: other keys of the model's section.
     """
     parallel = ParallelConfig(tensor=tensor, sequence=sequence)
     with bring_up(parallel, seed=1) as runtime:
-        learner = tiny_learner(
-            runtime, parallel=parallel, sequence_length=LENGTH, recompute=recompute
-        )
+        learner = tiny_learner(runtime, parallel=parallel, sequence_length=LENGTH, **model)
         for parameter in learner.llm.parameters():
             if parameter.dim() > 1:  # attention is far from uniform then
                 parameter.data.mul_(8)

@@ -29,7 +29,8 @@ from megatron_dwm.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megatron_dwm.config.load import save_config
 from megatron_dwm.convert.checkpoint_reader import open_checkpoint
 from megatron_dwm.model import LlamaShape
-from megatron_dwm.model.llm import build_module, transformer_config
+from megatron_dwm.model.builders.build import build_module
+from megatron_dwm.model.llm import whole_model
 from megatron_dwm.model.on_disk.parameter_names import huggingface_shapes
 from megatron_dwm.model.shape import PRESETS
 from megatron_dwm.runtime import bring_up
@@ -87,17 +88,8 @@ def _random_checkpoint(shape: LlamaShape, directory: Path) -> None:
     lines = (_ROOT / "examples/corpus/validation.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     train_sentencepiece(texts, vocab_size=_VOCABULARY, output=tokenizer)
-    parallel = ParallelConfig()
-    with bring_up(parallel, seed=0):
-        config = transformer_config(shape, ModelConfig(), parallel)
-        module = build_module(
-            shape,
-            config,
-            shape.num_layers,
-            sequence_length=_SEQUENCE_LENGTH,
-            is_first=True,
-            is_last=True,
-        )
+    with bring_up(ParallelConfig(), seed=0):
+        module = build_module(whole_model(shape, ModelConfig(), sequence_length=_SEQUENCE_LENGTH))
         state = {"model": module.sharded_state_dict(prefix=MODEL_PREFIX)}
         dist_checkpointing.save(state, str(directory / LLM_FOLDER))
     data = DataConfig(tokenizer=str(tokenizer), sequence_length=_SEQUENCE_LENGTH)

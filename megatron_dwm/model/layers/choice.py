@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_dwm.config import ModelConfig
+from megatron_dwm.model.builders.blocks import BLOCKS
 from megatron_dwm.model.layers.transformer_engine import missing_for
 
 LayerKind = Literal["local", "emulated_fp8", "transformer_engine"]
@@ -81,6 +82,7 @@ def fp8_fields(model: ModelConfig) -> dict[str, Any]:
     """
     if model.precision != "fp8":
         return {}
+    blocks = BLOCKS[model.builder]
     per_tensor = model.fp8_recipe in ("delayed", "tensorwise")
     fields: dict[str, Any] = {
         # hybrid: e5m2 for output gradients, because e4m3 with one scale for a whole tensor does not
@@ -88,8 +90,8 @@ def fp8_fields(model: ModelConfig) -> dict[str, Any]:
         "fp8": "hybrid" if per_tensor else "e4m3",
         "fp8_recipe": model.fp8_recipe,
         "first_last_layers_bf16": model.fp8_first_last_bf16,
-        "num_layers_at_start_in_bf16": 1,
-        "num_layers_at_end_in_bf16": 1,
+        "num_layers_at_start_in_bf16": blocks,
+        "num_layers_at_end_in_bf16": blocks,
         "tp_only_amax_red": False,
     }
     if model.fp8_recipe == "delayed":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_dwm.model.builders.blocks import first_layer
 from megatron_dwm.model.initialize import global_parameter_names, slice_of_rank
 from megatron_dwm.model.llm import LLM
 from megatron_dwm.model.on_disk.huggingface_files import HuggingFaceModel
@@ -22,11 +23,8 @@ def load_huggingface(llm: LLM, source: HuggingFaceModel) -> None:
     """
     assert llm.shape == source.shape, (llm.shape, source.shape)
     runtime = llm.runtime
-    num_chunks = runtime.pipeline_size * len(llm.modules)
-    layers = llm.shape.num_layers // num_chunks
-    for number, module in enumerate(llm.modules):
-        first_layer = (number * runtime.pipeline_size + runtime.pipeline_rank) * layers
-        for name, parameter in global_parameter_names(module, first_layer):
+    for module in llm.modules:
+        for name, parameter in global_parameter_names(module, first_layer(module)):
             whole = megatron_tensor(llm.shape, name, source.read)
             mine = slice_of_rank(whole, parameter, runtime.tensor_rank, runtime.tensor_size)
             parameter.copy_(mine)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 
+from megatron_dwm.model.builders.blocks import layer_ends
 from megatron_dwm.model.llm import LLM
 from megatron_dwm.model.passes.units import Units
 
@@ -73,9 +74,7 @@ class FeatureTap:
         self._final: dict[int, Tensor] = {}
         self._early: dict[int, Tensor] = {}
         self._sending: list[tuple[dist.Work, Tensor]] = []
-        self._early_is_here = any(
-            layer.layer_number == early_layer for layer in _layers(llm.modules)
-        )
+        self._early_is_here = any(number == early_layer for number, _ in self._layers())
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -114,12 +113,16 @@ class FeatureTap:
         return Features(final_nD=final_UD, early_nD=early_UD)
 
     def _sources(self) -> Iterator[tuple[Module, Callable[[int, Tensor], None]]]:
-        for layer in _layers(self._llm.modules):
-            if layer.layer_number == self._early_layer:
+        for number, layer in self._layers():
+            if number == self._early_layer:
                 yield layer, self._keep_early
         last = self._llm.modules[-1]
         if last.post_process:
             yield last.decoder.final_layernorm, self._final.__setitem__
+
+    def _layers(self) -> Iterator[tuple[int, Module]]:
+        for module in self._llm.modules:
+            yield from layer_ends(module)
 
     def _hook(self, store: Callable[[int, Tensor], None]) -> Callable[..., None]:
         def hook(_: Module, __: tuple[Any, ...], output: Any) -> None:
@@ -161,7 +164,3 @@ class FeatureTap:
         shape, stages = self._llm.shape, self._llm.runtime.pipeline_size
         layers_a_chunk = shape.num_layers // (stages * len(self._llm.chunks))
         return (self._early_layer - 1) // layers_a_chunk % stages
-
-
-def _layers(modules: list[Any]) -> list[Any]:
-    return [layer for module in modules for layer in module.decoder.layers]
