@@ -4,8 +4,8 @@
 #   bash tests/compat/run.sh [RELEASE] [pytest args]      RELEASE: default 0.19.2
 #
 # The release is unpacked into .venv-compat/RELEASE, an environment on top of .venv. Releases from
-# 0.17 on declare Python 3.12, but their Python files run on 3.11; only the helper of the data sets
-# is compiled, and is compiled again here (needs g++).
+# 0.17 on declare Python 3.12, but their Python files run on 3.10 and 3.11; only the helper of the
+# data sets is compiled, and is compiled again here (needs g++).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . tools/environment.sh dev
@@ -13,9 +13,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 _release="${1:-0.19.2}"
 [ "$#" -eq 0 ] || shift
 _folder="$PWD/.venv-compat/$_release"
+if [ "$_release" = "$(python -c 'from importlib.metadata import version; print(version("megatron-core"))')" ]; then
+    echo "error: $_release is the release in .venv, which bash tests/run.sh tests; name another one" >&2
+    exit 2
+fi
 
 _unpack() { # _unpack SITE_PACKAGES: the release's wheel, with a helper for this Python
     local wheels="$_folder/wheels" datasets="$1/megatron/core/datasets"
+    # 0.16 has wheels for 3.10 to 3.12, later releases for 3.12 and newer.
     python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
         --platform "manylinux_2_28_$(uname -m)" --dest "$wheels" "megatron-core==$_release"
     python -m zipfile -e "$wheels"/megatron_core-*.whl "$1"
