@@ -39,9 +39,9 @@ EVAL = [
 ]
 REPORT = ["matplotlib>=3.8,<4"]
 GPU = [
-    # Megatron-Core 0.16.1 declares this range. NVIDIA's apex and DLProf are not on PyPI (other
-    # projects own these names there): they are detected and used where present.
-    "transformer-engine[pytorch]>=2.9,<2.12",
+    # The releases with which the signature tests pass. NVIDIA's apex and DLProf are not on PyPI
+    # (other projects own these names there): they are detected and used where present.
+    "transformer-engine[pytorch]>=2.9,<2.21",
 ]
 DEV = [
     "pytest>=8,<10",

@@ -7,6 +7,7 @@ files can be imported. No layer can be built this way; classes, signatures and s
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -22,7 +23,15 @@ EXTENSION = "megatron.core.extensions.transformer_engine"
 
 
 class _AnyName(type):
-    """A class in which every attribute is another such class."""
+    """A class in which every attribute is another such class; as a number each is another one."""
+
+    def __index__(cls) -> int:
+        return id(cls)
+
+    @property
+    def __members__(cls) -> dict[str, Any]:
+        """Returns the attributes asked for so far; 2.20 compares an enum's with its own."""
+        return {name: value for name, value in vars(cls).items() if isinstance(value, _AnyName)}
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -62,6 +71,13 @@ def _parameters(function: Any) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
+def _mlp(spec: Any) -> tuple[Any, Any]:
+    """Returns the class and its parts; Megatron-Core 0.19 has a call here and no spec."""
+    if isinstance(spec, functools.partial):
+        return spec.func.__self__, spec.keywords["submodules"]
+    return spec.module, spec.submodules
+
+
 def main() -> None:
     """Print everything that the tests need to know."""
     warnings.simplefilter("ignore")
@@ -71,9 +87,9 @@ def main() -> None:
     extension = importlib.import_module(EXTENSION)
     specs = importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     layer = specs.get_gpt_layer_with_transformer_engine_spec()
-    block_of_mlp = layer.submodules.mlp.module
+    block_of_mlp, mlp = _mlp(layer.submodules.mlp)
     swiglu = importlib.import_module("megatron.core.fusions.fused_bias_swiglu")
-    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    attention = layer.submodules.self_attention.submodules
     ours = importlib.import_module("megatron_dwm.model.layers.transformer_engine")
     core_attention = importlib.import_module("transformer_engine.pytorch").DotProductAttention
     table = importlib.import_module("megatron_dwm.bilevel.adapters")

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-# What Megatron-Core 0.16.1 declares.
-FIRST_VERSION, END_VERSION = (2, 9), (2, 12)
+# The signature tests pass with 2.9.0 to 2.20.2, under Megatron-Core 0.16.1 and 0.19.2. None ran on
+# a GPU. (Megatron-Core 0.16.1 declares 2.9 to 2.11 for its extra, 0.19 any.)
+FIRST_VERSION, END_VERSION = (2, 9), (2, 21)
 
 # Megatron-Core's names of the norm scales in fused layers, and the names of the unfused spec, which
 # initialization, checkpoints and conversion use.
@@ -41,7 +42,7 @@ def missing_for(model: ModelConfig, device: torch.device) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         return "transformer-engine is not installed (the extra 'gpu' names it)"
     if not version_fits(version):
-        return f"transformer-engine is {version}, Megatron-Core takes 2.9 to below 2.12"
+        return f"transformer-engine is {version}, expected 2.9 to 2.20"
     try:
         import transformer_engine.pytorch as te
     except (ImportError, OSError, RuntimeError) as error:
@@ -60,7 +61,7 @@ def missing_for(model: ModelConfig, device: torch.device) -> str | None:
 
 
 def version_fits(version: str) -> bool:
-    """True if Megatron-Core accepts that release, such as '2.11.0' or '2.9.0+70f53666'."""
+    """True if the signature tests cover that release, such as '2.11.0' or '2.9.0+70f53666'."""
     major, minor = (int(part) for part in version.split(".")[:2])
     return FIRST_VERSION <= (major, minor) < END_VERSION
 
