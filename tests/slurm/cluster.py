@@ -51,6 +51,7 @@ MpiDefault=none
 ReturnToService=2
 SlurmdTimeout=5
 KillWait=20
+MinJobAge=7200
 SchedulerParameters=bf_interval=1,sched_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
