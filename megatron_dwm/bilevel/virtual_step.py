@@ -29,7 +29,11 @@ from megatron_dwm.bilevel.slots import (
 )
 from megatron_dwm.bilevel.update_rules import UPDATE_RULES, UpdateRule
 from megatron_dwm.model import LLM, invalidate_weight_caches
-from megatron_dwm.model.layers.transformer_engine import read_scaling_state, write_scaling_state
+from megatron_dwm.model.layers.transformer_engine import (
+    ScalingState,
+    read_scaling_state,
+    write_scaling_state,
+)
 
 # megatron.core.optimizer.clip_grads.clip_grad_by_total_norm_fp32 divides by the norm plus this.
 CLIP_EPSILON = 1e-6
@@ -53,7 +57,7 @@ class VirtualStep:
     parameters: list[Tensor | None]
     grad_norm: float
     clip_factor: float
-    scaling_state: dict[Module, Tensor]
+    scaling_state: dict[Module, ScalingState]
 
     @torch.no_grad()
     def enter(self) -> None:
@@ -155,7 +159,7 @@ def prepare_virtual_step(
     )
 
 
-def _scaling_state(llm: LLM) -> dict[Module, Tensor]:
+def _scaling_state(llm: LLM) -> dict[Module, ScalingState]:
     config = llm.transformer
     delayed = config.fp8 is not None and config.fp8_recipe == "delayed"
     return read_scaling_state(llm.modules) if delayed else {}

@@ -16,6 +16,7 @@ from megatron_dwm.checkpoint.sharded_adam import create_state, loadable
 from megatron_dwm.checkpoint.sharded_files import load_sharded, saved_names
 from megatron_dwm.config import UserError
 from megatron_dwm.model import LLM
+from megatron_dwm.model.layers.transformer_engine import scales_are_refused_in_one_line
 from megatron_dwm.model.on_disk.saved_index import data_only
 from megatron_dwm.runtime.random_state import restore_random_state
 from megatron_dwm.runtime.warn import print_warning
@@ -50,8 +51,9 @@ def load_parameters(llm: LLM, directory: Path) -> None:
 
 def _load_parameters(llm: LLM, folder: Path) -> None:
     loaded = load_sharded(sharded_model(llm), folder)
-    for name, module in named_chunks(llm):
-        module.load_state_dict(loaded[name])
+    with scales_are_refused_in_one_line(folder):
+        for name, module in named_chunks(llm):
+            module.load_state_dict(loaded[name])
 
 
 def _load_method(parts: Parts, rest: dict[str, Any], directory: Path) -> None:

@@ -18,6 +18,8 @@ import types
 import warnings
 from typing import Any
 
+from tests.signatures.scales import scales
+
 RECIPES = ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling")
 EXTENSION = "megatron.core.extensions.transformer_engine"
 
@@ -78,6 +80,14 @@ def _mlp(spec: Any) -> tuple[Any, Any]:
     return spec.module, spec.submodules
 
 
+def _block(spec: Any) -> dict[str, Any]:
+    return {
+        "layers": len(spec.layer_specs),
+        "norm": spec.layer_norm.__qualname__,
+        "keys": spec.layer_specs[0].submodules.sharded_state_dict_keys_map,
+    }
+
+
 def main() -> None:
     """Print everything that the tests need to know."""
     warnings.simplefilter("ignore")
@@ -91,9 +101,8 @@ def main() -> None:
     swiglu = importlib.import_module("megatron.core.fusions.fused_bias_swiglu")
     attention = layer.submodules.self_attention.submodules
     ours = importlib.import_module("megatron_dwm.model.layers.transformer_engine")
-    core_attention = importlib.import_module("transformer_engine.pytorch").DotProductAttention
+    core_attention = te.DotProductAttention
     table = importlib.import_module("megatron_dwm.bilevel.adapters")
-    block = ours.transformer_engine_block_spec(2)
     produced = [
         attention.linear_qkv,
         attention.core_attention,
@@ -128,12 +137,9 @@ def main() -> None:
                 "fp8_autocast",
             )
         },
+        "scales": scales(ours, recipe),
         "recipes": {name: _parameters(getattr(recipe, name)) for name in RECIPES},
-        "block": {
-            "layers": len(block.layer_specs),
-            "norm": block.layer_norm.__qualname__,
-            "keys": block.layer_specs[0].submodules.sharded_state_dict_keys_map,
-        },
+        "block": _block(ours.transformer_engine_block_spec(2)),
         "adam": importlib.import_module("megatron.core.optimizer").Adam.__module__,
         "adam_source": inspect.getsource(te.optimizers.FusedAdam),
     }

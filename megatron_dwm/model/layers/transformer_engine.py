@@ -8,13 +8,15 @@ fails without a GPU.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch.nn import Module
 
-from megatron_dwm.config import ModelConfig
+from megatron_dwm.config import ModelConfig, UserError
 from megatron_dwm.model.layers.pieces import Pieces
 
 if TYPE_CHECKING:
@@ -31,6 +33,15 @@ UNFUSED_NAMES = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
+
+
+# Scale and history of maxima, by Transformer Engine's names of the forward and backward state.
+ScalingState: TypeAlias = dict[str, list[torch.Tensor]]
+
+# 2.16.1, 2.17.1, 2.18 and later load the delayed recipe's scales from a checkpoint only with this
+# set to 1 (pytorch/_extra_state.py); the releases before those, and 2.17.0, unpickle what they get.
+# Nothing here sets it: whether a checkpoint is trusted is the user's decision.
+UNPICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def missing_for(model: ModelConfig, device: torch.device) -> str | None:
@@ -109,22 +120,40 @@ def unfused_name(name: str) -> str:
     return name
 
 
-def read_scaling_state(modules: Iterable[Module]) -> dict[Module, torch.Tensor]:
-    """Returns each layer's scales and maxima, which the delayed recipe keeps from step to step.
+def read_scaling_state(modules: Iterable[Module]) -> dict[Module, ScalingState]:
+    """Returns copies of each layer's scales and maxima, which the delayed recipe keeps.
 
-    Every FP8 pass changes them, so a pass that must leave no trace has to restore them. The other
-    recipes keep no such state.
+    Every FP8 pass changes them, so a pass that must leave no trace has to restore them. For the
+    delayed recipe only: the states of the others have no maxima. A layer that has not multiplied in
+    FP8 yet is left out.
     """
-    states = {
-        module: module.get_extra_state()
-        for model in modules
-        for module in model.modules()
-        if hasattr(module, "fp8_meta")
-    }
-    return {module: state for module, state in states.items() if state.numel()}
+    layers: list[Any] = [
+        module for model in modules for module in model.modules() if hasattr(module, "fp8_meta")
+    ]
+    states = {layer: layer.get_fp8_meta_tensors() for layer in layers}
+    return {layer: state for layer, state in states.items() if state is not None}
 
 
-def write_scaling_state(states: dict[Module, torch.Tensor]) -> None:
-    """Restore the scales and maxima that `read_scaling_state` returned."""
-    for module, state in states.items():
-        module.set_extra_state(state)
+def write_scaling_state(states: dict[Module, ScalingState]) -> None:
+    """Write back, in place, the scales and maxima that `read_scaling_state` returned.
+
+    Not with set_extra_state, whose pickle Transformer Engine refuses (see `UNPICKLES`).
+    """
+    layer: Any
+    for layer, state in states.items():
+        layer.reset_fp8_meta_tensors(state)
+
+
+@contextmanager
+def scales_are_refused_in_one_line(directory: Path) -> Iterator[None]:
+    """Raise UserError where Transformer Engine refuses the scales that `directory` has saved."""
+    try:
+        yield
+    except RuntimeError as error:
+        if UNPICKLES not in str(error):
+            raise
+        raise UserError(
+            f"{directory}: it has scales of model.fp8_recipe delayed, which Transformer Engine "
+            f"saves as a pickle; a pickle can run code, so this release of it loads them only with "
+            f"{UNPICKLES}=1 in the environment. Set that only if you trust the checkpoint"
+        ) from error
