@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-# The signature tests pass with 2.9.0 to 2.20.2, under Megatron-Core 0.16.1 and 0.19.2. None ran on
-# a GPU. (Megatron-Core 0.16.1 declares 2.9 to 2.11 for its extra, 0.19 any.)
+# The signature tests pass with 2.9.0 to 2.20.2, under Megatron-Core 0.16.1 and 0.19.2, and 2.21 was
+# not out (docs/releases.md). None ran on a GPU. Megatron-Core 0.16.1 declares 2.9 to 2.11 for its
+# extra, but what it lacks in 2.20.2 it lacks in 2.11.0, too; later releases declare no bound.
 FIRST_VERSION, END_VERSION = (2, 9), (2, 21)
 
 # Megatron-Core's names of the norm scales in fused layers, and the names of the unfused spec, which
