@@ -7,6 +7,7 @@ the difference.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,10 @@ def _model_tensors(member: MegatronOptimizer) -> dict[int, Tensor]:
         for main_group, model_group in pairs
         for main, model in zip(main_group, model_group, strict=True)
     }
+
+
+# a model parameter -> its slice of z
+SliceOfZ = Callable[[Any], Tensor]
 
 
 def slice_of_z(parameter: Any) -> Tensor:

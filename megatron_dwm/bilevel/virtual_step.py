@@ -10,6 +10,8 @@ is as it was before.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -157,6 +159,14 @@ def prepare_virtual_step(
         factor,
         _scaling_state(llm),
     )
+
+
+@contextmanager
+def kept_scales(llm: LLM) -> Iterator[None]:
+    """Restore the scales and maxima of the delayed FP8 recipe after passes that change them."""
+    found = _scaling_state(llm)
+    yield
+    write_scaling_state(found)
 
 
 def _scaling_state(llm: LLM) -> dict[Module, ScalingState]:

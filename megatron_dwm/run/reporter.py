@@ -83,7 +83,7 @@ class Reporter:
             return
         runtime, alignment_n = self._runtime, None
         if isinstance(result, UpdateResult):
-            alignment_n = result.units.gather(result.hypergradient.alignment_n, runtime)
+            alignment_n = result.units.gather(result.hypergradient.known_alignments(), runtime)
             if result.noise is not None:
                 self._health.signal_to_noise(result.noise.ratio)
         values = update_values(result, alignment_n)

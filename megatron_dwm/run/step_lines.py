@@ -62,7 +62,7 @@ def update_values(
 ) -> dict[str, float | None]:
     """Returns what a line says about an update, but its weights.
 
-    alignment_n: alignments of the global batch; None if the update computed none.
+    alignment_n: alignments of the global batch, NaN if not known; None if the update computed none.
     """
     if isinstance(result, OwnUpdateResult):
         return {
@@ -71,14 +71,16 @@ def update_values(
             "weighting_grad_norm": result.grad_norm,
         }
     assert alignment_n is not None
+    known_n = alignment_n[~alignment_n.isnan()]
+    grad_norm = result.hypergradient.grad_norm
     return {
         "loss": result.train_loss,
         "val_loss": result.hypergradient.val_loss,
-        "grad_norm": result.hypergradient.grad_norm,
+        **({} if grad_norm is None else {"grad_norm": grad_norm}),
         "weighting_grad_norm": result.update.grad_norm,
         "weighting_gradient_cosine": result.update.cosine,
-        "alignment_mean": float(alignment_n.mean()),
-        "alignment_std": float(alignment_n.std(correction=0)),
+        "alignment_mean": float(known_n.mean()),
+        "alignment_std": float(known_n.std(correction=0)),
         **({} if result.noise is None else result.noise.columns()),
     }
 

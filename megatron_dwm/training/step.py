@@ -3,8 +3,9 @@
 An update on the training batch comes between the gradient and the optimizer: first g(w) at theta,
 then the hypergradient through the step that follows, then that step. So theta and the moments are
 those before the step, and theta' is bit-identical to the parameters after it. The updated weighting
-model gives the weights from the next step on. A method that weighs by the batch's own alignments
-has its update before the weights (`Method.aligns_first`).
+model gives the weights from the next step on. With `weighting.update_on ahead` the direction comes
+before the gradient, whose own pass then computes the alignments (bilevel/ahead.py). A method that
+weighs by the batch's own alignments has its update before the weights (`Method.aligns_first`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from megatron_dwm.training.update import (
     UpdateResult,
     UpperLevel,
     align_first,
+    look_ahead,
     update_from_gradient,
+    update_from_probe,
     weighs_step,
 )
 from megatron_dwm.training.weighed_units import WeighedUnits, weighed_units
@@ -85,9 +88,11 @@ def train_step(
     Raises RunError for weights that are not finite, negative or of another mean than 1.
     """
     learning_rate = learner.learning_rate
-    aligned = None
+    aligned, probe = None, None
     if upper is not None and method.aligns_first:
         aligned, upper = align_first(learner, batch, upper), None
+    elif upper is not None and upper.ahead is not None:
+        probe = look_ahead(learner, upper)
     with phase("weighted gradient"):
         result = weighted_pass(
             learner,
@@ -96,6 +101,7 @@ def train_step(
             counters,
             for_update=upper is not None,
             aligned=None if aligned is None else aligned.outputs,
+            probe=probe,
         )
     assert result.weights_n is not None
     units = weighed_units(batch, result.unit_losses_n, result.weights_n, learner.runtime)
@@ -106,7 +112,9 @@ def train_step(
     grad_norm = math.nan
     if math.isfinite(loss):
         require_sound_weights(weight, wrong)
-        if upper is not None:
+        if probe is not None:
+            update = update_from_probe(learner, method, batch, result, probe)
+        elif upper is not None:
             update = update_from_gradient(learner, method, batch, result, upper)
         with phase("optimizer step"):
             grad_norm = step_if_finite(learner.optimizer)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from megatron_dwm.bilevel import AheadProbe
 from megatron_dwm.data import Batch
 from megatron_dwm.model import (
     ForwardOutputs,
@@ -28,11 +30,13 @@ def weighted_pass(
     *,
     for_update: bool,
     aligned: ForwardOutputs | None = None,
+    probe: AheadProbe | None = None,
 ) -> PassResult:
     """Compute g(w) into the gradient buffers; the result has the method's weights (collective).
 
     for_update: keep what an update of the method reads.
     aligned: alignments of the batch, for a method that weighs by them.
+    probe: also computes alignments of the batch in this pass.
     """
     llm, size = learner.llm, learner.micro_batch_size
     needs = method.needs(counters)
@@ -59,12 +63,15 @@ def weighted_pass(
             return method.weights(rows[index], outputs, counters)
 
     clear_gradients(llm, learner.optimizer)
-    result = forward_backward(
-        llm,
-        weighted(batch, weights_n, size),
-        denominator=weighted_denominator(batch),
-        weigh=weigh,
-        early_layer=early_layer,
-        keep_features=kept.early_layer is not None,
-    )
+    micro_batches = weighted(batch, weights_n, size)
+    with nullcontext() if probe is None else probe.attached(micro_batches) as on_micro_batch:
+        result = forward_backward(
+            llm,
+            micro_batches,
+            denominator=weighted_denominator(batch),
+            on_micro_batch=on_micro_batch,
+            weigh=weigh,
+            early_layer=early_layer,
+            keep_features=kept.early_layer is not None,
+        )
     return result if weigh is not None else replace(result, weights_n=weights_n)

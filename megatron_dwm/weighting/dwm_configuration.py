@@ -110,7 +110,7 @@ def _costs(config: Config, llm: LlamaShape, workload: Workload, model: Weighting
         config,
         llm,
         workload,
-        gradient_pass=weighting.update_on == "fresh",
+        update_on=weighting.update_on,
         model=model,
         extra_forward=not own and is_global and rows > training.micro_batch_size,
         encodes_twice=own and share > training.micro_batch_size,

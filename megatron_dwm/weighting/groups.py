@@ -143,6 +143,11 @@ class Groups:
         present_Gn = self.present_Gn
         return values_Gn.reshape(-1) if present_Gn is None else values_Gn[present_Gn]
 
+    def only(self, kept_n: Tensor) -> Groups:
+        """Returns the same groups in which only these of this replica's units count."""
+        kept_Gn = self.gather(kept_n.float())
+        return replace(self, sizes_Gn=kept_Gn if self.sizes_Gn is None else self.sizes_Gn * kept_Gn)
+
     def mean(self, values_Gn: Tensor) -> Tensor:
         """Returns the part of these groups in the mean over the global batch's units."""
         if self.sizes_Gn is None:

@@ -67,11 +67,13 @@ class Alignments:
 
     values_n: float32, s_i of this replica's samples (METHOD.md, section 2).
     learning_rate: the LLM's eta, needed if the scale of the alignments matters.
+    known_n: bool, False where no alignment was computed; None: all are known.
     signal_to_noise: ratio of these alignments; None if it was not measured.
     """
 
     values_n: Tensor
     learning_rate: float
+    known_n: Tensor | None = None
     signal_to_noise: float | None = None
 
 

@@ -24,6 +24,7 @@ from megatron_dwm.config import WeightingConfig
 from megatron_dwm.data import Batch
 from megatron_dwm.model import ForwardOutputs
 from megatron_dwm.runtime import Runtime
+from megatron_dwm.weighting.advantage import advantages, known_groups
 from megatron_dwm.weighting.concentration import weights_from_logits
 from megatron_dwm.weighting.encoding import encode
 from megatron_dwm.weighting.groups import (
@@ -35,7 +36,6 @@ from megatron_dwm.weighting.groups import (
 from megatron_dwm.weighting.method import Alignments, WeightingUpdate
 from megatron_dwm.weighting.model import WeightingModel
 from megatron_dwm.weighting.noise import Reliability
-from megatron_dwm.weighting.standardize import standardize
 
 
 class WeightingTrainer:
@@ -78,8 +78,9 @@ class WeightingTrainer:
         self.reliability.observe(alignments.signal_to_noise)
         groups = self.grouping.of(batch)
         weights_Gn = self._group_weights(batch, outputs, groups)
-        advantage_Gn = self._advantage(alignments, weights_Gn.detach(), groups)
-        objective = -groups.mean(advantage_Gn * weights_Gn)
+        known = known_groups(groups, alignments)
+        advantage_Gn = self._advantage(alignments, weights_Gn.detach(), known)
+        objective = -known.mean(advantage_Gn * weights_Gn)
         self.optimizer.zero_grad()
         (objective / self.grouping.ranks_with_same_groups).backward()
         gradient = self._sum_gradients()
@@ -158,11 +159,12 @@ class WeightingTrainer:
     def _dtype(self) -> torch.dtype:
         return self.model.head.weight.dtype
 
-    def _advantage(self, alignments: Alignments, weights_Gn: Tensor, groups: Groups) -> Tensor:
-        alignment_Gn = groups.gather(alignments.values_n)
-        if not self.config.standardize:
-            return alignment_Gn * alignments.learning_rate
-        return standardize(alignment_Gn, weights_Gn, groups.sizes_Gn)
+    def _advantage(self, alignments: Alignments, weights_Gn: Tensor, known: Groups) -> Tensor:
+        standardized = self.config.standardize
+        if not standardized and alignments.known_n is None:
+            # A softmax of mean 1 does not change with the mean of what multiplies it.
+            return known.gather(alignments.values_n) * alignments.learning_rate
+        return advantages(alignments, weights_Gn, known, standardized=standardized)
 
     def _step(self) -> None:
         if self.config.damp_by_noise:
