@@ -1,4 +1,4 @@
-"""The direction first: an update for half a step, inside the training pass (METHOD.md, section 8).
+"""The direction first: an update for half a step, inside the training pass (METHOD.md, section 9).
 
     h_t = grad L_val(theta_t)              a pass of the validation batch, before the training pass
     z_t = J_0 h_t                          from the moments that stand (frozen.py)

@@ -202,8 +202,10 @@ class WeightingConfig:
     probe_fraction: float = key(1.0, FRACTION_ABOVE_ZERO, part="alignments", only=_AHEAD)
     """fraction of a step's micro-batches, from the first, whose alignments an update computes; the
     weighting model learns from these"""
-    direction_precision: Literal["fp32", "bf16"] = key("fp32", part="alignments", only=_AHEAD)
-    """of the direction's own buffer, which takes 4 or 2 bytes a parameter during an update"""
+    direction_precision: Literal["fp32", "bf16"] | None = key(None, part="alignments", only=_AHEAD)
+    """of the direction's own buffer, which takes 4 or 2 bytes a parameter during an update, twice
+    that when noise is measured; empty means fp32 with model.precision fp32, else bf16, to which
+    products round it anyway"""
     freeze_after: float = key(1.0, FRACTION_ABOVE_ZERO, part="updates")
     """fraction of training.steps after which the weighting model is no longer updated"""
     damp_by_noise: bool = key(False, part="alignments")

@@ -145,7 +145,7 @@ def _update_copies(config: Config, parameters: int, copies: float) -> float:
     method = method_class(config)
     parts = method.parts(config)
     if method.schedule(config).ahead:
-        value_bytes = {"fp32": _FP32, "bf16": 2}[config.weighting.direction_precision]
+        value_bytes = 2 if config.keeps_direction_in_bf16 else _FP32
         noise = config.bilevel.noise_interval_updates > 0
         measured = noise and why_no_noise(config, config.passages) is None
         return float(value_bytes * parameters * (2 if measured else 1))

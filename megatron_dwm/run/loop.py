@@ -194,6 +194,5 @@ class Loop:
 
 
 def _ahead(config: Config) -> Ahead:
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    weighting = config.weighting
-    return Ahead(fraction=weighting.probe_fraction, dtype=dtypes[weighting.direction_precision])
+    dtype = torch.bfloat16 if config.keeps_direction_in_bf16 else torch.float32
+    return Ahead(fraction=config.weighting.probe_fraction, dtype=dtype)

@@ -1,4 +1,4 @@
-"""A softmax over the global batch whose normalizer is known after the pass (METHOD.md, section 9).
+"""A softmax over the global batch whose normalizer is known after the pass (METHOD.md, section 10).
 
     c_i = (1 - f) exp((a_i - r) / T) + f        in the pass: T and r are those of the step before
     w_i = c_i / mean of c                       after it, over the whole batch, so the mean is 1

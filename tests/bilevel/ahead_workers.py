@@ -112,7 +112,7 @@ def sum_and_inner_product(**layout: Any) -> tuple[float, float, float]:
 def by_hand(options: Options = None, inner: str = "adam", **model: Any) -> dict[str, Any]:
     """Returns alignments and L_val(theta) by autograd in double precision, from the model's logits.
 
-    The direction is METHOD.md's, section 8, from the moments by its formulas.
+    The direction is METHOD.md's, section 9, from the moments by its formulas.
     """
     with tiny(**model) as subject:
         theta, moments = _theta(subject), _moments_by_name(subject)
