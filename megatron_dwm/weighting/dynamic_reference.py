@@ -28,6 +28,7 @@ from megatron_dwm.model import (
     invalidate_weight_caches,
 )
 from megatron_dwm.model.optimizer_step import step_if_finite
+from megatron_dwm.model.parameter_gather import gather_now
 from megatron_dwm.model.passes.objective import (
     token_count,
     token_mean,
@@ -60,7 +61,8 @@ class DynamicReference:
 
     @torch.no_grad()
     def copy_from(self, llm: LLM) -> None:
-        """Take the parameters of `llm`, which has the same layout."""
+        """Take the parameters of `llm`, which has the same layout (collective)."""
+        gather_now(llm)
         for mine, other in zip(self.llm.parameters(), llm.parameters(), strict=True):
             mine.copy_(other)
         self.optimizer.reload_model_params()
