@@ -199,13 +199,15 @@ def _attach(hook: _Hook, module: Module) -> Callable[[], None]:
     name = hook.adapter.method
     if not name:
         return module.register_forward_hook(hook, with_kwargs=True).remove
-    upstream = getattr(module, name)
+    upstream, outer = getattr(module, name), vars(module).get(name)
 
     def probed(*args: Any, **kwargs: Any) -> Any:
         return hook(module, args, kwargs, upstream(*args, **kwargs))
 
-    setattr(module, name, probed)  # shadows the class's method
-    return lambda: delattr(module, name)
+    setattr(module, name, probed)  # shadows the class's method, or the hook of another direction
+    if outer is None:
+        return lambda: delattr(module, name)
+    return lambda: setattr(module, name, outer)
 
 
 def _hook_for(
