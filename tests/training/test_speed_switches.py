@@ -81,7 +81,8 @@ def test_several_buckets_change_the_order_in_the_norm_only(sharded: bool) -> Non
     )
     assert counts[0] > 3
     [(plain, switched)] = _pairs([(layout, switches)], 2)
-    _assert_equal(plain, switched, but=("grad_norm",))
+    # The sharded optimizer splits every bucket, so a rank has other main parameters.
+    _assert_equal(plain, switched, but=("grad_norm", *(("mains",) if sharded else ())))
     for one, other in zip(plain, switched, strict=True):
         # fp32 sums of 30,000 squares in another order.
         torch.testing.assert_close(one["grad_norm"], other["grad_norm"], rtol=1e-5, atol=0)
