@@ -3,8 +3,9 @@
     always    weights, gradient buffers, optimizer state, FP8 copies, weighting model
     step      always + activations + tensors that the backward pass works on
     update    step + the virtual step's copies (bilevel/virtual_step.py): g, and theta if no fp32
-              main parameters hold that copy; and, for sketches of the units' steps, the Jacobian,
-              buckets and signed factors (bilevel/sketch.py), and the sketches
+              main parameters hold that copy; or z, if it comes before the step (bilevel/ahead.py);
+              and, for sketches of the units' steps, the Jacobian, buckets and signed factors
+              (bilevel/sketch.py), and the sketches
     weighting always + activations of the weighting model, after the LLM's are freed; they are those
               of one micro-batch, because weighting/encoding.py encodes one at a time
 
@@ -29,6 +30,7 @@ from megatron_dwm.planning.activations import (
 from megatron_dwm.planning.placement import RankParameters, layers_in_flight, rank_parameters
 from megatron_dwm.weighting import learns, method_class
 from megatron_dwm.weighting.model import WeightingShape
+from megatron_dwm.weighting.noise import why_no_noise
 
 _FP32 = 4
 _MOMENTS = 2 * _FP32
@@ -129,16 +131,26 @@ def stage_memory(
         reference_in_use=(reference + working + learns_itself * activations) if offloads else 0.0,
         activations=activations,
         working=working,
-        virtual_step=copies if learns(config) or _aligns_exactly(config) else 0.0,
+        virtual_step=_update_copies(config, found.total, copies),
         sketches=_sketch_bytes(config, shape, found, replicas),
         weighting_activations=_weighting_activations(config, weighting, world_size, kernels),
     )
 
 
-def _aligns_exactly(config: Config) -> bool:
-    """True if pools are scored through a virtual step."""
-    parts = method_class(config).parts(config)
-    return "sampling" in parts and config.policy.jacobian == "exact"
+def _update_copies(config: Config, parameters: int, copies: float) -> float:
+    """Returns the bytes of the virtual step's copies, or of directions that come before the step.
+
+    A measurement of noise has two directions, one for each half of the passages.
+    """
+    method = method_class(config)
+    parts = method.parts(config)
+    if method.schedule(config).ahead:
+        value_bytes = {"fp32": _FP32, "bf16": 2}[config.weighting.direction_precision]
+        noise = config.bilevel.noise_interval_updates > 0
+        measured = noise and why_no_noise(config, config.passages) is None
+        return float(value_bytes * parameters * (2 if measured else 1))
+    through_pools = "sampling" in parts and config.policy.jacobian == "exact"
+    return copies if learns(config) or through_pools else 0.0
 
 
 def _sketch_bytes(config: Config, shape: LlamaShape, found: RankParameters, replicas: int) -> float:

@@ -23,7 +23,11 @@ from dataclasses import dataclass
 
 from megatron_dwm.config import Config
 from megatron_dwm.model import LlamaShape
-from megatron_dwm.model.passes.micro_batches import largest_micro_batch, rows_of_replica
+from megatron_dwm.model.passes.micro_batches import (
+    largest_micro_batch,
+    probed_micro_batches,
+    rows_of_replica,
+)
 from megatron_dwm.planning.memory import weighting_parameters
 from megatron_dwm.planning.placement import rank_parameters
 from megatron_dwm.weighting import learns, method_class
@@ -87,16 +91,17 @@ def traffic_of(
     own_pass = schedule.fresh or method_class(config).aligns_first
     updates = float(learns(config))
     # An update may have a pass for its own g; it has that of the validation batch, and the probe,
-    # which reads the batch and forms no gradient.
-    of_batch = gradients = updates * (1 + own_pass)
+    # which reads the batch and forms no gradient. If the direction comes ahead, the step's own pass
+    # is probed.
+    of_batch = updates * (1 + own_pass - schedule.ahead)
+    gradients = updates * (1 + own_pass)
     phi = _FP32 * weighting_parameters(weighting)
     learning = _Sent(1, phi) * updates if phi and world_size > 1 else _Sent()
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     batch, target = _training_pass(config, world_size), validation_pass(config, world_size)
     layers, norms = _tensor(config, shape, batch), _norms(config, shape)
     in_update = layers * of_batch + _tensor(config, shape, target) * updates + norms * gradients
-    if on_gpu:
-        in_update += _probe_gathers(config, shape, batch) * updates
+    in_update += _probe_gathers(config, shape, batch, on_gpu=on_gpu) * updates
     borders = _pipeline(config, shape, batch)
     over_borders = borders * of_batch + _pipeline(config, shape, target) * updates
     if schedule.num_updates and not learns(config):
@@ -152,8 +157,9 @@ def _data_line(
     reduce, gather = _data(config, shape, replicas)
     sharded = config.parallel.sharded_optimizer and replicas > 1
     in_update = reduce * gradients
-    # Sharded, theta' and theta are gathered, and z.
-    gathered = (gather * 2 + reduce) * updates if sharded else _Sent()
+    # Sharded, theta' and theta are gathered, and z; ahead of the step, z alone.
+    parameters = 0 if method_class(config).schedule(config).ahead else 2
+    gathered = (gather * parameters + reduce) * updates if sharded else _Sent()
     one_way = (replicas - 1) / replicas
     factor = one_way if sharded else 2 * one_way
     step, update = reduce + gather, in_update + gathered
@@ -205,17 +211,22 @@ def _norms(config: Config, shape: LlamaShape) -> _Sent:
     return _Sent(1, _FP32 * rank_parameters(shape, config.parallel, last).norms)
 
 
-def _probe_gathers(config: Config, shape: LlamaShape, run: Pass) -> _Sent:
+def _probe_gathers(config: Config, shape: LlamaShape, run: Pass, *, on_gpu: bool) -> _Sent:
     """Returns the gathers that a probe adds to a pass under sequence parallelism.
 
-    The probe gathers the inputs of column-parallel products, as a weight gradient does. It also
-    gathers the output gradients of Transformer Engine's row-parallel layers, two a layer; in
-    Megatron-Core's layers these are already gathered.
+    It gathers the output gradients of Transformer Engine's row-parallel layers, two a layer; in
+    Megatron-Core's layers these are already gathered. It also gathers the inputs of column-parallel
+    products, two a layer and the output layer's: in a pass of its own, in place of the weight
+    gradients that are not formed; in a training pass, besides them.
     """
     if config.parallel.tensor == 1 or not config.parallel.sequence:
         return _Sent()
     layers = shape.num_layers // config.parallel.pipeline
-    return _hidden(config, shape, run) * (2 * layers * run.micro_batches)
+    gathers, micro_batches = 2 * layers * on_gpu, run.micro_batches
+    if method_class(config).schedule(config).ahead:
+        gathers += 2 * layers + 1
+        micro_batches = probed_micro_batches(micro_batches, config.weighting.probe_fraction)
+    return _hidden(config, shape, run) * (gathers * micro_batches)
 
 
 def _pipeline(config: Config, shape: LlamaShape, run: Pass, *, backward: bool = True) -> _Sent:

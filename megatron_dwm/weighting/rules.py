@@ -99,7 +99,7 @@ def _ahead_problems(config: Config, world_size: int) -> Iterator[str]:
             "weighting.update_on"
         )
     fraction, count = config.weighting.probe_fraction, config.num_microbatches(world_size)
-    if fraction < 1.0 and abs(probed_micro_batches(count, fraction) / count - fraction) > 0.1:
+    if fraction < 1.0 and abs(probed_micro_batches(count, fraction) / count - fraction) > 0.02:
         yield (
             f"weighting.probe_fraction {fraction}: a step has {count} micro-batch"
             f"{'es' if count > 1 else ''} per data-parallel replica, of which only whole ones are "

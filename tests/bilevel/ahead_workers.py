@@ -87,6 +87,28 @@ def _gathered(subject: Tiny, batch: Batch, found: Hypergradient) -> dict[str, Te
     }
 
 
+def sum_and_inner_product(**layout: Any) -> tuple[float, float, float]:
+    """Returns sum_u c_u s_u over the denominator; <z, g> with the gradient of the pass; |terms|.
+
+    Both are the same by definition, in every precision: g is the gradient that training steps with.
+    """
+    with tiny(**layout) as subject:
+        batch, llm, weights_n = subject.batch(TRAIN), subject.llm, subject.weights_n
+        target = Target(
+            llm=llm,
+            optimizer=subject.optimizer,
+            val_batch=subject.batch(VALIDATION),
+            micro_batch_size=MICRO_BATCH,
+        )
+        [direction] = directions_ahead(target)
+        probe = AheadProbe(llm, [direction])
+        gradient = _pass(subject, batch, weights_n, probe)
+        terms_n = weights_n * probe.hypergradient(batch, weights_n).alignment_n / batch.size
+        pairs = zip(llm.parameters(), gradient, strict=True)
+        inner = sum(float((direction.slice_of(p).double() * g).sum()) for p, g in pairs)
+        return float(terms_n.double().sum()), inner, float(terms_n.abs().sum())
+
+
 def by_hand(options: Options = None, inner: str = "adam", **model: Any) -> dict[str, Any]:
     """Returns alignments and L_val(theta) by autograd in double precision, from the model's logits.
 

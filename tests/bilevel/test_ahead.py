@@ -142,3 +142,16 @@ def test_the_first_micro_batches_are_probed() -> None:
         assert torch.equal(part["alignments"][:count], whole[0]["alignments"][:count])
         assert not part["alignments"][count:].any()
         assert part["gradient unchanged"]
+
+
+def test_alignments_add_up_to_the_inner_product_with_the_gradient_of_training() -> None:
+    """Also where products are rounded: in bf16 and in emulated FP8, by unequal weights."""
+    cases = [
+        ({}, TOLERANCE),
+        ({"fp8_emulation": True}, 1e-4),  # the layer's own scales and values, sums in fp32
+        ({"fp8_emulation": True, "recompute": "full"}, 1e-4),
+        ({"precision": "bf16"}, BF16_BUFFER_TOLERANCE),
+    ]
+    found = run_ranks(f"{WORKERS}:sum_and_inner_product", 1, [case for case, _ in cases])
+    for (case, tolerance), [(total, inner, size)] in zip(cases, found, strict=True):
+        assert abs(total - inner) < tolerance * size, case

@@ -17,7 +17,7 @@ from megatron_dwm.model import forward_backward, resolve_shape
 from megatron_dwm.model.passes.objective import unit
 from megatron_dwm.runtime import Runtime, bring_up
 from megatron_dwm.testing import random_batch
-from megatron_dwm.training import Learner, build_learner, read_target
+from megatron_dwm.training import Ahead, Learner, build_learner, read_target
 from megatron_dwm.weighting.similarity import Similarity
 from tests.planning.runs import configured
 
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))
 
 from benchmarks.collectives import CountCalls
 from benchmarks.settings import Settings
-from benchmarks.subject import build_subject, opened
+from benchmarks.subject import OWN, build_subject, opened
 
 # Scalars, and the alignments of the few samples of a test.
 _SCALARS_BYTES = 64
@@ -124,6 +124,7 @@ def reading(**options: Any) -> dict[str, tuple[int, int]]:
 def by_link(*, passages: int, **settings: Any) -> dict[str, dict[str, tuple[int, int]]]:
     """Count (messages, bytes) of this process on every link in a step and in a weighting update.
 
+    ahead: what an update whose direction comes ahead adds to a step, half of it probed.
     A layout with several tensor, pipeline and data ranks: then a group's ranks say what it is.
     """
     with opened(Settings(**settings)) as runtime:
@@ -137,7 +138,13 @@ def by_link(*, passages: int, **settings: Any) -> dict[str, dict[str, tuple[int,
             tuple(range(runtime.world_size)): "weighting",
         }
         counts = {}
-        for name, call in (("step", subject.plain_step), ("update", subject.weighting_update)):
+        half = Ahead(fraction=0.5)
+        for name, call in (
+            ("step", subject.plain_step),
+            ("update", subject.weighting_update),
+            ("weighted", lambda: subject.step(OWN)),
+            ("ahead", lambda: subject.learning_step(OWN, ahead=half)),
+        ):
             with CountCalls() as counter:
                 call()
             found: dict[str, tuple[int, int]] = {}
@@ -148,6 +155,10 @@ def by_link(*, passages: int, **settings: Any) -> dict[str, dict[str, tuple[int,
                     messages, num_bytes = found.get(link, (0, 0))
                     found[link] = (messages + 1, num_bytes + message.num_bytes)
             counts[name] = found
+        ahead, weighted = counts["ahead"], counts.pop("weighted")
+        for link, (messages, num_bytes) in ahead.items():
+            before = weighted.get(link, (0, 0))
+            ahead[link] = (messages - before[0], num_bytes - before[1])
         return counts
 
 

@@ -8,6 +8,7 @@ from benchmarks.settings import Settings
 from benchmarks.subject import LLM, LOSSES, OWN, SIMILARITY, UNIFORM, Subject, build_subject, opened
 from benchmarks.table import heading, ratio_table
 from benchmarks.timing import alternate, timed
+from megatron_dwm.training import Ahead
 
 PLAIN = "plain Megatron-Core loop"
 CONTROL = "plain loop, again (noise)"
@@ -17,9 +18,14 @@ OWN_STEP = "ours, weights from an encoder of their own"
 SIMILARITY_STEP = "ours, weights by similarity with a target"
 LOSSES_STEP = "ours, weights by loss"
 LEARNING_STEP = "ours, with an update on the training batch (features)"
+AHEAD_STEP = "ours, with an update ahead: a quarter of the passages, all micro-batches probed"
+HALF_STEP = "ours, with an update ahead: a quarter of the passages, half of the micro-batches"
 FRESH_UPDATE = "an update on a fresh batch alone (features)"
 UNIFORM_TARGET = "at most 1.010"
 LLM_TARGET = "at most 1.020"
+AHEAD_TARGET = "at most 1.550"
+HALF_TARGET = "at most 1.420"
+_QUARTER = 0.25
 
 
 def measure_steps(settings: Settings) -> None:
@@ -43,7 +49,11 @@ def _times(subject: Subject, settings: Settings) -> dict[str, list[float]]:
         LOSSES_STEP: partial(subject.step, LOSSES),
         LEARNING_STEP: subject.learning_step,
         FRESH_UPDATE: partial(subject.weighting_update, LLM),
+        AHEAD_STEP: partial(subject.learning_step, LLM, ahead=Ahead(), passages=_QUARTER),
     }
+    if subject.train.size > settings.micro_batch:
+        half = Ahead(fraction=0.5)
+        runs[HALF_STEP] = partial(subject.learning_step, LLM, ahead=half, passages=_QUARTER)
     return alternate(
         [timed(name, call, subject.runtime) for name, call in runs.items()],
         repeats=settings.repeats,
@@ -63,5 +73,8 @@ def _table(times_s: dict[str, list[float]]) -> str:
         (LOSSES_STEP, UNIFORM_STEP, LLM_TARGET),
         (LEARNING_STEP, UNIFORM_STEP, ""),
         (FRESH_UPDATE, UNIFORM_STEP, ""),
+        (AHEAD_STEP, LLM_STEP, AHEAD_TARGET),
     ]
+    if HALF_STEP in times_s:
+        compared.append((HALF_STEP, LLM_STEP, HALF_TARGET))
     return ratio_table("one step", times_s, compared)

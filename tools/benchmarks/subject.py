@@ -18,6 +18,7 @@ from megatron_dwm.model.layers.choice import choose_layers
 from megatron_dwm.runtime import Runtime, bring_up
 from megatron_dwm.testing import plain_step, random_batch
 from megatron_dwm.training import (
+    Ahead,
     Learner,
     UpperLevel,
     build_learner,
@@ -86,9 +87,15 @@ class Subject:
             self.learner, self.methods[method], self.train, self._upper_level(), self.state
         )
 
-    def learning_step(self, method: str = LLM) -> None:
-        """Take one LLM step of ours with a weighting update on its own batch inside."""
-        upper = self._upper_level()
+    def learning_step(
+        self, method: str = LLM, *, ahead: Ahead | None = None, passages: float = 1.0
+    ) -> None:
+        """Take one LLM step of ours with a weighting update on its own batch inside.
+
+        ahead: the direction comes before the step. passages: fraction of the validation batch.
+        """
+        val = self.val.rows(0, max(1, round(self.val.size * passages)))
+        upper = UpperLevel(passages=val, ahead=ahead)
         train_step(self.learner, self.methods[method], self.train, self.state, upper=upper)
 
     def problem(self) -> Problem:
