@@ -73,7 +73,7 @@ class DynamicReference:
         llm, optimizer = self.llm, self.optimizer
         size = _common_size(batch.size, passages.size, self.micro_batch_size, llm)
         validation = _over(token_mean(passages, size), _total(token_count(passages), llm))
-        denominator = _total(weighted_denominator(batch), llm) / max(self.penalty, 1e-30)
+        denominator = _total(float(weighted_denominator(batch)), llm) / max(self.penalty, 1e-30)
         training = _over(weighted(batch, weights_U, size), denominator)
         clear_gradients(llm, optimizer)
         # The coefficients carry the denominators, and replicas are summed.

@@ -21,7 +21,6 @@ DWM = ["--policy.name", "dwm"]
 METHODS = {
     "fresh": DWM,
     "training": [*DWM, "--weighting.update_on", "training"],
-    "ahead": [*DWM, "--weighting.update_on", "ahead"],
     "gradient_alignment": ["--policy.name", "gradient_alignment", "--policy.alignment_warmup", "3"],
     "opus": [
         *("--policy.name", "opus", "--weighting.pool_batches", "2"),
@@ -43,21 +42,19 @@ def _arguments(corpus: Corpus, method: str) -> list[str]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_with_both_overlaps_is_the_run_without(
+def test_a_resumed_run_with_both_overlaps_is_the_run_without(
     server: Server, corpus: Corpus, tmp_path: Path, method: str
 ) -> None:
-    """Also stopped and resumed, the saves in the background."""
+    """Stopped and resumed, then with saves in the background, against one run."""
     arguments = [*_arguments(corpus, method), *SHARDED]
-    plain, switched, resumed = (tmp_path / name for name in ("plain", "switched", "resumed"))
+    plain, switched = tmp_path / "plain", tmp_path / "switched"
     server.succeed(plain, arguments, ranks=2)
-    server.succeed(switched, [*arguments, *BOTH], ranks=2)
-    assert_same(switched, plain)
     stop = {"name": "send_signal", "place": "training", "call": 5, "number": 15, "rank": 0}
-    server.succeed(resumed, [*arguments, *BOTH], ranks=2, fault=stop)
-    assert read_manifest(list_checkpoints(resumed)[-1]).state.step < 9
+    server.succeed(switched, [*arguments, *BOTH], ranks=2, fault=stop)
+    assert read_manifest(list_checkpoints(switched)[-1]).state.step < 9
     go_on = [*arguments, *BOTH, *RESUME, "--training.checkpoint_async", "true"]
-    server.succeed(resumed, go_on, ranks=2)
-    assert_same(resumed, plain)
+    server.succeed(switched, go_on, ranks=2)
+    assert_same(switched, plain)
 
 
 def test_a_run_may_take_the_switches_up_when_it_is_resumed(
@@ -114,8 +111,9 @@ def test_combinations_without_sense_are_one_line(
     corpus: Corpus, tmp_path: Path, options: list[str], line: str
 ) -> None:
     done = pretrain(tmp_path / "run", *corpus.arguments(), *options)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert line in done.stderr
+    errors = [said for said in done.stderr.splitlines() if not said.startswith("warning: ")]
+    assert done.returncode == 2 and len(errors) == 1, done.stderr
+    assert line in errors[0]
 
 
 def test_tensor_overlap_is_refused_on_a_cpu(corpus: Corpus, tmp_path: Path) -> None:

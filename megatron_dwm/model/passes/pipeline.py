@@ -78,7 +78,7 @@ def forward_backward(
     llm: LLM,
     micro_batches: Sequence[MicroBatch],
     *,
-    denominator: float | None,
+    denominator: float | Tensor | None,
     on_micro_batch: Callable[[int], None] | None = None,
     weigh: Weigh | None = None,
     early_layer: int | None = None,
@@ -116,7 +116,7 @@ def _run(
     options: _PassOptions,
     *,
     forward_only: bool,
-    denominator: float | None,
+    denominator: float | Tensor | None,
 ) -> PassResult:
     micro_batches = as_layers_take(llm, micro_batches)
     batch_size, sequence_length = micro_batches[0].tokens_BS.shape
@@ -180,11 +180,12 @@ def _loss(
 
 
 def _finalize(
-    llm: LLM, denominator: float, chunks: list[Any], _: Tensor | None, **arguments: Any
+    llm: LLM, denominator: float | Tensor, chunks: list[Any], _: Tensor | None, **arguments: Any
 ) -> None:
     """Megatron's finalize_model_grads with a float denominator in place of its integer count."""
     finalize_model_grads(chunks, None, **arguments)
-    total = torch.tensor(denominator, dtype=torch.float32, device=llm.runtime.device)
+    # A tensor made of the host's number would be copied to the device, and the host would wait.
+    total = torch.zeros([], dtype=torch.float32, device=llm.runtime.device).add_(denominator)
     dist.all_reduce(total, group=llm.runtime.data_group)
     for chunk in chunks:
         chunk.scale_gradients(1.0 / total)
