@@ -239,6 +239,18 @@ class WeightingConfig:
     so that equal weights are plain training, or all units the same"""
     group: Literal["micro_batch", "global"] = key("micro_batch", part="groups")
     """samples that are normalized together: those of a micro-batch, or of the global batch"""
+    across_samples: bool = key(True, part="weighting_model", only=_NOT_LOADED)
+    """the weighting model compares the samples of a group by attention; false: it looks at each
+    alone, with encoder llm beside running statistics of losses and features"""
+    normalizer: Literal["deferred", "first"] = key(
+        "deferred",
+        part="weighting_model",
+        only={"weighting.encoder": ("llm",), "weighting.group": ("global",)},
+    )
+    """when weights over the global batch that look at each sample alone (across_samples false) are
+    divided by their mean; deferred: after the pass, with the temperature of the step before, at no
+    cost; first: before it, so a batch of several micro-batches is read once more, which costs a
+    forward pass, as it always does with across_samples true"""
     learning_rate: float = key(1e-3, RATE, part="weighting_model", only=_LEARNED)
     """learning rate of the weighting model (AdamW)"""
     weight_decay: float = key(0.0, DECAY, part="weighting_model", only=_LEARNED)

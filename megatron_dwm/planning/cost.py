@@ -106,7 +106,7 @@ def cost_of(config: Config, shape: LlamaShape, workload: Workload) -> Cost:
         llm=costs.llm_step,
         recompute=recompute,
         weighing=costs.weighing * weighed,
-        reading=costs.extra_forward * weighed,
+        reading=costs.extra_forward * weighed + costs.first_forward / steps,
         pool_passes=costs.pool_passes * costs.pools(steps) / steps,
         pool_scores=costs.pool_scores * costs.pools(steps) / steps,
         updates=(num_updates * passes + weighed_updates * costs.extra_forward) / steps,

@@ -169,13 +169,13 @@ def weighting_parameters(shape: WeightingShape | None) -> int:
         return 0
     width = shape.hidden_size
     layer = 4 * width * width + 3 * width * shape.ffn_hidden_size + 2 * width
-    heads = 2 * (width + 1)
+    across = layer + width + 1 if shape.across_samples else 0
     if shape.encoder == "own":
         reading = shape.vocab_size * width + shape.num_layers * layer + width
     else:
         # Two pooled states of the LLM and the loss, with a bias.
         reading = (2 * shape.feature_size + 2) * width
-    return reading + layer + heads
+    return reading + across + width + 1
 
 
 def _fp8_copies(config: Config, shape: LlamaShape, found: RankParameters, stage: int) -> float:

@@ -65,7 +65,8 @@ class Reporter:
             "lr": outcome.learning_rate,
             "grad_norm": outcome.grad_norm,
         }
-        self._step_lines.add(self._begun(stage, "train") | values, statistics, self._counts())
+        before, more = self._begun(stage, "train") | values, outcome.statistics
+        self._step_lines.add(before, statistics, self._counts(), more=more)
         if self._state.step % self._config.metrics_interval_steps == 0:
             self._step_lines.write()
         interval = self._config.weights_interval_steps

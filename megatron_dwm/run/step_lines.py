@@ -23,6 +23,7 @@ from megatron_dwm.training.weighed_units import WeighedUnits
 class _Line:
     before: dict[str, Any]
     statistics: Tensor
+    more: dict[str, Tensor]
     after: dict[str, Any]
 
 
@@ -33,9 +34,16 @@ class StepLines:
         self._health, self._files = health, files
         self._waiting: list[_Line] = []
 
-    def add(self, before: dict[str, Any], statistics: Tensor, after: dict[str, Any]) -> None:
-        """Keep a line with `weight_statistics` between its other keys."""
-        self._waiting.append(_Line(before=before, statistics=statistics, after=after))
+    def add(
+        self,
+        before: dict[str, Any],
+        statistics: Tensor,
+        after: dict[str, Any],
+        *,
+        more: dict[str, Tensor],
+    ) -> None:
+        """Keep a line with `weight_statistics`, and `more` of them, between its other keys."""
+        self._waiting.append(_Line(before=before, statistics=statistics, more=more, after=after))
 
     def write(self) -> None:
         """Write the lines; waits for the device."""
@@ -44,7 +52,8 @@ class StepLines:
             statistics = named_statistics(line.statistics)
             self._health.effective_sample_size(statistics["weight_effective_sample_size"])
             if self._files is not None:
-                self._files.write({**line.before, **statistics, **line.after})
+                more = {name: float(value) for name, value in line.more.items()}
+                self._files.write({**line.before, **statistics, **more, **line.after})
 
     def drop(self) -> None:
         """Drop the lines."""

@@ -11,11 +11,14 @@ weighs by the batch's own alignments has its update before the weights (`Method.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
+from megatron_dwm.bilevel import AheadProbe
 from megatron_dwm.data import Batch
+from megatron_dwm.model import PassResult
 from megatron_dwm.model.optimizer_step import step_if_finite
 from megatron_dwm.runtime.profiling import phase
 from megatron_dwm.training.guard import require_sound_weights
@@ -41,6 +44,7 @@ class Taken:
     loss: mean of the units' token-mean losses over the global batch.
     units: losses and weights of this replica's units.
     update: the weighting update inside the step; None if there was none or it was not finite.
+    statistics: the method's own scalars about its weights, by name, on the device.
     """
 
     loss: float
@@ -49,6 +53,7 @@ class Taken:
     learning_rate: float
     units: WeighedUnits
     update: UpdateResult | None = None
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,14 +97,14 @@ def train_step(
     if upper is not None and method.aligns_first:
         aligned, upper = align_first(learner, batch, upper), None
     elif upper is not None and upper.ahead is not None:
-        probe = look_ahead(learner, upper)
+        probe, upper = look_ahead(learner, upper), None
     with phase("weighted gradient"):
         result = weighted_pass(
             learner,
             method,
             batch,
             counters,
-            for_update=upper is not None,
+            for_update=upper is not None or probe is not None,
             aligned=None if aligned is None else aligned.outputs,
             probe=probe,
         )
@@ -112,16 +117,14 @@ def train_step(
     grad_norm = math.nan
     if math.isfinite(loss):
         require_sound_weights(weight, wrong)
-        if probe is not None:
-            update = update_from_probe(learner, method, batch, result, probe)
-        elif upper is not None:
-            update = update_from_gradient(learner, method, batch, result, upper)
+        if aligned is None:
+            update = _update(learner, method, batch, result, probe, upper)
         with phase("optimizer step"):
             grad_norm = step_if_finite(learner.optimizer)
     learner.scheduler.step(increment=1)
     if not math.isfinite(grad_norm):
         return Skipped(loss=loss, grad_norm=grad_norm)
-    method.after_step(batch, units.losses_n, counters)
+    _tell(method, batch, result, counters)
     return Taken(
         loss=loss,
         weighted_loss=weighted_loss,
@@ -129,7 +132,29 @@ def train_step(
         learning_rate=learning_rate,
         units=units,
         update=update,
+        statistics=method.step_statistics(),
     )
+
+
+def _update(
+    learner: Learner,
+    method: Method,
+    batch: Batch,
+    result: PassResult,
+    probe: AheadProbe | None,
+    upper: UpperLevel | None,
+) -> UpdateResult | None:
+    """Make the update of a step after its gradient, if there is one (collective)."""
+    if probe is not None:
+        return update_from_probe(learner, method, batch, result, probe)
+    return None if upper is None else update_from_gradient(learner, method, batch, result, upper)
+
+
+def _tell(method: Method, batch: Batch, result: PassResult, counters: Counters) -> None:
+    """Let the method read what a step that was taken has found (collective)."""
+    if result.relative_n is not None:
+        method.after_weighing(batch, result.relative_n)
+    method.after_step(batch, result.unit_losses_n, counters)
 
 
 def _means(learner: Learner, units: WeighedUnits) -> list[float]:

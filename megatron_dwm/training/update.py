@@ -173,7 +173,8 @@ def update_from_probe(
     Returns None as `weighting_update` does.
     """
     assert result.weights_n is not None
-    found = probe.hypergradient(train, result.weights_n)
+    differentiated_n = result.weights_n if result.relative_n is None else result.relative_n
+    found = probe.hypergradient(train, differentiated_n)
     update = None
     if _is_finite_everywhere(found):
         update = _update_result(learner, train, result, found)

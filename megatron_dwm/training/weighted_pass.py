@@ -19,6 +19,7 @@ from megatron_dwm.model import (
 )
 from megatron_dwm.model.passes.objective import unit, weighted, weighted_denominator
 from megatron_dwm.training.learner import Learner
+from megatron_dwm.training.relative_total import RelativeTotal
 from megatron_dwm.weighting import Counters, Method, Needs
 
 
@@ -43,10 +44,11 @@ def weighted_pass(
     kept = method.update_needs if for_update else Needs()
     early_layer = kept.early_layer
     weights_n, weigh = torch.ones(batch.units.count, device=llm.runtime.device), None
+    total = RelativeTotal(llm.runtime) if needs.relative else None
     reference_n = method.reference_losses(batch)
     if not needs.forward_pass:
         weights_n = method.weights(batch, aligned, counters)
-    elif needs.whole_batch and batch.size > size:
+    elif needs.whole_batch and (batch.size > size or needs.on_every_rank):
         # Every weight needs all micro-batches, and a pipeline cannot keep all of them in memory. So
         # an extra forward pass comes first.
         first = forward_only(llm, unit(batch, size), early_layer=needs.early_layer)
@@ -60,7 +62,10 @@ def weighted_pass(
 
         def weigh(index: int, outputs: ForwardOutputs) -> Tensor:
             outputs = replace(outputs, reference_losses_n=references[index])
-            return method.weights(rows[index], outputs, counters)
+            found_U = method.weights(rows[index], outputs, counters)
+            if total is not None:
+                total.add(rows[index], found_U)
+            return found_U
 
     clear_gradients(llm, learner.optimizer)
     micro_batches = weighted(batch, weights_n, size)
@@ -68,10 +73,12 @@ def weighted_pass(
         result = forward_backward(
             llm,
             micro_batches,
-            denominator=weighted_denominator(batch),
+            denominator=weighted_denominator(batch) if total is None else total.of_replica,
             on_micro_batch=on_micro_batch,
             weigh=weigh,
             early_layer=early_layer,
             keep_features=kept.early_layer is not None,
         )
+    if total is not None:
+        return total.divided(result, batch)
     return result if weigh is not None else replace(result, weights_n=weights_n)

@@ -59,11 +59,13 @@ def weights_from_logits(
     *,
     min_effective_sample_size: float,
     uniform_floor: float,
+    temperature_G: Tensor | None = None,
 ) -> Tensor:
     """Turn logits [G, n] into weights [G, n], non-negative and with mean 1 in every group.
 
     sizes_Gn: how much each unit counts in the mean, and in the effective sample size; None: all the
     same. A unit of size 0 counts nowhere. If no unit of a group counts, all its weights are 1.
+    temperature_G: T, in place of the smallest that keeps the bound.
 
     Equal logits give exactly 1. The gradient is taken at a fixed temperature. Where the bound on
     the effective sample size is active, this is not the full derivative: the weights there do not
@@ -73,8 +75,9 @@ def weights_from_logits(
     if sizes_Gn is not None:
         counts_G1 = (sizes_Gn > 0).any(-1, keepdim=True)
         logits_Gn, sizes_Gn = logits_Gn.where(counts_G1, 0.0), sizes_Gn.where(counts_G1, 1.0)
-    if min_effective_sample_size > 0.0:
+    if temperature_G is None and min_effective_sample_size > 0.0:
         temperature_G = temperature(logits_Gn, min_effective_sample_size, sizes_Gn)
+    if temperature_G is not None:
         logits_Gn = logits_Gn / temperature_G[..., None]
     weights_Gn = _softmax_of_mean_one(logits_Gn, sizes_Gn)
     return weights_Gn * (1.0 - uniform_floor) + uniform_floor if uniform_floor else weights_Gn

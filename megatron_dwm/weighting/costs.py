@@ -36,6 +36,7 @@ class Costs:
     llm_step: forward and backward of one global batch.
     weighing: the weighting model on one batch, once it has learned.
     extra_forward: the LLM's extra forward pass that must finish before a batch has weights.
+    first_forward: such a pass of the first batch that has weights, alone.
     pool_passes: the LLM's passes over the pool of a step, from which its batch is chosen.
     pool_scores: the method's own part of scoring a pool.
     first_pool, pool_interval: the first step (from 0) with scores, and from one to the next.
@@ -47,6 +48,7 @@ class Costs:
     llm_step: float
     weighing: float = 0.0
     extra_forward: float = 0.0
+    first_forward: float = 0.0
     pool_passes: float = 0.0
     pool_scores: float = 0.0
     first_pool: int = 0
@@ -71,6 +73,7 @@ class Costs:
         passes = counters.step * self.llm_step
         passes += self.pools(counters.step) * (self.pool_passes + self.pool_scores)
         passes += counters.weighings * (self.weighing + self.extra_forward)
+        passes += self.first_forward if counters.weighings else 0.0
         noise = self.measurements(counters.updates) * self.noise
         return passes + counters.updates * self.update + noise
 
@@ -178,7 +181,8 @@ def weighting_forward_flops(
     else:
         reading = units * (2 * shape.feature_size + 1) * width
     group_units = group_size * documents.units_per_row
-    across = units * (layer + 2 * width * group_units + 2 * width)
+    attention = layer + 2 * width * group_units + width if shape.across_samples else 0
+    across = units * (attention + width)
     return 2.0 * (reading + across)
 
 
