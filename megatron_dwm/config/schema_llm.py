@@ -61,9 +61,7 @@ class ParallelConfig:
     grad_reduce_in_fp32: bool = key(True, only=_BELOW_FP32)
     """accumulate and reduce gradients in fp32; false does so in bf16 (Megatron's
     --grad-reduce-in-bf16), with half the bytes and a rounding in every addition"""
-    tp_comm_overlap: bool = key(
-        False, only={"parallel.sequence": (True,), **_BELOW_FP32}
-    )
+    tp_comm_overlap: bool = key(False, only={"parallel.sequence": (True,), **_BELOW_FP32})
     """overlap tensor-parallel messages with the matrix products (Megatron's --tp-comm-overlap); for
     Transformer Engine's layers on GPUs only (docs/gpu.md; not run)"""
     timeout_s: int = key(600, SECONDS)
@@ -125,8 +123,8 @@ class ModelConfig:
     whole layers (full)"""
 
     cross_entropy_loss_fusion: bool = key(False, only=_BELOW_FP32)
-    """compute the loss of the vocabulary-parallel logits with Megatron's fused functions, which
-    torch compiles on a GPU and runs one by one elsewhere (Megatron's --cross-entropy-loss-fusion)"""
+    """compute the loss from vocabulary-parallel logits with Megatron's fused functions, which torch
+    compiles on a GPU and runs one by one elsewhere (Megatron's --cross-entropy-loss-fusion)"""
     apply_rope_fusion: bool = key(False, only=_BELOW_FP32)
     """apply rotary position embeddings with Transformer Engine's kernel, in its layers only (in
     Megatron-LM it is on unless --no-rope-fusion; not run)"""

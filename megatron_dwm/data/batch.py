@@ -102,26 +102,13 @@ class Batch:
         chosen = self._units_of(range(start, stop, step))
         tensors = {name: value[start:stop:step] for name, value in self._row_tensors().items()}
         tensors |= {name: value[chosen] for name, value in self._unit_tensors().items()}
-        domains = (
-            self.domains[chosen]
-            if isinstance(chosen, slice)
-            else tuple(self.domains[unit] for unit in chosen)
-        )
-        return self._with(tensors, domains)._with_origins(self.origins_per_row[start:stop:step])
+        others = self._with(tensors, _names(self.domains, chosen))
+        return others._with_origins(self.origins_per_row[start:stop:step])
 
     def to(self, device: torch.device | str) -> Batch:
-        """Returns the batch with its tensors on `device`; the host does not wait for a GPU.
-
-        (No GPU was available.)
-        """
+        """Returns the batch with its tensors on `device`."""
         tensors = {**self._row_tensors(), **self._unit_tensors()}
-        to_gpu = torch.device(device).type == "cuda"
-        moved = {
-            name: value.pin_memory().to(device, non_blocking=True)
-            if to_gpu and not value.is_cuda
-            else value.to(device)
-            for name, value in tensors.items()
-        }
+        moved = {name: _on_device(value, device) for name, value in tensors.items()}
         return self._with(moved, self.domains)._with_origins(self.origins_per_row)
 
     def micro_batches(self, size: int) -> list[Batch]:
@@ -177,3 +164,16 @@ class Batch:
         for field in fields(self):
             if isinstance(value := getattr(self, field.name), Tensor):
                 yield field.name, value
+
+
+def _on_device(value: Tensor, device: torch.device | str) -> Tensor:
+    """Returns the tensor on `device`; the host does not wait for a GPU (not run)."""
+    if torch.device(device).type == "cuda" and not value.is_cuda:
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
+
+
+def _names(domains: tuple[str, ...], chosen: slice | list[int]) -> tuple[str, ...]:
+    if isinstance(chosen, slice):
+        return domains[chosen]
+    return tuple(domains[unit] for unit in chosen)

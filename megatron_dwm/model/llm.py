@@ -159,15 +159,29 @@ def transformer_config(
         # that the tangent probe asks of it; unroll, which asks for more, refuses these layers.
         bias_activation_fusion=layer_kind == "transformer_engine",
         bias_dropout_fusion=False,
-        apply_rope_fusion=model.apply_rope_fusion and layer_kind == "transformer_engine",
-        # Megatron-Core's fused functions round the gradient of the logits to bf16.
-        cross_entropy_loss_fusion=model.cross_entropy_loss_fusion and dtype == torch.bfloat16,
-        tp_comm_overlap=parallel.tp_comm_overlap and layer_kind == "transformer_engine",
         # Freeing an output while gloo still sends it corrupts gradients silently; the interleaved
         # schedule does not wait for its sends.
         deallocate_pipeline_outputs=virtual_stages is None,
-        **(fp8_fields(model) if layer_kind == "transformer_engine" else {}),
+        **_fields_of_layers(model, parallel, layer_kind),
     )
+
+
+def _fields_of_layers(
+    model: ModelConfig, parallel: ParallelConfig, layer_kind: LayerKind
+) -> dict[str, Any]:
+    """Returns the fields that depend on the layers and their precision."""
+    # Megatron-Core's fused functions round the gradient of the logits to bf16.
+    below_fp32 = parameter_dtype(model) == torch.bfloat16
+    fields: dict[str, Any] = {
+        "cross_entropy_loss_fusion": model.cross_entropy_loss_fusion and below_fp32
+    }
+    if layer_kind == "transformer_engine":
+        fields |= fp8_fields(model)
+        fields |= {
+            "apply_rope_fusion": model.apply_rope_fusion,
+            "tp_comm_overlap": parallel.tp_comm_overlap,
+        }
+    return fields
 
 
 def build_llm(

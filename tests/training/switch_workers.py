@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_dwm.bilevel.slots import collect_slots
-from megatron_dwm.config import WeightingConfig
 from megatron_dwm.model import forward_only
 from megatron_dwm.model.parameter_gather import gather_now
 from megatron_dwm.model.passes.objective import unit
 from megatron_dwm.model.passes.predictions import predict
-from megatron_dwm.training import Taken, UpdateResult, UpperLevel
+from megatron_dwm.training import UpdateResult, UpperLevel
 from megatron_dwm.training.update import Ahead
-from tests.subjects import Subject, with_dwm
+from tests.subjects import with_dwm
 from tests.tiny import MICRO_BATCH, Tiny, tiny
 
 STEPS = 6

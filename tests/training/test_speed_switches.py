@@ -42,9 +42,7 @@ TRAINED = "tests.training.switch_workers:trained"
 
 def _pairs(layouts: list, ranks: int) -> list[tuple[list[dict], list[dict]]]:
     """What every rank saw without the switches and with them, for every layout."""
-    cases = [
-        {**layout, "switches": switches} for layout, on in layouts for switches in ({}, on)
-    ]
+    cases = [{**layout, "switches": switches} for layout, on in layouts for switches in ({}, on)]
     found = run_ranks(TRAINED, ranks, cases)
     return list(zip(found[::2], found[1::2], strict=True))
 
@@ -134,7 +132,9 @@ def test_the_fused_loss_is_the_plain_one() -> None:
     """On a CPU the functions run one by one, and the sums are the same, two messages in one."""
     of_all = {"update_on": "training", "precision": "bf16"}
     layouts = [of_all, {**of_all, "tensor": 2, "sequence": True}, {**of_all, "pipeline": 2}]
-    cases = [{**layout, "cross_entropy_loss_fusion": on} for layout in layouts for on in (False, True)]
+    cases = [
+        {**layout, "cross_entropy_loss_fusion": on} for layout in layouts for on in (False, True)
+    ]
     found = run_ranks(TRAINED, 2, cases)
     for plain, fused in zip(found[::2], found[1::2], strict=True):
         _assert_equal(plain, fused)

@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dwm.training import UpperLevel
-from megatron_dwm.weighting import Method
 from megatron_dwm.weighting.uniform import Uniform
 from tests.documents import packed_batch
 from tests.subjects import with_dwm, with_method

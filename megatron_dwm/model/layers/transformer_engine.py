@@ -100,7 +100,7 @@ def transformer_engine_block_spec(num_layers: int) -> TransformerBlockSubmodules
 def start_tensor_overlap(
     model: ModelConfig, device: torch.device, *, tokens: int, hidden_size: int, tensor_size: int
 ) -> None:
-    """Make the buffers of `parallel.tp_comm_overlap` (collective), as Megatron-LM does at its start.
+    """Make the buffers of `parallel.tp_comm_overlap`, as Megatron-LM does first (collective).
 
     tokens: in every micro-batch; Transformer Engine refuses one of another size.
 
