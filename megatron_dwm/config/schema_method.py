@@ -31,6 +31,8 @@ PolicyName: TypeAlias = Literal[tuple(METHODS)]  # type: ignore[valid-type]
 _STAGED = {"weighting.mode": ("staged",)}
 _ONLINE = {"weighting.mode": ("online",)}
 _AHEAD = {"weighting.update_on": ("ahead",)}
+_GLOBAL_LLM = {"weighting.encoder": ("llm",), "weighting.group": ("global",)}
+_ALONE = {**_GLOBAL_LLM, "weighting.across_samples": (False,)}
 _NOT_LOADED = {"weighting.load": (None,)}
 _LEARNED = {"weighting.frozen": (False,)}
 _NOISE_KNOWN = {"bilevel.estimator": ("tangent_probe", "finite_difference")}
@@ -245,7 +247,7 @@ class WeightingConfig:
     normalizer: Literal["deferred", "first"] = key(
         "deferred",
         part="weighting_model",
-        only={"weighting.encoder": ("llm",), "weighting.group": ("global",)},
+        only=(_ALONE, {**_GLOBAL_LLM, "weighting.load": SET}),
     )
     """when weights over the global batch that look at each sample alone (across_samples false) are
     divided by their mean; deferred: after the pass, with the temperature of the step before, at no

@@ -60,24 +60,24 @@ class DeferredSoftmax:
 
     def settle(self, logits_Gn: Tensor, sizes_Gn: Tensor | None) -> None:
         """Take T and r for the next step from logits [1, n] of a whole batch, once a step."""
-        found_G = temperature(logits_Gn, self._bound, sizes_Gn) if self._bound else None
-        found = torch.ones_like(logits_Gn[0, 0]) if found_G is None else found_G[0]
-        self._set(found, logits_Gn, sizes_Gn)
+        self._set(self._own_temperature(logits_Gn, sizes_Gn), logits_Gn, sizes_Gn)
         self._is_settled = True
 
     def observe(self, relative_Gn: Tensor, sizes_Gn: Tensor | None) -> None:
         """Measure the drift of a step's c [1, n]; T and r follow, unless an update settled them."""
         logits_Gn = self._logits(relative_Gn)
+        own = self._own_temperature(logits_Gn, sizes_Gn)
         own_Gn = weights_from_logits(
             logits_Gn,
             sizes_Gn,
             min_effective_sample_size=self._bound,
             uniform_floor=self._floor,
+            temperature_G=own[None],
         )
         used = effective_sample_size(relative_Gn, sizes_Gn)
         self.drift = (used - effective_sample_size(own_Gn, sizes_Gn))[0]
         if not self._is_settled:
-            self.settle(logits_Gn, sizes_Gn)
+            self._set(own, logits_Gn, sizes_Gn)
         self._is_settled = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -88,6 +88,11 @@ class DeferredSoftmax:
         """Load the state of `state_dict`."""
         self.temperature, self.reference = state["temperature"], state["reference"]
         self._is_settled = False
+
+    def _own_temperature(self, logits_Gn: Tensor, sizes_Gn: Tensor | None) -> Tensor:
+        if not self._bound:
+            return torch.ones_like(logits_Gn[0, 0])
+        return temperature(logits_Gn, self._bound, sizes_Gn)[0]
 
     def _logits(self, relative_Gn: Tensor) -> Tensor:
         assert self.temperature is not None and self.reference is not None
