@@ -119,8 +119,9 @@ def norm_tangent(
     first: position of the first token in its row.
     """
     normed_SBD = F.rms_norm(kept_SBD, z_D.shape, None, epsilon)
-    product_SBD = gradient_SBD * normed_SBD * z_D
-    return units.sum_of_sequence(product_SBD, _at_least_fp32(gradient_SBD), first=first)
+    dtype = _at_least_fp32(gradient_SBD)
+    product_SBD = gradient_SBD * normed_SBD * z_D.to(dtype)
+    return units.sum_of_sequence(product_SBD, dtype, first=first)
 
 
 def norm_linear_tangent(
@@ -151,8 +152,8 @@ def embedding_tangent(
     first, last: this rank holds the rows first to last - 1 of the vocabulary.
     """
     here_BS = (tokens_BS >= first) & (tokens_BS < last)
-    rows_BSD = F.embedding((tokens_BS - first).where(here_BS, 0), z_VD)
     dtype = _at_least_fp32(gradient_BSD)
+    rows_BSD = F.embedding((tokens_BS - first).where(here_BS, 0), z_VD).to(dtype)
     return units.sum_of_rows((gradient_BSD * rows_BSD).sum(dim=2, dtype=dtype) * here_BS)
 
 

@@ -22,8 +22,7 @@ from megatron_dwm.bilevel.problem import Problem, Target
 from megatron_dwm.bilevel.sketch import SketchPlan
 from megatron_dwm.bilevel.slots import (
     collect_slots,
-    gather_gradient_buffers,
-    is_sharded,
+    publish_gradients,
     slice_of_z,
 )
 from megatron_dwm.bilevel.tangent_probe import Probed, probe
@@ -79,13 +78,13 @@ def _factors(problem: Problem) -> dict[int, Tensor]:
     for slot in collect_slots(problem.optimizer):
         slot.gradient.fill_(1.0)
     _multiply_by_jacobian(problem)
-    return {id(p): slice_of_z(p).clone() for p in problem.llm.parameters()}
+    return {id(p): slice_of_z(p).to(torch.float32, copy=True) for p in problem.llm.parameters()}
 
 
 def _multiply_by_jacobian(target: Target) -> None:
     """Multiply the gradient buffers by J_0, on every rank."""
+    slots = collect_slots(target.optimizer)
     if target.inner == "adam":
-        for slot in collect_slots(target.optimizer):
+        for slot in slots:
             slot.gradient.mul_(frozen_jacobian(slot.moments()))
-    if is_sharded(target.optimizer):
-        gather_gradient_buffers(target.llm)
+    publish_gradients(target.llm, target.optimizer, slots)

@@ -43,6 +43,7 @@ from megatron_dwm.bilevel.sketch import SketchPlan, UnitSketches
 from megatron_dwm.bilevel.slots import SliceOfZ, slice_of_z
 from megatron_dwm.bilevel.unit_gradients import FORMS
 from megatron_dwm.model import LLM, MicroBatch, forward_backward
+from megatron_dwm.model.parameter_gather import without_gathers
 from megatron_dwm.model.passes.micro_batch import as_layers_take
 from megatron_dwm.model.passes.units import Units
 from megatron_dwm.runtime.profiling import phase
@@ -173,13 +174,14 @@ def _summed(llm: LLM, current: _Current) -> Tensor:
 @contextmanager
 def _frozen(llm: LLM) -> Iterator[None]:
     parameters = llm.parameters()
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
+    with without_gathers(llm):
         for parameter in parameters:
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -10,7 +10,8 @@
               of one micro-batch, because weighting/encoding.py encodes one at a time
 
 Bytes a parameter of the first three parts are those in Megatron-LM's documentation for fp32
-gradients: 16, or 8 + 8/d sharded, in fp32; 18, or 6 + 12/d, in bf16. On a GPU Adam is assumed to be
+gradients: 16, or 8 + 8/d sharded, in fp32; 18, or 6 + 12/d, in bf16; and with gradients in bf16,
+too: 20, or 4 + 16/d, since the optimizer makes an fp32 copy of them. On a GPU Adam is assumed to be
 fused; torch's own Adam would keep temporary copies of everything there.
 """
 
@@ -109,7 +110,8 @@ def stage_memory(
     state = (_MOMENTS + (_FP32 if mixed else 0)) * found.total / shards
     copies = (1 if mixed else 2) * _FP32 * found.total / shards
     of_weighting = _WEIGHTING_BYTES if learns(config) else _FP32
-    weights, gradients = kernels.value_bytes * found.total, _FP32 * found.total
+    weights = kernels.value_bytes * found.total
+    gradients = (gradient_bytes(config) + _main_gradient_bytes(config) / shards) * found.total
     parts = method_class(config).parts(config)
     is_stored = config.policy.reference_losses is not None  # its losses are read from files
     reference = weights if "reference" in parts and not is_stored else 0.0
@@ -135,6 +137,17 @@ def stage_memory(
         sketches=_sketch_bytes(config, shape, found, replicas),
         weighting_activations=_weighting_activations(config, weighting, world_size, kernels),
     )
+
+
+def gradient_bytes(config: Config) -> int:
+    """Returns the bytes of a value in the gradient buffers, and in their reduction."""
+    in_fp32 = config.parallel.grad_reduce_in_fp32 or config.model.precision == "fp32"
+    return _FP32 if in_fp32 else 2
+
+
+def _main_gradient_bytes(config: Config) -> int:
+    """Returns the bytes of the optimizer's copy of a gradient; in fp32 it is the buffer itself."""
+    return 0 if gradient_bytes(config) == _FP32 else _FP32
 
 
 def _update_copies(config: Config, parameters: int, copies: float) -> float:

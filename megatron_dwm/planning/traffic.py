@@ -8,8 +8,9 @@ scatter.
               parallelism four gathers and four scatters, and two gathers for weight gradients; then
               the norms' gradients are reduced, once a pass
     pipeline  one [S, B, H] forward and one backward over every border
-    data      the fp32 gradients, once a pass; sharded: scattered, and the parameters gathered; a
-              message for every model chunk
+    data      the gradients, in fp32 or bf16, once a pass; sharded: scattered, and the parameters
+              gathered; a message for every model chunk, or for every bucket where they overlap with
+              a pass, in the first chunk of the first stage
     weighting the weighting model's own gradient, over all ranks
 
 The busiest stage is counted. Left out are scalars, alignments and sketches, and what the weighting
@@ -19,6 +20,7 @@ model reads: pooled vectors inside a replica or over all of them, features of an
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_dwm.config import Config
@@ -28,7 +30,7 @@ from megatron_dwm.model.passes.micro_batches import (
     probed_micro_batches,
     rows_of_replica,
 )
-from megatron_dwm.planning.memory import weighting_parameters
+from megatron_dwm.planning.memory import gradient_bytes, weighting_parameters
 from megatron_dwm.planning.placement import rank_parameters
 from megatron_dwm.weighting import learns, method_class
 from megatron_dwm.weighting.model import WeightingShape
@@ -200,6 +202,8 @@ def _tensor(config: Config, shape: LlamaShape, run: Pass, *, backward: bool = Tr
         embedding = int(config.parallel.pipeline == 1)
     hidden = _hidden(config, shape, run) * (layers * a_layer + output + embedding)
     loss = _Sent(1, _FP32 * run.samples * config.data.sequence_length) * _CROSS_ENTROPY
+    if config.model.cross_entropy_loss_fusion and config.model.precision != "fp32":
+        loss = _Sent(loss.messages - 1, loss.num_bytes)  # both sums are one message
     return (hidden + loss) * run.micro_batches
 
 
@@ -208,7 +212,7 @@ def _norms(config: Config, shape: LlamaShape) -> _Sent:
     if not config.parallel.sequence:
         return _Sent()
     last = config.parallel.pipeline - 1
-    return _Sent(1, _FP32 * rank_parameters(shape, config.parallel, last).norms)
+    return _Sent(1, gradient_bytes(config) * rank_parameters(shape, config.parallel, last).norms)
 
 
 def _probe_gathers(config: Config, shape: LlamaShape, run: Pass, *, on_gpu: bool) -> _Sent:
@@ -252,15 +256,28 @@ def _pipeline(config: Config, shape: LlamaShape, run: Pass, *, backward: bool = 
 def _data(config: Config, shape: LlamaShape, replicas: int) -> tuple[_Sent, _Sent]:
     """Returns (gradients reduced in a pass, parameters gathered in a step) of the largest stage.
 
-    Gradients of a model chunk lie in one buffer and are reduced in one message.
+    Gradients of a model chunk lie in one buffer.
     """
     if replicas == 1:
         return _Sent(), _Sent()
     stages = range(config.parallel.pipeline)
     parameters = max(rank_parameters(shape, config.parallel, stage).total for stage in stages)
     value_bytes = 4 if config.model.precision == "fp32" else 2
-    chunks = config.parallel.virtual_stages
-    reduced = _Sent(chunks, float(_FP32 * parameters))
+    messages = _buckets(config, parameters, replicas)
+    reduced = _Sent(messages, float(gradient_bytes(config) * parameters))
     if not config.parallel.sharded_optimizer:
         return reduced, _Sent()
-    return reduced, _Sent(chunks, float(value_bytes * parameters))
+    return reduced, _Sent(messages, float(value_bytes * parameters))
+
+
+def _buckets(config: Config, parameters: int, replicas: int) -> int:
+    """Returns the number of messages with the gradients of a rank with so many parameters.
+
+    A bucket ends with the parameter that fills it, so there may be fewer where parameters are large
+    beside a bucket.
+    """
+    parallel, chunks = config.parallel, config.parallel.virtual_stages
+    if not parallel.overlap_grad_reduce:
+        return chunks
+    size = parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * replicas)
+    return chunks - 1 + math.ceil(parameters / chunks / size)

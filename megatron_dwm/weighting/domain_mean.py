@@ -145,7 +145,8 @@ class DomainMean(RuleBased):
 
     def _group_weights(self, batch: Batch, groups: Groups) -> Tensor:
         means = [self.means.get(name, 0.0) for name in batch.domains]
-        means_n = torch.tensor(means, dtype=torch.float32, device=self.runtime.device)
+        means_n = torch.tensor(means, dtype=torch.float32)
+        means_n = means_n.to(self.runtime.device, non_blocking=True)
         return self.group_weights(means_n / self.config.domain_temperature, groups)
 
     def _all_domains(self, batch: Batch) -> list[str]:

@@ -83,7 +83,7 @@ def forward_backward(
     llm: LLM,
     micro_batches: Sequence[MicroBatch],
     *,
-    denominator: float | Denominator | None,
+    denominator: float | Tensor | Denominator | None,
     on_micro_batch: Callable[[int], None] | None = None,
     weigh: Weigh | None = None,
     early_layer: int | None = None,
@@ -122,7 +122,7 @@ def _run(
     options: _PassOptions,
     *,
     forward_only: bool,
-    denominator: float | Denominator | None,
+    denominator: float | Tensor | Denominator | None,
 ) -> PassResult:
     micro_batches = as_layers_take(llm, micro_batches)
     batch_size, sequence_length = micro_batches[0].tokens_BS.shape
@@ -187,7 +187,7 @@ def _loss(
 
 def _finalize(
     llm: LLM,
-    denominator: float | Denominator,
+    denominator: float | Tensor | Denominator,
     chunks: list[Any],
     _: Tensor | None,
     **arguments: Any,
@@ -195,7 +195,8 @@ def _finalize(
     """Megatron's finalize_model_grads with a float denominator in place of its integer count."""
     finalize_model_grads(chunks, None, **arguments)
     part = denominator() if callable(denominator) else denominator
-    total = torch.as_tensor(part, dtype=torch.float32, device=llm.runtime.device)
+    # A tensor made of the host's number would be copied to the device, and the host would wait.
+    total = torch.zeros([], dtype=torch.float32, device=llm.runtime.device).add_(part)
     dist.all_reduce(total, group=llm.runtime.data_group)
     for chunk in chunks:
         chunk.scale_gradients(1.0 / total)
