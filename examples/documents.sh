@@ -26,7 +26,7 @@ seeds=("$@")
 options_of() { # options_of METHOD: what differs from examples/tiny.yaml
     case "$1" in
     uniform) echo --policy.name uniform --weighting.unit sample ;;
-    *) echo --weighting.unit "$1" --weighting.group global ;;
+    *) echo --weighting.unit "$1" --weighting.group global --weighting.update_on training --weighting.across_samples true ;;
     esac
 }
 

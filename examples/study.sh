@@ -32,6 +32,8 @@ seeds=("$@")
 . "$repository/tools/environment.sh" eval,report
 
 blade="--policy.sync_first_step 200 --policy.sync_interval_steps 200 --policy.reference_steps 60 --policy.reference_learning_rate 1e-3"
+attends="--training.micro_batch_size 16 --weighting.group micro_batch --weighting.across_samples true"
+alone="--training.micro_batch_size 16 --weighting.across_samples false"
 no_junk="shuffled_words=0 random_words=0 random_characters=0"
 
 options_of() { # options_of METHOD SEED: what differs from examples/tiny.yaml
@@ -39,8 +41,8 @@ options_of() { # options_of METHOD SEED: what differs from examples/tiny.yaml
     uniform | random_half | dsir_half) echo --policy.name uniform ;;
     own_staged) echo --weighting.group global --weighting.encoder own --weighting.update_on fresh --weighting.mode staged ;;
     own_online) echo --weighting.group global --weighting.encoder own --weighting.update_on fresh ;;
-    llm_fresh) echo --weighting.group global --weighting.encoder llm --weighting.update_on fresh ;;
-    llm_training) echo --weighting.group global --weighting.encoder llm --weighting.update_on training ;;
+    llm_fresh) echo --weighting.group global --weighting.encoder llm --weighting.update_on fresh --weighting.across_samples true ;;
+    llm_training) echo --weighting.group global --weighting.encoder llm --weighting.update_on training --weighting.across_samples true ;;
     domain_mean) echo --policy.name domain_mean --weighting.group global --weighting.update_on fresh ;;
     gradient_alignment) echo --policy.name gradient_alignment --weighting.group global ;;
     greats) echo --policy.name gradient_alignment --weighting.group global --policy.alignment_choice greedy --policy.overlap_unit deviation ;;
@@ -54,12 +56,12 @@ options_of() { # options_of METHOD SEED: what differs from examples/tiny.yaml
     no_junk) echo --policy.name fixed --policy.domain_weights $no_junk ;;
     curriculum) echo --policy.name curriculum ;;
     validation_mixing) echo --policy.name validation_mixing ;;
-    exact_fresh | exact_training) echo --training.micro_batch_size 16 --weighting.update_on "${1#exact_}" ;;
-    ahead_v*_p*) ahead "$1" ;;
-    ahead_v4_bf16) echo --training.micro_batch_size 16 --weighting.update_on ahead --validation.batch_size 8 --weighting.direction_precision bf16 ;;
-    alone) echo --training.micro_batch_size 16 --weighting.update_on training --weighting.across_samples false ;;
-    alone_deferred) echo --training.micro_batch_size 16 --weighting.update_on training --weighting.across_samples false --weighting.group global ;;
-    alone_ahead_v4_p2) echo "$(ahead ahead_v4_p2)" --weighting.across_samples false --weighting.group global ;;
+    exact_fresh | exact_training) echo $attends --weighting.update_on "${1#exact_}" ;;
+    ahead_v*_p*) echo $attends "$(ahead "$1")" ;;
+    ahead_v4_bf16) echo $attends --weighting.update_on ahead --weighting.probe_fraction 1 --validation.batch_size 8 --weighting.direction_precision bf16 ;;
+    alone) echo $alone --weighting.update_on training --weighting.group micro_batch ;;
+    alone_deferred) echo $alone --weighting.update_on training --weighting.group global ;;
+    alone_ahead_v4_p2) echo $alone --weighting.update_on ahead --weighting.group global --validation.batch_size 8 --weighting.probe_fraction 0.5 ;;
     *)
         echo "error: $1: no method of this study" >&2
         return 2
@@ -68,10 +70,11 @@ options_of() { # options_of METHOD SEED: what differs from examples/tiny.yaml
 }
 
 ahead() { # ahead NAME_vN_pM: of 32 passages one in N, of 2 micro-batches one in M
-    local passages="${1#*_v}" half=""
+    local passages="${1#*_v}" half
+    half="--weighting.probe_fraction 1"
     [ "${1##*_p}" = 1 ] || half="--weighting.probe_fraction 0.5"
     # shellcheck disable=SC2086  # options are words
-    echo --training.micro_batch_size 16 --weighting.update_on ahead \
+    echo --weighting.update_on ahead \
         --validation.batch_size "$((32 / ${passages%_p*}))" $half
 }
 
@@ -127,7 +130,7 @@ runs_of() { # runs_of SEED NAME...: a line for each of these methods that METHOD
 side_by_side() { xargs -r -P "${JOBS:-$(nproc)}" -L 1 bash -c 'one_run "$0" "$1"'; }
 
 export -f one_run options_of ahead last_checkpoint train
-export repository corpus workdir blade no_junk
+export repository corpus workdir blade no_junk attends alone
 
 for seed in "${seeds[@]}"; do
     prepare "$seed"

@@ -78,7 +78,9 @@ def _direction(target: Target, passages: TokenBatch, dtype: torch.dtype) -> Dire
 class AheadProbe:
     """Computes the alignments of a training pass along directions that are known before it."""
 
-    def __init__(self, llm: LLM, directions: list[Direction], *, fraction: float = 1.0) -> None:
+    def __init__(
+        self, llm: LLM, directions: list[Direction], *, fraction: float | None = 1.0
+    ) -> None:
         """directions: of the whole validation batch, or of both halves.
 
         fraction: of the micro-batches that are probed, from the first.

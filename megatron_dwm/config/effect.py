@@ -87,6 +87,10 @@ def _has(config: Config, name: str, values: Values) -> bool:
 
 
 def _value(config: Config, name: str) -> Any:
+    if name == "weighting.update_on":
+        return config.update_on
+    if name == "weighting.across_samples":
+        return config.weighting.attends_across_samples
     section, key = name.split(".")
     return getattr(getattr(config, section), key)
 

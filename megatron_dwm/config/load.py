@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from megatron_dwm.config.defaults import with_defaults
 from megatron_dwm.config.effect import Given, condition_text
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.key import entries, number_problems
@@ -75,7 +76,7 @@ def load(arguments: Sequence[str], prog: str = "megatron_dwm.pretrain") -> Loade
     config = Config(**{section: getattr(values, section) for section in known_sections()})
     for problem in number_problems(config):
         raise UserError(problem)
-    return Loaded(config, given)
+    return Loaded(with_defaults(config), given)
 
 
 def config_text(config: Config, typed_paths: Mapping[str, Any] | None = None) -> str:

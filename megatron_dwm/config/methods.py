@@ -11,20 +11,28 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Registered:
-    """A method: `does` says in a few words what it does, for `--help`; `path` is `module:Class`."""
+    """A method.
+
+    does: in a few words what it does, for `--help`. path: `module:Class`.
+    learns_from_alignments: `weighting.update_on` applies to it.
+    """
 
     does: str
     path: str
+    learns_from_alignments: bool = False
 
 
 _WEIGHTING = "megatron_dwm.weighting"
 
 METHODS: dict[str, Registered] = {
     "uniform": Registered("weighs all samples the same", f"{_WEIGHTING}.uniform:Uniform"),
-    "dwm": Registered("learns the weights (DWM)", f"{_WEIGHTING}.dwm:Dwm"),
+    "dwm": Registered(
+        "learns the weights (DWM)", f"{_WEIGHTING}.dwm:Dwm", learns_from_alignments=True
+    ),
     "domain_mean": Registered(
         "weighs by a running mean of alignments for every domain, without a model",
         f"{_WEIGHTING}.domain_mean:DomainMean",
+        learns_from_alignments=True,
     ),
     "loss_reweighting": Registered(
         "weighs harder samples more, by their losses",

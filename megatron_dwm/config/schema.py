@@ -18,6 +18,7 @@ from megatron_dwm.config.bounds import (
     TOKENS,
 )
 from megatron_dwm.config.key import SET, key
+from megatron_dwm.config.methods import METHODS
 from megatron_dwm.config.schema_llm import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dwm.config.schema_method import (
     BilevelConfig,
@@ -149,9 +150,19 @@ class Config:
         return self.model.precision != "fp32" if asked is None else asked == "bf16"
 
     @property
+    def update_on(self) -> Literal["fresh", "training", "ahead"]:
+        """What an update learns from (`weighting.update_on`)."""
+        asked = self.weighting.update_on
+        ahead = self.weighting.mode == "online" and self.bilevel.estimator == "tangent_probe"
+        return ("ahead" if ahead else "fresh") if asked is None else asked
+
+    @property
     def passages(self) -> int:
         """Passages requested for a validation batch; the target may have fewer rows."""
-        return self.validation.batch_size or self.training.global_batch_size
+        rows = self.training.global_batch_size
+        learns = METHODS[self.policy.name].learns_from_alignments
+        quarter = learns and self.update_on == "ahead"
+        return self.validation.batch_size or (-(-rows // 4) if quarter else rows)
 
     def data_parallel_size(self, world_size: int) -> int:
         """Returns the number of replicas of the LLM in a job of `world_size` processes."""

@@ -49,7 +49,7 @@ class ValidationConfig:
     batch_size: int | None = key(None, ROWS, part="passages")
     """passages in one validation batch; none appears twice in a batch, so at most the number of
     rows in the file (with loss_on all a row has data.sequence_length tokens); empty means
-    training.global_batch_size"""
+    training.global_batch_size, and a quarter of it with weighting.update_on ahead"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,15 +193,16 @@ class WeightingConfig:
     warmup_steps: int = key(50, COUNT_OR_ZERO, part="updates", only=_ONLINE)
     """LLM steps with uniform weights before the first update; at least 2 unless update_on is fresh,
     because the first update happens inside the last of them"""
-    update_on: Literal["fresh", "training", "ahead"] = key("fresh", part="alignments")
+    update_on: Literal["fresh", "training", "ahead"] | None = key(None, part="alignments")
     """fresh: an update reads its own batch and costs three plain steps; training (mode online): it
     uses the batch, gradient and weights of the current LLM step and costs two; ahead (mode online):
     the direction is computed before that step's gradient, at the parameters and moments that stand,
     and the step's own pass is probed: it costs validation.batch_size / training.global_batch_size
-    plus about a third of weighting.probe_fraction"""
-    probe_fraction: float = key(1.0, FRACTION_ABOVE_ZERO, part="alignments", only=_AHEAD)
+    plus about a third of weighting.probe_fraction; empty means ahead in mode online (with
+    bilevel.estimator tangent_probe), else fresh"""
+    probe_fraction: float | None = key(None, FRACTION_ABOVE_ZERO, part="alignments", only=_AHEAD)
     """fraction of a step's micro-batches, from the first, whose alignments an update computes; the
-    weighting model learns from these"""
+    weighting model learns from these; empty means half of them, rounded up"""
     direction_precision: Literal["fp32", "bf16"] | None = key(None, part="alignments", only=_AHEAD)
     """of the direction's own buffer, which takes 4 or 2 bytes a parameter during an update, twice
     that when noise is measured; empty means fp32 with model.precision fp32, else bf16, to which
@@ -243,9 +244,10 @@ class WeightingConfig:
     so that equal weights are plain training, or all units the same"""
     group: Literal["micro_batch", "global"] = key("micro_batch", part="groups")
     """samples that are normalized together: those of a micro-batch, or of the global batch"""
-    across_samples: bool = key(True, part="weighting_model", only=_NOT_LOADED)
+    across_samples: bool | None = key(None, part="weighting_model", only=_NOT_LOADED)
     """the weighting model compares the samples of a group by attention; false: it looks at each
-    alone, with encoder llm beside running statistics of losses and features"""
+    alone, with encoder llm beside running statistics of losses and features; empty means true with
+    encoder own, false with encoder llm"""
     normalizer: Literal["deferred", "first"] = key(
         "deferred",
         part="weighting_model",
@@ -272,6 +274,11 @@ class WeightingConfig:
     falls below this"""
     uniform_floor: float = key(0.0, FRACTION, part="softmax")
     """fraction of every weight that is uniform"""
+
+    @property
+    def attends_across_samples(self) -> bool:
+        """True if the weighting model has attention across samples (`across_samples`)."""
+        return self.encoder == "own" if self.across_samples is None else self.across_samples
 
 
 @dataclass(frozen=True, kw_only=True)

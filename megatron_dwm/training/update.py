@@ -58,10 +58,11 @@ class UpperLevel:
 class Ahead:
     """Options of an update whose direction comes before the training pass (bilevel/ahead.py).
 
-    fraction: of the step's micro-batches that are probed. dtype: of the direction's buffer.
+    fraction: of the step's micro-batches that are probed; None: half of them.
+    dtype: of the direction's buffer.
     """
 
-    fraction: float = 1.0
+    fraction: float | None = None
     dtype: torch.dtype = torch.float32
 
 

@@ -67,7 +67,7 @@ class DomainMean(RuleBased):
     @classmethod
     def costs(cls, config: Config, llm: LlamaShape, workload: Workload) -> Costs:
         """Returns the costs of learning without a weighting model."""
-        return learning_costs(config, llm, workload, update_on=config.weighting.update_on)
+        return learning_costs(config, llm, workload, update_on=config.update_on)
 
     def __init__(
         self,

@@ -113,7 +113,7 @@ def _costs(config: Config, llm: LlamaShape, workload: Workload, model: Weighting
         config,
         llm,
         workload,
-        update_on=weighting.update_on,
+        update_on=config.update_on,
         model=model,
         extra_forward=reads_first,
         encodes_twice=own and share > training.micro_batch_size,
@@ -171,7 +171,7 @@ def wanted_shape(
         num_attention_heads=weighting.num_attention_heads,
         ffn_hidden_size=weighting.ffn_hidden_size,
         encoder=weighting.encoder,
-        across_samples=weighting.across_samples,
+        across_samples=weighting.attends_across_samples,
         feature_size=llm.hidden_size if weighting.encoder == "llm" else 0,
         tokenizer_sha256=tokenizer_sha256 if weighting.encoder == "own" else None,
     )

@@ -56,9 +56,9 @@ def learning_problems(config: Config, world_size: int) -> Iterator[str]:
             f"weighting.stages {weighting.stages}: expected at most training.steps, "
             f"which is {config.training.steps}"
         )
-    if weighting.update_on != "fresh" and weighting.mode == "staged":
+    if config.update_on != "fresh" and weighting.mode == "staged":
         yield (
-            f"weighting.update_on {weighting.update_on}: one LLM step gives one update, and "
+            f"weighting.update_on {config.update_on}: one LLM step gives one update, and "
             "weighting.mode staged makes many with the LLM frozen; set weighting.mode online"
         )
     if weighting.damp_by_noise and not config.bilevel.noise_interval_updates:
@@ -72,7 +72,7 @@ def learning_problems(config: Config, world_size: int) -> Iterator[str]:
             f"{config.passages}: noise is measured between halves"
         )
     yield from _first_update(config)
-    if weighting.update_on == "ahead":
+    if config.update_on == "ahead":
         yield from _ahead_problems(config, world_size)
     yield from estimator_problems(config, world_size)
 
@@ -80,12 +80,12 @@ def learning_problems(config: Config, world_size: int) -> Iterator[str]:
 def _first_update(config: Config) -> Iterator[str]:
     """Check the warm-up: Adam's first step does not depend on the size of the gradient."""
     weighting = config.weighting
-    if weighting.mode != "online" or weighting.update_on == "fresh":
+    if weighting.mode != "online" or config.update_on == "fresh":
         return
     if weighting.warmup_steps < 2:
         yield (
             f"weighting.warmup_steps {weighting.warmup_steps}: expected 2 or more with "
-            f"weighting.update_on {weighting.update_on}, whose first update would come inside the "
+            f"weighting.update_on {config.update_on}, whose first update would come inside the "
             "first step, with Adam's moments empty; some tens let them settle"
         )
 
@@ -99,7 +99,10 @@ def _ahead_problems(config: Config, world_size: int) -> Iterator[str]:
             "weighting.update_on"
         )
     fraction, count = config.weighting.probe_fraction, config.num_microbatches(world_size)
-    if fraction < 1.0 and abs(probed_micro_batches(count, fraction) / count - fraction) > 0.02:
+    if (
+        fraction is not None
+        and abs(probed_micro_batches(count, fraction) / count - fraction) > 0.02
+    ):
         yield (
             f"weighting.probe_fraction {fraction}: a step has {count} micro-batch"
             f"{'es' if count > 1 else ''} per data-parallel replica, of which only whole ones are "

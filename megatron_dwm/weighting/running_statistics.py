@@ -42,8 +42,9 @@ class RunningStatistics(nn.Module):
     def normalized(self, rows_GnK: Tensor) -> Tensor:
         """Returns (row - mean) / deviation; the rows themselves before the first batch."""
         deviation_3 = self.variance_3.sqrt().clamp(min=_SMALLEST)
-        widths = torch.tensor(self._widths, device=rows_GnK.device)
-        return (rows_GnK - self.mean_K) / deviation_3.repeat_interleave(widths)
+        parts = zip(deviation_3, self._widths, strict=True)
+        deviation_K = torch.cat([deviation.expand(width) for deviation, width in parts])
+        return (rows_GnK - self.mean_K) / deviation_K
 
     @torch.no_grad()
     def observe(self, rows_nK: Tensor, sizes_n: Tensor | None, group: dist.ProcessGroup) -> None:

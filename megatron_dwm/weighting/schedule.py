@@ -69,8 +69,8 @@ def schedule_of(config: Config) -> Schedule:
             warmup=weighting.warmup_steps,
             interval=weighting.interval_steps,
             last=last,
-            in_step=weighting.update_on != "fresh",
-            ahead=weighting.update_on == "ahead",
+            in_step=config.update_on != "fresh",
+            ahead=config.update_on == "ahead",
         )
     return staged(
         config.training.steps,

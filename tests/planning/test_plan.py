@@ -174,7 +174,7 @@ def test_an_encoder_multiplies_in_bf16_beside_a_bf16_llm() -> None:
 
 
 def test_uniform_weights_cost_nothing_and_updates_on_training_less_than_fresh() -> None:
-    online = {"mode": "online", "encoder": "llm"}
+    online = {"mode": "online", "encoder": "llm", "update_on": "fresh"}
     plain = planned(large())
     fresh = planned(large(policy="dwm", weighting=online))
     inside = planned(large(policy="dwm", weighting={**online, "update_on": "training"}))
@@ -188,7 +188,9 @@ def test_uniform_weights_cost_nothing_and_updates_on_training_less_than_fresh() 
 @pytest.mark.parametrize(("recompute", "forward_passes"), [("none", 3), ("full", 4)])
 def test_a_measurement_of_noise_is_one_more_pass(recompute: str, forward_passes: int) -> None:
     """Against none: of a forward and a backward pass, recomputed layers forward once more."""
-    config = large(policy="dwm", weighting={"mode": "online", "encoder": "llm"})
+    config = large(
+        policy="dwm", weighting={"mode": "online", "encoder": "llm", "update_on": "fresh"}
+    )
     config = replace(config, model=replace(config.model, recompute=recompute))
     never, always, third = (
         planned(replace(config, bilevel=BilevelConfig(noise_interval_updates=every)))
@@ -225,7 +227,7 @@ def test_a_weighting_model_to_start_from_has_its_own_sizes(tmp_path: Path) -> No
 
 def test_tables_take_the_unit_of_what_they_hold() -> None:
     """A plan of a tiny run has numbers, too: those of the JSON in the units that the text names."""
-    weighting = {"mode": "online", "group": "global"}
+    weighting = {"mode": "online", "group": "global", "update_on": "fresh"}
     plan = planned(configured(policy="dwm", weighting=weighting, tensor=2), gpus=2)
     sizes = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "MFLOP": 1e6, "GFLOP": 1e9, "TFLOP": 1e12}
     lines = plan_text(plan).splitlines()

@@ -37,12 +37,13 @@ class Corpus:
         """
         data = {"train": [self.prefix], "tokenizer": self.tokenizer}
         online = {"mode": "online", "interval_steps": 3, "warmup_steps": 5}
+        exact = {"update_on": "fresh", "across_samples": True}
         sections = {
             "data": {**data, "sequence_length": 32, "domain_key": "domain"},
             "validation": {"path": str(CORPUS / "validation.jsonl")},
             "training": {"global_batch_size": 8, "micro_batch_size": 4, "steps": 20},
             "logging": {"tensorboard": False},
-            "weighting": {**online, "group": "global"},
+            "weighting": {**online, **exact, "group": "global"},
         }
         file = Path(f"{self.prefix}.yaml")
         file.write_text(yaml.safe_dump(sections))

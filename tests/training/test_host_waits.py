@@ -12,7 +12,7 @@ from tests.launch import run_ranks
 
 # The means of losses and weights, which decide whether the step is taken.
 LOSS = {"training/step.py tolist": 1}
-METHODS = ["uniform", "dwm", "dwm, features", "dwm, global"]
+METHODS = ["uniform", "dwm", "dwm, features", "dwm, global", "dwm, deferred"]
 SHARDED = {"sharded": True, "switches": {"overlap_grad_reduce": True, "overlap_param_gather": True}}
 
 

@@ -122,4 +122,7 @@ _METHODS: dict[str, Callable[[Any], Any]] = {
     "dwm": lambda subject: with_dwm(subject, MICRO_BATCH),
     "dwm, features": lambda subject: with_dwm(subject, MICRO_BATCH, encoder="llm"),
     "dwm, global": lambda subject: with_dwm(subject, MICRO_BATCH, group="global"),
+    "dwm, deferred": lambda subject: with_dwm(
+        subject, MICRO_BATCH, group="global", encoder="llm", across_samples=False
+    ),
 }

@@ -43,9 +43,11 @@ def largest_micro_batch(rows: int, largest: int, micro_batches_multiple: int) ->
     return max(sizes)
 
 
-def probed_micro_batches(micro_batches: int, fraction: float) -> int:
+def probed_micro_batches(micro_batches: int, fraction: float | None) -> int:
     """Returns how many micro-batches of a replica's step are probed (bilevel/ahead.py).
 
-    It is the fraction of them, rounded, and at least one.
+    It is the fraction of them, rounded, and at least one; None: half of them, rounded up.
     """
+    if fraction is None:
+        return (micro_batches + 1) // 2
     return max(1, round(micro_batches * fraction))
