@@ -10,6 +10,11 @@
 # Finished runs are not repeated, so the study can be stopped and started again. One run a core at a
 # time: about an hour a seed on two cores. The environment variables STEPS (default:
 # examples/tiny.yaml's), JOBS (runs at a time) and METHODS (names, separated by spaces) may be set.
+#
+# METHODS="uniform $CHEAPER" compares forms of an update instead, and what they cost, with CHEAPER as
+# exact_fresh exact_training ahead_v{1,2,4}_p{1,2} ahead_v4_bf16 alone alone_deferred alone_ahead_v4_p2:
+# a direction ahead of the step from 1/v of the passages, 1/p of the micro-batches probed, and weighting
+# models that look at each sample alone. These have tiny.yaml's micro-batches of 16.
 set -euo pipefail
 
 . "$(dirname "${BASH_SOURCE[0]}")/parts.sh"
@@ -49,11 +54,25 @@ options_of() { # options_of METHOD SEED: what differs from examples/tiny.yaml
     no_junk) echo --policy.name fixed --policy.domain_weights $no_junk ;;
     curriculum) echo --policy.name curriculum ;;
     validation_mixing) echo --policy.name validation_mixing ;;
+    exact_fresh | exact_training) echo --training.micro_batch_size 16 --weighting.update_on "${1#exact_}" ;;
+    ahead_v*_p*) ahead "$1" ;;
+    ahead_v4_bf16) echo --training.micro_batch_size 16 --weighting.update_on ahead --validation.batch_size 8 --weighting.direction_precision bf16 ;;
+    alone) echo --training.micro_batch_size 16 --weighting.update_on training --weighting.across_samples false ;;
+    alone_deferred) echo --training.micro_batch_size 16 --weighting.update_on training --weighting.across_samples false --weighting.group global ;;
+    alone_ahead_v4_p2) echo "$(ahead ahead_v4_p2)" --weighting.across_samples false --weighting.group global ;;
     *)
         echo "error: $1: no method of this study" >&2
         return 2
         ;;
     esac
+}
+
+ahead() { # ahead NAME_vN_pM: of 32 passages one in N, of 2 micro-batches one in M
+    local passages="${1#*_v}" half=""
+    [ "${1##*_p}" = 1 ] || half="--weighting.probe_fraction 0.5"
+    # shellcheck disable=SC2086  # options are words
+    echo --training.micro_batch_size 16 --weighting.update_on ahead \
+        --validation.batch_size "$((32 / ${passages%_p*}))" $half
 }
 
 last_checkpoint() { find "$workdir/$1/checkpoints" -maxdepth 1 -name 'step_*' | sort | tail -n 1; }
@@ -107,7 +126,7 @@ runs_of() { # runs_of SEED NAME...: a line for each of these methods that METHOD
 
 side_by_side() { xargs -r -P "${JOBS:-$(nproc)}" -L 1 bash -c 'one_run "$0" "$1"'; }
 
-export -f one_run options_of last_checkpoint train
+export -f one_run options_of ahead last_checkpoint train
 export repository corpus workdir blade no_junk
 
 for seed in "${seeds[@]}"; do
@@ -115,6 +134,8 @@ for seed in "${seeds[@]}"; do
     runs_of "$seed" uniform validation_mixing llm_training random_half dsir_half loss_reweighting \
         similarity domain_mean no_junk curriculum own_staged own_online llm_fresh \
         blade_sample blade_token opus gradient_alignment greats
+    [ -z "${METHODS:-}" ] || runs_of "$seed" exact_fresh exact_training ahead_v{1,2,4}_p{1,2} \
+        ahead_v4_bf16 alone alone_deferred alone_ahead_v4_p2
 done | side_by_side
 for seed in "${seeds[@]}"; do
     runs_of "$seed" rho_loss rho_1 filter

@@ -91,6 +91,7 @@ def with_dwm(tiny: Tiny, micro_batch: int, **weighting: Any) -> Subject:
         num_attention_heads=config.num_attention_heads,
         ffn_hidden_size=config.ffn_hidden_size,
         encoder=config.encoder,
+        across_samples=config.across_samples,
         feature_size=tiny.llm.shape.hidden_size if config.encoder == "llm" else 0,
     )
     model = build_weighting_model(shape, seed=1234 + 7919)

@@ -34,7 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     "testing": {"config", "runtime", "model", "data", "training"},
     "planning": {"config", "data", "model", "weighting"},
     "doctor": {
-        *("config", "runtime", "model", "data", "weighting", "bilevel", "training", "testing"),
+        *("config", "runtime", "model", "data", "weighting", "bilevel", "checkpoint", "training"),
+        *("run", "testing"),
     },
     "preprocess": {"files", "config", "tokenizer"},
     "selection": {

@@ -14,6 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_dwm.config import ParallelConfig, TrainingConfig
 from megatron_dwm.data import Batch
 from megatron_dwm.model import LLM
+from megatron_dwm.model.optimizer_step import step_if_finite
 from megatron_dwm.runtime import Runtime, bring_up
 from megatron_dwm.testing import (
     SEQUENCE_LENGTH,
@@ -55,7 +56,7 @@ class Tiny:
         """Take real optimizer steps, so that the moments are not empty."""
         for number in range(steps):
             self.gradient(number)
-            self.optimizer.step()
+            step_if_finite(self.optimizer)
             self.scheduler.step(increment=1)
 
 
@@ -75,6 +76,7 @@ def tinies(
     virtual_stages: int = 1,
     sequence: bool = False,
     sharded: bool = False,
+    switches: dict[str, Any] | None = None,
     clip: float = 1.0,
     tied: bool = True,
     query_groups: int = 2,
@@ -87,7 +89,8 @@ def tinies(
 
     rounding_seed: change each first parameter by one fp32 unit in the last place, up or down at
     random: what then changes in a result is rounding.
-    model: other keys of the model's section, such as precision.
+    switches: other keys of the section `parallel`. model: other keys of the model's section, such
+        as precision.
     """
     parallel = ParallelConfig(
         tensor=tensor,
@@ -95,6 +98,7 @@ def tinies(
         virtual_stages=virtual_stages,
         sequence=sequence,
         sharded_optimizer=sharded,
+        **(switches or {}),
     )
     training = replace(TINY_TRAINING, clip_grad=clip)
     model |= {"tied_embeddings": tied, "num_query_groups": query_groups, "num_layers": layers}

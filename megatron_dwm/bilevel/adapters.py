@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 
-from megatron_dwm.bilevel.slots import slice_of_z
+from megatron_dwm.bilevel.slots import SliceOfZ
 from megatron_dwm.model.layers.fp8_emulation import ACTIVATIONS, GRADIENTS, quantize
 from megatron_dwm.model.passes.units import Units
 
@@ -86,14 +86,14 @@ class TensorParallelPosition:
 class Adapter:
     """The tangent of one module class.
 
-    form: (module, its keyword arguments, position) -> the tangent for one forward pass.
+    form: (module, its keyword arguments, position, slices of z) -> the tangent of one forward pass.
     input_name: keyword of the input, for calls that do not pass it by position.
     splits_weight: True if every tensor-parallel rank holds a part of the parameter. If False, each
     holds all of it, and the position tells whether the ranks form equal values.
     method: a method of the module, whose arguments and output are probed instead of the module's.
     """
 
-    form: Callable[[Module, Mapping[str, Any], TensorParallelPosition], Tangent]
+    form: Callable[[Module, Mapping[str, Any], TensorParallelPosition, SliceOfZ], Tangent]
     input_name: str
     splits_weight: bool = True
     method: str = ""
@@ -119,8 +119,9 @@ def norm_tangent(
     first: position of the first token in its row.
     """
     normed_SBD = F.rms_norm(kept_SBD, z_D.shape, None, epsilon)
-    product_SBD = gradient_SBD * normed_SBD * z_D
-    return units.sum_of_sequence(product_SBD, _at_least_fp32(gradient_SBD), first=first)
+    dtype = _at_least_fp32(gradient_SBD)
+    product_SBD = gradient_SBD * normed_SBD * z_D.to(dtype)
+    return units.sum_of_sequence(product_SBD, dtype, first=first)
 
 
 def norm_linear_tangent(
@@ -151,8 +152,8 @@ def embedding_tangent(
     first, last: this rank holds the rows first to last - 1 of the vocabulary.
     """
     here_BS = (tokens_BS >= first) & (tokens_BS < last)
-    rows_BSD = F.embedding((tokens_BS - first).where(here_BS, 0), z_VD)
     dtype = _at_least_fp32(gradient_BSD)
+    rows_BSD = F.embedding((tokens_BS - first).where(here_BS, 0), z_VD).to(dtype)
     return units.sum_of_rows((gradient_BSD * rows_BSD).sum(dim=2, dtype=dtype) * here_BS)
 
 
@@ -175,66 +176,78 @@ def _at_least_fp32(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _column(module: Any, kwargs: Mapping[str, Any], position: TensorParallelPosition) -> Tangent:
+def _column(
+    module: Any, kwargs: Mapping[str, Any], position: TensorParallelPosition, z_of: SliceOfZ
+) -> Tangent:
     tied = kwargs.get("weight")  # a tied output layer is handed the embedding's
-    z = slice_of_z(module.weight if tied is None else tied)
+    z = z_of(module.weight if tied is None else tied)
     return lambda gradient, kept, units: linear_tangent(gradient, position.whole(kept), z, units)
 
 
-def _row(module: Any, _: Mapping[str, Any], __: TensorParallelPosition) -> Tangent:
-    z = slice_of_z(module.weight)
+def _row(module: Any, _: Mapping[str, Any], __: TensorParallelPosition, z_of: SliceOfZ) -> Tangent:
+    z = z_of(module.weight)
     return lambda gradient, kept, units: linear_tangent(gradient, kept, z, units)
 
 
-def _te_row(module: Any, _: Mapping[str, Any], position: TensorParallelPosition) -> Tangent:
-    z = slice_of_z(module.weight)
+def _te_row(
+    module: Any, _: Mapping[str, Any], position: TensorParallelPosition, z_of: SliceOfZ
+) -> Tangent:
+    z = z_of(module.weight)
     return lambda gradient, kept, units: linear_tangent(position.whole(gradient), kept, z, units)
 
 
 def _quantized_column(
-    module: Any, _: Mapping[str, Any], position: TensorParallelPosition
+    module: Any, _: Mapping[str, Any], position: TensorParallelPosition, z_of: SliceOfZ
 ) -> Tangent:
-    z = slice_of_z(module.weight)
+    z = z_of(module.weight)
     return lambda gradient, kept, units: quantized_linear_tangent(
         gradient, position.whole(kept), z, position.group, units
     )
 
 
-def _quantized_row(module: Any, _: Mapping[str, Any], position: TensorParallelPosition) -> Tangent:
-    z = slice_of_z(module.weight)
+def _quantized_row(
+    module: Any, _: Mapping[str, Any], position: TensorParallelPosition, z_of: SliceOfZ
+) -> Tangent:
+    z = z_of(module.weight)
     return lambda gradient, kept, units: quantized_linear_tangent(
         gradient, kept, z, position.group, units
     )
 
 
 def _norm_then_column(
-    module: Any, _: Mapping[str, Any], position: TensorParallelPosition
+    module: Any, _: Mapping[str, Any], position: TensorParallelPosition, z_of: SliceOfZ
 ) -> Tangent:
     assert module.normalization == "RMSNorm" and not module.zero_centered_gamma
-    gain = (module.layer_norm_weight.detach(), slice_of_z(module.layer_norm_weight))
-    weight = (module.weight.detach(), slice_of_z(module.weight))
+    gain = (module.layer_norm_weight.detach(), z_of(module.layer_norm_weight))
+    weight = (module.weight.detach(), z_of(module.weight))
     return lambda gradient, kept, units: norm_linear_tangent(
         gradient, position.whole(kept), gain, weight, module.eps, units
     )
 
 
-def _norm(module: Any, _: Mapping[str, Any], position: TensorParallelPosition) -> Tangent:
-    z = slice_of_z(module.weight)
+def _norm(
+    module: Any, _: Mapping[str, Any], position: TensorParallelPosition, z_of: SliceOfZ
+) -> Tangent:
+    z = z_of(module.weight)
     return lambda gradient, kept, units: norm_tangent(
         gradient, kept, z, module.epsilon, units, first=position.first_of(kept)
     )
 
 
-def _te_norm(module: Any, _: Mapping[str, Any], position: TensorParallelPosition) -> Tangent:
+def _te_norm(
+    module: Any, _: Mapping[str, Any], position: TensorParallelPosition, z_of: SliceOfZ
+) -> Tangent:
     assert not module.zero_centered_gamma
-    z = slice_of_z(module.weight)
+    z = z_of(module.weight)
     return lambda gradient, kept, units: norm_tangent(
         gradient, kept, z, module.eps, units, first=position.first_of(kept)
     )
 
 
-def _embedding(module: Any, _: Mapping[str, Any], position: TensorParallelPosition) -> Tangent:
-    first, last, z = module.vocab_start_index, module.vocab_end_index, slice_of_z(module.weight)
+def _embedding(
+    module: Any, _: Mapping[str, Any], position: TensorParallelPosition, z_of: SliceOfZ
+) -> Tangent:
+    first, last, z = module.vocab_start_index, module.vocab_end_index, z_of(module.weight)
 
     def tangent(gradient: Tensor, tokens_BS: Tensor, units: Units) -> Tensor:
         if module.reduce_scatter_embeddings:  # the output is [S, B, D] then

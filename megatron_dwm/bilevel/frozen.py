@@ -18,17 +18,17 @@ from torch import Tensor
 
 from megatron_dwm.bilevel.adam import AdamMoments
 from megatron_dwm.bilevel.hypergradient import validation_gradient
-from megatron_dwm.bilevel.problem import Problem
+from megatron_dwm.bilevel.problem import Problem, Target
 from megatron_dwm.bilevel.sketch import SketchPlan
 from megatron_dwm.bilevel.slots import (
     collect_slots,
-    gather_gradient_buffers,
-    is_sharded,
+    publish_gradients,
     slice_of_z,
 )
 from megatron_dwm.bilevel.tangent_probe import Probed, probe
+from megatron_dwm.bilevel.virtual_step import kept_scales
 from megatron_dwm.model import clear_gradients
-from megatron_dwm.model.passes.objective import unit
+from megatron_dwm.model.passes.objective import TokenBatch, unit
 from megatron_dwm.runtime.profiling import phase
 
 
@@ -45,37 +45,46 @@ def frozen_alignments(problem: Problem) -> Probed:
     A collective call. The problem's weights are not read. The gradient buffers are zero afterwards;
     parameters and moments keep their values.
     """
-    llm, optimizer = problem.llm, problem.optimizer
-    clear_gradients(llm, optimizer)
+    llm = problem.llm
     plan = None
     if problem.sketch_size is not None:
         plan = SketchPlan(size=problem.sketch_size, factors=_factors(problem))
-    with phase("validation gradient"):
-        validation_gradient(problem, problem.val_batch)
-    with phase("direction"), torch.no_grad():
-        optimizer.prepare_grads()
-        _multiply_by_jacobian(problem)
-    probed = probe(llm, unit(problem.train_batch, problem.micro_batch_size), plan)
-    clear_gradients(llm, optimizer)
+    with kept_scales(llm):
+        frozen_direction(problem, problem.val_batch)
+        probed = probe(llm, unit(problem.train_batch, problem.micro_batch_size), plan)
+    clear_gradients(llm, problem.optimizer)
     return probed
+
+
+def frozen_direction(target: Target, passages: TokenBatch) -> Tensor:
+    """Compute z into the gradient buffers, on every rank (collective).
+
+    Returns float64 [2]: L_val(theta) of the passages and its divisor.
+    """
+    clear_gradients(target.llm, target.optimizer)
+    with phase("validation gradient"):
+        loss_and_count = validation_gradient(target, passages)
+    with phase("direction"), torch.no_grad():
+        target.optimizer.prepare_grads()
+        _multiply_by_jacobian(target)
+    return loss_and_count
 
 
 @torch.no_grad()
 def _factors(problem: Problem) -> dict[int, Tensor]:
-    """Returns J_0 of this rank's parameters, by id; the gradient buffers are zero afterwards."""
+    """Returns J_0 of this rank's parameters, by id; the gradient buffers are overwritten."""
+    clear_gradients(problem.llm, problem.optimizer)
     problem.optimizer.prepare_grads()
     for slot in collect_slots(problem.optimizer):
         slot.gradient.fill_(1.0)
     _multiply_by_jacobian(problem)
-    found = {id(p): slice_of_z(p).clone() for p in problem.llm.parameters()}
-    clear_gradients(problem.llm, problem.optimizer)
-    return found
+    return {id(p): slice_of_z(p).to(torch.float32, copy=True) for p in problem.llm.parameters()}
 
 
-def _multiply_by_jacobian(problem: Problem) -> None:
+def _multiply_by_jacobian(target: Target) -> None:
     """Multiply the gradient buffers by J_0, on every rank."""
-    if problem.inner == "adam":
-        for slot in collect_slots(problem.optimizer):
+    slots = collect_slots(target.optimizer)
+    if target.inner == "adam":
+        for slot in slots:
             slot.gradient.mul_(frozen_jacobian(slot.moments()))
-    if is_sharded(problem.optimizer):
-        gather_gradient_buffers(problem.llm)
+    publish_gradients(target.llm, target.optimizer, slots)

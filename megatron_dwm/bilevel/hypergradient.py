@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_dwm.bilevel.finite_difference import finite_difference
-from megatron_dwm.bilevel.problem import Hypergradient, Problem, sum_over_data
+from megatron_dwm.bilevel.problem import Hypergradient, Problem, Target, sum_over_data
 from megatron_dwm.bilevel.sketch import SketchPlan
 from megatron_dwm.bilevel.tangent_probe import Probed, probe, tangent_probe
 from megatron_dwm.bilevel.unroll import unroll
@@ -75,7 +75,7 @@ def from_gradient(
         step = prepare_virtual_step(llm, optimizer, problem.inner)
     plan = _sketch_plan(problem, step, inner_products)
     found: list[tuple[Tensor, Probed]] = []
-    for part in _validation_parts(problem, halves):
+    for part in validation_parts(problem, halves):
         with phase("virtual step"):
             step.enter()
         with phase("validation gradient"):
@@ -113,24 +113,24 @@ def _sketch_plan(
     return SketchPlan(size=problem.sketch_size, factors=step.jacobian())
 
 
-def _validation_parts(problem: Problem, halves: bool) -> list[TokenBatch]:
+def validation_parts(target: Target, halves: bool) -> list[TokenBatch]:
     """Returns the validation batch, whole or as its even and its odd rows.
 
     These are the even and odd rows of the global batch under every layout, because each rank has an
     even number of rows (model/passes/micro_batches.py).
     """
-    rows = problem.val_batch.tokens_BS.shape[0]
+    rows = target.val_batch.tokens_BS.shape[0]
     if not halves:
-        return [problem.val_batch]
+        return [target.val_batch]
     assert rows % 2 == 0, "every rank has as many even rows as odd rows"
-    return [problem.val_batch.rows(0, rows, 2), problem.val_batch.rows(1, rows, 2)]
+    return [target.val_batch.rows(0, rows, 2), target.val_batch.rows(1, rows, 2)]
 
 
-def validation_gradient(problem: Problem, batch: TokenBatch) -> Tensor:
+def validation_gradient(target: Target, batch: TokenBatch) -> Tensor:
     """Add grad L_val to the gradient buffers; returns float64 [L_val, divisor] (collective)."""
-    llm, objective = problem.llm, problem.objective
+    llm, objective = target.llm, target.objective
     rows = batch.tokens_BS.shape[0]
-    size = largest_micro_batch(rows, problem.micro_batch_size, llm.micro_batches_multiple)
+    size = largest_micro_batch(rows, target.micro_batch_size, llm.micro_batches_multiple)
     micro_batches = objective.micro_batches(batch, size)
     result = forward_backward(llm, micro_batches, denominator=objective.denominator(batch))
     loss_sum, count = sum_over_data(llm, objective.sums(result))

@@ -7,6 +7,7 @@ the difference.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +28,14 @@ from megatron_dwm.model import LLM
 class Slot:
     """One tensor that the optimizer steps.
 
-    main: fp32 values that are stepped; `main.grad` is a view of Megatron's gradient buffer.
+    main: fp32 values that are stepped; `main.grad` is a view of Megatron's gradient buffer, or an
+        fp32 copy of it if the buffer is in bf16.
     model: the same elements of the model's parameter; `main` itself in pure fp32 training.
     group: the optimizer's parameter group (lr, weight_decay, betas, eps).
     state: the optimizer's state of `main`; empty before the first step.
     counted: True if this rank's copy counts in norms and inner products; each parameter counts once
-    in the world.
+        in the world.
+    buffer: the same elements of a gradient buffer in bf16; None if the buffer is in fp32.
     """
 
     main: Tensor
@@ -40,10 +43,11 @@ class Slot:
     group: dict[str, Any]
     state: dict[str, Any]
     counted: bool
+    buffer: Tensor | None = None
 
     @property
     def gradient(self) -> Tensor:
-        """The gradient of `main`: a view of Megatron's gradient buffer."""
+        """The gradient of `main`; `publish_gradients` makes a change known to all ranks."""
         assert self.main.grad is not None
         return self.main.grad
 
@@ -77,7 +81,7 @@ def collect_slots(optimizer: ChainedOptimizer) -> list[Slot]:
 def _slots_of(member: MegatronOptimizer) -> list[Slot]:
     if member.is_stub_optimizer:
         return []
-    model_of = _model_tensors(member)
+    model_of, buffer_of = _model_tensors(member), _buffers_below_fp32(member)
     return [
         Slot(
             main=main,
@@ -86,6 +90,7 @@ def _slots_of(member: MegatronOptimizer) -> list[Slot]:
             state=member.optimizer.state.get(main, {}),
             counted=param_is_not_shared(main)
             and param_is_not_tensor_parallel_duplicate(main, member.tp_group),
+            buffer=buffer_of.get(id(main)),
         )
         for group in member.optimizer.param_groups
         for main in group["params"]
@@ -107,6 +112,30 @@ def _model_tensors(member: MegatronOptimizer) -> dict[int, Tensor]:
     }
 
 
+def _buffers_below_fp32(member: MegatronOptimizer) -> dict[int, Tensor]:
+    """Returns the part of the gradient buffer by id(main copy), where the buffer is not in fp32."""
+    if isinstance(member, DistributedOptimizer):
+        groups, mains = member.model_float16_groups, member.shard_fp32_from_float16_groups
+    elif isinstance(member, Float16OptimizerWithFloat16Params):
+        groups, mains = member.float16_groups, member.fp32_from_float16_groups
+    else:
+        return {}
+    found = {}
+    for models, main_group in zip(groups, mains, strict=True):
+        for model, main in zip(models, main_group, strict=True):
+            if model.main_grad.dtype == torch.float32:
+                continue
+            found[id(main)] = model.main_grad.view(-1)
+            if isinstance(member, DistributedOptimizer):
+                part = member._get_model_param_range_map(model)["param"]
+                found[id(main)] = found[id(main)][part.start : part.end]
+    return found
+
+
+# a model parameter -> its slice of z
+SliceOfZ = Callable[[Any], Tensor]
+
+
 def slice_of_z(parameter: Any) -> Tensor:
     """Returns the slice of z that belongs to a model parameter: its part of the gradient buffer."""
     return parameter.main_grad
@@ -123,7 +152,24 @@ def gather_parameters(llm: LLM) -> None:
         chunk.start_param_sync(force_sync=True)
 
 
-def gather_gradient_buffers(llm: LLM) -> None:
+def publish_gradients(llm: LLM, optimizer: ChainedOptimizer, slots: Sequence[Slot]) -> None:
+    """Bring the slots' gradients into the gradient buffers of all ranks (collective if sharded).
+
+    A buffer in bf16 rounds them.
+    """
+    write_gradients(slots)
+    if is_sharded(optimizer):
+        _gather_gradient_buffers(llm)
+
+
+def write_gradients(slots: Sequence[Slot]) -> None:
+    """Write the slots' gradients into this rank's part of the buffers, which may be in bf16."""
+    for slot in slots:
+        if slot.buffer is not None:
+            slot.buffer.copy_(slot.gradient.view(-1))
+
+
+def _gather_gradient_buffers(llm: LLM) -> None:
     """Gather the gradient buffers from the shards of all data-parallel ranks (collective)."""
     size, rank = llm.runtime.data_size, llm.runtime.data_rank
     for chunk in llm.chunks:

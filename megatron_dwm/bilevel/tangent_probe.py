@@ -40,8 +40,10 @@ from megatron_dwm.bilevel.adapters import (
     position_of,
 )
 from megatron_dwm.bilevel.sketch import SketchPlan, UnitSketches
+from megatron_dwm.bilevel.slots import SliceOfZ, slice_of_z
 from megatron_dwm.bilevel.unit_gradients import FORMS
 from megatron_dwm.model import LLM, MicroBatch, forward_backward
+from megatron_dwm.model.parameter_gather import without_gathers
 from megatron_dwm.model.passes.micro_batch import as_layers_take
 from megatron_dwm.model.passes.units import Units
 from megatron_dwm.runtime.profiling import phase
@@ -49,10 +51,15 @@ from megatron_dwm.runtime.profiling import phase
 
 @dataclass
 class _Current:
-    """The units of the current micro-batch. The pass writes it and the hooks read it."""
+    """The units of the current micro-batch. The pass writes it and the hooks read it.
+
+    probed: the first so many micro-batches are probed; the others run as without hooks.
+    """
 
     alignment_n: Tensor
     units: list[Units]
+    probed: int
+    z_of: SliceOfZ = slice_of_z
     sketches: UnitSketches | None = None
     micro_batch: int = 0
 
@@ -62,6 +69,10 @@ class _Current:
 
     def enter(self, micro_batch: int) -> None:
         self.micro_batch = micro_batch
+
+    @property
+    def is_probed(self) -> bool:
+        return self.micro_batch < self.probed
 
     def place(self) -> tuple[Units, int]:
         """Returns the current units, and the number of the first of them in the pass."""
@@ -101,33 +112,76 @@ def probe(
 
     The sketches cost one more product of a forward pass's size, and one all-reduce of n K floats.
     """
-    # In the form that the layers take, since the hooks see the layers' tokens.
-    units = [batch.units for batch in as_layers_take(llm, micro_batches)]
-    num_units = sum(part.count for part in units)
-    zeros_n = torch.zeros(num_units, device=llm.runtime.device)
-    sketches = None if plan is None else plan.prepare(llm, num_units)
-    current = _Current(zeros_n.requires_grad_(), units, sketches)
+    current = _current(llm, micro_batches, probed=len(micro_batches))
+    if plan is not None:
+        current.sketches = plan.prepare(llm, len(current.alignment_n))
     with phase("tangent probe"), _frozen(llm), _hooked(llm, current, adapters):
         forward_backward(llm, micro_batches, denominator=None, on_micro_batch=current.enter)
-    alignment_n = current.alignment_n.grad
-    assert alignment_n is not None
-    dist.all_reduce(alignment_n, group=llm.runtime.inner_group)
+    alignment_n, sketches = _summed(llm, current), current.sketches
     if sketches is None:
         return Probed(alignment_n)
     dist.all_reduce(sketches.values_nK, group=llm.runtime.inner_group)
     return Probed(alignment_n, sketches.values_nK)
 
 
+class CarriedProbe:
+    """The hooks of the probe inside a training pass, with z from elsewhere than its buffers.
+
+    The pass forms its gradient as without them, bit for bit. It differentiates c_u l_u, not l_u, so
+    the sums are c_u <z, grad l_u>. Cost: one product of a forward pass's size per probed
+    micro-batch.
+    """
+
+    def __init__(
+        self, llm: LLM, micro_batches: list[MicroBatch], z_of: SliceOfZ, *, probed: int
+    ) -> None:
+        """probed: number of micro-batches, from the first, that are probed."""
+        self._llm = llm
+        self._current = _current(llm, micro_batches, probed=probed, z_of=z_of)
+        self.probed_n = torch.arange(len(self._current.alignment_n)) < self._current.firsts[probed]
+        self.probed_n = self.probed_n.to(llm.runtime.device)
+        """bool, the units of the probed micro-batches"""
+
+    @contextmanager
+    def attached(self) -> Iterator[Callable[[int], None]]:
+        """Attach the hooks; gives the pass its `on_micro_batch`."""
+        with _hooked(self._llm, self._current, ADAPTERS):
+            yield self._current.enter
+
+    def sums(self) -> Tensor:
+        """Returns c_u <z, grad l_u> after the pass, float32 [n], 0 if not probed (collective)."""
+        return _summed(self._llm, self._current)
+
+
+def _current(
+    llm: LLM, micro_batches: list[MicroBatch], *, probed: int, z_of: SliceOfZ = slice_of_z
+) -> _Current:
+    # In the form that the layers take, since the hooks see the layers' tokens.
+    units = [batch.units for batch in as_layers_take(llm, micro_batches)]
+    zeros_n = torch.zeros(sum(part.count for part in units), device=llm.runtime.device)
+    return _Current(zeros_n.requires_grad_(), units, probed, z_of)
+
+
+def _summed(llm: LLM, current: _Current) -> Tensor:
+    """Returns the sums over the model's ranks; 0 if this rank counts no module (collective)."""
+    alignment_n = current.alignment_n.grad
+    if alignment_n is None:
+        alignment_n = torch.zeros_like(current.alignment_n)
+    dist.all_reduce(alignment_n, group=llm.runtime.inner_group)
+    return alignment_n
+
+
 @contextmanager
 def _frozen(llm: LLM) -> Iterator[None]:
     parameters = llm.parameters()
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
+    with without_gathers(llm):
         for parameter in parameters:
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
 
 
 @contextmanager
@@ -145,13 +199,15 @@ def _attach(hook: _Hook, module: Module) -> Callable[[], None]:
     name = hook.adapter.method
     if not name:
         return module.register_forward_hook(hook, with_kwargs=True).remove
-    upstream = getattr(module, name)
+    upstream, outer = getattr(module, name), vars(module).get(name)
 
     def probed(*args: Any, **kwargs: Any) -> Any:
         return hook(module, args, kwargs, upstream(*args, **kwargs))
 
-    setattr(module, name, probed)  # shadows the class's method
-    return lambda: delattr(module, name)
+    setattr(module, name, probed)  # shadows the class's method, or the hook of another direction
+    if outer is None:
+        return lambda: delattr(module, name)
+    return lambda: setattr(module, name, outer)
 
 
 def _hook_for(
@@ -184,7 +240,8 @@ class _Hook:
     def __call__(
         self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if not torch.is_grad_enabled():  # the first forward pass of activation recomputation
+        # Without gradients: the first forward pass of activation recomputation.
+        if not (torch.is_grad_enabled() and self.current.is_probed):
             return output
         kept = args[0] if args else kwargs[self.adapter.input_name]
         backward = self._backward(module, kwargs)
@@ -199,7 +256,7 @@ class _Hook:
 
     def _backward(self, module: Module, kwargs: dict[str, Any]) -> Tangent:
         """Returns the tangent, which adds to the sketches when it is called, if there are some."""
-        tangent = self.adapter.form(module, kwargs, self.position)
+        tangent = self.adapter.form(module, kwargs, self.position, self.current.z_of)
         sketches = self.current.sketches
         if sketches is None:
             return tangent

@@ -10,6 +10,8 @@ is as it was before.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +24,11 @@ from megatron_dwm.bilevel.problem import InnerOptimizer
 from megatron_dwm.bilevel.slots import (
     Slot,
     collect_slots,
-    gather_gradient_buffers,
     gather_parameters,
     is_sharded,
+    publish_gradients,
     slice_of_z,
+    write_gradients,
 )
 from megatron_dwm.bilevel.update_rules import UPDATE_RULES, UpdateRule
 from megatron_dwm.model import LLM, invalidate_weight_caches
@@ -84,8 +87,7 @@ class VirtualStep:
                 cotangent.copy_(pulled_back)
         if self.clip_factor < 1.0:
             self._pull_back_clipping()
-        if is_sharded(self.optimizer):
-            gather_gradient_buffers(self.llm)
+        publish_gradients(self.llm, self.optimizer, self.slots)
 
     @torch.no_grad()
     def jacobian(self) -> dict[int, Tensor]:
@@ -97,15 +99,15 @@ class VirtualStep:
             ones = slot.gradient.fill_(1.0)
             ones.copy_(self.rule.pullback(slot, self._clipped(gradient), ones))
             ones.mul_(self.clip_factor)
-        if is_sharded(self.optimizer):
-            gather_gradient_buffers(self.llm)
-        return {id(p): slice_of_z(p).clone() for p in self.llm.parameters()}
+        publish_gradients(self.llm, self.optimizer, self.slots)
+        return {id(p): slice_of_z(p).to(torch.float32, copy=True) for p in self.llm.parameters()}
 
     @torch.no_grad()
     def restore_gradient(self) -> None:
         """Write g back over z in the gradient buffers, bit for bit, and restore the FP8 scales."""
         for slot, gradient in zip(self.slots, self.gradients, strict=True):
             slot.gradient.copy_(gradient)
+        write_gradients(self.slots)
         write_scaling_state(self.scaling_state)
 
     def _clipped(self, gradient: Tensor) -> Tensor:
@@ -157,6 +159,14 @@ def prepare_virtual_step(
         factor,
         _scaling_state(llm),
     )
+
+
+@contextmanager
+def kept_scales(llm: LLM) -> Iterator[None]:
+    """Restore the scales and maxima of the delayed FP8 recipe after passes that change them."""
+    found = _scaling_state(llm)
+    yield
+    write_scaling_state(found)
 
 
 def _scaling_state(llm: LLM) -> dict[Module, ScalingState]:

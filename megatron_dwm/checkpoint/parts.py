@@ -15,6 +15,7 @@ from megatron_dwm.checkpoint.names import LLM_FOLDER, MODEL_PREFIX, REFERENCE_FO
 from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.model import LLM
 from megatron_dwm.model.offload import Offload
+from megatron_dwm.model.parameter_gather import gather_now
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.runtime.random_state import random_state
 
@@ -38,7 +39,9 @@ class TrainedModel:
     offload: Offload = field(default_factory=Offload)
 
     def sharded(self, *, is_loading: bool) -> ShardedStateDict:
-        """Returns the state of both, in the sharded form of Megatron-Core."""
+        """Returns the state of both, in the sharded form of Megatron-Core (collective)."""
+        if not is_loading:
+            gather_now(self.llm)
         model = sharded_model(self.llm)
         optimizer = self.optimizer.sharded_state_dict(
             model, is_loading=is_loading, metadata=_metadata(self.llm.runtime)

@@ -143,6 +143,12 @@ class Config:
         return self.weighting.unit == "document" if masks is None else masks
 
     @property
+    def keeps_direction_in_bf16(self) -> bool:
+        """True if directions ahead of steps are bf16 (`weighting.direction_precision`)."""
+        asked = self.weighting.direction_precision
+        return self.model.precision != "fp32" if asked is None else asked == "bf16"
+
+    @property
     def passages(self) -> int:
         """Passages requested for a validation batch; the target may have fewer rows."""
         return self.validation.batch_size or self.training.global_batch_size

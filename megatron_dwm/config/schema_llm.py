@@ -31,6 +31,7 @@ Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 Builder = Literal["gpt", "hybrid"]
 Preset = Literal["tiny", "llama-370m", "llama-1.3b", "llama-2-7b", "llama-3-70b", "llama-3.1-405b"]
 
+_BELOW_FP32 = {"model.precision": ("bf16", "fp8")}
 _IN_FP8 = ({"model.precision": ("fp8",)}, {"model.fp8_emulation": (True,)})
 
 
@@ -48,6 +49,21 @@ class ParallelConfig:
     """sequence parallelism inside the tensor-parallel group"""
     sharded_optimizer: bool = False
     """shard the optimizer's state over the data-parallel group (Megatron's DistributedOptimizer)"""
+    overlap_grad_reduce: bool = False
+    """reduce gradients over the data-parallel group during the last backward pass of a step, bucket
+    by bucket (Megatron's --overlap-grad-reduce)"""
+    overlap_param_gather: bool = False
+    """gather the parameters that other replicas stepped during the next forward pass (Megatron's
+    --overlap-param-gather); needs parallel.sharded_optimizer and parallel.overlap_grad_reduce"""
+    ddp_bucket_size: int | None = key(None, COUNT, only={"parallel.overlap_grad_reduce": (True,)})
+    """parameters in a bucket (Megatron's --ddp-bucket-size); empty means 40 million, or 1 million
+    for each replica if that is more. Pipeline stages after the first have one bucket"""
+    grad_reduce_in_fp32: bool = key(True, only=_BELOW_FP32)
+    """accumulate and reduce gradients in fp32; false does so in bf16 (Megatron's
+    --grad-reduce-in-bf16), with half the bytes and a rounding in every addition"""
+    tp_comm_overlap: bool = key(False, only={"parallel.sequence": (True,), **_BELOW_FP32})
+    """overlap tensor-parallel messages with the matrix products (Megatron's --tp-comm-overlap); for
+    Transformer Engine's layers on GPUs only (docs/gpu.md; not run)"""
     timeout_s: int = key(600, SECONDS)
     """seconds that a rank waits for the others in a collective before it fails"""
 
@@ -105,6 +121,13 @@ class ModelConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """activations that the backward pass recomputes: none, of core attention (selective), or of
     whole layers (full)"""
+
+    cross_entropy_loss_fusion: bool = key(False, only=_BELOW_FP32)
+    """compute the loss from vocabulary-parallel logits with Megatron's fused functions, which torch
+    compiles on a GPU and runs one by one elsewhere (Megatron's --cross-entropy-loss-fusion)"""
+    apply_rope_fusion: bool = key(False, only=_BELOW_FP32)
+    """apply rotary position embeddings with Transformer Engine's kernel, in its layers only (in
+    Megatron-LM it is on unless --no-rope-fusion; not run)"""
 
     @property
     def uses_fp8(self) -> bool:

@@ -30,6 +30,9 @@ PolicyName: TypeAlias = Literal[tuple(METHODS)]  # type: ignore[valid-type]
 
 _STAGED = {"weighting.mode": ("staged",)}
 _ONLINE = {"weighting.mode": ("online",)}
+_AHEAD = {"weighting.update_on": ("ahead",)}
+_GLOBAL_LLM = {"weighting.encoder": ("llm",), "weighting.group": ("global",)}
+_ALONE = {**_GLOBAL_LLM, "weighting.across_samples": (False,)}
 _NOT_LOADED = {"weighting.load": (None,)}
 _LEARNED = {"weighting.frozen": (False,)}
 _NOISE_KNOWN = {"bilevel.estimator": ("tangent_probe", "finite_difference")}
@@ -188,11 +191,21 @@ class WeightingConfig:
     interval_steps: int = key(10, COUNT, part="updates", only=_ONLINE)
     """LLM steps between two weighting updates"""
     warmup_steps: int = key(50, COUNT_OR_ZERO, part="updates", only=_ONLINE)
-    """LLM steps with uniform weights before the first update; with update_on training at least 2,
+    """LLM steps with uniform weights before the first update; at least 2 unless update_on is fresh,
     because the first update happens inside the last of them"""
-    update_on: Literal["fresh", "training"] = key("fresh", part="alignments")
+    update_on: Literal["fresh", "training", "ahead"] = key("fresh", part="alignments")
     """fresh: an update reads its own batch and costs three plain steps; training (mode online): it
-    uses the batch, gradient and weights of the current LLM step and costs two"""
+    uses the batch, gradient and weights of the current LLM step and costs two; ahead (mode online):
+    the direction is computed before that step's gradient, at the parameters and moments that stand,
+    and the step's own pass is probed: it costs validation.batch_size / training.global_batch_size
+    plus about a third of weighting.probe_fraction"""
+    probe_fraction: float = key(1.0, FRACTION_ABOVE_ZERO, part="alignments", only=_AHEAD)
+    """fraction of a step's micro-batches, from the first, whose alignments an update computes; the
+    weighting model learns from these"""
+    direction_precision: Literal["fp32", "bf16"] | None = key(None, part="alignments", only=_AHEAD)
+    """of the direction's own buffer, which takes 4 or 2 bytes a parameter during an update, twice
+    that when noise is measured; empty means fp32 with model.precision fp32, else bf16, to which
+    products round it anyway"""
     freeze_after: float = key(1.0, FRACTION_ABOVE_ZERO, part="updates")
     """fraction of training.steps after which the weighting model is no longer updated"""
     damp_by_noise: bool = key(False, part="alignments")
@@ -230,6 +243,18 @@ class WeightingConfig:
     so that equal weights are plain training, or all units the same"""
     group: Literal["micro_batch", "global"] = key("micro_batch", part="groups")
     """samples that are normalized together: those of a micro-batch, or of the global batch"""
+    across_samples: bool = key(True, part="weighting_model", only=_NOT_LOADED)
+    """the weighting model compares the samples of a group by attention; false: it looks at each
+    alone, with encoder llm beside running statistics of losses and features"""
+    normalizer: Literal["deferred", "first"] = key(
+        "deferred",
+        part="weighting_model",
+        only=(_ALONE, {**_GLOBAL_LLM, "weighting.load": SET}),
+    )
+    """when weights over the global batch that look at each sample alone (across_samples false) are
+    divided by their mean; deferred: after the pass, with the temperature of the step before, at no
+    cost; first: before it, so a batch of several micro-batches is read once more, which costs a
+    forward pass, as it always does with across_samples true"""
     learning_rate: float = key(1e-3, RATE, part="weighting_model", only=_LEARNED)
     """learning rate of the weighting model (AdamW)"""
     weight_decay: float = key(0.0, DECAY, part="weighting_model", only=_LEARNED)

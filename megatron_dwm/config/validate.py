@@ -14,6 +14,7 @@ from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.key import number_problems
 from megatron_dwm.config.names import known_keys, nearest_key
 from megatron_dwm.config.schema import Config
+from megatron_dwm.config.validate_overlap import overlap_problems
 from megatron_dwm.config.validate_profiling import profiling_problems
 from megatron_dwm.config.validate_schedule import schedule_problems
 
@@ -69,6 +70,7 @@ def _layout_problems(config: Config, shape: Heads, world_size: int) -> Iterator[
     yield from _model(shape)
     yield from _fp8(config, shape)
     yield from _layout(config, shape, world_size)
+    yield from overlap_problems(config, world_size)
     yield from _pipeline(config, shape, world_size)
     yield from _batches(config, world_size)
 

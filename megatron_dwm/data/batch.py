@@ -87,7 +87,8 @@ class Batch:
             )
         if self.units_BS is None:
             return Units(count=self.size)
-        per_row_B = torch.tensor(self.units_per_row, dtype=torch.int64, device=self.units_BS.device)
+        # Not from `units_per_row`: the host's numbers would have to be copied to the device.
+        per_row_B = self.units_BS.amax(dim=1) + 1
         before_B1 = (per_row_B.cumsum(dim=0) - per_row_B)[:, None]
         numbers_BS = torch.where(self.units_BS < 0, -1, self.units_BS + before_B1)
         units = Units(count=sum(self.units_per_row), numbers_BS=numbers_BS)
@@ -101,12 +102,14 @@ class Batch:
         chosen = self._units_of(range(start, stop, step))
         tensors = {name: value[start:stop:step] for name, value in self._row_tensors().items()}
         tensors |= {name: value[chosen] for name, value in self._unit_tensors().items()}
-        return self._with(tensors, tuple(self.domains[unit] for unit in chosen))
+        others = self._with(tensors, _names(self.domains, chosen))
+        return others._with_origins(self.origins_per_row[start:stop:step])
 
     def to(self, device: torch.device | str) -> Batch:
         """Returns the batch with its tensors on `device`."""
         tensors = {**self._row_tensors(), **self._unit_tensors()}
-        return self._with({name: value.to(device) for name, value in tensors.items()}, self.domains)
+        moved = {name: _on_device(value, device) for name, value in tensors.items()}
+        return self._with(moved, self.domains)._with_origins(self.origins_per_row)
 
     def micro_batches(self, size: int) -> list[Batch]:
         """Returns the rows in order, `size` at a time; `size` must divide the batch."""
@@ -122,23 +125,31 @@ class Batch:
         assert batches, "concatenate needs at least one batch"
         parts = [{**batch._row_tensors(), **batch._unit_tensors()} for batch in batches]
         assert all(tensors.keys() == parts[0].keys() for tensors in parts)
-        return batches[0]._with(
+        found = batches[0]._with(
             {name: torch.cat([tensors[name] for tensors in parts]) for name in parts[0]},
             tuple(name for batch in batches for name in batch.domains),
         )
+        return found._with_origins([n for batch in batches for n in batch.origins_per_row])
 
     def _with(self, tensors: dict[str, Tensor], domains: tuple[str, ...]) -> Batch:
         """Returns a batch of other rows, by the names of all its tensors."""
         changes: dict[str, Any] = dict(tensors)
         return replace(self, **changes, domains=domains)
 
-    def _units_of(self, rows: range) -> list[int]:
-        """Returns the numbers of the units in `rows`."""
+    def _with_origins(self, origins_per_row: list[int]) -> Batch:
+        """Returns the batch itself, which now need not ask the device for these numbers."""
+        vars(self)["origins_per_row"] = origins_per_row
+        return self
+
+    def _units_of(self, rows: range) -> slice | list[int]:
+        """Returns the numbers of the units in `rows`; a slice needs no copy to the device."""
         if self.units_BS is None:
-            return list(rows)
+            return slice(rows.start, rows.stop, rows.step)
         firsts = [0]
         for count in self.origins_per_row:
             firsts.append(firsts[-1] + count)
+        if rows.step == 1:
+            return slice(firsts[rows.start], firsts[rows.stop])
         return [unit for row in rows for unit in range(firsts[row], firsts[row + 1])]
 
     def _row_tensors(self) -> dict[str, Tensor]:
@@ -153,3 +164,16 @@ class Batch:
         for field in fields(self):
             if isinstance(value := getattr(self, field.name), Tensor):
                 yield field.name, value
+
+
+def _on_device(value: Tensor, device: torch.device | str) -> Tensor:
+    """Returns the tensor on `device`; the host does not wait for a GPU (not run)."""
+    if torch.device(device).type == "cuda" and not value.is_cuda:
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
+
+
+def _names(domains: tuple[str, ...], chosen: slice | list[int]) -> tuple[str, ...]:
+    if isinstance(chosen, slice):
+        return domains[chosen]
+    return tuple(domains[unit] for unit in chosen)

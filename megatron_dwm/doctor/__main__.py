@@ -1,7 +1,8 @@
 """`torchrun --nproc-per-node N -m megatron_dwm.doctor [CONFIG.yaml] [--section.key value ...]`
 
 Reports what this machine and installation can do, then checks the hypergradient on it. Exits with 1
-if the estimators disagree.
+if the estimators disagree. With `RUN/config.yaml --run.resume true` it compares alignments whose
+direction comes ahead of the step with exact ones instead, on the run's newest checkpoint.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ def main() -> None:
     """Report and check, as doctor/diagnosis.py describes."""
 
     def job(loaded: Loaded) -> None:
+        if loaded.config.run.resume:
+            from megatron_dwm.doctor.agreement import compare_on_run
+
+            compare_on_run(loaded.config)
+            return
         from megatron_dwm.doctor.diagnosis import diagnose
 
         if not diagnose(loaded.config):

@@ -84,6 +84,8 @@ def _checkable(config: Config, world_size: int) -> Config:
             fp8_recipe="tensorwise",
             fp8_first_last_bf16=False,
         ),
+        # It is for Transformer Engine's layers, which have no fp32.
+        parallel=dataclasses.replace(config.parallel, tp_comm_overlap=False),
         validation=dataclasses.replace(config.validation, batch_size=None),
     )
 

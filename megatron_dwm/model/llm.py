@@ -159,12 +159,29 @@ def transformer_config(
         # that the tangent probe asks of it; unroll, which asks for more, refuses these layers.
         bias_activation_fusion=layer_kind == "transformer_engine",
         bias_dropout_fusion=False,
-        apply_rope_fusion=False,
         # Freeing an output while gloo still sends it corrupts gradients silently; the interleaved
         # schedule does not wait for its sends.
         deallocate_pipeline_outputs=virtual_stages is None,
-        **(fp8_fields(model) if layer_kind == "transformer_engine" else {}),
+        **_fields_of_layers(model, parallel, layer_kind),
     )
+
+
+def _fields_of_layers(
+    model: ModelConfig, parallel: ParallelConfig, layer_kind: LayerKind
+) -> dict[str, Any]:
+    """Returns the fields that depend on the layers and their precision."""
+    # Megatron-Core's fused functions round the gradient of the logits to bf16.
+    below_fp32 = parameter_dtype(model) == torch.bfloat16
+    fields: dict[str, Any] = {
+        "cross_entropy_loss_fusion": model.cross_entropy_loss_fusion and below_fp32
+    }
+    if layer_kind == "transformer_engine":
+        fields |= fp8_fields(model)
+        fields |= {
+            "apply_rope_fusion": model.apply_rope_fusion,
+            "tp_comm_overlap": parallel.tp_comm_overlap,
+        }
+    return fields
 
 
 def build_llm(
@@ -207,14 +224,22 @@ def build_llm(
         )
         chunk = build_module(part).to(runtime.device)
         _initialize(chunk, shape, layers, runtime, seed)
-        chunks.append(_wrap(chunk, config, parallel) if trained else _frozen(chunk, config))
+        chunks.append(
+            _wrap(chunk, config, parallel, is_first=number == 0)
+            if trained
+            else _frozen(chunk, config)
+        )
+    if trained and parallel.overlap_grad_reduce:
+        # Gradients are reduced in the last micro-batch's backward pass only.
+        held = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = held if len(held) > 1 else held[0]
     return LLM(chunks, config, shape, runtime, choice.kind)
 
 
 def _announce(choice: LayerChoice, model: ModelConfig, runtime: Runtime) -> None:
-    line = choice.message(model)
-    if line is not None and runtime.is_main:
-        print(f"warning: {printable(line)}", file=sys.stderr, flush=True)
+    for line in (choice.message(model), choice.rope_message(model)):
+        if line is not None and runtime.is_main:
+            print(f"warning: {printable(line)}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -288,15 +313,24 @@ def _frozen(module: LanguageModule, config: TransformerConfig) -> Module:
 
 
 def _wrap(
-    module: LanguageModule, config: TransformerConfig, parallel: ParallelConfig
+    module: LanguageModule,
+    config: TransformerConfig,
+    parallel: ParallelConfig,
+    *,
+    is_first: bool,
 ) -> DistributedDataParallel:
+    """Wrap one chunk of the model. is_first: it is this rank's first one."""
     wrapped = Float16Module(config, module) if config.bf16 else module
     return DistributedDataParallel(
         config,
         DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
+            grad_reduce_in_fp32=parallel.grad_reduce_in_fp32,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            bucket_size=parallel.ddp_bucket_size,
             use_distributed_optimizer=parallel.sharded_optimizer,
         ),
         wrapped,
+        # As in Megatron-LM: a later chunk is reduced while the backward passes of earlier ones run.
+        disable_bucketing=parallel.overlap_grad_reduce and not is_first,
     )

@@ -9,6 +9,8 @@ import math
 
 from megatron.core.optimizer import ChainedOptimizer
 
+from megatron_dwm.model.parameter_gather import expect_gather
+
 
 class _NotFinite(Exception):
     pass
@@ -38,4 +40,5 @@ def step_if_finite(optimizer: ChainedOptimizer) -> float:
         pass
     finally:
         del optimizer.get_grad_norm
+    expect_gather(optimizer)
     return found

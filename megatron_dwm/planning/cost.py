@@ -91,7 +91,10 @@ def cost_of(config: Config, shape: LlamaShape, workload: Workload) -> Cost:
     repeats = costs.update_passes / costs.llm_step if learns(config) else 0.0
     if method.own_updates:
         repeats = 1 + config.passages / config.training.global_batch_size
+    elif schedule.ahead:  # the probe is part of the step's own pass
+        repeats = config.passages / config.training.global_batch_size
     passes = costs.update_passes + recompute * repeats
+    noise = costs.noise if schedule.ahead else costs.noise + recompute
     first_weighed = method.first_weighed_step(config)
     # A fresh batch is weighed like a step's, except the first one that a new model learns from.
     # An update of the method's own has its scores among its passes.
@@ -103,11 +106,11 @@ def cost_of(config: Config, shape: LlamaShape, workload: Workload) -> Cost:
         llm=costs.llm_step,
         recompute=recompute,
         weighing=costs.weighing * weighed,
-        reading=costs.extra_forward * weighed,
+        reading=costs.extra_forward * weighed + costs.first_forward / steps,
         pool_passes=costs.pool_passes * costs.pools(steps) / steps,
         pool_scores=costs.pool_scores * costs.pools(steps) / steps,
         updates=(num_updates * passes + weighed_updates * costs.extra_forward) / steps,
-        noise=costs.measurements(num_updates) * (costs.noise + recompute) / steps,
+        noise=costs.measurements(num_updates) * noise / steps,
         learning=(num_updates * costs.learning + weighed_updates * costs.weighing) / steps,
         num_updates=num_updates,
         weighting_precision=_weighting_precision(config),

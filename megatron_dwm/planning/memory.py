@@ -3,13 +3,15 @@
     always    weights, gradient buffers, optimizer state, FP8 copies, weighting model
     step      always + activations + tensors that the backward pass works on
     update    step + the virtual step's copies (bilevel/virtual_step.py): g, and theta if no fp32
-              main parameters hold that copy; and, for sketches of the units' steps, the Jacobian,
-              buckets and signed factors (bilevel/sketch.py), and the sketches
+              main parameters hold that copy; or z, if it comes before the step (bilevel/ahead.py);
+              and, for sketches of the units' steps, the Jacobian, buckets and signed factors
+              (bilevel/sketch.py), and the sketches
     weighting always + activations of the weighting model, after the LLM's are freed; they are those
               of one micro-batch, because weighting/encoding.py encodes one at a time
 
 Bytes a parameter of the first three parts are those in Megatron-LM's documentation for fp32
-gradients: 16, or 8 + 8/d sharded, in fp32; 18, or 6 + 12/d, in bf16. On a GPU Adam is assumed to be
+gradients: 16, or 8 + 8/d sharded, in fp32; 18, or 6 + 12/d, in bf16; and with gradients in bf16,
+too: 20, or 4 + 16/d, since the optimizer makes an fp32 copy of them. On a GPU Adam is assumed to be
 fused; torch's own Adam would keep temporary copies of everything there.
 """
 
@@ -29,6 +31,7 @@ from megatron_dwm.planning.activations import (
 from megatron_dwm.planning.placement import RankParameters, layers_in_flight, rank_parameters
 from megatron_dwm.weighting import learns, method_class
 from megatron_dwm.weighting.model import WeightingShape
+from megatron_dwm.weighting.noise import why_no_noise
 
 _FP32 = 4
 _MOMENTS = 2 * _FP32
@@ -107,7 +110,8 @@ def stage_memory(
     state = (_MOMENTS + (_FP32 if mixed else 0)) * found.total / shards
     copies = (1 if mixed else 2) * _FP32 * found.total / shards
     of_weighting = _WEIGHTING_BYTES if learns(config) else _FP32
-    weights, gradients = kernels.value_bytes * found.total, _FP32 * found.total
+    weights = kernels.value_bytes * found.total
+    gradients = (gradient_bytes(config) + _main_gradient_bytes(config) / shards) * found.total
     parts = method_class(config).parts(config)
     is_stored = config.policy.reference_losses is not None  # its losses are read from files
     reference = weights if "reference" in parts and not is_stored else 0.0
@@ -129,16 +133,37 @@ def stage_memory(
         reference_in_use=(reference + working + learns_itself * activations) if offloads else 0.0,
         activations=activations,
         working=working,
-        virtual_step=copies if learns(config) or _aligns_exactly(config) else 0.0,
+        virtual_step=_update_copies(config, found.total, copies),
         sketches=_sketch_bytes(config, shape, found, replicas),
         weighting_activations=_weighting_activations(config, weighting, world_size, kernels),
     )
 
 
-def _aligns_exactly(config: Config) -> bool:
-    """True if pools are scored through a virtual step."""
-    parts = method_class(config).parts(config)
-    return "sampling" in parts and config.policy.jacobian == "exact"
+def gradient_bytes(config: Config) -> int:
+    """Returns the bytes of a value in the gradient buffers, and in their reduction."""
+    in_fp32 = config.parallel.grad_reduce_in_fp32 or config.model.precision == "fp32"
+    return _FP32 if in_fp32 else 2
+
+
+def _main_gradient_bytes(config: Config) -> int:
+    """Returns the bytes of the optimizer's copy of a gradient; in fp32 it is the buffer itself."""
+    return 0 if gradient_bytes(config) == _FP32 else _FP32
+
+
+def _update_copies(config: Config, parameters: int, copies: float) -> float:
+    """Returns the bytes of the virtual step's copies, or of directions that come before the step.
+
+    A measurement of noise has two directions, one for each half of the passages.
+    """
+    method = method_class(config)
+    parts = method.parts(config)
+    if method.schedule(config).ahead:
+        value_bytes = 2 if config.keeps_direction_in_bf16 else _FP32
+        noise = config.bilevel.noise_interval_updates > 0
+        measured = noise and why_no_noise(config, config.passages) is None
+        return float(value_bytes * parameters * (2 if measured else 1))
+    through_pools = "sampling" in parts and config.policy.jacobian == "exact"
+    return copies if learns(config) or through_pools else 0.0
 
 
 def _sketch_bytes(config: Config, shape: LlamaShape, found: RankParameters, replicas: int) -> float:
@@ -157,13 +182,13 @@ def weighting_parameters(shape: WeightingShape | None) -> int:
         return 0
     width = shape.hidden_size
     layer = 4 * width * width + 3 * width * shape.ffn_hidden_size + 2 * width
-    heads = 2 * (width + 1)
+    across = layer + width + 1 if shape.across_samples else 0
     if shape.encoder == "own":
         reading = shape.vocab_size * width + shape.num_layers * layer + width
     else:
         # Two pooled states of the LLM and the loss, with a bias.
         reading = (2 * shape.feature_size + 2) * width
-    return reading + layer + heads
+    return reading + across + width + 1
 
 
 def _fp8_copies(config: Config, shape: LlamaShape, found: RankParameters, stage: int) -> float:

@@ -23,7 +23,7 @@ _PARTS = {
     "reference_in_use": "reference model at work",
     "activations": "activations",
     "working": "backward pass at work",
-    "virtual_step": "virtual step's copies (update)",
+    "virtual_step": "virtual step's copies, or directions",
     "sketches": "sketches of gradients (update)",
     "weighting_activations": "weighting model's activations",
     "step": "peak of a step",

@@ -8,8 +8,9 @@ scatter.
               parallelism four gathers and four scatters, and two gathers for weight gradients; then
               the norms' gradients are reduced, once a pass
     pipeline  one [S, B, H] forward and one backward over every border
-    data      the fp32 gradients, once a pass; sharded: scattered, and the parameters gathered; a
-              message for every model chunk
+    data      the gradients, in fp32 or bf16, once a pass; sharded: scattered, and the parameters
+              gathered; a message for every model chunk, or for every bucket where they overlap with
+              a pass, in the first chunk of the first stage
     weighting the weighting model's own gradient, over all ranks
 
 The busiest stage is counted. Left out are scalars, alignments and sketches, and what the weighting
@@ -19,12 +20,17 @@ model reads: pooled vectors inside a replica or over all of them, features of an
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_dwm.config import Config
 from megatron_dwm.model import LlamaShape
-from megatron_dwm.model.passes.micro_batches import largest_micro_batch, rows_of_replica
-from megatron_dwm.planning.memory import weighting_parameters
+from megatron_dwm.model.passes.micro_batches import (
+    largest_micro_batch,
+    probed_micro_batches,
+    rows_of_replica,
+)
+from megatron_dwm.planning.memory import gradient_bytes, weighting_parameters
 from megatron_dwm.planning.placement import rank_parameters
 from megatron_dwm.weighting import learns, method_class
 from megatron_dwm.weighting.model import WeightingShape
@@ -87,16 +93,17 @@ def traffic_of(
     own_pass = schedule.fresh or method_class(config).aligns_first
     updates = float(learns(config))
     # An update may have a pass for its own g; it has that of the validation batch, and the probe,
-    # which reads the batch and forms no gradient.
-    of_batch = gradients = updates * (1 + own_pass)
+    # which reads the batch and forms no gradient. If the direction comes ahead, the step's own pass
+    # is probed.
+    of_batch = updates * (1 + own_pass - schedule.ahead)
+    gradients = updates * (1 + own_pass)
     phi = _FP32 * weighting_parameters(weighting)
     learning = _Sent(1, phi) * updates if phi and world_size > 1 else _Sent()
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     batch, target = _training_pass(config, world_size), validation_pass(config, world_size)
     layers, norms = _tensor(config, shape, batch), _norms(config, shape)
     in_update = layers * of_batch + _tensor(config, shape, target) * updates + norms * gradients
-    if on_gpu:
-        in_update += _probe_gathers(config, shape, batch) * updates
+    in_update += _probe_gathers(config, shape, batch, on_gpu=on_gpu) * updates
     borders = _pipeline(config, shape, batch)
     over_borders = borders * of_batch + _pipeline(config, shape, target) * updates
     if schedule.num_updates and not learns(config):
@@ -152,8 +159,9 @@ def _data_line(
     reduce, gather = _data(config, shape, replicas)
     sharded = config.parallel.sharded_optimizer and replicas > 1
     in_update = reduce * gradients
-    # Sharded, theta' and theta are gathered, and z.
-    gathered = (gather * 2 + reduce) * updates if sharded else _Sent()
+    # Sharded, theta' and theta are gathered, and z; ahead of the step, z alone.
+    parameters = 0 if method_class(config).schedule(config).ahead else 2
+    gathered = (gather * parameters + reduce) * updates if sharded else _Sent()
     one_way = (replicas - 1) / replicas
     factor = one_way if sharded else 2 * one_way
     step, update = reduce + gather, in_update + gathered
@@ -194,6 +202,8 @@ def _tensor(config: Config, shape: LlamaShape, run: Pass, *, backward: bool = Tr
         embedding = int(config.parallel.pipeline == 1)
     hidden = _hidden(config, shape, run) * (layers * a_layer + output + embedding)
     loss = _Sent(1, _FP32 * run.samples * config.data.sequence_length) * _CROSS_ENTROPY
+    if config.model.cross_entropy_loss_fusion and config.model.precision != "fp32":
+        loss = _Sent(loss.messages - 1, loss.num_bytes)  # both sums are one message
     return (hidden + loss) * run.micro_batches
 
 
@@ -202,20 +212,25 @@ def _norms(config: Config, shape: LlamaShape) -> _Sent:
     if not config.parallel.sequence:
         return _Sent()
     last = config.parallel.pipeline - 1
-    return _Sent(1, _FP32 * rank_parameters(shape, config.parallel, last).norms)
+    return _Sent(1, gradient_bytes(config) * rank_parameters(shape, config.parallel, last).norms)
 
 
-def _probe_gathers(config: Config, shape: LlamaShape, run: Pass) -> _Sent:
+def _probe_gathers(config: Config, shape: LlamaShape, run: Pass, *, on_gpu: bool) -> _Sent:
     """Returns the gathers that a probe adds to a pass under sequence parallelism.
 
-    The probe gathers the inputs of column-parallel products, as a weight gradient does. It also
-    gathers the output gradients of Transformer Engine's row-parallel layers, two a layer; in
-    Megatron-Core's layers these are already gathered.
+    It gathers the output gradients of Transformer Engine's row-parallel layers, two a layer; in
+    Megatron-Core's layers these are already gathered. It also gathers the inputs of column-parallel
+    products, two a layer and the output layer's: in a pass of its own, in place of the weight
+    gradients that are not formed; in a training pass, besides them.
     """
     if config.parallel.tensor == 1 or not config.parallel.sequence:
         return _Sent()
     layers = shape.num_layers // config.parallel.pipeline
-    return _hidden(config, shape, run) * (2 * layers * run.micro_batches)
+    gathers, micro_batches = 2 * layers * on_gpu, run.micro_batches
+    if method_class(config).schedule(config).ahead:
+        gathers += 2 * layers + 1
+        micro_batches = probed_micro_batches(micro_batches, config.weighting.probe_fraction)
+    return _hidden(config, shape, run) * (gathers * micro_batches)
 
 
 def _pipeline(config: Config, shape: LlamaShape, run: Pass, *, backward: bool = True) -> _Sent:
@@ -241,15 +256,28 @@ def _pipeline(config: Config, shape: LlamaShape, run: Pass, *, backward: bool = 
 def _data(config: Config, shape: LlamaShape, replicas: int) -> tuple[_Sent, _Sent]:
     """Returns (gradients reduced in a pass, parameters gathered in a step) of the largest stage.
 
-    Gradients of a model chunk lie in one buffer and are reduced in one message.
+    Gradients of a model chunk lie in one buffer.
     """
     if replicas == 1:
         return _Sent(), _Sent()
     stages = range(config.parallel.pipeline)
     parameters = max(rank_parameters(shape, config.parallel, stage).total for stage in stages)
     value_bytes = 4 if config.model.precision == "fp32" else 2
-    chunks = config.parallel.virtual_stages
-    reduced = _Sent(chunks, float(_FP32 * parameters))
+    messages = _buckets(config, parameters, replicas)
+    reduced = _Sent(messages, float(gradient_bytes(config) * parameters))
     if not config.parallel.sharded_optimizer:
         return reduced, _Sent()
-    return reduced, _Sent(chunks, float(value_bytes * parameters))
+    return reduced, _Sent(messages, float(value_bytes * parameters))
+
+
+def _buckets(config: Config, parameters: int, replicas: int) -> int:
+    """Returns the number of messages with the gradients of a rank with so many parameters.
+
+    A bucket ends with the parameter that fills it, so there may be fewer where parameters are large
+    beside a bucket.
+    """
+    parallel, chunks = config.parallel, config.parallel.virtual_stages
+    if not parallel.overlap_grad_reduce:
+        return chunks
+    size = parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * replicas)
+    return chunks - 1 + math.ceil(parameters / chunks / size)

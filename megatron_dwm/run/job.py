@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_dwm.checkpoint.kept_files import kept_files
 from megatron_dwm.checkpoint.load import load_checkpoint
+from megatron_dwm.checkpoint.names import CONFIG_FILE, SHAPE_FILE
 from megatron_dwm.checkpoint.parts import Parts
 from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.config import Config
+from megatron_dwm.config.load import config_text
 from megatron_dwm.data import CorpusSource, Feed, Share, TrainingData
 from megatron_dwm.data.document_counts import document_counts
 from megatron_dwm.data.pieces import document_rules
@@ -91,6 +95,26 @@ def build_job(config: Config, runtime: Runtime, inputs: RunInputs) -> Job:
         ),
         state=TrainState(),
         reference=reference,
+    )
+
+
+def parts_of(config: Config, job: Job, inputs: RunInputs, newest: Path | None) -> Parts:
+    """Returns what checkpoints of the job hold. newest: the one that it goes on from."""
+    files: dict[str, bytes] = {}
+    if job.learner.runtime.is_main:
+        files = {
+            CONFIG_FILE: config_text(config).encode(),
+            SHAPE_FILE: json.dumps(asdict(inputs.shape)).encode(),
+            **kept_files(config, inputs.tokenizer, newest),
+        }
+    return Parts(
+        llm=job.learner.llm,
+        optimizer=job.learner.optimizer,
+        method_name=config.policy.name,
+        method=job.method,
+        state=job.state,
+        reference=None if job.reference is None else job.reference.saved,
+        files=files,
     )
 
 

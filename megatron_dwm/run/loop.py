@@ -6,8 +6,8 @@
         train_step(batch)                               # taken, skipped or a spike
         evaluate, save and stop if due
 
-With `weighting.update_on training`, and for a method that weighs a batch by its own alignments, an
-update comes inside the preceding step.
+With `weighting.update_on training` or `ahead`, and for a method that weighs a batch by its own
+alignments, an update comes inside the preceding step.
 
 The run can be stopped, saved and resumed between any two of these: requests are polled after every
 step and update, and between the batches of an evaluation.
@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
+
 from megatron_dwm.config import Config
 from megatron_dwm.run import limits
 from megatron_dwm.run.job import Job
@@ -25,6 +27,7 @@ from megatron_dwm.run.step_batch import step_batch
 from megatron_dwm.run.upkeep import Upkeep
 from megatron_dwm.runtime.profiling import Window, phase
 from megatron_dwm.training import (
+    Ahead,
     OwnUpdateResult,
     Skipped,
     Spike,
@@ -186,4 +189,10 @@ class Loop:
             estimator=bilevel.estimator,
             sketch_size=self._job.method.sketch_size,
             inner_optimizer=bilevel.inner_optimizer,
+            ahead=_ahead(self._config) if self._job.schedule.ahead else None,
         )
+
+
+def _ahead(config: Config) -> Ahead:
+    dtype = torch.bfloat16 if config.keeps_direction_in_bf16 else torch.float32
+    return Ahead(fraction=config.weighting.probe_fraction, dtype=dtype)

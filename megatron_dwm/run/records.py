@@ -45,7 +45,7 @@ source: what sample_id and document_id number, since three numberings start from
     LLM trains on (training), samples that a fresh weighting update drew (update), passages of the
     target that are mixed into the batch (target)
 tokens: of the unit, as the model reads them. loss: their mean loss, in nats
-alignment: empty if there was no update
+alignment: empty if there was no update, or if the update did not compute it
 """
 
 
@@ -163,9 +163,13 @@ class WeightRecorder:
         weights_n: Tensor,
         alignment_n: Tensor | None,
     ) -> None:
-        """Keep the weights of a global batch; `alignment_n` is None if no update computed it."""
+        """Keep the weights of a global batch.
+
+        alignment_n: NaN where it is not known; None if no update computed it.
+        """
         rows = len(origins.domains)
-        alignment = [None] * rows if alignment_n is None else alignment_n.tolist()
+        found = [None] * rows if alignment_n is None else alignment_n.tolist()
+        alignment = [None if value != value else value for value in found]
         columns = [
             [step] * rows,
             [stage] * rows,

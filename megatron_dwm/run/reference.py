@@ -76,7 +76,8 @@ def build_reference(config: Config, shape: LlamaShape | None, runtime: Runtime) 
     llm = build_llm(
         shape,
         config.model,
-        config.parallel,
+        # It may wait in host memory between its step and the pass that would gather.
+        replace(config.parallel, overlap_param_gather=False),
         runtime,
         sequence_length=config.data.sequence_length,
         seed=config.run.seed,

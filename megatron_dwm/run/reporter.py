@@ -65,7 +65,8 @@ class Reporter:
             "lr": outcome.learning_rate,
             "grad_norm": outcome.grad_norm,
         }
-        self._step_lines.add(self._begun(stage, "train") | values, statistics, self._counts())
+        before, more = self._begun(stage, "train") | values, outcome.statistics
+        self._step_lines.add(before, statistics, self._counts(), more=more)
         if self._state.step % self._config.metrics_interval_steps == 0:
             self._step_lines.write()
         interval = self._config.weights_interval_steps
@@ -83,7 +84,7 @@ class Reporter:
             return
         runtime, alignment_n = self._runtime, None
         if isinstance(result, UpdateResult):
-            alignment_n = result.units.gather(result.hypergradient.alignment_n, runtime)
+            alignment_n = result.units.gather(result.hypergradient.known_alignments(), runtime)
             if result.noise is not None:
                 self._health.signal_to_noise(result.noise.ratio)
         values = update_values(result, alignment_n)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +12,14 @@ import torch.distributed as dist
 
 from megatron_dwm.checkpoint.fingerprint import DOMAINS, fingerprint
 from megatron_dwm.checkpoint.first_checkpoint import note_start
-from megatron_dwm.checkpoint.kept_files import kept_files
 from megatron_dwm.checkpoint.manifest import read_manifest
-from megatron_dwm.checkpoint.names import CONFIG_FILE, SHAPE_FILE
+from megatron_dwm.checkpoint.names import CONFIG_FILE
 from megatron_dwm.checkpoint.newest import newest_whole_checkpoint
 from megatron_dwm.checkpoint.parts import Parts
 from megatron_dwm.checkpoint.saver import Saver
 from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.config import Config, UserError
-from megatron_dwm.config.load import config_text, save_config
+from megatron_dwm.config.load import save_config
 from megatron_dwm.config.paths import typed_paths, with_absolute_paths
 from megatron_dwm.run.changes import refuse_changed_files, without_effect
 from megatron_dwm.run.checks import check
@@ -30,7 +27,7 @@ from megatron_dwm.run.directory import run_to_resume
 from megatron_dwm.run.files import RunFiles
 from megatron_dwm.run.health import Health
 from megatron_dwm.run.inputs import RunInputs
-from megatron_dwm.run.job import Job, build_job, load_job
+from megatron_dwm.run.job import Job, build_job, load_job, parts_of
 from megatron_dwm.run.lock import only_job
 from megatron_dwm.run.loop import Loop
 from megatron_dwm.run.recorded import drop_records_after
@@ -71,7 +68,7 @@ def run(config: Config) -> None:
         if _is_over(config, _saved_state(config, newest, found), runtime):
             return
         job = build_job(config, runtime, inputs)
-        parts = _parts(config, job, inputs, newest)
+        parts = parts_of(config, job, inputs, newest)
         _start(config, before, job, parts, inputs, newest)
         if runtime.is_main:
             _write_start(config, job.state, typed, had_checkpoint=newest is not None)
@@ -91,25 +88,6 @@ def _is_over(config: Config, state: TrainState, runtime: Runtime) -> bool:
         run_dir, steps = config.run.dir, config.training.steps
         print(f"{run_dir} is at step {state.step}: nothing to do up to step {steps}")
     return True
-
-
-def _parts(config: Config, job: Job, inputs: RunInputs, newest: Path | None) -> Parts:
-    files: dict[str, bytes] = {}
-    if job.learner.runtime.is_main:
-        files = {
-            CONFIG_FILE: config_text(config).encode(),
-            SHAPE_FILE: json.dumps(asdict(inputs.shape)).encode(),
-            **kept_files(config, inputs.tokenizer, newest),
-        }
-    return Parts(
-        llm=job.learner.llm,
-        optimizer=job.learner.optimizer,
-        method_name=config.policy.name,
-        method=job.method,
-        state=job.state,
-        reference=None if job.reference is None else job.reference.saved,
-        files=files,
-    )
 
 
 def _start(

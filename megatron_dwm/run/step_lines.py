@@ -23,6 +23,7 @@ from megatron_dwm.training.weighed_units import WeighedUnits
 class _Line:
     before: dict[str, Any]
     statistics: Tensor
+    more: dict[str, Tensor]
     after: dict[str, Any]
 
 
@@ -33,9 +34,16 @@ class StepLines:
         self._health, self._files = health, files
         self._waiting: list[_Line] = []
 
-    def add(self, before: dict[str, Any], statistics: Tensor, after: dict[str, Any]) -> None:
-        """Keep a line with `weight_statistics` between its other keys."""
-        self._waiting.append(_Line(before=before, statistics=statistics, after=after))
+    def add(
+        self,
+        before: dict[str, Any],
+        statistics: Tensor,
+        after: dict[str, Any],
+        *,
+        more: dict[str, Tensor],
+    ) -> None:
+        """Keep a line with `weight_statistics`, and `more` of them, between its other keys."""
+        self._waiting.append(_Line(before=before, statistics=statistics, more=more, after=after))
 
     def write(self) -> None:
         """Write the lines; waits for the device."""
@@ -44,7 +52,8 @@ class StepLines:
             statistics = named_statistics(line.statistics)
             self._health.effective_sample_size(statistics["weight_effective_sample_size"])
             if self._files is not None:
-                self._files.write({**line.before, **statistics, **line.after})
+                more = {name: float(value) for name, value in line.more.items()}
+                self._files.write({**line.before, **statistics, **more, **line.after})
 
     def drop(self) -> None:
         """Drop the lines."""
@@ -62,7 +71,7 @@ def update_values(
 ) -> dict[str, float | None]:
     """Returns what a line says about an update, but its weights.
 
-    alignment_n: alignments of the global batch; None if the update computed none.
+    alignment_n: alignments of the global batch, NaN if not known; None if the update computed none.
     """
     if isinstance(result, OwnUpdateResult):
         return {
@@ -71,14 +80,16 @@ def update_values(
             "weighting_grad_norm": result.grad_norm,
         }
     assert alignment_n is not None
+    known_n = alignment_n[~alignment_n.isnan()]
+    grad_norm = result.hypergradient.grad_norm
     return {
         "loss": result.train_loss,
         "val_loss": result.hypergradient.val_loss,
-        "grad_norm": result.hypergradient.grad_norm,
+        **({} if grad_norm is None else {"grad_norm": grad_norm}),
         "weighting_grad_norm": result.update.grad_norm,
         "weighting_gradient_cosine": result.update.cosine,
-        "alignment_mean": float(alignment_n.mean()),
-        "alignment_std": float(alignment_n.std(correction=0)),
+        "alignment_mean": float(known_n.mean()),
+        "alignment_std": float(known_n.std(correction=0)),
         **({} if result.noise is None else result.noise.columns()),
     }
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.package_info import __version__
 from torch.distributed.checkpoint.metadata import TensorProperties
 
@@ -80,3 +81,17 @@ def redirect_streams(cuda: Any) -> None:
     cuda: the module torch.cuda.
     """
     cuda.current_stream = lambda *_: torch.cpu.current_stream()
+
+
+def expect_param_gather(chunk: DistributedDataParallel) -> None:
+    """Let the next forward pass of a wrapped model gather its parameters.
+
+    0.19 has a method for it; before, the same flag has to be set here.
+    """
+    reset = getattr(chunk, "reset_param_sync_dispatch_state", None)
+    if reset is not None:
+        reset()
+        return
+    for group in chunk.bucket_groups:
+        assert group.param_gather_handle is None, "no gather is under way between two passes"
+        group.param_gather_dispatched = False

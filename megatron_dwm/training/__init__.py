@@ -4,6 +4,7 @@ from megatron_dwm.training.learner import Learner, build_learner
 from megatron_dwm.training.step import Skipped, Spike, StepOutcome, Taken, train_step
 from megatron_dwm.training.target import TargetRead, read_target
 from megatron_dwm.training.update import (
+    Ahead,
     OwnUpdateResult,
     UpdateResult,
     UpperLevel,
@@ -11,6 +12,7 @@ from megatron_dwm.training.update import (
 )
 
 __all__ = [
+    "Ahead",
     "Learner",
     "OwnUpdateResult",
     "Skipped",

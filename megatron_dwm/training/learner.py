@@ -9,6 +9,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dwm.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dwm.model import LLM, LlamaShape, build_llm
+from megatron_dwm.model.layers.transformer_engine import start_tensor_overlap
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.training.optimizer import build_optimizer, build_scheduler
 
@@ -44,6 +45,14 @@ def build_learner(
     seed: int,
 ) -> Learner:
     """Build a new learner; a collective call."""
+    if parallel.tp_comm_overlap:
+        start_tensor_overlap(
+            model,
+            runtime.device,
+            tokens=training.micro_batch_size * sequence_length,
+            hidden_size=shape.hidden_size,
+            tensor_size=parallel.tensor,
+        )
     llm = build_llm(shape, model, parallel, runtime, sequence_length=sequence_length, seed=seed)
     optimizer = build_optimizer(training, llm, sharded=parallel.sharded_optimizer)
     return Learner(

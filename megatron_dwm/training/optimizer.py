@@ -24,6 +24,7 @@ def build_optimizer(config: TrainingConfig, llm: LLM, *, sharded: bool) -> Chain
             bf16=llm.transformer.bf16,
             params_dtype=llm.transformer.params_dtype,
             use_distributed_optimizer=sharded,
+            overlap_param_gather=llm.chunks[0].ddp_config.overlap_param_gather,
         ),
         llm.chunks,
         use_gloo_process_groups=False,

@@ -3,18 +3,22 @@
 An update on the training batch comes between the gradient and the optimizer: first g(w) at theta,
 then the hypergradient through the step that follows, then that step. So theta and the moments are
 those before the step, and theta' is bit-identical to the parameters after it. The updated weighting
-model gives the weights from the next step on. A method that weighs by the batch's own alignments
-has its update before the weights (`Method.aligns_first`).
+model gives the weights from the next step on. With `weighting.update_on ahead` the direction comes
+before the gradient, whose own pass then computes the alignments (bilevel/ahead.py). A method that
+weighs by the batch's own alignments has its update before the weights (`Method.aligns_first`).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
+from megatron_dwm.bilevel import AheadProbe
 from megatron_dwm.data import Batch
+from megatron_dwm.model import PassResult
 from megatron_dwm.model.optimizer_step import step_if_finite
 from megatron_dwm.runtime.profiling import phase
 from megatron_dwm.training.guard import require_sound_weights
@@ -23,7 +27,9 @@ from megatron_dwm.training.update import (
     UpdateResult,
     UpperLevel,
     align_first,
+    look_ahead,
     update_from_gradient,
+    update_from_probe,
     weighs_step,
 )
 from megatron_dwm.training.weighed_units import WeighedUnits, weighed_units
@@ -38,6 +44,7 @@ class Taken:
     loss: mean of the units' token-mean losses over the global batch.
     units: losses and weights of this replica's units.
     update: the weighting update inside the step; None if there was none or it was not finite.
+    statistics: the method's own scalars about its weights, by name, on the device.
     """
 
     loss: float
@@ -46,6 +53,7 @@ class Taken:
     learning_rate: float
     units: WeighedUnits
     update: UpdateResult | None = None
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +93,20 @@ def train_step(
     Raises RunError for weights that are not finite, negative or of another mean than 1.
     """
     learning_rate = learner.learning_rate
-    aligned = None
+    aligned, probe = None, None
     if upper is not None and method.aligns_first:
         aligned, upper = align_first(learner, batch, upper), None
+    elif upper is not None and upper.ahead is not None:
+        probe, upper = look_ahead(learner, upper), None
     with phase("weighted gradient"):
         result = weighted_pass(
             learner,
             method,
             batch,
             counters,
-            for_update=upper is not None,
+            for_update=upper is not None or probe is not None,
             aligned=None if aligned is None else aligned.outputs,
+            probe=probe,
         )
     assert result.weights_n is not None
     units = weighed_units(batch, result.unit_losses_n, result.weights_n, learner.runtime)
@@ -106,14 +117,14 @@ def train_step(
     grad_norm = math.nan
     if math.isfinite(loss):
         require_sound_weights(weight, wrong)
-        if upper is not None:
-            update = update_from_gradient(learner, method, batch, result, upper)
+        if aligned is None:
+            update = _update(learner, method, batch, result, probe, upper)
         with phase("optimizer step"):
             grad_norm = step_if_finite(learner.optimizer)
     learner.scheduler.step(increment=1)
     if not math.isfinite(grad_norm):
         return Skipped(loss=loss, grad_norm=grad_norm)
-    method.after_step(batch, units.losses_n, counters)
+    _tell(method, batch, result, counters)
     return Taken(
         loss=loss,
         weighted_loss=weighted_loss,
@@ -121,7 +132,29 @@ def train_step(
         learning_rate=learning_rate,
         units=units,
         update=update,
+        statistics=method.step_statistics(),
     )
+
+
+def _update(
+    learner: Learner,
+    method: Method,
+    batch: Batch,
+    result: PassResult,
+    probe: AheadProbe | None,
+    upper: UpperLevel | None,
+) -> UpdateResult | None:
+    """Make the update of a step after its gradient, if there is one (collective)."""
+    if probe is not None:
+        return update_from_probe(learner, method, batch, result, probe)
+    return None if upper is None else update_from_gradient(learner, method, batch, result, upper)
+
+
+def _tell(method: Method, batch: Batch, result: PassResult, counters: Counters) -> None:
+    """Let the method read what a step that was taken has found (collective)."""
+    if result.relative_n is not None:
+        method.after_weighing(batch, result.relative_n)
+    method.after_step(batch, result.unit_losses_n, counters)
 
 
 def _means(learner: Learner, units: WeighedUnits) -> list[float]:

@@ -14,7 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dwm.bilevel import Hypergradient, Problem, hypergradient
+from megatron_dwm.bilevel import (
+    AheadProbe,
+    Hypergradient,
+    Problem,
+    Target,
+    directions_ahead,
+    hypergradient,
+)
 from megatron_dwm.bilevel.problem import InnerOptimizer
 from megatron_dwm.data import Batch
 from megatron_dwm.model import ForwardOutputs, PassResult, clear_gradients, forward_backward
@@ -36,6 +43,7 @@ class UpperLevel:
     measure_noise: also compute the alignments of both halves of them, the even and the odd rows.
     estimator, inner_optimizer: as in `bilevel.*`.
     sketch_size: of the sketches of the units' steps; None: there are none.
+    ahead: the direction comes first; None: after the weighted gradient.
     """
 
     passages: Batch
@@ -43,6 +51,18 @@ class UpperLevel:
     estimator: str = "tangent_probe"
     inner_optimizer: InnerOptimizer = "adam"
     sketch_size: int | None = None
+    ahead: Ahead | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ahead:
+    """Options of an update whose direction comes before the training pass (bilevel/ahead.py).
+
+    fraction: of the step's micro-batches that are probed. dtype: of the direction's buffer.
+    """
+
+    fraction: float = 1.0
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,11 +147,48 @@ def update_from_gradient(
 
     result: the pass that computed g(w). Returns None as `weighting_update` does.
     """
-    found = _hypergradient(learner, train, result, upper)
+    return _learn(learner, method, train, result, _hypergradient(learner, train, result, upper))
+
+
+def look_ahead(learner: Learner, upper: UpperLevel) -> AheadProbe:
+    """Returns the probe for the next training pass; the gradient buffers are zero (collective)."""
+    assert upper.ahead is not None
+    target = Target(
+        llm=learner.llm,
+        optimizer=learner.optimizer,
+        val_batch=upper.passages,
+        micro_batch_size=learner.micro_batch_size,
+        inner=upper.inner_optimizer,
+    )
+    with phase("hypergradient"):
+        found = directions_ahead(target, upper.ahead.dtype, halves=upper.measure_noise)
+    return AheadProbe(learner.llm, found, fraction=upper.ahead.fraction)
+
+
+def update_from_probe(
+    learner: Learner, method: Method, train: Batch, result: PassResult, probe: AheadProbe
+) -> UpdateResult | None:
+    """Make one update from the alignments that the training pass has computed (collective).
+
+    Returns None as `weighting_update` does.
+    """
+    assert result.weights_n is not None
+    differentiated_n = result.weights_n if result.relative_n is None else result.relative_n
+    found = probe.hypergradient(train, differentiated_n)
+    update = None
+    if _is_finite_everywhere(found):
+        update = _update_result(learner, train, result, found)
+    return _learn(learner, method, train, result, update)
+
+
+def _learn(
+    learner: Learner, method: Method, train: Batch, result: PassResult, found: UpdateResult | None
+) -> UpdateResult | None:
     if found is None:
         return None
     alignments = Alignments(
         values_n=found.hypergradient.alignment_n,
+        known_n=found.hypergradient.known_n,
         learning_rate=learner.optimizer.param_groups[0]["lr"],
         signal_to_noise=None if found.noise is None else found.noise.ratio,
     )
@@ -183,6 +240,14 @@ def _hypergradient(
         found = hypergradient(problem, upper.estimator, halves=upper.measure_noise)
     if not _is_finite_everywhere(found):
         return None
+    return _update_result(learner, train, result, found)
+
+
+def _update_result(
+    learner: Learner, train: Batch, result: PassResult, found: Hypergradient
+) -> UpdateResult:
+    """Returns an update with the pass's own weights (collective)."""
+    assert result.weights_n is not None
     units = weighed_units(train, result.unit_losses_n, result.weights_n, learner.runtime)
     return UpdateResult(
         hypergradient=found,
@@ -190,22 +255,25 @@ def _hypergradient(
         update=WeightingUpdate(result.weights_n),
         units=units,
         train_loss=float(units.mean(units.losses_n[None], learner.runtime)[0]),
-        learning_rate=problem.learning_rate,
+        learning_rate=learner.learning_rate,
     )
 
 
 def _noise(found: Hypergradient, units: WeighedUnits, runtime: Runtime) -> SignalToNoise | None:
     """Compute the signal-to-noise ratio over the global batch, if halves exist (collective).
 
-    A unit without a counted token has an alignment of 0 in both halves, which is no agreement.
+    A unit without a counted token, or whose alignment is not known, has 0 in both halves, which is
+    no agreement.
     """
     if found.halves_2n is None:
         return None
     halves = [units.gather(half_n, runtime) for half_n in found.halves_2n]
-    sizes_n = units.gathered_sizes(runtime)
-    if sizes_n is not None:
-        halves = [half_n[sizes_n > 0] for half_n in halves]
-    return signal_to_noise(*halves)
+    counts_n = torch.ones_like(halves[0], dtype=torch.bool)
+    if (sizes_n := units.gathered_sizes(runtime)) is not None:
+        counts_n &= sizes_n > 0
+    if found.known_n is not None:
+        counts_n &= units.gather(found.known_n.float(), runtime) > 0
+    return signal_to_noise(*(half_n[counts_n] for half_n in halves))
 
 
 def _is_finite_everywhere(found: Hypergradient) -> bool:

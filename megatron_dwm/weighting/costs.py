@@ -7,14 +7,18 @@ computes in advance what it will spend, from the same record.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from megatron_dwm.config import Config
 from megatron_dwm.data.document_counts import WHOLE_ROWS, DocumentCounts
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.model.flops import FORWARD_BACKWARD, llm_forward_flops
+from megatron_dwm.model.passes.micro_batches import probed_micro_batches
 from megatron_dwm.weighting.model import WeightingShape
 from megatron_dwm.weighting.noise import why_no_noise
+
+UpdateOn: TypeAlias = Literal["fresh", "training", "ahead"]
+"""the values of `weighting.update_on`"""
 
 
 class Spent(Protocol):
@@ -32,6 +36,7 @@ class Costs:
     llm_step: forward and backward of one global batch.
     weighing: the weighting model on one batch, once it has learned.
     extra_forward: the LLM's extra forward pass that must finish before a batch has weights.
+    first_forward: such a pass of the first batch that has weights, alone.
     pool_passes: the LLM's passes over the pool of a step, from which its batch is chosen.
     pool_scores: the method's own part of scoring a pool.
     first_pool, pool_interval: the first step (from 0) with scores, and from one to the next.
@@ -43,6 +48,7 @@ class Costs:
     llm_step: float
     weighing: float = 0.0
     extra_forward: float = 0.0
+    first_forward: float = 0.0
     pool_passes: float = 0.0
     pool_scores: float = 0.0
     first_pool: int = 0
@@ -67,6 +73,7 @@ class Costs:
         passes = counters.step * self.llm_step
         passes += self.pools(counters.step) * (self.pool_passes + self.pool_scores)
         passes += counters.weighings * (self.weighing + self.extra_forward)
+        passes += self.first_forward if counters.weighings else 0.0
         noise = self.measurements(counters.updates) * self.noise
         return passes + counters.updates * self.update + noise
 
@@ -105,7 +112,7 @@ def learning_costs(
     llm: LlamaShape,
     workload: Workload,
     *,
-    gradient_pass: bool,
+    update_on: UpdateOn,
     model: WeightingShape | None = None,
     extra_forward: bool = False,
     encodes_twice: bool = False,
@@ -113,7 +120,8 @@ def learning_costs(
 ) -> Costs:
     """Returns the costs of a method that reads alignments.
 
-    gradient_pass: an update has a pass of its own for g(w).
+    update_on: where an update finds its batch and its direction; only `fresh` has a pass of its own
+        for g(w), and `ahead` has none but the validation batch's.
     model: the weighting model, if there is one.
     extra_forward: weights need a forward pass of the whole batch first.
     encodes_twice: an update runs the weighting model forward twice (weighting/encoding.py).
@@ -127,7 +135,12 @@ def learning_costs(
     if model is not None:
         weighing = weighting_forward_flops(model, rows, length, _group_size(config), documents)
     validation = llm_forward_flops(llm, passages, length, documents.attended_tokens)
-    update_passes = FORWARD_BACKWARD * (validation + forward + gradient_pass * forward)
+    probe = FORWARD_BACKWARD * forward
+    if update_on == "ahead":
+        # One more product of a forward pass's size, where micro-batches are probed.
+        probe = forward * _probed_fraction(config, workload)
+    own_gradient = FORWARD_BACKWARD * forward if update_on == "fresh" else 0.0
+    update_passes = FORWARD_BACKWARD * validation + probe + own_gradient
     measured = not frozen and why_no_noise(config, passages) is None
     return Costs(
         llm_step=FORWARD_BACKWARD * forward,
@@ -135,9 +148,16 @@ def learning_costs(
         extra_forward=forward if extra_forward else 0.0,
         update_passes=0.0 if frozen else update_passes,
         learning=0.0 if frozen else (FORWARD_BACKWARD + encodes_twice) * weighing,
-        noise=FORWARD_BACKWARD * forward,
+        noise=probe,
         noise_interval=config.bilevel.noise_interval_updates if measured else 0,
     )
+
+
+def _probed_fraction(config: Config, workload: Workload) -> float:
+    """Returns the fraction of a step's micro-batches that is probed, in whole ones."""
+    training = config.training
+    count = training.global_batch_size // (training.micro_batch_size * workload.replicas)
+    return probed_micro_batches(count, config.weighting.probe_fraction) / count
 
 
 def weighting_forward_flops(
@@ -161,7 +181,8 @@ def weighting_forward_flops(
     else:
         reading = units * (2 * shape.feature_size + 1) * width
     group_units = group_size * documents.units_per_row
-    across = units * (layer + 2 * width * group_units + 2 * width)
+    attention = layer + 2 * width * group_units + width if shape.across_samples else 0
+    across = units * (attention + width)
     return 2.0 * (reading + across)
 
 

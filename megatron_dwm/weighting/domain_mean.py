@@ -26,6 +26,7 @@ from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
 from megatron_dwm.model import ForwardOutputs, LlamaShape
 from megatron_dwm.runtime import Runtime
+from megatron_dwm.weighting.advantage import advantages, known_groups
 from megatron_dwm.weighting.concentration import GUARDS
 from megatron_dwm.weighting.costs import Costs, Workload, learning_costs
 from megatron_dwm.weighting.groups import Groups, gather_over_data, units_of_replicas
@@ -38,7 +39,6 @@ from megatron_dwm.weighting.noise import Reliability
 from megatron_dwm.weighting.rule_based import RuleBased
 from megatron_dwm.weighting.rules import group_problems, learning_problems, target_problems
 from megatron_dwm.weighting.schedule import Schedule, schedule_of
-from megatron_dwm.weighting.standardize import centered, standardize
 
 
 class DomainMean(RuleBased):
@@ -67,8 +67,7 @@ class DomainMean(RuleBased):
     @classmethod
     def costs(cls, config: Config, llm: LlamaShape, workload: Workload) -> Costs:
         """Returns the costs of learning without a weighting model."""
-        fresh = config.weighting.update_on == "fresh"
-        return learning_costs(config, llm, workload, gradient_pass=fresh)
+        return learning_costs(config, llm, workload, update_on=config.weighting.update_on)
 
     def __init__(
         self,
@@ -95,9 +94,14 @@ class DomainMean(RuleBased):
         self.reliability.observe(alignments.signal_to_noise)
         groups = self.grouping.of(batch)
         weights_Gn = self._group_weights(batch, groups)
-        advantage_n = groups.local(self._advantage(alignments, weights_Gn, groups))
-        kept = self._kept()
-        for domain, mean in self._means_by_domain(batch, advantage_n).items():
+        advantage_Gn = advantages(
+            alignments,
+            weights_Gn,
+            known_groups(groups, alignments),
+            standardized=self.weighting.standardize,
+        )
+        advantage_n, kept = groups.local(advantage_Gn), self._kept()
+        for domain, mean in self._means_by_domain(batch, advantage_n, alignments.known_n).items():
             self.means[domain] = kept * self.means.get(domain, 0.0) + (1 - kept) * mean
         return WeightingUpdate(groups.local(weights_Gn))
 
@@ -115,16 +119,13 @@ class DomainMean(RuleBased):
         self.means = dict(state["means"])
         self.reliability.value = state["reliability"]
 
-    def _advantage(self, alignments: Alignments, weights_Gn: Tensor, groups: Groups) -> Tensor:
-        alignment_Gn = groups.gather(alignments.values_n)
-        if self.weighting.standardize:
-            return standardize(alignment_Gn, weights_Gn, groups.sizes_Gn)
-        return centered(alignment_Gn * alignments.learning_rate, weights_Gn, groups.sizes_Gn)
-
-    def _means_by_domain(self, batch: Batch, advantage_n: Tensor) -> dict[str, float]:
-        """Returns the mean of every domain in the global batch (collective)."""
+    def _means_by_domain(
+        self, batch: Batch, advantage_n: Tensor, known_n: Tensor | None
+    ) -> dict[str, float]:
+        """Returns the mean of every domain in the global batch, of known units (collective)."""
         counts, sizes_U = units_of_replicas(batch, self.runtime), batch.units.sizes_U
         sizes_U = torch.ones_like(advantage_n) if sizes_U is None else sizes_U
+        sizes_U = sizes_U if known_n is None else sizes_U * known_n
         columns_N2 = gather_over_data(
             torch.stack([advantage_n, sizes_U], dim=1), self.runtime, counts
         )
@@ -144,7 +145,8 @@ class DomainMean(RuleBased):
 
     def _group_weights(self, batch: Batch, groups: Groups) -> Tensor:
         means = [self.means.get(name, 0.0) for name in batch.domains]
-        means_n = torch.tensor(means, dtype=torch.float32, device=self.runtime.device)
+        means_n = torch.tensor(means, dtype=torch.float32)
+        means_n = means_n.to(self.runtime.device, non_blocking=True)
         return self.group_weights(means_n / self.config.domain_temperature, groups)
 
     def _all_domains(self, batch: Batch) -> list[str]:

@@ -103,13 +103,19 @@ class Dwm(DwmConfiguration):
     @property
     def update_needs(self) -> Needs:
         """What the weighting model reads of the samples."""
-        trainer = self.trainer
+        trainer, weigher = self.trainer, self.trainer.weigher
+        is_global = weigher.grouping.is_global
         if trainer.model.shape.encoder == "own":
-            return Needs(whole_batch=trainer.grouping.is_global)
+            return Needs(whole_batch=is_global)
+        relative = weigher.weighs_relatively
+        # A loaded model's first batch sets the temperature, which every rank keeps.
+        settles = weigher.deferred is not None and not relative
         return Needs(
             losses=True,
             early_layer=trainer.config.early_layer,
-            whole_batch=trainer.grouping.is_global,
+            whole_batch=is_global and not relative,
+            on_every_rank=settles,
+            relative=relative,
         )
 
     def weighs(self, counters: Counters) -> bool:
@@ -118,21 +124,39 @@ class Dwm(DwmConfiguration):
 
     @torch.no_grad()
     def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
-        """Returns float32 [n], mean 1 in every weighting group; all 1 before the first update."""
+        """Returns float32 [n], mean 1 in every weighting group; all 1 before the first update.
+
+        If `needs` are relative, the mean is 1 after the pass.
+        """
         if not self.weighs(counters):
             return torch.ones(batch.units.count, device=batch.tokens_BS.device)
-        return self.trainer.weights(batch, outputs)
+        return self.trainer.weigher.weights(batch, outputs)
+
+    @torch.no_grad()
+    def after_weighing(self, batch: Batch, relative_n: Tensor) -> None:
+        """Set the next step's temperature (collective)."""
+        self.trainer.weigher.after_weighing(batch, relative_n)
+
+    def step_statistics(self) -> dict[str, Tensor]:
+        """Returns the softmax's temperature for the next step, and the drift of the last one's."""
+        deferred = self.trainer.weigher.deferred
+        if deferred is None or deferred.drift is None or deferred.temperature is None:
+            return {}
+        return {
+            "weight_temperature": deferred.temperature,
+            "weight_effective_sample_size_drift": deferred.drift,
+        }
 
     @torch.no_grad()
     def pool_scores(
         self, llm: LLM, pool: Batch, passages: Batch | None, counters: Counters
     ) -> Tensor:
         """Returns float32 [n], logits of this replica's candidates, in their weighting groups."""
-        needs, size = self.update_needs, self.trainer.grouping.micro_batch_size
+        needs, size = self.update_needs, self.trainer.weigher.grouping.micro_batch_size
         if not needs.forward_pass:
-            return self.trainer.pool_logits(pool, None, self.batches)
+            return self.trainer.weigher.pool_logits(pool, None, self.batches)
         first = forward_only(llm, unit(pool, size), early_layer=needs.early_layer)
-        return self.trainer.pool_logits(pool, first.outputs, self.batches)
+        return self.trainer.weigher.pool_logits(pool, first.outputs, self.batches)
 
     def update(
         self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments

@@ -22,6 +22,7 @@ from megatron_dwm.weighting.model import WeightingShape, unchecked_tokenizer_war
 from megatron_dwm.weighting.pool import ChoosesFromPool
 from megatron_dwm.weighting.rules import group_problems, learning_problems, target_problems
 from megatron_dwm.weighting.schedule import Schedule, schedule_of
+from megatron_dwm.weighting.weigher import defers
 
 _PARTS: frozenset[Part] = frozenset({"weighting_model", "groups", "pool"})
 _LEARNING: frozenset[Part] = frozenset(
@@ -106,16 +107,20 @@ def _costs(config: Config, llm: LlamaShape, workload: Workload, model: Weighting
     share = -(-rows // config.parallel.model_size)
     own = weighting.encoder == "own"
     is_global = weighting.group == "global"
+    deferred = defers(weighting, model)
+    reads_first = not own and is_global and not deferred and rows > training.micro_batch_size
     costs = learning_costs(
         config,
         llm,
         workload,
-        gradient_pass=weighting.update_on == "fresh",
+        update_on=weighting.update_on,
         model=model,
-        extra_forward=not own and is_global and rows > training.micro_batch_size,
+        extra_forward=reads_first,
         encodes_twice=own and share > training.micro_batch_size,
         frozen=weighting.frozen,
     )
+    if deferred and weighting.load is not None:
+        costs = replace(costs, first_forward=costs.forward)
     pools = weighting.pool_batches
     if pools == 1:
         return costs
@@ -124,7 +129,8 @@ def _costs(config: Config, llm: LlamaShape, workload: Workload, model: Weighting
         pool_passes=0.0 if own else pools * costs.forward,
         pool_scores=pools * costs.weighing,
     )
-    return replace(costs, weighing=0.0, extra_forward=0.0) if only_selects(config) else costs
+    without = replace(costs, weighing=0.0, extra_forward=0.0, first_forward=0.0)
+    return without if only_selects(config) else costs
 
 
 def _model_problems(config: Config, num_layers: int) -> Iterator[str]:
@@ -165,6 +171,7 @@ def wanted_shape(
         num_attention_heads=weighting.num_attention_heads,
         ffn_hidden_size=weighting.ffn_hidden_size,
         encoder=weighting.encoder,
+        across_samples=weighting.across_samples,
         feature_size=llm.hidden_size if weighting.encoder == "llm" else 0,
         tokenizer_sha256=tokenizer_sha256 if weighting.encoder == "own" else None,
     )

@@ -28,6 +28,7 @@ from megatron_dwm.model import (
     invalidate_weight_caches,
 )
 from megatron_dwm.model.optimizer_step import step_if_finite
+from megatron_dwm.model.parameter_gather import gather_now
 from megatron_dwm.model.passes.objective import (
     token_count,
     token_mean,
@@ -60,7 +61,8 @@ class DynamicReference:
 
     @torch.no_grad()
     def copy_from(self, llm: LLM) -> None:
-        """Take the parameters of `llm`, which has the same layout."""
+        """Take the parameters of `llm`, which has the same layout (collective)."""
+        gather_now(llm)
         for mine, other in zip(self.llm.parameters(), llm.parameters(), strict=True):
             mine.copy_(other)
         self.optimizer.reload_model_params()
@@ -71,7 +73,7 @@ class DynamicReference:
         llm, optimizer = self.llm, self.optimizer
         size = _common_size(batch.size, passages.size, self.micro_batch_size, llm)
         validation = _over(token_mean(passages, size), _total(token_count(passages), llm))
-        denominator = _total(weighted_denominator(batch), llm) / max(self.penalty, 1e-30)
+        denominator = _total(float(weighted_denominator(batch)), llm) / max(self.penalty, 1e-30)
         training = _over(weighted(batch, weights_U, size), denominator)
         clear_gradients(llm, optimizer)
         # The coefficients carry the denominators, and replicas are summed.

@@ -93,7 +93,7 @@ class GradientAlignment(RuleBased):
     @classmethod
     def costs(cls, config: Config, llm: LlamaShape, workload: Workload) -> Costs:
         """Returns the costs of updates with a pass for g at uniform weights, and of sketches."""
-        costs, policy = learning_costs(config, llm, workload, gradient_pass=True), config.policy
+        costs, policy = learning_costs(config, llm, workload, update_on="fresh"), config.policy
         if policy.alignment_choice != "greedy" or not policy.redundancy:
             return costs
         return replace(costs, update_passes=costs.update_passes + costs.forward)

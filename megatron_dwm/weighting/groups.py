@@ -73,7 +73,7 @@ def units_of_replicas(batch: Batch, runtime: Runtime) -> list[int]:
     # Only documents may be more on one replica than on another.
     if batch.units_BS is None or runtime.data_size == 1:
         return [count] * runtime.data_size
-    mine = torch.tensor([count], device=runtime.device)
+    mine = torch.full((1,), count, device=runtime.device)
     return gather_over_data(mine, runtime).tolist()
 
 
@@ -121,11 +121,16 @@ class Groups:
     @property
     def present_Gn(self) -> Tensor | None:
         """True where there is a unit; None if there is no padding."""
-        if self.sizes_Gn is None or self.is_global or len(set(self.counts)) == 1:
+        if self.sizes_Gn is None or not self._is_padded:
             return None
         device = self.sizes_Gn.device
-        counts_G1 = torch.tensor(self.counts, device=device)[:, None]
+        counts_G1 = torch.tensor(self.counts).to(device, non_blocking=True)[:, None]
         return torch.arange(max(self.counts), device=device) < counts_G1
+
+    @property
+    def _is_padded(self) -> bool:
+        """True if groups have different numbers of units."""
+        return not self.is_global and len(set(self.counts)) > 1
 
     def gather(self, rows_U: Tensor) -> Tensor:
         """Arrange this replica's rows [U, ...] in their groups, [G, n, ...]."""
@@ -140,8 +145,15 @@ class Groups:
         """Returns this replica's values, [U]; the inverse of `gather`."""
         if self.is_global:
             return values_Gn.reshape(-1).split(self.counts)[self.runtime.data_rank]
-        present_Gn = self.present_Gn
-        return values_Gn.reshape(-1) if present_Gn is None else values_Gn[present_Gn]
+        if not self._is_padded:
+            return values_Gn.reshape(-1)
+        rows = zip(values_Gn, self.counts, strict=True)
+        return torch.cat([values_n[:count] for values_n, count in rows])
+
+    def only(self, kept_n: Tensor) -> Groups:
+        """Returns the same groups in which only these of this replica's units count."""
+        kept_Gn = self.gather(kept_n.float())
+        return replace(self, sizes_Gn=kept_Gn if self.sizes_Gn is None else self.sizes_Gn * kept_Gn)
 
     def mean(self, values_Gn: Tensor) -> Tensor:
         """Returns the part of these groups in the mean over the global batch's units."""

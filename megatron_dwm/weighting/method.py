@@ -49,11 +49,16 @@ class Needs:
     losses: token-mean losses.
     early_layer: layer (from 1) of the early pooled hidden states; None if it reads none.
     whole_batch: a sample's weight depends on every sample of the global batch.
+    on_every_rank: with `whole_batch`, every rank computes the weights, not only the last stages.
+    relative: `weights` returns them up to a common factor, for one micro-batch at a time; the pass
+        divides by their mean over the batch, and `after_weighing` is told.
     """
 
     losses: bool = False
     early_layer: int | None = None
     whole_batch: bool = False
+    on_every_rank: bool = False
+    relative: bool = False
 
     @property
     def forward_pass(self) -> bool:
@@ -67,11 +72,13 @@ class Alignments:
 
     values_n: float32, s_i of this replica's samples (METHOD.md, section 2).
     learning_rate: the LLM's eta, needed if the scale of the alignments matters.
+    known_n: bool, False where no alignment was computed; None: all are known.
     signal_to_noise: ratio of these alignments; None if it was not measured.
     """
 
     values_n: Tensor
     learning_rate: float
+    known_n: Tensor | None = None
     signal_to_noise: float | None = None
 
 
@@ -267,6 +274,16 @@ class Method(MethodConfiguration, Protocol):
     def read_target(self, passages: Batch, outputs: ForwardOutputs) -> None:
         """Update from this replica's passages and their `update_needs` alone (collective)."""
         raise NotImplementedError("a method that updates without hypergradients reads the target")
+
+    def after_weighing(self, batch: Batch, relative_n: Tensor) -> None:
+        """Read this replica's weights of a step that was taken, as `weights` returned them.
+
+        Called if the step's `needs` were `relative`, and before `after_step` (collective).
+        """
+
+    def step_statistics(self) -> dict[str, Tensor]:
+        """Returns scalars about the last step's weights for metrics.jsonl, by name."""
+        return {}
 
     def after_step(self, batch: Batch, losses_n: Tensor, counters: Counters) -> None:
         """Record the token-mean losses of this replica's units in a step that was taken."""

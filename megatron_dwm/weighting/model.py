@@ -5,7 +5,8 @@
     logit_i  = head(attention across the group)_i + sample_head(pooled_i)
 
 Both heads start at zero, so weights start exactly uniform. The second head reads the pooled
-vector directly; without it the weights would collapse back to uniform.
+vector directly; without it the weights would collapse back to uniform. A model without attention
+across samples has only the second: a unit's logit then does not depend on its group.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class WeightingShape:
     feature_size: the LLM's hidden size; 0 for the model's own encoder.
     tokenizer_sha256: digest of the tokenizer whose ids it reads; None if it reads none (encoder
         llm) or if the file does not name it.
+    across_samples: units of a group attend to each other; older files do not name it, and have it.
     """
 
     vocab_size: int
@@ -46,6 +48,7 @@ class WeightingShape:
     encoder: Literal["own", "llm"] = "own"
     feature_size: int = 0
     tokenizer_sha256: str | None = None
+    across_samples: bool = True
 
 
 class WeightingModel(nn.Module):
@@ -60,11 +63,13 @@ class WeightingModel(nn.Module):
                 shape.vocab_size, width, shape.num_layers, heads, shape.ffn_hidden_size
             )
         else:
-            self.encoder = FeatureReader(shape.feature_size, width)
-        self.across_samples = EncoderLayer(width, heads, shape.ffn_hidden_size)
-        self.head = nn.Linear(width, 1)
+            remembers = not shape.across_samples
+            self.encoder = FeatureReader(shape.feature_size, width, remembers=remembers)
+        if shape.across_samples:
+            self.across_samples = EncoderLayer(width, heads, shape.ffn_hidden_size)
+            self.head = nn.Linear(width, 1)
         self.sample_head = nn.Linear(width, 1)
-        for head in (self.head, self.sample_head):
+        for head in (self.head, self.sample_head) if shape.across_samples else (self.sample_head,):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
@@ -74,6 +79,8 @@ class WeightingModel(nn.Module):
         present_Gn: False for padding, which no unit sees; None if there is none. Or [G, n, n]:
             which units each unit sees.
         """
+        if not self.shape.across_samples:
+            return self.sample_head(pooled_GnD).squeeze(-1)
         mixed_GnD = self.across_samples(pooled_GnD, rotation=None, present_BS=present_Gn)
         return (self.head(mixed_GnD) + self.sample_head(pooled_GnD)).squeeze(-1)
 
@@ -83,6 +90,8 @@ class WeightingModel(nn.Module):
         Attention across samples is one layer, so a unit's logit needs only what that unit sees. All
         of them are computed as one group, in which no unit sees another but the companions.
         """
+        if not self.shape.across_samples:
+            return self.sample_head(pooled_nD).squeeze(-1)
         n = len(pooled_nD)
         everyone_1ND = torch.cat([pooled_nD, companions_mD])[None]
         sees_NN = torch.eye(everyone_1ND.shape[1], dtype=torch.bool, device=pooled_nD.device)

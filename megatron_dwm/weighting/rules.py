@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_dwm.config import Config
+from megatron_dwm.model.passes.micro_batches import probed_micro_batches
 
 
 def target_problems(config: Config) -> Iterator[str]:
@@ -55,10 +56,10 @@ def learning_problems(config: Config, world_size: int) -> Iterator[str]:
             f"weighting.stages {weighting.stages}: expected at most training.steps, "
             f"which is {config.training.steps}"
         )
-    if weighting.update_on == "training" and weighting.mode == "staged":
+    if weighting.update_on != "fresh" and weighting.mode == "staged":
         yield (
-            "weighting.update_on training: one LLM step gives one update, and weighting.mode "
-            "staged makes many with the LLM frozen; set weighting.mode online"
+            f"weighting.update_on {weighting.update_on}: one LLM step gives one update, and "
+            "weighting.mode staged makes many with the LLM frozen; set weighting.mode online"
         )
     if weighting.damp_by_noise and not config.bilevel.noise_interval_updates:
         yield (
@@ -71,19 +72,38 @@ def learning_problems(config: Config, world_size: int) -> Iterator[str]:
             f"{config.passages}: noise is measured between halves"
         )
     yield from _first_update(config)
+    if weighting.update_on == "ahead":
+        yield from _ahead_problems(config, world_size)
     yield from estimator_problems(config, world_size)
 
 
 def _first_update(config: Config) -> Iterator[str]:
     """Check the warm-up: Adam's first step does not depend on the size of the gradient."""
     weighting = config.weighting
-    if (weighting.mode, weighting.update_on) != ("online", "training"):
+    if weighting.mode != "online" or weighting.update_on == "fresh":
         return
     if weighting.warmup_steps < 2:
         yield (
             f"weighting.warmup_steps {weighting.warmup_steps}: expected 2 or more with "
-            "weighting.update_on training, whose first update would come inside the first step, "
-            "with Adam's moments empty; some tens let them settle"
+            f"weighting.update_on {weighting.update_on}, whose first update would come inside the "
+            "first step, with Adam's moments empty; some tens let them settle"
+        )
+
+
+def _ahead_problems(config: Config, world_size: int) -> Iterator[str]:
+    """Check what an update whose direction comes first cannot do."""
+    if config.bilevel.estimator != "tangent_probe":
+        yield (
+            f"bilevel.estimator {config.bilevel.estimator}: with weighting.update_on ahead the "
+            "training pass itself carries the tangent probe; leave it out, or set another "
+            "weighting.update_on"
+        )
+    fraction, count = config.weighting.probe_fraction, config.num_microbatches(world_size)
+    if fraction < 1.0 and abs(probed_micro_batches(count, fraction) / count - fraction) > 0.02:
+        yield (
+            f"weighting.probe_fraction {fraction}: a step has {count} micro-batch"
+            f"{'es' if count > 1 else ''} per data-parallel replica, of which only whole ones are "
+            f"probed; set a multiple of {1 / count:.3g}, or a smaller training.micro_batch_size"
         )
 
 

@@ -23,6 +23,7 @@ class Schedule:
     borders: the first step of every stage, ascending, beginning with 0.
     in_step: the update comes inside the preceding step, from that step's own batch.
     fresh: an update reads a training batch of its own.
+    ahead: the direction of an update in a step comes before the step's gradient (bilevel/ahead.py).
     """
 
     steps: int
@@ -31,6 +32,7 @@ class Schedule:
     borders: Sequence[int] = (0,)
     in_step: bool = False
     fresh: bool = False
+    ahead: bool = False
 
     def updates_before(self, step: int) -> int:
         """Returns the number of updates that are due before step `step`."""
@@ -67,7 +69,8 @@ def schedule_of(config: Config) -> Schedule:
             warmup=weighting.warmup_steps,
             interval=weighting.interval_steps,
             last=last,
-            in_step=weighting.update_on == "training",
+            in_step=weighting.update_on != "fresh",
+            ahead=weighting.update_on == "ahead",
         )
     return staged(
         config.training.steps,
@@ -92,7 +95,9 @@ def staged(steps: int, *, stages: int, updates: int, last: float) -> Schedule:
     )
 
 
-def online(steps: int, *, warmup: int, interval: int, last: float, in_step: bool) -> Schedule:
+def online(
+    steps: int, *, warmup: int, interval: int, last: float, in_step: bool, ahead: bool = False
+) -> Schedule:
     """Returns one update after `warmup` steps and then every `interval` steps, in one stage."""
     end = min(steps, int(last) + 1)
     return Schedule(
@@ -100,4 +105,5 @@ def online(steps: int, *, warmup: int, interval: int, last: float, in_step: bool
         update_steps=range(max(warmup, 1), end, interval),
         in_step=in_step,
         fresh=not in_step,
+        ahead=ahead,
     )

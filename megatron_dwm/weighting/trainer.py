@@ -1,4 +1,4 @@
-"""Training of the weighting model: the weights of a group, and one update from alignments.
+"""Training of the weighting model: one update from alignments.
 
 An update follows the chain rule (METHOD.md, section 2):
 
@@ -24,18 +24,12 @@ from megatron_dwm.config import WeightingConfig
 from megatron_dwm.data import Batch
 from megatron_dwm.model import ForwardOutputs
 from megatron_dwm.runtime import Runtime
-from megatron_dwm.weighting.concentration import weights_from_logits
-from megatron_dwm.weighting.encoding import encode
-from megatron_dwm.weighting.groups import (
-    Grouping,
-    Groups,
-    gather_inside_replica,
-    rows_of_rank,
-)
+from megatron_dwm.weighting.advantage import advantages, known_groups
+from megatron_dwm.weighting.groups import Groups
 from megatron_dwm.weighting.method import Alignments, WeightingUpdate
 from megatron_dwm.weighting.model import WeightingModel
 from megatron_dwm.weighting.noise import Reliability
-from megatron_dwm.weighting.standardize import standardize
+from megatron_dwm.weighting.weigher import Weigher
 
 
 class WeightingTrainer:
@@ -57,10 +51,8 @@ class WeightingTrainer:
         bf16: the model's own encoder computes products in bf16; see encoding.py.
         """
         self.model = model.to(runtime.device)
-        self.bf16 = bf16
         self.config = config
-        self.runtime = runtime
-        self.grouping = Grouping(runtime, micro_batch_size, config.group == "global")
+        self.weigher = Weigher(self.model, config, runtime, micro_batch_size, bf16=bf16)
         self.learned = learned
         self.reliability = Reliability()
         self._previous_gradient: Tensor | None = None
@@ -76,66 +68,38 @@ class WeightingTrainer:
     ) -> WeightingUpdate:
         """Take one AdamW step toward a lower validation loss (collective over the job)."""
         self.reliability.observe(alignments.signal_to_noise)
-        groups = self.grouping.of(batch)
-        weights_Gn = self._group_weights(batch, outputs, groups)
-        advantage_Gn = self._advantage(alignments, weights_Gn.detach(), groups)
-        objective = -groups.mean(advantage_Gn * weights_Gn)
+        weigher = self.weigher
+        groups = weigher.grouping.of(batch)
+        if not self.learned:
+            weigher.remember(batch, outputs)
+        weights_Gn = weigher.group_weights(batch, outputs, groups)
+        known = known_groups(groups, alignments)
+        advantage_Gn = self._advantage(alignments, weights_Gn.detach(), known)
+        objective = -known.mean(advantage_Gn * weights_Gn)
         self.optimizer.zero_grad()
-        (objective / self.grouping.ranks_with_same_groups).backward()
+        (objective / weigher.grouping.ranks_with_same_groups).backward()
         gradient = self._sum_gradients()
         cosine = self._cosine_to_previous(gradient)
         limit = self.config.clip_grad or float("inf")
         grad_norm = float(clip_grad_norm_(self.model.parameters(), limit))
         self._step()
+        # The next step's statistics and temperature: what the model now makes of this batch.
+        if self.learned:
+            weigher.remember(batch, outputs)
+        weigher.settle(batch, outputs, groups)
         self.learned = True
         return WeightingUpdate(groups.local(weights_Gn.detach()), grad_norm, cosine)
 
-    def weights(self, batch: Batch, outputs: ForwardOutputs | None) -> Tensor:
-        """Returns [n]: the weights of this replica's units."""
-        groups = self.grouping.of(batch)
-        return groups.local(self._group_weights(batch, outputs, groups))
-
-    def pool_logits(self, pool: Batch, outputs: ForwardOutputs | None, batches: int) -> Tensor:
-        """Returns [n]: the logits of this replica's candidates, each computed in its group.
-
-        batches: global batches in the pool; each is a group if groups are global.
-        """
-        groups = self.grouping.of(pool)
-        parts = batches if self.grouping.is_global else 1
-        return groups.local(self._group_logits(pool, outputs, groups, parts))
-
-    def _group_weights(
-        self, batch: Batch, outputs: ForwardOutputs | None, groups: Groups
-    ) -> Tensor:
-        """Returns [G, n]: the weights of this rank's groups."""
-        return weights_from_logits(
-            self._group_logits(batch, outputs, groups),
-            groups.sizes_Gn,
-            min_effective_sample_size=self.config.min_effective_sample_size,
-            uniform_floor=self.config.uniform_floor,
-        )
-
-    def _group_logits(
-        self, batch: Batch, outputs: ForwardOutputs | None, groups: Groups, parts: int = 1
-    ) -> Tensor:
-        """Returns [G, n]: the logits of this rank's groups, each divided into `parts` groups."""
-        if self.model.shape.encoder == "own":
-            pooled_GnD = _divided(groups.gather(self._encoded(batch)), parts)
-        else:
-            assert outputs is not None and outputs.features is not None
-            rows_nK = torch.cat([outputs.features.flat(), outputs.losses_n[:, None]], dim=1)
-            rows_GnK = _divided(groups.gather(rows_nK.to(self._dtype)), parts)
-            pooled_GnD = self.model.encoder(rows_GnK, groups.sizes_Gn)
-        return self.model.logits(pooled_GnD, groups.present_Gn)
-
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that a resumed run needs."""
+        deferred = self.weigher.deferred
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "learned": self.learned,
             "previous_gradient": self._previous_gradient,
             "reliability": self.reliability.value,
+            **({} if deferred is None else {"deferred": deferred.state_dict()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -147,22 +111,15 @@ class WeightingTrainer:
         self.learned = state["learned"]
         self._previous_gradient = state["previous_gradient"]
         self.reliability.value = state["reliability"]
+        if self.weigher.deferred is not None:
+            self.weigher.deferred.load_state_dict(state["deferred"])
 
-    def _encoded(self, batch: Batch) -> Tensor:
-        """Returns [n, D]; the ranks of the inner group share out the replica's rows."""
-        share, size = rows_of_rank(batch, self.runtime), self.grouping.micro_batch_size
-        pooled_UD = encode(self.model.encoder, share, size, bf16=self.bf16)
-        return gather_inside_replica(pooled_UD, batch, self.runtime)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.model.head.weight.dtype
-
-    def _advantage(self, alignments: Alignments, weights_Gn: Tensor, groups: Groups) -> Tensor:
-        alignment_Gn = groups.gather(alignments.values_n)
-        if not self.config.standardize:
-            return alignment_Gn * alignments.learning_rate
-        return standardize(alignment_Gn, weights_Gn, groups.sizes_Gn)
+    def _advantage(self, alignments: Alignments, weights_Gn: Tensor, known: Groups) -> Tensor:
+        standardized = self.config.standardize
+        if not standardized and alignments.known_n is None:
+            # A softmax of mean 1 does not change with the mean of what multiplies it.
+            return known.gather(alignments.values_n) * alignments.learning_rate
+        return advantages(alignments, weights_Gn, known, standardized=standardized)
 
     def _step(self) -> None:
         if self.config.damp_by_noise:
@@ -185,9 +142,3 @@ class WeightingTrainer:
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
         return flat
-
-
-def _divided(rows_GnK: Tensor, parts: int) -> Tensor:
-    """Returns [G * parts, n / parts, K]."""
-    groups, size, width = rows_GnK.shape
-    return rows_GnK.reshape(groups * parts, size // parts, width)

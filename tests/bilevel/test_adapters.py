@@ -21,6 +21,7 @@ from megatron_dwm.bilevel.adapters import (
     norm_tangent,
     position_of,
 )
+from megatron_dwm.bilevel.slots import slice_of_z
 from megatron_dwm.model import Units
 
 SEQUENCE, BATCH, WIDTH, OUT = 5, 3, 8, 6
@@ -108,7 +109,7 @@ def _case(kind: type[Module]) -> Case:
 
 
 def _tangent(name: str, case: Case, module: Module | None = None) -> Tensor:
-    form = ADAPTERS[name].form(module or case.module, {}, ALONE)
+    form = ADAPTERS[name].form(module or case.module, {}, ALONE, slice_of_z)
     return form(case.gradient_SBC, case.x_SBD, ROWS)
 
 
@@ -153,7 +154,7 @@ def test_tangent_of_documents_is_autograds(name: str, kind: type[Module], flat: 
     if flat:  # one row, as Transformer Engine takes documents
         gradient, kept = (t.transpose(0, 1).flatten(0, 1)[:, None] for t in (gradient, kept))
         units = DOCUMENTS.flattened(NUMBERS_BS)
-    found = ADAPTERS[name].form(case.module, {}, ALONE)(gradient, kept, units)
+    found = ADAPTERS[name].form(case.module, {}, ALONE, slice_of_z)(gradient, kept, units)
     torch.testing.assert_close(found, _of_documents(case), rtol=1e-12, atol=1e-12)
 
 
@@ -169,7 +170,7 @@ def test_norms_of_parts_of_the_sequence_add_up_to_documents() -> None:
     place = position_of("q_layernorm", sequence_parallel=True, tensor_rank=1, group=None)
     heads_SBHD = _draw(SEQUENCE, BATCH, 2, WIDTH)
     of_heads = Case(case.module, heads_SBHD, _draw(*heads_SBHD.shape))
-    tangent = ADAPTERS[TE_NORM].form(case.module, {}, place)
+    tangent = ADAPTERS[TE_NORM].form(case.module, {}, place, slice_of_z)
     found = tangent(of_heads.gradient_SBC, heads_SBHD, DOCUMENTS)
     torch.testing.assert_close(found, _of_documents(of_heads), rtol=1e-12, atol=1e-12)
 

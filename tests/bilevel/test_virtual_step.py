@@ -8,6 +8,7 @@ import torch
 from megatron_dwm.bilevel.adam import AdamMoments, adam_jacobian, adam_step
 from tests.launch import run_ranks
 
+OVERLAPS = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 LAYOUTS = [
     ({}, 1),
     ({"clip": 0.2}, 1),
@@ -17,6 +18,16 @@ LAYOUTS = [
     ({"sharded": True, "precision": "bf16", "clip": 0.2}, 2),
     ({"tensor": 2, "sequence": True}, 2),
     ({"pipeline": 2, "precision": "bf16"}, 2),
+    ({"sharded": True, "switches": {**OVERLAPS, "ddp_bucket_size": 2000}}, 2),
+    ({"precision": "bf16", "clip": 0.2, "switches": {"grad_reduce_in_fp32": False}}, 1),
+    (
+        {
+            "sharded": True,
+            "precision": "bf16",
+            "switches": {**OVERLAPS, "grad_reduce_in_fp32": False},
+        },
+        2,
+    ),
 ]
 
 

@@ -18,6 +18,8 @@ from megatron_dwm.bilevel.virtual_step import CLIP_EPSILON, prepare_virtual_step
 from megatron_dwm.config import WeightingConfig
 from megatron_dwm.data import Batch
 from megatron_dwm.model import LLM, ForwardOutputs, clear_gradients, forward_backward, forward_only
+from megatron_dwm.model.optimizer_step import step_if_finite
+from megatron_dwm.model.parameter_gather import gather_now
 from megatron_dwm.model.passes.objective import token_count, token_mean, unit
 from megatron_dwm.weighting.dwm import Dwm
 from megatron_dwm.weighting.model import WeightingShape, build_weighting_model
@@ -67,6 +69,7 @@ def _hypergradient(
 def everything_restored(**layout: Any) -> dict[str, bool]:
     """Returns which parts of the state are bit-identical after a hypergradient."""
     with tiny(**layout) as subject:
+        gather_now(subject.llm)  # under the overlap, training leaves that to the next pass
         clear_gradients(subject.llm, subject.optimizer)
         before = _snapshot(subject)
         _hypergradient(subject, "adam")
@@ -101,7 +104,8 @@ def virtual_and_real(**layout: Any) -> list[tuple[Tensor, Tensor]]:
         step.enter()
         virtual = [p.detach().clone() for p in subject.llm.parameters()]
         step.restore()
-        subject.optimizer.step()
+        step_if_finite(subject.optimizer)
+        gather_now(subject.llm)
         return list(zip(virtual, [p.detach() for p in subject.llm.parameters()], strict=True))
 
 

@@ -14,13 +14,14 @@ from megatron_dwm.weighting import method_class
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 METHODS = ["uniform", "own_staged", "own_online", "llm_fresh", "llm_training", "domain_mean"]
-METHODS += ["validation_mixing"]
+METHODS += ["validation_mixing", "exact_fresh", "exact_training", "ahead_v1_p1", "ahead_v4_p2"]
+METHODS += ["ahead_v4_bf16", "alone", "alone_deferred", "alone_ahead_v4_p2"]
 # The scripts' own functions, with a python that prints the words it is called with.
 TYPED = f"""
 set -eu
 . {EXAMPLES}/parts.sh
 python() {{ printf '%s\\n' "$@"; }}
-eval "$(sed -n '/^options_of/,/^}}/p' {EXAMPLES}/study.sh)"
+eval "$(sed -n '/^options_of/,/^}}/p; /^ahead/,/^}}/p' {EXAMPLES}/study.sh)"
 """
 
 

@@ -26,6 +26,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"tensor": 2, "pipeline": 2, "virtual_stages": 2, "batch": 16},
     ],
 }
+AHEAD = {"mode": "online", "update_on": "ahead", "probe_fraction": 0.5}
 LIMIT_S = 120.0
 
 
@@ -34,7 +35,7 @@ def passages(settings: dict[str, Any]) -> int:
     return settings["batch"] // 2
 
 
-def planned(settings: dict[str, Any], world_size: int) -> dict[str, Traffic]:
+def planned(settings: dict[str, Any], world_size: int, **weighting: Any) -> dict[str, Traffic]:
     config = configured(
         model={
             "hidden_size": settings["hidden"],
@@ -45,6 +46,7 @@ def planned(settings: dict[str, Any], world_size: int) -> dict[str, Traffic]:
             "precision": settings["precision"],
         },
         policy="dwm",
+        weighting=weighting,
         length=settings["sequence"],
         batch=settings["batch"],
         micro_batch=settings["micro_batch"],
@@ -70,10 +72,12 @@ def test_messages_by_link(world_size: int) -> None:
     ]
     found = run_ranks("tests.planning.workers:measured", world_size, arguments, limit_s=LIMIT_S)
     for settings, ranks in zip(cases, found, strict=True):
+        ahead = planned(settings, world_size, **AHEAD)
         for link, line in planned(settings, world_size).items():
             planned_of = {
                 "step": (line.step_messages, line.step),
                 "update": (line.update_messages, line.update),
+                "ahead": (ahead[link].update_messages, ahead[link].update),
             }
             for moment, (messages, num_bytes) in planned_of.items():
                 counted = [rank[moment].get(link, (0, 0)) for rank in ranks]

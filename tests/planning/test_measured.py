@@ -26,10 +26,16 @@ Found = Callable[[int, str, dict[str, Any]], list[Any]]
 
 BF16 = {"precision": "bf16"}
 HOLDINGS: dict[int, list[dict[str, Any]]] = {
-    1: [{}, {"model": BF16}, {"model": {"tied_embeddings": True}}],
+    1: [
+        {},
+        {"model": BF16},
+        {"model": BF16, "grad_reduce_in_fp32": False},
+        {"model": {"tied_embeddings": True}},
+    ],
     2: [
         {"sharded_optimizer": True},
         {"model": BF16, "sharded_optimizer": True},
+        {"model": BF16, "sharded_optimizer": True, "grad_reduce_in_fp32": False},
         {"tensor": 2},
     ],
 }
@@ -84,8 +90,9 @@ def test_weights_gradients_and_optimizer(world_size: int, found: Found) -> None:
         for held in ranks:
             assert held["parameters"] == parameters, options
             assert held["weights"] == plan.weights, options
-            # Sharded, Megatron pads every bucket to a multiple of the ranks and of 64 values.
-            assert held["gradients"] == pytest.approx(plan.gradients, rel=0.02), options
+        gradients = sum(held["gradients"] for held in ranks) / len(ranks)
+        # Sharded, Megatron pads every bucket to a multiple of the ranks and of 64 values.
+        assert gradients == pytest.approx(plan.gradients, rel=0.02), options
         optimizer = sum(held["optimizer"] for held in ranks) / len(ranks)
         assert optimizer == pytest.approx(plan.optimizer, rel=1e-3), options
 
@@ -248,3 +255,24 @@ def test_a_reading_of_the_target_sends_one_way() -> None:
             counted = [rank.get(line.link, (0, 0)) for rank in ranks]
             assert line.update == max(num_bytes for _, num_bytes in counted), (case, line)
             assert line.update_messages == max(number for number, _ in counted), (case, line)
+
+
+def test_a_reduction_sends_what_the_plan_says() -> None:
+    """Overlaps change the number of messages only; bf16 halves their bytes."""
+    overlap = {"overlap_grad_reduce": True}
+    cases: list[dict[str, Any]] = [
+        {"model": BF16},
+        {"model": BF16, **overlap},
+        {"model": BF16, **overlap, "ddp_bucket_size": 20_000},
+        {"model": BF16, **overlap, "grad_reduce_in_fp32": False},
+    ]
+    arguments = [{"what": "reduced", "options": options} for options in cases]
+    found = run_ranks("tests.planning.workers:measured", 2, arguments)
+    planned_bytes = []
+    for options, ranks in zip(cases, found, strict=True):
+        config = configured(**options)
+        lines = traffic_of(config, resolve_shape(config.model), None, 2, on_gpu=False)
+        [data] = [line for line in lines if line.link == "data"]
+        planned_bytes.append(data.step)
+        assert set(ranks) == {(data.step_messages, data.step)}, options
+    assert planned_bytes[0] == planned_bytes[1] == planned_bytes[2] == 2 * planned_bytes[3]

@@ -26,11 +26,19 @@ TERA = 1e12
         ("bf16", False, 18),
         ("bf16", True, 6 + 12 / 8),
         ("fp8", False, 18),
+        ("bf16, reduced in bf16", False, 20),
+        ("bf16, reduced in bf16", True, 4 + 16 / 8),
     ],
 )
 def test_bytes_a_parameter_are_megatrons(precision: str, sharded: bool, published: float) -> None:
-    """README of Megatron-LM, "Distributed Optimizer", fp32 gradients, 8 replicas."""
-    config = configured(model={"precision": precision}, batch=16, sharded_optimizer=sharded)
+    """README of Megatron-LM, "Distributed Optimizer", fp32 or bf16 gradients, 8 replicas."""
+    precision, _, reduced = precision.partition(", ")
+    config = configured(
+        model={"precision": precision},
+        batch=16,
+        sharded_optimizer=sharded,
+        grad_reduce_in_fp32=not reduced,
+    )
     shape = resolve_shape(config.model)
     found = stage_memory(config, shape, None, world_size=8, stage=0, on_gpu=True)
     total = found.weights + found.gradients + found.optimizer

@@ -13,11 +13,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_dwm.config import Config
 from megatron_dwm.data import Batch
-from megatron_dwm.model import forward_backward, resolve_shape
+from megatron_dwm.model import clear_gradients, forward_backward, resolve_shape
 from megatron_dwm.model.passes.objective import unit
 from megatron_dwm.runtime import Runtime, bring_up
 from megatron_dwm.testing import random_batch
-from megatron_dwm.training import Learner, build_learner, read_target
+from megatron_dwm.training import Ahead, Learner, build_learner, read_target
 from megatron_dwm.weighting.similarity import Similarity
 from tests.planning.runs import configured
 
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))
 
 from benchmarks.collectives import CountCalls
 from benchmarks.settings import Settings
-from benchmarks.subject import build_subject, opened
+from benchmarks.subject import OWN, build_subject, opened
 
 # Scalars, and the alignments of the few samples of a test.
 _SCALARS_BYTES = 64
@@ -34,7 +34,7 @@ _SCALARS_BYTES = 64
 def measured(what: str, options: dict[str, Any]) -> Any:
     """Run one measurement; one start of the processes serves them all."""
     measurements = {"holdings": holdings, "kept": kept, "sent": sent, "by_link": by_link}
-    return {**measurements, "reading": reading}[what](**options)
+    return {**measurements, "reading": reading, "reduced": reduced}[what](**options)
 
 
 def holdings(**options: Any) -> dict[str, int]:
@@ -50,11 +50,19 @@ def holdings(**options: Any) -> dict[str, int]:
         return {
             "parameters": sum(parameter.numel() for parameter in llm.parameters()),
             "weights": sum(map(_bytes, llm.parameters())),
-            "gradients": sum(
-                _bytes(buffer.grad_data) for chunk in llm.chunks for buffer in chunk.buffers
-            ),
+            "gradients": sum(map(_bytes, _gradients(learner))),
             "optimizer": sum(map(_bytes, state)),
         }
+
+
+def _gradients(learner: Learner) -> list[Tensor]:
+    """Returns the buffers, and the optimizer's gradients that are no views of them."""
+    chunks = learner.llm.chunks
+    buffers = [buffer.grad_data for chunk in chunks for buffer in chunk.buffers]
+    inside = {buffer.untyped_storage().data_ptr() for buffer in buffers}
+    groups = [group for each in learner.optimizer.chained_optimizers for group in each.param_groups]
+    of_mains = [main.grad for group in groups for main in group["params"]]
+    return buffers + [g for g in of_mains if g.untyped_storage().data_ptr() not in inside]
 
 
 def _state(member: Any, own: set[int]) -> list[Tensor]:
@@ -104,6 +112,21 @@ def sent(**settings: Any) -> dict[str, int]:
         return counts
 
 
+def reduced(**options: Any) -> tuple[int, int]:
+    """Count (messages, bytes) that this process sends to reduce the gradients of a second pass."""
+    config = configured(**options)
+    with bring_up(config.parallel, seed=1) as runtime:
+        learner = _learner(config, runtime)
+        llm, passes = learner.llm, unit(_batch(config, runtime), 2)
+        for _ in range(2):
+            clear_gradients(llm, learner.optimizer)
+            with CountCalls() as counter:
+                forward_backward(llm, passes, denominator=1.0)
+    sizes = [message.num_bytes for message in counter.traffic.messages]
+    sizes = [size for size in sizes if size > _SCALARS_BYTES]
+    return len(sizes), sum(sizes)
+
+
 def reading(**options: Any) -> dict[str, tuple[int, int]]:
     """Count (messages, bytes) of hidden states that this process sends when it reads the target."""
     config = configured(policy="similarity", **options)
@@ -124,6 +147,7 @@ def reading(**options: Any) -> dict[str, tuple[int, int]]:
 def by_link(*, passages: int, **settings: Any) -> dict[str, dict[str, tuple[int, int]]]:
     """Count (messages, bytes) of this process on every link in a step and in a weighting update.
 
+    ahead: what an update whose direction comes ahead adds to a step, half of it probed.
     A layout with several tensor, pipeline and data ranks: then a group's ranks say what it is.
     """
     with opened(Settings(**settings)) as runtime:
@@ -137,7 +161,13 @@ def by_link(*, passages: int, **settings: Any) -> dict[str, dict[str, tuple[int,
             tuple(range(runtime.world_size)): "weighting",
         }
         counts = {}
-        for name, call in (("step", subject.plain_step), ("update", subject.weighting_update)):
+        half = Ahead(fraction=0.5)
+        for name, call in (
+            ("step", subject.plain_step),
+            ("update", subject.weighting_update),
+            ("weighted", lambda: subject.step(OWN)),
+            ("ahead", lambda: subject.learning_step(OWN, ahead=half)),
+        ):
             with CountCalls() as counter:
                 call()
             found: dict[str, tuple[int, int]] = {}
@@ -148,6 +178,10 @@ def by_link(*, passages: int, **settings: Any) -> dict[str, dict[str, tuple[int,
                     messages, num_bytes = found.get(link, (0, 0))
                     found[link] = (messages + 1, num_bytes + message.num_bytes)
             counts[name] = found
+        ahead, weighted = counts["ahead"], counts.pop("weighted")
+        for link, (messages, num_bytes) in ahead.items():
+            before = weighted.get(link, (0, 0))
+            ahead[link] = (messages - before[0], num_bytes - before[1])
         return counts
 
 

@@ -69,6 +69,17 @@ def _class(name: str) -> dict[str, Any]:
     }
 
 
+def _rotary(extension: Any) -> dict[str, Any]:
+    """Returns what Megatron-Core's fused rotary embeddings take, and how they call the kernel."""
+    kernel = importlib.import_module("transformer_engine.pytorch.attention.rope")
+    names = ("fused_apply_rotary_pos_emb", "fused_apply_rotary_pos_emb_thd")
+    return {
+        "kernel": _parameters(kernel.apply_rotary_pos_emb),
+        "functions": {name: _parameters(getattr(extension, name)) for name in names},
+        "source": "".join(inspect.getsource(getattr(extension, name)) for name in names),
+    }
+
+
 def _parameters(function: Any) -> list[str]:
     return list(inspect.signature(function).parameters)
 
@@ -140,6 +151,13 @@ def main() -> None:
         "scales": scales(ours, recipe),
         "recipes": {name: _parameters(getattr(recipe, name)) for name in RECIPES},
         "block": _block(ours.transformer_engine_block_spec(2)),
+        "linear": _parameters(te.Linear.__init__),
+        "norm_linear": _parameters(te.LayerNormLinear.__init__),
+        "buffers": {
+            "initialize_ub": _parameters(te.module.base.initialize_ub),
+            "modes": [mode.name for mode in te.module.base.UserBufferQuantizationMode],
+        },
+        "rotary": _rotary(extension),
         "adam": importlib.import_module("megatron.core.optimizer").Adam.__module__,
         "adam_source": inspect.getsource(te.optimizers.FusedAdam),
     }

@@ -183,3 +183,26 @@ def test_adam_is_fused_and_keeps_what_the_virtual_step_reads(inventory: dict[str
     assert inventory["adam"].startswith("transformer_engine.")
     for name in ('"exp_avg"', '"exp_avg_sq"', 'group["step"]'):
         assert name in inventory["adam_source"], name
+
+
+def test_tensor_overlap_is_started_with_arguments_that_exist(inventory: dict[str, Any]) -> None:
+    """Megatron-Core hands the options on to the layers, and leaves the buffers to its caller."""
+    buffers = inventory["buffers"]
+    given = {"shape", "tp_size", "quantization_modes", "ub_cfgs", "bootstrap_backend"}
+    assert given <= set(buffers["initialize_ub"])
+    assert set(buffers["modes"]) >= {"NONE", "FP8"}
+    of_both = {"ub_overlap_ag", "ub_name"}
+    assert of_both | {"ub_overlap_rs"} <= set(inventory["linear"])
+    of_norm = {"ub_overlap_rs_dgrad", "ub_bulk_wgrad", "ub_bulk_dgrad"}
+    assert of_both | of_norm <= set(inventory["norm_linear"])
+    for name in (*LINEARS, FUSED):
+        assert "self.config.tp_comm_overlap" in inventory["classes"][name]["source"]
+
+
+def test_rotary_kernel_takes_what_megatron_core_gives(inventory: dict[str, Any]) -> None:
+    rotary = inventory["rotary"]
+    assert rotary["functions"]["fused_apply_rotary_pos_emb"][:2] == ["t", "freqs"]
+    assert rotary["functions"]["fused_apply_rotary_pos_emb_thd"][:3] == ["t", "cu_seqlens", "freqs"]
+    calls = re.findall(r"return apply_rotary_pos_emb\((.*?)\)", rotary["source"], re.DOTALL)
+    given = {name for call in calls for name in re.findall(r"(\w+)=", call)}
+    assert {"tensor_format", "fused", "cu_seqlens"} <= given <= set(rotary["kernel"])

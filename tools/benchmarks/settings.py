@@ -13,6 +13,7 @@ from megatron_dwm.config import (
     PolicyConfig,
     TrainingConfig,
     UserError,
+    WeightingConfig,
 )
 from megatron_dwm.config.schema_llm import Precision
 
@@ -74,6 +75,8 @@ class Settings:
                 warmup_fraction=0.0,
             ),
             policy=PolicyConfig(name="dwm"),
+            # A sample alone in its group always weighs 1.
+            weighting=WeightingConfig(group="global" if self.micro_batch == 1 else "micro_batch"),
         )
 
     def check(self, world_size: int) -> None:
@@ -105,8 +108,6 @@ class Settings:
         for name, value, of_name, of_value in divisors:
             if of_value % value:
                 yield f"{name} {value}: expected to divide {of_name}, which is {of_value}"
-        if self.micro_batch < 2:
-            yield "--micro-batch 1: expected 2 or more, for a sample alone always weighs 1"
         yield from self._parallel_problems(rows)
 
     def _parallel_problems(self, rows: int) -> Iterator[str]:

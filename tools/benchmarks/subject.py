@@ -13,11 +13,13 @@ from megatron_dwm.bilevel import ESTIMATORS, Hypergradient, Problem
 from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.data import Batch
-from megatron_dwm.model import resolve_shape
+from megatron_dwm.model import forward_only, resolve_shape
 from megatron_dwm.model.layers.choice import choose_layers
+from megatron_dwm.model.passes.objective import unit
 from megatron_dwm.runtime import Runtime, bring_up
 from megatron_dwm.testing import plain_step, random_batch
 from megatron_dwm.training import (
+    Ahead,
     Learner,
     UpperLevel,
     build_learner,
@@ -34,6 +36,8 @@ from megatron_dwm.weighting.uniform import Uniform
 
 UNIFORM, OWN, LLM = "uniform", "own", "llm"
 """names of the methods: uniform weights, and the two values of `weighting.encoder`"""
+ALONE = "alone"
+"""encoder llm without attention across samples, over the global batch: normalized after the pass"""
 SIMILARITY, LOSSES = "similarity", "loss_reweighting"
 """methods that compute weights in the step and learn nothing"""
 
@@ -72,9 +76,10 @@ class Subject:
         plain_step(learner.llm, learner.optimizer, self.train, learner.micro_batch_size)
         learner.scheduler.step(increment=1)
 
-    def step(self, method: str) -> None:
-        """Take one LLM step of ours with the weights of one of `methods`."""
-        train_step(self.learner, self.methods[method], self.train, self.state)
+    def step(self, method: str, batch: Batch | None = None) -> None:
+        """Take one LLM step of ours with the weights of one of `methods`; None: on `train`."""
+        batch = self.train if batch is None else batch
+        train_step(self.learner, self.methods[method], batch, self.state)
 
     def hypergradient(self, estimator: str = "tangent_probe") -> Hypergradient:
         """Returns one hypergradient; the LLM is left as it was."""
@@ -86,9 +91,15 @@ class Subject:
             self.learner, self.methods[method], self.train, self._upper_level(), self.state
         )
 
-    def learning_step(self, method: str = LLM) -> None:
-        """Take one LLM step of ours with a weighting update on its own batch inside."""
-        upper = self._upper_level()
+    def learning_step(
+        self, method: str = LLM, *, ahead: Ahead | None = None, passages: float = 1.0
+    ) -> None:
+        """Take one LLM step of ours with a weighting update on its own batch inside.
+
+        ahead: the direction comes before the step. passages: fraction of the validation batch.
+        """
+        val = self.val.rows(0, max(1, round(self.val.size * passages)))
+        upper = UpperLevel(passages=val, ahead=ahead)
         train_step(self.learner, self.methods[method], self.train, self.state, upper=upper)
 
     def problem(self) -> Problem:
@@ -149,6 +160,7 @@ def build_subject(settings: Settings, runtime: Runtime) -> Subject:
             UNIFORM: Uniform(),
             OWN: _weighting_method(config, learner, OWN),
             LLM: _weighting_method(config, learner, LLM),
+            ALONE: _deferred_method(config, learner, val),
             SIMILARITY: _similarity(config, learner),
             LOSSES: _loss_reweighting(config, learner),
         },
@@ -171,6 +183,17 @@ def _weighting_method(config: Config, learner: Learner, encoder: str) -> Dwm:
         bf16=config.model.precision != "fp32",
     )
     return Dwm(trainer)
+
+
+def _deferred_method(config: Config, learner: Learner, batch: Batch) -> Dwm:
+    """Returns the method with the temperature that a step before has set."""
+    weighting = replace(config.weighting, group="global", across_samples=False)
+    method = _weighting_method(replace(config, weighting=weighting), learner, LLM)
+    result = forward_only(
+        learner.llm, unit(batch, learner.micro_batch_size), early_layer=weighting.early_layer
+    )
+    method.weights(batch, result.outputs, TrainState())
+    return method
 
 
 def _similarity(config: Config, learner: Learner) -> Similarity:

@@ -43,6 +43,16 @@ class LayerChoice:
             line += "; --model.fp8_emulation true gives FP8 numerics here"
         return line
 
+    def rope_message(self, model: ModelConfig) -> str | None:
+        """One line if the configuration asks for a fused rotary embedding that is not there."""
+        asked = model.apply_rope_fusion and model.precision != "fp32"
+        if not asked or self.kind == "transformer_engine":
+            return None
+        return (
+            "model.apply_rope_fusion: rotary embeddings are not fused, because the kernel is for "
+            f"Transformer Engine's layers and these are {self.kind}"
+        )
+
 
 def choose_layers(model: ModelConfig, device: torch.device) -> LayerChoice:
     """Choose the layers for `model` on `device`.

@@ -97,6 +97,36 @@ def transformer_engine_block_spec(num_layers: int) -> TransformerBlockSubmodules
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
 
 
+def start_tensor_overlap(
+    model: ModelConfig, device: torch.device, *, tokens: int, hidden_size: int, tensor_size: int
+) -> None:
+    """Make the buffers of `parallel.tp_comm_overlap`, as Megatron-LM does first (collective).
+
+    tokens: in every micro-batch; Transformer Engine refuses one of another size.
+
+    Raises UserError if Transformer Engine cannot run the model on `device`. Not run.
+    """
+    reason = missing_for(model, device)
+    if reason is not None:
+        raise UserError(
+            f"parallel.tp_comm_overlap: needs Transformer Engine's layers: {reason}; leave it out"
+        )
+    from transformer_engine.pytorch.module.base import UserBufferQuantizationMode, initialize_ub
+
+    modes = [UserBufferQuantizationMode.NONE]
+    if model.precision == "fp8":
+        modes[:0] = [UserBufferQuantizationMode.FP8]
+        if not model.fp8_first_last_bf16:
+            modes.pop()
+    initialize_ub(
+        shape=[tokens, hidden_size],
+        tp_size=tensor_size,
+        quantization_modes=modes,
+        ub_cfgs={},
+        bootstrap_backend="nccl",
+    )
+
+
 def packed_sequences(pieces: Pieces) -> PackedSeqParams:
     """Returns what the model takes as `packed_seq_params` so that attention stops at borders.
 

@@ -41,3 +41,11 @@ def largest_micro_batch(rows: int, largest: int, micro_batches_multiple: int) ->
     if not sizes:
         raise ValueError(f"{rows} validation rows are no multiple of {multiple} pipeline stages")
     return max(sizes)
+
+
+def probed_micro_batches(micro_batches: int, fraction: float) -> int:
+    """Returns how many micro-batches of a replica's step are probed (bilevel/ahead.py).
+
+    It is the fraction of them, rounded, and at least one.
+    """
+    return max(1, round(micro_batches * fraction))

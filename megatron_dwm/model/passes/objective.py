@@ -69,13 +69,13 @@ def weighted(batch: TokenBatch, weights_U: Tensor, micro_batch_size: int) -> lis
     return _split(batch, batch.loss_mask_BS * units.at_tokens(scale_U), micro_batch_size)
 
 
-def weighted_denominator(batch: TokenBatch) -> float:
+def weighted_denominator(batch: TokenBatch) -> float | Tensor:
     """Returns the sum of the local units' sizes, to which weights do not contribute.
 
-    So scaling all weights scales the gradient.
+    So scaling all weights scales the gradient. If it is a sum, it stays on the device.
     """
     sizes_U = batch.units.sizes_U
-    return float(batch.tokens_BS.numel() if sizes_U is None else sizes_U.sum())
+    return float(batch.tokens_BS.numel()) if sizes_U is None else sizes_U.sum()
 
 
 def unit(batch: TokenBatch, micro_batch_size: int) -> list[MicroBatch]:

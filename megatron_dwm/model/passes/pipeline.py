@@ -35,6 +35,9 @@ _NO_COUNT = torch.zeros([], dtype=torch.int)
 
 # (index of a micro-batch, its losses and features) -> weights_U; called on the last stage.
 Weigh = Callable[[int, ForwardOutputs], Tensor]
+# -> this data-parallel rank's part of the denominator, when the last micro-batch is done; on every
+# stage.
+Denominator = Callable[[], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +48,13 @@ class PassResult:
     token_counts_n: float32, number of tokens in each of those sums.
     weights_n: float32, the weights that `weigh` returned; None without it.
     features: None unless the pass was asked to keep them.
+    relative_n: float32, the weights before the pass divided by their mean; None if it did not.
     """
 
     loss_sums_n: Tensor
     token_counts_n: Tensor
     weights_n: Tensor | None = None
+    relative_n: Tensor | None = None
     features: Features | None = None
 
     @property
@@ -78,7 +83,7 @@ def forward_backward(
     llm: LLM,
     micro_batches: Sequence[MicroBatch],
     *,
-    denominator: float | None,
+    denominator: float | Tensor | Denominator | None,
     on_micro_batch: Callable[[int], None] | None = None,
     weigh: Weigh | None = None,
     early_layer: int | None = None,
@@ -86,8 +91,9 @@ def forward_backward(
 ) -> PassResult:
     """Run forward and backward over `micro_batches`, adding gradients to the gradient buffers.
 
-    denominator: this data-parallel rank's part of the global denominator. None leaves the
-        gradients local and unscaled (the tangent probe forms none).
+    denominator: this data-parallel rank's part of the global denominator, or what returns it after
+        the last micro-batch. None leaves the gradients local and unscaled (the tangent probe forms
+        none).
     on_micro_batch: called with the index of a micro-batch before its forward and its backward pass.
     weigh: returns the weights of a micro-batch before its losses are reduced.
     early_layer: collect features, the early ones from this layer (from 1), for `weigh`, and for the
@@ -116,7 +122,7 @@ def _run(
     options: _PassOptions,
     *,
     forward_only: bool,
-    denominator: float | None,
+    denominator: float | Tensor | Denominator | None,
 ) -> PassResult:
     micro_batches = as_layers_take(llm, micro_batches)
     batch_size, sequence_length = micro_batches[0].tokens_BS.shape
@@ -180,11 +186,17 @@ def _loss(
 
 
 def _finalize(
-    llm: LLM, denominator: float, chunks: list[Any], _: Tensor | None, **arguments: Any
+    llm: LLM,
+    denominator: float | Tensor | Denominator,
+    chunks: list[Any],
+    _: Tensor | None,
+    **arguments: Any,
 ) -> None:
     """Megatron's finalize_model_grads with a float denominator in place of its integer count."""
     finalize_model_grads(chunks, None, **arguments)
-    total = torch.tensor(denominator, dtype=torch.float32, device=llm.runtime.device)
+    part = denominator() if callable(denominator) else denominator
+    # A tensor made of the host's number would be copied to the device, and the host would wait.
+    total = torch.zeros([], dtype=torch.float32, device=llm.runtime.device).add_(part)
     dist.all_reduce(total, group=llm.runtime.data_group)
     for chunk in chunks:
         chunk.scale_gradients(1.0 / total)

@@ -1,0 +1,83 @@
+"""The temperature, scale and drift of a deferred softmax, against closed forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_dwm.weighting.concentration import effective_sample_size
+from megatron_dwm.weighting.deferred_softmax import DeferredSoftmax
+
+LOGITS_1n = torch.tensor([[0.0, 1.0, -2.0, 4.0, 0.5, 3.0]])
+SIZES_1n = torch.tensor([[1.0, 2.0, 3.0, 0.0, 1.0, 5.0]])
+
+
+def settled(bound: float = 0.5, floor: float = 0.0, sizes: bool = False) -> DeferredSoftmax:
+    softmax = DeferredSoftmax(min_effective_sample_size=bound, uniform_floor=floor)
+    assert not softmax.is_ready
+    softmax.settle(LOGITS_1n, SIZES_1n if sizes else None)
+    assert softmax.is_ready
+    return softmax
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.3])
+@pytest.mark.parametrize("sizes", [False, True])
+def test_the_batch_that_sets_the_scale_has_mean_one_and_the_bound(
+    floor: float, sizes: bool
+) -> None:
+    softmax = settled(0.6, floor, sizes)
+    sizes_1n = SIZES_1n if sizes else torch.ones_like(LOGITS_1n)
+    relative_1n = softmax.relative(LOGITS_1n[0])[None]
+    mean = (sizes_1n * relative_1n).sum() / sizes_1n.sum()
+    assert float(mean) == pytest.approx(1.0, abs=1e-6)
+    size = float(effective_sample_size(relative_1n, sizes_1n)[0])
+    assert size == pytest.approx(0.6, abs=1e-4) if not floor else size > 0.6
+
+
+def test_without_a_bound_the_temperature_is_one() -> None:
+    softmax = settled(bound=0.0)
+    assert float(softmax.temperature) == 1.0
+    ratio = softmax.relative(LOGITS_1n[0]) / LOGITS_1n[0].exp()
+    torch.testing.assert_close(ratio, ratio[0].expand_as(ratio))
+
+
+def test_equal_logits_give_exactly_one() -> None:
+    softmax = DeferredSoftmax(min_effective_sample_size=0.5, uniform_floor=0.1)
+    softmax.settle(torch.full((1, 7), 3.25), None)
+    assert torch.equal(softmax.relative(torch.full((3,), 3.25)), torch.ones(3))
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.3])
+def test_drift_is_what_the_next_batch_misses_the_bound_by(floor: float) -> None:
+    softmax = settled(0.6, floor)
+    used = softmax.relative(2 * LOGITS_1n[0])[None]
+    softmax.observe(softmax.relative(LOGITS_1n[0])[None], None)  # an update settled it
+    assert float(softmax.drift) == pytest.approx(0.0, abs=1e-5)
+    softmax.observe(used, None)
+    own = settled(0.6, floor)
+    own.settle(2 * LOGITS_1n, None)
+    expected = effective_sample_size(used) - effective_sample_size(
+        own.relative(2 * LOGITS_1n[0])[None]
+    )
+    assert float(softmax.drift) == pytest.approx(float(expected[0]), abs=1e-4)
+    assert float(softmax.drift) < -0.1
+    assert float(softmax.temperature) == pytest.approx(float(own.temperature), rel=1e-4)
+    assert float(softmax.reference) == pytest.approx(float(own.reference), rel=1e-4)
+
+
+def test_a_unit_far_above_the_others_overflows_nothing() -> None:
+    softmax = settled()
+    relative_n = softmax.relative(torch.tensor([0.0, 1e4]))
+    assert torch.isfinite(relative_n).all()
+    softmax.observe(relative_n[None], None)
+    assert torch.isfinite(softmax.temperature) and torch.isfinite(softmax.reference)
+
+
+def test_state_is_all_that_a_resumed_run_needs() -> None:
+    softmax, other = settled(), DeferredSoftmax(min_effective_sample_size=0.5, uniform_floor=0.0)
+    softmax.observe(softmax.relative(LOGITS_1n[0])[None], None)
+    other.load_state_dict(softmax.state_dict())
+    assert torch.equal(other.relative(LOGITS_1n[0]), softmax.relative(LOGITS_1n[0]))
+    softmax.observe(softmax.relative(3 * LOGITS_1n[0])[None], None)
+    other.observe(other.relative(3 * LOGITS_1n[0])[None], None)
+    assert torch.equal(other.temperature, softmax.temperature)
