@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_dwm.checkpoint.manifest import FileRecord, record_file
 from megatron_dwm.checkpoint.sharded_plan import BACKEND, VERSION, RankFile, SavePlan
 from megatron_dwm.model.on_disk.saved_index import data_only, read_index
+from megatron_dwm.runtime import releases
 
 # Errors of a full or failing disk; torch's own writer turns OSError into RuntimeError.
 DISK_ERRORS = (OSError, RuntimeError)
@@ -94,7 +95,8 @@ class ShardedFiles:
         return records
 
     def _write_index(self, results: list[list[WriteResult]]) -> None:
-        self._writer.finish(self._planned.index, results)
+        with releases.index_for_every_torch():
+            self._writer.finish(self._planned.index, results)
         save_config(CheckpointingConfig(BACKEND, VERSION), str(self._directory))
 
 
@@ -193,7 +195,7 @@ def load_sharded(state: ShardedStateDict, directory: Path) -> StateDict:
     """
     with data_only(directory), _weights_only():
         read_index(directory)
-        return dist_checkpointing.load(state, str(directory))
+        return dist_checkpointing.load(state, directory)
 
 
 def saved_names(directory: Path) -> set[str]:

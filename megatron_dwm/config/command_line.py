@@ -33,8 +33,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     """Call `main` and end the process.
 
     A `UserError` prints one line on stderr and exits with 2; a `RunError` prints one line and exits
-    with 1. Any other exception prints its traceback and exits with 1. Ctrl-C prints one line and
-    exits with 130.
+    with 1. A package that is not installed is a user's mistake. Any other exception prints its
+    traceback and exits with 1. Ctrl-C prints one line and exits with 130.
     """
     try:
         main()
@@ -44,7 +44,25 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except RunError as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(EXIT_FAILURE)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", __name__.partition(".")[0]):
+            raise
+        print(
+            f"error: the package {missing} is not installed, and {_importer(error)} imports it; "
+            "install what setup.py names for this Python",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_USER_MISTAKE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(0)
+
+
+def _importer(error: ModuleNotFoundError) -> str:
+    """Returns the name of the module that could not import another."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame.tb_frame.f_globals.get("__name__", "a module") if frame else "a module"

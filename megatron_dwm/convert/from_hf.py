@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from tqdm import tqdm
 
 from megatron_dwm.checkpoint.kept_files import HUGGINGFACE, huggingface_files, write_files
 from megatron_dwm.checkpoint.names import CONFIG_FILE, LLM_FOLDER, MODEL_PREFIX, SHAPE_FILE
-from megatron_dwm.config import Config, DataConfig, ModelConfig, ParallelConfig
+from megatron_dwm.checkpoint.sharded_files import SaveError, ShardedFiles, try_write
+from megatron_dwm.checkpoint.sharded_plan import SavePlan
+from megatron_dwm.config import Config, DataConfig, ModelConfig, ParallelConfig, UserError
 from megatron_dwm.config.load import save_config
 from megatron_dwm.config.printing import printable
 from megatron_dwm.config.schema_llm import Builder
@@ -58,9 +59,9 @@ def import_from_huggingface(
     Parameters keep their data type. `builder` (model.builder) writes them and computes the logits.
 
     Raises:
-        UserError: `output` exists; `source` is not a complete model of a supported kind; or it has
-            no tokenizer for the comparison of logits; or the release of Megatron-Core lacks the
-            builder's class.
+        UserError: `output` exists or has no room; `source` is not a complete model of a supported
+            kind; or it has no tokenizer for the comparison of logits; or the release of
+            Megatron-Core lacks the builder's class.
         GateError: the two models compute different logits; `output` is then not written.
     """
     output = Path(output)
@@ -69,9 +70,12 @@ def import_from_huggingface(
     model = open_huggingface(Path(source))
     # RunInputs first, so that a missing tokenizer is an error before the long part.
     encode = None if skip_check else plain_encoder(model.directory)
-    with new_directory(output) as partial:
-        _write(model, partial, builder)
-        deviation = None if encode is None else _compare_logits(model, partial, encode)
+    try:
+        with new_directory(output) as partial:
+            _write(model, partial, builder)
+            deviation = None if encode is None else _compare_logits(model, partial, encode)
+    except SaveError as error:
+        raise UserError(f"{output}: cannot be written ({error}); nothing is left there") from None
     return Import(
         directory=output, source=model.directory, dtype=model.dtype, logits_deviation=deviation
     )
@@ -90,7 +94,9 @@ def _write(model: HuggingFaceModel, directory: Path, builder: Builder) -> None:
         module = build_module(chunk)
         _fill(module, model)
         state = {"model": module.sharded_state_dict(prefix=MODEL_PREFIX)}
-        dist_checkpointing.save(state, str(directory / LLM_FOLDER))
+        # As runs save, which every release of Megatron-Core reads.
+        files = ShardedFiles(state, directory / LLM_FOLDER, SavePlan(), copy=False)
+        files.finish(try_write(files))
     (directory / SHAPE_FILE).write_text(json.dumps(asdict(model.shape)), encoding="utf-8")
     save_config(_config(model, builder), directory / CONFIG_FILE)
     write_files(huggingface_files(model.directory), directory / HUGGINGFACE)

@@ -225,8 +225,13 @@ def _free_port() -> int:
 
 
 def _quiet_upstream() -> None:
-    """Silence Megatron-Core, which warns on every start that optional GPU packages are missing."""
+    """Silence Megatron-Core, which warns on every start that optional GPU packages are missing.
+
+    0.19 calls torch's loader in a way that makes torch warn at every load.
+    """
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    warnings.filterwarnings("ignore", "The argument order of load has been changed")
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 

@@ -1,4 +1,5 @@
-"""What differs between the releases of Megatron-Core that this code runs on: 0.16.1 to 0.19.
+"""What differs between the releases that this code runs on: Megatron-Core 0.16.1 to 0.19, torch
+2.11 to 2.15.
 
 Each function says what changed, and in which release. Everything else in the package uses what is
 the same in all of them.
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.package_info import __version__
+from torch.distributed.checkpoint.metadata import TensorProperties
 
 
 def version() -> str:
@@ -47,6 +51,25 @@ def plan_save(
     takes = inspect.signature(strategy.async_save).parameters
     options = {"async_strategy": "mcore"} if "async_strategy" in takes else {}
     strategy.async_save(state, directory, **options)
+
+
+@contextmanager
+def index_for_every_torch() -> Iterator[None]:
+    """Make an index that is written during the context readable for every release of torch.
+
+    torch 2.15 writes a tensor's strides after its other properties
+    (torch/distributed/checkpoint/metadata.py, `TensorProperties.__getstate__`). Releases that do
+    not know them cannot read such an index; 2.15 reads one without them, and loading does not use
+    them.
+    """
+    known_to_all = 5
+    saved: Any = TensorProperties
+    before = saved.__getstate__
+    saved.__getstate__ = lambda properties: before(properties)[:known_to_all]
+    try:
+        yield
+    finally:
+        saved.__getstate__ = before
 
 
 def redirect_streams(cuda: Any) -> None:

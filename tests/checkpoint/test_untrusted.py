@@ -137,6 +137,20 @@ def test_training_refuses_in_one_line(
     assert "weights_only" not in job.text, "torch's advice is to run it"
 
 
+def test_a_model_without_its_common_file_is_one_line(
+    server: Server, corpus: Corpus, stopped: tuple[Path, list[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(stopped[0], tmp_path / "run")
+    checkpoint = list_checkpoints(tmp_path / "run")[-1]
+    (checkpoint / "llm/common.pt").unlink()
+    (checkpoint / "manifest.json").unlink()  # as what from-hf writes, which has none
+    init = ["--model.init_from", str(checkpoint), "--training.steps", "1"]
+    job = server.run(tmp_path / "new", [*corpus.arguments(), *init])
+    assert job.codes == [2] and "Traceback" not in job.text, job.text
+    [line] = [line for line in job.text.splitlines() if line.startswith("error: ")]
+    assert f"{checkpoint / 'llm'}: it cannot be read; bring back a copy" in line
+
+
 def test_tools_refuse_in_one_line(harmed: tuple[Path, str], tmp_path: Path) -> None:
     """As to-hf and generate read it."""
     checkpoint, words = harmed

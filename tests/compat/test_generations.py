@@ -16,8 +16,11 @@ import megatron.core
 import pytest
 
 from megatron_dwm.checkpoint.manifest import list_checkpoints, read_manifest
+from megatron_dwm.convert.from_hf import import_from_huggingface
+from megatron_dwm.convert.to_hf import export_to_huggingface
 from megatron_dwm.runtime import releases
 from tests.forking.client import REPOSITORY, TORCHRUN
+from tests.own_environment import kept_environment
 from tests.small_runs.command import RESUME, metrics
 from tests.small_runs.fixtures import Corpus
 
@@ -65,6 +68,18 @@ def test_a_run_moves_to_another_class_and_back(corpus: Corpus, tmp_path: Path) -
     _train(OURS, tmp_path / "whole", arguments, ranks)
     moved = _moved(tmp_path, arguments, ranks, ["--model.builder", "hybrid"])
     _assert_alike(moved, tmp_path / "whole")
+
+
+def test_an_imported_model_moves(corpus: Corpus, tmp_path: Path) -> None:
+    """What from-hf writes under theirs starts the same run under either."""
+    _train(OURS, tmp_path / "run", [*_arguments(corpus, []), "--training.steps", "4"], 1)
+    with kept_environment():
+        export_to_huggingface(tmp_path / "run", tmp_path / "public")
+        import_from_huggingface(tmp_path / "public", tmp_path / "start")
+    arguments = [*_arguments(corpus, []), "--model.init_from", str(tmp_path / "start")]
+    _train(OURS, tmp_path / "whole", arguments, 1)
+    _train(THEIRS, tmp_path / "other", arguments, 1)
+    _assert_alike(tmp_path / "other", tmp_path / "whole")
 
 
 def _arguments(corpus: Corpus, options: list[str]) -> list[str]:
@@ -115,12 +130,13 @@ def _train(
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Warning" not in done.stderr, done.stderr
 
 
 def _environment() -> dict[str, str]:
     """Each interpreter finds its own release, so no path of this process is handed on."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return {**kept, "OMP_NUM_THREADS": "1"}
 
 
 def _assert_alike(run_dir: Path, expected: Path) -> None:

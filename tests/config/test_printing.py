@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +46,27 @@ def test_an_error_is_one_line_whatever_it_quotes(kind: str) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True)
     assert done.returncode in (1, 2)
     assert done.stderr == b"error: no column x: it has \\x1b[2K\\nstep 9/9, \\udc80\n"
+
+
+@pytest.mark.parametrize("missing", ["unheard_of", "megatron_dwm.unheard_of"])
+def test_a_package_that_is_not_installed_is_one_line(missing: str, tmp_path: Path) -> None:
+    (tmp_path / "theirs.py").write_text(f"import {missing}\n")
+    program = (
+        "from megatron_dwm.config.command_line import run_command\n"
+        "def main() -> None:\n"
+        "    import theirs\n"
+        "run_command(main)"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
+    if missing == "unheard_of":
+        assert (done.returncode, done.stderr) == (
+            2,
+            "error: the package unheard_of is not installed, and theirs imports it; install what "
+            "setup.py names for this Python\n",
+        )
+    else:  # a mistake in this package, of which a traceback says more
+        assert done.returncode == 1 and "Traceback" in done.stderr

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import pickle
+import resource
 import runpy
 import shutil
 import subprocess
@@ -18,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorProperties
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from megatron_dwm.convert.from_hf import import_from_huggingface
@@ -230,6 +233,47 @@ def test_wrong_permutation_is_refused(
     assert "Traceback" not in stderr
     found = import_from_huggingface(llama, tmp_path / "ours", skip_check=True)
     assert found.logits_deviation is None
+
+
+def test_every_release_reads_what_is_written(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Megatron-Core before 0.19 wants common.pt; torch before 2.15, five values a tensor."""
+    saved, read = TensorProperties.__getstate__, TensorProperties.__setstate__
+    # As torch 2.15 does, where the installed one has no strides.
+    monkeypatch.setattr(TensorProperties, "__getstate__", lambda p: (*saved(p)[:5], (1,)))
+    monkeypatch.setattr(TensorProperties, "__setstate__", lambda p, state: read(p, state[:5]))
+    import_from_huggingface(llama, tmp_path / "ours", skip_check=True)
+    assert torch.load(tmp_path / "ours/llm/common.pt", weights_only=True) == {}
+    index = (tmp_path / "ours/llm/.metadata").read_bytes()
+
+    class Properties:
+        def __setstate__(self, state: tuple[Any, ...]) -> None:
+            self.dtype, _, _, _, _ = state
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            return Properties if name == "TensorProperties" else super().find_class(module, name)
+
+    found = Reader(io.BytesIO(index)).load().state_dict_metadata
+    tensors = [tensor for tensor in found.values() if hasattr(tensor, "properties")]
+    assert len(tensors) > 8 and {tensor.properties.dtype for tensor in tensors} == {torch.float32}
+
+
+def test_a_full_disk_is_one_line(llama: Path, tmp_path: Path) -> None:
+    """As where files may not grow beyond the first tensors."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # noqa: E731
+    done = subprocess.run(
+        [sys.executable, TOOL, "from-hf", llama, "--output", tmp_path / "ours"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        preexec_fn=limit,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'ours'}: cannot be written")
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["public"]
 
 
 def test_a_checkpoint_cannot_run_code(

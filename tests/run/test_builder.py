@@ -13,8 +13,8 @@ from tests.small_runs.command import pretrain
 from tests.small_runs.fixtures import Corpus
 
 REFUSED = (
-    "error: model.builder hybrid: Megatron-Core {} has no HybridModel; install 0.18 or newer, or "
-    "use model.builder gpt, which reads the same checkpoints\n"
+    "error: model.builder hybrid: Megatron-Core {} has no HybridModel; install 0.18 or newer, "
+    "which needs Python 3.12, or use model.builder gpt, which reads the same checkpoints\n"
 )
 
 

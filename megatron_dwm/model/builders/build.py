@@ -16,7 +16,8 @@ def require_builder(builder: Builder) -> None:
     if builder == "hybrid" and not releases.has_hybrid_model():
         raise UserError(
             f"model.builder hybrid: Megatron-Core {releases.version()} has no HybridModel; install "
-            "0.18 or newer, or use model.builder gpt, which reads the same checkpoints"
+            "0.18 or newer, which needs Python 3.12, or use model.builder gpt, which reads the "
+            "same checkpoints"
         )
 
 
