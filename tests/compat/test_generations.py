@@ -130,7 +130,8 @@ def _train(
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Warning" not in done.stderr, done.stderr
+    # What torch's loader says of the release's call is not for users.
+    assert "torch/distributed/checkpoint" not in done.stderr, done.stderr
 
 
 def _environment() -> dict[str, str]:
