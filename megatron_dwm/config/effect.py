@@ -9,9 +9,10 @@ key.
 from __future__ import annotations
 
 from collections.abc import Iterator, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megatron_dwm.config.defaults import with_defaults
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.key import PARTS, SET, SEVERAL, Condition, Entry, Part, Values, entries
 from megatron_dwm.config.schema import Config
@@ -39,12 +40,22 @@ def warnings_of_effect(config: Config, given: Given, parts: Set[Part]) -> list[s
     if refused:
         also = f" (also without effect: {', '.join(refused[1:])})" if refused[1:] else ""
         raise UserError(f"{refused[0]}: has no effect: {idle[refused[0]]}; leave it out{also}")
-    changed = {entry.name for entry in entries(config) if entry.value != entry.default}
+    changed = {entry.name for entry in entries(config) if entry.value != _default(entry, config)}
     by_reason: dict[str, list[str]] = {}
     for name in idle:
         if name in given.file & changed:
             by_reason.setdefault(idle[name], []).append(name)
     return [_warning(names, why) for why, names in by_reason.items()]
+
+
+def _default(entry: Entry, config: Config) -> Any:
+    """Returns the key's default, or what an empty key stands for beside the other keys."""
+    section, name = entry.name.split(".")
+    if entry.default is not None or section != "weighting":
+        return entry.default
+    empty: dict[str, Any] = {name: None}
+    values = replace(config.weighting, **empty)
+    return getattr(with_defaults(replace(config, weighting=values)).weighting, name)
 
 
 def _warning(names: list[str], why: str) -> str:

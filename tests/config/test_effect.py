@@ -230,8 +230,8 @@ def test_a_shared_file_gives_one_line_a_reason_and_the_command_line_one_in_all()
         "weighting model",
         "weighting.mode: set in the configuration file, has no effect: policy uniform learns no "
         "weights",
-        "weighting.update_on: set in the configuration file, has no effect: policy uniform learns "
-        "nothing from alignments",
+        "weighting.group: set in the configuration file, has no effect: policy uniform weighs "
+        "every sample the same",
     ]
     with pytest.raises(UserError) as caught:
         _judged(["--policy.mix_fraction", "0.2", "--weighting.stages", "3"])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dwm.config import Config, UserError
+from megatron_dwm.config.defaults import with_defaults
 from megatron_dwm.config.load import config_text, load_config, save_config
 from megatron_dwm.config.names import known_keys
 from megatron_dwm.config.validate import Heads, validate_config
@@ -112,6 +113,7 @@ MICRO = ["--training.micro_batch_size", "4"]
 TARGET = ["--validation.path", "v"]
 LOAD_DWM = ["--policy.name", "dwm", *LOAD, "--weighting.frozen", "true"]
 IN_STEP = ["--weighting.mode", "online", "--weighting.update_on", "training"]
+FRESH = ["--weighting.mode", "online", "--weighting.update_on", "fresh"]
 GLOBAL = ["--weighting.group", "global"]
 QUARTER = ["--weighting.min_effective_sample_size", "0.25"]
 GOOD = ["--data.train", "a", "--data.tokenizer", "t"]
@@ -190,7 +192,7 @@ def test_impossible_combinations_are_named(
     "arguments",
     [
         [*DWM, *IN_STEP, "--weighting.warmup_steps", "2"],
-        [*DWM, "--weighting.mode", "online", "--weighting.warmup_steps", "0"],
+        [*DWM, *FRESH, "--weighting.warmup_steps", "0"],
         [*LOAD_DWM, *IN_STEP, "--weighting.warmup_steps", "0"],
         [*DWM, *MICRO, "--weighting.min_effective_sample_size", "0.26"],
         [*DWM, *MICRO, "--weighting.min_effective_sample_size", "0"],
@@ -268,7 +270,7 @@ def test_wrong_weights_of_domains_are_one_line(words: str) -> None:
 
 
 def test_no_arguments_give_the_defaults() -> None:
-    assert load_config([]) == Config()
+    assert load_config([]) == with_defaults(Config())
 
 
 def test_missing_data_is_named() -> None:

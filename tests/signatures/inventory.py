@@ -20,6 +20,12 @@ from typing import Any
 
 from tests.signatures.scales import scales
 
+CHECKS = (
+    "is_fp8_available",
+    "is_mxfp8_available",
+    "is_fp8_block_scaling_available",
+    "fp8_autocast",
+)
 RECIPES = ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling")
 EXTENSION = "megatron.core.extensions.transformer_engine"
 
@@ -99,6 +105,14 @@ def _block(spec: Any) -> dict[str, Any]:
     }
 
 
+def _buffers(te: Any) -> dict[str, Any]:
+    base = te.module.base
+    return {
+        "initialize_ub": _parameters(base.initialize_ub),
+        "modes": [mode.name for mode in base.UserBufferQuantizationMode],
+    }
+
+
 def main() -> None:
     """Print everything that the tests need to know."""
     warnings.simplefilter("ignore")
@@ -139,24 +153,13 @@ def main() -> None:
         "attention_source": inspect.getsource(core_attention.forward),
         "megatrons_attention_source": inspect.getsource(attention.core_attention.forward),
         "norm_source": inspect.getsource(extension.TENorm),
-        "checks": {
-            name: _parameters(getattr(te, name))
-            for name in (
-                "is_fp8_available",
-                "is_mxfp8_available",
-                "is_fp8_block_scaling_available",
-                "fp8_autocast",
-            )
-        },
+        "checks": {name: _parameters(getattr(te, name)) for name in CHECKS},
         "scales": scales(ours, recipe),
         "recipes": {name: _parameters(getattr(recipe, name)) for name in RECIPES},
         "block": _block(ours.transformer_engine_block_spec(2)),
         "linear": _parameters(te.Linear.__init__),
         "norm_linear": _parameters(te.LayerNormLinear.__init__),
-        "buffers": {
-            "initialize_ub": _parameters(te.module.base.initialize_ub),
-            "modes": [mode.name for mode in te.module.base.UserBufferQuantizationMode],
-        },
+        "buffers": _buffers(te),
         "rotary": _rotary(extension),
         "adam": importlib.import_module("megatron.core.optimizer").Adam.__module__,
         "adam_source": inspect.getsource(te.optimizers.FusedAdam),

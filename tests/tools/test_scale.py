@@ -24,7 +24,7 @@ def test_the_document_has_what_its_command_prints(command: str) -> None:
 def test_a_mistake_is_one_line() -> None:
     recipe = "examples/recipes/llama_7b_fp8.yaml"
     done = run_python(
-        ["tools/scale.py", recipe, "--gpu", "h100-80gb", "--gpus", "1024"], environment=QUIET
+        ["tools/scale.py", recipe, "--gpu", "h100-80gb", "--gpus", "2048"], environment=QUIET
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "training.global_batch_size 1024: expected a multiple of" in done.stderr
