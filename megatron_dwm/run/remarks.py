@@ -43,14 +43,9 @@ def _updates(config: Config, inputs: RunInputs) -> Iterator[str]:
         return
     passages = min(config.passages, inputs.target.num_rows)
     if passages != config.passages:
-        asked_by = (
-            "validation.batch_size"
-            if config.validation.batch_size
-            else "training.global_batch_size"
-        )
         yield (
             f"a validation batch takes every row of {config.validation.path} (validation.path) "
-            f"once: {passages}, not the {config.passages} of {asked_by}"
+            f"once: {passages}, not the {config.passages} of {_asked_by(config)}"
         )
     reason = why_no_noise(config, passages) if learns(config) else None
     if config.bilevel.noise_interval_updates and reason is not None:
@@ -58,6 +53,14 @@ def _updates(config: Config, inputs: RunInputs) -> Iterator[str]:
             f"the alignments' signal-to-noise is not measured: {reason} "
             "(bilevel.noise_interval_updates 0 says that none is wanted)"
         )
+
+
+def _asked_by(config: Config) -> str:
+    """Returns the key that decides how many passages a validation batch has, in words."""
+    if config.validation.batch_size:
+        return "validation.batch_size"
+    share = "a quarter of " if config.passages < config.training.global_batch_size else ""
+    return f"{share}training.global_batch_size"
 
 
 def _shared_passages(config: Config, inputs: RunInputs) -> Iterator[str]:
