@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from megatron_dwm.config.defaults import with_defaults
+from megatron_dwm.config.defaults import with_defaults, with_earlier_defaults
 from megatron_dwm.config.effect import Given, condition_text
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.key import entries, number_problems
@@ -76,6 +76,8 @@ def load(arguments: Sequence[str], prog: str = "megatron_dwm.pretrain") -> Loade
     config = Config(**{section: getattr(values, section) for section in known_sections()})
     for problem in number_problems(config):
         raise UserError(problem)
+    if file is not None and file.resolve() == Path(config.run.dir, "config.yaml").resolve():
+        config = with_earlier_defaults(config, given.file | given.command_line)
     return Loaded(with_defaults(config), given)
 
 

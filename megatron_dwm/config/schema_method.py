@@ -293,7 +293,7 @@ class BilevelConfig:
     """the virtual step: the step of the LLM's optimizer (adam), or plain gradient descent (sgd)"""
     noise_interval_updates: int = key(10, COUNT_OR_ZERO, part="hypergradients", only=_NOISE_KNOWN)
     """weighting updates between measurements of the alignments' signal-to-noise ratio; one costs an
-    extra pass and needs two passages and three samples; 0 never measures"""
+    extra pass and needs two passages and three samples that are probed; 0 never measures"""
     min_signal_to_noise: float = key(
         0.1,
         FACTOR,

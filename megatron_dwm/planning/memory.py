@@ -133,7 +133,7 @@ def stage_memory(
         reference_in_use=(reference + working + learns_itself * activations) if offloads else 0.0,
         activations=activations,
         working=working,
-        virtual_step=_update_copies(config, found.total, copies),
+        virtual_step=_update_copies(config, found.total, copies, replicas),
         sketches=_sketch_bytes(config, shape, found, replicas),
         weighting_activations=_weighting_activations(config, weighting, world_size, kernels),
     )
@@ -150,7 +150,7 @@ def _main_gradient_bytes(config: Config) -> int:
     return 0 if gradient_bytes(config) == _FP32 else _FP32
 
 
-def _update_copies(config: Config, parameters: int, copies: float) -> float:
+def _update_copies(config: Config, parameters: int, copies: float, replicas: int) -> float:
     """Returns the bytes of the virtual step's copies, or of directions that come before the step.
 
     A measurement of noise has two directions, one for each half of the passages.
@@ -160,7 +160,7 @@ def _update_copies(config: Config, parameters: int, copies: float) -> float:
     if method.schedule(config).ahead:
         value_bytes = 2 if config.keeps_direction_in_bf16 else _FP32
         noise = config.bilevel.noise_interval_updates > 0
-        measured = noise and why_no_noise(config, config.passages) is None
+        measured = noise and why_no_noise(config, config.passages, replicas) is None
         return float(value_bytes * parameters * (2 if measured else 1))
     through_pools = "sampling" in parts and config.policy.jacobian == "exact"
     return copies if learns(config) or through_pools else 0.0

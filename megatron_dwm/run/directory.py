@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_dwm.checkpoint.manifest import list_checkpoints
 from megatron_dwm.config import Config, UserError
-from megatron_dwm.config.load import Loaded, load, read_typed_paths
+from megatron_dwm.config.defaults import with_earlier_defaults
+from megatron_dwm.config.load import load, read_typed_paths
 from megatron_dwm.run.changes import refuse_changes
 from megatron_dwm.run.job import INDEX_CACHE
 from megatron_dwm.run.lock import LOCK
@@ -40,23 +40,13 @@ def run_to_resume(config: Config) -> Config | None:
             "with --run.resume true"
         )
     try:
-        before, typed = _as_it_was(load([str(saved)])), read_typed_paths(saved)
+        loaded, typed = load([str(saved)]), read_typed_paths(saved)
     except UserError as error:
         _point_to_a_copy(run_dir, str(error))
         raise
+    before = with_earlier_defaults(loaded.config, loaded.given.file)
     refuse_changes(before, config, run_dir, typed)
     return before
-
-
-def _as_it_was(loaded: Loaded) -> Config:
-    """Returns the configuration of a run that may be of an earlier version.
-
-    A key that it does not name had the value that the code had before there was the key.
-    """
-    if "weighting.across_samples" in loaded.given.file:
-        return loaded.config
-    weighting = replace(loaded.config.weighting, across_samples=True)
-    return replace(loaded.config, weighting=weighting)
 
 
 def _require_directory(checkpoints: Path) -> None:

@@ -27,7 +27,7 @@ def remarks(
     config: Config, inputs: RunInputs, costs: Costs, runtime: Runtime, state: TrainState
 ) -> Iterator[str]:
     """Yields a line for everything that a user would not expect from the configuration."""
-    yield from _updates(config, inputs)
+    yield from _updates(config, inputs, runtime.data_size)
     yield from _shared_passages(config, inputs)
     yield from _documents(config)
     yield from _slow_steps(config, costs, runtime)
@@ -37,27 +37,30 @@ def remarks(
     yield from _nothing_is_profiled(config, state)
 
 
-def _updates(config: Config, inputs: RunInputs) -> Iterator[str]:
+def _updates(config: Config, inputs: RunInputs, replicas: int) -> Iterator[str]:
     """Yields lines about small validation batches and noise that is not measured."""
     if inputs.target is None or "passages" not in method_class(config).parts(config):
         return
     passages = min(config.passages, inputs.target.num_rows)
     if passages != config.passages:
-        asked_by = (
-            "validation.batch_size"
-            if config.validation.batch_size
-            else "training.global_batch_size"
-        )
         yield (
             f"a validation batch takes every row of {config.validation.path} (validation.path) "
-            f"once: {passages}, not the {config.passages} of {asked_by}"
+            f"once: {passages}, not the {config.passages} of {_asked_by(config)}"
         )
-    reason = why_no_noise(config, passages) if learns(config) else None
+    reason = why_no_noise(config, passages, replicas) if learns(config) else None
     if config.bilevel.noise_interval_updates and reason is not None:
         yield (
             f"the alignments' signal-to-noise is not measured: {reason} "
             "(bilevel.noise_interval_updates 0 says that none is wanted)"
         )
+
+
+def _asked_by(config: Config) -> str:
+    """Returns the key that decides how many passages a validation batch has, in words."""
+    if config.validation.batch_size:
+        return "validation.batch_size"
+    share = "a quarter of " if config.passages < config.training.global_batch_size else ""
+    return f"{share}training.global_batch_size"
 
 
 def _shared_passages(config: Config, inputs: RunInputs) -> Iterator[str]:

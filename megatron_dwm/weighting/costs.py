@@ -141,7 +141,7 @@ def learning_costs(
         probe = forward * _probed_fraction(config, workload)
     own_gradient = FORWARD_BACKWARD * forward if update_on == "fresh" else 0.0
     update_passes = FORWARD_BACKWARD * validation + probe + own_gradient
-    measured = not frozen and why_no_noise(config, passages) is None
+    measured = not frozen and why_no_noise(config, passages, workload.replicas) is None
     return Costs(
         llm_step=FORWARD_BACKWARD * forward,
         weighing=weighing,

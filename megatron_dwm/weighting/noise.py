@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_dwm.config import Config
+from megatron_dwm.config.methods import METHODS
+from megatron_dwm.model.passes.micro_batches import probed_micro_batches
 
 # A running mean over about five measurements, since one correlation over a batch of 32 has a
 # standard deviation of 0.18.
@@ -46,15 +48,35 @@ def signal_to_noise(first_n: Tensor, second_n: Tensor) -> SignalToNoise:
     return SignalToNoise(agreement, 2 * max(agreement, 0.0) / max(1.0 - agreement, 1e-12))
 
 
-def why_no_noise(config: Config, passages: int) -> str | None:
-    """Returns why noise cannot be measured with `passages` in a batch; None if it can."""
+def why_no_noise(config: Config, passages: int, replicas: int) -> str | None:
+    """Returns why noise cannot be measured with `passages` in a batch; None if it can.
+
+    replicas: data-parallel replicas of the LLM.
+    """
     if config.bilevel.estimator == "unroll":
         return "bilevel.estimator unroll gives no alignments of halves"
     if passages < 2:
         return "it is measured between halves of the validation batch, which has one passage"
     if config.training.global_batch_size < 3:
         return "two samples always correlate: training.global_batch_size has to be 3 or more"
+    probed = _probed_samples(config, replicas)
+    if config.weighting.unit == "sample" and probed < 3:
+        return (
+            f"weighting.probe_fraction leaves {probed} of a batch's samples with alignments, and "
+            "it needs 3"
+        )
     return None
+
+
+def _probed_samples(config: Config, replicas: int) -> int:
+    """Returns how many samples of a global batch have alignments in an update."""
+    training = config.training
+    learns = METHODS[config.policy.name].learns_from_alignments
+    if not learns or config.update_on != "ahead":
+        return training.global_batch_size
+    rows = training.micro_batch_size * replicas
+    count = training.global_batch_size // rows
+    return rows * probed_micro_batches(count, config.weighting.probe_fraction)
 
 
 class Reliability:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megatron_dwm.config import Config
 from megatron_dwm.model.passes.micro_batches import probed_micro_batches
+from megatron_dwm.weighting.noise import why_no_noise
 
 
 def target_problems(config: Config) -> Iterator[str]:
@@ -71,6 +72,10 @@ def learning_problems(config: Config, world_size: int) -> Iterator[str]:
             "weighting.damp_by_noise: expected 2 or more passages in validation.batch_size, got "
             f"{config.passages}: noise is measured between halves"
         )
+    elif weighting.damp_by_noise and config.bilevel.estimator != "unroll":
+        replicas = config.data_parallel_size(world_size)
+        if (reason := why_no_noise(config, config.passages, replicas)) is not None:
+            yield f"weighting.damp_by_noise: noise cannot be measured: {reason}"
     yield from _first_update(config)
     if config.update_on == "ahead":
         yield from _ahead_problems(config, world_size)

@@ -58,3 +58,20 @@ def test_a_configuration_in_code_has_the_same_values() -> None:
     )
     assert config.update_on == "fresh" and config.weighting.attends_across_samples
     assert config.passages == 34
+
+
+@pytest.mark.parametrize("key", ["update_on", "across_samples"])
+def test_a_run_s_own_file_without_a_key_is_of_an_earlier_version(tmp_path: Path, key: str) -> None:
+    arguments = [*ONLINE, "--weighting.encoder", "llm", "--run.dir", str(tmp_path)]
+    earlier = ["--weighting.update_on", "fresh", "--weighting.across_samples", "true"]
+    content = yaml.safe_load(config_text(load_config([*arguments, *earlier])))
+    del content["weighting"][key]
+    own, elsewhere = tmp_path / "config.yaml", tmp_path / "mine.yaml"
+    for file in (own, elsewhere):
+        file.write_text(yaml.safe_dump(content))
+    before = {"update_on": "fresh", "across_samples": True}[key]
+    now = {"update_on": "ahead", "across_samples": False}[key]
+    assert getattr(load_config([str(own)]).weighting, key) == before
+    assert getattr(load_config([str(elsewhere)]).weighting, key) == now
+    typed = load_config([str(own), f"--weighting.{key}", str(now).lower()])
+    assert getattr(typed.weighting, key) == now
