@@ -24,6 +24,8 @@ BROKEN = ["--training.learning_rate", "1e4", "--training.weight_decay", "1e4"]
 BLADE = ["--policy.sync_first_step", "1", "--policy.sync_interval_steps", "2"]
 BLADE += ["--policy.reference_steps", "2"]
 _ALIGNED = ["--policy.alignment_warmup", "1"]
+_DEFERRED = ["--weighting.encoder", "llm", "--weighting.across_samples", "false"]
+_DEFERRED += ["--weighting.update_on", "ahead"]
 _KEY = re.compile(r"`([a-z_]+)`")
 
 Keys = dict[str, set[str]]
@@ -55,6 +57,7 @@ def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
     options = {
         # A model that learns, on batches of its own; its first update measures noise.
         "fresh": ["--policy.name", "dwm", *_steps(9), *EVALUATED],
+        "deferred": ["--policy.name", "dwm", *_DEFERRED, *_steps(7)],
         "domain_mean": ["--policy.name", "domain_mean", *_steps(6)],
         "blade": ["--policy.name", "blade", *_steps(3), *BLADE],
         "aligned": ["--policy.name", "gradient_alignment", *_ALIGNED, *_steps(2)],

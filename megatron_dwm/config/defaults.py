@@ -1,4 +1,4 @@
-"""Keys whose default follows from other keys.
+"""The form of an update and of the weighting model, whose defaults follow from other keys.
 
 A configuration that is loaded has their values written out, so that a run's config.yaml says what
 it does, whatever later versions take as default.

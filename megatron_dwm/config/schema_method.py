@@ -202,7 +202,8 @@ class WeightingConfig:
     bilevel.estimator tangent_probe), else fresh"""
     probe_fraction: float | None = key(None, FRACTION_ABOVE_ZERO, part="alignments", only=_AHEAD)
     """fraction of a step's micro-batches, from the first, whose alignments an update computes; the
-    weighting model learns from these; empty means half of them, rounded up"""
+    weighting model learns from these; empty means half of them, rounded up; which samples they are
+    depends on training.micro_batch_size and on the number of replicas"""
     direction_precision: Literal["fp32", "bf16"] | None = key(None, part="alignments", only=_AHEAD)
     """of the direction's own buffer, which takes 4 or 2 bytes a parameter during an update, twice
     that when noise is measured; empty means fp32 with model.precision fp32, else bf16, to which

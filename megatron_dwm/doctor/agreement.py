@@ -24,6 +24,7 @@ from megatron_dwm.data import Batch
 from megatron_dwm.model import clear_gradients, forward_backward
 from megatron_dwm.model.passes.objective import weighted, weighted_denominator
 from megatron_dwm.run.checks import check
+from megatron_dwm.run.directory import run_to_resume
 from megatron_dwm.run.job import Job, build_job, load_job, parts_of
 from megatron_dwm.runtime import bring_up
 from megatron_dwm.training.weighed_units import weighed_units
@@ -37,7 +38,8 @@ Align = Callable[[Job, Batch, Batch], Tensor]
 def compare_on_run(config: Config) -> None:
     """Print the correlations on the run in `run.dir`, which stays as it is (collective).
 
-    Raises UserError if it has no checkpoint, or if its policy learns from no hypergradients.
+    Raises UserError if it has no checkpoint, if its policy learns from no hypergradients, or if the
+    configuration is not that of the run.
     """
     inputs = check(config)
     if not learns(config) or inputs.target is None:
@@ -45,6 +47,7 @@ def compare_on_run(config: Config) -> None:
             f"policy.name {config.policy.name}: computes no hypergradients that a direction ahead "
             "could be compared with; name a run that does, such as one of policy dwm"
         )
+    run_to_resume(config)
     config = with_absolute_paths(config)
     run_dir = Path(config.run.dir)
     with bring_up(config.parallel, config.run.seed) as runtime:

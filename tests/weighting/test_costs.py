@@ -70,8 +70,12 @@ def test_updates_are_three_steps_or_two() -> None:
 
 
 def test_reading_first_is_counted() -> None:
-    grouped, whole = (_costs(encoder="llm", group=group) for group in ("micro_batch", "global"))
+    attends = {"encoder": "llm", "across_samples": True}
+    grouped, whole = (_costs(group=group, **attends) for group in ("micro_batch", "global"))
     assert whole.extra_forward == pytest.approx(whole.llm_step / 3) and grouped.extra_forward == 0.0
+    alone = {"encoder": "llm", "group": "global", "across_samples": False}
+    deferred, first = _costs(**alone), _costs(**alone, normalizer="first")
+    assert deferred.extra_forward == 0.0 and first.extra_forward == whole.extra_forward
 
 
 def test_a_references_losses_from_a_file_cost_nothing() -> None:
