@@ -115,7 +115,7 @@ def steps(
     """Three steps, the first with an update inside: losses, weights, temperatures and drifts."""
     with tiny(**layout) as subject:
         trained = _trained(subject, micro_batch, 0.1, 0.7)
-        ahead = Ahead() if update == "ahead" else None
+        ahead = Ahead(fraction=1.0) if update == "ahead" else None
         upper = UpperLevel(passages=subject.batch(VALIDATION), ahead=ahead)
         taken = [trained.taken(subject.batch(FIRST))]
         taken.append(trained.taken(subject.batch(FIRST + 5), upper))

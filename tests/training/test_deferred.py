@@ -70,5 +70,9 @@ def test_training_does_not_depend_on_micro_batches_and_layouts(update: str) -> N
         for rank in ranks:
             for name, value in expected.items():
                 torch.testing.assert_close(
-                    rank[name], value, rtol=LAYOUT_TOLERANCE, atol=1e-4, msg=f"{case} {name}"
+                    rank[name],
+                    value,
+                    rtol=LAYOUT_TOLERANCE,
+                    atol=1e-4,
+                    msg=lambda m, c=case, n=name: f"{c} {n}: {m}",
                 )

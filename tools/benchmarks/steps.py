@@ -56,6 +56,7 @@ def measure_steps(settings: Settings) -> None:
 
 
 def _times(subject: Subject, settings: Settings, batches: DiskBatches) -> dict[str, list[float]]:
+    whole = Ahead(fraction=1.0)
     runs = {
         PLAIN: subject.plain_step,
         CONTROL: subject.plain_step,
@@ -68,7 +69,7 @@ def _times(subject: Subject, settings: Settings, batches: DiskBatches) -> dict[s
         LOSSES_STEP: partial(subject.step, LOSSES),
         LEARNING_STEP: subject.learning_step,
         FRESH_UPDATE: partial(subject.weighting_update, LLM),
-        AHEAD_STEP: partial(subject.learning_step, LLM, ahead=Ahead(), passages=_QUARTER),
+        AHEAD_STEP: partial(subject.learning_step, LLM, ahead=whole, passages=_QUARTER),
     }
     if subject.train.size > settings.micro_batch:
         half = Ahead(fraction=0.5)
