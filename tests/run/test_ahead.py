@@ -20,6 +20,8 @@ from tests.small_runs.progress import assert_same
 # Sums in another order are 1e-7 apart; 20 steps of Adam at 3e-3 may multiply that.
 LAYOUT_TOLERANCE = 1e-5
 ALWAYS = ["--weighting.update_on", "ahead", "--training.micro_batch_size", "2"]
+# Which samples half of the micro-batches are depends on the number of replicas.
+ALWAYS += ["--weighting.probe_fraction", "1"]
 DWM = ["--policy.name", "dwm", "--weighting.encoder", "llm", *ALWAYS]
 FEW = ["--validation.batch_size", "3"]
 HALF = ["--weighting.probe_fraction", "0.5"]

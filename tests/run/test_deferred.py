@@ -25,6 +25,7 @@ DEFERRED = [*ALONE, "--weighting.update_on", "training", "--training.micro_batch
 FIRST = [*DEFERRED, "--weighting.normalizer", "first"]
 FRESH = [*ALONE, "--weighting.update_on", "fresh", "--weighting.uniform_floor", "0.2"]
 AHEAD = [*ALONE, "--weighting.update_on", "ahead", "--validation.batch_size", "3"]
+AHEAD += ["--weighting.probe_fraction", "1"]  # half are others with other numbers of replicas
 DOCUMENTS = [*DEFERRED, "--weighting.unit", "document", "--data.mask_documents", "true"]
 RUNS = {"training": DEFERRED, "fresh": FRESH, "ahead": AHEAD, "documents": DOCUMENTS}
 SAVE = ["--training.checkpoint_interval_steps", "3"]

@@ -18,11 +18,15 @@ STEP_ROWS = [
     "plain loop, again (noise)",
     "ours, uniform weights",
     "ours, weights from the LLM's features",
+    "ours, weights over the batch, divided after the pass (features)",
+    "ours, uniform weights, batches read from disk",
     "ours, weights from an encoder of their own",
     "ours, weights by similarity with a target",
     "ours, weights by loss",
     "ours, with an update on the training batch (features)",
     "an update on a fresh batch alone (features)",
+    "ours, with an update ahead: a quarter of the passages, all micro-batches probed",
+    "ours, with an update ahead: a quarter of the passages, half of the micro-batches",
 ]
 PARTS = [
     "part: gradient pass",
