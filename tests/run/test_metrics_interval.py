@@ -43,16 +43,19 @@ def test_lines_wait_until_they_are_written(tmp_path: Path) -> None:
     equal = weight_statistics(torch.ones(4))
     collapsed = weight_statistics(torch.tensor([4.0, 0.0, 0.0, 0.0]))
     for step in (1, 2):
-        lines.add({"step": step, "phase": "train"}, equal, {"tokens": step})
+        warm = {"weight_temperature": torch.tensor(1.5)}
+        lines.add({"step": step, "phase": "train"}, equal, {"tokens": step}, more=warm)
     assert not (tmp_path / "metrics.jsonl").read_text()
     lines.write()
-    lines.add({"step": 3, "phase": "train"}, collapsed, {"tokens": 3})
+    lines.add({"step": 3, "phase": "train"}, collapsed, {"tokens": 3}, more={})
     lines.drop()  # after a way back to a checkpoint
-    lines.add({"step": 3, "phase": "train"}, collapsed, {"tokens": 3})
+    lines.add({"step": 3, "phase": "train"}, collapsed, {"tokens": 3}, more={})
     lines.write()
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in written] == [1, 2, 3]
-    assert list(written[0]) == ["step", "phase", *STATISTICS, "tokens"]
+    assert list(written[0]) == ["step", "phase", *STATISTICS, "weight_temperature", "tokens"]
+    assert list(written[2]) == ["step", "phase", *STATISTICS, "tokens"]
+    assert written[0]["weight_temperature"] == 1.5
     assert written[0]["weight_std"] == 0.0 and written[2]["weight_max"] == 4.0
     assert any("the weights have collapsed" in text for text in said)
     files.metrics.close()
