@@ -53,7 +53,7 @@ from megatron_dwm.runtime.profiling import phase
 class _Current:
     """The units of the current micro-batch. The pass writes it and the hooks read it.
 
-    probed: the first so many micro-batches are probed; the others run as without hooks.
+    probed: number of micro-batches, from the first, that are probed; the others run as without hooks.
     """
 
     alignment_n: Tensor
