@@ -53,7 +53,7 @@ from megatron_dwm.runtime.profiling import phase
 class _Current:
     """The units of the current micro-batch. The pass writes it and the hooks read it.
 
-    probed: number of micro-batches, from the first, that are probed; the others run as without hooks.
+    probed: number of micro-batches, from the first, that are probed; others run without hooks.
     """
 
     alignment_n: Tensor
