@@ -104,7 +104,7 @@ def stage_memory(
     """
     found = rank_parameters(shape, config.parallel, stage)
     replicas = config.data_parallel_size(world_size)
-    shards = replicas if config.parallel.sharded_optimizer else 1
+    shards = config.gradient_ranks(world_size) if config.parallel.sharded_optimizer else 1
     kernels = kernels_of(config, on_gpu=on_gpu)
     mixed = config.model.precision != "fp32"
     state = (_MOMENTS + (_FP32 if mixed else 0)) * found.total / shards
@@ -210,7 +210,7 @@ def _activations(
     With full recomputation they include the one layer that runs again.
     """
     kernels = kernels_of(config, on_gpu=on_gpu)
-    tokens = config.training.micro_batch_size * config.data.sequence_length
+    tokens = _micro_batch_tokens(config)
     micro_batches = config.num_microbatches(world_size)
     layers = layers_in_flight(config, shape.num_layers, micro_batches, stage)
     kept = layers * layer_bytes(shape, config, kernels)
@@ -221,6 +221,12 @@ def _activations(
     return tokens * kept
 
 
+def _micro_batch_tokens(config: Config) -> float:
+    """Returns the tokens of a micro-batch that a context-parallel rank holds."""
+    rows = config.training.micro_batch_size
+    return rows * config.data.sequence_length / config.parallel.context
+
+
 def _working(config: Config, shape: LlamaShape, found: RankParameters, on_gpu: bool) -> float:
     """Returns the bytes of the tensors that the backward pass works on.
 
@@ -228,7 +234,7 @@ def _working(config: Config, shape: LlamaShape, found: RankParameters, on_gpu: b
     the gradient of one weight on its way into the buffer.
     """
     kernels, tensor = kernels_of(config, on_gpu=on_gpu), config.parallel.tensor
-    tokens = config.training.micro_batch_size * config.data.sequence_length
+    tokens = _micro_batch_tokens(config)
     head = shape.padded_vocab_size if found.output or found.embedding else 0
     block = 4 * shape.ffn_hidden_size
     return kernels.value_bytes * (tokens * max(head, block) / tensor + found.largest)

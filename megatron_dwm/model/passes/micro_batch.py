@@ -52,9 +52,11 @@ class MicroBatch:
         """The document pieces between the borders; all layers share them."""
         return None if self.borders_BS is None else pieces_of(self.borders_BS)
 
-    @cached_property
     def partial_rows(self) -> PartialRows:
-        """What attention needs to know of the other parts; all layers share it."""
+        """Returns what attention needs to know of the other parts, for all layers.
+
+        Its masks are large, so nothing keeps them longer than the backward pass does.
+        """
         assert self.part is not None
         length = self.tokens_BS.shape[1] * self.part.size
         return partial_rows(self.part, self.borders_BS, length, self.tokens_BS.device)
@@ -115,7 +117,7 @@ def attention_borders(llm: LLM, batch: MicroBatch) -> PackedSeqParams | None:
     on_transformer_engine = llm.layer_kind == "transformer_engine"
     if batch.pieces is None:
         # Transformer Engine's attention knows the parts of plain rows by itself.
-        return None if batch.part is None or on_transformer_engine else batch.partial_rows
+        return None if batch.part is None or on_transformer_engine else batch.partial_rows()
     if batch.part is not None:
-        return batch.partial_rows
+        return batch.partial_rows()
     return packed_sequences(batch.pieces) if on_transformer_engine else packed_pieces(batch.pieces)
