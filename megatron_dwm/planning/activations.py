@@ -105,6 +105,18 @@ def context_gathers(config: Config, kernels: Kernels) -> bool:
     return config.parallel.context > 1 and own_attention
 
 
+def mask_bytes(config: Config, kernels: Kernels) -> float:
+    """Returns the bytes a token of the masks that all layers share (model/layers/context.py).
+
+    The queries of slice s of 2 C see s + 1 slices of keys; with borders they may see fewer.
+    """
+    if not context_gathers(config, kernels):
+        return 0.0
+    context, rows = config.parallel.context, config.training.micro_batch_size
+    keys = config.data.sequence_length * (2 * context + 1) / (4 * context)
+    return kernels.value_bytes * keys / (1 if config.masks_documents else rows)
+
+
 def head_bytes(shape: LlamaShape, config: Config, kernels: Kernels) -> float:
     """Returns the bytes a token that the last norm, output layer and cross-entropy keep."""
     part = config.parallel.tensor if config.parallel.sequence else 1

@@ -27,6 +27,7 @@ from megatron_dwm.planning.activations import (
     head_bytes,
     kernels_of,
     layer_bytes,
+    mask_bytes,
 )
 from megatron_dwm.planning.placement import RankParameters, layers_in_flight, rank_parameters
 from megatron_dwm.weighting import learns, method_class
@@ -214,6 +215,8 @@ def _activations(
     micro_batches = config.num_microbatches(world_size)
     layers = layers_in_flight(config, shape.num_layers, micro_batches, stage)
     kept = layers * layer_bytes(shape, config, kernels)
+    under_way = layers * config.parallel.pipeline / shape.num_layers
+    kept += under_way * mask_bytes(config, kernels)
     if config.model.recompute == "full":
         kept += layer_bytes(shape, config, kernels, recompute="none")
     if stage == config.parallel.pipeline - 1:

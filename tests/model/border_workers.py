@@ -83,7 +83,7 @@ def parts_of_rows(tensor: int = 1, sequence: bool = False, **options: Any) -> di
             [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in LENGTHS]
         )
         part = ContextPart(runtime.context_rank, runtime.context_size)
-        packed = partial_rows(part, borders_BS, LENGTH, runtime.device)
+        packed = partial_rows(part, borders_BS, LENGTH, runtime.device, torch.float32)
         tokens_BS, labels_BS = part.of_rows(batch.tokens_BS), part.of_rows(batch.labels_BS)
         ours_BS = _losses(learner, tokens_BS, labels_BS, packed)
         parts = [torch.empty_like(ours_BS) for _ in range(runtime.context_size)]

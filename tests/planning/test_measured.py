@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_dwm.model import resolve_shape
-from megatron_dwm.planning.activations import head_bytes, kernels_of, layer_bytes
+from megatron_dwm.planning.activations import head_bytes, kernels_of, layer_bytes, mask_bytes
 from megatron_dwm.planning.memory import Memory, stage_memory, weighting_parameters
 from megatron_dwm.planning.placement import rank_parameters
 from megatron_dwm.planning.traffic import traffic_of
@@ -113,7 +113,7 @@ def test_activations_are_what_autograd_keeps(world_size: int, found: Found) -> N
         # A recomputed part keeps the state of the random numbers too.
         assert (two - one) / tokens == pytest.approx(layer_bytes(shape, config, kernels), abs=1)
         # Inputs of the pass, the embedding's mask and the angles of the rotation, whatever is left.
-        rest = head_bytes(shape, config, kernels)
+        rest = head_bytes(shape, config, kernels) + mask_bytes(config, kernels)
         assert (2 * one - two) / tokens == pytest.approx(rest, rel=0.05), case
 
 

@@ -6,8 +6,9 @@ same work. Only attention sees more than its own tokens. Here it gathers the key
 ranks, in one message a layer; the backward pass sums and scatters their gradients. Transformer
 Engine's attention passes them around instead.
 
-Cost: keys and values of the whole row on every rank during one layer. A mask, shared by all layers,
-of S / C queries times the keys that they can see: those of their own documents at most.
+Cost: keys and values of the whole row on every rank, kept for the backward pass of the layer. A
+mask, shared by all layers, of S / C queries times the keys that they can see, which are those of
+their own documents at most.
 """
 
 from __future__ import annotations
@@ -55,12 +56,13 @@ def in_order(parts: Sequence[Tensor], dim: int) -> Tensor:
 class SliceMask:
     """What the queries of one slice attend to: keys `first` to `stop` - 1 of the row.
 
-    is_seen: bool, [B or 1, 1, queries, stop - first].
+    bias: [B or 1, 1, queries, stop - first] in the precision of the queries: 0 for a key that is
+        seen, else -inf. Of a mask of bools torch's kernel would keep such a copy for every layer.
     """
 
     first: int
     stop: int
-    is_seen: Tensor
+    bias: Tensor
 
 
 @dataclass
@@ -76,33 +78,46 @@ class PartialRows(PackedSeqParams):
 
 
 def partial_rows(
-    part: ContextPart, borders_BS: Tensor | None, length: int, device: torch.device
+    part: ContextPart,
+    borders_BS: Tensor | None,
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> PartialRows:
     """Returns what the model takes as `packed_seq_params` for a part of rows.
 
     borders_BS: int64, the document piece of each token of the whole rows; None: no borders.
-    length: tokens of a whole row.
+    length: tokens of a whole row. dtype: of the queries.
     """
     width = length // (2 * part.size)
     first, last = (
-        _mask(borders_BS, number * width, (number + 1) * width, device) for number in part.slices
+        _mask(borders_BS, number * width, (number + 1) * width, device, dtype)
+        for number in part.slices
     )
     return PartialRows(
         qkv_format="sbhd", max_seqlen_q=length, max_seqlen_kv=length, masks=(first, last)
     )
 
 
-def _mask(borders_BS: Tensor | None, start: int, stop: int, device: torch.device) -> SliceMask:
+def _mask(
+    borders_BS: Tensor | None, start: int, stop: int, device: torch.device, dtype: torch.dtype
+) -> SliceMask:
     """Returns the mask of the queries `start` to `stop` - 1."""
     queries = torch.arange(start, stop, device=device)[:, None]
     if borders_BS is None:
-        return SliceMask(0, stop, (torch.arange(stop, device=device) <= queries)[None, None])
+        is_seen = (torch.arange(stop, device=device) <= queries)[None]
+        return SliceMask(0, stop, _bias(is_seen, dtype))
     # Earlier documents than that of the first query are not seen by any.
     is_open_S = (borders_BS[:, :stop] >= borders_BS[:, start : start + 1]).any(dim=0)
     first = int(is_open_S.int().argmax())
     keys = torch.arange(first, stop, device=device)
     is_same = borders_BS[:, start:stop, None] == borders_BS[:, None, first:stop]
-    return SliceMask(first, stop, (is_same & (keys <= queries))[:, None])
+    return SliceMask(first, stop, _bias(is_same & (keys <= queries), dtype))
+
+
+def _bias(is_seen: Tensor, dtype: torch.dtype) -> Tensor:
+    zeros = torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device)
+    return zeros.masked_fill_(~is_seen, -torch.inf)[:, None]
 
 
 def attend_to_all_parts(
@@ -125,7 +140,7 @@ def attend_to_all_parts(
             query_SBhd.permute(1, 2, 0, 3),
             key_BgSd[:, :, mask.first : mask.stop],
             value_BgSd[:, :, mask.first : mask.stop],
-            attn_mask=mask.is_seen,
+            attn_mask=mask.bias,
             enable_gqa=query.shape[2] != key.shape[2],
         )
         outputs.append(out_BhSd.permute(2, 0, 1, 3))

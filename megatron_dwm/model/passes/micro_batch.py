@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -52,14 +53,16 @@ class MicroBatch:
         """The document pieces between the borders; all layers share them."""
         return None if self.borders_BS is None else pieces_of(self.borders_BS)
 
-    def partial_rows(self) -> PartialRows:
+    def partial_rows(self, dtype: torch.dtype) -> PartialRows:
         """Returns what attention needs to know of the other parts, for all layers.
+
+        dtype: of the activations.
 
         Its masks are large, so nothing keeps them longer than the backward pass does.
         """
         assert self.part is not None
         length = self.tokens_BS.shape[1] * self.part.size
-        return partial_rows(self.part, self.borders_BS, length, self.tokens_BS.device)
+        return partial_rows(self.part, self.borders_BS, length, self.tokens_BS.device, dtype)
 
     @cached_property
     def token_counts_U(self) -> Tensor:
@@ -117,7 +120,11 @@ def attention_borders(llm: LLM, batch: MicroBatch) -> PackedSeqParams | None:
     on_transformer_engine = llm.layer_kind == "transformer_engine"
     if batch.pieces is None:
         # Transformer Engine's attention knows the parts of plain rows by itself.
-        return None if batch.part is None or on_transformer_engine else batch.partial_rows()
+        return (
+            None
+            if batch.part is None or on_transformer_engine
+            else batch.partial_rows(llm.transformer.params_dtype)
+        )
     if batch.part is not None:
-        return batch.partial_rows()
+        return batch.partial_rows(llm.transformer.params_dtype)
     return packed_sequences(batch.pieces) if on_transformer_engine else packed_pieces(batch.pieces)
