@@ -39,6 +39,10 @@ SMOKE: dict[str, tuple[int, dict[str, object]]] = {
     "llama_370m_dwm_features": (2, {**TARGET, **ONLINE}),
     "llama_1.3b_transfer": (2, {}),
     "llama_7b_fp8": (4, {**TARGET, **ONLINE}),
+    "llama_7b_32k": (
+        4,
+        {**TARGET, **ONLINE, "parallel.context": 2, "training.micro_batch_size": 1},
+    ),
     "llama_70b_dwm_fp8": (
         4,
         {
