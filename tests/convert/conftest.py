@@ -21,6 +21,8 @@ SEQUENCE_LENGTH = 96
 
 _GROUPED = {"num_attention_heads": 4, "num_query_groups": 2}
 _FULL = {"num_attention_heads": 4, "num_query_groups": 4}
+_QWEN3 = {"qk_layernorm": True, "kv_channels": 12}
+_QWEN2 = {"add_qkv_bias": True}
 _COMMON = {
     "hidden_size": 32,
     "num_layers": 2,
@@ -37,6 +39,10 @@ LAYOUTS: dict[str, tuple[int, dict, dict]] = {
     "tensor-untied-grouped": (2, {"tensor": 2}, {"tied_embeddings": False, **_GROUPED}),
     "tensor-tied-full": (2, {"tensor": 2}, {"tied_embeddings": True, **_FULL}),
     "pipeline-tied-grouped": (2, {"pipeline": 2}, {"tied_embeddings": True, **_GROUPED}),
+    "tensor-head-norms": (2, {"tensor": 2}, {"tied_embeddings": True, **_GROUPED, **_QWEN3}),
+    "pipeline-head-norms": (2, {"pipeline": 2}, {"tied_embeddings": False, **_FULL, **_QWEN3}),
+    "tensor-bias": (2, {"tensor": 2}, {"tied_embeddings": False, **_GROUPED, **_QWEN2}),
+    "single-bias": (1, {}, {"tied_embeddings": True, **_GROUPED, **_QWEN2}),
     "pipeline-untied-full": (2, {"pipeline": 2}, {"tied_embeddings": False, **_FULL}),
 }
 

@@ -78,9 +78,12 @@ def version_fits(version: str) -> bool:
     return FIRST_VERSION <= (major, minor) < END_VERSION
 
 
-def transformer_engine_block_spec(num_layers: int) -> TransformerBlockSubmodules:
+def transformer_engine_block_spec(
+    num_layers: int, *, qk_layernorm: bool = False
+) -> TransformerBlockSubmodules:
     """Returns Megatron-Core's spec of a chunk with `num_layers` Transformer Engine layers.
 
+    qk_layernorm: with a norm over each head of queries and keys.
     Norm scales are saved under the names of the unfused spec, so that checkpoints do not depend on
     the implementation that wrote them.
     """
@@ -92,7 +95,7 @@ def transformer_engine_block_spec(num_layers: int) -> TransformerBlockSubmodules
         TransformerBlockSubmodules,
     )
 
-    layer = get_gpt_layer_with_transformer_engine_spec()
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
     layer.submodules.sharded_state_dict_keys_map = dict(UNFUSED_NAMES)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
 
