@@ -37,10 +37,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from megatron_dwm.bilevel.position import TensorParallelPosition
 from megatron_dwm.bilevel.slots import SliceOfZ
 from megatron_dwm.bilevel.tangents import (
     bias_tangent,
@@ -56,43 +56,6 @@ from megatron_dwm.model.passes.units import Units
 
 # (output gradient, kept input, units of the micro-batch) -> [U]
 Tangent = Callable[[Tensor, Tensor, Units], Tensor]
-
-
-@dataclass(frozen=True)
-class TensorParallelPosition:
-    """A module's part in tensor parallelism. group: the tensor-parallel group.
-
-    sees_part: this rank's input is its own part of the sequence or of the heads, not a copy of
-    the input of the other tensor-parallel ranks.
-    """
-
-    sequence_parallel: bool
-    tensor_rank: int
-    group: dist.ProcessGroup | None
-    sees_part: bool
-
-    def counts(self, adapter: Adapter) -> bool:
-        """True if this rank's value belongs in the sum over the tensor-parallel ranks."""
-        has_own_part = adapter.splits_weight or (self.sees_part and not adapter.sees_whole)
-        return has_own_part or self.tensor_rank == 0
-
-    def whole(self, tensor_SBD: Tensor) -> Tensor:
-        """Returns the whole sequence, [S, B, D]; gathers it under sequence parallelism."""
-        if not self.sequence_parallel:
-            return tensor_SBD
-        assert self.group is not None
-        part_SBD = tensor_SBD.contiguous()
-        whole_SBD = part_SBD.new_empty(part_SBD.shape[0] * self.group.size(), *part_SBD.shape[1:])
-        dist.all_gather_into_tensor(whole_SBD, part_SBD, group=self.group)
-        return whole_SBD
-
-    def first_of(self, part_SBD: Tensor) -> int:
-        """Returns the position in the row of the first token of a norm's input.
-
-        A norm of heads, whose input is [S, B, heads, D], sees the whole sequence.
-        """
-        has_part = self.sequence_parallel and part_SBD.dim() == 3
-        return self.tensor_rank * len(part_SBD) if has_part else 0
 
 
 # (module, its keyword arguments, position, slices of z) -> the tangent of one forward pass
@@ -118,6 +81,11 @@ class Adapter:
     sees_whole: bool = False
     method: str = ""
     parameters: tuple[str, ...] = ("weight", "bias")
+
+    def counts_at(self, position: TensorParallelPosition) -> bool:
+        """True if that rank's value belongs in the sum over the tensor-parallel ranks."""
+        has_own_part = self.splits_weight or (position.sees_part and not self.sees_whole)
+        return has_own_part or position.tensor_rank == 0
 
 
 def bias_of(module: Any) -> Parameter | None:
@@ -179,7 +147,7 @@ def _quantized_column(
     z = z_of(module.weight)
     return _with_bias(
         lambda gradient, kept, units: quantized_linear_tangent(
-            gradient, position.whole(kept), z, position.group, units
+            gradient, position.whole(kept), z, position.scaled_over, units
         ),
         module,
         z_of,
@@ -191,7 +159,7 @@ def _quantized_row(
 ) -> Tangent:
     z = z_of(module.weight)
     return lambda gradient, kept, units: quantized_linear_tangent(
-        gradient, kept, z, position.group, units
+        gradient, kept, z, position.scaled_over, units
     )
 
 
@@ -297,23 +265,6 @@ ADAPTERS: Mapping[str, Adapter] = {
 
 WITHOUT_PARAMETERS = (MEGATRON_TE + "TEDotProductAttention",)
 """Transformer Engine's classes in the specs without parameters, which have no tangent"""
-
-
-# Megatron-Core's names of the norms over this rank's heads (transformer/attention.py).
-_NORMS_OF_HEADS = ("q_layernorm", "k_layernorm")
-
-
-def position_of(
-    name: str, *, sequence_parallel: bool, tensor_rank: int, group: dist.ProcessGroup | None
-) -> TensorParallelPosition:
-    """Returns the position of the module with this dotted name in the model."""
-    of_heads = name.rsplit(".", 1)[-1] in _NORMS_OF_HEADS
-    return TensorParallelPosition(
-        sequence_parallel=sequence_parallel,
-        tensor_rank=tensor_rank,
-        group=group,
-        sees_part=sequence_parallel or of_heads,
-    )
 
 
 def class_name(module: Module) -> str:

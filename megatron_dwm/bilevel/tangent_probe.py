@@ -14,7 +14,7 @@ units' gradients (sketch.py), at the cost of one more product of a weight gradie
 
 Tensor parallel: a module whose weight is split gives each rank a partial sum. A module that every
 rank holds whole (a norm) is counted on one rank, or on all ranks if each has its own part of the
-input.
+input. Context parallel: every rank adds the tokens of its part of the rows.
 """
 
 from __future__ import annotations
@@ -34,11 +34,10 @@ from megatron_dwm.bilevel.adapters import (
     ADAPTERS,
     Adapter,
     Tangent,
-    TensorParallelPosition,
     adapter_for,
     class_name,
-    position_of,
 )
+from megatron_dwm.bilevel.position import TensorParallelPosition, position_of
 from megatron_dwm.bilevel.sketch import SketchPlan, UnitSketches
 from megatron_dwm.bilevel.slots import SliceOfZ, slice_of_z
 from megatron_dwm.bilevel.unit_gradients import FORMS
@@ -225,8 +224,9 @@ def _hook_for(
         sequence_parallel=llm.transformer.sequence_parallel,
         tensor_rank=llm.runtime.tensor_rank,
         group=llm.runtime.tensor_group,
+        scaled_over=llm.runtime.tensor_context_group,
     )
-    return _Hook(current, adapter, position) if position.counts(adapter) else None
+    return _Hook(current, adapter, position) if adapter.counts_at(position) else None
 
 
 @dataclass(frozen=True)

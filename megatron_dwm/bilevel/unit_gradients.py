@@ -26,10 +26,10 @@ from megatron_dwm.bilevel.adapters import (
     OURS,
     TORCH,
     Normalize,
-    TensorParallelPosition,
     bias_of,
     epsilon_of,
 )
+from megatron_dwm.bilevel.position import TensorParallelPosition
 from megatron_dwm.bilevel.sketch import UnitSketches
 from megatron_dwm.bilevel.tangents import layer_normed, rms_normed
 from megatron_dwm.model.layers.fp8_emulation import ACTIVATIONS, GRADIENTS, Quantized, quantize
@@ -102,7 +102,10 @@ def _quantized_row(module: Any, _: Mapping[str, Any], at: TensorParallelPosition
 
 def _quantized(gradient: Tensor, kept: Tensor, at: TensorParallelPosition) -> tuple[Tensor, Tensor]:
     """Returns both as the layer's own weight gradient has them (collective)."""
-    rounded = quantize(gradient, GRADIENTS, at.group), quantize(kept, ACTIVATIONS, at.group)
+    rounded = (
+        quantize(tensor, dtype, at.scaled_over)
+        for tensor, dtype in ((gradient, GRADIENTS), (kept, ACTIVATIONS))
+    )
     first, second = (_values(each) for each in rounded)
     return first, second
 

@@ -17,8 +17,8 @@ from megatron_dwm.bilevel.adapters import (
     ADAPTERS,
     WITHOUT_PARAMETERS,
     adapter_for,
-    position_of,
 )
+from megatron_dwm.bilevel.position import position_of
 from megatron_dwm.bilevel.slots import slice_of_z
 from megatron_dwm.bilevel.tangents import embedding_tangent, norm_tangent, rms_normed
 from megatron_dwm.model import Units
@@ -265,7 +265,7 @@ def test_a_rank_counts_what_no_other_rank_forms(
         position_of(name, sequence_parallel=sequence_parallel, tensor_rank=rank, group=None)
         for rank in (0, 1)
     ]
-    assert [rank for rank in (0, 1) if places[rank].counts(adapter)] == ranks
+    assert [rank for rank in (0, 1) if adapter.counts_at(places[rank])] == ranks
 
 
 def test_norms_of_split_heads_add_up_to_the_whole() -> None:
