@@ -21,11 +21,10 @@ from torch.nn import Module
 from megatron_dwm.bilevel.adapters import (
     Adapter,
     Tangent,
-    TensorParallelPosition,
     adapter_for,
     class_name,
-    position_of,
 )
+from megatron_dwm.bilevel.position import TensorParallelPosition, position_of
 from megatron_dwm.bilevel.sketch import UnitSketches
 from megatron_dwm.bilevel.slots import SliceOfZ, slice_of_z
 from megatron_dwm.bilevel.unit_gradients import FORMS
@@ -141,7 +140,7 @@ def _hook_for(
         group=llm.runtime.tensor_group,
         scaled_over=llm.runtime.tensor_context_group,
     )
-    return _Hook(current, adapter, position) if position.counts(adapter) else None
+    return _Hook(current, adapter, position) if adapter.counts_at(position) else None
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,8 @@ def transformer_config(
         init_method_std=shape.init_std,
         normalization="RMSNorm",
         add_bias_linear=False,
+        add_qkv_bias=shape.add_qkv_bias,
+        qk_layernorm=shape.qk_layernorm,
         gated_linear_unit=True,
         activation_func=F.silu,
         hidden_dropout=0.0,
@@ -217,14 +219,17 @@ def _block_spec(
     kind: LayerKind,
     layers: _ChunkLayers,
 ) -> TransformerBlockSubmodules:
+    qk_layernorm = shape.qk_layernorm
     if kind == "transformer_engine":
-        return transformer_engine_block_spec(layers.num_layers, parts_of_rows=parallel.context > 1)
+        return transformer_engine_block_spec(
+            layers.num_layers, parts_of_rows=parallel.context > 1, qk_layernorm=qk_layernorm
+        )
     if kind == "local":
-        return llama_block_spec(layers.num_layers)
+        return llama_block_spec(layers.num_layers, qk_layernorm=qk_layernorm)
     emulated = emulated_layers(
         model, first=layers.first_layer, count=layers.num_layers, total=shape.num_layers
     )
-    return llama_block_spec(layers.num_layers, emulated)
+    return llama_block_spec(layers.num_layers, emulated, qk_layernorm=qk_layernorm)
 
 
 def _initialize(
@@ -252,7 +257,7 @@ def whole_model(
         builder=model.builder,
         shape=shape,
         config=replace(transformer_config(shape, model, ParallelConfig()), **changes),
-        layers=llama_block_spec(shape.num_layers),
+        layers=llama_block_spec(shape.num_layers, qk_layernorm=shape.qk_layernorm),
         sequence_length=sequence_length,
         is_first=True,
         is_last=True,

@@ -17,11 +17,10 @@ from megatron_dwm.bilevel.adapters import (
     ADAPTERS,
     WITHOUT_PARAMETERS,
     adapter_for,
-    embedding_tangent,
-    norm_tangent,
-    position_of,
 )
+from megatron_dwm.bilevel.position import position_of
 from megatron_dwm.bilevel.slots import slice_of_z
+from megatron_dwm.bilevel.tangents import embedding_tangent, norm_tangent, rms_normed
 from megatron_dwm.model import Units
 
 SEQUENCE, BATCH, WIDTH, OUT = 5, 3, 8, 6
@@ -164,8 +163,9 @@ def test_norms_of_parts_of_the_sequence_add_up_to_documents() -> None:
     whole = Case(case.module, case.x_SBD, case.gradient_SBC)
     z_D, total = case.module.weight.main_grad, torch.zeros(6, dtype=torch.float64)
     for first, stop in ((0, cut), (cut, SEQUENCE)):
-        part = (case.gradient_SBC[first:stop], case.x_SBD[first:stop])
-        total += norm_tangent(*part, z_D, EPSILON, DOCUMENTS, first=first)
+        gradient_SBD, x_SBD = case.gradient_SBC[first:stop], case.x_SBD[first:stop]
+        normed_SBD = rms_normed(x_SBD, WIDTH, EPSILON)
+        total += norm_tangent(gradient_SBD, normed_SBD, z_D, DOCUMENTS, first=first)
     torch.testing.assert_close(total, _of_documents(whole), rtol=1e-12, atol=1e-12)
     place = position_of("q_layernorm", sequence_parallel=True, tensor_rank=1, group=None)
     heads_SBHD = _draw(SEQUENCE, BATCH, 2, WIDTH)
@@ -265,7 +265,7 @@ def test_a_rank_counts_what_no_other_rank_forms(
         position_of(name, sequence_parallel=sequence_parallel, tensor_rank=rank, group=None)
         for rank in (0, 1)
     ]
-    assert [rank for rank in (0, 1) if places[rank].counts(adapter)] == ranks
+    assert [rank for rank in (0, 1) if adapter.counts_at(places[rank])] == ranks
 
 
 def test_norms_of_split_heads_add_up_to_the_whole() -> None:

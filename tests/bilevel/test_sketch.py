@@ -30,11 +30,23 @@ WORKERS = "tests.bilevel.sketch_workers"
 # fp32 sums of a few thousand terms, each of relative error 6e-8, with cancellation.
 TOLERANCE = 1e-5
 SIZE = 512
-MODEL_KEYS = ("tied", "query_groups", "layers")
+QWEN3 = {"qk_layernorm": True, "kv_channels": 12}
+QWEN2 = {"add_qkv_bias": True}
+MODEL_KEYS = ("tied", "query_groups", "layers", *QWEN3, *QWEN2)
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
     (1, {"tied": False, "query_groups": 4}),
     (1, {"units": "document"}),
+    *(
+        (ranks, {**layout, **model})
+        for model in (QWEN3, QWEN2)
+        for ranks, layout in (
+            (1, {"units": "document", "weighed": True}),
+            (2, {"tensor": 2}),
+            (2, {"tensor": 2, "sequence": True, "units": "document"}),
+            (2, {"pipeline": 2}),
+        )
+    ),
     (1, {"units": "document", "flattened": True, "weighed": True}),
     (1, {"recompute": "full", "weighed": True}),
     (1, {"recompute": "selective", "units": "document"}),
@@ -100,6 +112,8 @@ def test_products_with_z_are_the_probes_also_below_fp32() -> None:
     """In emulated FP8 with the layer's own rounded values; in bf16 each rounds its products."""
     cases: list[tuple[int, dict[str, Any], float]] = [
         (1, {"fp8_emulation": True}, 1e-4),
+        (2, {"fp8_emulation": True, "tensor": 2, **QWEN2}, 1e-4),
+        (1, {"fp8_emulation": True, **QWEN3}, 1e-4),
         (2, {"fp8_emulation": True, "pipeline": 2}, 1e-4),
         (2, {"fp8_emulation": True, "context": 2}, 1e-4),
         (1, {"precision": "bf16"}, 0.03),
