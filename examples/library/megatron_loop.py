@@ -2,14 +2,15 @@
 
     torchrun --nproc-per-node 2 examples/library/megatron_loop.py --tensor-model-parallel-size 2
 
-The loop is Megatron-LM's: its groups, its GPTModel, forward_step and loss_func, its schedule and its
-optimizer. Of this project it has the lines that are marked. On a machine without a GPU one more line
-redirects to the CPU what Megatron-Core asks of CUDA.
+The loop is Megatron-LM's: its groups, its GPTModel, forward_step and loss_func, its schedule and
+its optimizer. Of this project it has the lines that are marked. On a machine without a GPU one more
+line redirects to the CPU what Megatron-Core asks of CUDA.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -35,26 +36,39 @@ from megatron_dwm import MegatronProbe  # ours
 from megatron_dwm.runtime.cpu import cuda_redirected_to_cpu  # ours, for a machine without a GPU
 
 VOCAB, LENGTH, SAMPLES, MICRO_BATCH = 128, 32, 8, 2
-# Every sample repeats one token; the target repeats the small ones.
+# A sample repeats one token. The target repeats the tokens below 16, as half of the samples do.
+SMALL = 16
 Batch = dict[str, Tensor]
 
 
 def get_batch(number: int, *, target: bool = False) -> Batch:
     """Returns this data-parallel rank's samples of global batch `number`."""
     generator = torch.Generator().manual_seed(number)
-    token_B1 = torch.randint(VOCAB // (8 if target else 1), (SAMPLES, 1), generator=generator)
+    token_B1 = torch.randint(SMALL, (SAMPLES, 1), generator=generator)
+    if not target:
+        token_B1[1::2] += SMALL + torch.randint(VOCAB - 2 * SMALL, (1,), generator=generator)
     text = token_B1.repeat(1, LENGTH + 1)
     noise = torch.randint(VOCAB, text.shape, generator=generator)
     text = torch.where(torch.rand(text.shape, generator=generator) < 0.3, noise, text)
+    mine = text[mine_of()]
+    return {
+        "tokens": mine[:, :-1],
+        "labels": mine[:, 1:],
+        "repeats": token_B1.expand_as(text)[mine_of()][:, 0],
+    }
+
+
+def mine_of() -> slice:
+    """Returns which samples of a global batch this data-parallel rank has."""
     share = SAMPLES // parallel_state.get_data_parallel_world_size()
-    mine = text[parallel_state.get_data_parallel_rank() * share :][:share]
-    return {"tokens": mine[:, :-1], "labels": mine[:, 1:], "first": token_B1[:, 0]}
+    first = parallel_state.get_data_parallel_rank() * share
+    return slice(first, first + share)
 
 
 def micro_batches(batch: Batch) -> Iterator[Batch]:
     """Returns the iterator that the schedule takes."""
-    parts = {name: batch[name].split(MICRO_BATCH) for name in ("tokens", "labels")}
-    return iter([dict(zip(parts, values, strict=True)) for values in zip(*parts.values())])
+    starts = range(0, len(batch["tokens"]), MICRO_BATCH)
+    return iter([{k: v[start : start + MICRO_BATCH] for k, v in batch.items()} for start in starts])
 
 
 def loss_func(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -124,8 +138,8 @@ def train(steps: int, tensor: int, pipeline: int) -> None:
         batch, target = get_batch(step), get_batch(step, target=True)
         probed = step > 0  # Adam's moments are empty before the first step
         if probed:
-            validation = micro_batches(target)
-            probe.aim(lambda: schedule(data_iterator=validation, forward_only=False))  # ours
+            validate = partial(schedule, data_iterator=micro_batches(target), forward_only=False)
+            probe.aim(validate)  # ours
         for chunk in model:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
@@ -139,10 +153,9 @@ def train(steps: int, tensor: int, pipeline: int) -> None:
 
 
 def _report(batch: Batch, alignments_n: Tensor) -> None:
-    share = len(alignments_n)
-    first = batch["first"][parallel_state.get_data_parallel_rank() * share :][:share]
+    pairs = zip(batch["repeats"].tolist(), alignments_n.tolist(), strict=True)
     if dist.get_rank() == 0:
-        for token, value in sorted(zip(first.tolist(), alignments_n.tolist(), strict=True)):
+        for token, value in sorted(pairs):
             print(f"repeats token {token:3}: alignment {value:+.2e}")
 
 
@@ -156,6 +169,7 @@ def main() -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", "29512")
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
     on_gpu = torch.cuda.is_available()
     with nullcontext() if on_gpu else cuda_redirected_to_cpu():
         dist.init_process_group("nccl" if on_gpu else "gloo")
