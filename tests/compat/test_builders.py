@@ -44,6 +44,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP 2": (2, {"pipeline": 2, "layers": 4}),
     "interleaved": (2, {"pipeline": 2, "virtual_stages": 2, "layers": 4, "tied": False}),
     "sharded": (2, {"sharded": True}),
+    "norms of heads, TP 2": (2, {"tensor": 2, "qk_layernorm": True, "kv_channels": 12}),
+    "bias, PP 2": (2, {"pipeline": 2, "layers": 4, "add_qkv_bias": True}),
 }
 
 
