@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"files", "config", "tokenizer", "runtime", "model"},
     "weighting": {"config", "tokenizer", "runtime", "model", "data"},
     "bilevel": {"runtime", "model"},
+    "library": {"runtime", "model", "bilevel"},
     "checkpoint": {"files", "config", "tokenizer", "runtime", "model", "data", "weighting"},
     "training": {"config", "runtime", "model", "data", "weighting", "bilevel"},
     "run": {

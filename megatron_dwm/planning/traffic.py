@@ -257,15 +257,16 @@ def _probe_gathers(config: Config, shape: LlamaShape, run: Pass, *, on_gpu: bool
 
     It gathers the output gradients of Transformer Engine's row-parallel layers, two a layer; in
     Megatron-Core's layers these are already gathered. It also gathers the inputs of column-parallel
-    products, two a layer and the output layer's: in a pass of its own, in place of the weight
-    gradients that are not formed; in a training pass, besides them.
+    products, two a layer and the output layer's, and the gradient of the embedding's output: in a
+    pass of its own, in place of the weight gradients that are not formed; in a training pass,
+    besides them. The first stage of several has the embedding, the last the output layer.
     """
     if config.parallel.tensor == 1 or not config.parallel.sequence:
         return _Sent()
     layers = shape.num_layers // config.parallel.pipeline
     gathers, micro_batches = 2 * layers * on_gpu, run.micro_batches
     if method_class(config).schedule(config).ahead:
-        gathers += 2 * layers + 1
+        gathers += 2 * layers + 1 + (config.parallel.pipeline == 1)
         micro_batches = probed_micro_batches(micro_batches, config.weighting.probe_fraction)
     return _hidden(config, shape, run) * (gathers * micro_batches)
 
