@@ -74,11 +74,15 @@ def tiny_learner(
 
     A collective call.
 
-    parallel: the configuration that `runtime` was brought up with; None takes its tensor and
-        pipeline sizes and the defaults for the rest.
+    parallel: the configuration that `runtime` was brought up with; None takes its tensor,
+        context and pipeline sizes and the defaults for the rest.
     """
     if parallel is None:
-        parallel = ParallelConfig(tensor=runtime.tensor_size, pipeline=runtime.pipeline_size)
+        parallel = ParallelConfig(
+            tensor=runtime.tensor_size,
+            context=runtime.context_size,
+            pipeline=runtime.pipeline_size,
+        )
     model = replace(TINY_MODEL, **changes)
     return build_learner(
         resolve_shape(model),
@@ -153,13 +157,13 @@ def plain_step(llm: LLM, optimizer: ChainedOptimizer, batch: Batch, micro_batch_
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     micro_batches = as_layers_take(llm, token_mean(batch, micro_batch_size))
-    num_rows, sequence_length = micro_batches[0].tokens_BS.shape
+    num_rows, part_length = micro_batches[0].tokens_BS.shape
     reports = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, llm),
         data_iterator=[iter(micro_batches) for _ in llm.chunks],
         model=llm.chunks,
         num_microbatches=len(micro_batches),
-        seq_length=sequence_length,
+        seq_length=part_length * llm.runtime.context_size,
         micro_batch_size=num_rows,
         forward_only=False,
     )
@@ -167,7 +171,7 @@ def plain_step(llm: LLM, optimizer: ChainedOptimizer, batch: Batch, micro_batch_
     if not reports:
         return 0.0
     loss_and_count = torch.vstack(reports).sum(dim=0)
-    dist.all_reduce(loss_and_count, group=llm.runtime.data_group)
+    dist.all_reduce(loss_and_count, group=llm.runtime.data_context_group)
     return float(loss_and_count[0] / loss_and_count[1])
 
 
@@ -183,7 +187,7 @@ def _forward_step(
         batch.position_ids_BS,
         None,
         labels=batch.labels_BS,
-        packed_seq_params=attention_borders(llm, batch.pieces),
+        packed_seq_params=attention_borders(llm, batch),
     )
     return losses_BS, partial(_loss, batch.loss_mask_BS)
 

@@ -72,6 +72,7 @@ def tinies(
     count: int,
     *,
     tensor: int = 1,
+    context: int = 1,
     pipeline: int = 1,
     virtual_stages: int = 1,
     sequence: bool = False,
@@ -94,6 +95,7 @@ def tinies(
     """
     parallel = ParallelConfig(
         tensor=tensor,
+        context=context,
         pipeline=pipeline,
         virtual_stages=virtual_stages,
         sequence=sequence,

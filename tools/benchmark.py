@@ -170,7 +170,12 @@ def _add_borders(commands: argparse._SubParsersAction) -> None:
     _add_sizes(command, sequence=1024, batch=8, several_micro_batches=False)
     _add_memory_repeats(command)
     command.set_defaults(
-        tensor=1, pipeline=1, virtual_stages=1, sequence_parallel=False, sharded_optimizer=False
+        tensor=1,
+        context=1,
+        pipeline=1,
+        virtual_stages=1,
+        sequence_parallel=False,
+        sharded_optimizer=False,
     )
 
 
@@ -226,6 +231,7 @@ def _add_layout(parser: argparse.ArgumentParser) -> None:
         )
 
     add("--tensor", "tensor-parallel size, processes")
+    add("--context", "context-parallel size, processes")
     add("--pipeline", "pipeline-parallel size, processes")
     add("--virtual-stages", "model chunks on every pipeline stage")
     parser.add_argument(

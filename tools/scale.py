@@ -25,6 +25,7 @@ _STEP = "GPUs|data|tokens (M)|GB|micro-batches|computes (s)|waits (%)|tensor (GB
 _STEP += "|pipeline (GB; s)|data (GB; s)|messages"
 _UPDATE = "GPUs|computes (s)|validation: samples a replica|waits in it (%)|tensor (GB; s)"
 _UPDATE += "|pipeline (GB; s)|data (GB; s)|weighting (GB; s)|messages"
+_PIPELINE, _CONTEXT = "|pipeline (GB; s)", "|context (GB; s)|pipeline (GB; s)"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,11 +75,15 @@ def main() -> None:
     for gpus in options.gpus:
         grown = _grown(config, gpus, options.gpus[0]) if options.grow_batch else config
         plans.append(make_plan(grown, GPUS[options.gpu], gpus=gpus, mfu=options.mfu))
+    # Only a layout that has this link gets its column.
+    links = _CONTEXT if config.parallel.context > 1 else _PIPELINE
     print("A step:\n")
-    print(_markdown(_STEP, [_step(plan, options) for plan in plans]))
+    print(_markdown(_STEP.replace(_PIPELINE, links), [_step(plan, options) for plan in plans]))
     if plans[0].cost.num_updates:
         print("\nA weighting update:\n")
-        print(_markdown(_UPDATE, [_update(plan, options) for plan in plans]))
+        print(
+            _markdown(_UPDATE.replace(_PIPELINE, links), [_update(plan, options) for plan in plans])
+        )
 
 
 def _grown(config: Config, gpus: int, first: int) -> Config:
@@ -105,8 +110,10 @@ def _step(plan: Plan, options: argparse.Namespace) -> list[str]:
         f"{(llm + weighting) / (plan.gpus * plan.mfu):.2f}",
         f"{100 * plan.bubble:.0f}",
         _link(lines["tensor"], options.node_gb_s, update=False),
-        _link(lines["pipeline"], options.network_gb_s, update=False),
-        _link(lines["data"], options.network_gb_s, update=False),
+        *(
+            _link(lines[link], options.network_gb_s, update=False)
+            for link in (*_context(config), "pipeline", "data")
+        ),
         f"{sum(line.step_messages for line in plan.traffic):,.0f}",
     ]
 
@@ -130,10 +137,14 @@ def _update(plan: Plan, options: argparse.Namespace) -> list[str]:
         _link(lines["tensor"], options.node_gb_s, update=True),
         *(
             _link(lines[link], options.network_gb_s, update=True)
-            for link in ("pipeline", "data", "weighting")
+            for link in (*_context(config), "pipeline", "data", "weighting")
         ),
         f"{sum(line.update_messages for line in plan.traffic):,.0f}",
     ]
+
+
+def _context(config: Config) -> tuple[str, ...]:
+    return ("context",) if config.parallel.context > 1 else ()
 
 
 def _link(line: Traffic, gb_s: float, *, update: bool) -> str:

@@ -50,6 +50,7 @@ Tangent = Callable[[Tensor, Tensor, Units], Tensor]
 class TensorParallelPosition:
     """A module's part in tensor parallelism. group: the tensor-parallel group.
 
+    scaled_over: the ranks that share the scales of emulated FP8; None for one process.
     sees_part: this rank's input is its own part of the sequence or of the heads, not a copy of
     the input of the other tensor-parallel ranks.
     """
@@ -58,6 +59,7 @@ class TensorParallelPosition:
     tensor_rank: int
     group: dist.ProcessGroup | None
     sees_part: bool
+    scaled_over: dist.ProcessGroup | None = None
 
     def counts(self, adapter: Adapter) -> bool:
         """True if this rank's value belongs in the sum over the tensor-parallel ranks."""
@@ -201,7 +203,7 @@ def _quantized_column(
 ) -> Tangent:
     z = z_of(module.weight)
     return lambda gradient, kept, units: quantized_linear_tangent(
-        gradient, position.whole(kept), z, position.group, units
+        gradient, position.whole(kept), z, position.scaled_over, units
     )
 
 
@@ -210,7 +212,7 @@ def _quantized_row(
 ) -> Tangent:
     z = z_of(module.weight)
     return lambda gradient, kept, units: quantized_linear_tangent(
-        gradient, kept, z, position.group, units
+        gradient, kept, z, position.scaled_over, units
     )
 
 
@@ -290,7 +292,12 @@ _NORMS_OF_HEADS = ("q_layernorm", "k_layernorm")
 
 
 def position_of(
-    name: str, *, sequence_parallel: bool, tensor_rank: int, group: dist.ProcessGroup | None
+    name: str,
+    *,
+    sequence_parallel: bool,
+    tensor_rank: int,
+    group: dist.ProcessGroup | None,
+    scaled_over: dist.ProcessGroup | None = None,
 ) -> TensorParallelPosition:
     """Returns the position of the module with this dotted name in the model."""
     of_heads = name.rsplit(".", 1)[-1] in _NORMS_OF_HEADS
@@ -299,6 +306,7 @@ def position_of(
         tensor_rank=tensor_rank,
         group=group,
         sees_part=sequence_parallel or of_heads,
+        scaled_over=scaled_over,
     )
 
 

@@ -1,7 +1,7 @@
 """The optimizer's view of the parameters, under Megatron-Core's three optimizers.
 
 FP32Optimizer steps the model's parameters themselves; Float16OptimizerWithFloat16Params steps fp32
-main copies; DistributedOptimizer steps this data-parallel rank's shard of either. A `Slot` hides
+main copies; DistributedOptimizer steps this rank's shard of either. A `Slot` hides
 the difference.
 """
 
@@ -142,12 +142,12 @@ def slice_of_z(parameter: Any) -> Tensor:
 
 
 def is_sharded(optimizer: ChainedOptimizer) -> bool:
-    """True if the optimizer's state is sharded over the data-parallel group."""
+    """True if the optimizer's state is sharded over the ranks with the same parameters."""
     return any(isinstance(m, DistributedOptimizer) for m in optimizer.chained_optimizers)
 
 
 def gather_parameters(llm: LLM) -> None:
-    """Gather the model parameters from the shards of all data-parallel ranks (collective)."""
+    """Gather the model parameters from the shards of all ranks that share them (collective)."""
     for chunk in llm.chunks:
         chunk.start_param_sync(force_sync=True)
 
@@ -170,10 +170,10 @@ def write_gradients(slots: Sequence[Slot]) -> None:
 
 
 def _gather_gradient_buffers(llm: LLM) -> None:
-    """Gather the gradient buffers from the shards of all data-parallel ranks (collective)."""
-    size, rank = llm.runtime.data_size, llm.runtime.data_rank
+    """Gather the gradient buffers from the shards of all ranks that share them (collective)."""
+    group = llm.runtime.data_context_group
     for chunk in llm.chunks:
         for buffer in chunk.buffers:
             for bucket in buffer.buckets:
-                shard = bucket.grad_data.chunk(size)[rank].clone()
-                dist.all_gather_into_tensor(bucket.grad_data, shard, group=llm.runtime.data_group)
+                shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)

@@ -14,7 +14,7 @@ units' gradients (sketch.py), at the cost of one more product of a weight gradie
 
 Tensor parallel: a module whose weight is split gives each rank a partial sum. A module that every
 rank holds whole (a norm) is counted on one rank, or on all ranks if each has its own part of the
-input.
+input. Context parallel: every rank adds the tokens of its part of the rows.
 """
 
 from __future__ import annotations
@@ -225,6 +225,7 @@ def _hook_for(
         sequence_parallel=llm.transformer.sequence_parallel,
         tensor_rank=llm.runtime.tensor_rank,
         group=llm.runtime.tensor_group,
+        scaled_over=llm.runtime.tensor_context_group,
     )
     return _Hook(current, adapter, position) if position.counts(adapter) else None
 

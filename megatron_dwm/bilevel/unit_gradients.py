@@ -66,7 +66,10 @@ def _quantized_row(module: Any, _: Mapping[str, Any], at: TensorParallelPosition
 
 def _quantized(gradient: Tensor, kept: Tensor, at: TensorParallelPosition) -> tuple[Tensor, Tensor]:
     """Returns both as the layer's own weight gradient has them (collective)."""
-    rounded = quantize(gradient, GRADIENTS, at.group), quantize(kept, ACTIVATIONS, at.group)
+    rounded = (
+        quantize(tensor, dtype, at.scaled_over)
+        for tensor, dtype in ((gradient, GRADIENTS), (kept, ACTIVATIONS))
+    )
     first, second = (_values(each) for each in rounded)
     return first, second
 

@@ -19,9 +19,8 @@ from megatron_dwm.bilevel.problem import Hypergradient, Problem
 from megatron_dwm.bilevel.slots import Slot, collect_slots
 from megatron_dwm.bilevel.virtual_step import CLIP_EPSILON
 from megatron_dwm.model.layers.local import RMSNorm
-from megatron_dwm.model.layers.pieces import pieces_of
 from megatron_dwm.model.passes.micro_batch import attention_borders
-from megatron_dwm.model.passes.objective import TokenBatch
+from megatron_dwm.model.passes.objective import TokenBatch, token_mean
 from megatron_dwm.runtime.profiling import phase
 
 Parameters = dict[str, Tensor]
@@ -105,12 +104,12 @@ def _token_mean(problem: Problem, theta: Parameters, batch: TokenBatch) -> Tenso
 
 def _masked_losses(problem: Problem, theta: Parameters, batch: TokenBatch) -> Tensor:
     """Returns [B, S], 0 for a token that does not count."""
-    pieces = None if batch.borders_BS is None else pieces_of(batch.borders_BS)
+    (micro_batch,) = token_mean(batch, len(batch.tokens_BS))
     logits = functional_call(
         problem.llm.modules[0],
         theta,
         (batch.tokens_BS, batch.position_ids_BS, None),
-        {"packed_seq_params": attention_borders(problem.llm, pieces)},
+        {"packed_seq_params": attention_borders(problem.llm, micro_batch)},
     )
     losses = F.cross_entropy(logits.flatten(0, 1), batch.labels_BS.flatten(), reduction="none")
     return losses.view_as(batch.labels_BS) * batch.loss_mask_BS

@@ -118,4 +118,4 @@ def sharded_model(llm: LLM) -> ShardedStateDict:
 
 
 def _metadata(runtime: Runtime) -> dict[str, Any]:
-    return {**_SHARDING, "dp_cp_group": runtime.data_group}
+    return {**_SHARDING, "dp_cp_group": runtime.data_context_group}

@@ -163,6 +163,10 @@ class Config:
         quarter = self.update_on == "ahead" and learns_from_alignments(self.policy.name)
         return self.validation.batch_size or (-(-rows // 4) if quarter else rows)
 
+    def gradient_ranks(self, world_size: int) -> int:
+        """Returns the number of processes with the same parameters: data x context parallel."""
+        return self.data_parallel_size(world_size) * self.parallel.context
+
     def data_parallel_size(self, world_size: int) -> int:
         """Returns the number of replicas of the LLM in a job of `world_size` processes."""
         return world_size // self.parallel.model_size

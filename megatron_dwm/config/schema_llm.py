@@ -41,6 +41,9 @@ class ParallelConfig:
 
     tensor: int = key(1, WIDTH)
     """processes in a tensor-parallel group"""
+    context: int = key(1, WIDTH)
+    """processes that share each sample's tokens, every one with two slices of it (Megatron's
+    --context-parallel-size)"""
     pipeline: int = key(1, WIDTH)
     """processes in a pipeline"""
     virtual_stages: int = key(1, LAYERS)
@@ -48,7 +51,8 @@ class ParallelConfig:
     sequence: bool = False
     """sequence parallelism inside the tensor-parallel group"""
     sharded_optimizer: bool = False
-    """shard the optimizer's state over the data-parallel group (Megatron's DistributedOptimizer)"""
+    """shard the optimizer's state over the processes with the same parameters (Megatron's
+    DistributedOptimizer)"""
     overlap_grad_reduce: bool = False
     """reduce gradients over the data-parallel group during the last backward pass of a step, bucket
     by bucket (Megatron's --overlap-grad-reduce)"""
@@ -69,8 +73,8 @@ class ParallelConfig:
 
     @property
     def model_size(self) -> int:
-        """Processes that together hold one replica of the LLM."""
-        return self.tensor * self.pipeline
+        """Processes that together train one replica of the LLM."""
+        return self.tensor * self.context * self.pipeline
 
 
 @dataclass(frozen=True, kw_only=True)

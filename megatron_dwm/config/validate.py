@@ -14,6 +14,7 @@ from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.key import number_problems
 from megatron_dwm.config.names import known_keys, nearest_key
 from megatron_dwm.config.schema import Config
+from megatron_dwm.config.schema_llm import ParallelConfig
 from megatron_dwm.config.validate_overlap import overlap_problems
 from megatron_dwm.config.validate_profiling import profiling_problems
 from megatron_dwm.config.validate_schedule import schedule_problems
@@ -128,11 +129,13 @@ _FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 
 def _fp8_sizes(config: Config, shape: Heads) -> Iterator[str]:
     multiple = _FP8_MULTIPLES[config.model.fp8_recipe]
-    tokens = config.training.micro_batch_size * config.data.sequence_length
+    context = config.parallel.context
+    tokens = config.training.micro_batch_size * config.data.sequence_length // context
+    all_tokens = "training.micro_batch_size x data.sequence_length"
     sizes = {
         "model.hidden_size / parallel.tensor": shape.hidden_size // config.parallel.tensor,
         "model.ffn_hidden_size / parallel.tensor": shape.ffn_hidden_size // config.parallel.tensor,
-        "training.micro_batch_size x data.sequence_length": tokens,
+        all_tokens + (" / parallel.context" if context > 1 else ""): tokens,
     }
     for what, size in sizes.items():
         if size % multiple:
@@ -143,12 +146,13 @@ def _fp8_sizes(config: Config, shape: Heads) -> Iterator[str]:
 
 
 def _layout(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    parallel = config.parallel
+    tensor = parallel.tensor
     if world_size % config.parallel.model_size:
         yield (
-            f"parallel.tensor {tensor} x parallel.pipeline {pipeline}: expected to divide the "
-            f"number of processes, which is {world_size}; start another number (torchrun's "
-            "--nproc-per-node; under Slurm --nodes and DWM_RANKS_PER_NODE)"
+            f"{layout_of(parallel)}: expected to divide the number of processes, which is "
+            f"{world_size}; start another number (torchrun's --nproc-per-node; under Slurm --nodes "
+            "and DWM_RANKS_PER_NODE)"
         )
     for name, value in (
         ("model.num_attention_heads", shape.num_attention_heads),
@@ -163,13 +167,32 @@ def _layout(config: Config, shape: Heads, world_size: int) -> Iterator[str]:
             f"model.num_query_groups {shape.num_query_groups}: expected to divide "
             f"model.num_attention_heads, which is {shape.num_attention_heads}"
         )
-    if config.parallel.sequence and config.data.sequence_length % tensor:
+    yield from length_problems(config, "data.sequence_length", config.data.sequence_length)
+    if parallel.sequence and tensor == 1:
+        yield "parallel.sequence: expected parallel.tensor above 1, got 1"
+
+
+def layout_of(parallel: ParallelConfig) -> str:
+    """Returns the factors of a replica's processes, for a message."""
+    context = f" x parallel.context {parallel.context}" if parallel.context > 1 else ""
+    return f"parallel.tensor {parallel.tensor}{context} x parallel.pipeline {parallel.pipeline}"
+
+
+def length_problems(config: Config, what: str, tokens: int) -> Iterator[str]:
+    """Yields a line for every rule that rows of `tokens` break, a length that `what` sets."""
+    tensor, context = config.parallel.tensor, config.parallel.context
+    if context > 1 and tokens % (2 * context):
+        yield (
+            f"parallel.context {context}: expected {what} to be a multiple of 2 x "
+            f"{context} = {2 * context}, because every process has two slices of a sample; it is "
+            f"{tokens}"
+        )
+    elif config.parallel.sequence and (tokens // context) % tensor:
+        share = f" / parallel.context {context}" if context > 1 else ""
         yield (
             f"parallel.sequence: expected parallel.tensor {tensor} to divide "
-            f"data.sequence_length, which is {config.data.sequence_length}"
+            f"{what}{share}, which is {tokens // context}"
         )
-    if config.parallel.sequence and tensor == 1:
-        yield "parallel.sequence: expected parallel.tensor above 1, got 1"
 
 
 def _pipeline(config: Config, shape: Heads, world_size: int) -> Iterator[str]:

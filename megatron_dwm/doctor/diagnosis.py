@@ -169,6 +169,7 @@ def _layout(config: Config, runtime: Runtime) -> str:
     parallel = config.parallel
     parts = [
         f"tensor {parallel.tensor}",
+        *([f"context {parallel.context}"] if parallel.context > 1 else []),
         f"pipeline {parallel.pipeline}",
         f"data {runtime.data_size}",
         *(["sequence parallel"] if parallel.sequence else []),

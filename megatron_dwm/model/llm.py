@@ -138,6 +138,7 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
+        context_parallel_size=parallel.context,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=virtual_stages,
         # With two stages both neighbors are one peer, and batched messages of the interleaved
@@ -216,7 +217,7 @@ def build_llm(
             builder=model.builder,
             shape=shape,
             config=config,
-            layers=_block_spec(shape, model, choice.kind, layers),
+            layers=_block_spec(shape, model, parallel, choice.kind, layers),
             sequence_length=sequence_length,
             is_first=layers.is_first,
             is_last=layers.is_last,
@@ -263,10 +264,14 @@ class _ChunkLayers:
 
 
 def _block_spec(
-    shape: LlamaShape, model: ModelConfig, kind: LayerKind, layers: _ChunkLayers
+    shape: LlamaShape,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    kind: LayerKind,
+    layers: _ChunkLayers,
 ) -> TransformerBlockSubmodules:
     if kind == "transformer_engine":
-        return transformer_engine_block_spec(layers.num_layers)
+        return transformer_engine_block_spec(layers.num_layers, parts_of_rows=parallel.context > 1)
     if kind == "local":
         return llama_block_spec(layers.num_layers)
     emulated = emulated_layers(

@@ -77,7 +77,11 @@ def layer_bytes(
     keys, inner = shape.num_query_groups * shape.head_size, shape.ffn_hidden_size
     # The one product of queries, keys and values (values are a view of it), rotated queries and
     # keys, and the output of attention.
-    attention = value * 3 * (queries + keys) / tensor
+    if context_gathers(config, kernels):
+        # Rotated queries, keys and values of whole rows, the output of either slice, and of both.
+        attention = value * (3 * queries + 2 * keys * config.parallel.context) / tensor
+    else:
+        attention = value * 3 * (queries + keys) / tensor
     if kernels.fp8:
         attention += _FP8 * queries / tensor
     if recompute != "selective":
@@ -90,6 +94,27 @@ def layer_bytes(
     feed_forward = (gated * value + kernels.product_input_bytes) * inner / tensor
     norms = 2 * norm_bytes(shape.hidden_size / part, 1 / part, kernels)
     return norms + attention + rotation + feed_forward
+
+
+def context_gathers(config: Config, kernels: Kernels) -> bool:
+    """True if attention gathers the keys and values of whole rows (model/layers/context.py).
+
+    Transformer Engine's passes them around instead, but it knows no borders there.
+    """
+    own_attention = not kernels.fused or config.masks_documents
+    return config.parallel.context > 1 and own_attention
+
+
+def mask_bytes(config: Config, kernels: Kernels) -> float:
+    """Returns the bytes a token of the masks that all layers share (model/layers/context.py).
+
+    The queries of slice s of 2 C see s + 1 slices of keys; with borders they may see fewer.
+    """
+    if not context_gathers(config, kernels):
+        return 0.0
+    context, rows = config.parallel.context, config.training.micro_batch_size
+    keys = config.data.sequence_length * (2 * context + 1) / (4 * context)
+    return kernels.value_bytes * keys / (1 if config.masks_documents else rows)
 
 
 def head_bytes(shape: LlamaShape, config: Config, kernels: Kernels) -> float:

@@ -27,6 +27,7 @@ from megatron_dwm.planning.activations import (
     head_bytes,
     kernels_of,
     layer_bytes,
+    mask_bytes,
 )
 from megatron_dwm.planning.placement import RankParameters, layers_in_flight, rank_parameters
 from megatron_dwm.weighting import learns, method_class
@@ -104,7 +105,7 @@ def stage_memory(
     """
     found = rank_parameters(shape, config.parallel, stage)
     replicas = config.data_parallel_size(world_size)
-    shards = replicas if config.parallel.sharded_optimizer else 1
+    shards = config.gradient_ranks(world_size) if config.parallel.sharded_optimizer else 1
     kernels = kernels_of(config, on_gpu=on_gpu)
     mixed = config.model.precision != "fp32"
     state = (_MOMENTS + (_FP32 if mixed else 0)) * found.total / shards
@@ -210,15 +211,23 @@ def _activations(
     With full recomputation they include the one layer that runs again.
     """
     kernels = kernels_of(config, on_gpu=on_gpu)
-    tokens = config.training.micro_batch_size * config.data.sequence_length
+    tokens = _micro_batch_tokens(config)
     micro_batches = config.num_microbatches(world_size)
     layers = layers_in_flight(config, shape.num_layers, micro_batches, stage)
     kept = layers * layer_bytes(shape, config, kernels)
+    under_way = layers * config.parallel.pipeline / shape.num_layers
+    kept += under_way * mask_bytes(config, kernels)
     if config.model.recompute == "full":
         kept += layer_bytes(shape, config, kernels, recompute="none")
     if stage == config.parallel.pipeline - 1:
         kept += head_bytes(shape, config, kernels)
     return tokens * kept
+
+
+def _micro_batch_tokens(config: Config) -> float:
+    """Returns the tokens of a micro-batch that a context-parallel rank holds."""
+    rows = config.training.micro_batch_size
+    return rows * config.data.sequence_length / config.parallel.context
 
 
 def _working(config: Config, shape: LlamaShape, found: RankParameters, on_gpu: bool) -> float:
@@ -228,7 +237,7 @@ def _working(config: Config, shape: LlamaShape, found: RankParameters, on_gpu: b
     the gradient of one weight on its way into the buffer.
     """
     kernels, tensor = kernels_of(config, on_gpu=on_gpu), config.parallel.tensor
-    tokens = config.training.micro_batch_size * config.data.sequence_length
+    tokens = _micro_batch_tokens(config)
     head = shape.padded_vocab_size if found.output or found.embedding else 0
     block = 4 * shape.ffn_hidden_size
     return kernels.value_bytes * (tokens * max(head, block) / tensor + found.largest)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.config import Config, UserError
-from megatron_dwm.config.validate import validate_config
+from megatron_dwm.config.validate import layout_of, validate_config
 from megatron_dwm.data.document_counts import WHOLE_ROWS, DocumentCounts, document_counts
 from megatron_dwm.model import LlamaShape, resolve_shape
 from megatron_dwm.model.on_disk.huggingface_files import is_huggingface, open_huggingface
@@ -22,6 +22,8 @@ from megatron_dwm.weighting.costs import Workload
 # Fraction of a GPU's memory for the CUDA context, buffers of NCCL and cuBLAS, and fragmentation. It
 # is a guess: no GPU was at hand to measure it.
 RESERVE = 0.08
+# From about this length on, a sample's activations are worth splitting over processes.
+_LONG_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +159,7 @@ def advice(plan: Plan) -> list[str]:
         return []
     config, worst = plan.config, plan.stages[plan.fullest]
     found: list[tuple[float, str]] = []
-    if not config.parallel.sharded_optimizer and config.data_parallel_size(plan.gpus) > 1:
+    if not config.parallel.sharded_optimizer and config.gradient_ranks(plan.gpus) > 1:
         saved = worst.optimizer + worst.virtual_step
         found.append((saved, "parallel.sharded_optimizer true"))
     if config.model.recompute != "full":
@@ -172,6 +174,8 @@ def advice(plan: Plan) -> list[str]:
                 "its encoder goes by",
             )
         )
+    if config.data.sequence_length >= _LONG_TOKENS:
+        found.append((worst.activations / 2, "larger parallel.context"))
     found.append((worst.weights + worst.gradients, "larger parallel.tensor or parallel.pipeline"))
     return [what for _, what in sorted(found, key=lambda pair: -pair[0])]
 
@@ -181,8 +185,8 @@ def _require_whole_replicas(config: Config, gpus: int) -> None:
     parallel = config.parallel
     if parallel.model_size > 0 and gpus % parallel.model_size:
         raise UserError(
-            f"parallel.tensor {parallel.tensor} x parallel.pipeline {parallel.pipeline}: expected "
-            f"to divide --gpus, which is {gpus}; give a multiple of {parallel.model_size}"
+            f"{layout_of(parallel)}: expected to divide --gpus, which is {gpus}; give a multiple "
+            f"of {parallel.model_size}"
         )
 
 

@@ -73,13 +73,14 @@ def _kept_checkpoints(training: TrainingConfig) -> int:
 def _heading(plan: Plan) -> str:
     config, parallel = plan.config, plan.config.parallel
     replicas = config.data_parallel_size(plan.gpus)
+    context = f"context {parallel.context} x " if parallel.context > 1 else ""
     return (
         f"{plan.shape.num_parameters():,} parameters, {config.model.precision}, vocabulary "
         f"{plan.shape.vocab_size:,}\n"
-        f"{plan.gpus} x {plan.gpu.name}: tensor {parallel.tensor} x pipeline {parallel.pipeline} "
-        f"x data {replicas}; {config.num_microbatches(plan.gpus)} micro-batches of "
-        f"{config.training.micro_batch_size} x {config.data.sequence_length:,} tokens a step and "
-        f"replica; {plan.tokens_a_step:,} tokens a step\n"
+        f"{plan.gpus} x {plan.gpu.name}: tensor {parallel.tensor} x {context}pipeline "
+        f"{parallel.pipeline} x data {replicas}; {config.num_microbatches(plan.gpus)} "
+        f"micro-batches of {config.training.micro_batch_size} x {config.data.sequence_length:,} "
+        f"tokens a step and replica; {plan.tokens_a_step:,} tokens a step\n"
         f"policy {config.policy.name}, {plan.cost.num_updates:,} weighting updates in "
         f"{config.training.steps:,} steps{_documents(plan)}"
     )

@@ -8,6 +8,8 @@ scatter.
               parallelism four gathers and four scatters, and two gathers for weight gradients; then
               the norms' gradients are reduced, once a pass
     pipeline  one [S, B, H] forward and one backward over every border
+    context   keys and values of a layer gathered forward, their gradients scattered backward; and
+              gathered again where attention is recomputed
     data      the gradients, in fp32 or bf16, once a pass; sharded: scattered, and the parameters
               gathered; a message for every model chunk, or for every bucket where they overlap with
               a pass, in the first chunk of the first stage
@@ -99,9 +101,12 @@ def traffic_of(
     gradients = updates * (1 + own_pass)
     phi = _FP32 * weighting_parameters(weighting)
     learning = _Sent(1, phi) * updates if phi and world_size > 1 else _Sent()
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    parallel = config.parallel
+    tensor, context, pipeline = parallel.tensor, parallel.context, parallel.pipeline
     batch, target = _training_pass(config, world_size), validation_pass(config, world_size)
     layers, norms = _tensor(config, shape, batch), _norms(config, shape)
+    keys = _context(config, shape, batch)
+    keys_in_update = keys * of_batch + _context(config, shape, target) * updates
     in_update = layers * of_batch + _tensor(config, shape, target) * updates + norms * gradients
     in_update += _probe_gathers(config, shape, batch, on_gpu=on_gpu) * updates
     borders = _pipeline(config, shape, batch)
@@ -110,9 +115,11 @@ def traffic_of(
         # The target is read: a forward pass, of which no gradient comes back.
         in_update = _tensor(config, shape, target, backward=False)
         over_borders = _pipeline(config, shape, target, backward=False)
-    tensor_factor = 2 * (tensor - 1) / tensor / (2 if config.parallel.sequence else 1)
+        keys_in_update = _context(config, shape, target, backward=False)
+    tensor_factor = 2 * (tensor - 1) / tensor / (2 if parallel.sequence else 1)
     return [
         _line("tensor", tensor, layers + norms, in_update, tensor_factor),
+        _line("context", context, keys, keys_in_update, (context - 1) / context),
         _line("pipeline", pipeline, borders, over_borders, 1.0),
         _data_line(config, shape, world_size, updates=updates, gradients=gradients),
         _line("weighting", world_size, _Sent(), learning, 2 * (world_size - 1) / world_size),
@@ -154,20 +161,23 @@ def _line(link: str, ranks: int, step: _Sent, update: _Sent, factor: float) -> T
 def _data_line(
     config: Config, shape: LlamaShape, world_size: int, *, updates: float, gradients: float
 ) -> Traffic:
-    """Returns the line of the data-parallel link. gradients: passes of an update that form some."""
-    replicas = config.data_parallel_size(world_size)
-    reduce, gather = _data(config, shape, replicas)
-    sharded = config.parallel.sharded_optimizer and replicas > 1
+    """Returns the line of the link over which gradients are summed, data- and context-parallel.
+
+    gradients: passes of an update that form some.
+    """
+    ranks = config.gradient_ranks(world_size)
+    reduce, gather = _data(config, shape, ranks)
+    sharded = config.parallel.sharded_optimizer and ranks > 1
     in_update = reduce * gradients
     # Sharded, theta' and theta are gathered, and z; ahead of the step, z alone.
     parameters = 0 if method_class(config).schedule(config).ahead else 2
     gathered = (gather * parameters + reduce) * updates if sharded else _Sent()
-    one_way = (replicas - 1) / replicas
+    one_way = (ranks - 1) / ranks
     factor = one_way if sharded else 2 * one_way
     step, update = reduce + gather, in_update + gathered
     return Traffic(
         link="data",
-        ranks=replicas,
+        ranks=ranks,
         step=step.num_bytes,
         update=update.num_bytes,
         step_wire=factor * reduce.num_bytes + one_way * gather.num_bytes,
@@ -178,10 +188,33 @@ def _data_line(
 
 
 def _hidden(config: Config, shape: LlamaShape, run: Pass) -> _Sent:
-    """Returns one message with a micro-batch's hidden states, of the whole sequence."""
-    value_bytes = 4 if config.model.precision == "fp32" else 2
+    """Returns one message with a micro-batch's hidden states, of this rank's part of the rows."""
+    return _Sent(1, float(_value_bytes(config) * _tokens(config, run) * shape.hidden_size))
+
+
+def _value_bytes(config: Config) -> int:
+    return 4 if config.model.precision == "fp32" else 2
+
+
+def _tokens(config: Config, run: Pass) -> int:
+    """Returns the tokens of a micro-batch that a context-parallel rank holds."""
+    return run.samples * config.data.sequence_length // config.parallel.context
+
+
+def _context(config: Config, shape: LlamaShape, run: Pass, *, backward: bool = True) -> _Sent:
+    """Returns the gathers of keys and values in a pass, and the scatters of their gradients.
+
+    Transformer Engine passes them from rank to rank instead, which moves as many bytes.
+    """
+    parallel = config.parallel
+    if parallel.context == 1:
+        return _Sent()
+    width = 2 * shape.num_query_groups * shape.head_size // parallel.tensor
     tokens = run.samples * config.data.sequence_length
-    return _Sent(1, float(value_bytes * tokens * shape.hidden_size))
+    message = _Sent(1, float(_value_bytes(config) * tokens * width))
+    again = config.model.recompute != "none"
+    times = 2 + again if backward else 1
+    return message * (times * run.micro_batches * (shape.num_layers // parallel.pipeline))
 
 
 def _tensor(config: Config, shape: LlamaShape, run: Pass, *, backward: bool = True) -> _Sent:
@@ -201,7 +234,7 @@ def _tensor(config: Config, shape: LlamaShape, run: Pass, *, backward: bool = Tr
         a_layer, output = (4, 1) if sequence else (2, 0)
         embedding = int(config.parallel.pipeline == 1)
     hidden = _hidden(config, shape, run) * (layers * a_layer + output + embedding)
-    loss = _Sent(1, _FP32 * run.samples * config.data.sequence_length) * _CROSS_ENTROPY
+    loss = _Sent(1, _FP32 * _tokens(config, run)) * _CROSS_ENTROPY
     if config.model.cross_entropy_loss_fusion and config.model.precision != "fp32":
         loss = _Sent(loss.messages - 1, loss.num_bytes)  # both sums are one message
     return (hidden + loss) * run.micro_batches
@@ -220,15 +253,16 @@ def _probe_gathers(config: Config, shape: LlamaShape, run: Pass, *, on_gpu: bool
 
     It gathers the output gradients of Transformer Engine's row-parallel layers, two a layer; in
     Megatron-Core's layers these are already gathered. It also gathers the inputs of column-parallel
-    products, two a layer and the output layer's: in a pass of its own, in place of the weight
-    gradients that are not formed; in a training pass, besides them.
+    products, two a layer and the output layer's, and the gradient of the embedding's output: in a
+    pass of its own, in place of the weight gradients that are not formed; in a training pass,
+    besides them. The first stage of several has the embedding, the last the output layer.
     """
     if config.parallel.tensor == 1 or not config.parallel.sequence:
         return _Sent()
     layers = shape.num_layers // config.parallel.pipeline
     gathers, micro_batches = 2 * layers * on_gpu, run.micro_batches
     if method_class(config).schedule(config).ahead:
-        gathers += 2 * layers + 1
+        gathers += 2 * layers + 1 + (config.parallel.pipeline == 1)
         micro_batches = probed_micro_batches(micro_batches, config.weighting.probe_fraction)
     return _hidden(config, shape, run) * (gathers * micro_batches)
 
@@ -253,24 +287,23 @@ def _pipeline(config: Config, shape: LlamaShape, run: Pass, *, backward: bool = 
     return share * (run.micro_batches * sends)
 
 
-def _data(config: Config, shape: LlamaShape, replicas: int) -> tuple[_Sent, _Sent]:
+def _data(config: Config, shape: LlamaShape, ranks: int) -> tuple[_Sent, _Sent]:
     """Returns (gradients reduced in a pass, parameters gathered in a step) of the largest stage.
 
-    Gradients of a model chunk lie in one buffer.
+    ranks: those that hold the same parameters. Gradients of a model chunk lie in one buffer.
     """
-    if replicas == 1:
+    if ranks == 1:
         return _Sent(), _Sent()
     stages = range(config.parallel.pipeline)
     parameters = max(rank_parameters(shape, config.parallel, stage).total for stage in stages)
-    value_bytes = 4 if config.model.precision == "fp32" else 2
-    messages = _buckets(config, parameters, replicas)
+    messages = _buckets(config, parameters, ranks)
     reduced = _Sent(messages, float(gradient_bytes(config) * parameters))
     if not config.parallel.sharded_optimizer:
         return reduced, _Sent()
-    return reduced, _Sent(messages, float(value_bytes * parameters))
+    return reduced, _Sent(messages, float(_value_bytes(config) * parameters))
 
 
-def _buckets(config: Config, parameters: int, replicas: int) -> int:
+def _buckets(config: Config, parameters: int, ranks: int) -> int:
     """Returns the number of messages with the gradients of a rank with so many parameters.
 
     A bucket ends with the parameter that fills it, so there may be fewer where parameters are large
@@ -279,5 +312,5 @@ def _buckets(config: Config, parameters: int, replicas: int) -> int:
     parallel, chunks = config.parallel, config.parallel.virtual_stages
     if not parallel.overlap_grad_reduce:
         return chunks
-    size = parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * replicas)
+    size = parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * ranks)
     return chunks - 1 + math.ceil(parameters / chunks / size)

@@ -4,7 +4,14 @@ from megatron_dwm.runtime.bring_up import (
     Runtime,
     bring_up,
     rank_from_environment,
+    tensor_context_group,
     world_size_from_environment,
 )
 
-__all__ = ["Runtime", "bring_up", "rank_from_environment", "world_size_from_environment"]
+__all__ = [
+    "Runtime",
+    "bring_up",
+    "rank_from_environment",
+    "tensor_context_group",
+    "world_size_from_environment",
+]

@@ -30,8 +30,13 @@ Group = dist.ProcessGroup
 class Runtime:
     """This process's device, ranks and process groups (torch.distributed).
 
-    inner_group: the tensor- and pipeline-parallel processes that together hold one LLM replica.
-    data_group: the processes that hold the same part of every replica.
+    inner_group: the tensor-, context- and pipeline-parallel processes that together train one
+        replica of the LLM.
+    context_group: the processes with the same parameters and rows, and other parts of each row.
+    data_group: the processes with the same place in every replica, which have other rows.
+    data_context_group: the processes with the same parameters, over which gradients are summed and
+        a sharded optimizer is split: data_group times context_group.
+    tensor_context_group: the processes that compute the same layers of the same rows.
     side_group: a second group of the ranks in pipeline_group, for messages that do not belong to
         the schedule; None without pipeline parallelism.
     peers: the other processes of the job; None if there are none.
@@ -42,6 +47,8 @@ class Runtime:
     world_size: int
     tensor_rank: int
     tensor_size: int
+    context_rank: int
+    context_size: int
     pipeline_rank: int
     pipeline_size: int
     data_rank: int
@@ -49,8 +56,11 @@ class Runtime:
     inner_rank: int
     inner_size: int
     tensor_group: Group
+    context_group: Group
     pipeline_group: Group
     data_group: Group
+    data_context_group: Group
+    tensor_context_group: Group
     inner_group: Group
     side_group: Group | None
     peers: Peers | None
@@ -75,6 +85,12 @@ class Runtime:
         if self.pipeline_size > 1:
             source = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(tensor, source, group=self.pipeline_group)
+        return tensor
+
+    def sum_over_context(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum `tensor` over the parts of the rows, in place (collective in the context group)."""
+        if self.context_size > 1:
+            dist.all_reduce(tensor, group=self.context_group)
         return tensor
 
     def barrier(self) -> None:
@@ -136,6 +152,7 @@ def _make_groups(config: ParallelConfig, on_gpu: bool, seed: int) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
+        context_parallel_size=config.context,
         virtual_pipeline_model_parallel_size=(
             config.virtual_stages if config.virtual_stages > 1 else None
         ),
@@ -151,13 +168,15 @@ def _make_groups(config: ParallelConfig, on_gpu: bool, seed: int) -> None:
 
 
 def _describe(device: torch.device, peers: Peers | None, timeout: timedelta) -> Runtime:
-    inner_group = parallel_state.get_model_parallel_group()
+    inner_group = _inner_group(timeout)
     return Runtime(
         device=device,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
@@ -165,12 +184,32 @@ def _describe(device: torch.device, peers: Peers | None, timeout: timedelta) -> 
         inner_rank=dist.get_rank(inner_group),
         inner_size=dist.get_world_size(inner_group),
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        context_group=parallel_state.get_context_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
+        data_context_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        tensor_context_group=tensor_context_group(),
         inner_group=inner_group,
         side_group=_side_group(timeout),
         peers=peers,
     )
+
+
+def tensor_context_group() -> Group:
+    """Returns the processes that compute the same layers of the same rows."""
+    return parallel_state.get_tensor_and_context_parallel_group()
+
+
+def _inner_group(timeout: timedelta) -> Group:
+    """Returns the group of this rank's replica (collective over the world)."""
+    if parallel_state.get_context_parallel_world_size() == 1:
+        return parallel_state.get_model_parallel_group()
+    # Megatron-Core has no group over all three. Ranks with the same place among the replicas are in
+    # one replica.
+    replicas: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(replicas, parallel_state.get_data_parallel_rank())
+    mine = replicas[dist.get_rank()]
+    return _subgroup([rank for rank, replica in enumerate(replicas) if replica == mine], timeout)
 
 
 def _side_group(timeout: timedelta) -> Group | None:
@@ -178,10 +217,15 @@ def _side_group(timeout: timedelta) -> Group | None:
     pipeline_group = parallel_state.get_pipeline_model_parallel_group()
     if pipeline_group.size() == 1:
         return None
+    return _subgroup(dist.get_process_group_ranks(pipeline_group), timeout)
+
+
+def _subgroup(ranks: list[int], timeout: timedelta) -> Group:
+    """Create the groups that all ranks ask for; returns this rank's (collective over the world)."""
     ranks_by_process: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(ranks_by_process, dist.get_process_group_ranks(pipeline_group))
-    pipelines = sorted(map(list, {*map(tuple, ranks_by_process)}))
-    mine, _ = dist.new_subgroups_by_enumeration(pipelines, timeout=timeout)
+    dist.all_gather_object(ranks_by_process, ranks)
+    groups = sorted(map(list, {*map(tuple, ranks_by_process)}))
+    mine, _ = dist.new_subgroups_by_enumeration(groups, timeout=timeout)
     return mine
 
 

@@ -24,9 +24,12 @@ _CPU = torch.device("cpu")
 class CudaMeansCpu(TorchFunctionMode):
     """Redirects `device="cuda"`, `Tensor.cuda()` and `Tensor.type()` to tensors on the CPU.
 
+    Pinned memory, which torch refuses without a GPU, becomes plain memory.
+
     Upstream: `device="cuda"` in pipeline_parallel/schedules.py, optimizer/optimizer.py and
     optimizer/clip_grads.py; `param.type() == 'torch.cuda.FloatTensor'` in the two latter and in
-    optimizer/distrib_optimizer.py; `.cuda()` in utils.py.
+    optimizer/distrib_optimizer.py; `.cuda()` in utils.py; `pin_memory=True` in
+    models/common/embeddings/rope_utils.py.
     """
 
     def __torch_function__(
@@ -42,6 +45,8 @@ class CudaMeansCpu(TorchFunctionMode):
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if kwargs and "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": _CPU}
+        if kwargs and kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         return func(*args, **(kwargs or {}))
 
 

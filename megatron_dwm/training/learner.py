@@ -49,7 +49,7 @@ def build_learner(
         start_tensor_overlap(
             model,
             runtime.device,
-            tokens=training.micro_batch_size * sequence_length,
+            tokens=training.micro_batch_size * sequence_length // parallel.context,
             hidden_size=shape.hidden_size,
             tensor_size=parallel.tensor,
         )

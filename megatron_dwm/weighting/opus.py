@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megatron_dwm.config import Config
 from megatron_dwm.config.key import Part
+from megatron_dwm.config.validate import length_problems
 from megatron_dwm.data import Batch
 from megatron_dwm.model import LLM, ForwardOutputs, LlamaShape
 from megatron_dwm.model.flops import FORWARD_BACKWARD, llm_forward_flops
@@ -65,11 +66,7 @@ class Opus(ChoosesFromPool):
                 f"policy.score_tokens {tokens}: expected at most data.sequence_length, which is "
                 f"{length}"
             )
-        if config.parallel.sequence and tokens % config.parallel.tensor:
-            yield (
-                f"policy.score_tokens {tokens}: expected a multiple of parallel.tensor "
-                f"{config.parallel.tensor} with parallel.sequence"
-            )
+        yield from length_problems(config, "policy.score_tokens", tokens)
 
     @classmethod
     def costs(cls, config: Config, llm: LlamaShape, workload: Workload) -> Costs:

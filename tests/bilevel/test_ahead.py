@@ -49,6 +49,10 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (2, {"pipeline": 2, "tied": False, "recompute": "full", "inner": "sgd"}),
     (2, {"pipeline": 2, "virtual_stages": 2, "layers": 4}),
     (2, {"pipeline": 2, "virtual_stages": 2, "layers": 4, "options": DOCUMENTS}),
+    (2, {"context": 2}),
+    (2, {"context": 2, "sharded": True, "options": DOCUMENTS}),
+    (4, {"tensor": 2, "context": 2, "sequence": True, "recompute": "full"}),
+    (4, {"context": 2, "pipeline": 2, "options": EQUAL_DOCUMENTS}),
     (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
     (4, {"tensor": 2, "sharded": True, "options": EQUAL_DOCUMENTS}),
 ]

@@ -20,6 +20,7 @@ LAYOUTS = [
     {"tensor": 2, "sequence": True, "tied": False},
     {"pipeline": 2},
     {"pipeline": 2, "recompute": "full"},
+    {"context": 2},
 ]
 
 

@@ -35,10 +35,20 @@ LAYOUTS = [
     {"pipeline": 2, "virtual_stages": 2, "layers": 4},
     {"pipeline": 2, "virtual_stages": 2, "layers": 4, "recompute": "full", "tied": False},
     {"tensor": 2, "recompute": "selective"},
+    {"context": 2},
+    {"context": 2, "sharded": True, "clip": 0.2},
+    {"context": 2, "recompute": "full", "tied": False},
+    {"context": 2, "recompute": "selective"},
 ]
 LAYOUTS_OF_FOUR = [
     {"tensor": 2, "pipeline": 2, "sequence": True},
     {"tensor": 2, "sharded": True, "clip": 0.2},
+    {"context": 4},
+    {"context": 2, "sharded": True},
+    {"tensor": 2, "context": 2},
+    {"tensor": 2, "context": 2, "sequence": True, "clip": 0.2, "tied": False},
+    {"context": 2, "pipeline": 2, "sharded": True},
+    {"context": 2, "pipeline": 2, "virtual_stages": 2, "layers": 4, "recompute": "full"},
 ]
 
 

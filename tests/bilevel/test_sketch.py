@@ -46,7 +46,9 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (2, {"pipeline": 2, "virtual_stages": 2, "layers": 4, "units": "document"}),
     (2, {"units": "document"}),
     (2, {"sharded": True}),
+    (2, {"context": 2, "weighed": True}),
     (4, {"tensor": 2, "pipeline": 2, "sequence": True, "units": "document", "weighed": True}),
+    (4, {"tensor": 2, "context": 2, "sequence": True, "units": "document"}),
 ]
 
 
@@ -99,6 +101,7 @@ def test_products_with_z_are_the_probes_also_below_fp32() -> None:
     cases: list[tuple[int, dict[str, Any], float]] = [
         (1, {"fp8_emulation": True}, 1e-4),
         (2, {"fp8_emulation": True, "pipeline": 2}, 1e-4),
+        (2, {"fp8_emulation": True, "context": 2}, 1e-4),
         (1, {"precision": "bf16"}, 0.03),
     ]
     found = _run("along_z", [(size, case) for size, case, _ in cases])

@@ -41,8 +41,15 @@ LAYOUTS: list[tuple[int, dict[str, Any], int]] = [
     (2, {}, 0),
     (2, {}, 2),
     (2, {"sharded": True}, 1),
+    (2, {"context": 2}, 0),
+    (2, {"context": 2, "recompute": "full", "sharded": True, "clip": 0.2}, 1),
+    (2, {"context": 2, "recompute": "selective", "tied": False}, 2),
     (4, {"tensor": 2, "pipeline": 2, "sequence": True}, 3),
     (4, {"tensor": 2, "sharded": True}, 2),
+    (4, {"context": 4}, 3),
+    (4, {"context": 2, "tensor": 2, "sequence": True}, 1),
+    (4, {"context": 2, "pipeline": 2}, 3),
+    (4, {"context": 2, "sharded": True}, 0),
 ]
 CASES = [(size, {**layout, "options": OPTIONS[number]}) for size, layout, number in LAYOUTS]
 
@@ -124,6 +131,11 @@ FEATURE_CASES: list[tuple[int, dict[str, Any]]] = [
         (2, {"pipeline": 2, "flattened": True}, {"border_loss": False}, 1),
         (2, {"pipeline": 2, "virtual_stages": 2}, {}, 2),
         (2, {}, {"border_loss": False}, 1),
+        (2, {"context": 2}, {"border_loss": False}, 1),
+        (2, {"context": 2}, {"unit": "sample"}, 3),
+        (4, {"context": 2, "tensor": 2, "sequence": True}, {"uncounted": 0.2}, 3),
+        (4, {"context": 2, "tensor": 2, "sequence": True}, {"unit": "sample"}, 1),
+        (4, {"context": 2, "pipeline": 2}, {"border_loss": False}, 1),
         (4, {"tensor": 2, "pipeline": 2, "sequence": True}, {"uncounted": 0.2}, 1),
     ]
 ]

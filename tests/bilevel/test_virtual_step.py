@@ -18,6 +18,8 @@ LAYOUTS = [
     ({"sharded": True, "precision": "bf16", "clip": 0.2}, 2),
     ({"tensor": 2, "sequence": True}, 2),
     ({"pipeline": 2, "precision": "bf16"}, 2),
+    ({"context": 2, "sharded": True}, 2),
+    ({"context": 2, "sharded": True, "precision": "bf16", "clip": 0.2}, 2),
     ({"sharded": True, "switches": {**OVERLAPS, "ddp_bucket_size": 2000}}, 2),
     ({"precision": "bf16", "clip": 0.2, "switches": {"grad_reduce_in_fp32": False}}, 1),
     (

@@ -18,6 +18,11 @@ SHARDED = ["--parallel.sharded_optimizer", "true"]
 # (what decides the layout, ranks) of three parts of a run
 MOVES = {
     "sharded": [([*WIDE, *SHARDED], 4), (["--parallel.pipeline", "2", *SHARDED], 2), (WIDE, 4)],
+    "context": [
+        (["--parallel.context", "2", *SHARDED], 4),
+        (WIDE, 2),
+        (["--parallel.context", "2"], 2),
+    ],
     "kinds": [([*WIDE, *SHARDED], 4), ([], 1), (SHARDED, 2)],
     "bf16": [([], 2), (SHARDED, 2), ([], 2)],
 }

@@ -11,7 +11,7 @@ from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.defaults import with_defaults
 from megatron_dwm.config.load import config_text, load_config, save_config
 from megatron_dwm.config.names import known_keys
-from megatron_dwm.config.validate import Heads, validate_config
+from megatron_dwm.config.validate import Heads, length_problems, validate_config
 from megatron_dwm.weighting import check_method
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -141,6 +141,8 @@ def test_a_good_configuration_passes() -> None:
         (["--parallel.tensor", "4"], 4, "query_groups"),
         (["--parallel.pipeline", "4"], 4, "num_layers"),
         (["--parallel.sequence", "true"], 1, "parallel.sequence"),
+        (["--parallel.context", "2"], 3, "parallel.context 2 x parallel.pipeline 1"),
+        (["--parallel.context", "2", "--data.sequence_length", "34"], 2, "multiple of 2 x 2 = 4"),
         (["--data.sequence_length", "0"], 1, "data.sequence_length"),
         (["--policy.name", "dwm"], 1, "validation.path"),
         (["--policy.name", "dwm", "--weighting.frozen", "true"], 1, "weighting.load"),
@@ -289,3 +291,14 @@ def test_missing_data_is_named() -> None:
 def test_a_wrong_value_of_a_key_that_may_be_empty(key: str, expected: str) -> None:
     with pytest.raises(UserError, match=rf"^{key}: {expected}\. Got value: maybe$"):
         load_config([f"--{key}", "maybe"])
+
+
+def test_the_tensor_size_divides_a_part_of_a_sample() -> None:
+    layout = ["--parallel.tensor", "4", "--parallel.sequence", "true", "--parallel.context", "2"]
+    config = load_config([*GOOD, *layout])
+    [problem] = length_problems(config, "data.sequence_length", 20)
+    assert problem == (
+        "parallel.sequence: expected parallel.tensor 4 to divide data.sequence_length / "
+        "parallel.context 2, which is 10"
+    )
+    assert not [*length_problems(config, "data.sequence_length", 24)]

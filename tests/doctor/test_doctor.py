@@ -28,6 +28,7 @@ def _doctor(*arguments: str, fresh: bool, processes: int = 1) -> subprocess.Comp
         (["examples/tiny.yaml", "--parallel.tensor", "2", "--parallel.sequence", "true"], 2, True),
         (["--parallel.pipeline", "2", "--bilevel.inner_optimizer", "sgd"], 2, False),
         (["--parallel.tensor", "2", "--parallel.pipeline", "2"], 4, False),
+        (["--parallel.tensor", "2", "--parallel.context", "2"], 4, False),
     ],
     ids=str,
 )

@@ -16,7 +16,7 @@ from tests.evaluation.held_out_workers import evaluation_set
 from tests.launch import REPOSITORY, run_ranks
 from tests.tiny import SAMPLES
 
-LAYOUTS = {1: [{}], 2: [{"tensor": 2}, {"pipeline": 2}, {}]}
+LAYOUTS = {1: [{}], 2: [{"tensor": 2}, {"pipeline": 2}, {"context": 2}, {}]}
 """By number of processes."""
 
 

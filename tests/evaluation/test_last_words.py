@@ -19,7 +19,7 @@ from tests.launch import REPOSITORY, run_ranks
 TASKS = REPOSITORY / "examples/tasks"
 # Passages of both kinds: those it has learned by heart, and others.
 LEARNED, PASSAGES = 6, 26
-LAYOUTS = {1: [{}], 2: [{"tensor": 2}, {"pipeline": 2}, {}]}
+LAYOUTS = {1: [{}], 2: [{"tensor": 2}, {"pipeline": 2}, {"context": 2}, {}]}
 """By number of processes."""
 
 

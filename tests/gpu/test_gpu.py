@@ -118,6 +118,18 @@ def test_tensor_2_by_pipeline_2_over_nccl(case: dict[str, Any]) -> None:
         assert _correlation(ranks[0], alone) > (0.95 if case["precision"] == "bf16" else 0.8)
 
 
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("case", [{"precision": "fp32"}, *LOW], ids=str)
+def test_parts_of_rows_over_nccl(case: dict[str, Any]) -> None:
+    """Transformer Engine's attention passes keys and values around; the local one gathers them."""
+    [alone] = _runs("alignments", case)
+    for found in _runs("alignments", {**case, "context": 2}, world_size=2):
+        if case["precision"] == "fp32":
+            assert float((found - alone).abs().max() / alone.abs().max()) < 1e-4
+        else:
+            assert _correlation(found, alone) > (0.95 if case["precision"] == "bf16" else 0.8)
+
+
 @pytest.mark.gpu
 def test_groups_are_nccl() -> None:
     assert run_ranks(WORKERS + "backend", 1, [{}]) == [["nccl"]]
@@ -139,3 +151,11 @@ def test_attention_stops_at_borders(precision: str) -> None:
     """Transformer Engine once ignored the borders of documents without an error."""
     [(stops, finding)] = _runs("borders", {"precision": precision})
     assert stops, finding
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attention_stops_at_borders_across_parts(precision: str) -> None:
+    case = {"precision": precision, "context": 2}
+    for stops, finding in _runs("borders", case, world_size=2):
+        assert stops, finding

@@ -51,13 +51,14 @@ def _problem(
     *,
     precision: str,
     tensor: int = 1,
+    context: int = 1,
     pipeline: int = 1,
     sequence: bool = False,
     steps: int = 8,
     **model: Any,
 ) -> Iterator[Problem]:
     """Yields a bi-level step of a model that was trained for `steps` steps."""
-    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence)
+    parallel = ParallelConfig(tensor=tensor, context=context, pipeline=pipeline, sequence=sequence)
     config = ModelConfig(precision=precision, **SHAPE, **model)
     training = TrainingConfig(learning_rate=1e-3, steps=100)
     with bring_up(parallel, seed=1) as runtime:

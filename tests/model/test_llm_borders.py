@@ -14,9 +14,17 @@ from torch import Tensor
 from tests.launch import run_ranks
 
 WORKER = "tests.model.border_workers:losses_and_gradients"
+# Documents of 10, 30 and 24, and of 34 and 30 tokens; the rows are cut at every 16 or 8 tokens.
+PARTS = {
+    2: [{"context": 2}, {"context": 2, "recompute": "full"}],
+    4: [{"context": 4}, {"context": 2, "tensor": 2, "sequence": True}],
+}
 CASES = {
     1: [{"recompute": recompute} for recompute in ("none", "selective", "full")],
-    2: [{"tensor": 2}, {"tensor": 2, "sequence": True, "recompute": "selective"}],
+    2: [
+        {"tensor": 2},
+        {"tensor": 2, "sequence": True, "recompute": "selective"},
+    ],
 }
 
 
@@ -50,3 +58,14 @@ def test_layouts_and_recomputation_compute_the_same(found: list[dict[str, Any]])
     for rank in found[1:]:
         assert _apart(rank["packed"], found[0]["packed"]) < 1e-6
     assert all(_apart(rank["gradient"], found[0]["gradient"]) == 0 for rank in found[1:3])
+
+
+def test_documents_are_the_same_across_the_parts_of_rows(found: list[dict[str, Any]]) -> None:
+    alone, gradient = found[0]["alone"], found[0]["gradient alone"]
+    for size, cases in PARTS.items():
+        ranks = run_ranks("tests.model.border_workers:parts_of_rows", size, cases)
+        for case, of_case in zip(cases, ranks, strict=True):
+            for rank in of_case:
+                assert ((rank["packed"] - alone).abs() <= 1e-6 * alone).all(), case
+                if "tensor" not in case:
+                    assert _apart(rank["gradient"], gradient) < 1e-5, case

@@ -19,6 +19,8 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
     8: [
         {"tensor": 2, "pipeline": 2},
         {"tensor": 2, "pipeline": 2, "sequence_parallel": True, **SHARDED},
+        {"tensor": 2, "context": 2, "sequence_parallel": True},
+        {"context": 2, "pipeline": 2, **SHARDED},
     ],
     16: [
         {"tensor": 4, "pipeline": 2, "query_groups": 4},
@@ -51,6 +53,7 @@ def planned(settings: dict[str, Any], world_size: int, **weighting: Any) -> dict
         batch=settings["batch"],
         micro_batch=settings["micro_batch"],
         tensor=settings["tensor"],
+        context=settings["context"],
         pipeline=settings["pipeline"],
         virtual_stages=settings["virtual_stages"],
         sequence=settings["sequence_parallel"],

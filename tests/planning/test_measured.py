@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_dwm.model import resolve_shape
-from megatron_dwm.planning.activations import head_bytes, kernels_of, layer_bytes
+from megatron_dwm.planning.activations import head_bytes, kernels_of, layer_bytes, mask_bytes
 from megatron_dwm.planning.memory import Memory, stage_memory, weighting_parameters
 from megatron_dwm.planning.placement import rank_parameters
 from megatron_dwm.planning.traffic import traffic_of
@@ -37,6 +37,7 @@ HOLDINGS: dict[int, list[dict[str, Any]]] = {
         {"model": BF16, "sharded_optimizer": True},
         {"model": BF16, "sharded_optimizer": True, "grad_reduce_in_fp32": False},
         {"tensor": 2},
+        {"context": 2, "sharded_optimizer": True},
     ],
 }
 
@@ -51,6 +52,9 @@ KEPT: dict[int, list[dict[str, Any]]] = {
         {"tensor": 2},
         {"tensor": 2, "sequence": True},
         {"tensor": 2, "sequence": True, "model": BF16},
+        {"context": 2},
+        {"context": 2, "model": BF16},
+        {"context": 2, "model": {"recompute": "full"}},
     ],
 }
 
@@ -104,11 +108,12 @@ def test_activations_are_what_autograd_keeps(world_size: int, found: Found) -> N
         config = configured(**case)
         shape, kernels = resolve_shape(config.model), kernels_of(config, on_gpu=False)
         tokens = config.training.micro_batch_size * config.data.sequence_length
+        tokens //= config.parallel.context
         one, two = (found(world_size, "kept", layers(case, count))[0] for count in (1, 2))
         # A recomputed part keeps the state of the random numbers too.
         assert (two - one) / tokens == pytest.approx(layer_bytes(shape, config, kernels), abs=1)
         # Inputs of the pass, the embedding's mask and the angles of the rotation, whatever is left.
-        rest = head_bytes(shape, config, kernels)
+        rest = head_bytes(shape, config, kernels) + mask_bytes(config, kernels)
         assert (2 * one - two) / tokens == pytest.approx(rest, rel=0.05), case
 
 
@@ -124,6 +129,7 @@ SETTINGS = {
     "micro_batch": 2,
     "precision": "fp32",
     "tensor": 1,
+    "context": 1,
     "pipeline": 1,
     "virtual_stages": 1,
     "sequence_parallel": False,
@@ -136,6 +142,8 @@ LAYOUTS = {
     "tensor, sequence": {"tensor": 2, "sequence_parallel": True},
     "pipeline": {"pipeline": 2},
     "pipeline, interleaved": {"pipeline": 2, "virtual_stages": 2},
+    "context": {"context": 2},
+    "context, sharded": {"context": 2, "sharded_optimizer": True},
     "data": {},
     "data, sharded": {"sharded_optimizer": True, "precision": "bf16"},
 }
@@ -157,6 +165,7 @@ def test_messages_are_what_torch_distributed_is_handed(found: Found) -> None:
             length=64,
             batch=8,
             tensor=settings["tensor"],
+            context=settings["context"],
             pipeline=settings["pipeline"],
             virtual_stages=settings["virtual_stages"],
             sequence=settings["sequence_parallel"],
@@ -164,11 +173,16 @@ def test_messages_are_what_torch_distributed_is_handed(found: Found) -> None:
         )
         shape = resolve_shape(config.model)
         lines = {line.link: line for line in traffic_of(config, shape, None, 2, on_gpu=False)}
-        line = lines[name.split(",")[0]]
+        link = name.split(",")[0]
+        # The ranks that share rows also add up their gradients.
+        found_lines = [lines[link], *([lines["data"]] if link == "context" else [])]
         busiest = {key: max(rank[key] for rank in ranks) for key in ("step", "update")}
         # What is left out: norms' gradients, grad norms, losses and alignments.
-        assert busiest["step"] == pytest.approx(line.step, rel=0.03), name
-        assert busiest["update"] == pytest.approx(line.update, rel=0.03), name
+        step, update = (
+            sum(getattr(line, key) for line in found_lines) for key in ("step", "update")
+        )
+        assert busiest["step"] == pytest.approx(step, rel=0.03), name
+        assert busiest["update"] == pytest.approx(update, rel=0.03), name
 
 
 @pytest.mark.parametrize("encoder", ["own", "llm"])

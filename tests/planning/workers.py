@@ -14,7 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from megatron_dwm.config import Config
 from megatron_dwm.data import Batch
 from megatron_dwm.model import clear_gradients, forward_backward, resolve_shape
-from megatron_dwm.model.passes.objective import unit
+from megatron_dwm.model.passes.micro_batch import as_layers_take, attention_borders
+from megatron_dwm.model.passes.objective import token_mean, unit
 from megatron_dwm.runtime import Runtime, bring_up
 from megatron_dwm.testing import random_batch
 from megatron_dwm.training import Ahead, Learner, build_learner, read_target
@@ -93,7 +94,14 @@ def kept(**options: Any) -> int:
 
         batch = _batch(config, runtime).rows(0, config.training.micro_batch_size)
         with saved_tensors_hooks(keep, lambda tensor: tensor):
-            llm.chunks[0](batch.tokens_BS, batch.position_ids_BS, None, labels=batch.labels_BS)
+            (part,) = as_layers_take(llm, token_mean(batch, batch.size))
+            llm.chunks[0](
+                part.tokens_BS,
+                part.position_ids_BS,
+                None,
+                labels=part.labels_BS,
+                packed_seq_params=attention_borders(llm, part),
+            )
         return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
 
 
@@ -157,7 +165,8 @@ def by_link(*, passages: int, **settings: Any) -> dict[str, dict[str, tuple[int,
         subject = replace(subject, val=random_batch(2, runtime, **sizes))
         links = {
             _ranks(runtime.tensor_group): "tensor",
-            _ranks(runtime.data_group): "data",
+            _ranks(runtime.context_group): "context",
+            _ranks(runtime.data_context_group): "data",
             tuple(range(runtime.world_size)): "weighting",
         }
         counts = {}

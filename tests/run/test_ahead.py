@@ -38,6 +38,8 @@ LAYOUTS = [
     ("few", ["--parallel.tensor", "2", "--parallel.sequence", "true"]),
     ("own", []),
     ("own", ["--parallel.tensor", "2", "--model.recompute", "full"]),
+    ("few", ["--parallel.context", "2"]),
+    ("own", ["--parallel.context", "2"]),
     ("domain_mean", []),
     ("domain_mean", ["--parallel.pipeline", "2"]),
 ]

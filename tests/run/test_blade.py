@@ -42,6 +42,7 @@ def alone(
         ["--parallel.tensor", "2", "--parallel.sequence", "true"],
         ["--parallel.pipeline", "2"],
         ["--parallel.sharded_optimizer", "true"],
+        ["--parallel.context", "2"],
     ],
     ids=str,
 )

@@ -50,6 +50,7 @@ def alone(server: Server, corpus: Corpus, tmp_path_factory: pytest.TempPathFacto
         ("ahead", ["--parallel.pipeline", "2"]),
         ("documents", []),
         ("documents", ["--parallel.pipeline", "2"]),
+        ("documents", ["--parallel.context", "2"]),
     ],
     ids=str,
 )

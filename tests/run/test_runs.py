@@ -46,6 +46,7 @@ def alone(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--parallel.pipeline", "2"], False),
         ([], False),
         (["--parallel.sharded_optimizer", "true"], False),
+        (["--parallel.context", "2"], False),
         ("--parallel.tensor 2 --parallel.sequence true --model.recompute full".split(), True),
     ],
     ids=str,

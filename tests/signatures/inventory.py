@@ -152,6 +152,11 @@ def main() -> None:
         "attention": _parameters(core_attention.forward),
         "attention_source": inspect.getsource(core_attention.forward),
         "megatrons_attention_source": inspect.getsource(attention.core_attention.forward),
+        "megatrons_attention": _class(table.WITHOUT_PARAMETERS[0]),
+        "attention_call": inspect.getsource(
+            importlib.import_module("megatron.core.transformer.attention").Attention
+        ),
+        "over_parts": [base.__qualname__ for base in ours.attention_over_parts().__mro__],
         "norm_source": inspect.getsource(extension.TENorm),
         "checks": {name: _parameters(getattr(te, name)) for name in CHECKS},
         "scales": scales(ours, recipe),

@@ -157,6 +157,18 @@ def test_attention_takes_pieces_in_its_packed_form(inventory: dict[str, Any]) ->
         assert condition in source, condition
 
 
+def test_attention_over_parts_replaces_megatrons_class(inventory: dict[str, Any]) -> None:
+    """SelfAttention gives query, key and value by position, and the groups and parts by name."""
+    assert inventory["over_parts"][1] == "TEDotProductAttention"
+    found = inventory["megatrons_attention"]
+    assert found["forward"][1:5] == ["query", "key", "value", "attention_mask"]
+    assert "packed_seq_params" in found["forward"] and "pg_collection" in found["init"]
+    call = inventory["attention_call"]
+    assert "pg_collection=self.pg_collection" in call
+    assert re.search(r"self\.core_attention\)?\(\s*query,\s*key,\s*value,\s*attention_mask,", call)
+    assert "packed_seq_params=packed_seq_params" in call
+
+
 def test_norm_is_built_for_rms_norm(inventory: dict[str, Any]) -> None:
     assert "te.pytorch.RMSNorm" in inventory["norm_source"]
 

@@ -29,6 +29,8 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (2, {"pipeline": 2, "micro_batch": 1}),
     (2, {"pipeline": 2, "virtual_stages": 2, "layers": 4, "documents": DOCUMENTS}),
     (2, {"sharded": True, "floor": 0.3}),
+    (2, {"context": 2, "documents": DOCUMENTS}),
+    (4, {"context": 2, "pipeline": 2, "micro_batch": 1}),
     (4, {"tensor": 2, "pipeline": 2, "micro_batch": 1}),
 ]
 
@@ -59,6 +61,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (2, {"tensor": 2, "sequence": True, "recompute": "full"}),
     (2, {"pipeline": 2, "micro_batch": 1}),
     (2, {"sharded": True, "micro_batch": 1}),
+    (2, {"context": 2}),
 ]
 
 

@@ -24,8 +24,12 @@ LAYOUTS = [
     ({"pipeline": 2, "recompute": "full"}, 2),
     ({}, 2),
     ({"sharded": True}, 2),
+    ({"context": 2}, 2),
     ({"tensor": 2, "pipeline": 2, "sequence": True}, 4),
     ({"tensor": 2, "sharded": True}, 4),
+    ({"context": 2, "pipeline": 2}, 4),
+    ({"context": 2, "sharded": True}, 4),
+    ({"tensor": 2, "context": 2, "sequence": True}, 4),
 ]
 # Each group and each kind of update once under every layout.
 MODES = [("micro_batch", "fresh"), ("global", "training")]
@@ -101,6 +105,7 @@ LESSON_CASES = [
     ({"pipeline": 2}, 2),
     ({"sharded": True, "precision": "bf16"}, 2),
     ({"tensor": 2, "sequence": True}, 2),
+    ({"context": 2, "sharded": True}, 2),
 ]
 
 

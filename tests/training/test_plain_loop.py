@@ -15,6 +15,8 @@ LAYOUTS = [
     ({"sharded": True}, 2),
     ({"tensor": 2, "sequence": True}, 2),
     ({"pipeline": 2}, 2),
+    ({"context": 2}, 2),
+    ({"context": 2, "sharded": True}, 2),
 ]
 # Documents as units, or rows of them, behind borders of the attention.
 WITHOUT, WITH = ({"border_loss": border_loss} for border_loss in (False, True))
@@ -28,6 +30,7 @@ LAYOUTS += [
     ({"documents": WITH, "pipeline": 2, "recompute": "full"}, 2),
     ({"documents": WITHOUT}, 2),
     ({"documents": WITH, "sharded": True}, 2),
+    ({"documents": WITH, "context": 2}, 2),
 ]
 
 

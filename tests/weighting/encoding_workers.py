@@ -20,12 +20,14 @@ LEARNING_RATE = 0.25
 MICRO_BATCH = 3
 
 
-def update_and_one_shot(group: str, bf16: bool = False, tensor: int = 1) -> dict[str, Any]:
+def update_and_one_shot(
+    group: str, bf16: bool = False, tensor: int = 1, context: int = 1
+) -> dict[str, Any]:
     """phi's gradient of an update, the same written down for all samples of all replicas at once in
     fp32, how many samples each call of the encoder was handed: in the weights pass, and in the
     update; and the FLOPs of an update, as torch counts them, in those of a weights pass.
     """
-    with bring_up(ParallelConfig(tensor=tensor), seed=0) as runtime:
+    with bring_up(ParallelConfig(tensor=tensor, context=context), seed=0) as runtime:
         model = build_weighting_model(SHAPE, seed=3)
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():  # the heads start at zero: leave that point

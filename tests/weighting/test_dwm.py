@@ -18,7 +18,13 @@ UPDATES = 8
 UPDATES_TO_LEARN = 80
 
 
-LAYOUTS = [({"tensor": 2}, 2), ({"pipeline": 2}, 2), ({}, 2), ({"tensor": 2}, 4)]
+LAYOUTS = [
+    ({"tensor": 2}, 2),
+    ({"pipeline": 2}, 2),
+    ({}, 2),
+    ({"tensor": 2}, 4),
+    ({"context": 2}, 4),
+]
 GROUPS = ["micro_batch", "global"]
 
 

@@ -19,7 +19,7 @@ CASES = {
     2: [
         {"group": group, **layout}
         for group in ("micro_batch", "global")
-        for layout in ({}, {"tensor": 2})
+        for layout in ({}, {"tensor": 2}, {"context": 2})
     ],
 }
 

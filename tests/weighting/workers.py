@@ -74,10 +74,12 @@ def alignment(tokens_BS: Tensor) -> Tensor:
 
 
 def weights_after_updates(
-    group: str, updates: int, tensor: int = 1, pipeline: int = 1
+    group: str, updates: int, tensor: int = 1, context: int = 1, pipeline: int = 1
 ) -> dict[str, Tensor]:
     """Weights of a fixed global batch before and after updates, and the model's parameters."""
-    with bring_up(ParallelConfig(tensor=tensor, pipeline=pipeline), seed=0) as runtime:
+    with bring_up(
+        ParallelConfig(tensor=tensor, context=context, pipeline=pipeline), seed=0
+    ) as runtime:
         config = WeightingConfig(group=group, learning_rate=3e-3)
         method = dwm(build_weighting_model(SHAPE, seed=3), config, runtime)
         probe = batch(runtime, 999)

@@ -16,6 +16,7 @@ from megatron_dwm.config import (
     WeightingConfig,
 )
 from megatron_dwm.config.schema_llm import Precision
+from megatron_dwm.config.validate import length_problems
 
 # Megatron pads the vocabulary to a multiple of this (megatron_dwm/model/shape.py).
 _VOCAB_MULTIPLE = 128
@@ -38,6 +39,7 @@ class Settings:
     micro_batch: int
     precision: Precision
     tensor: int
+    context: int
     pipeline: int
     virtual_stages: int
     sequence_parallel: bool
@@ -50,6 +52,7 @@ class Settings:
         return Config(
             parallel=ParallelConfig(
                 tensor=self.tensor,
+                context=self.context,
                 pipeline=self.pipeline,
                 virtual_stages=self.virtual_stages,
                 sequence=self.sequence_parallel,
@@ -85,12 +88,12 @@ class Settings:
             raise UserError(problem)
 
     def _problems(self, world_size: int) -> Iterator[str]:
-        processes = self.tensor * self.pipeline
+        processes = self.tensor * self.context * self.pipeline
         if world_size % processes:
             yield (
-                f"--tensor {self.tensor} x --pipeline {self.pipeline}: expected to divide the "
-                f"number of processes, which is {world_size}; start torchrun with another "
-                "--nproc-per-node"
+                f"--tensor {self.tensor} x --context {self.context} x --pipeline {self.pipeline}: "
+                f"expected to divide the number of processes, which is {world_size}; start "
+                "torchrun with another --nproc-per-node"
             )
         rows = self.micro_batch * (world_size // processes)
         stages = self.pipeline * self.virtual_stages
@@ -120,5 +123,4 @@ class Settings:
             )
         if self.sequence_parallel and self.tensor == 1:
             yield "--sequence-parallel: expected --tensor above 1, got 1"
-        if self.sequence_parallel and self.sequence % self.tensor:
-            yield f"--tensor {self.tensor}: expected to divide --sequence, which is {self.sequence}"
+        yield from length_problems(self.config(), "--sequence", self.sequence)

@@ -86,9 +86,9 @@ def emulated_layers(model: ModelConfig, *, first: int, count: int, total: int) -
 def fp8_fields(model: ModelConfig) -> dict[str, Any]:
     """Megatron-Core's TransformerConfig fields for `model.precision fp8` on Transformer Engine.
 
-    The delayed recipe reduces maxima over Megatron-Core's group, the tensor- and data-parallel
-    ranks of a pipeline stage: every rank that holds a part or a copy of a tensor then quantizes it
-    with one scale, and other stages hold other tensors.
+    The delayed recipe reduces maxima over Megatron-Core's group, the tensor-, context- and
+    data-parallel ranks of a pipeline stage: every rank that holds a part or a copy of a tensor then
+    quantizes it with one scale, and other stages hold other tensors.
     """
     if model.precision != "fp8":
         return {}

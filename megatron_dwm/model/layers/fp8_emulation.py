@@ -7,9 +7,9 @@ so that its largest magnitude becomes the format's largest value. A layer y = x 
 
 through torch._scaled_mm, whose CPU kernel gives the product of the dequantized tensors. Rounding
 passes gradients straight through. Parameters, their main copies and everything between the layers
-keep their precision. Under tensor parallelism the largest magnitude is that of the group, so a
-layer computes with the same quantized values under every layout. Cost: a product, plus two passes
-over each operand; the saved input takes one byte per value.
+keep their precision. Under tensor and context parallelism the largest magnitude is that of the
+group, so a layer computes with the same quantized values under every layout. Cost: a product, plus
+two passes over each operand; the saved input takes one byte per value.
 
 The classes are Megatron-Core's; only the function in which they multiply is replaced.
 """
@@ -24,6 +24,8 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
+
+from megatron_dwm.runtime import tensor_context_group
 
 ACTIVATIONS = torch.float8_e4m3fn
 GRADIENTS = torch.float8_e5m2
@@ -74,8 +76,9 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, input_SBD: Tensor, weight_CD: Tensor, group: dist.ProcessGroup, sum_input: bool
     ) -> Tensor:
-        kept = quantize(input_SBD.flatten(0, 1), ACTIVATIONS, group)
-        weight = quantize(weight_CD, ACTIVATIONS, group)
+        scaled_over = tensor_context_group()
+        kept = quantize(input_SBD.flatten(0, 1), ACTIVATIONS, scaled_over)
+        weight = quantize(weight_CD, ACTIVATIONS, scaled_over)
         ctx.save_for_backward(kept.values, kept.scale, weight.values, weight.scale)
         ctx.group, ctx.sum_input, ctx.weight_dtype = group, sum_input, weight_CD.dtype
         output = _product(kept, _transposed(weight), input_SBD.dtype)
@@ -85,7 +88,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient_SBC: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         tensors = ctx.saved_tensors
         kept, weight = Quantized(*tensors[:2]), Quantized(*tensors[2:])
-        gradient = quantize(gradient_SBC.flatten(0, 1), GRADIENTS, ctx.group)
+        gradient = quantize(gradient_SBC.flatten(0, 1), GRADIENTS, tensor_context_group())
         input_gradient = _product(gradient, weight, gradient_SBC.dtype)
         if ctx.sum_input:
             dist.all_reduce(input_gradient, group=ctx.group)

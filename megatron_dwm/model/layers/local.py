@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -23,6 +24,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
+from megatron_dwm.model.layers.context import PartialRows, attend_to_all_parts
 from megatron_dwm.model.layers.fp8_emulation import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_dwm.model.layers.pieces import Pieces, attend
 
@@ -69,7 +71,7 @@ class ScaledDotProductAttention(torch.nn.Module):
 
     Replaces megatron.core.transformer.dot_product_attention.DotProductAttention and takes the
     arguments with which SelfAttention builds and calls it. With `packed_seq_params` attention stops
-    at the borders of documents (pieces.py).
+    at the borders of documents (pieces.py), or goes on over the parts of other ranks (context.py).
     """
 
     def __init__(
@@ -77,11 +79,16 @@ class ScaledDotProductAttention(torch.nn.Module):
         config: TransformerConfig,
         attn_mask_type: AttnMaskType,
         attention_type: str,
+        pg_collection: ProcessGroupCollection | None = None,
         **_: Any,
     ) -> None:
         super().__init__()
         assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
-        assert config.attention_dropout == 0.0 and config.context_parallel_size == 1
+        assert config.attention_dropout == 0.0
+        self.context_group = None
+        if config.context_parallel_size > 1:
+            assert pg_collection is not None, "SelfAttention passes its groups on"
+            self.context_group = pg_collection.cp
 
     def forward(
         self,
@@ -89,11 +96,16 @@ class ScaledDotProductAttention(torch.nn.Module):
         key: Tensor,
         value: Tensor,
         attention_mask: None,
-        packed_seq_params: PackedPieces | None = None,
+        packed_seq_params: PackedPieces | PartialRows | None = None,
         **_: Any,
     ) -> Tensor:
         """Returns [S, B, heads * d]; query is [S, B, heads, d], key and value [S, B, groups, d]."""
         assert attention_mask is None, "the kernel applies the causal mask itself"
+        if self.context_group is not None:
+            assert isinstance(packed_seq_params, PartialRows), "it has the masks of the parts"
+            masks = packed_seq_params.masks
+            return attend_to_all_parts(query, key, value, masks, self.context_group)
+        assert not isinstance(packed_seq_params, PartialRows)
         if packed_seq_params is not None and not packed_seq_params.pieces.are_rows:
             return attend(query, key, value, packed_seq_params.pieces.sequence_first).flatten(2)
         out_BHSd = F.scaled_dot_product_attention(

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 
 from megatron_dwm.config import ModelConfig, UserError
+from megatron_dwm.model.layers.context import PartialRows, attend_to_all_parts
 from megatron_dwm.model.layers.pieces import Pieces
 
 if TYPE_CHECKING:
@@ -78,8 +80,12 @@ def version_fits(version: str) -> bool:
     return FIRST_VERSION <= (major, minor) < END_VERSION
 
 
-def transformer_engine_block_spec(num_layers: int) -> TransformerBlockSubmodules:
+def transformer_engine_block_spec(
+    num_layers: int, *, parts_of_rows: bool = False
+) -> TransformerBlockSubmodules:
     """Returns Megatron-Core's spec of a chunk with `num_layers` Transformer Engine layers.
+
+    parts_of_rows: under context parallelism.
 
     Norm scales are saved under the names of the unfused spec, so that checkpoints do not depend on
     the implementation that wrote them.
@@ -94,7 +100,41 @@ def transformer_engine_block_spec(num_layers: int) -> TransformerBlockSubmodules
 
     layer = get_gpt_layer_with_transformer_engine_spec()
     layer.submodules.sharded_state_dict_keys_map = dict(UNFUSED_NAMES)
+    if parts_of_rows:
+        layer.submodules.self_attention.submodules.core_attention = attention_over_parts()
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
+
+
+def attention_over_parts() -> type[Module]:
+    """Returns Megatron-Core's class of Transformer Engine's attention, with borders in parts.
+
+    Under context parallelism Transformer Engine takes packed documents only if 2 x the group's size
+    divides the length of each. Parts of rows with borders therefore go through the attention of the
+    local layers. Not run.
+    """
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    class PartsDotProductAttention(TEDotProductAttention):
+        def __init__(self, *args: Any, pg_collection: Any = None, **kwargs: Any) -> None:
+            super().__init__(*args, pg_collection=pg_collection, **kwargs)
+            self.context_group = pg_collection.cp
+
+        def forward(
+            self,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            *args: Any,
+            packed_seq_params: Any = None,
+            **kwargs: Any,
+        ) -> Tensor:
+            if isinstance(packed_seq_params, PartialRows):
+                masks = packed_seq_params.masks
+                return attend_to_all_parts(query, key, value, masks, self.context_group)
+            kwargs["packed_seq_params"] = packed_seq_params
+            return super().forward(query, key, value, *args, **kwargs)
+
+    return PartsDotProductAttention
 
 
 def start_tensor_overlap(

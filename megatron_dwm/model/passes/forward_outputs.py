@@ -101,7 +101,10 @@ class FeatureTap:
         self._micro_batch = None
 
     def of(self, micro_batch: int) -> Features:
-        """Returns the features of a micro-batch after its forward pass (last stage only)."""
+        """Returns the features of a micro-batch after its forward pass (last stage only).
+
+        Under context parallelism they are this part's share, as `_token_mean` returns it.
+        """
         final_UD = self._final.pop(micro_batch)
         if self._early_is_here:
             return Features(final_nD=final_UD, early_nD=self._early.pop(micro_batch))
@@ -135,7 +138,10 @@ class FeatureTap:
 
     @torch.no_grad()
     def _token_mean(self, hidden_SBD: Tensor, units: Units) -> Tensor:
-        """Returns float32 [U, D], means over all tokens of a unit, also if ranks share them."""
+        """Returns float32 [U, D], means over all tokens of a unit, also if ranks share them.
+
+        Under context parallelism it is this part's share of the mean: those of all parts add up.
+        """
         runtime, shared = self._llm.runtime, self._llm.transformer.sequence_parallel
         if units.numbers_BS is not None:
             first = runtime.tensor_rank * len(hidden_SBD) if shared else 0
@@ -146,6 +152,8 @@ class FeatureTap:
             dist.all_reduce(mean_UD, group=runtime.tensor_group)
         if shared and units.numbers_BS is None:
             mean_UD /= runtime.tensor_size
+        if runtime.context_size > 1 and units.numbers_BS is None:
+            mean_UD /= runtime.context_size
         return mean_UD
 
     def _keep_early(self, micro_batch: int, early_UD: Tensor) -> None:

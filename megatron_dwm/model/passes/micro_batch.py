@@ -1,8 +1,10 @@
 """A micro-batch, and the form in which the layers take it.
 
 Without borders a micro-batch is B rows of S tokens. With borders Megatron-Core's own layers take
-the rows and their pieces. Transformer Engine takes packed sequences: one row of B * S tokens. A
-unit is the same in both forms, so losses, features and alignments of units do not depend on it.
+the rows and their pieces. Transformer Engine takes packed sequences: one row of B * S tokens. Under
+context parallelism every rank takes its part of each row, with borders or without (context.py). A
+unit is the same in all forms, so losses, features and alignments of units do not depend on them;
+those of a part are sums to be added over the parts.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_dwm.model.layers.context import ContextPart, PartialRows, partial_rows
 from megatron_dwm.model.layers.local import packed_pieces
 from megatron_dwm.model.layers.pieces import Pieces, pieces_of
 from megatron_dwm.model.layers.transformer_engine import packed_sequences
@@ -30,6 +34,8 @@ class MicroBatch:
     units: what gets a weight.
     borders_BS: int64, number of each token's document piece in its row. Attention stops where it
         changes. None: attention has no borders.
+    part: which tokens of its rows it has; None: all. `borders_BS` is of whole rows always.
+    whole_counts_U: float32, see `token_counts_U`; None: whole rows.
     """
 
     tokens_BS: Tensor
@@ -39,11 +45,45 @@ class MicroBatch:
     loss_mask_BS: Tensor
     units: Units
     borders_BS: Tensor | None = None
+    part: ContextPart | None = None
+    whole_counts_U: Tensor | None = None
 
     @cached_property
     def pieces(self) -> Pieces | None:
         """The document pieces between the borders; all layers share them."""
         return None if self.borders_BS is None else pieces_of(self.borders_BS)
+
+    def partial_rows(self, dtype: torch.dtype) -> PartialRows:
+        """Returns what attention needs to know of the other parts, for all layers.
+
+        dtype: of the activations.
+
+        Its masks are large, so nothing keeps them longer than the backward pass does.
+        """
+        assert self.part is not None
+        length = self.tokens_BS.shape[1] * self.part.size
+        return partial_rows(self.part, self.borders_BS, length, self.tokens_BS.device, dtype)
+
+    @cached_property
+    def token_counts_U(self) -> Tensor:
+        """float32, counted tokens of each unit in whole rows."""
+        if self.whole_counts_U is not None:
+            return self.whole_counts_U
+        return self.units.sum_of_rows(self.loss_mask_BS)
+
+    def of_part(self, part: ContextPart) -> MicroBatch:
+        """Returns a part of every row."""
+        return MicroBatch(
+            tokens_BS=part.of_rows(self.tokens_BS),
+            labels_BS=part.of_rows(self.labels_BS),
+            position_ids_BS=part.of_rows(self.position_ids_BS),
+            coefficients_BS=part.of_rows(self.coefficients_BS.expand_as(self.tokens_BS)),
+            loss_mask_BS=part.of_rows(self.loss_mask_BS),
+            units=self.units.of_part(part),
+            borders_BS=self.borders_BS,
+            part=part,
+            whole_counts_U=self.token_counts_U,
+        )
 
     def flattened(self) -> MicroBatch:
         """Returns the micro-batch as one row, with a border between any two of its rows."""
@@ -64,15 +104,27 @@ class MicroBatch:
 
 def as_layers_take(llm: LLM, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
     """Returns the micro-batches in the form that the layers of `llm` take."""
+    if llm.runtime.context_size > 1:
+        part = ContextPart(llm.runtime.context_rank, llm.runtime.context_size)
+        return [batch.of_part(part) for batch in micro_batches]
     if llm.layer_kind != "transformer_engine":
         return list(micro_batches)
     return [batch if batch.borders_BS is None else batch.flattened() for batch in micro_batches]
 
 
-def attention_borders(llm: LLM, pieces: Pieces | None) -> PackedSeqParams | None:
-    """Returns Megatron-Core's argument for attention inside `pieces`; None if there are none."""
-    if pieces is None:
-        return None
-    if llm.layer_kind == "transformer_engine":
-        return packed_sequences(pieces)
-    return packed_pieces(pieces)
+def attention_borders(llm: LLM, batch: MicroBatch) -> PackedSeqParams | None:
+    """Returns Megatron-Core's `packed_seq_params`: what attention does not see from the rows.
+
+    batch: in the form that the layers take.
+    """
+    on_transformer_engine = llm.layer_kind == "transformer_engine"
+    if batch.pieces is None:
+        # Transformer Engine's attention knows the parts of plain rows by itself.
+        return (
+            None
+            if batch.part is None or on_transformer_engine
+            else batch.partial_rows(llm.transformer.params_dtype)
+        )
+    if batch.part is not None:
+        return batch.partial_rows(llm.transformer.params_dtype)
+    return packed_sequences(batch.pieces) if on_transformer_engine else packed_pieces(batch.pieces)

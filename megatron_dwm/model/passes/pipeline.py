@@ -29,6 +29,7 @@ from torch.nn import Module
 from megatron_dwm.model.llm import LLM
 from megatron_dwm.model.passes.forward_outputs import Features, FeatureTap, ForwardOutputs
 from megatron_dwm.model.passes.micro_batch import MicroBatch, as_layers_take, attention_borders
+from megatron_dwm.runtime import Runtime
 
 # Megatron-Core sums an integer token count. It is unused here, because weights make it a float.
 _NO_COUNT = torch.zeros([], dtype=torch.int)
@@ -125,7 +126,7 @@ def _run(
     denominator: float | Tensor | Denominator | None,
 ) -> PassResult:
     micro_batches = as_layers_take(llm, micro_batches)
-    batch_size, sequence_length = micro_batches[0].tokens_BS.shape
+    batch_size, part_length = micro_batches[0].tokens_BS.shape
     llm.transformer.finalize_model_grads_func = (
         None if denominator is None else partial(_finalize, llm, denominator)
     )
@@ -135,7 +136,7 @@ def _run(
             data_iterator=[enumerate(micro_batches) for _ in llm.chunks],
             model=llm.chunks,
             num_microbatches=len(micro_batches),
-            seq_length=sequence_length,
+            seq_length=part_length * llm.runtime.context_size,
             micro_batch_size=batch_size,
             forward_only=forward_only,
         )
@@ -156,7 +157,7 @@ def _forward_step(
             batch.position_ids_BS,
             None,
             labels=batch.labels_BS,
-            packed_seq_params=attention_borders(options.llm, batch.pieces),
+            packed_seq_params=attention_borders(options.llm, batch),
         )
     if notify is not None and output.requires_grad:
         # Activation recomputation runs modules again in the backward pass. By then another
@@ -172,17 +173,32 @@ def _loss(
     losses, units = token_losses_BS.float(), batch.units
     loss_sums_U = units.sum_of_rows(losses.detach() * batch.loss_mask_BS)
     features = None if options.tap is None else options.tap.of(index)
-    coefficients, columns = batch.coefficients_BS, [loss_sums_U[:, None]]
+    coefficients = batch.coefficients_BS
     if options.weigh is not None:
-        counts_U = units.sum_of_rows(batch.loss_mask_BS).clamp(min=1.0)
+        # Weights depend on whole units. Without them the parts are added after the pass.
+        loss_sums_U, features = _whole(options.llm.runtime, loss_sums_U, features)
+        counts_U = batch.token_counts_U.clamp(min=1.0)
         outputs = ForwardOutputs(losses_n=loss_sums_U / counts_U, features=features)
         weights_U = options.weigh(index, outputs)
         coefficients = coefficients * units.at_tokens(weights_U)
+    columns = [loss_sums_U[:, None]]
+    if options.weigh is not None:
         columns.append(weights_U[:, None])
     if options.keeps_features and features is not None:
         columns.append(features.flat())
     total = torch.sum(losses.view(-1) * coefficients.reshape(-1))
     return total, _NO_COUNT, torch.cat(columns, dim=1)
+
+
+def _whole(
+    runtime: Runtime, loss_sums_U: Tensor, features: Features | None
+) -> tuple[Tensor, Features | None]:
+    """Returns both, added over the parts of the rows (collective)."""
+    if runtime.context_size == 1:
+        return loss_sums_U, features
+    columns = [loss_sums_U[:, None]] + ([] if features is None else [features.flat()])
+    sums = runtime.sum_over_context(torch.cat(columns, dim=1))
+    return sums[:, 0], None if features is None else Features.from_flat(sums[:, 1:])
 
 
 def _finalize(
@@ -206,7 +222,7 @@ def _collect(
     llm: LLM, micro_batches: Sequence[MicroBatch], options: _PassOptions, outputs: list[Tensor]
 ) -> PassResult:
     """Split the kept columns into a result, on every stage."""
-    counts_n = torch.cat([batch.units.sum_of_rows(batch.loss_mask_BS) for batch in micro_batches])
+    counts_n = torch.cat([batch.token_counts_U for batch in micro_batches])
     first = 1 if options.weigh is None else 2
     width = 2 * llm.shape.hidden_size if options.keeps_features else 0
     kept = (
@@ -214,6 +230,8 @@ def _collect(
         if llm.runtime.is_last_stage
         else counts_n.new_empty(len(counts_n), first + width)
     )
+    if options.weigh is None and llm.runtime.is_last_stage:
+        llm.runtime.sum_over_context(kept)
     kept = llm.runtime.broadcast_from_last_stage(kept)
     return PassResult(
         loss_sums_n=kept[:, 0],

@@ -19,9 +19,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from torch.nn import Module
 
+from megatron_dwm.model.layers.context import in_order
 from megatron_dwm.model.llm import LLM
 from megatron_dwm.model.passes.micro_batch import MicroBatch, as_layers_take, attention_borders
 from megatron_dwm.model.passes.objective import TokenBatch, token_mean
+from megatron_dwm.runtime import Runtime
 
 Kept = TypeVar("Kept")
 
@@ -44,7 +46,7 @@ def predict(llm: LLM, batch: TokenBatch, micro_batch_size: int) -> Predictions:
     parts = [batch.rows(start, start + micro_batch_size) for start in starts]
     kept = forward_logits(llm, parts, partial(_score_labels, llm))
     both_2BS = (
-        torch.cat(kept, dim=1)
+        _whole_rows(llm.runtime, torch.cat(kept, dim=1))
         if llm.runtime.is_last_stage
         else torch.empty(2, *batch.tokens_BS.shape, device=llm.runtime.device)
     )
@@ -53,22 +55,23 @@ def predict(llm: LLM, batch: TokenBatch, micro_batch_size: int) -> Predictions:
 
 
 def forward_logits(
-    llm: LLM, parts: Sequence[TokenBatch], keep: Callable[[TokenBatch, Tensor], Kept]
+    llm: LLM, parts: Sequence[TokenBatch], keep: Callable[[Tensor, Tensor], Kept]
 ) -> list[Kept]:
     """Returns `keep`'s result for every micro-batch, in order; empty before the last stage.
 
-    keep: called with a micro-batch and its logits [B, S, V / tensor size] in the model's precision,
-        for this tensor rank's rows of the padded vocabulary.
+    keep: called with the labels of a micro-batch, [B, S], and its logits [B, S, V / tensor size] in
+        the model's precision, for this tensor rank's rows of the padded vocabulary. Under context
+        parallelism both are of this rank's part of every row.
     """
     micro_batches = as_layers_take(llm, [_as_micro_batch(part) for part in parts])
-    size, sequence_length = micro_batches[0].tokens_BS.shape
+    size, part_length = micro_batches[0].tokens_BS.shape
     with torch.no_grad():
         return get_forward_backward_func()(
             forward_step_func=partial(_forward_step, llm, keep),
             data_iterator=[iter(zip(parts, micro_batches, strict=True)) for _ in llm.chunks],
             model=llm.chunks,
             num_microbatches=len(parts),
-            seq_length=sequence_length,
+            seq_length=part_length * llm.runtime.context_size,
             micro_batch_size=size,
             forward_only=True,
             collect_non_loss_data=True,
@@ -77,7 +80,7 @@ def forward_logits(
 
 def _forward_step(
     llm: LLM,
-    keep: Callable[[TokenBatch, Tensor], Any],
+    keep: Callable[[Tensor, Tensor], Any],
     iterator: Iterator[tuple[TokenBatch, MicroBatch]],
     chunk: Module,
 ) -> tuple[Tensor, Callable[..., Any]]:
@@ -87,12 +90,14 @@ def _forward_step(
         batch.tokens_BS,
         batch.position_ids_BS,
         None,
-        packed_seq_params=attention_borders(llm, batch.pieces),
+        packed_seq_params=attention_borders(llm, batch),
     )
 
     def kept(logits_BSV: Tensor, non_loss_data: bool) -> Any:  # the names are Megatron's
         assert non_loss_data
-        return keep(part, logits_BSV.view(*part.tokens_BS.shape, -1))
+        rows = len(part.tokens_BS)
+        labels_BS = batch.labels_BS.reshape(rows, -1)
+        return keep(labels_BS, logits_BSV.view(*labels_BS.shape, -1))
 
     return output, kept
 
@@ -102,7 +107,16 @@ def _as_micro_batch(part: TokenBatch) -> MicroBatch:
     return micro_batch
 
 
-def _score_labels(llm: LLM, batch: TokenBatch, logits_BSV: Tensor) -> Tensor:
+def _whole_rows(runtime: Runtime, values_2BS: Tensor) -> Tensor:
+    """Returns the whole rows of this rank's part (collective in the context group)."""
+    if runtime.context_size == 1:
+        return values_2BS
+    parts = [torch.empty_like(values_2BS) for _ in range(runtime.context_size)]
+    dist.all_gather(parts, values_2BS, group=runtime.context_group)
+    return in_order(parts, dim=2)
+
+
+def _score_labels(llm: LLM, labels_BS: Tensor, logits_BSV: Tensor) -> Tensor:
     """Returns [2, B, S]: log-likelihood of each label, and 1 if it is the likeliest token."""
     runtime = llm.runtime
     logits_BSV = logits_BSV.float()
@@ -112,7 +126,7 @@ def _score_labels(llm: LLM, batch: TokenBatch, logits_BSV: Tensor) -> Tensor:
     largest_BS = logits_BSV.max(dim=-1).values
     dist.all_reduce(largest_BS, op=dist.ReduceOp.MAX, group=runtime.tensor_group)
     mass_BS = (logits_BSV - largest_BS[..., None]).exp().sum(dim=-1)
-    label_BS = _logit_of_label(logits_BSV, batch.labels_BS - first)
+    label_BS = _logit_of_label(logits_BSV, labels_BS - first)
     sums_2BS = torch.stack([mass_BS, label_BS])
     dist.all_reduce(sums_2BS, group=runtime.tensor_group)
     log_likelihood_BS = sums_2BS[1] - largest_BS - sums_2BS[0].log()

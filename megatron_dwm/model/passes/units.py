@@ -7,10 +7,12 @@ has any number of documents of any length. Memory: one integer per token, and no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from megatron_dwm.model.layers.context import ContextPart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +24,14 @@ class Units:
         a unit.
     sizes_U: float32, how much each unit counts in the objective, in proportion to the others. None:
         all count the same.
+    tokens_U: float32, tokens of each unit in whole rows, if `numbers_BS` is of a part of them;
+        None: it is of whole rows.
     """
 
     count: int
     numbers_BS: Tensor | None = None
     sizes_U: Tensor | None = None
+    tokens_U: Tensor | None = None
 
     def sum_of_rows(self, values_BS: Tensor) -> Tensor:
         """Returns [U]: sums over the tokens of each unit."""
@@ -73,8 +78,15 @@ class Units:
         numbers_SB = self._part(first, len(hidden_SBD))
         at_least_fp32 = torch.promote_types(hidden_SBD.dtype, torch.float32)
         sums_UD = self._add(hidden_SBD.to(at_least_fp32), numbers_SB)
-        tokens_U = self._add(torch.ones_like(numbers_BS, dtype=torch.float32), numbers_BS)
-        return sums_UD / tokens_U[:, None]
+        return sums_UD / self._tokens(numbers_BS)[:, None]
+
+    def of_part(self, part: ContextPart) -> Units:
+        """Returns the same units of a part of the rows, with part of the tokens of each."""
+        numbers_BS = self.numbers_BS
+        if numbers_BS is None:
+            return self
+        tokens_U, numbers_BS = self._tokens(numbers_BS), part.of_rows(numbers_BS)
+        return replace(self, numbers_BS=numbers_BS, tokens_U=tokens_U)
 
     def flattened(self, like_BS: Tensor) -> Units:
         """Returns the same units of the same tokens as one row of B * S tokens.
@@ -86,6 +98,12 @@ class Units:
             rows_B1 = torch.arange(len(like_BS), device=like_BS.device)[:, None]
             numbers_BS = rows_B1.expand(like_BS.shape)
         return Units(count=self.count, numbers_BS=numbers_BS.reshape(1, -1), sizes_U=self.sizes_U)
+
+    def _tokens(self, numbers_BS: Tensor) -> Tensor:
+        """Returns [U], the tokens of each unit in whole rows."""
+        if self.tokens_U is not None:
+            return self.tokens_U
+        return self._add(torch.ones_like(numbers_BS, dtype=torch.float32), numbers_BS)
 
     def _part(self, first: int, length: int) -> Tensor:
         assert self.numbers_BS is not None
