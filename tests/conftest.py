@@ -26,6 +26,7 @@ SLOW = (
         "evaluation/",
         "forking/",
         "gpu/",
+        "packaging/",
     ),
     *("planning/", "preprocess/", "recipes/", "run/", "signatures/", "slurm/", "tools/"),
     *("scoring/", "selection/", "training/", "weighting/"),
