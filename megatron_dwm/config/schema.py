@@ -27,6 +27,7 @@ from megatron_dwm.config.schema_method import (
     WeightingConfig,
 )
 
+_WANDB = {"logging.wandb_project": SET}
 _PROFILED = {"profiling.tool": ("torch", "nvtx", "dlprof")}
 
 
@@ -87,6 +88,8 @@ class EvaluationConfig:
     """JSON Lines file with a `text` and the domain key in every line; empty switches it off"""
     interval_steps: int = key(100, COUNT, only={"evaluation.path": SET})
     """steps between evaluations; the last step is always evaluated"""
+    at_start: bool = key(False, only={"evaluation.path": SET})
+    """also evaluate before the first step"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,12 @@ class LoggingConfig:
 
     tensorboard: bool = True
     """write TensorBoard event files"""
+    wandb_project: str | None = None
+    """project of Weights & Biases to log to, as well (Megatron's --wandb-project); empty: none"""
+    wandb_exp_name: str | None = key(None, only=_WANDB)
+    """name of the run there (Megatron's --wandb-exp-name); empty means that of run.dir"""
+    wandb_entity: str | None = key(None, only=_WANDB)
+    """team or user of the project (Megatron's --wandb-entity); empty means your default"""
     metrics_interval_steps: int = key(1, COUNT)
     """steps whose lines are written to metrics.jsonl together; until then their weight statistics
     stay on the device, which saves one wait in every step. If the run is killed, lines that are not

@@ -86,6 +86,15 @@ def _rotary(extension: Any) -> dict[str, Any]:
     }
 
 
+def _over_parts(ours: Any, attention: str) -> dict[str, Any]:
+    caller = importlib.import_module("megatron.core.transformer.attention").Attention
+    return {
+        "megatrons_attention": _class(attention),
+        "attention_call": inspect.getsource(caller),
+        "over_parts": [base.__qualname__ for base in ours.attention_over_parts().__mro__],
+    }
+
+
 def _parameters(function: Any) -> list[str]:
     return list(inspect.signature(function).parameters)
 
@@ -154,11 +163,7 @@ def main() -> None:
         "attention": _parameters(core_attention.forward),
         "attention_source": inspect.getsource(core_attention.forward),
         "megatrons_attention_source": inspect.getsource(attention.core_attention.forward),
-        "megatrons_attention": _class(table.WITHOUT_PARAMETERS[0]),
-        "attention_call": inspect.getsource(
-            importlib.import_module("megatron.core.transformer.attention").Attention
-        ),
-        "over_parts": [base.__qualname__ for base in ours.attention_over_parts().__mro__],
+        **_over_parts(ours, table.WITHOUT_PARAMETERS[0]),
         "norm_source": inspect.getsource(extension.TENorm),
         "checks": {name: _parameters(getattr(te, name)) for name in CHECKS},
         "scales": scales(ours, recipe),
