@@ -26,6 +26,7 @@ SLOW = (
         "evaluation/",
         "forking/",
         "gpu/",
+        "packaging/",
     ),
     *("planning/", "preprocess/", "recipes/", "run/", "signatures/", "slurm/", "tools/"),
     *("scoring/", "selection/", "training/", "weighting/"),
@@ -43,7 +44,7 @@ NOT_SLOW = (
     *("run/test_changes.py", "run/test_health.py", "run/test_lost_checkpoints.py"),
     *("weighting/test_concentration.py", "weighting/test_costs.py", "weighting/test_noise.py"),
     *("weighting/test_encoder_borders.py", "weighting/test_schedule.py"),
-    "weighting/test_sizes.py",
+    *("weighting/test_sizes.py", "weighting/test_contract.py"),
 )
 _TESTS = Path(__file__).parent
 

@@ -2,7 +2,7 @@
 # given as arguments need, and puts it on PATH.   . tools/environment.sh "eval,report"
 #
 # PYTHON names the interpreter (3.10 to 3.13) for a new .venv. tools/constraints.txt says which
-# releases are taken where setup.py allows several. Installing is skipped while neither file nor the
+# releases are taken where pyproject.toml allows several. Installing is skipped while neither file nor the
 # extras have changed.
 
 _repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -25,7 +25,7 @@ _find_python() {
 _install() {
     # A stamp for every set of extras: the tests and the quickstart take turns.
     local stamp_text stamp="$_venv/.installed-${1//,/-}"
-    stamp_text="$(cat "$_repository/setup.py" "$_repository/tools/constraints.txt" | cksum)"
+    stamp_text="$(cat "$_repository/pyproject.toml" "$_repository/tools/constraints.txt" | cksum)"
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$stamp_text" ]; then
         return 0
     fi

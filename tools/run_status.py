@@ -1,33 +1,6 @@
-"""Say how far a run has been saved, and if it is finished.
+"""megatron-dwm-status, from a clone (megatron_dwm/commands/run_status.py)."""
 
-The arguments are those of pretrain: a configuration, dotted options included.
-"""
-
-from __future__ import annotations
-
-import sys
-
-from megatron_dwm.config.command_line import run_command
-from megatron_dwm.config.load import load
-from megatron_dwm.run.status import saved_status
-
-_UNFINISHED = 3
-_USAGE = """usage: run_status.py CONFIG.yaml [--section.key value ...]
-
-Print the step of the newest checkpoint in run.dir, and the last step of the configuration. Exits
-with 0 if the run is finished, with 3 if it is not, and with 2 after a user's mistake."""
-
-
-def main() -> None:
-    """Print the status."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(_USAGE)
-        return
-    status = saved_status(load(sys.argv[1:], "run_status.py").config)
-    print(status)
-    if not status.is_finished:
-        sys.exit(_UNFINISHED)
-
+from megatron_dwm.commands.run_status import command
 
 if __name__ == "__main__":
-    run_command(main)
+    command()

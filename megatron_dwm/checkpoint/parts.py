@@ -11,6 +11,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.optimizer import ChainedOptimizer
 
+from megatron_dwm.checkpoint.method_state import require_loadable
 from megatron_dwm.checkpoint.names import LLM_FOLDER, MODEL_PREFIX, REFERENCE_FOLDER
 from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.model import LLM
@@ -79,6 +80,12 @@ class Parts:
             found[REFERENCE_FOLDER] = self.reference
         return found
 
+    def state_of_method(self) -> dict[str, Any]:
+        """Returns the method's `state_dict`. Raises UserError if it could not be loaded again."""
+        state = self.method.state_dict()
+        require_loadable(self.method_name, state)
+        return state
+
     def rest(self) -> dict[str, Any]:
         """Returns the rest of the state (collective); complete only on the main process."""
         runtime = self.runtime
@@ -89,7 +96,7 @@ class Parts:
             dist.gather_object(random_state(), generators)
         return {
             "policy_name": self.method_name,
-            "policy": self.method.state_dict(),
+            "policy": self.state_of_method(),
             "random": generators,
         }
 

@@ -50,7 +50,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             raise
         print(
             f"error: the package {missing} is not installed, and {_importer(error)} imports it; "
-            "install what setup.py names for this Python",
+            "install what megatron-dwm needs with this Python (pyproject.toml)",
             file=sys.stderr,
         )
         sys.exit(EXIT_USER_MISTAKE)

@@ -14,7 +14,18 @@ from typing import Any
 
 from megatron_dwm.config.defaults import with_defaults
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.config.key import PARTS, SET, SEVERAL, Condition, Entry, Part, Values, entries
+from megatron_dwm.config.key import (
+    PARTS,
+    PLUGIN,
+    SET,
+    SEVERAL,
+    Condition,
+    Entry,
+    Part,
+    Values,
+    entries,
+)
+from megatron_dwm.config.methods import METHODS
 from megatron_dwm.config.schema import Config
 
 
@@ -32,11 +43,13 @@ def warnings_of_effect(config: Config, given: Given, parts: Set[Part]) -> list[s
     parts: the parts that the method has. Raises UserError if a key of the command line has no
     effect.
     """
-    assert parts <= PARTS.keys(), parts - PARTS.keys()
+    if unknown := sorted(parts - PARTS.keys()):
+        raise UserError(
+            f"policy {config.policy.name}: parts has an unknown one, {unknown[0]!r}; there are "
+            f"{', '.join(PARTS)}"
+        )
     idle = {name: why for entry in entries(config) for name, why in _idle(entry, config, parts)}
-    refused = [
-        name for name in idle if name in given.command_line and _value(config, name) is not None
-    ]
+    refused = [name for name in idle if _is_refused(name, _value(config, name), given)]
     if refused:
         also = f" (also without effect: {', '.join(refused[1:])})" if refused[1:] else ""
         raise UserError(f"{refused[0]}: has no effect: {idle[refused[0]]}; leave it out{also}")
@@ -46,6 +59,17 @@ def warnings_of_effect(config: Config, given: Given, parts: Set[Part]) -> list[s
         if name in given.file & changed:
             by_reason.setdefault(idle[name], []).append(name)
     return [_warning(names, why) for why, names in by_reason.items()]
+
+
+def _is_refused(name: str, value: Any, given: Given) -> bool:
+    """True if the key must have an effect: on the command line, or `policy.options` in a file.
+
+    A file with options of one method may be used with another that the command line names.
+    """
+    if name != "policy.options":
+        return name in given.command_line and value is not None
+    chosen_elsewhere = "policy.name" in given.command_line
+    return bool(value) and (name in given.command_line or not chosen_elsewhere)
 
 
 def _default(entry: Entry, config: Config) -> Any:
@@ -94,6 +118,8 @@ def _has(config: Config, name: str, values: Values) -> bool:
     value = _value(config, name)
     if values == SEVERAL:
         return value > 1
+    if values == PLUGIN:
+        return value not in METHODS
     return bool(value) if values == SET else value in values
 
 
@@ -124,6 +150,8 @@ def _wanted(name: str, values: Values) -> str:
         return f"{name} set"
     if values == SEVERAL:
         return f"{name} above 1"
+    if values == PLUGIN:
+        return f"{name} package.module:Class"
     if values == (None,):
         return f"{name} empty"
     return f"{name} {' or '.join(map(_word, values))}"

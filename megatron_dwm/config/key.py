@@ -51,7 +51,10 @@ SET: Literal["set"] = "set"
 SEVERAL: Literal["several"] = "several"
 """stands for every number above 1 of another key"""
 
-Values = tuple[Any, ...] | Literal["set", "several"]
+PLUGIN: Literal["plugin"] = "plugin"
+"""stands for every value of `policy.name` that is no built-in method"""
+
+Values = tuple[Any, ...] | Literal["set", "several", "plugin"]
 Condition = Mapping[str, Values]
 """other keys, each with the values of which it must have one"""
 

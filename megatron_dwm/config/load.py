@@ -2,12 +2,14 @@
 
 jsonargparse checks types. This file adds: one line for a user's mistake, the nearest known key for
 an unknown one, which keys were set where, the bounds of numbers, `--data.train` with several
-values, as Megatron's --data-path has them, `--policy.domain_weights web=2 code=0.5`, and
-`--data.schedule 0=0.9,0.1 800=0.5,0.5`.
+values, as Megatron's --data-path has them, `--policy.domain_weights web=2 code=0.5`,
+`--data.schedule 0=0.9,0.1 800=0.5,0.5`, and the name of a method. Options of a method of the user's
+own, `--policy.options.NAME VALUE`, are free here; the method checks them (options.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -15,6 +17,7 @@ import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +28,19 @@ from megatron_dwm.config.defaults import with_defaults, with_earlier_defaults
 from megatron_dwm.config.effect import Given, condition_text
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.key import entries, number_problems
-from megatron_dwm.config.methods import methods_help
+from megatron_dwm.config.methods import METHODS, methods_help, name_problems
 from megatron_dwm.config.names import known_keys, known_sections, nearest_section, unknown_key
+from megatron_dwm.config.options import options_help
+from megatron_dwm.config.parser_messages import one_line
 from megatron_dwm.config.paths import TYPED_PATHS
+from megatron_dwm.config.plugins import import_plugin
 from megatron_dwm.config.schema import Config
 from megatron_dwm.files.atomic import write_text
 
-# What jsonargparse says of a wrong value for a key that may be empty.
-_OPTIONAL = re.compile(
-    r"Does not validate against any of the Union subtypes Subtypes: \[.+, NoneType\] "
-    r"Errors: - (.+) - Expected a NoneType Given value type: \w+ Given value: (.*)"
-)
-_NO_INTEGER = re.compile(r"invalid literal for int\(\) with base 10: ('.*')")
 _LIST_KEYS = ("--data.train", "--run.allow_changed")
 _SCHEDULE = "data.schedule"
 _DICT_KEYS = ("--policy.domain_weights", f"--{_SCHEDULE}")
+_OPTIONS = "policy.options"
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ def load(arguments: Sequence[str], prog: str = "megatron_dwm.pretrain") -> Loade
         parsed = parser.parse_args(words)
         values = parser.instantiate(parsed)
     except ArgumentError as error:
-        raise UserError(_one_line(str(error), file)) from error
+        raise UserError(one_line(str(error), file)) from error
     config = Config(**{section: getattr(values, section) for section in known_sections()})
-    for problem in number_problems(config):
+    for problem in chain(name_problems(config.policy.name), number_problems(config)):
         raise UserError(problem)
     if file is not None and file.resolve() == Path(config.run.dir, "config.yaml").resolve():
         config = with_earlier_defaults(config, given.file | given.command_line)
@@ -155,12 +156,17 @@ def _given(words: Sequence[str]) -> Given:
         if option == "--config":
             file = Path(value if equals else following)
             set_in |= dict.fromkeys(_keys_of_file(file), "file")
-        elif option.startswith("--") and option[2:] in known_keys():
-            set_in[option[2:]] = "command line"
+        elif option.startswith("--") and _key_of(option[2:]) in known_keys():
+            set_in[_key_of(option[2:])] = "command line"
     return Given(
         command_line=frozenset(key for key, by in set_in.items() if by == "command line"),
         file=frozenset(key for key, by in set_in.items() if by == "file"),
     )
+
+
+def _key_of(option: str) -> str:
+    """Returns the key that an option sets: `policy.options` for each entry of it."""
+    return _OPTIONS if re.fullmatch(rf"{_OPTIONS}\.\w+", option) else option
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -255,24 +261,24 @@ def _check_option(word: str) -> None:
     match = re.match(r"--([\w.]+)", word)
     if not match or match[1] in ("config", "help", "print_config"):
         return
-    if match[1] not in known_keys():
+    if match[1].startswith(f"{_OPTIONS}.") and _key_of(match[1]) != _OPTIONS:
+        raise UserError(f"{match[1]}: expected {_OPTIONS}.NAME with a name without dots")
+    if _key_of(match[1]) not in known_keys():
         raise UserError(f"{unknown_key(match[1])} (see --help)")
 
 
-def _one_line(message: str, file: Path | None) -> str:
-    """Returns jsonargparse's message on one line, with plain words for types."""
-    text = re.sub(r"\s+", " ", message)
-    text = re.sub(r"Parser key \"([\w.]+)\":", r"\1:", text)
-    text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
-    text = text.replace("Expected a Literal", "expected one of ")
-    text = _NO_INTEGER.sub(r"Expected a whole number. Got value: \1", text)
-    text = _OPTIONAL.sub(r"\1, or null. Got value: \2", text)
-    where = f" (from {file} or the command line)" if file else ""
-    return text + where
-
-
 def exit_on_help(prog: str, arguments: Sequence[str]) -> None:
-    """Print the keys and exit with 0 if `arguments` ask for help, before heavy imports."""
-    if "--help" in arguments or "-h" in arguments:
-        _parser(prog).print_help()
-        sys.exit(0)
+    """Print the keys and exit with 0 if `arguments` ask for help, before heavy imports.
+
+    If they also name a method of the user's own, its options follow; it is imported for that.
+    """
+    if "--help" not in arguments and "-h" not in arguments:
+        return
+    _parser(prog).print_help()
+    others = [word for word in arguments if word not in ("--help", "-h")]
+    name = "uniform"
+    with contextlib.suppress(UserError):  # whoever asks for help may have mistyped the rest
+        name = load(others, prog).config.policy.name
+    if name not in METHODS:
+        print(f"\n{options_help(getattr(import_plugin(name), 'options', None), name)}", end="")
+    sys.exit(0)

@@ -18,7 +18,7 @@ from megatron_dwm.config.bounds import (
     TOKENS,
 )
 from megatron_dwm.config.key import SET, key
-from megatron_dwm.config.methods import METHODS
+from megatron_dwm.config.methods import learns_from_alignments
 from megatron_dwm.config.schema_llm import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dwm.config.schema_method import (
     BilevelConfig,
@@ -160,8 +160,7 @@ class Config:
     def passages(self) -> int:
         """Passages requested for a validation batch; the target may have fewer rows."""
         rows = self.training.global_batch_size
-        learns = METHODS[self.policy.name].learns_from_alignments
-        quarter = learns and self.update_on == "ahead"
+        quarter = self.update_on == "ahead" and learns_from_alignments(self.policy.name)
         return self.validation.batch_size or (-(-rows // 4) if quarter else rows)
 
     def gradient_ranks(self, world_size: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal
 
 from megatron_dwm.config.bounds import (
     COUNT,
@@ -23,10 +23,7 @@ from megatron_dwm.config.bounds import (
     WHOLE_FRACTION,
     WIDTH,
 )
-from megatron_dwm.config.key import SET, SEVERAL, key
-from megatron_dwm.config.methods import METHODS
-
-PolicyName: TypeAlias = Literal[tuple(METHODS)]  # type: ignore[valid-type]
+from megatron_dwm.config.key import PLUGIN, SET, SEVERAL, key
 
 _STAGED = {"weighting.mode": ("staged",)}
 _ONLINE = {"weighting.mode": ("online",)}
@@ -56,8 +53,11 @@ class ValidationConfig:
 class PolicyConfig:
     """The method that decides the weights, and options of single methods."""
 
-    name: PolicyName = "uniform"
+    name: str = "uniform"
     """the method"""
+    options: dict[str, Any] = key({}, only={"policy.name": PLUGIN})
+    """options of a method of your own, which declares them: --policy.options.NAME VALUE, or in a
+    file {NAME: VALUE, ...}"""
     domain_decay: float = key(0.9, FRACTION, part="domain_mean")
     """fraction of a domain's running mean that an update keeps (domain_mean)"""
     domain_temperature: float = key(0.5, TEMPERATURE, part="domain_mean")

@@ -28,7 +28,7 @@ from megatron_dwm.run.directory import run_to_resume
 from megatron_dwm.run.job import Job, build_job, load_job, parts_of
 from megatron_dwm.runtime import bring_up
 from megatron_dwm.training.weighed_units import weighed_units
-from megatron_dwm.weighting import learns
+from megatron_dwm.weighting import learns, with_options
 
 BATCHES = 8
 """number of batches, of which the mean correlation is reported"""
@@ -41,6 +41,7 @@ def compare_on_run(config: Config) -> None:
     Raises UserError if it has no checkpoint, if its policy learns from no hypergradients, or if the
     configuration is not that of the run.
     """
+    config = with_options(config)
     inputs = check(config)
     if not learns(config) or inputs.target is None:
         raise UserError(

@@ -28,7 +28,7 @@ from megatron_dwm.runtime.machine import describe_machine
 from megatron_dwm.runtime.profiling import check_profiling
 from megatron_dwm.testing import random_batch, replica_rows, weighted_gradient
 from megatron_dwm.training import Learner, build_learner
-from megatron_dwm.weighting import learns
+from megatron_dwm.weighting import learns, with_options
 from megatron_dwm.weighting.groups import gather_over_data
 from megatron_dwm.weighting.rules import estimator_problems
 
@@ -42,7 +42,7 @@ _WARM_UP_STEPS = 4
 def diagnose(config: Config) -> bool:
     """Print the report; returns True if all checks hold (collective)."""
     world_size = world_size_from_environment()
-    asked = config
+    asked = with_options(config)
     require_builder(asked.model.builder)
     validate_options(asked, heads_of(resolve_shape(asked.model)), world_size)
     if learns(asked):

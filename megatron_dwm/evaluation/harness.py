@@ -102,7 +102,7 @@ def _require_model(model: Path) -> None:
     if not (model / "config.json").is_file() or not any(model.glob("*.safetensors")):
         raise UserError(
             f"--model {model}: not a Hugging Face model directory (config.json and "
-            "*.safetensors); make one with tools/convert_checkpoint.py to-hf"
+            "*.safetensors); make one with megatron-dwm-convert to-hf (tools/convert_checkpoint.py)"
         )
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 from torch import Tensor
 from torch.nn import Module
@@ -111,7 +112,7 @@ class MegatronProbe:
         current = self._current(num_micro_batches)
         current.z_of = self._slice_of
         found = SampleAlignments(scale=self._data_parallel_scale())
-        with self._probing(current), self._noting_tokens(found):
+        with self._probing(current), _noting_tokens(self._config, found):
             yield found
         found.end(summed(self._model, current))
 
@@ -125,7 +126,7 @@ class MegatronProbe:
         model, optimizer = self._model, self._optimizer
         found = SampleAlignments(scale=self._data_parallel_scale())
         clear_gradients(model, optimizer)
-        with self._noting_tokens(found):
+        with _noting_tokens(self._config, found):
             train()
         step = prepare_virtual_step(model, optimizer, self._inner)
         step.enter()
@@ -134,7 +135,8 @@ class MegatronProbe:
         step.direction()
         step.restore()
         current = self._current(num_micro_batches)
-        with frozen(model), self._probing(current), self._without_reduction():
+        # z is in the gradient buffers, which must not be reduced.
+        with frozen(model), self._probing(current), _finalizing(self._config, None):
             train()
         step.restore_gradient()
         clear_gradients(model, optimizer)
@@ -165,35 +167,30 @@ class MegatronProbe:
         [factor] = factors
         return float(factor)
 
-    @contextmanager
-    def _noting_tokens(self, found: SampleAlignments) -> Iterator[None]:
-        """Note the number of tokens by which Megatron divides a per-token loss at the end."""
-        config, finalize = self._config, self._config.finalize_model_grads_func
 
-        def noting(chunks: list[Module], num_tokens: Tensor | None = None, **options: Any) -> None:
-            assert finalize is not None
-            finalize(chunks, num_tokens, **options)
-            if num_tokens is not None:  # summed over all ranks by the call
-                found.scale /= float(num_tokens)
+@contextmanager
+def _noting_tokens(config: TransformerConfig, found: SampleAlignments) -> Iterator[None]:
+    """Note the number of tokens by which Megatron divides a per-token loss at the end."""
+    finalize = config.finalize_model_grads_func
 
-        if finalize is not None:
-            config.finalize_model_grads_func = noting
-        try:
-            yield
-        finally:
-            config.finalize_model_grads_func = finalize
+    def noting(chunks: list[Module], num_tokens: Tensor | None = None, **options: Any) -> None:
+        assert finalize is not None
+        finalize(chunks, num_tokens, **options)
+        if num_tokens is not None:  # summed over all ranks by the call
+            found.scale /= float(num_tokens)
 
-    @contextmanager
-    def _without_reduction(self) -> Iterator[None]:
-        """Leave the gradient buffers, which hold z, as they are at the end of a pass."""
-        finalize, self._config.finalize_model_grads_func = (
-            self._config.finalize_model_grads_func,
-            None,
-        )
-        try:
-            yield
-        finally:
-            self._config.finalize_model_grads_func = finalize
+    with _finalizing(config, None if finalize is None else noting):
+        yield
+
+
+@contextmanager
+def _finalizing(config: TransformerConfig, function: Callable[..., None] | None) -> Iterator[None]:
+    """Have another function at the end of a pass; without one the buffers stay as they are."""
+    before, config.finalize_model_grads_func = config.finalize_model_grads_func, function
+    try:
+        yield
+    finally:
+        config.finalize_model_grads_func = before
 
 
 def _counting(chunk: Module, current: Current) -> Iterator[Any]:

@@ -42,7 +42,7 @@ from megatron_dwm.runtime import Runtime, bring_up
 from megatron_dwm.runtime.profiling import Window
 from megatron_dwm.runtime.stop import StopPoll, stop_signals
 from megatron_dwm.runtime.warn import print_warning
-from megatron_dwm.weighting import method_class
+from megatron_dwm.weighting import method_class, with_options
 
 
 def run(config: Config) -> None:
@@ -52,6 +52,7 @@ def run(config: Config) -> None:
     process at once. After that the run saves first, and a second signal of the launcher does no
     harm until everything is closed.
     """
+    config = with_options(config)
     inputs = check(config)
     before = run_to_resume(config)
     typed, config = typed_paths(config), with_absolute_paths(config)
@@ -70,6 +71,7 @@ def run(config: Config) -> None:
         job = build_job(config, runtime, inputs)
         parts = parts_of(config, job, inputs, newest)
         _start(config, before, job, parts, inputs, newest)
+        parts.state_of_method()  # what no checkpoint could take is refused now, not at the first
         if runtime.is_main:
             _write_start(config, job.state, typed, had_checkpoint=newest is not None)
         received = until_exit.enter_context(stop_signals())

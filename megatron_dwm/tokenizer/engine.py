@@ -153,7 +153,7 @@ def without_special_tokens(tokenizer: Tokenizer) -> _Definition:
     if tokenizer.kind in JSON_KINDS:
         definition = json.loads(tokenizer.content)
     else:
-        # Not a public name of gigatoken; setup.py pins the exact version.
+        # Not a public name of gigatoken; pyproject.toml pins the exact version.
         from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
 
         definition = json.loads(sentencepiece_to_tokenizer_json(tokenizer.content))

@@ -9,7 +9,7 @@ from megatron_dwm.weighting.method import (
     WeightingUpdate,
 )
 from megatron_dwm.weighting.pool import ChoosesFromPool, PoolAlignments
-from megatron_dwm.weighting.registry import check_method, learns, method_class
+from megatron_dwm.weighting.registry import check_method, learns, method_class, with_options
 
 __all__ = [
     "Alignments",
@@ -23,4 +23,5 @@ __all__ = [
     "check_method",
     "learns",
     "method_class",
+    "with_options",
 ]

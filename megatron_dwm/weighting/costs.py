@@ -6,7 +6,7 @@ computes in advance what it will spend, from the same record.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeAlias
 
 from megatron_dwm.config import Config
@@ -105,6 +105,17 @@ class Workload:
 def plain_costs(config: Config, llm: LlamaShape, workload: Workload) -> Costs:
     """Returns the costs of plain training."""
     return Costs(llm_step=FORWARD_BACKWARD * _forward(config, llm, workload.documents))
+
+
+def reading_costs(config: Config, llm: LlamaShape, workload: Workload) -> Costs:
+    """Returns the costs of a method whose weights need the forward pass of their whole group.
+
+    A group of several micro-batches needs an extra forward pass before it has weights.
+    """
+    costs, training = plain_costs(config, llm, workload), config.training
+    rows = training.global_batch_size // workload.replicas
+    waits = config.weighting.group == "global" and rows > training.micro_batch_size
+    return replace(costs, extra_forward=costs.forward) if waits else costs
 
 
 def learning_costs(

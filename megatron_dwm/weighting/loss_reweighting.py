@@ -12,7 +12,6 @@ forward pass if a global group has several micro-batches (training/weighted_pass
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
 from megatron_dwm.model import ForwardOutputs, LlamaShape
 from megatron_dwm.weighting.concentration import GUARDS
-from megatron_dwm.weighting.costs import Costs, Workload, plain_costs
+from megatron_dwm.weighting.costs import Costs, Workload, reading_costs
 from megatron_dwm.weighting.method import Counters, Needs
 from megatron_dwm.weighting.moments import global_moments
 from megatron_dwm.weighting.rule_based import RuleBased
@@ -55,10 +54,7 @@ class LossReweighting(RuleBased):
     @classmethod
     def costs(cls, config: Config, llm: LlamaShape, workload: Workload) -> Costs:
         """Returns plain costs, and a forward pass if a group has several micro-batches."""
-        costs, training = plain_costs(config, llm, workload), config.training
-        rows = training.global_batch_size // workload.replicas
-        waits = config.weighting.group == "global" and rows > training.micro_batch_size
-        return replace(costs, extra_forward=costs.forward) if waits else costs
+        return reading_costs(config, llm, workload)
 
     def needs(self, counters: Counters) -> Needs:
         """Returns losses after the first batch, and nothing before it."""

@@ -6,6 +6,9 @@ that pass (training/step.py), on the last pipeline stage.
 
 The class methods answer questions about a configuration, before anything is built, so that no code
 outside this folder depends on a method's name. All defaults are those of plain training.
+
+The interface is public: methods outside the package inherit from it (docs/plugins.md). What they
+may use is what megatron_dwm/plugin.py exports.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from megatron_dwm.config import Config
 from megatron_dwm.config.key import Part
+from megatron_dwm.config.options import read_options
 from megatron_dwm.data import Batch, Source, ValidationSet
 from megatron_dwm.data.token_losses import TokenLosses
 from megatron_dwm.data.values import DocumentValues
@@ -30,6 +34,11 @@ from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.weighting.costs import Costs, Workload, plain_costs
 from megatron_dwm.weighting.model import WeightingShape
 from megatron_dwm.weighting.schedule import Schedule
+
+CONTRACT_VERSION = 1
+"""Version of the interface of methods outside the package. It is raised with a change that such a
+method can notice (something it calls or overrides is removed, renamed or means something else), and
+stays with an addition that has a default."""
 
 
 class Counters(Protocol):
@@ -132,6 +141,12 @@ class BuildContext:
 class MethodConfiguration(Protocol):
     """What a method says of a configuration, before anything is built."""
 
+    contract_version: ClassVar[int | None] = None
+    """the `CONTRACT_VERSION` that the method was written for; one outside the package states it"""
+    options: ClassVar[type | None] = None
+    """a frozen dataclass: the names, types and defaults of `policy.options`; None: it has none"""
+    learns_from_alignments: ClassVar[bool] = False
+    """True: `weighting.update_on` applies; for the package's own, config/methods.py says it"""
     gentler: ClassVar[str] = "report it: this method has equal weights"
     """what to change if a few samples get nearly all the weight"""
     units: ClassVar[frozenset[str]] = frozenset({"sample", "document"})
@@ -141,6 +156,14 @@ class MethodConfiguration(Protocol):
     aligns_first: ClassVar[bool] = False
     """an update inside a step gives that step's own weights: it computes the alignments of the
     batch at uniform weights, and `weights` finds them in its `outputs`"""
+
+    @classmethod
+    def own_options(cls, config: Config) -> Any:
+        """Returns `policy.options` as an instance of `options`; None without options.
+
+        Raises UserError for an unknown name, a wrong type, and a ValueError of the dataclass.
+        """
+        return read_options(cls.options, config.policy.options, config.policy.name)
 
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:

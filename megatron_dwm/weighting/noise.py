@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_dwm.config import Config
-from megatron_dwm.config.methods import METHODS
+from megatron_dwm.config.methods import learns_from_alignments
 from megatron_dwm.model.passes.micro_batches import probed_micro_batches
 
 # A running mean over about five measurements, since one correlation over a batch of 32 has a
@@ -71,8 +71,7 @@ def why_no_noise(config: Config, passages: int, replicas: int) -> str | None:
 def _probed_samples(config: Config, replicas: int) -> int:
     """Returns how many samples of a global batch have alignments in an update."""
     training = config.training
-    learns = METHODS[config.policy.name].learns_from_alignments
-    if not learns or config.update_on != "ahead":
+    if config.update_on != "ahead" or not learns_from_alignments(config.policy.name):
         return training.global_batch_size
     rows = training.micro_batch_size * replicas
     count = training.global_batch_size // rows

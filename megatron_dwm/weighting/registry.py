@@ -1,18 +1,41 @@
-"""Finds a method's class by its name; config/methods.py has the names."""
+"""Finds a method's class by its name: of the package (config/methods.py), or of the user."""
 
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 from megatron_dwm.config import Config, UserError
-from megatron_dwm.config.methods import METHODS
+from megatron_dwm.config.methods import METHODS, name_problems
+from megatron_dwm.config.options import resolved_options
 from megatron_dwm.weighting.method import Method
+from megatron_dwm.weighting.plugin_checks import plugin_class
 
 
 def method_class(config: Config) -> type[Method]:
-    """Returns the class of `policy.name`."""
-    module, name = METHODS[config.policy.name].path.split(":")
-    return getattr(importlib.import_module(module), name)
+    """Returns the class of `policy.name`.
+
+    Raises UserError if there is none, and for a class outside the package that cannot be used.
+    """
+    name = config.policy.name
+    for problem in name_problems(name):
+        raise UserError(problem)
+    if name not in METHODS:
+        return plugin_class(name)
+    module, attribute = METHODS[name].path.split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def with_options(config: Config) -> Config:
+    """Returns the configuration with the values of all the method's options, defaults included.
+
+    Without the options in a file that are another method's. Raises UserError for options that the
+    method does not have.
+    """
+    method, policy = method_class(config), config.policy
+    given = {} if policy.name in METHODS else policy.options
+    options = resolved_options(method.options, given, policy.name)
+    return replace(config, policy=replace(policy, options=options))
 
 
 def learns(config: Config) -> bool:
@@ -25,6 +48,7 @@ def check_method(config: Config, num_layers: int, world_size: int) -> None:
 
     num_layers: layers of the LLM. world_size: number of processes.
     """
+    with_options(config)
     unit, units = config.weighting.unit, method_class(config).units
     if unit not in units:
         raise UserError(

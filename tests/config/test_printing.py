@@ -66,7 +66,7 @@ def test_a_package_that_is_not_installed_is_one_line(missing: str, tmp_path: Pat
         assert (done.returncode, done.stderr) == (
             2,
             "error: the package unheard_of is not installed, and theirs imports it; install what "
-            "setup.py names for this Python\n",
+            "megatron-dwm needs with this Python (pyproject.toml)\n",
         )
     else:  # a mistake in this package, of which a traceback says more
         assert done.returncode == 1 and "Traceback" in done.stderr

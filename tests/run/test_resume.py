@@ -49,6 +49,12 @@ POLICIES = {
     ],
     "similarity": ["--policy.name", "similarity"],
     "similarity, at a reading": ["--policy.name", "similarity", "--weighting.unit", "document"],
+    "outside": ["--policy.name", "examples.plugin.loss_rank:LossRank"],
+    "outside, with a state": [
+        *("--policy.name", "examples.plugin.loss_rank:RecentLossRank"),
+        *("--policy.options.window_steps", "4", "--policy.options.strength", "3"),
+    ],
+    "outside, learning": ["--policy.name", "tests.run.plugin_methods:Parity"],
 }
 LAYOUTS = {
     "own": ["--parallel.pipeline", "2"],
@@ -57,6 +63,8 @@ LAYOUTS = {
     "greedy": ["--parallel.tensor", "2"],
     "opus": ["--parallel.sharded_optimizer", "true"],
     "similarity, at a reading": ["--parallel.pipeline", "2"],
+    "outside, with a state": [],
+    "outside, learning": ["--parallel.tensor", "2"],
 }
 # The call at which the run is stopped: inside a phase, or right after an update.
 STOPPED_AT = {
