@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
         *("config", "runtime", "model", "data", "weighting", "bilevel", "checkpoint", "training"),
         *("run", "testing"),
     },
-    "preprocess": {"files", "config", "tokenizer"},
+    "preprocess": {"files", "config", "tokenizer", "launch"},
     "selection": {
         *("files", "config", "tokenizer", "runtime", "model", "data", "weighting", "checkpoint"),
         *("run", "preprocess"),

@@ -53,7 +53,9 @@ class DataConfig:
 
     train: list[str | float] = field(default_factory=list)
     """prefixes of indexed files, or weight prefix weight prefix ..., as Megatron's --data-path; a
-    prefix that is named twice is one with both shares, so no sample is read twice in an epoch"""
+    prefix that is named twice is one with both shares, so no sample is read twice in an epoch. In
+    place of a prefix: a file of text (.jsonl, .jsonl.zst, .parquet and the like, with a `text` in
+    each record), which is preprocessed once into data.cache_dir"""
     schedule: dict[int, list[float]] = field(default_factory=dict)
     """shares of the prefixes of data.train by step, instead of weights: 0=0.9,0.1 800=0.5,0.5 on
     the command line; in a file a step and a list of shares on each line. A step is the number of
@@ -77,7 +79,8 @@ class DataConfig:
     domain_key: str = "meta.redpajama_set_name"
     """metadata column that names a document's domain"""
     cache_dir: str | None = None
-    """directory of the sample index cache; empty keeps it under run.dir"""
+    """directory of the sample index cache, and of texts that are preprocessed; empty keeps the
+    first under run.dir, and the second in prepared_data beside it"""
 
 
 @dataclass(frozen=True, kw_only=True)

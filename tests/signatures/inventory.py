@@ -139,14 +139,8 @@ def main() -> None:
     ours = importlib.import_module("megatron_dwm.model.layers.transformer_engine")
     core_attention = te.DotProductAttention
     table = importlib.import_module("megatron_dwm.bilevel.adapters")
-    produced = [
-        attention.linear_qkv,
-        attention.core_attention,
-        attention.linear_proj,
-        mlp.linear_fc1,
-        mlp.linear_fc2,
-        te.RMSNorm,
-    ]
+    produced = [attention.linear_qkv, attention.core_attention, attention.linear_proj]
+    produced += [mlp.linear_fc1, mlp.linear_fc2, te.RMSNorm]
     inventory = {
         "version": importlib.metadata.version("transformer-engine"),
         "has_te": extension.HAVE_TE,
