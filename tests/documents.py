@@ -138,17 +138,22 @@ def _norm(shape: LlamaShape, hidden: Tensor, gain_D: Tensor) -> Tensor:
 def _attention(shape: LlamaShape, part: dict[str, Tensor], hidden: Tensor) -> Tensor:
     batch, length, width = hidden.shape
     heads, groups = shape.num_attention_heads, shape.num_query_groups
-    size, of_group = width // heads, heads // groups
+    size, of_group = shape.head_dim or width // heads, heads // groups
     # A group's queries, then its key and its value.
-    qkv = F.linear(hidden, part["self_attention.linear_qkv.weight"])
+    bias = part.get("self_attention.linear_qkv.bias")
+    qkv = F.linear(hidden, part["self_attention.linear_qkv.weight"], bias)
     qkv = qkv.view(batch, length, groups, of_group + 2, size)
-    query = _rotate(qkv[..., :of_group, :], shape.rotary_base)
-    key = _rotate(qkv[..., of_group : of_group + 1, :], shape.rotary_base)
+    query, key = qkv[..., :of_group, :], qkv[..., of_group : of_group + 1, :]
+    if shape.qk_layernorm:
+        query = _norm(shape, query, part["self_attention.q_layernorm.weight"])
+        key = _norm(shape, key, part["self_attention.k_layernorm.weight"])
+    query, key = _rotate(query, shape.rotary_base), _rotate(key, shape.rotary_base)
     scores = torch.einsum("bqghd,bkgxd->bghqk", query, key) / size**0.5
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
     shares = scores.masked_fill(future, -torch.inf).softmax(-1)
     mixed = torch.einsum("bghqk,bkgd->bqghd", shares, qkv[..., of_group + 1, :])
-    return F.linear(mixed.reshape(batch, length, width), part["self_attention.linear_proj.weight"])
+    mixed = mixed.reshape(batch, length, heads * size)
+    return F.linear(mixed, part["self_attention.linear_proj.weight"])
 
 
 def _rotate(vectors: Tensor, base: float) -> Tensor:

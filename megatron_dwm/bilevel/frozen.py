@@ -14,11 +14,12 @@ step and no copy of the parameters. With sketches it keeps a copy of J_0.
 from __future__ import annotations
 
 import torch
+from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 
 from megatron_dwm.bilevel.adam import AdamMoments
 from megatron_dwm.bilevel.hypergradient import validation_gradient
-from megatron_dwm.bilevel.problem import Problem, Target
+from megatron_dwm.bilevel.problem import InnerOptimizer, Problem, Target
 from megatron_dwm.bilevel.sketch import SketchPlan
 from megatron_dwm.bilevel.slots import (
     collect_slots,
@@ -27,7 +28,7 @@ from megatron_dwm.bilevel.slots import (
 )
 from megatron_dwm.bilevel.tangent_probe import Probed, probe
 from megatron_dwm.bilevel.virtual_step import kept_scales
-from megatron_dwm.model import clear_gradients
+from megatron_dwm.model import WrappedModel, clear_gradients
 from megatron_dwm.model.passes.objective import TokenBatch, unit
 from megatron_dwm.runtime.profiling import phase
 
@@ -65,8 +66,7 @@ def frozen_direction(target: Target, passages: TokenBatch) -> Tensor:
     with phase("validation gradient"):
         loss_and_count = validation_gradient(target, passages)
     with phase("direction"), torch.no_grad():
-        target.optimizer.prepare_grads()
-        _multiply_by_jacobian(target)
+        multiply_by_frozen_jacobian(target.llm, target.optimizer, target.inner)
     return loss_and_count
 
 
@@ -77,14 +77,22 @@ def _factors(problem: Problem) -> dict[int, Tensor]:
     problem.optimizer.prepare_grads()
     for slot in collect_slots(problem.optimizer):
         slot.gradient.fill_(1.0)
-    _multiply_by_jacobian(problem)
+    _multiply(problem.llm, problem.optimizer, problem.inner)
     return {id(p): slice_of_z(p).to(torch.float32, copy=True) for p in problem.llm.parameters()}
 
 
-def _multiply_by_jacobian(target: Target) -> None:
-    """Multiply the gradient buffers by J_0, on every rank."""
-    slots = collect_slots(target.optimizer)
-    if target.inner == "adam":
+@torch.no_grad()
+def multiply_by_frozen_jacobian(
+    model: WrappedModel, optimizer: ChainedOptimizer, inner: InnerOptimizer
+) -> None:
+    """Turn the gradient in the gradient buffers into z = J_0 h, on every rank (collective)."""
+    optimizer.prepare_grads()
+    _multiply(model, optimizer, inner)
+
+
+def _multiply(model: WrappedModel, optimizer: ChainedOptimizer, inner: InnerOptimizer) -> None:
+    slots = collect_slots(optimizer)
+    if inner == "adam":
         for slot in slots:
             slot.gradient.mul_(frozen_jacobian(slot.moments()))
-    publish_gradients(target.llm, target.optimizer, slots)
+    publish_gradients(model, optimizer, slots)

@@ -121,8 +121,10 @@ class UnitSketches:
     ) -> None:
         """Add the sum over each unit's tokens, the gradient of a vector.
 
-        position: in its row, of the first token.
+        products_SBD: for a norm of heads [S, B, heads, D]. position: of the first token in its row.
         """
+        if products_SBD.dim() == 4:
+            products_SBD = products_SBD.sum(dim=2, dtype=torch.float32)
         places, numbers_SB = self.places[id(gain)], units.of_sequence(products_SBD, first=position)
         sums_UD = products_SBD.new_zeros(units.count + 1, len(gain), dtype=torch.float32)
         sums_UD.index_add_(0, numbers_SB.flatten() + 1, products_SBD.flatten(0, 1).float())

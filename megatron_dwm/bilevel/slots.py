@@ -21,7 +21,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from megatron_dwm.bilevel.adam import AdamMoments
-from megatron_dwm.model import LLM
+from megatron_dwm.model import WrappedModel
 
 
 @dataclass(frozen=True)
@@ -146,13 +146,15 @@ def is_sharded(optimizer: ChainedOptimizer) -> bool:
     return any(isinstance(m, DistributedOptimizer) for m in optimizer.chained_optimizers)
 
 
-def gather_parameters(llm: LLM) -> None:
+def gather_parameters(llm: WrappedModel) -> None:
     """Gather the model parameters from the shards of all ranks that share them (collective)."""
     for chunk in llm.chunks:
         chunk.start_param_sync(force_sync=True)
 
 
-def publish_gradients(llm: LLM, optimizer: ChainedOptimizer, slots: Sequence[Slot]) -> None:
+def publish_gradients(
+    llm: WrappedModel, optimizer: ChainedOptimizer, slots: Sequence[Slot]
+) -> None:
     """Bring the slots' gradients into the gradient buffers of all ranks (collective if sharded).
 
     A buffer in bf16 rounds them.
@@ -169,7 +171,7 @@ def write_gradients(slots: Sequence[Slot]) -> None:
             slot.buffer.copy_(slot.gradient.view(-1))
 
 
-def _gather_gradient_buffers(llm: LLM) -> None:
+def _gather_gradient_buffers(llm: WrappedModel) -> None:
     """Gather the gradient buffers from the shards of all ranks that share them (collective)."""
     group = llm.runtime.data_context_group
     for chunk in llm.chunks:

@@ -4,6 +4,7 @@ The table has the classes of adapters.py, and the same hooks bring the output gr
 input x; adapters.py says who sees which part of them under tensor and sequence parallelism.
 
     x -> W x              sum_t d_t x_t^T
+    y -> y + b            sum_t d_t
     x -> g * n(x)         sum_t d_t * n(x_t)
     x -> W (g * n(x))     sum_t d_t (g * n(x_t))^T  and  sum_t (W^T d_t) * n(x_t)
     tokens -> W[tokens]   d_t to the row of its token
@@ -15,12 +16,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 
-from megatron_dwm.bilevel.adapters import MEGATRON, MEGATRON_TE, OURS, TensorParallelPosition
+from megatron_dwm.bilevel.adapters import (
+    FUSED_LAYER_NORM,
+    MEGATRON,
+    MEGATRON_TE,
+    OURS,
+    TORCH,
+    Normalize,
+    bias_of,
+    epsilon_of,
+)
+from megatron_dwm.bilevel.position import TensorParallelPosition
 from megatron_dwm.bilevel.sketch import UnitSketches
+from megatron_dwm.bilevel.tangents import layer_normed, rms_normed
 from megatron_dwm.model.layers.fp8_emulation import ACTIVATIONS, GRADIENTS, Quantized, quantize
 from megatron_dwm.model.passes.units import Units
 
@@ -33,15 +44,37 @@ Form = Callable[[Module, Mapping[str, Any], TensorParallelPosition], AddGradient
 def _column(module: Any, kwargs: Mapping[str, Any], at: TensorParallelPosition) -> AddGradients:
     tied = kwargs.get("weight")  # a tied output layer is handed the embedding's
     weight = module.weight if tied is None else tied
-    return lambda sketches, gradient, kept, units, first: sketches.add_linear(
-        weight, gradient, at.whole(kept), units, first
+    return _with_bias(
+        lambda sketches, gradient, kept, units, first: sketches.add_linear(
+            weight, gradient, at.whole(kept), units, first
+        ),
+        module,
     )
 
 
-def _row(module: Any, _: Mapping[str, Any], __: TensorParallelPosition) -> AddGradients:
-    return lambda sketches, gradient, kept, units, first: sketches.add_linear(
-        module.weight, gradient, kept, units, first
-    )
+def _with_bias(add: AddGradients, module: Any) -> AddGradients:
+    """Returns what adds a linear layer's gradients, with that of its bias if it has one."""
+    bias = bias_of(module)
+    if bias is None:
+        return add
+
+    def both(
+        sketches: UnitSketches, gradient: Tensor, kept: Tensor, units: Units, first: int
+    ) -> None:
+        add(sketches, gradient, kept, units, first)
+        sketches.add_vector(bias, gradient, units, first)
+
+    return both
+
+
+def _row(module: Any, _: Mapping[str, Any], at: TensorParallelPosition) -> AddGradients:
+    def add(
+        sketches: UnitSketches, gradient: Tensor, kept: Tensor, units: Units, first: int
+    ) -> None:
+        sketches.add_linear(module.weight, gradient, kept, units, first)
+
+    # Every rank has the whole bias and the whole output gradient.
+    return _with_bias(add, module) if at.tensor_rank == 0 else add
 
 
 def _te_row(module: Any, _: Mapping[str, Any], at: TensorParallelPosition) -> AddGradients:
@@ -53,8 +86,11 @@ def _te_row(module: Any, _: Mapping[str, Any], at: TensorParallelPosition) -> Ad
 def _quantized_column(
     module: Any, _: Mapping[str, Any], at: TensorParallelPosition
 ) -> AddGradients:
-    return lambda sketches, gradient, kept, units, first: sketches.add_linear(
-        module.weight, *_quantized(gradient, at.whole(kept), at), units, first
+    return _with_bias(
+        lambda sketches, gradient, kept, units, first: sketches.add_linear(
+            module.weight, *_quantized(gradient, at.whole(kept), at), units, first
+        ),
+        module,
     )
 
 
@@ -85,33 +121,30 @@ def _norm_then_column(
         sketches: UnitSketches, gradient: Tensor, kept: Tensor, units: Units, first: int
     ) -> None:
         gain_D, weight_CD = module.layer_norm_weight, module.weight
-        normed_SBD = F.rms_norm(at.whole(kept), gain_D.shape, None, module.eps)
+        normed_SBD = rms_normed(at.whole(kept), len(gain_D), module.eps)
         sketches.add_linear(weight_CD, gradient, gain_D.detach() * normed_SBD, units, first)
         products_SBD = gradient.matmul(weight_CD.detach().to(gradient.dtype)) * normed_SBD
         sketches.add_vector(gain_D, products_SBD, units, first)
 
-    return add
+    return _with_bias(add, module)
 
 
-def _norm(module: Any, _: Mapping[str, Any], at: TensorParallelPosition) -> AddGradients:
-    return _norm_of(module, module.epsilon, at)
+def _norm_by(normalize: Normalize) -> Form:
+    def form(module: Any, _: Mapping[str, Any], at: TensorParallelPosition) -> AddGradients:
+        gain_D, bias = module.weight, bias_of(module)
 
+        def add(
+            sketches: UnitSketches, gradient: Tensor, kept: Tensor, units: Units, first: int
+        ) -> None:
+            position = at.first_of(kept)
+            products_SBD = gradient * normalize(kept, len(gain_D), epsilon_of(module))
+            sketches.add_vector(gain_D, products_SBD, units, first, position=position)
+            if bias is not None:
+                sketches.add_vector(bias, gradient, units, first, position=position)
 
-def _te_norm(module: Any, _: Mapping[str, Any], at: TensorParallelPosition) -> AddGradients:
-    return _norm_of(module, module.eps, at)
+        return add
 
-
-def _norm_of(module: Any, epsilon: float, at: TensorParallelPosition) -> AddGradients:
-    gain_D = module.weight
-
-    def add(
-        sketches: UnitSketches, gradient: Tensor, kept: Tensor, units: Units, first: int
-    ) -> None:
-        products_SBD = gradient * F.rms_norm(kept, gain_D.shape, None, epsilon)
-        position = at.first_of(kept)
-        sketches.add_vector(gain_D, products_SBD, units, first, position=position)
-
-    return add
+    return form
 
 
 def _embedding(module: Any, _: Mapping[str, Any], at: TensorParallelPosition) -> AddGradients:
@@ -130,16 +163,26 @@ def _embedding(module: Any, _: Mapping[str, Any], at: TensorParallelPosition) ->
     return add
 
 
+def _positions(module: Any, _: Mapping[str, Any], __: TensorParallelPosition) -> AddGradients:
+    return lambda sketches, gradient_BSD, positions_BS, units, first: sketches.add_rows(
+        module.weight, gradient_BSD.transpose(0, 1), positions_BS.t(), units, first
+    )
+
+
 FORMS: Mapping[str, Form] = {
     MEGATRON + "ColumnParallelLinear": _column,
     MEGATRON + "RowParallelLinear": _row,
     MEGATRON + "VocabParallelEmbedding": _embedding,
-    OURS + "local.RMSNorm": _norm,
+    OURS + "local.RMSNorm": _norm_by(rms_normed),
     OURS + "fp8_emulation.Fp8ColumnParallelLinear": _quantized_column,
     OURS + "fp8_emulation.Fp8RowParallelLinear": _quantized_row,
+    TORCH + "normalization.RMSNorm": _norm_by(rms_normed),
+    TORCH + "normalization.LayerNorm": _norm_by(layer_normed),
+    FUSED_LAYER_NORM: _norm_by(layer_normed),
+    TORCH + "sparse.Embedding": _positions,
     MEGATRON_TE + "TEColumnParallelLinear": _column,
     MEGATRON_TE + "TERowParallelLinear": _te_row,
     MEGATRON_TE + "TELayerNormColumnParallelLinear": _norm_then_column,
-    "transformer_engine.pytorch.module.rmsnorm.RMSNorm": _te_norm,
+    "transformer_engine.pytorch.module.rmsnorm.RMSNorm": _norm_by(rms_normed),
 }
 """class name -> form; it has the same classes as adapters.ADAPTERS"""

@@ -31,7 +31,7 @@ from megatron_dwm.bilevel.slots import (
     write_gradients,
 )
 from megatron_dwm.bilevel.update_rules import UPDATE_RULES, UpdateRule
-from megatron_dwm.model import LLM, invalidate_weight_caches
+from megatron_dwm.model import WrappedModel, invalidate_weight_caches
 from megatron_dwm.model.layers.transformer_engine import (
     ScalingState,
     read_scaling_state,
@@ -52,7 +52,7 @@ class VirtualStep:
     scaling_state: scales and maxima of the delayed FP8 recipe; empty for other recipes.
     """
 
-    llm: LLM
+    llm: WrappedModel
     optimizer: ChainedOptimizer
     rule: UpdateRule
     slots: list[Slot]
@@ -138,7 +138,7 @@ class VirtualStep:
 
 @torch.no_grad()
 def prepare_virtual_step(
-    llm: LLM, optimizer: ChainedOptimizer, inner: InnerOptimizer
+    llm: WrappedModel, optimizer: ChainedOptimizer, inner: InnerOptimizer
 ) -> VirtualStep:
     """Prepare the step along the gradient in the gradient buffers; parameters keep their values."""
     optimizer.prepare_grads()
@@ -162,14 +162,14 @@ def prepare_virtual_step(
 
 
 @contextmanager
-def kept_scales(llm: LLM) -> Iterator[None]:
+def kept_scales(llm: WrappedModel) -> Iterator[None]:
     """Restore the scales and maxima of the delayed FP8 recipe after passes that change them."""
     found = _scaling_state(llm)
     yield
     write_scaling_state(found)
 
 
-def _scaling_state(llm: LLM) -> dict[Module, ScalingState]:
+def _scaling_state(llm: WrappedModel) -> dict[Module, ScalingState]:
     config = llm.transformer
     delayed = config.fp8 is not None and config.fp8_recipe == "delayed"
     return read_scaling_state(llm.modules) if delayed else {}

@@ -1,7 +1,7 @@
-"""The config.json of a Hugging Face Llama, checked key by key before anything heavy is imported.
+"""The config.json of a Hugging Face model, checked key by key before anything heavy is imported.
 
-A model with features that ours lacks (biases, other activations, other rotary embeddings) is
-refused. Cost: one read of a small file.
+The supported classes are in architectures.py. A model with features that ours lacks (other biases,
+activations or rotary embeddings, a window of attention) is refused. Cost: one read of a small file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dwm.config.architectures import ARCHITECTURES, Architecture, why_refused
 from megatron_dwm.config.errors import UserError
 
 CONFIG_NAME = "config.json"
@@ -50,6 +51,8 @@ class HuggingFaceConfig:
     init_std: float
     head_dim: int | None
     rope_scaling_factor: float | None
+    qk_layernorm: bool
+    add_qkv_bias: bool
     context_tokens: int
 
 
@@ -74,11 +77,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def check_huggingface_config(config: Mapping[str, Any], path: Path) -> HuggingFaceConfig:
     """Check `config`, read from `path`; raises `UserError` with the key that is not supported."""
-    if config.get("model_type") != "llama":
-        raise UserError(
-            f"{path}: model_type {config.get('model_type')!r}; only 'llama' can be converted"
-        )
+    architecture = architecture_of(config, path)
+    config = {**architecture.absent, **config}
     for key, allowed in _REFUSED.items():
+        if key == "attention_bias" and architecture.add_qkv_bias:
+            continue  # its class does not read the key
         if config.get(key, allowed[0]) not in allowed:
             raise UserError(
                 f"{path}: {key} {config[key]!r} is not supported; only {allowed[0]!r} is"
@@ -92,6 +95,13 @@ def check_huggingface_config(config: Mapping[str, Any], path: Path) -> HuggingFa
         )
     head_dim = _whole_number(config, "head_dim", path, default=width // heads)
     base, scaling = _rotary(config, path)
+    context = _whole_number(config, "max_position_embeddings", path, default=2048)
+    window = attention_window(config, path)
+    if window is not None and window < context:
+        raise UserError(
+            f"{path}: sliding_window {window} is smaller than the context of {context} tokens "
+            "(max_position_embeddings); a sliding window is not supported"
+        )
     return HuggingFaceConfig(
         hidden_size=width,
         num_layers=_whole_number(config, "num_hidden_layers", path),
@@ -105,8 +115,29 @@ def check_huggingface_config(config: Mapping[str, Any], path: Path) -> HuggingFa
         init_std=_positive(config.get("initializer_range", 0.02), "initializer_range", path),
         head_dim=None if head_dim * heads == width else head_dim,
         rope_scaling_factor=scaling,
-        context_tokens=_whole_number(config, "max_position_embeddings", path, default=2048),
+        qk_layernorm=architecture.qk_layernorm,
+        add_qkv_bias=architecture.add_qkv_bias,
+        context_tokens=context,
     )
+
+
+def architecture_of(config: Mapping[str, Any], path: Path) -> Architecture:
+    """Returns the class that `config`, read from `path`, names; raises `UserError` for others."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        raise UserError(f"{path}: {why_refused(model_type)}")
+    return ARCHITECTURES[model_type]
+
+
+def attention_window(config: Mapping[str, Any], path: Path) -> int | None:
+    """Returns the tokens that attention reaches back in some layer; None for the whole context."""
+    architecture = architecture_of(config, path)
+    config = {**architecture.absent, **config}
+    # Qwen has a switch for the window, and Llama's class does not read the key.
+    is_on = architecture.model_type == "mistral" or _truth(config, "use_sliding_window", path)
+    if not is_on or architecture.model_type == "llama" or config.get("sliding_window") is None:
+        return None
+    return _whole_number(config, "sliding_window", path)
 
 
 def _rotary(config: Mapping[str, Any], path: Path) -> tuple[float, float | None]:

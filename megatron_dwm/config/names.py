@@ -12,6 +12,7 @@ import difflib
 import functools
 
 from megatron_dwm.config.key import entries
+from megatron_dwm.config.not_supported import not_supported
 from megatron_dwm.config.schema import Config
 
 # Below this ratio a match of spelling is chance; a key of another section may match exactly.
@@ -32,6 +33,9 @@ def known_sections() -> list[str]:
 
 def unknown_key(name: str) -> str:
     """Returns the message about a key that does not exist."""
+    what = not_supported(name)
+    if what is not None:
+        return f"unknown key '{name}': {what} is not supported (docs/huggingface.md); leave it out"
     return f"unknown key '{name}'; the nearest known key is '{nearest_key(name)}'"
 
 

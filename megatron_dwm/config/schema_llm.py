@@ -29,7 +29,16 @@ from megatron_dwm.config.key import SET, key
 Precision = Literal["fp32", "bf16", "fp8"]
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 Builder = Literal["gpt", "hybrid"]
-Preset = Literal["tiny", "llama-370m", "llama-1.3b", "llama-2-7b", "llama-3-70b", "llama-3.1-405b"]
+Preset = Literal[
+    "tiny",
+    "llama-370m",
+    "llama-1.3b",
+    "llama-2-7b",
+    "llama-3-70b",
+    "llama-3.1-405b",
+    "qwen3-0.6b",
+    "qwen3-1.7b",
+]
 
 _BELOW_FP32 = {"model.precision": ("bf16", "fp8")}
 _IN_FP8 = ({"model.precision": ("fp8",)}, {"model.fp8_emulation": (True,)})
@@ -54,8 +63,8 @@ class ParallelConfig:
     """shard the optimizer's state over the processes with the same parameters (Megatron's
     DistributedOptimizer)"""
     overlap_grad_reduce: bool = False
-    """reduce gradients over the data-parallel group during the last backward pass of a step, bucket
-    by bucket (Megatron's --overlap-grad-reduce)"""
+    """reduce gradients over the processes with the same parameters during the last backward pass of
+    a step, bucket by bucket (Megatron's --overlap-grad-reduce)"""
     overlap_param_gather: bool = False
     """gather the parameters that other replicas stepped during the next forward pass (Megatron's
     --overlap-param-gather); needs parallel.sharded_optimizer and parallel.overlap_grad_reduce"""
@@ -96,8 +105,8 @@ class ModelConfig:
     """emulate FP8 rounding in the layers' matrix products, without Transformer Engine and also on a
     CPU; slower than products without it (needs fp8_recipe tensorwise)"""
     init_from: str | None = None
-    """initial parameters of the LLM: a Hugging Face directory (LlamaForCausalLM) or a checkpoint of
-    an earlier run; the LLM then has the shape of that model"""
+    """initial parameters of the LLM: a Hugging Face directory (Llama, Mistral, Qwen2 or Qwen3;
+    docs/huggingface.md) or a checkpoint of an earlier run; the LLM then has that model's shape"""
     hidden_size: int | None = key(None, WIDTH)
     """width of the residual stream"""
     num_layers: int | None = key(None, LAYERS)
@@ -106,6 +115,13 @@ class ModelConfig:
     """query heads"""
     num_query_groups: int | None = key(None, WIDTH)
     """key-value heads (grouped-query attention); as many as query heads for plain attention"""
+    kv_channels: int | None = key(None, WIDTH)
+    """width of one head (Megatron's --kv-channels); empty means hidden_size / num_attention_heads,
+    or the preset's width if it has one of its own"""
+    qk_layernorm: bool | None = None
+    """RMSNorm over each head of queries and keys, as in Qwen3 (Megatron's --qk-layernorm)"""
+    add_qkv_bias: bool | None = None
+    """a bias on queries, keys and values, as in Qwen2 (Megatron's --add-qkv-bias)"""
     ffn_hidden_size: int | None = key(None, INNER_WIDTH)
     """inner width of the SwiGLU block"""
     vocab_size: int | None = key(None, PIECES)

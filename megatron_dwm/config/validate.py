@@ -32,6 +32,9 @@ class Heads(NamedTuple):
     num_query_groups: int
     padded_vocab_size: int
     ffn_hidden_size: int
+    head_dim: int | None = None
+    has_qk_layernorm: bool = False
+    has_qkv_bias: bool = False
 
 
 def validate_config(config: Config, shape: Heads, world_size: int) -> None:
@@ -92,11 +95,18 @@ def _allowed_changes(config: Config) -> Iterator[str]:
 
 
 def _model(shape: Heads) -> Iterator[str]:
-    if shape.hidden_size % (2 * shape.num_attention_heads):
+    pairs = "rotary embeddings turn pairs of a head's values"
+    if shape.head_dim is not None and shape.head_dim % 2:
+        yield f"model.kv_channels {shape.head_dim}: expected an even number: {pairs}"
+    if shape.head_dim is None and shape.hidden_size % (2 * shape.num_attention_heads):
         yield (
             f"model.hidden_size {shape.hidden_size}: expected a multiple of twice "
-            f"model.num_attention_heads, {2 * shape.num_attention_heads}: rotary embeddings turn "
-            "pairs of a head's values"
+            f"model.num_attention_heads, {2 * shape.num_attention_heads}: {pairs}"
+        )
+    if shape.has_qk_layernorm and shape.has_qkv_bias:
+        yield (
+            "model.add_qkv_bias: not with model.qk_layernorm: no model of Hugging Face has both, "
+            "so this one could not be exported; leave out one of the two"
         )
 
 
@@ -132,8 +142,11 @@ def _fp8_sizes(config: Config, shape: Heads) -> Iterator[str]:
     context = config.parallel.context
     tokens = config.training.micro_batch_size * config.data.sequence_length // context
     all_tokens = "training.micro_batch_size x data.sequence_length"
+    width = shape.head_dim or shape.hidden_size // shape.num_attention_heads
+    queries = width * shape.num_attention_heads // config.parallel.tensor
     sizes = {
         "model.hidden_size / parallel.tensor": shape.hidden_size // config.parallel.tensor,
+        "model.kv_channels x model.num_attention_heads / parallel.tensor": queries,
         "model.ffn_hidden_size / parallel.tensor": shape.ffn_hidden_size // config.parallel.tensor,
         all_tokens + (" / parallel.context" if context > 1 else ""): tokens,
     }

@@ -1,4 +1,4 @@
-"""Converts a Hugging Face Llama to a checkpoint; the gate compares both models first.
+"""Converts a Hugging Face model to a checkpoint; the gate compares both models first.
 
 The checkpoint has what a run's has, without the optimizer: `llm/` in Megatron-Core's distributed
 format, shape.json and config.yaml. `model.init_from` and `to-hf` read it under any layout. The
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from megatron_dwm.checkpoint.sharded_plan import SavePlan
 from megatron_dwm.config import Config, DataConfig, ModelConfig, ParallelConfig, UserError
 from megatron_dwm.config.load import save_config
 from megatron_dwm.config.printing import printable
-from megatron_dwm.config.schema_llm import Builder
+from megatron_dwm.config.schema_llm import Builder, Precision
 from megatron_dwm.convert.checkpoint_reader import open_checkpoint
 from megatron_dwm.convert.gate import gate_tokens, require_equal_logits
 from megatron_dwm.convert.original_files import plain_encoder, special_tokens
@@ -35,6 +35,7 @@ from megatron_dwm.model.initialize import global_parameter_names
 from megatron_dwm.model.llm import whole_model
 from megatron_dwm.model.on_disk.huggingface_files import HuggingFaceModel, open_huggingface
 from megatron_dwm.model.on_disk.parameter_names import megatron_tensor
+from megatron_dwm.model.shape import model_keys
 from megatron_dwm.runtime import bring_up
 
 
@@ -113,11 +114,9 @@ def _fill(module: LanguageModule, model: HuggingFaceModel) -> None:
 
 def _config(model: HuggingFaceModel, builder: Builder) -> Config:
     """Returns the configuration of a run that has this model, as far as it is known."""
-    names = {field.name for field in fields(ModelConfig)}
-    shape = {name: value for name, value in asdict(model.shape).items() if name in names}
-    is_bf16 = model.dtype == torch.bfloat16
+    precision: Precision = "bf16" if model.dtype == torch.bfloat16 else "fp32"
     return Config(
-        model=ModelConfig(precision="bf16" if is_bf16 else "fp32", builder=builder, **shape),
+        model=ModelConfig(precision=precision, builder=builder, **model_keys(model.shape)),
         data=DataConfig(sequence_length=model.context_tokens),
     )
 

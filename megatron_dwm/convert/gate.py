@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_dwm.config import RunError, UserError
+from megatron_dwm.config.huggingface import CONFIG_NAME, read_json_object
 from megatron_dwm.convert.checkpoint_reader import SavedLLM
 from megatron_dwm.convert.huggingface import encode_with_huggingface, huggingface_logits
 from megatron_dwm.convert.megatron_logits import megatron_logits
@@ -70,7 +71,7 @@ def require_equal_ids(tokenizer: Tokenizer, directory: Path) -> int:
 
     The texts are `AWKWARD_TEXTS`, `REAL_TEXT`, and every piece of the vocabulary, once between two
     letters and once at the start of a text. Raises `UserError` at the first difference: the
-    SentencePiece model is then of a kind that tokenizer_files.py cannot express.
+    tokenizer is then of a kind that tokenizer_files.py, or the model's class, cannot express.
     """
     texts = [*AWKWARD_TEXTS, REAL_TEXT, *_texts_of_pieces(tokenizer)]
     for text, ids in zip(texts, encode_with_huggingface(directory, texts), strict=True):
@@ -79,10 +80,23 @@ def require_equal_ids(tokenizer: Tokenizer, directory: Path) -> int:
             raise UserError(
                 f"{tokenizer.model_path}: cannot be written as a Hugging Face tokenizer with the "
                 f"same ids (text {text[:40]!r} gives {ids[:12]} instead of {expected[:12]}); "
-                "expected a SentencePiece BPE model with the layout of Llama 2's: train one with "
-                "train_tokenizer.py"
+                f"{_what_fits(directory)}"
             )
     return len(texts)
+
+
+def _what_fits(directory: Path) -> str:
+    """Returns which tokenizer an export can have."""
+    config = directory / CONFIG_NAME
+    if config.is_file() and read_json_object(config).get("model_type") == "qwen2":
+        return (
+            "transformers takes a tokenizer of Qwen's kind for every Qwen2 model, whatever its "
+            "files say: train with a tokenizer.json of that kind, or without model.add_qkv_bias"
+        )
+    return (
+        "expected a SentencePiece BPE model with the layout of Llama 2's: train one with "
+        "train_tokenizer.py"
+    )
 
 
 def gives_same_ids(one: Tokenizer, other: Tokenizer) -> bool:

@@ -1,4 +1,4 @@
-"""Everything that needs transformers: configuration, logits, tokenizer and samples of a Llama.
+"""Everything that needs transformers: configuration, logits, tokenizer and samples of a model.
 
 No other file of the package imports transformers. Nothing is downloaded, and code in a model
 directory is never run.
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_dwm.config import UserError
+from megatron_dwm.config.architectures import architecture_with
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.model.on_disk.huggingface_files import HuggingFaceModel
 
@@ -26,7 +27,6 @@ try:
         AutoModelForCausalLM,
         AutoTokenizer,
         GenerationConfig,
-        LlamaConfig,
     )
     from transformers.utils.logging import disable_progress_bar
 except ImportError as error:
@@ -54,7 +54,11 @@ def write_config(
         rope |= {"rope_type": "llama3", "factor": shape.rope_scaling_factor}
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
         rope |= {"original_max_position_embeddings": 8192}
-    config = LlamaConfig(
+    architecture = architecture_with(
+        qk_layernorm=shape.qk_layernorm, add_qkv_bias=shape.add_qkv_bias
+    )
+    config = AutoConfig.for_model(
+        architecture.model_type,
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.ffn_hidden_size,
@@ -67,9 +71,7 @@ def write_config(
         rope_parameters=rope,
         tie_word_embeddings=shape.tied_embeddings,
         initializer_range=shape.init_std,
-        attention_bias=False,
-        mlp_bias=False,
-        architectures=["LlamaForCausalLM"],
+        architectures=[architecture.class_name],
         **{"bos_token_id": None, "eos_token_id": None, **special_tokens},
     )
     config.dtype = dtype

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from megatron_dwm.config.architectures import Architecture, architecture_with
+from megatron_dwm.config.huggingface import CONFIG_NAME, architecture_of, read_json_object
 from megatron_dwm.config.printing import printable
 from megatron_dwm.convert.checkpoint_reader import SavedLLM
 
@@ -20,7 +22,7 @@ _PHASES = ("train", "weighting", "evaluation")
 _HEADER = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [llama, megatron_dwm]
+tags: [{model_type}, megatron_dwm]
 ---
 """
 
@@ -42,8 +44,10 @@ def model_card(
         changes: what differs from the original model's files, one line each.
         logits_deviation: what the gate measured; None if it was skipped.
     """
-    about = _about(saved, dtype, context_tokens)
-    parts = [_HEADER, f"# {_title(saved)}\n", about, _check(logits_deviation)]
+    architecture = _architecture(saved)
+    about = _about(saved, architecture, dtype, context_tokens)
+    header = _HEADER.format(model_type=architecture.model_type)
+    parts = [header, f"# {_title(saved)}\n", about, _check(logits_deviation)]
     if saved.huggingface_directory is not None:
         parts.append(_origin(saved, changes))
     if saved.was_trained_here:
@@ -70,10 +74,20 @@ def _origin(saved: SavedLLM, changes: Sequence[str]) -> str:
     )
 
 
-def _about(saved: SavedLLM, dtype: str, context_tokens: int) -> str:
+def _architecture(saved: SavedLLM) -> Architecture:
+    """Returns the class of the exported model: the original one, or the one with our layers."""
+    original = saved.huggingface_directory
+    if original is not None:
+        path = original / CONFIG_NAME
+        return architecture_of(read_json_object(path), path)
+    shape = saved.shape
+    return architecture_with(qk_layernorm=shape.qk_layernorm, add_qkv_bias=shape.add_qkv_bias)
+
+
+def _about(saved: SavedLLM, architecture: Architecture, dtype: str, context_tokens: int) -> str:
     shape = saved.shape
     rows = {
-        "architecture": "LlamaForCausalLM",
+        "architecture": architecture.class_name,
         "parameters": f"{shape.num_parameters():,} ({dtype})",
         "layers, width, heads, key-value heads": (
             f"{shape.num_layers}, {shape.hidden_size}, {shape.num_attention_heads}, "

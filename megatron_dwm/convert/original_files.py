@@ -24,6 +24,7 @@ from megatron_dwm.checkpoint.kept_files import (
 from megatron_dwm.config import UserError
 from megatron_dwm.config.huggingface import (
     CONFIG_NAME,
+    attention_window,
     check_huggingface_config,
     read_json_object,
 )
@@ -83,6 +84,10 @@ def copy_original_files(
             (directory / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, directory / name)
     changed, changes = _changes(config, described.context_tokens, dtype, trained_tokens)
+    window = attention_window(config, original / CONFIG_NAME)
+    if window is not None and window < trained_tokens:  # at least as long as the former context
+        changed |= {"sliding_window": None}
+        changes.append(f"no sliding window; the original has {window:,} tokens, its whole context")
     _write_changed({**changed, **(special_tokens or {})}, directory / CONFIG_NAME)
     _write_changed(special_tokens or {}, directory / SETTINGS_FILES[1])
     return CopiedFiles(

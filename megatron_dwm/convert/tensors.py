@@ -17,21 +17,23 @@ from megatron_dwm.model.on_disk.parameter_names import (
     LAYER_TENSORS,
     OUTPUT,
     WHOLE_TENSORS,
+    layer_sizes,
 )
 
 
 def huggingface_tensors(saved: SavedLLM) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) of every parameter, in the order of `huggingface_shapes`.
+    """Yields (name, tensor) of every parameter, layer after layer.
 
     The rows that pad the vocabulary are left out. No two tensors share memory.
     """
     shape = saved.shape
     yield WHOLE_TENSORS[EMBEDDING], saved.read(EMBEDDING, rows=shape.vocab_size)
     for layer in range(shape.num_layers):
-        for source, kind in LAYER_TENSORS.items():
-            tensor = saved.read_layer(f"{source}.weight", layer)
-            for name, part in kind.split(shape, tensor).items():
-                yield f"model.layers.{layer}.{name}.weight", _with_own_memory(part)
+        for source in layer_sizes(shape):
+            module, _, kind = source.rpartition(".")
+            parts = LAYER_TENSORS[module].split(shape, saved.read_layer(source, layer))
+            for name, part in parts.items():
+                yield f"model.layers.{layer}.{name}.{kind}", _with_own_memory(part)
     yield WHOLE_TENSORS[FINAL_NORM], saved.read(FINAL_NORM)
     if not shape.tied_embeddings:
         yield WHOLE_TENSORS[OUTPUT], saved.read(OUTPUT, rows=shape.vocab_size)

@@ -49,7 +49,7 @@ def initialize_parameters(
     tensor_rank: int,
     tensor_size: int,
 ) -> None:
-    """Draw the parameters from a normal distribution, in place; norm scales become 1.
+    """Draw the parameters from a normal distribution, in place; norm scales become 1, biases 0.
 
     The standard deviation is `init_std`. The two projections back into the residual stream get
     init_std / sqrt(2 * num_layers), as in Megatron-LM and GPT-2.
@@ -57,7 +57,7 @@ def initialize_parameters(
     with torch.no_grad():
         for name, parameter in global_parameter_names(module, first_layer):
             if parameter.dim() == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
             into_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
             std = init_std / math.sqrt(2 * num_layers) if into_residual else init_std

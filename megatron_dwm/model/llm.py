@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn import Module, Parameter
+from torch.nn import Module
 
 from megatron_dwm.config import ModelConfig, ParallelConfig
 from megatron_dwm.config.printing import printable
@@ -37,74 +36,16 @@ from megatron_dwm.model.layers.choice import (
 from megatron_dwm.model.layers.local import llama_block_spec
 from megatron_dwm.model.layers.transformer_engine import transformer_engine_block_spec
 from megatron_dwm.model.shape import LlamaShape
+from megatron_dwm.model.wrapped import WrappedModel
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.runtime.fused import gradient_accumulation_is_fused
 
 
-@dataclass(frozen=True)
-class LLM:
-    """One rank's part of the LLM.
+@dataclass(frozen=True, kw_only=True)
+class LLM(WrappedModel):
+    """One rank's part of the LLM."""
 
-    chunks: Megatron's data-parallel wrappers, one for each model chunk of this rank.
-    layer_kind: the implementation of the layers.
-    """
-
-    chunks: list[DistributedDataParallel]
-    transformer: TransformerConfig
     shape: LlamaShape
-    runtime: Runtime
-    layer_kind: LayerKind = "local"
-
-    @property
-    def is_quantized(self) -> bool:
-        """True if the layers multiply in FP8, emulated or by Transformer Engine."""
-        return self.layer_kind == "emulated_fp8" or self.transformer.fp8 is not None
-
-    @property
-    def modules(self) -> list[LanguageModule]:
-        """The bare models inside the wrappers."""
-        return [unwrap(chunk) for chunk in self.chunks]
-
-    @property
-    def micro_batches_multiple(self) -> int:
-        """The number of micro-batches in a pass has to be a multiple of this.
-
-        Megatron-Core's interleaved schedule asks for a multiple of the pipeline's length.
-        """
-        return self.runtime.pipeline_size if len(self.chunks) > 1 else 1
-
-    def parameters(self) -> list[Parameter]:
-        """Every parameter of this rank, in the wrappers' order."""
-        return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
-
-
-def clear_gradients(llm: LLM, optimizer: MegatronOptimizer) -> None:
-    """Zero Megatron's gradient buffers and drop the optimizer's views of them, before every pass.
-
-    A view left in `Parameter.grad` would be added to the buffer that it views.
-    """
-    for chunk in llm.chunks:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-
-
-def invalidate_weight_caches(llm: LLM) -> None:
-    """Make Transformer Engine quantize its weights again, after a change outside the optimizer.
-
-    It quantizes a weight at the first micro-batch of a step and keeps the result. Without FP8 this
-    has no effect.
-    """
-    for chunk in llm.chunks:
-        chunk.set_is_first_microbatch()
-
-
-def unwrap(module: Module) -> LanguageModule:
-    """The model inside Megatron's wrappers."""
-    while not isinstance(module, LanguageModule):
-        inner = module.module
-        assert isinstance(inner, Module)
-        module = inner
-    return module
 
 
 def transformer_config(
@@ -133,6 +74,8 @@ def transformer_config(
         init_method_std=shape.init_std,
         normalization="RMSNorm",
         add_bias_linear=False,
+        add_qkv_bias=shape.add_qkv_bias,
+        qk_layernorm=shape.qk_layernorm,
         gated_linear_unit=True,
         activation_func=F.silu,
         hidden_dropout=0.0,
@@ -234,7 +177,13 @@ def build_llm(
         # Gradients are reduced in the last micro-batch's backward pass only.
         held = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = held if len(held) > 1 else held[0]
-    return LLM(chunks, config, shape, runtime, choice.kind)
+    return LLM(
+        chunks=chunks,
+        transformer=config,
+        shape=shape,
+        runtime=runtime,
+        layer_kind=choice.kind,
+    )
 
 
 def _announce(choice: LayerChoice, model: ModelConfig, runtime: Runtime) -> None:
@@ -270,14 +219,17 @@ def _block_spec(
     kind: LayerKind,
     layers: _ChunkLayers,
 ) -> TransformerBlockSubmodules:
+    qk_layernorm = shape.qk_layernorm
     if kind == "transformer_engine":
-        return transformer_engine_block_spec(layers.num_layers, parts_of_rows=parallel.context > 1)
+        return transformer_engine_block_spec(
+            layers.num_layers, parts_of_rows=parallel.context > 1, qk_layernorm=qk_layernorm
+        )
     if kind == "local":
-        return llama_block_spec(layers.num_layers)
+        return llama_block_spec(layers.num_layers, qk_layernorm=qk_layernorm)
     emulated = emulated_layers(
         model, first=layers.first_layer, count=layers.num_layers, total=shape.num_layers
     )
-    return llama_block_spec(layers.num_layers, emulated)
+    return llama_block_spec(layers.num_layers, emulated, qk_layernorm=qk_layernorm)
 
 
 def _initialize(
@@ -305,7 +257,7 @@ def whole_model(
         builder=model.builder,
         shape=shape,
         config=replace(transformer_config(shape, model, ParallelConfig()), **changes),
-        layers=llama_block_spec(shape.num_layers),
+        layers=llama_block_spec(shape.num_layers, qk_layernorm=shape.qk_layernorm),
         sequence_length=sequence_length,
         is_first=True,
         is_last=True,

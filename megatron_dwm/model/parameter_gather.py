@@ -18,11 +18,11 @@ from typing import Any
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_dwm.model.llm import LLM
+from megatron_dwm.model.wrapped import WrappedModel
 from megatron_dwm.runtime import releases
 
 
-def gather_now(llm: LLM) -> None:
+def gather_now(llm: WrappedModel) -> None:
     """Have the parameters of all shards on every replica now (collective)."""
     for chunk in _overlapping(llm.chunks):
         chunk.start_param_sync(force_sync=True)
@@ -41,7 +41,7 @@ def expect_gather(optimizer: ChainedOptimizer) -> None:
 
 
 @contextmanager
-def without_gathers(llm: LLM) -> Iterator[None]:
+def without_gathers(llm: WrappedModel) -> Iterator[None]:
     """Have no hooks during the context: they refuse frozen parameters.
 
     The parameters have to be whole before.

@@ -18,6 +18,8 @@ class LlamaShape:
     """A Llama architecture. `vocab_size` counts the tokenizer's pieces, without padding.
 
     head_dim: width of one attention head; None means hidden_size / num_attention_heads.
+    qk_layernorm: RMSNorm over each head of queries and keys (Qwen3).
+    add_qkv_bias: a bias on queries, keys and values (Qwen2).
     rope_scaling_factor: Llama 3.1's stretching of the slow rotary frequencies (8 in Llama 3.1, 32
     in Llama 3.2; low_freq_factor 1, high_freq_factor 4, original context 8192); None for none.
     """
@@ -34,6 +36,8 @@ class LlamaShape:
     init_std: float = 0.02
     head_dim: int | None = None
     rope_scaling_factor: float | None = None
+    qk_layernorm: bool = False
+    add_qkv_bias: bool = False
 
     @property
     def head_size(self) -> int:
@@ -45,14 +49,30 @@ class LlamaShape:
         """Rows of the embedding: `vocab_size` rounded up to VOCAB_MULTIPLE."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
+    @property
+    def layer_matrices(self) -> int:
+        """Number of parameters of one layer's matrices."""
+        # Queries and the output projection are as wide as all heads, keys and values as all groups.
+        heads = self.num_attention_heads + self.num_query_groups
+        attention = 2 * self.hidden_size * heads * self.head_size
+        return attention + 3 * self.hidden_size * self.ffn_hidden_size
+
+    @property
+    def layer_norms(self) -> int:
+        """Number of parameters of one layer's norms."""
+        return 2 * self.hidden_size + 2 * self.head_size * self.qk_layernorm
+
+    @property
+    def layer_biases(self) -> int:
+        """Number of parameters of one layer's biases."""
+        heads = self.num_attention_heads + 2 * self.num_query_groups
+        return heads * self.head_size * self.add_qkv_bias
+
     def num_parameters(self) -> int:
         """Number of trainable parameters, without padding."""
-        width, heads = self.hidden_size, self.num_attention_heads
-        # Queries and the output projection are as wide as all heads, keys and values as all groups.
-        attention = 2 * width * (heads + self.num_query_groups) * self.head_size
-        layer = attention + 3 * width * self.ffn_hidden_size + 2 * width
-        embeddings = self.vocab_size * width * (1 if self.tied_embeddings else 2)
-        return self.num_layers * layer + embeddings + width
+        layer = self.layer_matrices + self.layer_norms + self.layer_biases
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return self.num_layers * layer + embeddings + self.hidden_size
 
 
 def heads_of(shape: LlamaShape) -> Heads:
@@ -64,8 +84,25 @@ def heads_of(shape: LlamaShape) -> Heads:
         shape.num_query_groups,
         shape.padded_vocab_size,
         shape.ffn_hidden_size,
+        shape.head_dim,
+        shape.qk_layernorm,
+        shape.add_qkv_bias,
     )
 
+
+_QWEN3 = LlamaShape(
+    hidden_size=1024,
+    num_layers=28,
+    num_attention_heads=16,
+    num_query_groups=8,
+    ffn_hidden_size=3072,
+    vocab_size=151936,
+    tied_embeddings=True,
+    rotary_base=1e6,
+    norm_epsilon=1e-6,
+    head_dim=128,
+    qk_layernorm=True,
+)
 
 PRESETS: dict[str, LlamaShape] = {
     # Small enough that a newcomer sees an effect within minutes on a CPU.
@@ -124,6 +161,9 @@ PRESETS: dict[str, LlamaShape] = {
         rotary_base=500000.0,
         rope_scaling_factor=8.0,
     ),
+    # Yang et al. 2025, table 1, and the published config.json.
+    "qwen3-0.6b": replace(_QWEN3, hidden_size=1024, ffn_hidden_size=3072),
+    "qwen3-1.7b": replace(_QWEN3, hidden_size=2048, ffn_hidden_size=6144),
 }
 
 
@@ -150,13 +190,32 @@ def resolve_shape(
         given["num_query_groups"] = given["num_attention_heads"]
     preset = PRESETS[config.preset or "tiny"]
     given["vocab_size"] = config.vocab_size or tokenizer_vocab_size or preset.vocab_size
-    return replace(preset, **given)
+    return _with_plain_heads(replace(preset, **given))
+
+
+# Megatron's name of a field, and the name that checkpoints have had for it from the start.
+_KEYS = {"head_dim": "kv_channels"}
+
+
+def model_keys(shape: LlamaShape) -> dict[str, Any]:
+    """Returns the shape as keys of the section `model`, without what has no key."""
+    known = {field.name for field in fields(ModelConfig)}
+    named = {_KEYS.get(name, name): value for name, value in asdict(shape).items()}
+    return {name: value for name, value in named.items() if name in known}
 
 
 def _given(config: ModelConfig) -> dict[str, Any]:
     """Returns the fields of a shape that the configuration sets."""
-    names = {field.name for field in fields(LlamaShape)} & {field.name for field in fields(config)}
-    return {name: value for name in names if (value := getattr(config, name)) is not None}
+    names = {field.name: _KEYS.get(field.name, field.name) for field in fields(LlamaShape)}
+    values = {name: getattr(config, key, None) for name, key in names.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _with_plain_heads(shape: LlamaShape) -> LlamaShape:
+    """Returns the shape with an empty `head_dim` if heads have the width that empty stands for."""
+    heads = shape.num_attention_heads
+    plain = shape.head_dim is not None and shape.head_dim * heads == shape.hidden_size
+    return replace(shape, head_dim=None) if plain else shape
 
 
 def _require_agreement(config: ModelConfig, given: dict[str, Any], found: LlamaShape) -> None:
@@ -168,13 +227,15 @@ def _require_agreement(config: ModelConfig, given: dict[str, Any], found: LlamaS
     if config.preset is not None:
         preset = asdict(PRESETS[config.preset])
         wanted = {**{k: v for k, v in preset.items() if v is not None}, **given}
+        wanted["head_dim"] = replace(PRESETS[config.preset], **given).head_size
         if config.vocab_size is None:
             wanted.pop("vocab_size")
     wanted.pop("init_std", None)
+    has = {**asdict(found), "head_dim": found.head_size}
     differences = [
-        f"{name} {getattr(found, name)} where the run asks for {wanted[name]}"
+        f"{_KEYS.get(name, name)} {has[name]} where the run asks for {wanted[name]}"
         for name in (field.name for field in fields(LlamaShape))
-        if name in wanted and getattr(found, name) != wanted[name]
+        if name in wanted and has[name] != wanted[name]
     ]
     if differences:
         raise UserError(

@@ -93,7 +93,27 @@ def layer_bytes(
     gated = 2 if kernels.fused else 4
     feed_forward = (gated * value + kernels.product_input_bytes) * inner / tensor
     norms = 2 * norm_bytes(shape.hidden_size / part, 1 / part, kernels)
-    return norms + attention + rotation + feed_forward
+    return norms + attention + rotation + feed_forward + _head_norm_bytes(shape, config, kernels)
+
+
+def _head_norm_bytes(shape: LlamaShape, config: Config, kernels: Kernels) -> float:
+    """Returns the bytes a token that the norms of queries' and keys' heads keep."""
+    if not shape.qk_layernorm:
+        return 0.0
+    heads, groups = shape.num_attention_heads, shape.num_query_groups
+    queries, keys = heads * shape.head_size, groups * shape.head_size
+    statistics = _FP32 * (heads + groups)
+    if kernels.fused:
+        kept = kernels.value_bytes * (queries + keys)
+    else:
+        kept = _FP32 * (queries + keys)  # the normalized input
+        if kernels.value_bytes < _FP32:
+            kept += _FP32 * (queries + keys)  # the input in fp32
+        elif groups > config.parallel.tensor and heads > groups:
+            kept += _FP32 * queries  # out of the groups; keys stay a view of the one product
+        if kernels.value_bytes == _FP32 and context_gathers(config, kernels):
+            kept += _FP32 * (queries + 2 * keys)  # that product, for the keys' sake
+    return (kept + statistics) / config.parallel.tensor
 
 
 def context_gathers(config: Config, kernels: Kernels) -> bool:

@@ -14,12 +14,14 @@ class RankParameters:
 
     matrices: those of the layers' matrices, which are split over the tensor-parallel group.
     norms: those of the norms, which are replicated in that group.
+    biases: those of queries, keys and values, which are split.
     embedding, output: those of the padded vocabulary's rows; 0 on a stage without them.
     largest: those of the largest single tensor.
     """
 
     matrices: int
     norms: int
+    biases: int
     embedding: int
     output: int
     largest: int
@@ -27,7 +29,7 @@ class RankParameters:
     @property
     def total(self) -> int:
         """Number of all parameters of the rank."""
-        return self.matrices + self.norms + self.embedding + self.output
+        return self.matrices + self.norms + self.biases + self.embedding + self.output
 
 
 def rank_parameters(shape: LlamaShape, parallel: ParallelConfig, stage: int) -> RankParameters:
@@ -37,15 +39,14 @@ def rank_parameters(shape: LlamaShape, parallel: ParallelConfig, stage: int) -> 
     width, inner = shape.hidden_size, shape.ffn_hidden_size
     heads = shape.num_attention_heads + 2 * shape.num_query_groups
     qkv = width * heads * shape.head_size
-    projection = width * shape.num_attention_heads * shape.head_size
     vocabulary = shape.padded_vocab_size * width // parallel.tensor
     # With tied embeddings a single stage shares one tensor; the last of several holds a copy.
     has_output = is_last and not (shape.tied_embeddings and is_first)
-    layer = qkv + projection + 3 * width * inner
     largest = max(qkv, 2 * width * inner) // parallel.tensor
     return RankParameters(
-        matrices=layers * layer // parallel.tensor,
-        norms=(2 * layers + is_last) * width,
+        matrices=layers * shape.layer_matrices // parallel.tensor,
+        norms=layers * shape.layer_norms + is_last * width,
+        biases=layers * shape.layer_biases // parallel.tensor,
         embedding=vocabulary if is_first else 0,
         output=vocabulary if has_output else 0,
         largest=max(largest, vocabulary) if is_first or is_last else largest,

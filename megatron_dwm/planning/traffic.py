@@ -6,7 +6,7 @@ scatter.
 
     tensor    four all-reduces of [S, B, H] a layer and micro-batch, two each way; under sequence
               parallelism four gathers and four scatters, and two gathers for weight gradients; then
-              the norms' gradients are reduced, once a pass
+              the norms' gradients are reduced, once a pass (those of head norms always)
     pipeline  one [S, B, H] forward and one backward over every border
     context   keys and values of a layer gathered forward, their gradients scattered backward; and
               gathered again where attention is recomputed
@@ -241,11 +241,15 @@ def _tensor(config: Config, shape: LlamaShape, run: Pass, *, backward: bool = Tr
 
 
 def _norms(config: Config, shape: LlamaShape) -> _Sent:
-    """Returns the norms' gradients, which under sequence parallelism are parts on every rank."""
-    if not config.parallel.sequence:
-        return _Sent()
-    last = config.parallel.pipeline - 1
-    return _Sent(1, gradient_bytes(config) * rank_parameters(shape, config.parallel, last).norms)
+    """Returns the norms' gradients that are parts on every rank.
+
+    Those of head norms always are, the others under sequence parallelism.
+    """
+    parallel = config.parallel
+    norms = rank_parameters(shape, parallel, parallel.pipeline - 1).norms
+    if not parallel.sequence:
+        norms = shape.num_layers // parallel.pipeline * (shape.layer_norms - 2 * shape.hidden_size)
+    return _Sent(1, gradient_bytes(config) * norms) if norms and parallel.tensor > 1 else _Sent()
 
 
 def _probe_gathers(config: Config, shape: LlamaShape, run: Pass, *, on_gpu: bool) -> _Sent:

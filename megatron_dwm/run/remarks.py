@@ -12,6 +12,7 @@ from megatron_dwm.config import Config
 from megatron_dwm.data.document_counts import document_counts
 from megatron_dwm.run.inputs import RunInputs
 from megatron_dwm.runtime import Runtime
+from megatron_dwm.tokenizer import JSON_KINDS
 from megatron_dwm.weighting import learns, method_class
 from megatron_dwm.weighting.costs import Costs
 from megatron_dwm.weighting.noise import why_no_noise
@@ -35,6 +36,7 @@ def remarks(
     yield from _no_pool_is_scored(config, costs)
     yield from _extra_forward_pass(costs)
     yield from _nothing_is_profiled(config, state)
+    yield from _no_export(inputs)
 
 
 def _updates(config: Config, inputs: RunInputs, replicas: int) -> Iterator[str]:
@@ -74,6 +76,15 @@ def _shared_passages(config: Config, inputs: RunInputs) -> Iterator[str]:
             f"(evaluation.path) are also in {config.validation.path} (validation.path): "
             "the run learns from them, so their loss is not held out; take them out of one of "
             "the two"
+        )
+
+
+def _no_export(inputs: RunInputs) -> Iterator[str]:
+    if inputs.shape.add_qkv_bias and inputs.tokenizer.kind not in JSON_KINDS:
+        yield (
+            f"model.add_qkv_bias with a {inputs.tokenizer.kind}: the model cannot be exported with "
+            "it, because transformers takes a tokenizer of Qwen's kind for every Qwen2 model "
+            "(docs/huggingface.md)"
         )
 
 

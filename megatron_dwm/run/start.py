@@ -45,8 +45,10 @@ from megatron_dwm.runtime.warn import print_warning
 from megatron_dwm.weighting import method_class, with_options
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> bool:
     """Train the run of `config`. Raises UserError, if possible before any process group exists.
+
+    Returns True if this call took the run's last step.
 
     Exits with 1 if the final state could not be saved. Until the loop begins, a signal ends the
     process at once. After that the run saves first, and a second signal of the launcher does no
@@ -67,7 +69,7 @@ def run(config: Config) -> None:
         if before and newest is None:
             require_no_loss(run_dir, before.training)
         if _is_over(config, _saved_state(config, newest, found), runtime):
-            return
+            return False
         job = build_job(config, runtime, inputs)
         parts = parts_of(config, job, inputs, newest)
         _start(config, before, job, parts, inputs, newest)
@@ -80,6 +82,7 @@ def run(config: Config) -> None:
         saved = _loop(config, job, parts, inputs, found, newest, stop).run()
         if not saved:
             sys.exit(1)
+        return is_finished(config, job.state)
 
 
 def _is_over(config: Config, state: TrainState, runtime: Runtime) -> bool:

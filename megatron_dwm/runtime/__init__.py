@@ -4,6 +4,7 @@ from megatron_dwm.runtime.bring_up import (
     Runtime,
     bring_up,
     rank_from_environment,
+    runtime_of_running_job,
     tensor_context_group,
     world_size_from_environment,
 )
@@ -12,6 +13,7 @@ __all__ = [
     "Runtime",
     "bring_up",
     "rank_from_environment",
+    "runtime_of_running_job",
     "tensor_context_group",
     "world_size_from_environment",
 ]

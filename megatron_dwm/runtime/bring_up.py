@@ -195,6 +195,16 @@ def _describe(device: torch.device, peers: Peers | None, timeout: timedelta) -> 
     )
 
 
+def runtime_of_running_job(timeout_s: float = 600.0) -> Runtime:
+    """Returns the runtime of a job whose groups Megatron-Core has made already (collective).
+
+    timeout_s: seconds that a rank waits for the others in the groups that are made here.
+    """
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    return _describe(device, None, timedelta(seconds=timeout_s))
+
+
 def tensor_context_group() -> Group:
     """Returns the processes that compute the same layers of the same rows."""
     return parallel_state.get_tensor_and_context_parallel_group()

@@ -5,7 +5,7 @@ Each is compared with autograd's per-sample gradient of a plain torch module tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,97 +15,39 @@ from torch.nn import Module, Parameter
 
 from megatron_dwm.bilevel.adapters import (
     ADAPTERS,
+    TORCH,
     WITHOUT_PARAMETERS,
     adapter_for,
-    embedding_tangent,
-    norm_tangent,
-    position_of,
+    class_name,
 )
+from megatron_dwm.bilevel.position import position_of
 from megatron_dwm.bilevel.slots import slice_of_z
-from megatron_dwm.model import Units
-
-SEQUENCE, BATCH, WIDTH, OUT = 5, 3, 8, 6
-EPSILON = 1e-3
-ALONE = position_of("", sequence_parallel=False, tensor_rank=0, group=None)
-TE = "megatron.core.extensions.transformer_engine."
-FUSED = TE + "TELayerNormColumnParallelLinear"
-TE_NORM = "transformer_engine.pytorch.module.rmsnorm.RMSNorm"
-
-
-def _draw(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-class Fused(Module):
-    """What Transformer Engine's LayerNormLinear computes with RMSNorm, with its attributes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.normalization, self.zero_centered_gamma, self.eps = "RMSNorm", False, EPSILON
-        self.layer_norm_weight = Parameter(_draw(WIDTH))
-        self.weight = Parameter(_draw(OUT, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns [S, B, OUT] from [S, B, WIDTH]."""
-        rms = (x.square().mean(dim=-1, keepdim=True) + self.eps).sqrt()
-        return (self.layer_norm_weight * x / rms) @ self.weight.t()
-
-
-class Norm(Module):
-    """What Transformer Engine's RMSNorm computes, with its attributes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.zero_centered_gamma, self.eps = False, EPSILON
-        self.weight = Parameter(_draw(WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the input normalized, [S, B, WIDTH]."""
-        return self.weight * x / (x.square().mean(dim=-1, keepdim=True) + self.eps).sqrt()
-
-
-class Linear(Module):
-    """What Transformer Engine's Linear computes, with its attributes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = Parameter(_draw(OUT, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns [S, B, OUT] from [S, B, WIDTH]."""
-        return x @ self.weight.t()
-
-
-@dataclass(frozen=True)
-class Case:
-    """A module with z in its gradient buffers, an input and an output gradient."""
-
-    module: Module
-    x_SBD: Tensor
-    gradient_SBC: Tensor
-
-    def expected(self) -> Tensor:
-        """Returns <z, gradient of sample b's own loss>, [B], from one autograd pass per sample."""
-        found = []
-        for b in range(BATCH):
-            loss = (self.module(self.x_SBD)[:, b] * self.gradient_SBC[:, b]).sum()
-            parameters = list(self.module.parameters())
-            gradients = torch.autograd.grad(loss, parameters)
-            pairs = zip(gradients, parameters, strict=True)
-            found.append(sum((g * p.main_grad).sum() for g, p in pairs))
-        return torch.stack(found)
-
-
-ROWS = Units(count=BATCH)
-
-
-def _case(kind: type[Module]) -> Case:
-    torch.manual_seed(3)
-    module = kind()
-    for parameter in module.parameters():
-        parameter.main_grad = _draw(*parameter.shape)
-    x_SBD = _draw(SEQUENCE, BATCH, WIDTH)
-    return Case(module, x_SBD, _draw(*module(x_SBD).shape))
+from megatron_dwm.bilevel.tangents import embedding_tangent, norm_tangent, rms_normed
+from tests.bilevel.modules import (
+    ALONE,
+    BATCH,
+    COLUMN,
+    DOCUMENTS,
+    EPSILON,
+    FUSED,
+    LAYER_NORM,
+    NUMBERS_BS,
+    OUT,
+    ROW,
+    ROWS,
+    SEQUENCE,
+    TE,
+    TE_NORM,
+    WIDTH,
+    WITH_BIAS,
+    Case,
+    Fused,
+    Linear,
+    Norm,
+    WithBias,
+    case_of,
+    draw,
+)
 
 
 def _tangent(name: str, case: Case, module: Module | None = None) -> Tensor:
@@ -120,16 +62,12 @@ def _tangent(name: str, case: Case, module: Module | None = None) -> Tensor:
         (TE_NORM, Norm),
         (TE + "TEColumnParallelLinear", Linear),
         (TE + "TERowParallelLinear", Linear),
+        *WITH_BIAS,
     ],
 )
-def test_tangent_is_autograds_per_sample_gradient(name: str, kind: type[Module]) -> None:
-    case = _case(kind)
+def test_tangent_is_autograds_per_sample_gradient(name: str, kind: Callable[[], Module]) -> None:
+    case = case_of(kind)
     torch.testing.assert_close(_tangent(name, case), case.expected(), rtol=1e-12, atol=1e-12)
-
-
-# Two rows of several units, one of which has padding, and a row that is one unit.
-NUMBERS_BS = torch.tensor([[0, 1, 1, 2, 2], [3, 3, 3, 3, 3], [4, 5, 5, -1, -1]])
-DOCUMENTS = Units(count=6, numbers_BS=NUMBERS_BS)
 
 
 def _of_documents(case: Case) -> Tensor:
@@ -146,10 +84,13 @@ def _of_documents(case: Case) -> Tensor:
 
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize(
-    ("name", "kind"), [(FUSED, Fused), (TE_NORM, Norm), (TE + "TERowParallelLinear", Linear)]
+    ("name", "kind"),
+    [(FUSED, Fused), (TE_NORM, Norm), (TE + "TERowParallelLinear", Linear), *WITH_BIAS],
 )
-def test_tangent_of_documents_is_autograds(name: str, kind: type[Module], flat: bool) -> None:
-    case, units = _case(kind), DOCUMENTS
+def test_tangent_of_documents_is_autograds(
+    name: str, kind: Callable[[], Module], flat: bool
+) -> None:
+    case, units = case_of(kind), DOCUMENTS
     gradient, kept = case.gradient_SBC, case.x_SBD
     if flat:  # one row, as Transformer Engine takes documents
         gradient, kept = (t.transpose(0, 1).flatten(0, 1)[:, None] for t in (gradient, kept))
@@ -160,23 +101,24 @@ def test_tangent_of_documents_is_autograds(name: str, kind: type[Module], flat: 
 
 def test_norms_of_parts_of_the_sequence_add_up_to_documents() -> None:
     """Sequence parallelism: each rank normalizes its part; a norm of heads sees all tokens."""
-    case, cut = _case(Norm), 3
+    case, cut = case_of(Norm), 3
     whole = Case(case.module, case.x_SBD, case.gradient_SBC)
     z_D, total = case.module.weight.main_grad, torch.zeros(6, dtype=torch.float64)
     for first, stop in ((0, cut), (cut, SEQUENCE)):
-        part = (case.gradient_SBC[first:stop], case.x_SBD[first:stop])
-        total += norm_tangent(*part, z_D, EPSILON, DOCUMENTS, first=first)
+        gradient_SBD, x_SBD = case.gradient_SBC[first:stop], case.x_SBD[first:stop]
+        normed_SBD = rms_normed(x_SBD, WIDTH, EPSILON)
+        total += norm_tangent(gradient_SBD, normed_SBD, z_D, DOCUMENTS, first=first)
     torch.testing.assert_close(total, _of_documents(whole), rtol=1e-12, atol=1e-12)
     place = position_of("q_layernorm", sequence_parallel=True, tensor_rank=1, group=None)
-    heads_SBHD = _draw(SEQUENCE, BATCH, 2, WIDTH)
-    of_heads = Case(case.module, heads_SBHD, _draw(*heads_SBHD.shape))
+    heads_SBHD = draw(SEQUENCE, BATCH, 2, WIDTH)
+    of_heads = Case(case.module, heads_SBHD, draw(*heads_SBHD.shape))
     tangent = ADAPTERS[TE_NORM].form(case.module, {}, place, slice_of_z)
     found = tangent(of_heads.gradient_SBC, heads_SBHD, DOCUMENTS)
     torch.testing.assert_close(found, _of_documents(of_heads), rtol=1e-12, atol=1e-12)
 
 
 def test_fused_tangent_is_the_central_difference() -> None:
-    case, h = _case(Fused), 1e-6
+    case, h = case_of(Fused), 1e-6
     theta = [p.detach().clone() for p in case.module.parameters()]
     values = []
     for step in (h, -h):
@@ -192,7 +134,7 @@ def test_fused_tangent_is_the_central_difference() -> None:
 
 def test_partial_sums_of_a_split_fused_layer_add_up() -> None:
     """In a column-parallel layer a rank has some rows of the weight, and the whole gain."""
-    case = _case(Fused)
+    case = case_of(Fused)
     total = torch.zeros(BATCH, dtype=torch.float64)
     for rows in (slice(0, 2), slice(2, OUT)):
         part = Fused()
@@ -209,9 +151,9 @@ def test_partial_sums_of_a_split_fused_layer_add_up() -> None:
 
 def test_embedding_tangent_is_autograds() -> None:
     torch.manual_seed(4)
-    table, z = _draw(10, WIDTH).requires_grad_(), _draw(10, WIDTH)
+    table, z = draw(10, WIDTH).requires_grad_(), draw(10, WIDTH)
     tokens_BS = torch.randint(10, (BATCH, SEQUENCE))
-    gradient = _draw(BATCH, SEQUENCE, WIDTH)
+    gradient = draw(BATCH, SEQUENCE, WIDTH)
     expected = [
         (torch.autograd.grad((F.embedding(t, table) * g).sum(), table)[0] * z).sum()
         for t, g in zip(tokens_BS, gradient, strict=True)
@@ -222,6 +164,49 @@ def test_embedding_tangent_is_autograds() -> None:
     torch.testing.assert_close(sum(parts), torch.stack(expected), rtol=1e-12, atol=1e-12)
 
 
+def test_only_one_rank_counts_the_bias_of_a_row_parallel_layer() -> None:
+    """Each rank has some columns of the weight and of the input, and the whole bias."""
+    case = case_of(WithBias)
+    total = torch.zeros(BATCH, dtype=torch.float64)
+    for rank, columns in enumerate((slice(0, 3), slice(3, WIDTH))):
+        part = WithBias()
+        part.bias, part.weight = case.module.bias, Parameter(case.module.weight[:, columns])
+        part.weight.main_grad = case.module.weight.main_grad[:, columns]
+        place = position_of("x", sequence_parallel=False, tensor_rank=rank, group=None)
+        tangent = ADAPTERS[ROW].form(part, {}, place, slice_of_z)
+        total += tangent(case.gradient_SBC, case.x_SBD[..., columns], ROWS)
+    torch.testing.assert_close(total, case.expected(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_tangent_of_learned_positions_is_autograds(flat: bool) -> None:
+    torch.manual_seed(5)
+    table = torch.nn.Embedding(SEQUENCE + 2, WIDTH, dtype=torch.float64)
+    table.weight.main_grad = draw(SEQUENCE + 2, WIDTH)
+    positions_BS = torch.arange(SEQUENCE).expand(BATCH, SEQUENCE)
+    gradient_BSD, units = draw(BATCH, SEQUENCE, WIDTH), DOCUMENTS if flat else ROWS
+    tangent = ADAPTERS[TORCH + "sparse.Embedding"].form(table, {}, ALONE, slice_of_z)
+    numbers_BS = NUMBERS_BS if flat else torch.arange(BATCH)[:, None].expand(BATCH, SEQUENCE)
+    expected = []
+    for number in range(units.count):
+        loss = (table(positions_BS) * gradient_BSD)[number == numbers_BS].sum()
+        (gradient,) = torch.autograd.grad(loss, table.weight)
+        expected.append((gradient * table.weight.main_grad).sum())
+    found = tangent(gradient_BSD, positions_BS, units)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_a_parameter_that_the_adapter_does_not_read_is_an_error() -> None:
+    known = {class_name(WithBias()): ADAPTERS[TE + "TERowParallelLinear"]}
+    with pytest.raises(NotImplementedError, match="WithBias does not read its parameter bias"):
+        adapter_for(WithBias(), known)
+
+
+def test_a_norm_without_parameters_has_no_tangent() -> None:
+    assert adapter_for(torch.nn.LayerNorm(WIDTH, elementwise_affine=False)) is None
+    assert adapter_for(torch.nn.LayerNorm(WIDTH, bias=False)) is ADAPTERS[LAYER_NORM]
+
+
 def test_unknown_class_with_parameters_is_an_error() -> None:
     with pytest.raises(NotImplementedError, match="no adapter for .*Fused"):
         adapter_for(Fused())
@@ -229,7 +214,7 @@ def test_unknown_class_with_parameters_is_an_error() -> None:
 
 def test_subclass_of_a_known_class_is_unknown() -> None:
     assert adapter_for(torch.nn.Identity()) is None
-    known = {f"{__name__}.Norm": ADAPTERS[TE_NORM]}
+    known = {class_name(Norm()): ADAPTERS[TE_NORM]}
 
     class Changed(Norm):
         pass
@@ -254,25 +239,28 @@ def test_no_class_is_named_twice() -> None:
         ("decoder.layers.0.self_attention.q_layernorm", False, [0, 1]),
         ("decoder.layers.0.self_attention.k_layernorm", False, [0, 1]),
         ("decoder.layers.0.self_attention.linear_qkv", False, [0, 1]),
+        # They are added before the sequence is cut.
+        ("embedding.position_embeddings", False, [0]),
+        ("embedding.position_embeddings", True, [0]),
     ],
 )
 def test_a_rank_counts_what_no_other_rank_forms(
     name: str, sequence_parallel: bool, ranks: list[int]
 ) -> None:
-    kind = "tensor_parallel.layers.ColumnParallelLinear" if "linear" in name else None
-    adapter = ADAPTERS[f"megatron.core.{kind}"] if kind else ADAPTERS[TE_NORM]
+    kind = COLUMN if "linear" in name else TE_NORM
+    adapter = ADAPTERS[TORCH + "sparse.Embedding" if "position" in name else kind]
     places = [
         position_of(name, sequence_parallel=sequence_parallel, tensor_rank=rank, group=None)
         for rank in (0, 1)
     ]
-    assert [rank for rank in (0, 1) if places[rank].counts(adapter)] == ranks
+    assert [rank for rank in (0, 1) if adapter.counts_at(places[rank])] == ranks
 
 
 def test_norms_of_split_heads_add_up_to_the_whole() -> None:
     """Compares two ranks of two heads each with autograd on all four heads."""
-    whole = _case(Norm)
-    heads_SBHD = _draw(SEQUENCE, BATCH, 4, WIDTH)
-    whole = Case(whole.module, heads_SBHD, _draw(*heads_SBHD.shape))
+    whole = case_of(Norm)
+    heads_SBHD = draw(SEQUENCE, BATCH, 4, WIDTH)
+    whole = Case(whole.module, heads_SBHD, draw(*heads_SBHD.shape))
     parts = [
         _tangent(TE_NORM, Case(whole.module, x, gradient))
         for x, gradient in zip(

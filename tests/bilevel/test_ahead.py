@@ -23,7 +23,9 @@ BF16_TOLERANCE = 0.1
 
 DOCUMENTS = {"border_loss": False, "uncounted": 0.2}
 EQUAL_DOCUMENTS = {"equal": True}
-MODEL_KEYS = ("options", "inner", "clip", "tied", "query_groups", "layers")
+QWEN3 = {"qk_layernorm": True, "kv_channels": 12}
+QWEN2 = {"add_qkv_bias": True}
+MODEL_KEYS = ("options", "inner", "clip", "tied", "query_groups", "layers", *QWEN3, *QWEN2)
 # Processes, and the layout with its options. The model with untied embeddings has rows with second
 # moments so small that rounding alone changes alignments by 4e-4; layouts of it take plain descent.
 CASES: list[tuple[int, dict[str, Any]]] = [
@@ -41,6 +43,9 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (2, {"sharded": True}),
     (2, {"sharded": True, "precision": "bf16", "dtype": "bfloat16"}),
     (2, {"halves": True}),
+    *((1, {"options": DOCUMENTS, **model}) for model in (QWEN3, QWEN2)),
+    *((2, {"tensor": 2, "sequence": True, **model}) for model in (QWEN3, QWEN2)),
+    *((2, {"pipeline": 2, **model}) for model in (QWEN3, QWEN2)),
     (2, {"tensor": 2}),
     (2, {"tensor": 2, "sequence": True, "tied": False, "inner": "sgd"}),
     (2, {"tensor": 2, "sequence": True, "recompute": "full"}),

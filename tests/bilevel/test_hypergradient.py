@@ -14,12 +14,18 @@ ORACLE_TOLERANCE = 1e-5
 LAYOUT_TOLERANCE = 1e-6
 ROUNDING_SEEDS = (1, 2, 3, 4)
 
+# Norms of heads with heads of another width, and a bias on queries, keys and values.
+QWEN3 = {"qk_layernorm": True, "kv_channels": 12}
+QWEN2 = {"add_qkv_bias": True}
+
 ORACLE_CASES = [
     {"inner": "adam", "clip": 1.0},
     {"inner": "adam", "clip": 0.2, "tied": False},
     {"inner": "adam", "clip": 0.0, "query_groups": 4},
     {"inner": "sgd", "clip": 0.2},
     {"inner": "sgd", "clip": 0.0, "tied": False, "query_groups": 1},
+    {"inner": "adam", "clip": 0.2, **QWEN3},
+    {"inner": "sgd", "clip": 0.0, **QWEN2},
 ]
 
 LAYOUTS = [
@@ -39,6 +45,18 @@ LAYOUTS = [
     {"context": 2, "sharded": True, "clip": 0.2},
     {"context": 2, "recompute": "full", "tied": False},
     {"context": 2, "recompute": "selective"},
+    *(
+        {**layout, **model}
+        for model in (QWEN3, QWEN2)
+        for layout in (
+            {"tensor": 2},
+            {"tensor": 2, "sequence": True, "clip": 0.2},
+            {"tensor": 2, "recompute": "full"},
+            {"pipeline": 2},
+            {"sharded": True, "clip": 0.2},
+            {"context": 2},
+        )
+    ),
 ]
 LAYOUTS_OF_FOUR = [
     {"tensor": 2, "pipeline": 2, "sequence": True},
@@ -49,10 +67,12 @@ LAYOUTS_OF_FOUR = [
     {"tensor": 2, "context": 2, "sequence": True, "clip": 0.2, "tied": False},
     {"context": 2, "pipeline": 2, "sharded": True},
     {"context": 2, "pipeline": 2, "virtual_stages": 2, "layers": 4, "recompute": "full"},
+    {"tensor": 2, "sharded": True, **QWEN3},
+    {"tensor": 2, "pipeline": 2, "sequence": True, **QWEN2},
 ]
 
 
-MODEL_KEYS = ("clip", "tied", "query_groups", "layers")
+MODEL_KEYS = ("clip", "tied", "query_groups", "layers", *QWEN3, *QWEN2)
 BF16_LAYOUTS = [({"precision": "bf16"}, 1), ({"precision": "bf16", "sharded": True}, 2)]
 ALL_LAYOUTS = (
     [(layout, 2) for layout in LAYOUTS] + [(layout, 4) for layout in LAYOUTS_OF_FOUR] + BF16_LAYOUTS
@@ -141,6 +161,8 @@ ESTIMATOR_CASES = [
     {"inner": "adam", "clip": 0.2, "tied": False, "query_groups": 4},
     {"inner": "sgd", "clip": 0.2},
     {"inner": "sgd", "clip": 0.0, "query_groups": 1},
+    {"inner": "sgd", "clip": 0.2, **QWEN3},
+    {"inner": "adam", "clip": 1.0, **QWEN2},
 ]
 
 

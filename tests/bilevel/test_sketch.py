@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import Module
 
-from megatron_dwm.bilevel.adapters import ADAPTERS
+from megatron_dwm.bilevel.adapters import ADAPTERS, TORCH
 from megatron_dwm.bilevel.sketch import Places, UnitSketches, count_sketch
 from megatron_dwm.bilevel.unit_gradients import FORMS
-from tests.bilevel.test_adapters import (
+from tests.bilevel.modules import (
     ALONE,
     DOCUMENTS,
     FUSED,
     NUMBERS_BS,
     TE,
     TE_NORM,
+    WITH_BIAS,
     Case,
     Fused,
     Linear,
     Norm,
-    _case,
+    case_of,
 )
 from tests.launch import run_ranks
 
@@ -30,11 +32,23 @@ WORKERS = "tests.bilevel.sketch_workers"
 # fp32 sums of a few thousand terms, each of relative error 6e-8, with cancellation.
 TOLERANCE = 1e-5
 SIZE = 512
-MODEL_KEYS = ("tied", "query_groups", "layers")
+QWEN3 = {"qk_layernorm": True, "kv_channels": 12}
+QWEN2 = {"add_qkv_bias": True}
+MODEL_KEYS = ("tied", "query_groups", "layers", *QWEN3, *QWEN2)
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
     (1, {"tied": False, "query_groups": 4}),
     (1, {"units": "document"}),
+    *(
+        (ranks, {**layout, **model})
+        for model in (QWEN3, QWEN2)
+        for ranks, layout in (
+            (1, {"units": "document", "weighed": True}),
+            (2, {"tensor": 2}),
+            (2, {"tensor": 2, "sequence": True, "units": "document"}),
+            (2, {"pipeline": 2}),
+        )
+    ),
     (1, {"units": "document", "flattened": True, "weighed": True}),
     (1, {"recompute": "full", "weighed": True}),
     (1, {"recompute": "selective", "units": "document"}),
@@ -100,6 +114,8 @@ def test_products_with_z_are_the_probes_also_below_fp32() -> None:
     """In emulated FP8 with the layer's own rounded values; in bf16 each rounds its products."""
     cases: list[tuple[int, dict[str, Any], float]] = [
         (1, {"fp8_emulation": True}, 1e-4),
+        (2, {"fp8_emulation": True, "tensor": 2, **QWEN2}, 1e-4),
+        (1, {"fp8_emulation": True, **QWEN3}, 1e-4),
         (2, {"fp8_emulation": True, "pipeline": 2}, 1e-4),
         (2, {"fp8_emulation": True, "context": 2}, 1e-4),
         (1, {"precision": "bf16"}, 0.03),
@@ -113,12 +129,13 @@ def test_products_with_z_are_the_probes_also_below_fp32() -> None:
 
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize(
-    ("name", "kind"), [(FUSED, Fused), (TE_NORM, Norm), (TE + "TEColumnParallelLinear", Linear)]
+    ("name", "kind"),
+    [(FUSED, Fused), (TE_NORM, Norm), (TE + "TEColumnParallelLinear", Linear), *WITH_BIAS],
 )
-def test_transformer_engines_classes_have_autograds_gradients(
-    name: str, kind: type[Module], flat: bool
+def test_classes_have_autograds_gradients(
+    name: str, kind: Callable[[], Module], flat: bool
 ) -> None:
-    case, units = _case(kind), DOCUMENTS
+    case, units = case_of(kind), DOCUMENTS
     expected = _gradients_of_documents(case)
     gradient, kept = case.gradient_SBC, case.x_SBD
     if flat:  # one row, as Transformer Engine takes documents
@@ -134,6 +151,21 @@ def test_transformer_engines_classes_have_autograds_gradients(
     assert not sketches.values_nK[0].any(), "the units begin at row 1"
     # Sums are in fp32.
     torch.testing.assert_close(sketches.values_nK[1:].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_learned_positions_have_autograds_gradients() -> None:
+    torch.manual_seed(6)
+    table = torch.nn.Embedding(7, 4)
+    positions_BS = torch.arange(NUMBERS_BS.shape[1]).expand_as(NUMBERS_BS)
+    gradient_BSD = torch.randn(*NUMBERS_BS.shape, 4)
+    places = {id(table.weight): Places(torch.arange(28).view(7, 4), torch.ones(7, 4))}
+    sketches = UnitSketches(places, torch.zeros(DOCUMENTS.count, 28))
+    add = FORMS[TORCH + "sparse.Embedding"](table, {}, ALONE)
+    add(sketches, gradient_BSD, positions_BS, DOCUMENTS, 0)
+    for number in range(DOCUMENTS.count):
+        loss = (table(positions_BS) * gradient_BSD)[number == NUMBERS_BS].sum()
+        (expected,) = torch.autograd.grad(loss, table.weight)
+        torch.testing.assert_close(sketches.values_nK[number], expected.flatten())
 
 
 def _gradients_of_documents(case: Case) -> torch.Tensor:

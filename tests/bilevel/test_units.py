@@ -21,7 +21,9 @@ OPTIONS = [
     {"border_loss": False, "equal": True, "uncounted": 0.5},
     {"uncounted": 0.2},
 ]
-MODEL_KEYS = ("inner", "clip", "tied", "query_groups", "layers")
+QWEN3 = {"qk_layernorm": True, "kv_channels": 12}
+QWEN2 = {"add_qkv_bias": True}
+MODEL_KEYS = ("inner", "clip", "tied", "query_groups", "layers", *QWEN3, *QWEN2)
 # Processes, layout, and number of the options.
 LAYOUTS: list[tuple[int, dict[str, Any], int]] = [
     *((1, {}, number) for number in range(len(OPTIONS))),
@@ -34,6 +36,11 @@ LAYOUTS: list[tuple[int, dict[str, Any], int]] = [
     (2, {"tensor": 2, "sequence": True, "tied": False, "clip": 0.2}, 1),
     (2, {"tensor": 2, "sequence": True, "flattened": True}, 3),
     (2, {"tensor": 2, "recompute": "selective"}, 2),
+    *(
+        (ranks, {**layout, **model}, 0)
+        for model in (QWEN3, QWEN2)
+        for ranks, layout in ((1, {}), (2, {"tensor": 2, "sequence": True}), (2, {"pipeline": 2}))
+    ),
     (2, {"pipeline": 2}, 0),
     (2, {"pipeline": 2, "tied": False, "clip": 0.2, "recompute": "full"}, 1),
     (2, {"pipeline": 2, "flattened": True}, 3),

@@ -44,6 +44,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP 2": (2, {"pipeline": 2, "layers": 4}),
     "interleaved": (2, {"pipeline": 2, "virtual_stages": 2, "layers": 4, "tied": False}),
     "sharded": (2, {"sharded": True}),
+    "norms of heads, TP 2": (2, {"tensor": 2, "qk_layernorm": True, "kv_channels": 12}),
+    "bias, PP 2": (2, {"pipeline": 2, "layers": 4, "add_qkv_bias": True}),
 }
 
 
@@ -137,10 +139,14 @@ def test_a_run_goes_on_with_the_other_class(
     assert without_time(moved) == without_time(tmp_path / "alone")
 
 
-@pytest.fixture
-def public(small_tokenizer: Tokenizer, tmp_path: Path) -> Path:  # noqa: F811
-    """Returns a model directory as others publish it, with every feature of a Llama 3."""
-    (family,) = [name for name in FAMILIES if name.startswith("llama3")]
+@pytest.fixture(params=["llama3", "qwen3: head norms, own", "qwen2: bias, grouped"])
+def public(
+    request: pytest.FixtureRequest,
+    small_tokenizer: Tokenizer,  # noqa: F811
+    tmp_path: Path,
+) -> Path:
+    """Returns a model directory as others publish it, with every feature of its class."""
+    (family,) = [name for name in FAMILIES if name.startswith(request.param)]
     directory = write_llama(tmp_path / "public", **FAMILIES[family])
     write_tokenizer_files(small_tokenizer, 256, directory)
     return directory

@@ -6,9 +6,11 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen2Tokenizer
 
 from megatron_dwm.checkpoint.manifest import Manifest, record_file, write_manifest
 from megatron_dwm.checkpoint.state import TrainState
@@ -21,6 +23,8 @@ SEQUENCE_LENGTH = 96
 
 _GROUPED = {"num_attention_heads": 4, "num_query_groups": 2}
 _FULL = {"num_attention_heads": 4, "num_query_groups": 4}
+_QWEN3 = {"qk_layernorm": True, "kv_channels": 12}
+_QWEN2 = {"add_qkv_bias": True}
 _COMMON = {
     "hidden_size": 32,
     "num_layers": 2,
@@ -37,6 +41,10 @@ LAYOUTS: dict[str, tuple[int, dict, dict]] = {
     "tensor-untied-grouped": (2, {"tensor": 2}, {"tied_embeddings": False, **_GROUPED}),
     "tensor-tied-full": (2, {"tensor": 2}, {"tied_embeddings": True, **_FULL}),
     "pipeline-tied-grouped": (2, {"pipeline": 2}, {"tied_embeddings": True, **_GROUPED}),
+    "tensor-head-norms": (2, {"tensor": 2}, {"tied_embeddings": True, **_GROUPED, **_QWEN3}),
+    "pipeline-head-norms": (2, {"pipeline": 2}, {"tied_embeddings": False, **_FULL, **_QWEN3}),
+    "tensor-bias": (2, {"tensor": 2}, {"tied_embeddings": False, **_GROUPED, **_QWEN2}),
+    "single-bias": (1, {}, {"tied_embeddings": True, **_GROUPED, **_QWEN2}),
     "pipeline-untied-full": (2, {"pipeline": 2}, {"tied_embeddings": False, **_FULL}),
 }
 
@@ -76,16 +84,29 @@ def small_tokenizer(texts: list[str], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
+def qwen_tokenizer(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Returns one of Qwen's kind, which transformers takes for every Qwen2 model."""
+    folder = tmp_path_factory.mktemp("qwen_tokenizer")
+    trained = Qwen2Tokenizer().train_new_from_iterator(texts, VOCAB_SIZE, show_progress=False)
+    trained.save_pretrained(folder)
+    return build_tokenizer("HuggingFaceTokenizer", folder)
+
+
+@pytest.fixture(scope="session")
 def checkpoints(
-    small_tokenizer: Tokenizer, texts: list[str], tmp_path_factory: pytest.TempPathFactory
+    small_tokenizer: Tokenizer,
+    qwen_tokenizer: Tokenizer,
+    texts: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Saved]:
     """Returns checkpoints of all layouts; each world size starts its processes once."""
     folder = tmp_path_factory.mktemp("checkpoints")
     tokens = small_tokenizer.encode(texts[0])[:SEQUENCE_LENGTH]
-    data = {
-        "tokenizer": str(small_tokenizer.model_path),
-        "sequence_length": SEQUENCE_LENGTH,
-    }
+
+    def data(name: str) -> dict[str, Any]:
+        tokenizer = qwen_tokenizer if "bias" in name else small_tokenizer
+        return {"tokenizer": str(tokenizer.model_path), "sequence_length": SEQUENCE_LENGTH}
+
     saved: dict[str, Saved] = {}
     for world_size in (1, 2):
         names = [name for name, layout in LAYOUTS.items() if layout[0] == world_size]
@@ -93,7 +114,7 @@ def checkpoints(
             {
                 "directory": str(folder / name),
                 "model": {**_COMMON, **LAYOUTS[name][2]},
-                "data": data,
+                "data": data(name),
                 "tokens": tokens,
                 **LAYOUTS[name][1],
             }

@@ -1,4 +1,4 @@
-"""Random models of the Llama family, written by transformers itself."""
+"""Random models of the supported classes, written by transformers itself."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCAB_SIZE = 1000  # padded to 1024
 
@@ -27,6 +27,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072,
         "head_dim": 24,
     },
+    "mistral: grouped, untied": {"model_type": "mistral", "sliding_window": None},
+    "mistral: a window as long as the context, own head width": {
+        "model_type": "mistral",
+        "sliding_window": 256,
+        "head_dim": 24,
+        "rms_norm_eps": 1e-5,
+    },
+    "qwen2: bias, grouped, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2: bias, full, untied": {"model_type": "qwen2", "num_key_value_heads": 4},
+    "qwen3: head norms, own head width, tied": {
+        "model_type": "qwen3",
+        "head_dim": 24,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+    "qwen3: head norms, untied": {"model_type": "qwen3", "head_dim": 16},
 }
 
 
@@ -35,6 +51,7 @@ def write_llama(
     *,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "5GB",
+    model_type: str = "llama",
     **changes: Any,
 ) -> Path:
     """Write a model with large random parameters, so that a swapped row shows; returns its path."""
@@ -51,10 +68,13 @@ def write_llama(
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    model = LlamaForCausalLM(LlamaConfig(**{**defaults, **changes}))
+    config = AutoConfig.for_model(model_type, **{**defaults, **changes})
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # scales of 1 everywhere could be exchanged unnoticed
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):  # zero at first, so that nobody would miss it
+                parameter.normal_()
+            elif parameter.dim() == 1:  # scales of 1 everywhere could be exchanged unnoticed
                 parameter.uniform_(0.3, 1.7)
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     return directory

@@ -144,7 +144,7 @@ SPOILERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "old yarn": (lambda d: _edit(d, rope_parameters=None, rope_scaling=YARN), "rope scaling"),
     "width": (lambda d: _edit(d, intermediate_size=96), "has shape [80, 64]"),
     "layers": (lambda d: _edit(d, num_hidden_layers=5), "no tensor model.layers.4."),
-    "fewer layers": (lambda d: _edit(d, num_hidden_layers=3), "is not one of a Llama model"),
+    "fewer layers": (lambda d: _edit(d, num_hidden_layers=3), "is not one of its model class"),
     "text for a number": (lambda d: _edit(d, hidden_size="64"), "hidden_size is '64'"),
     "no epsilon": (lambda d: _edit(d, rms_norm_eps=None), "rms_norm_eps is None"),
     "text for a base": (lambda d: _edit(d, rope_theta="abc", rope_parameters=None), "'abc'"),

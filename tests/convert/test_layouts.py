@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from megatron_dwm.convert.gate import LOGITS_TOLERANCE, relative_deviation
 from tests.convert.families import FAMILIES, VOCAB_SIZE, write_llama
@@ -44,7 +44,7 @@ def tokens_BS() -> Tensor:
 def expected_BSV(families: dict[str, Path], tokens_BS: Tensor) -> dict[str, Tensor]:
     """Returns transformers' logits by family."""
     return {
-        name: LlamaForCausalLM.from_pretrained(directory)(tokens_BS).logits
+        name: AutoModelForCausalLM.from_pretrained(directory)(tokens_BS).logits
         for name, directory in families.items()
     }
 

@@ -54,10 +54,11 @@ def save(
 
 @torch.no_grad()
 def _move_norms(module: GPTModel) -> None:
-    """Change norm scales from 1, since equal scales could be swapped unnoticed."""
+    """Change norm scales from 1 and biases from 0: equal ones could be swapped unnoticed."""
     for name, parameter in module.named_parameters():
         if parameter.dim() == 1:
-            kind = 0.1 * len(name.rsplit(".", 2)[-2])
+            module_name = name.rsplit(".", 2)[-2]
+            kind = 0.1 * len(module_name) + 0.1 * (ord(module_name[0]) % 7)
             parameter.add_(torch.linspace(-0.5, kind, len(parameter)).to(parameter.dtype))
 
 

@@ -25,12 +25,16 @@ from tests.planning.runs import configured
 Found = Callable[[int, str, dict[str, Any]], list[Any]]
 
 BF16 = {"precision": "bf16"}
+QWEN3 = {"qk_layernorm": True, "kv_channels": 24}
+QWEN2 = {"add_qkv_bias": True}
 HOLDINGS: dict[int, list[dict[str, Any]]] = {
     1: [
         {},
         {"model": BF16},
         {"model": BF16, "grad_reduce_in_fp32": False},
         {"model": {"tied_embeddings": True}},
+        {"model": QWEN3},
+        {"model": {**QWEN2, **BF16}},
     ],
     2: [
         {"sharded_optimizer": True},
@@ -38,6 +42,8 @@ HOLDINGS: dict[int, list[dict[str, Any]]] = {
         {"model": BF16, "sharded_optimizer": True, "grad_reduce_in_fp32": False},
         {"tensor": 2},
         {"context": 2, "sharded_optimizer": True},
+        {"tensor": 2, "model": QWEN3},
+        {"tensor": 2, "model": QWEN2},
     ],
 }
 
@@ -47,7 +53,9 @@ KEPT: dict[int, list[dict[str, Any]]] = {
         {"model": {**precision, "recompute": recompute}}
         for precision in ({}, BF16)
         for recompute in ("none", "selective", "full")
-    ],
+    ]
+    + [{"model": {**model, **precision}} for model in (QWEN3, QWEN2) for precision in ({}, BF16)]
+    + [{"model": {**QWEN3, "num_query_groups": 4}}, {"model": {**QWEN3, "recompute": "full"}}],
     2: [
         {"tensor": 2},
         {"tensor": 2, "sequence": True},
@@ -55,6 +63,10 @@ KEPT: dict[int, list[dict[str, Any]]] = {
         {"context": 2},
         {"context": 2, "model": BF16},
         {"context": 2, "model": {"recompute": "full"}},
+        {"tensor": 2, "model": QWEN3},
+        {"tensor": 2, "sequence": True, "model": {**QWEN3, **BF16}},
+        {"context": 2, "model": QWEN3},
+        {"context": 2, "model": {**QWEN3, **BF16}},
     ],
 }
 
@@ -290,3 +302,22 @@ def test_a_reduction_sends_what_the_plan_says() -> None:
         planned_bytes.append(data.step)
         assert set(ranks) == {(data.step_messages, data.step)}, options
     assert planned_bytes[0] == planned_bytes[1] == planned_bytes[2] == 2 * planned_bytes[3]
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_gradients_of_head_norms_are_summed_over_the_tensor_ranks(sequence: bool) -> None:
+    layout = {"tensor": 2, "sequence": sequence}
+    cases = [{**layout, "model": {**QWEN3, "qk_layernorm": norms}} for norms in (True, False)]
+    arguments = [{"what": "reduced", "options": options} for options in cases]
+    found = [rank for rank, _ in run_ranks("tests.planning.workers:measured", 2, arguments)]
+    plans = []
+    for options in cases:
+        config = configured(**options)
+        lines = traffic_of(config, resolve_shape(config.model), None, 2, on_gpu=False)
+        plans.append(next(line for line in lines if line.link == "tensor"))
+    with_norms, without = plans
+    sent = [one - other for one, other in zip(*found, strict=True)]
+    planned = with_norms.step_messages - without.step_messages, with_norms.step - without.step
+    assert tuple(sent) == planned
+    # Two layers with a norm of queries and one of keys, 24 values each, in one message.
+    assert planned == (0 if sequence else 1, 4 * 2 * 2 * 24)

@@ -191,6 +191,20 @@ def test_our_block_is_made_of_it(inventory: dict[str, Any]) -> None:
     assert (block["layers"], block["norm"], block["keys"]) == (2, "TENorm", UNFUSED_NAMES)
 
 
+def test_heads_have_the_norm_that_layers_have(inventory: dict[str, Any]) -> None:
+    assert inventory["head_norms"] == ["TENorm", "TENorm"]
+    assert inventory["block_with_head_norms"] == inventory["block"]
+
+
+def test_a_bias_is_a_parameter_only_where_there_is_one(inventory: dict[str, Any]) -> None:
+    """Adapters take a bias that is a parameter; without one the layers hold an empty tensor."""
+    for name in (LINEARS[0], FUSED):
+        assert {"bias", "skip_bias_add"} <= set(inventory["classes"][name]["init"])
+        source = inventory["classes"][name]["source"]
+        assert "bias = torch.Tensor().to(" in source
+        assert "self.te_return_bias = skip_bias_add and bias" in source
+
+
 def test_adam_is_fused_and_keeps_what_the_virtual_step_reads(inventory: dict[str, Any]) -> None:
     assert inventory["adam"].startswith("transformer_engine.")
     for name in ('"exp_avg"', '"exp_avg_sq"', 'group["step"]'):

@@ -99,29 +99,29 @@ class _Linear(torch.autograd.Function):
 
 
 class Fp8ColumnParallelLinear(ColumnParallelLinear):
-    """Megatron-Core's column-parallel layer with its product in FP8."""
+    """Megatron-Core's column-parallel layer with its product in FP8; a bias is not rounded."""
 
     def _forward_impl(
         self,
         input: Tensor,
         weight: Tensor,
-        bias: None,
+        bias: Tensor | None,
         *,
         allreduce_dgrad: bool,
         sequence_parallel: bool,
         **_: Any,
     ) -> Tensor:
-        assert bias is None, "Llama's layers have no bias"
         if sequence_parallel:
             input = gather_from_sequence_parallel_region(
                 input, tensor_parallel_output_grad=True, group=self.tp_group
             )
-        return _Linear.apply(input, weight, self.tp_group, allreduce_dgrad)
+        output_SBC = _Linear.apply(input, weight, self.tp_group, allreduce_dgrad)
+        return output_SBC if bias is None else output_SBC + bias
 
 
 class Fp8RowParallelLinear(RowParallelLinear):
     """Megatron-Core's row-parallel layer with its product in FP8."""
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: None, **_: Any) -> Tensor:
-        assert bias is None, "Llama's layers have no bias"
+        assert bias is None, "it is added to the sum of the ranks' products"
         return _Linear.apply(input, weight, self.tp_group, False)

@@ -119,19 +119,23 @@ class ScaledDotProductAttention(torch.nn.Module):
 
 
 def llama_block_spec(
-    num_layers: int, fp8_layers: Collection[int] = ()
+    num_layers: int, fp8_layers: Collection[int] = (), *, qk_layernorm: bool = False
 ) -> TransformerBlockSubmodules:
     """Returns the spec of one chunk: layers of norm, attention, norm, SwiGLU, and a final norm.
 
     num_layers: layers of this chunk.  fp8_layers: those (from 0) that multiply in emulated FP8.
+    qk_layernorm: with a norm over each head of queries and keys.
     """
-    plain = _layer_spec(ColumnParallelLinear, RowParallelLinear)
-    emulated = _layer_spec(Fp8ColumnParallelLinear, Fp8RowParallelLinear)
+    plain = _layer_spec(ColumnParallelLinear, RowParallelLinear, qk_layernorm)
+    emulated = _layer_spec(Fp8ColumnParallelLinear, Fp8RowParallelLinear, qk_layernorm)
     layers = [emulated if number in fp8_layers else plain for number in range(num_layers)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
-def _layer_spec(column: type[ColumnParallelLinear], row: type[RowParallelLinear]) -> ModuleSpec:
+def _layer_spec(
+    column: type[ColumnParallelLinear], row: type[RowParallelLinear], qk_layernorm: bool
+) -> ModuleSpec:
+    norm_of_heads = RMSNorm if qk_layernorm else None
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -139,6 +143,8 @@ def _layer_spec(column: type[ColumnParallelLinear], row: type[RowParallelLinear]
             linear_qkv=column,
             core_attention=ScaledDotProductAttention,
             linear_proj=row,
+            q_layernorm=norm_of_heads,
+            k_layernorm=norm_of_heads,
         ),
     )
     mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row))

@@ -81,11 +81,12 @@ def version_fits(version: str) -> bool:
 
 
 def transformer_engine_block_spec(
-    num_layers: int, *, parts_of_rows: bool = False
+    num_layers: int, *, parts_of_rows: bool = False, qk_layernorm: bool = False
 ) -> TransformerBlockSubmodules:
     """Returns Megatron-Core's spec of a chunk with `num_layers` Transformer Engine layers.
 
     parts_of_rows: under context parallelism.
+    qk_layernorm: with a norm over each head of queries and keys.
 
     Norm scales are saved under the names of the unfused spec, so that checkpoints do not depend on
     the implementation that wrote them.
@@ -98,7 +99,7 @@ def transformer_engine_block_spec(
         TransformerBlockSubmodules,
     )
 
-    layer = get_gpt_layer_with_transformer_engine_spec()
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
     layer.submodules.sharded_state_dict_keys_map = dict(UNFUSED_NAMES)
     if parts_of_rows:
         layer.submodules.self_attention.submodules.core_attention = attention_over_parts()

@@ -1,8 +1,8 @@
-"""A Llama model in Hugging Face's files: its shape, and its tensors one at a time.
+"""A model in Hugging Face's files: its shape, and its tensors one at a time.
 
 Reads config.json and safetensors (one file or several with an index), or pytorch_model.bin with
 torch's restricted unpickler: no code of the directory runs. A model with features that ours lacks
-(biases, other activations, other rotary embeddings) is refused. Opening reads headers only; reading
+(config/huggingface.py) is refused. Opening reads headers only; reading
 a tensor costs its own memory.
 """
 
@@ -30,7 +30,7 @@ from megatron_dwm.model.shape import LlamaShape
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceModel:
-    """A directory that holds a whole Llama model.
+    """A directory that holds a whole model.
 
     context_tokens: longest sequence that the model supports (max_position_embeddings).
     files: the file that holds each tensor.
@@ -63,7 +63,7 @@ def is_huggingface(directory: Path) -> bool:
 def open_huggingface(directory: Path) -> HuggingFaceModel:
     """Open the model in `directory`.
 
-    Raises `UserError` if there is no model or none that Llama covers, if a tensor is missing,
+    Raises `UserError` if there is no model or none that is supported, if a tensor is missing,
     unknown or has a wrong shape, or if a file is truncated.
     """
     config = read_huggingface_config(directory)
@@ -142,4 +142,4 @@ def _require_tensors(
                 f"for {list(size)}"
             )
     if extra:
-        raise UserError(f"{directory}: tensor {min(extra)} is not one of a Llama model")
+        raise UserError(f"{directory}: tensor {min(extra)} is not one of its model class")

@@ -1,0 +1,220 @@
+"""The hypergradient inside a loop on Megatron-Core that is not ours.
+
+    probe = MegatronProbe(model, optimizer, micro_batch_size=4)
+    probe.aim(lambda: forward_backward(validation_iterator))          # z, from your validation pass
+    with probe.attached(num_micro_batches=8) as alignments:
+        forward_backward(training_iterator)                           # your training pass
+    optimizer.step()
+    alignments.values_n
+
+This is the direction first (docs/METHOD.md, section 9): z = J_0 grad L_val(theta) with the moments
+that stand, and hooks in your own training pass, whose gradient they do not change by a bit. `exact`
+is section 2: through the step that your optimizer would take. The loss may be any sum over the
+samples of a micro-batch: alignments are inner products with each sample's part of it.
+
+Cost of `aim`: your validation pass. Of `attached`: one product of a forward pass's size. Of
+`exact`: three passes of yours. Memory: z, 4 bytes a parameter of the rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_model_config
+from torch import Tensor
+from torch.nn import Module
+
+from megatron_dwm.bilevel.adapters import ADAPTERS, Adapter
+from megatron_dwm.bilevel.frozen import multiply_by_frozen_jacobian
+from megatron_dwm.bilevel.probe_hooks import Current, frozen, hooked, summed
+from megatron_dwm.bilevel.problem import InnerOptimizer
+from megatron_dwm.bilevel.slots import slice_of_z
+from megatron_dwm.bilevel.virtual_step import kept_scales, prepare_virtual_step
+from megatron_dwm.library.results import SampleAlignments
+from megatron_dwm.model import Units, WrappedModel, clear_gradients
+from megatron_dwm.runtime import runtime_of_running_job
+
+# Runs forward and backward passes into Megatron's gradient buffers; neither zeros them nor steps.
+Pass = Callable[[], object]
+
+
+class MegatronProbe:
+    """Alignments of the samples of a model and an optimizer of Megatron-Core."""
+
+    def __init__(
+        self,
+        model: Sequence[DistributedDataParallel],
+        optimizer: ChainedOptimizer,
+        *,
+        micro_batch_size: int,
+        inner: InnerOptimizer = "adam",
+        adapters: Mapping[str, Adapter] = ADAPTERS,
+    ) -> None:
+        """A collective call, once, after Megatron-Core's groups, model and optimizer are made.
+
+        model: the list of DistributedDataParallel chunks that the schedule takes.
+        micro_batch_size: samples in a micro-batch; the batch is the second dimension of hidden
+            states, [S, B, H]. Packed sequences ("thd") are one sample.
+        inner: the step through which to differentiate, your Adam's or plain descent.
+        adapters: how each class of modules enters its tangent; a class of your own is one entry.
+
+        Raises:
+            ValueError: the model is not in Megatron's wrappers, or is trained in fp16.
+            NotImplementedError: a module has parameters and no adapter.
+        """
+        chunks = list(model)
+        if not all(isinstance(chunk, DistributedDataParallel) for chunk in chunks):
+            kinds = sorted({type(chunk).__name__ for chunk in chunks})
+            raise ValueError(
+                f"model: expected Megatron-Core's DistributedDataParallel, got {kinds}"
+            )
+        if optimizer.config.fp16:
+            raise ValueError("optimizer: fp16 scales the loss by a changing factor; use bf16")
+        self._config = get_model_config(chunks[0])
+        runtime = runtime_of_running_job()
+        self._model = WrappedModel(chunks=chunks, transformer=self._config, runtime=runtime)
+        self._optimizer, self._inner = optimizer, inner
+        self._size, self._adapters = micro_batch_size, adapters
+        self._z: dict[int, Tensor] | None = None
+        with hooked(self._model, self._current(1), adapters):  # refuses what it does not know
+            pass
+
+    def aim(self, validate: Pass) -> None:
+        """Compute z from the gradient of your validation pass (collective).
+
+        Zeros the gradient buffers before and after.
+        """
+        model, optimizer = self._model, self._optimizer
+        with kept_scales(model):
+            clear_gradients(model, optimizer)
+            validate()
+            multiply_by_frozen_jacobian(model, optimizer, self._inner)
+        self._z = {id(p): slice_of_z(p).float().clone() for p in model.parameters()}
+        clear_gradients(model, optimizer)
+
+    @contextmanager
+    def attached(self, num_micro_batches: int) -> Iterator[SampleAlignments]:
+        """Probe the training pass that runs during the context (collective at its end).
+
+        num_micro_batches: of this rank's pass. The alignments come back on every rank of a replica,
+        for the samples of this data-parallel rank.
+
+        Raises RuntimeError without a call of `aim` before.
+        """
+        if self._z is None:
+            raise RuntimeError("MegatronProbe.attached: call aim with a validation pass before")
+        current = self._current(num_micro_batches)
+        current.z_of = self._slice_of
+        found = SampleAlignments(scale=self._data_parallel_scale())
+        with self._probing(current), _noting_tokens(self._config, found):
+            yield found
+        found.end(summed(self._model, current))
+
+    def exact(self, train: Pass, validate: Pass, *, num_micro_batches: int) -> SampleAlignments:
+        """Returns the alignments through the step that `optimizer` would take (collective).
+
+        train: your training pass of one batch; it runs twice, and has to read the same batch.
+        Parameters, moments and FP8 scales keep their values; the gradient buffers are zero
+        afterwards.
+        """
+        model, optimizer = self._model, self._optimizer
+        found = SampleAlignments(scale=self._data_parallel_scale())
+        clear_gradients(model, optimizer)
+        with _noting_tokens(self._config, found):
+            train()
+        step = prepare_virtual_step(model, optimizer, self._inner)
+        step.enter()
+        clear_gradients(model, optimizer)
+        validate()
+        step.direction()
+        step.restore()
+        current = self._current(num_micro_batches)
+        # z is in the gradient buffers, which must not be reduced.
+        with frozen(model), self._probing(current), _finalizing(self._config, None):
+            train()
+        step.restore_gradient()
+        clear_gradients(model, optimizer)
+        found.end(summed(model, current))
+        return found
+
+    def _current(self, num_micro_batches: int) -> Current:
+        units = [Units(count=self._size) for _ in range(num_micro_batches)]
+        zeros_n = torch.zeros(self._size * num_micro_batches, device=self._model.runtime.device)
+        return Current(zeros_n.requires_grad_(), units, probed=num_micro_batches)
+
+    def _slice_of(self, parameter: Any) -> Tensor:
+        assert self._z is not None
+        return self._z[id(parameter)]
+
+    @contextmanager
+    def _probing(self, current: Current) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(hooked(self._model, current, self._adapters))
+            for chunk in self._model.chunks:
+                for handle in _counting(chunk, current):
+                    stack.callback(handle.remove)
+            yield
+
+    def _data_parallel_scale(self) -> float:
+        """Returns the factor of Megatron's wrapper: 1 over the number of ranks for a mean."""
+        factors = {b.gradient_scaling_factor for c in self._model.chunks for b in c.buffers}
+        [factor] = factors
+        return float(factor)
+
+
+@contextmanager
+def _noting_tokens(config: TransformerConfig, found: SampleAlignments) -> Iterator[None]:
+    """Note the number of tokens by which Megatron divides a per-token loss at the end."""
+    finalize = config.finalize_model_grads_func
+
+    def noting(chunks: list[Module], num_tokens: Tensor | None = None, **options: Any) -> None:
+        assert finalize is not None
+        finalize(chunks, num_tokens, **options)
+        if num_tokens is not None:  # summed over all ranks by the call
+            found.scale /= float(num_tokens)
+
+    with _finalizing(config, None if finalize is None else noting):
+        yield
+
+
+@contextmanager
+def _finalizing(config: TransformerConfig, function: Callable[..., None] | None) -> Iterator[None]:
+    """Have another function at the end of a pass; without one the buffers stay as they are."""
+    before, config.finalize_model_grads_func = config.finalize_model_grads_func, function
+    try:
+        yield
+    finally:
+        config.finalize_model_grads_func = before
+
+
+def _counting(chunk: Module, current: Current) -> Iterator[Any]:
+    """Attach hooks that tell `current` which micro-batch runs; yields their handles.
+
+    A chunk runs its micro-batches in order. Activation recomputation runs modules again in the
+    backward pass, which begins at the chunk's output.
+    """
+    last = -1
+
+    def enter(*_: Any) -> None:
+        nonlocal last
+        last += 1
+        if last == len(current.units):
+            raise RuntimeError(
+                f"the pass has more than the {len(current.units)} micro-batches that the probe was "
+                "told (num_micro_batches)"
+            )
+        current.enter(last)
+
+    def leave(_: Module, __: tuple[Any, ...], output: Any) -> None:
+        number, tensor = last, output[0] if isinstance(output, tuple) else output
+        if tensor.requires_grad:
+            tensor.register_hook(lambda _: current.enter(number))
+
+    yield chunk.register_forward_pre_hook(enter)
+    yield chunk.register_forward_hook(leave)

@@ -1,0 +1,1 @@
+"""Tests of the library that other people's loops use."""

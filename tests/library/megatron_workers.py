@@ -1,0 +1,133 @@
+"""What the ranks of the tests of MegatronProbe run: a loop that is not ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+from torch.nn import Module
+
+from megatron_dwm import MegatronProbe
+from megatron_dwm.bilevel import ESTIMATORS, Problem, frozen_alignments
+from megatron_dwm.data import Batch
+from megatron_dwm.model.passes.micro_batch import MicroBatch, as_layers_take, attention_borders
+from megatron_dwm.model.passes.objective import token_mean
+from megatron_dwm.testing import random_batch
+from tests.tiny import MICRO_BATCH, SAMPLES, Tiny, tiny
+
+TRAIN, VALIDATION = 100, 101
+
+
+def probed(**layout: Any) -> dict[str, Tensor]:
+    """Returns MegatronProbe's alignments of this rank's samples, times n, and the product's.
+
+    Also whether the weighted gradient of a probed pass is the plain one, bit for bit.
+    """
+    with tiny(**layout) as subject:
+        llm, optimizer = subject.llm, subject.optimizer
+        batches = {number: _batch(subject, number) for number in (TRAIN, VALIDATION)}
+        train, validate = (_pass(subject, batches[number]) for number in (TRAIN, VALIDATION))
+        problem = Problem(
+            llm=llm,
+            optimizer=optimizer,
+            train_batch=batches[TRAIN],
+            weights_n=torch.ones_like(subject.weights_n),
+            val_batch=batches[VALIDATION],
+            micro_batch_size=MICRO_BATCH,
+        )
+        expected = {
+            "ahead": frozen_alignments(problem).alignment_n,
+            "exact": ESTIMATORS["tangent_probe"](problem).alignment_n,
+        }
+        llm.transformer.finalize_model_grads_func = finalize_model_grads
+        probe = MegatronProbe(llm.chunks, optimizer, micro_batch_size=MICRO_BATCH)
+        count = len(batches[TRAIN].tokens_BS) // MICRO_BATCH
+        exact = probe.exact(train, validate, num_micro_batches=count)
+        _clear(subject)
+        train()
+        plain = [parameter.main_grad.clone() for parameter in llm.parameters()]
+        probe.aim(validate)
+        with probe.attached(count) as alignments:
+            train()
+        same = [torch.equal(p.main_grad, g) for p, g in zip(llm.parameters(), plain, strict=True)]
+        found = {"ahead": SAMPLES * alignments.values_n, "exact": SAMPLES * exact.values_n}
+        return {
+            "gradient is the same": torch.tensor(all(same)),
+            **{f"{name} found": _gathered(subject, value) for name, value in found.items()},
+            **{f"{name} expected": _gathered(subject, value) for name, value in expected.items()},
+        }
+
+
+def too_many_micro_batches() -> str:
+    """Returns the message of a pass with more micro-batches than the probe was told."""
+    with tiny() as subject:
+        subject.llm.transformer.finalize_model_grads_func = finalize_model_grads
+        probe = MegatronProbe(subject.llm.chunks, subject.optimizer, micro_batch_size=MICRO_BATCH)
+        run = _pass(subject, _batch(subject, TRAIN))
+        probe.aim(run)
+        try:
+            with probe.attached(1):
+                run()
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+
+def _batch(subject: Tiny, number: int) -> Batch:
+    return random_batch(number, subject.runtime, rows=SAMPLES)
+
+
+def _clear(subject: Tiny) -> None:
+    for chunk in subject.llm.chunks:
+        chunk.zero_grad_buffer()
+    subject.optimizer.zero_grad()
+
+
+def _pass(subject: Tiny, batch: Batch) -> Callable[[], object]:
+    """Returns forward and backward of a batch, as Megatron-LM calls the schedule."""
+    llm = subject.llm
+    micro_batches = as_layers_take(llm, token_mean(batch, MICRO_BATCH))
+
+    def run() -> object:
+        return get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, subject),
+            data_iterator=[iter(micro_batches) for _ in llm.chunks],
+            model=llm.chunks,
+            num_microbatches=len(micro_batches),
+            seq_length=batch.tokens_BS.shape[1],
+            micro_batch_size=MICRO_BATCH,
+            forward_only=False,
+        )
+
+    return run
+
+
+def _forward_step(
+    subject: Tiny, iterator: Iterator[MicroBatch], chunk: Module
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+    part = next(iterator)
+    losses_BS = chunk(
+        part.tokens_BS,
+        part.position_ids_BS,
+        None,
+        labels=part.labels_BS,
+        packed_seq_params=attention_borders(subject.llm, part),
+    )
+    return losses_BS, _loss
+
+
+def _loss(losses_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    loss = losses_BS.float().sum()
+    return loss, torch.tensor(losses_BS.numel(), dtype=torch.int), loss.detach()
+
+
+def _gathered(subject: Tiny, values_n: Tensor) -> Tensor:
+    parts = [torch.empty_like(values_n) for _ in range(subject.runtime.data_size)]
+    dist.all_gather(parts, values_n.contiguous(), group=subject.runtime.data_group)
+    return torch.cat(parts)

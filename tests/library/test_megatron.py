@@ -1,0 +1,79 @@
+"""MegatronProbe in a loop in Megatron-LM's manner, against the product's own passes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from tests.launch import REPOSITORY, run_ranks
+
+# fp32 sums of a few thousand terms, in another order than the product's, with cancellation.
+TOLERANCE = 1e-5
+LAYOUTS: list[tuple[int, dict[str, Any]]] = [
+    (1, {}),
+    (1, {"clip": 0.2, "recompute": "full"}),
+    (2, {}),
+    (2, {"sharded": True, "clip": 0.2}),
+    (2, {"tensor": 2, "sequence": True}),
+    (2, {"pipeline": 2, "recompute": "full"}),
+    (2, {"pipeline": 2, "virtual_stages": 2, "layers": 4}),
+    (2, {"context": 2}),
+    (4, {"tensor": 2, "pipeline": 2}),
+]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_alignments_are_the_products(size: int) -> None:
+    cases = [layout for world_size, layout in LAYOUTS if world_size == size]
+    found = run_ranks("tests.library.megatron_workers:probed", size, cases)
+    for case, ranks in zip(cases, found, strict=True):
+        for rank in ranks:
+            assert rank["gradient is the same"], case
+            for name in ("ahead", "exact"):
+                expected = rank[f"{name} expected"]
+                difference = (rank[f"{name} found"] - expected).abs().max()
+                assert expected.abs().max() > 0
+                assert difference < TOLERANCE * expected.abs().max(), (case, name)
+
+
+def test_more_micro_batches_than_told_are_an_error() -> None:
+    [[message]] = run_ranks("tests.library.megatron_workers:too_many_micro_batches", 1, [{}])
+    assert "more than the 1 micro-batches" in message
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [(1, ""), (2, "--tensor-model-parallel-size 2"), (2, "--pipeline-model-parallel-size 2")],
+)
+def test_the_loop_of_the_example(ranks: int, options: str) -> None:
+    """Samples that repeat the target's tokens get the larger alignments."""
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += [
+        "--nproc-per-node",
+        str(ranks),
+        "examples/library/megatron_loop.py",
+        "--steps",
+        "20",
+    ]
+    done = subprocess.run(
+        [*command, *options.split()], cwd=REPOSITORY, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("repeats")]
+    of_target = [float(line[-1]) for line in lines if int(line[2].strip(":")) < 16]
+    of_others = [float(line[-1]) for line in lines if int(line[2].strip(":")) >= 16]
+    assert len(of_target) == len(of_others) == 4
+    assert torch.tensor(of_target).mean() > torch.tensor(of_others).mean()
+
+
+def test_the_plain_example() -> None:
+    command = [sys.executable, "-W", "ignore", "examples/library/plain_torch.py"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    *_, last = done.stdout.splitlines()
+    right, wrong = (float(word.rstrip(",")) for word in last.split() if word[0] in "+-")
+    assert right > 0 > wrong
