@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -98,7 +98,7 @@ def _write(model: HuggingFaceModel, directory: Path, builder: Builder) -> None:
         # As runs save, which every release of Megatron-Core reads.
         files = ShardedFiles(state, directory / LLM_FOLDER, SavePlan(), copy=False)
         files.finish(try_write(files))
-    (directory / SHAPE_FILE).write_text(json.dumps(asdict(model.shape)), encoding="utf-8")
+    (directory / SHAPE_FILE).write_text(json.dumps(model.shape.record()), encoding="utf-8")
     save_config(_config(model, builder), directory / CONFIG_FILE)
     write_files(huggingface_files(model.directory), directory / HUGGINGFACE)
 
