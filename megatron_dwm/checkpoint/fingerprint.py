@@ -5,7 +5,6 @@ Files are compared by a digest of their bytes, of large ones of some of them (fi
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ def fingerprint(
 
     values: those that the method reads; None if it reads none.
     """
-    digests = {"model": json.dumps(dataclasses.asdict(shape), sort_keys=True)}
+    digests = {"model": json.dumps(shape.record(), sort_keys=True)}
     for key, paths in _files_by_key(config):
         digests[key] = digest_of_files(paths)
     digests[DOMAINS] = _digest_of_domains(config.data)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def write_model(
         fill(module)
         state = {"model": module.sharded_state_dict(prefix=MODEL_PREFIX)}
         save_tensors(state, directory / LLM_FOLDER)
-    (directory / SHAPE_FILE).write_text(json.dumps(asdict(shape)), encoding="utf-8")
+    (directory / SHAPE_FILE).write_text(json.dumps(shape.record()), encoding="utf-8")
     save_config(config, directory / CONFIG_FILE)
 
 

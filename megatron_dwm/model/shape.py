@@ -68,6 +68,15 @@ class LlamaShape:
         heads = self.num_attention_heads + 2 * self.num_query_groups
         return heads * self.head_size * self.add_qkv_bias
 
+    def record(self) -> dict[str, Any]:
+        """Returns the fields as checkpoints have them, from which `LlamaShape(**fields)` is built.
+
+        A field that earlier versions did not have is left out at its default, so that the record of
+        a model that they can build is the one that they wrote.
+        """
+        later = ("qk_layernorm", "add_qkv_bias")
+        return {n: value for n, value in asdict(self).items() if value or n not in later}
+
     def num_parameters(self) -> int:
         """Number of trainable parameters, without padding."""
         layer = self.layer_matrices + self.layer_norms + self.layer_biases

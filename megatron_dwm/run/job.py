@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dwm.checkpoint.kept_files import kept_files
@@ -104,7 +104,7 @@ def parts_of(config: Config, job: Job, inputs: RunInputs, newest: Path | None) -
     if job.learner.runtime.is_main:
         files = {
             CONFIG_FILE: config_text(config).encode(),
-            SHAPE_FILE: json.dumps(asdict(inputs.shape)).encode(),
+            SHAPE_FILE: json.dumps(inputs.shape.record()).encode(),
             **kept_files(config, inputs.tokenizer, newest),
         }
     return Parts(

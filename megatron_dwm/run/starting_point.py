@@ -91,7 +91,11 @@ def _checked(shape: LlamaShape) -> LlamaShape:
     """Returns `shape`; raises ValueError unless its numbers are above 0."""
     for field in fields(LlamaShape):
         value: Any = getattr(shape, field.name)
-        if field.name == "tied_embeddings" or (value is None and field.default is None):
+        if field.type == "bool":
+            if not isinstance(value, bool):
+                raise ValueError(f"{field.name} is {value!r}, expected true or false")
+            continue
+        if value is None and field.default is None:
             continue
         kind = int if field.type.startswith("int") else (int, float)
         if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:

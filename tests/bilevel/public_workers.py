@@ -117,7 +117,12 @@ def _build(
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=sharded
     )
-    return LLM([DistributedDataParallel(config, settings, module)], config, shape, runtime)
+    return LLM(
+        chunks=[DistributedDataParallel(config, settings, module)],
+        transformer=config,
+        shape=shape,
+        runtime=runtime,
+    )
 
 
 @torch.no_grad()

@@ -120,6 +120,16 @@ def test_a_preset_built_has_its_number_of_parameters(preset: str) -> None:
     assert counts == PRESETS[preset].num_parameters()  # 151,936 is a multiple of 128
 
 
+def test_the_record_of_a_model_without_them_is_that_of_earlier_versions() -> None:
+    """A resumed run compares it, and earlier versions refuse a field that they do not know."""
+    plain = PRESETS["tiny"]
+    assert not {"qk_layernorm", "add_qkv_bias"} & plain.record().keys()
+    assert list(plain.record())[-2:] == ["head_dim", "rope_scaling_factor"]
+    for shape in (plain, PRESETS["qwen3-0.6b"], replace(plain, add_qkv_bias=True, head_dim=24)):
+        assert LlamaShape(**shape.record()) == shape
+    assert PRESETS["qwen3-0.6b"].record()["qk_layernorm"] is True
+
+
 def test_heads_may_have_any_width() -> None:
     config = ModelConfig(hidden_size=64, num_attention_heads=4, kv_channels=16)
     assert resolve_shape(config).head_dim is None  # that of hidden_size / num_attention_heads

@@ -114,6 +114,12 @@ def _block(spec: Any) -> dict[str, Any]:
     }
 
 
+def _head_norms(spec: Any) -> dict[str, Any]:
+    heads = spec.layer_specs[0].submodules.self_attention.submodules
+    norms = [norm.__qualname__ for norm in (heads.q_layernorm, heads.k_layernorm)]
+    return {"norms": norms, "block": _block(spec)}
+
+
 def _buffers(te: Any) -> dict[str, Any]:
     base = te.module.base
     return {
@@ -134,8 +140,6 @@ def main() -> None:
     block_of_mlp, mlp = _mlp(layer.submodules.mlp)
     swiglu = importlib.import_module("megatron.core.fusions.fused_bias_swiglu")
     attention = layer.submodules.self_attention.submodules
-    with_norms = specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
-    heads = with_norms.submodules.self_attention.submodules
     ours = importlib.import_module("megatron_dwm.model.layers.transformer_engine")
     core_attention = te.DotProductAttention
     table = importlib.import_module("megatron_dwm.bilevel.adapters")
@@ -163,8 +167,7 @@ def main() -> None:
         "scales": scales(ours, recipe),
         "recipes": {name: _parameters(getattr(recipe, name)) for name in RECIPES},
         "block": _block(ours.transformer_engine_block_spec(2)),
-        "head_norms": [norm.__qualname__ for norm in (heads.q_layernorm, heads.k_layernorm)],
-        "block_with_head_norms": _block(ours.transformer_engine_block_spec(2, qk_layernorm=True)),
+        "head_norms": _head_norms(ours.transformer_engine_block_spec(2, qk_layernorm=True)),
         "linear": _parameters(te.Linear.__init__),
         "norm_linear": _parameters(te.LayerNormLinear.__init__),
         "buffers": _buffers(te),

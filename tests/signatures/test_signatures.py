@@ -192,8 +192,8 @@ def test_our_block_is_made_of_it(inventory: dict[str, Any]) -> None:
 
 
 def test_heads_have_the_norm_that_layers_have(inventory: dict[str, Any]) -> None:
-    assert inventory["head_norms"] == ["TENorm", "TENorm"]
-    assert inventory["block_with_head_norms"] == inventory["block"]
+    assert inventory["head_norms"]["norms"] == ["TENorm", "TENorm"]
+    assert inventory["head_norms"]["block"] == inventory["block"]
 
 
 def test_a_bias_is_a_parameter_only_where_there_is_one(inventory: dict[str, Any]) -> None:
