@@ -26,6 +26,7 @@ SLOW = (
         "evaluation/",
         "forking/",
         "gpu/",
+        "library/",
         "packaging/",
     ),
     *("planning/", "preprocess/", "recipes/", "run/", "signatures/", "slurm/", "tools/"),
