@@ -242,7 +242,7 @@ def _add_layout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sharded-optimizer",
         action="store_true",
-        help="shard the optimizer's state over the data-parallel group (default: off)",
+        help="shard the optimizer's state over the ranks with the same parameters (default: off)",
     )
 
 

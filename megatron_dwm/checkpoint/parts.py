@@ -11,6 +11,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.optimizer import ChainedOptimizer
 
+from megatron_dwm.checkpoint.bucket_padding import places_without_padding
 from megatron_dwm.checkpoint.method_state import require_loadable
 from megatron_dwm.checkpoint.names import LLM_FOLDER, MODEL_PREFIX, REFERENCE_FOLDER
 from megatron_dwm.checkpoint.state import TrainState
@@ -44,9 +45,10 @@ class TrainedModel:
         if not is_loading:
             gather_now(self.llm)
         model = sharded_model(self.llm)
-        optimizer = self.optimizer.sharded_state_dict(
-            model, is_loading=is_loading, metadata=_metadata(self.llm.runtime)
-        )
+        with places_without_padding(self.optimizer):
+            optimizer = self.optimizer.sharded_state_dict(
+                model, is_loading=is_loading, metadata=_metadata(self.llm.runtime)
+            )
         return {**model, "optimizer": optimizer}
 
 

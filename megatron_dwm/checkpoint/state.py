@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+NOT_EVALUATED = -1
+
 
 @dataclass
 class TrainState:
@@ -16,7 +18,8 @@ class TrainState:
     step: LLM steps taken or skipped. updates: weighting updates made, over all stages.
     stage_updates: updates made in the current stage.
     tokens: training tokens read by LLM steps. seconds: wall-clock time of the loop.
-    evaluated_step: the last step after which the held-out loss was measured.
+    evaluated_step: the last step after which the held-out loss was measured; NOT_EVALUATED before
+        the first, if that comes before the first step.
     skipped: steps skipped in the whole run. skipped_in_a_row: steps skipped since the last one
     taken. passed_over: numbers of steps (from 1) whose batch is skipped after a spike of the loss.
     weighings: global batches that a method weighed, in steps and in updates.

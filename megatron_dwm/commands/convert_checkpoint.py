@@ -2,6 +2,8 @@
 
 %(prog)s to-hf RUN_OR_CHECKPOINT --output DIR
 %(prog)s from-hf DIR --output CHECKPOINT
+%(prog)s to-megatron RUN_OR_CHECKPOINT --output DIR
+%(prog)s from-megatron DIR --output CHECKPOINT
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 from megatron_dwm.config.command_line import OneLineParser, run_command
 from megatron_dwm.config.huggingface import read_huggingface_config
@@ -30,6 +32,18 @@ Write a Hugging Face Llama (LlamaForCausalLM: Llama 2, Llama 3, SmolLM2, TinyLla
 checkpoint, from which a run can start under any parallel layout (model.init_from, which also
 accepts the Hugging Face directory itself). The checkpoint is written only if Megatron-Core's logits
 differ from transformers' by at most 1e-4 of the largest logit.
+"""
+_TO_MEGATRON = """
+Write the parameters of a checkpoint as Megatron-LM saves them: iter_N (--ckpt-format torch_dist)
+beside latest_checkpointed_iteration.txt, with the arguments that --use-checkpoint-args takes. There
+is no optimizer in it: load it with --finetune, or with --no-load-optim --no-load-rng.
+"""
+_FROM_MEGATRON = """
+Write the parameters of a checkpoint of Megatron-LM or Megatron-Bridge (--ckpt-format torch_dist; a
+model in Llama's shape) as a checkpoint, from which a run can start (model.init_from) and which
+to-hf reads. DIR is the folder of latest_checkpointed_iteration.txt, or of one iteration. The shape
+comes from the saved arguments (common.pt, of which no code is run) or from run_config.yaml; --shape
+gives what they lack. The optimizer is left.
 """
 _SKIP = "do not compare logits; the model card of to-hf says so (default: compare)"
 
@@ -82,6 +96,27 @@ def _from_hf(arguments: argparse.Namespace) -> None:
     )
 
 
+def _from_megatron(arguments: argparse.Namespace) -> None:
+    require_free(arguments.output)
+    from megatron_dwm.convert.from_megatron import fields_given, import_from_megatron
+
+    given = fields_given(arguments.shape)
+
+    found = import_from_megatron(arguments.directory, arguments.output, given)
+    print(
+        f"{found.directory}: {str(found.dtype).removeprefix('torch.')} from {found.source}; "
+        f"{found.shape.num_parameters():,} parameters, vocabulary {found.shape.vocab_size:,}"
+    )
+
+
+def _to_megatron(arguments: argparse.Namespace) -> None:
+    require_free(arguments.output)
+    from megatron_dwm.convert.to_megatron import export_to_megatron
+
+    found = export_to_megatron(arguments.checkpoint, arguments.output)
+    print(f"{found.directory}: {found.folder} from {found.source}")
+
+
 def _ids(texts_compared: int) -> str:
     return f"ids equal on {texts_compared} texts" if texts_compared else "tokenizer files copied"
 
@@ -96,7 +131,9 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="{to-hf,from-hf}")
+    commands = parser.add_subparsers(
+        required=True, metavar="{to-hf,from-hf,to-megatron,from-megatron}"
+    )
     to_hf = commands.add_parser("to-hf", description=_TO_HF, help="checkpoint to Hugging Face")
     to_hf.set_defaults(convert=_to_hf)
     to_hf.add_argument(
@@ -129,15 +166,44 @@ def _parser() -> OneLineParser:
         help="Megatron-Core's class that the logits are compared with, as model.builder (default: "
         "gpt); to-hf takes the run's",
     )
-    for command in (to_hf, from_hf):
+    to_megatron, from_megatron = _add_megatron(commands)
+    for command in (to_hf, from_hf, to_megatron, from_megatron):
         command.add_argument(
             "--output",
             type=Path,
             required=True,
             help="directory to create; it must not exist, and its parent must",
         )
-        command.add_argument("--skip-check", action="store_true", help=_SKIP)
+        if command in (to_hf, from_hf):
+            command.add_argument("--skip-check", action="store_true", help=_SKIP)
     return parser
+
+
+def _add_megatron(commands: Any) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    to_megatron = commands.add_parser(
+        "to-megatron", description=_TO_MEGATRON, help="checkpoint to Megatron-LM's"
+    )
+    to_megatron.set_defaults(convert=_to_megatron)
+    to_megatron.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="RUN_OR_CHECKPOINT",
+        help="run directory (its newest complete checkpoint) or RUN/checkpoints/step_N",
+    )
+    from_megatron = commands.add_parser(
+        "from-megatron", description=_FROM_MEGATRON, help="Megatron-LM's to checkpoint"
+    )
+    from_megatron.set_defaults(convert=_from_megatron)
+    from_megatron.add_argument("directory", type=Path, metavar="DIR", help="what was saved")
+    from_megatron.add_argument(
+        "--shape",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="fields of the shape, such as vocab_size=32000 tied_embeddings=false (default: as "
+        "saved)",
+    )
+    return to_megatron, from_megatron
 
 
 def command() -> NoReturn:

@@ -27,6 +27,7 @@ from megatron_dwm.config.schema_method import (
     WeightingConfig,
 )
 
+_WANDB = {"logging.wandb_project": SET}
 _PROFILED = {"profiling.tool": ("torch", "nvtx", "dlprof")}
 
 
@@ -52,7 +53,9 @@ class DataConfig:
 
     train: list[str | float] = field(default_factory=list)
     """prefixes of indexed files, or weight prefix weight prefix ..., as Megatron's --data-path; a
-    prefix that is named twice is one with both shares, so no sample is read twice in an epoch"""
+    prefix that is named twice is one with both shares, so no sample is read twice in an epoch. In
+    place of a prefix: a file of text (.jsonl, .jsonl.zst, .parquet and the like, with a `text` in
+    each record), which is preprocessed once into data.cache_dir"""
     schedule: dict[int, list[float]] = field(default_factory=dict)
     """shares of the prefixes of data.train by step, instead of weights: 0=0.9,0.1 800=0.5,0.5 on
     the command line; in a file a step and a list of shares on each line. A step is the number of
@@ -76,7 +79,8 @@ class DataConfig:
     domain_key: str = "meta.redpajama_set_name"
     """metadata column that names a document's domain"""
     cache_dir: str | None = None
-    """directory of the sample index cache; empty keeps it under run.dir"""
+    """directory of the sample index cache, and of texts that are preprocessed; empty keeps the
+    first under run.dir, and the second in prepared_data beside it"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,8 @@ class EvaluationConfig:
     """JSON Lines file with a `text` and the domain key in every line; empty switches it off"""
     interval_steps: int = key(100, COUNT, only={"evaluation.path": SET})
     """steps between evaluations; the last step is always evaluated"""
+    at_start: bool = key(False, only={"evaluation.path": SET})
+    """also evaluate before the first step"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +101,12 @@ class LoggingConfig:
 
     tensorboard: bool = True
     """write TensorBoard event files"""
+    wandb_project: str | None = None
+    """project of Weights & Biases to log to, as well (Megatron's --wandb-project); empty: none"""
+    wandb_exp_name: str | None = key(None, only=_WANDB)
+    """name of the run there (Megatron's --wandb-exp-name); empty means that of run.dir"""
+    wandb_entity: str | None = key(None, only=_WANDB)
+    """team or user of the project (Megatron's --wandb-entity); empty means your default"""
     metrics_interval_steps: int = key(1, COUNT)
     """steps whose lines are written to metrics.jsonl together; until then their weight statistics
     stay on the device, which saves one wait in every step. If the run is killed, lines that are not

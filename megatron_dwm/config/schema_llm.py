@@ -63,8 +63,8 @@ class ParallelConfig:
     """shard the optimizer's state over the processes with the same parameters (Megatron's
     DistributedOptimizer)"""
     overlap_grad_reduce: bool = False
-    """reduce gradients over the data-parallel group during the last backward pass of a step, bucket
-    by bucket (Megatron's --overlap-grad-reduce)"""
+    """reduce gradients over the processes with the same parameters during the last backward pass of
+    a step, bucket by bucket (Megatron's --overlap-grad-reduce)"""
     overlap_param_gather: bool = False
     """gather the parameters that other replicas stepped during the next forward pass (Megatron's
     --overlap-param-gather); needs parallel.sharded_optimizer and parallel.overlap_grad_reduce"""

@@ -19,16 +19,8 @@ from typing import Any
 
 import torch
 import yaml
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_dwm.checkpoint.fingerprint import TOKENIZER_KEY
 from megatron_dwm.checkpoint.kept_files import HUGGINGFACE, TOKENIZER, own_tokenizer
@@ -36,8 +28,9 @@ from megatron_dwm.checkpoint.manifest import MANIFEST, named_checkpoint, read_ma
 from megatron_dwm.checkpoint.names import CONFIG_FILE, LLM_FOLDER, MODEL_PREFIX, SHAPE_FILE
 from megatron_dwm.config import UserError
 from megatron_dwm.config.schema_llm import Builder
+from megatron_dwm.convert.tensor_boxes import read_box
 from megatron_dwm.model import LlamaShape
-from megatron_dwm.model.on_disk.saved_index import data_only, read_index
+from megatron_dwm.model.on_disk.saved_index import read_index
 from megatron_dwm.runtime import releases
 
 
@@ -119,19 +112,8 @@ class SavedLLM:
 
     def read_box(self, name: str, offsets: list[int], sizes: list[int]) -> Tensor:
         """Returns the part of tensor `name` that begins at `offsets` and has these sizes."""
-        entry = self._entry(name)
-        target = torch.empty(sizes, dtype=entry.properties.dtype)
-        box = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-        items = create_read_items_for_chunk_list(MODEL_PREFIX + name, entry, [box])
-        assert sum(item.lengths.numel() for item in items) == target.numel(), name
-        reader = FileSystemReader(self.tensors_directory)
-        reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-        with data_only(self.tensors_directory):
-            try:
-                reader.read_data(LoadPlan(items), _Into(target)).wait()
-            except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
-                raise CheckpointingException(f"{name}: {error}") from error
-        return target
+        entry, folder = self._entry(name), self.tensors_directory
+        return read_box(folder, self._metadata, MODEL_PREFIX + name, entry, offsets, sizes)
 
     def _entry(self, name: str) -> TensorStorageMetadata:
         entry = self._metadata.state_dict_metadata.get(MODEL_PREFIX + name)
@@ -141,22 +123,6 @@ class SavedLLM:
                 "checkpoint of a Llama model that shape.json beside it describes"
             )
         return entry
-
-
-class _Into(DefaultLoadPlanner):
-    """Copies what torch's reader reads into one tensor."""
-
-    def __init__(self, target: Tensor) -> None:
-        super().__init__()
-        self._target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """Returns the part of the target that the item fills."""
-        where = zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        return self._target[tuple(slice(start, start + size) for start, size in where)]
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Does nothing: the part shares the target's memory."""
 
 
 def open_checkpoint(path: str | Path) -> SavedLLM:

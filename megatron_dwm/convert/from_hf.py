@@ -8,7 +8,6 @@ of gate.py.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,24 +18,20 @@ from megatron.core.models.common.language_module.language_module import Language
 from tqdm import tqdm
 
 from megatron_dwm.checkpoint.kept_files import HUGGINGFACE, huggingface_files, write_files
-from megatron_dwm.checkpoint.names import CONFIG_FILE, LLM_FOLDER, MODEL_PREFIX, SHAPE_FILE
-from megatron_dwm.checkpoint.sharded_files import SaveError, ShardedFiles, try_write
-from megatron_dwm.checkpoint.sharded_plan import SavePlan
-from megatron_dwm.config import Config, DataConfig, ModelConfig, ParallelConfig, UserError
-from megatron_dwm.config.load import save_config
+from megatron_dwm.checkpoint.sharded_files import SaveError
+from megatron_dwm.config import Config, DataConfig, ModelConfig, UserError
 from megatron_dwm.config.printing import printable
 from megatron_dwm.config.schema_llm import Builder, Precision
 from megatron_dwm.convert.checkpoint_reader import open_checkpoint
 from megatron_dwm.convert.gate import gate_tokens, require_equal_logits
 from megatron_dwm.convert.original_files import plain_encoder, special_tokens
 from megatron_dwm.convert.output import new_directory, require_free
-from megatron_dwm.model.builders.build import build_module, require_builder
+from megatron_dwm.convert.written_model import write_model
+from megatron_dwm.model.builders.build import require_builder
 from megatron_dwm.model.initialize import global_parameter_names
-from megatron_dwm.model.llm import whole_model
 from megatron_dwm.model.on_disk.huggingface_files import HuggingFaceModel, open_huggingface
 from megatron_dwm.model.on_disk.parameter_names import megatron_tensor
 from megatron_dwm.model.shape import model_keys
-from megatron_dwm.runtime import bring_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,23 +78,8 @@ def import_from_huggingface(
 
 
 def _write(model: HuggingFaceModel, directory: Path, builder: Builder) -> None:
-    (directory / LLM_FOLDER).mkdir()
-    with bring_up(ParallelConfig(), seed=0):
-        chunk = whole_model(
-            model.shape,
-            ModelConfig(precision="fp32", builder=builder),
-            sequence_length=model.context_tokens,
-            perform_initialization=False,
-            params_dtype=model.dtype,
-        )
-        module = build_module(chunk)
-        _fill(module, model)
-        state = {"model": module.sharded_state_dict(prefix=MODEL_PREFIX)}
-        # As runs save, which every release of Megatron-Core reads.
-        files = ShardedFiles(state, directory / LLM_FOLDER, SavePlan(), copy=False)
-        files.finish(try_write(files))
-    (directory / SHAPE_FILE).write_text(json.dumps(model.shape.record()), encoding="utf-8")
-    save_config(_config(model, builder), directory / CONFIG_FILE)
+    config = _config(model, builder)
+    write_model(directory, config, model.shape, model.dtype, lambda module: _fill(module, model))
     write_files(huggingface_files(model.directory), directory / HUGGINGFACE)
 
 

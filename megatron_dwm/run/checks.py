@@ -15,6 +15,7 @@ from megatron_dwm.run.inputs import (
 )
 from megatron_dwm.run.reads import training_reads, update_reads
 from megatron_dwm.run.reference import check_reference
+from megatron_dwm.run.wandb_board import require_wandb
 from megatron_dwm.runtime import world_size_from_environment
 from megatron_dwm.runtime.profiling import check_profiling
 from megatron_dwm.runtime.warn import print_warning
@@ -29,6 +30,7 @@ def check(config: Config) -> RunInputs:
     validate_config(config, heads_of(shape), world_size)
     check_method(config, shape.num_layers, world_size)
     check_profiling(config.profiling)
+    require_wandb(config)
     check_data(config.data, tokenizer, training_reads(config), update_reads(config))
     values = method_class(config).document_values(config)
     target = open_target(config, tokenizer)

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from megatron_dwm.config import Config
 from megatron_dwm.config.load import save_config
+from megatron_dwm.data import Origins
 from megatron_dwm.run.records import MetricsWriter, WeightRecorder
 
 
@@ -18,9 +21,22 @@ class RunFiles:
     def __init__(self, run_dir: Path, config: Config, warn: Callable[[str], None]) -> None:
         self._run_dir, self._config, self._warn = run_dir, config, warn
         self._identity = run_dir.stat()
-        self.metrics = MetricsWriter(run_dir, tensorboard=config.logging.tensorboard, warn=warn)
+        self.metrics = MetricsWriter(run_dir, config, warn)
         self.weights = WeightRecorder(run_dir)
         self._warned_of_removal = False
+
+    def add_weights(
+        self,
+        step: int,
+        stage: int,
+        origins: Origins,
+        losses_n: Tensor,
+        weights_n: Tensor,
+        alignment_n: Tensor | None,
+    ) -> None:
+        """Keep the weights of a global batch, and show their distribution."""
+        self.weights.add(step, stage, origins, losses_n, weights_n, alignment_n)
+        self.metrics.histogram(step, "train/weight", weights_n)
 
     def write(self, line: dict[str, Any]) -> None:
         """Write a line of metrics.jsonl.

@@ -10,7 +10,7 @@ from megatron_dwm.checkpoint.kept_files import kept_files
 from megatron_dwm.checkpoint.load import load_checkpoint
 from megatron_dwm.checkpoint.names import CONFIG_FILE, SHAPE_FILE
 from megatron_dwm.checkpoint.parts import Parts
-from megatron_dwm.checkpoint.state import TrainState
+from megatron_dwm.checkpoint.state import NOT_EVALUATED, TrainState
 from megatron_dwm.config import Config
 from megatron_dwm.config.load import config_text
 from megatron_dwm.data import CorpusSource, Feed, Share, TrainingData
@@ -93,7 +93,7 @@ def build_job(config: Config, runtime: Runtime, inputs: RunInputs) -> Job:
                 reference=inputs.reference,
             ),
         ),
-        state=TrainState(),
+        state=TrainState(evaluated_step=NOT_EVALUATED if config.evaluation.at_start else 0),
         reference=reference,
     )
 

@@ -1,4 +1,4 @@
-"""The records of a run: metrics.jsonl, TensorBoard events and weights/*.parquet.
+"""The records of a run: metrics.jsonl, curves, and weights/*.parquet.
 
 Only the main process writes. A resumed run first drops the records after its checkpoint
 (recorded.py), so every step appears once.
@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from megatron_dwm.checkpoint.state import TrainState
+from megatron_dwm.config import Config
 from megatron_dwm.data import Origins
 from megatron_dwm.files.atomic import new_file
 from megatron_dwm.run.recorded import UPDATES, drop_records_after, set_aside
 from megatron_dwm.run.tensorboard import Board
+from megatron_dwm.run.wandb_board import WandbBoard
 from megatron_dwm.weighting.concentration import effective_sample_size, normalized_entropy
 
 _WEIGHT_SCHEMA = pa.schema(
@@ -77,18 +79,22 @@ def weight_statistics(weights_n: Tensor, sizes_n: Tensor | None = None) -> Tenso
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl, one object per line, and to TensorBoard.
+    """Appends to metrics.jsonl, one object per line, and to TensorBoard and W&B.
 
     If the disk is full, lines are kept and written when there is space again. The file stays open,
     so that it can be restored if it was removed.
     """
 
-    def __init__(self, run_dir: Path, *, tensorboard: bool, warn: Callable[[str], None]) -> None:
+    def __init__(self, run_dir: Path, config: Config, warn: Callable[[str], None]) -> None:
         self._path = run_dir / "metrics.jsonl"
         self._file = self._path.open("a+b", buffering=0)
         self._pending = b""
         self._warn = warn
-        self._board = Board(run_dir / "tensorboard", warn) if tensorboard else None
+        self._boards: list[Board | WandbBoard] = []
+        if config.logging.tensorboard:
+            self._boards.append(Board(run_dir / "tensorboard", warn))
+        if config.logging.wandb_project is not None:
+            self._boards.append(WandbBoard(run_dir, config, warn))
 
     def write(self, line: dict[str, Any]) -> None:
         """Write one line; its `phase` names the TensorBoard series, its `step` the abscissa."""
@@ -100,9 +106,14 @@ class MetricsWriter:
         except OSError as error:
             if had_room:
                 self._warn(f"{self._path}: {error.strerror}; lines are kept until there is room")
-        if self._board is not None:
-            curves = {f"{line['phase']}/{name}": value for name, value in _scalars(line).items()}
-            self._board.add(line["step"], curves)
+        curves = {f"{line['phase']}/{name}": value for name, value in _scalars(line).items()}
+        for board in self._boards:
+            board.add(line["step"], curves)
+
+    def histogram(self, step: int, name: str, values_n: Tensor) -> None:
+        """Give the boards the distribution of values at a step."""
+        for board in self._boards:
+            board.histogram(step, name, values_n)
 
     def reopen_at(self, state: TrainState) -> None:
         """Drop the records after `state`."""
@@ -132,10 +143,10 @@ class MetricsWriter:
         self._file = self._path.open("a+b", buffering=0)
 
     def close(self) -> None:
-        """Close both files."""
+        """Close the file and the boards."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close()
 
 
 def _scalars(line: dict[str, Any]) -> dict[str, float]:

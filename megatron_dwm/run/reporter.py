@@ -159,7 +159,7 @@ class Reporter:
         weights_n = units.gather(units.weights_n, self._runtime)
         if self._files is not None:
             step = self._state.step
-            self._files.weights.add(step, stage, origins(), losses_n, weights_n, alignment_n)
+            self._files.add_weights(step, stage, origins(), losses_n, weights_n, alignment_n)
 
     def _write_update(self, stage: int, **values: object) -> None:
         self._write(stage, "weighting", update=self._state.updates, **values)

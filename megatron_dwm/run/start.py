@@ -35,6 +35,7 @@ from megatron_dwm.run.remarks import remarks
 from megatron_dwm.run.reporter import Reporter
 from megatron_dwm.run.resume import require_no_loss, warn_of_keys_without_effect
 from megatron_dwm.run.starting_point import load_model, warn_of_another_tokenizer
+from megatron_dwm.run.starts import note_start_of_job
 from megatron_dwm.run.status import is_finished
 from megatron_dwm.run.terminal import Terminal
 from megatron_dwm.run.upkeep import Upkeep
@@ -45,8 +46,10 @@ from megatron_dwm.runtime.warn import print_warning
 from megatron_dwm.weighting import method_class, with_options
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> bool:
     """Train the run of `config`. Raises UserError, if possible before any process group exists.
+
+    Returns True if this call took the run's last step.
 
     Exits with 1 if the final state could not be saved. Until the loop begins, a signal ends the
     process at once. After that the run saves first, and a second signal of the launcher does no
@@ -67,19 +70,20 @@ def run(config: Config) -> None:
         if before and newest is None:
             require_no_loss(run_dir, before.training)
         if _is_over(config, _saved_state(config, newest, found), runtime):
-            return
+            return False
         job = build_job(config, runtime, inputs)
         parts = parts_of(config, job, inputs, newest)
         _start(config, before, job, parts, inputs, newest)
         parts.state_of_method()  # what no checkpoint could take is refused now, not at the first
         if runtime.is_main:
-            _write_start(config, job.state, typed, had_checkpoint=newest is not None)
+            _write_start(config, job.state, typed, runtime, had_checkpoint=newest is not None)
         received = until_exit.enter_context(stop_signals())
         runtime.barrier()
         stop = StopPoll(runtime, run_dir, received, is_lost)
         saved = _loop(config, job, parts, inputs, found, newest, stop).run()
         if not saved:
             sys.exit(1)
+        return is_finished(config, job.state)
 
 
 def _is_over(config: Config, state: TrainState, runtime: Runtime) -> bool:
@@ -188,7 +192,12 @@ def _saved_state(config: Config, newest: Path | None, found: dict[str, str]) -> 
 
 
 def _write_start(
-    config: Config, state: TrainState, typed: dict[str, Any], *, had_checkpoint: bool
+    config: Config,
+    state: TrainState,
+    typed: dict[str, Any],
+    runtime: Runtime,
+    *,
+    had_checkpoint: bool,
 ) -> None:
     """Write the resolved configuration, and drop records that a resumed run writes again.
 
@@ -199,6 +208,7 @@ def _write_start(
         missing = drop_records_after(run_dir, state, print_warning)
         save_config(config, run_dir / CONFIG_FILE, typed)
         note_start(run_dir, had_one=had_checkpoint)
+        note_start_of_job(run_dir, state.step, runtime)
     except OSError as error:
         raise UserError(
             f"run.dir: {error.filename or run_dir} cannot be written ({error.strerror}); free some "

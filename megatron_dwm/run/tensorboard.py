@@ -16,13 +16,14 @@ from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard.summary import scalar
+from torch import Tensor
+from torch.utils.tensorboard.summary import histogram, scalar
 
 _VERSION = "brain.Event:2"
 
 
 class Board:
-    """Writes scalars into one new event file of a folder."""
+    """Writes scalars and histograms into one new event file of a folder."""
 
     def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
         self._warn = warn
@@ -45,6 +46,11 @@ class Board:
                 for name, value in scalars.items()
             ]
         )
+
+    def histogram(self, step: int, name: str, values_n: Tensor) -> None:
+        """Write the distribution of values."""
+        found = histogram(name, values_n.float().cpu().numpy(), bins="auto")
+        self._write([Event(wall_time=time.time(), step=step, summary=found)])
 
     def close(self) -> None:
         """Close the file."""

@@ -15,7 +15,7 @@ from megatron_dwm.tokenizer.interface import (
     SpecialTokens,
     Tokenizer,
 )
-from megatron_dwm.tokenizer.opening import build_tokenizer, open_tokenizer
+from megatron_dwm.tokenizer.opening import build_tokenizer, kind_of, open_tokenizer
 from megatron_dwm.tokenizer.sentencepiece_model import train_sentencepiece
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Tokenizer",
     "build_tokenizer",
     "choose_engine",
+    "kind_of",
     "open_tokenizer",
     "remembered_engine",
     "train_sentencepiece",

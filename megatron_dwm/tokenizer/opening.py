@@ -41,9 +41,12 @@ def open_tokenizer(model: str | Path, *, include_special_tokens: bool = False) -
     own; anything else is a SentencePiece model.
     Raises `UserError` as `build_tokenizer` does.
     """
+    return build_tokenizer(kind_of(model), model, include_special_tokens=include_special_tokens)
+
+
+def kind_of(model: str | Path) -> str:
+    """Returns the type of the tokenizer in `model`, as `build_tokenizer` takes it."""
     path = Path(model)
     if path.is_dir() or path.suffix == ".json":
-        kind = "HuggingFaceTokenizer"
-    else:
-        kind = "TikTokenizer" if is_tiktoken(path) else "SentencePieceTokenizer"
-    return build_tokenizer(kind, path, include_special_tokens=include_special_tokens)
+        return "HuggingFaceTokenizer"
+    return "TikTokenizer" if is_tiktoken(path) else "SentencePieceTokenizer"

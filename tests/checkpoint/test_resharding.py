@@ -15,6 +15,9 @@ from tests.small_runs.forked import Server
 LAYOUT_TOLERANCE = 1e-5
 WIDE = ["--parallel.tensor", "2"]
 SHARDED = ["--parallel.sharded_optimizer", "true"]
+# Several buckets, whose ends are padded: a norm's 64 parameters are no multiple of 128.
+BUCKETS = [*SHARDED, "--parallel.overlap_grad_reduce", "true"]
+BUCKETS += ["--parallel.overlap_param_gather", "true", "--parallel.ddp_bucket_size", "20000"]
 # (what decides the layout, ranks) of three parts of a run
 MOVES = {
     "sharded": [([*WIDE, *SHARDED], 4), (["--parallel.pipeline", "2", *SHARDED], 2), (WIDE, 4)],
@@ -23,6 +26,8 @@ MOVES = {
         (WIDE, 2),
         (["--parallel.context", "2"], 2),
     ],
+    "buckets": [(BUCKETS, 2), (["--parallel.context", "2", *BUCKETS], 2), ([], 1)],
+    "same_buckets": [(BUCKETS, 2), (BUCKETS, 2), (BUCKETS, 2)],
     "kinds": [([*WIDE, *SHARDED], 4), ([], 1), (SHARDED, 2)],
     "bf16": [([], 2), (SHARDED, 2), ([], 2)],
 }

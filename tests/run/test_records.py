@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow.dataset as ds
+import torch
 
 from megatron_dwm.report.run_files import read_weights
 from tests.small_runs.command import metrics, succeed
@@ -57,3 +59,15 @@ def test_passages_of_the_target_have_numbers_of_their_own(corpus: Corpus, tmp_pa
         target = [row for row in of_step if row["source"] == "target"]
         assert len(target) == 2 and {row["domain"] for row in target} <= {"target", "unknown"}
     assert len(read_weights(tmp_path / "run").weight) == 3 * ROWS
+
+
+def test_every_start_is_noted(corpus: Corpus, tmp_path: Path) -> None:
+    run_dir, steps = tmp_path / "run", "--training.steps"
+    succeed(run_dir, *corpus.arguments(), steps, "2")
+    succeed(run_dir, *corpus.arguments(), steps, "3", "--run.resume", "true", processes=2)
+    lines = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["processes"]) for line in lines] == [(0, 1), (2, 2)]
+    for line in lines:
+        assert line["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+        assert {"megatron-core", "megatron-dwm", "python"} <= set(line["versions"])
+        assert line["host"] and line["time"].endswith("+00:00") and line["command"]

@@ -86,6 +86,15 @@ def _rotary(extension: Any) -> dict[str, Any]:
     }
 
 
+def _over_parts(ours: Any, attention: str) -> dict[str, Any]:
+    caller = importlib.import_module("megatron.core.transformer.attention").Attention
+    return {
+        "megatrons_attention": _class(attention),
+        "attention_call": inspect.getsource(caller),
+        "over_parts": [base.__qualname__ for base in ours.attention_over_parts().__mro__],
+    }
+
+
 def _parameters(function: Any) -> list[str]:
     return list(inspect.signature(function).parameters)
 
@@ -134,14 +143,8 @@ def main() -> None:
     ours = importlib.import_module("megatron_dwm.model.layers.transformer_engine")
     core_attention = te.DotProductAttention
     table = importlib.import_module("megatron_dwm.bilevel.adapters")
-    produced = [
-        attention.linear_qkv,
-        attention.core_attention,
-        attention.linear_proj,
-        mlp.linear_fc1,
-        mlp.linear_fc2,
-        te.RMSNorm,
-    ]
+    produced = [attention.linear_qkv, attention.core_attention, attention.linear_proj]
+    produced += [mlp.linear_fc1, mlp.linear_fc2, te.RMSNorm]
     inventory = {
         "version": importlib.metadata.version("transformer-engine"),
         "has_te": extension.HAVE_TE,
@@ -158,11 +161,7 @@ def main() -> None:
         "attention": _parameters(core_attention.forward),
         "attention_source": inspect.getsource(core_attention.forward),
         "megatrons_attention_source": inspect.getsource(attention.core_attention.forward),
-        "megatrons_attention": _class(table.WITHOUT_PARAMETERS[0]),
-        "attention_call": inspect.getsource(
-            importlib.import_module("megatron.core.transformer.attention").Attention
-        ),
-        "over_parts": [base.__qualname__ for base in ours.attention_over_parts().__mro__],
+        **_over_parts(ours, table.WITHOUT_PARAMETERS[0]),
         "norm_source": inspect.getsource(extension.TENorm),
         "checks": {name: _parameters(getattr(te, name)) for name in CHECKS},
         "scales": scales(ours, recipe),

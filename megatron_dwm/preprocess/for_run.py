@@ -1,0 +1,108 @@
+"""Text that a run names as its training data: preprocessed once, into a cache.
+
+A file of `data.train` with the ending of a text format becomes Megatron's indexed files by the code
+of `tools/preprocess_data.py`, with --append-eod, `data.tokenizer`, and the metadata that the run
+reads. The cache is `data.cache_dir`, or the folder prepared_data beside `run.dir`, which the runs
+of a comparison share. The files' name has a digest of the text's path, size and time, of the
+tokenizer and of the keys, so a changed text is preprocessed anew, and the run's config.yaml has the
+prefix. The first process does it, under a lock; the others wait for its result. An interrupted job
+goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_dwm.config import Config, UserError
+from megatron_dwm.files.lock import lock_file
+from megatron_dwm.files.sidecar_format import OWN_COLUMNS
+from megatron_dwm.launch import find_launch
+from megatron_dwm.preprocess.pipeline import preprocess
+from megatron_dwm.preprocess.read.inputs import is_known
+from megatron_dwm.preprocess.settings import PreprocessSettings
+from megatron_dwm.preprocess.write.final_files import FinalPaths
+from megatron_dwm.tokenizer import kind_of
+
+FOLDER = "prepared_data"
+_KEY = "text"
+_POLL_S = 0.5
+
+
+def with_prepared_data(config: Config) -> Config:
+    """Returns the run with a prefix of indexed files for every text in `data.train`.
+
+    Raises UserError for a text that is missing or has no documents, and without `data.tokenizer`.
+    """
+    entries = config.data.train
+    texts = [entry for entry in entries if isinstance(entry, str) and is_known(Path(entry))]
+    if not texts:
+        return config
+    prefixes = {text: _prepared(Path(text), config) for text in texts}
+    train = [prefixes.get(entry, entry) if isinstance(entry, str) else entry for entry in entries]
+    return replace(config, data=replace(config.data, train=train))
+
+
+def _prepared(text: Path, config: Config) -> str:
+    """Returns the prefix of the indexed files of a text."""
+    if config.data.tokenizer is None:
+        raise UserError(f"data.train {text}: text needs data.tokenizer, by which it becomes tokens")
+    if not text.is_file():
+        raise UserError(f"data.train {text}: no such file")
+    settings = _settings(text, config)
+    done = FinalPaths(prefix=settings.prefix, keys=settings.json_keys).record
+    if find_launch(os.environ).rank == 0:
+        if not done.is_file():
+            print(f"data.train {text}: tokens are written to {settings.prefix}_*", flush=True)
+        _preprocess(settings)
+    while not done.is_file():
+        time.sleep(_POLL_S)
+    return f"{settings.prefix}_{_KEY}_document"
+
+
+def _settings(text: Path, config: Config) -> PreprocessSettings:
+    assert config.data.tokenizer is not None
+    policy, tokenizer = config.policy, Path(config.data.tokenizer)
+    keys = (config.data.domain_key, policy.column, policy.difficulty)
+    asked = [key for key in keys if key is not None and key not in OWN_COLUMNS]
+    metadata = tuple(dict.fromkeys(asked))
+    known = [*(_identity(path) for path in (text, tokenizer)), metadata]
+    digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
+    folder = config.data.cache_dir or Path(config.run.dir).absolute().parent / FOLDER
+    return PreprocessSettings(
+        inputs=(str(text),),
+        output_prefix=str(Path(folder) / f"{text.name.partition('.')[0]}-{digest}"),
+        tokenizer_type=kind_of(tokenizer),
+        tokenizer_model=str(tokenizer),
+        json_keys=(_KEY,),
+        append_eod=True,
+        num_workers=len(os.sched_getaffinity(0)),
+        metadata_keys=metadata,
+        resume=True,
+    )
+
+
+def _identity(path: Path) -> tuple[str, int, int]:
+    """Returns a file's path, size and time of change, in nanoseconds."""
+    found = path.stat() if path.exists() else None
+    size_and_time = (found.st_size, found.st_mtime_ns) if found else (0, 0)
+    return (str(path.absolute()), *size_and_time)
+
+
+def _preprocess(settings: PreprocessSettings) -> None:
+    """Write the files, or go on where another job stopped; waits while one is at it."""
+    lock = Path(f"{settings.prefix}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            file = lock_file(lock)
+        except BlockingIOError:
+            time.sleep(_POLL_S)
+            continue
+        with file:
+            preprocess(settings)
+        return

@@ -1,0 +1,148 @@
+"""Checkpoints of Megatron-LM's form become ours, and Hugging Face's, with the same logits."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from megatron_dwm.convert.checkpoint_reader import open_checkpoint
+from megatron_dwm.convert.from_megatron import import_from_megatron
+from megatron_dwm.convert.megatron_arguments import shape_from
+from megatron_dwm.convert.megatron_logits import megatron_logits
+from megatron_dwm.convert.to_megatron import export_to_megatron
+from tests.convert.megatron_workers import SIZES, VOCAB, text
+from tests.forking.client import run_python
+from tests.launch import run_ranks
+
+WORKER = "tests.convert.megatron_workers:save"
+CASES: list[dict[str, Any]] = [
+    {},
+    {"fused": True, "tied": True},
+    {"fused": True, "qk_layernorm": True, "add_qkv_bias": True},
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, torch.Tensor]]:
+    """A folder as Megatron-LM leaves it, and the model's logits, for every case."""
+    folders = [tmp_path_factory.mktemp("saved") / "model" for _ in CASES]
+    arguments = [{"folder": str(f), **case} for f, case in zip(folders, CASES, strict=True)]
+    logits = [rank for [rank] in run_ranks(WORKER, 1, arguments)]
+    return list(zip(folders, logits, strict=True))
+
+
+def _convert(*arguments: str) -> Any:
+    return run_python(["tools/convert_checkpoint.py", "from-megatron", *arguments])
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: str(CASES[n]))
+def test_logits_are_megatrons(
+    saved: list[tuple[Path, torch.Tensor]], number: int, tmp_path: Path
+) -> None:
+    folder, logits = saved[number]
+    found = import_from_megatron(folder, tmp_path / "ours")
+    assert found.source == folder / "iter_0000007" and found.shape.vocab_size == VOCAB
+    assert open_checkpoint(tmp_path / "ours").shape == found.shape
+    ours = megatron_logits(open_checkpoint(tmp_path / "ours"), text(), torch.float32)
+    logits = logits[..., :VOCAB]
+    assert (ours[..., :VOCAB] - logits).abs().max() < 1e-5 * logits.abs().max()
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: str(CASES[n]))
+def test_megatrons_own_model_reads_what_is_exported(
+    saved: list[tuple[Path, torch.Tensor]], number: int, tmp_path: Path
+) -> None:
+    """There and back, into one process and into two, which pad the vocabulary otherwise."""
+    folder, logits = saved[number]
+    found = import_from_megatron(folder, tmp_path / "ours")
+    exported = export_to_megatron(tmp_path / "ours", tmp_path / "theirs")
+    assert exported.folder == "iter_0000000"
+    case = {"folder": str(tmp_path / "theirs"), **CASES[number]}
+    case.pop("fused", None)
+    [[(alone, arguments)]] = run_ranks("tests.convert.megatron_workers:load", 1, [case])
+    [ranks] = run_ranks("tests.convert.megatron_workers:load", 2, [{**case, "tensor": 2}])
+    together = torch.cat([part for part, _ in ranks], dim=-1)
+    for read in (alone, together):
+        apart = read[..., :VOCAB] - logits[..., :VOCAB]
+        assert apart.abs().max() < 1e-5 * logits.abs().max()
+    assert shape_from(arguments, {}, tmp_path) == found.shape
+
+
+def test_layouts_save_what_one_process_saves(tmp_path: Path) -> None:
+    """Tensor 2 pads the vocabulary to 512 rows; the parameters themselves are saved whole."""
+    case = {"folder": str(tmp_path / "model"), "tensor": 2, "pipeline": 2, "fused": True}
+    run_ranks(WORKER, 4, [case])
+    found = import_from_megatron(tmp_path / "model" / "iter_0000007", tmp_path / "ours")
+    assert found.shape.padded_vocab_size == 384
+    ours = open_checkpoint(tmp_path / "ours")
+    assert ours.read("output_layer.weight").shape == (384, 64)
+    assert ours.read_layer("input_layernorm.weight", 3).std() > 0
+
+
+def test_settings_of_bridge(saved: list[tuple[Path, torch.Tensor]], tmp_path: Path) -> None:
+    folder, expected = tmp_path / "iter_0000007", import_from_megatron(saved[0][0], tmp_path / "a")
+    shutil.copytree(saved[0][0] / "iter_0000007", folder)
+    (folder / "common.pt").unlink()
+    model = {
+        **SIZES,
+        "vocab_size": VOCAB,
+        "share_embeddings_and_output_weights": False,
+        "rotary_base": 50000,
+        "layernorm_epsilon": 1e-6,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+    }
+    (folder / "run_config.yaml").write_text(yaml.safe_dump({"model": model}))
+    found = import_from_megatron(folder, tmp_path / "b")
+    assert asdict(found.shape) == asdict(expected.shape)
+
+
+def test_mistakes_are_one_line(saved: list[tuple[Path, torch.Tensor]], tmp_path: Path) -> None:
+    folder = saved[0][0]
+    bare = tmp_path / "bare"
+    shutil.copytree(folder / "iter_0000007", bare)
+    (bare / "common.pt").unlink()
+    output = ["--output", str(tmp_path / "none")]
+    for arguments, words in (
+        ([str(tmp_path), *output], "no .metadata"),
+        ([str(bare), *output], "nothing there tells"),
+        ([str(folder), *output, "--shape", "num_layers=5"], "give --shape num_layers=4"),
+        ([str(folder), *output, "--shape", "ffn_hidden_size=100"], "has the size [192, 64]"),
+        ([str(folder), *output, "--shape", "tied_embeddings=true"], "output layer of its own"),
+        ([str(folder), *output, "--shape", "width=5"], "expected KEY=VALUE with a KEY of"),
+    ):
+        done = _convert(*arguments)
+        assert done.returncode == 2, done.stdout
+        [line] = done.stderr.splitlines()
+        assert line.startswith("error: ") and words in line
+    assert not (tmp_path / "none").exists()
+    done = _convert(str(folder), *output)
+    assert done.returncode == 0 and "vocabulary 300" in done.stdout
+
+
+class _Code:
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self._file,)
+
+
+def test_no_code_of_the_arguments_runs(
+    saved: list[tuple[Path, torch.Tensor]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "iter_0000007"
+    shutil.copytree(saved[0][0] / "iter_0000007", folder)
+    with zipfile.ZipFile(folder / "common.pt", "w") as archive:
+        archive.writestr("common/data.pkl", pickle.dumps({"args": _Code(tmp_path / "ran")}))
+    done = _convert(str(folder), "--output", str(tmp_path / "none"))
+    assert done.returncode == 2 and "nothing there tells" in done.stderr
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,63 @@
+"""Runs whose data.train is text: preprocessed once, as the tool does it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.small_runs.command import RESUME, metrics, pretrain, succeed, without_time
+from tests.small_runs.fixtures import CORPUS, Corpus
+
+STEPS = ["--training.steps", "4"]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A copy of the corpus, whose time of change is new."""
+    return Path(shutil.copy(CORPUS / "train.jsonl.zst", tmp_path / "mine.jsonl.zst"))
+
+
+def _arguments(corpus: Corpus, text: Path) -> list[str]:
+    return [*corpus.arguments(), "--data.train", str(text), *STEPS]
+
+
+def test_text_trains_as_its_indexed_files(corpus: Corpus, text: Path, tmp_path: Path) -> None:
+    run_dir, arguments = tmp_path / "runs" / "text", _arguments(corpus, text)
+    done = pretrain(run_dir, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"data.train {text}: tokens are written to" in done.stdout
+    [index] = (tmp_path / "runs" / "prepared_data").glob("mine-*_text_document.idx")
+    prefix = str(index.with_suffix(""))
+    tool = [*corpus.arguments(), "--data.train", prefix, *STEPS]
+    succeed(tmp_path / "runs" / "indexed", *tool)
+    assert without_time(run_dir) == without_time(tmp_path / "runs" / "indexed")
+    # A second run, and a resumed one, find them there.
+    written = index.stat().st_mtime_ns
+    again = pretrain(tmp_path / "runs" / "again", *arguments)
+    assert again.returncode == 0 and "tokens are written" not in again.stdout
+    succeed(run_dir, *arguments, "--training.steps", "6", *RESUME)
+    assert len(metrics(run_dir, "train")) == 6
+    assert index.stat().st_mtime_ns == written
+
+
+def test_several_processes_share_the_work_of_the_first(
+    corpus: Corpus, text: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    arguments = [*_arguments(corpus, text), "--data.cache_dir", str(cache)]
+    succeed(tmp_path / "run", *arguments, processes=2)
+    assert len(list(cache.glob("mine-*_text_document.bin"))) == 1
+    assert not list(cache.glob("*.unfinished"))
+
+
+def test_what_cannot_be_read_is_one_line(corpus: Corpus, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a"}\n{"text": \n')
+    for path, words in ((tmp_path / "none.jsonl", "no such file"), (broken, "broken.jsonl:2")):
+        done = pretrain(tmp_path / "run", *_arguments(corpus, path))
+        assert done.returncode == 2
+        [line] = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+        assert words in line
+    assert not (tmp_path / "run" / "config.yaml").exists()
