@@ -32,6 +32,7 @@ from tests.convert.conftest import Saved
 from tests.convert.families import FAMILIES, write_llama
 from tests.forking.client import REPOSITORY, run_python
 from tests.run.test_head_norms_and_biases import MODELS
+from tests.small_runs.command import metrics
 from tests.small_runs.fixtures import Corpus
 from tests.small_runs.forked import Server
 
@@ -159,6 +160,14 @@ def test_a_run_is_exported_with_its_tokenizer(
     bias_or_norm = ("q_proj.bias", "q_norm.weight")
     trained = [p for name, p in exported.named_parameters() if name.endswith(bias_or_norm)]
     assert trained and all(len(p.unique()) > 1 for p in trained), "they have learned"
+    sources = {"checkpoint": "run/checkpoints/step_00000003", "public": "hf"}
+    for name, source in sources.items():
+        options = ["--model.init_from", str(tmp_path / source)]
+        server.succeed(tmp_path / name, [*arguments, *options], ranks=2)
+    first = [metrics(tmp_path / name, "train")[0]["loss"] for name in sources]
+    # 1,000 pieces are padded to 1,024 rows, which only the checkpoint keeps; 512 are not padded.
+    assert first[0] == pytest.approx(first[1], rel=1e-3 if model == "qwen2" else 0.0)
+    assert first[0] < metrics(tmp_path / "run", "train")[0]["loss"]
     import_from_huggingface(tmp_path / "hf", tmp_path / "again")
     export_to_huggingface(tmp_path / "again", tmp_path / "back")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
