@@ -45,7 +45,7 @@ class NormColumnLinear(ColumnParallelLinear):
         return super().forward(F.rms_norm(x, gain.shape, gain, self.eps))
 
 
-def fused_block_spec(num_layers: int, _: object = ()) -> TransformerBlockSubmodules:
+def fused_block_spec(num_layers: int, *_: object, **__: object) -> TransformerBlockSubmodules:
     """Returns the spec's layers with the norms moved into the linear layers after them."""
     spec = modules.llama_block_spec(num_layers)
     for layer in spec.layer_specs:

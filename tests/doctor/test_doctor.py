@@ -77,7 +77,7 @@ def test_a_wrong_hypergradient_is_found(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "import runpy, sys\n"
-        "import megatron_dwm.bilevel.tangent_probe as probe\n"
+        "import megatron_dwm.bilevel.probe_hooks as probe\n"
         "real = probe._hook_for\n"
         "skip = ('ColumnParallelLinear',)\n"
         "probe._hook_for = lambda name, module, *rest: (\n"
