@@ -1,8 +1,8 @@
 """The shape of a model that Megatron-LM or Megatron-Bridge saved, from the settings beside it.
 
-Megatron-LM pickles its arguments into `common.pt`. A pickle can run code, so this reads it with an
-unpickler that makes nothing but plain values, and an empty object for everything else. Bridge
-writes `run_config.yaml`.
+Megatron-LM pickles its arguments into `common.pt`, and since 0.19 into an object among the tensors.
+A pickle can run code, so this reads it with an unpickler that makes nothing but plain values, and
+an empty object for everything else. Bridge writes `run_config.yaml`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import yaml
 
 from megatron_dwm.config import UserError
 from megatron_dwm.model import LlamaShape
+from megatron_dwm.model.on_disk.saved_index import data_only, read_index
 
 COMMON, RUN_CONFIG = "common.pt", "run_config.yaml"
+_COMMON_STATE = "common_state/"
 # What a Llama is in Megatron's arguments; others would be read as one, silently wrong.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",),
@@ -67,8 +69,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if (folder / RUN_CONFIG).is_file():
         return _of_bridge(folder / RUN_CONFIG)
     if (folder / COMMON).is_file():
-        return _of_megatron_lm(folder / COMMON)
-    return {}
+        return _of_megatron_lm(folder / COMMON, (folder / COMMON).read_bytes())
+    return _of_common_state(folder)
 
 
 def _of_bridge(path: Path) -> dict[str, Any]:
@@ -83,13 +85,29 @@ def _of_bridge(path: Path) -> dict[str, Any]:
     return {"seq_length": data.get("sequence_length"), **model}
 
 
-def _of_megatron_lm(path: Path) -> dict[str, Any]:
+def _of_common_state(folder: Path) -> dict[str, Any]:
+    """Returns what megatron-core 0.19 saves among the tensors, in place of `common.pt`."""
+    with data_only(folder / ".metadata"):
+        stored = read_index(folder).storage_data
+    for place, info in stored.items():
+        if place.fqn.startswith(_COMMON_STATE):
+            path = folder / info.relative_path
+            with path.open("rb") as file:
+                file.seek(info.offset)
+                return _of_megatron_lm(path, file.read(info.length))
+    return {}
+
+
+def _of_megatron_lm(path: Path, saved: bytes) -> dict[str, Any]:
+    """Returns the arguments in bytes that torch saved. path: where they were, for messages."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(saved)) as archive:
             [name] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             content = _PlainUnpickler(io.BytesIO(archive.read(name))).load()
     except Exception as error:  # a damaged pickle can raise anything
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
+    if isinstance(content, list) and len(content) == 1:  # 0.19's object is a list of one
+        [content] = content
     arguments = content.get("args") if isinstance(content, Mapping) else None
     return dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
 

@@ -47,7 +47,14 @@ def text() -> Tensor:
     return torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(3))
 
 
-def save(folder: str, *, tensor: int = 1, pipeline: int = 1, **options: Any) -> Tensor:
+def save(
+    folder: str,
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    with_arguments: bool = True,
+    **options: Any,
+) -> Tensor:
     """Save a model under `folder`, with optimizer and arguments; returns its logits [2, S, V].
 
     Logits are of one process; several return an empty tensor. options: of `_built`.
@@ -64,7 +71,8 @@ def save(folder: str, *, tensor: int = 1, pipeline: int = 1, **options: Any) -> 
         optimizer = get_megatron_optimizer(adam, [wrapped], use_gloo_process_groups=False)
         sharded = model.sharded_state_dict()
         state = {
-            **{"args": _arguments(model), "iteration": 7, "checkpoint_version": 3.0},
+            **({"args": _arguments(model)} if with_arguments else {}),
+            **{"iteration": 7, "checkpoint_version": 3.0},
             "model": sharded,
             "optimizer": optimizer.sharded_state_dict({"model": sharded}),
         }

@@ -90,7 +90,6 @@ def test_layouts_save_what_one_process_saves(tmp_path: Path) -> None:
 def test_settings_of_bridge(saved: list[tuple[Path, torch.Tensor]], tmp_path: Path) -> None:
     folder, expected = tmp_path / "iter_0000007", import_from_megatron(saved[0][0], tmp_path / "a")
     shutil.copytree(saved[0][0] / "iter_0000007", folder)
-    (folder / "common.pt").unlink()
     model = {
         **SIZES,
         "vocab_size": VOCAB,
@@ -108,8 +107,7 @@ def test_settings_of_bridge(saved: list[tuple[Path, torch.Tensor]], tmp_path: Pa
 def test_mistakes_are_one_line(saved: list[tuple[Path, torch.Tensor]], tmp_path: Path) -> None:
     folder = saved[0][0]
     bare = tmp_path / "bare"
-    shutil.copytree(folder / "iter_0000007", bare)
-    (bare / "common.pt").unlink()
+    run_ranks(WORKER, 1, [{"folder": str(bare), "with_arguments": False}])
     output = ["--output", str(tmp_path / "none")]
     for arguments, words in (
         ([str(tmp_path), *output], "no .metadata"),
