@@ -14,6 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +33,8 @@ from megatron_dwm.tokenizer import kind_of
 FOLDER = "prepared_data"
 _KEY = "text"
 _POLL_S = 0.5
+# A waiting process says so after this time.
+_SILENT_S = 60.0
 
 
 def with_prepared_data(config: Config) -> Config:
@@ -59,9 +63,24 @@ def _prepared(text: Path, config: Config) -> str:
         if not done.is_file():
             print(f"data.train {text}: tokens are written to {settings.prefix}_*", flush=True)
         _preprocess(settings)
-    while not done.is_file():
-        time.sleep(_POLL_S)
+    _wait_for(done)
     return f"{settings.prefix}_{_KEY}_document"
+
+
+def _wait_for(done: Path) -> None:
+    """Wait until the first process has written the files; says so once if it takes a while."""
+    start_s, is_said = time.monotonic(), False
+    while not done.is_file():
+        if not is_said and time.monotonic() - start_s > _SILENT_S:
+            rank, host = find_launch(os.environ).rank, socket.gethostname()
+            print(
+                f"warning: rank {rank} on {host} waits for {done}, which rank 0 writes; every "
+                "machine has to see this folder",
+                file=sys.stderr,
+                flush=True,
+            )
+            is_said = True
+        time.sleep(_POLL_S)
 
 
 def _settings(text: Path, config: Config) -> PreprocessSettings:
