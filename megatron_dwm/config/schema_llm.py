@@ -106,7 +106,7 @@ class ModelConfig:
     CPU; slower than products without it (needs fp8_recipe tensorwise)"""
     init_from: str | None = None
     """initial parameters of the LLM: a Hugging Face directory (Llama, Mistral, Qwen2 or Qwen3;
-    docs/huggingface.md), a checkpoint of an earlier run, or what Megatron-LM or Megatron-Bridge saved
+    docs/huggingface.md), a checkpoint of an earlier run, or one of Megatron-LM or Megatron-Bridge
     (docs/megatron.md); the LLM then has that model's shape"""
     hidden_size: int | None = key(None, WIDTH)
     """width of the residual stream"""

@@ -23,6 +23,7 @@ STAGED = [
     *("--weighting.stages", "2", "--weighting.updates_per_stage", "3"),
     *("--training.log_interval_steps", "2", "--logging.weights_interval_steps", "1"),
     *("--evaluation.path", str(CORPUS / "heldout.jsonl"), "--evaluation.interval_steps", "4"),
+    *("--evaluation.sets", f"more={CORPUS / 'heldout.jsonl'}"),
 ]
 STAMP = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] "
 STEP = (
@@ -45,6 +46,9 @@ def test_lines_of_a_staged_run_and_of_its_resumption(
     [line] = re.findall(r"checkpoint (step_0+6): ([\d.]+) MB in", job.text)
     files = (run_dir / "checkpoints" / line[0]).rglob("*")
     assert line[1] == f"{sum(f.stat().st_size for f in files if f.is_file()) / 1e6:.1f}"
+    *_, last = metrics(run_dir, "evaluation")
+    losses, names = last["domain_loss"], [n for n in last["domain_loss"] if "/" not in n]
+    assert {f"more/{name}": losses[name] for name in names}.items() <= losses.items() and names
     assert f"files: {run_dir}" in job.text and "6 steps in 2 stages" in job.text
     assert "tensor 1 x context 1 x pipeline 1 x data 1" in job.text
     assert "resumed from" not in job.text
