@@ -68,7 +68,7 @@ class Reporter:
             "grad_norm": outcome.grad_norm,
         }
         before, more = self._begun(stage, "train") | values, outcome.statistics
-        self._step_lines.add(before, statistics, self._counts(), more=more)
+        self._step_lines.add(before, statistics, _counts(self._state, self._costs), more=more)
         if self._state.step % self._config.metrics_interval_steps == 0:
             self._step_lines.write()
         interval = self._config.weights_interval_steps
@@ -175,23 +175,27 @@ class Reporter:
         self._step_lines.write()
         seconds = self._lap()
         if self._files is not None:
-            self._files.write({**self._begun(stage, phase), **values, **self._counts()})
+            self._files.write(
+                {**self._begun(stage, phase), **values, **_counts(self._state, self._costs)}
+            )
         return seconds
 
     def _begun(self, stage: int, phase: str) -> dict[str, Any]:
         return {"step": self._state.step, "stage": stage, "phase": phase}
-
-    def _counts(self) -> dict[str, Any]:
-        return {
-            "tokens": self._state.tokens,
-            "flops": self._costs.spent(self._state),
-            "flops_weighting": self._costs.spent_on_weights(self._state),
-            "flops_updates": self._costs.spent_on_updates(self._state),
-            "seconds": round(self._state.seconds, 3),
-        }
 
     def _lap(self) -> float:
         """Add the seconds since the last call to the run's time, and return them."""
         before_s, self._clock_s = self._clock_s, time.monotonic()
         self._state.seconds += self._clock_s - before_s
         return self._clock_s - before_s
+
+
+def _counts(state: TrainState, costs: Costs) -> dict[str, Any]:
+    """Returns the end of every line: what the run has read, computed and waited for so far."""
+    return {
+        "tokens": state.tokens,
+        "flops": costs.spent(state),
+        "flops_weighting": costs.spent_on_weights(state),
+        "flops_updates": costs.spent_on_updates(state),
+        "seconds": round(state.seconds, 3),
+    }
