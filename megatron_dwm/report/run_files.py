@@ -95,7 +95,7 @@ def read_weights(run_dir: Path) -> WeightRecords:
             "with which they are written"
         )
     rows = pa.concat_tables(tables)
-    kept = _last_written(rows, np.repeat(np.arange(len(tables)), [len(t) for t in tables]))
+    kept = last_written(rows, np.repeat(np.arange(len(tables)), [len(t) for t in tables]))
     domains, codes = _encode(rows["domain"])
     return WeightRecords(
         step=rows["step"].to_numpy()[kept],
@@ -106,7 +106,7 @@ def read_weights(run_dir: Path) -> WeightRecords:
     )
 
 
-def _last_written(rows: pa.Table, file: np.ndarray) -> np.ndarray:
+def last_written(rows: pa.Table, file: np.ndarray) -> np.ndarray:
     """Returns row numbers in the order of (step, source, sample), without superseded rows.
 
     If several files have the same sample of a step, the last file counts. No file has a step twice,
@@ -137,16 +137,19 @@ def _weight_table(path: Path) -> pa.Table:
             table = pq.read_table(path, columns=_WEIGHT_SCHEMA.names)
         else:
             table = pq.read_table(path)
-            table = table.append_column("source", _guessed_source(table["alignment"]))
+            table = table.append_column("source", guessed_source(table["alignment"]))
         return table.select(_WEIGHT_SCHEMA.names).cast(_WEIGHT_SCHEMA)
     except (pa.ArrowException, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path} has no weights of a run ({reason}); move it out of the folder"
-        ) from error
+        raise broken_file(path, error) from error
 
 
-def _guessed_source(alignment: pa.ChunkedArray) -> pa.ChunkedArray:
+def broken_file(path: Path, error: Exception) -> UserError:
+    """Returns the error of a file that cannot be read as weights."""
+    reason = str(error).splitlines()[0]
+    return UserError(f"{path} has no weights of a run ({reason}); move it out of the folder")
+
+
+def guessed_source(alignment: pa.ChunkedArray) -> pa.ChunkedArray:
     """Returns the source column for files of older versions: `update` for rows with an alignment.
 
     That is wrong for updates on the training batch, but their steps have no other record.
