@@ -51,7 +51,7 @@ def _theme(name: str, colors: Sequence[str], *, text: str, grid: str, rule: str)
         "axisY": {"domain": False, "ticks": False},
         "legend": {**plain, "title": None, "labelFontSize": 11, "labelLimit": 220},
         "header": {"labelColor": text, "titleColor": text, "labelFontWeight": 600},
-        "title": {"color": text, "anchor": "start", "fontSize": 14, "fontWeight": 600},
+        "title": {"color": text, "anchor": "start", "fontSize": 14, "fontWeight": 600, "offset": 14},
         "range": {"category": list(colors), "diverging": _DIVERGING[name]},
         "line": {"strokeWidth": 2, "strokeJoin": "round"},
         "rule": {"color": rule},
@@ -74,7 +74,7 @@ def lines(
     band: bool = False,
     reference: float | None = None,
     marks: bool = False,
-    dots: bool = False,
+    dotted: Sequence[str] = (),
     zero: bool = False,
 ) -> Chart:
     """Returns lines of `y` over `x`.
@@ -87,7 +87,8 @@ def lines(
         band: also shade between the columns `low` and `high`.
         reference: value of a dashed horizontal line.
         marks: draw a vertical line at each row of the figure's marks.
-        dots: show every point (else only the one under the pointer): for series of few points.
+        dotted: values of `color` whose points are shown (else only the one under the pointer): those
+            of so few points that a line would not be seen.
         zero: begin the ordinate at 0.
     """
     across = alt.X(f"{x.name}:Q", title=x.label, axis=_ticks(x), scale=alt.Scale(nice=False))
@@ -100,11 +101,11 @@ def lines(
         layers.append(base.mark_area(opacity=0.2).encode(**edges))
     dashed = _dash(color, names)
     layers.append(base.mark_line().encode(up, **dashed))
-    hover = alt.selection_point(
-        name="near", on="pointerover", nearest=True, clear="pointerout", encodings=["x", "color"]
-    )
-    shown = alt.value(1) if dots else alt.when(hover, empty=False).then(alt.value(1))
-    opacity = shown if dots else shown.otherwise(alt.value(0))
+    hover = alt.selection_point(name="near", on="pointerover", nearest=True, clear="pointerout")
+    seen = alt.when(hover, empty=False).then(alt.value(1))
+    if dotted and color is not None:
+        seen = seen.when(alt.FieldOneOfPredicate(field=color, oneOf=list(dotted))).then(alt.value(1))
+    opacity = seen.otherwise(alt.value(0))
     tips = _tips(x, y, color)
     layers.append(
         base.mark_point(filled=True, size=45)
@@ -174,7 +175,7 @@ def bars(
     )
     guides = []
     if reference is not None:
-        rule = alt.Chart(alt.InlineData([{}])).mark_rule(strokeDash=[4, 3])
+        rule = alt.Chart(alt.NamedData("one")).mark_rule(strokeDash=[4, 3])
         guides.append(rule.encode(x=alt.XDatum(reference)))
     return _plain(alt.layer(*guides, error, point))
 
@@ -200,7 +201,7 @@ def _guides(across: alt.X, reference: float | None, marks: bool) -> list[Any]:
         rule = alt.Chart(alt.NamedData("marks")).mark_rule(opacity=0.45, strokeDash=[1, 3])
         layers.append(rule.encode(across))
     if reference is not None:
-        rule = alt.Chart(alt.InlineData([{}])).mark_rule(strokeDash=[4, 3])
+        rule = alt.Chart(alt.NamedData("one")).mark_rule(strokeDash=[4, 3])
         layers.append(rule.encode(y=alt.YDatum(reference)))
     return layers
 
@@ -213,7 +214,7 @@ def _color(color: str | None, names: Sequence[str]) -> dict[str, Any]:
     if color is None:
         return {}
     scale = alt.Scale(domain=list(names))
-    return {"color": alt.Color(f"{color}:N", scale=scale, legend=alt.Legend(title=None))}
+    return {"color": alt.Color(f"{color}:N", scale=scale, legend=_legend())}
 
 
 def _dash(color: str | None, names: Sequence[str]) -> dict[str, Any]:
@@ -222,7 +223,13 @@ def _dash(color: str | None, names: Sequence[str]) -> dict[str, Any]:
         return {}
     dashes = [_DASHES[number // len(_LIGHT) % len(_DASHES)] for number in range(len(names))]
     scale = alt.Scale(domain=list(names), range=dashes)
-    return {"strokeDash": alt.StrokeDash(f"{color}:N", scale=scale, legend=alt.Legend(title=None))}
+    return {"strokeDash": alt.StrokeDash(f"{color}:N", scale=scale, legend=_legend())}
+
+
+def _legend() -> alt.Legend:
+    return alt.Legend(
+        title=None, symbolType="stroke", symbolStrokeWidth=3, symbolSize=260, symbolOpacity=1
+    )
 
 
 def swatches(count: int) -> list[dict[str, Any]]:
@@ -249,6 +256,15 @@ def _plain(chart: Any) -> Chart:
     spec = chart.to_dict()
     spec.pop("config", None)
     return spec
+
+
+def without_legend(chart: Any) -> Any:
+    """Returns a chart whose legend is elsewhere on the page."""
+    if isinstance(chart, list):
+        return [without_legend(part) for part in chart]
+    if not isinstance(chart, dict):
+        return chart
+    return {k: None if k == "legend" else without_legend(part) for k, part in chart.items()}
 
 
 def panel(chart: Mapping[str, Any], width: int | str, height: int) -> Chart:

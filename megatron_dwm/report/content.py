@@ -50,6 +50,7 @@ class Figure:
     panels: name of the column that divides the data among plots side by side, or None.
     panel_names: values of `panels`, in order.
     marks: data of the vertical lines (`step`, `tokens`, `flops`, `time`), if the chart has them.
+    wide: takes the whole width of the page; panels always do.
     """
 
     id: str
@@ -63,6 +64,7 @@ class Figure:
     panels: str | None = None
     panel_names: Sequence[str] = ()
     marks: Mapping[str, Sequence[Cell]] = field(default_factory=dict)
+    wide: bool = False
 
     def __post_init__(self) -> None:
         """Check that the data are a table."""

@@ -46,7 +46,7 @@ def paper_chart(figure: Figure) -> Chart:
         },
         "columns": _PANELS_A_ROW,
         "spec": panel(_without_schema(figure.chart), _PANEL_WIDTH, _PANEL_HEIGHT),
-        "resolve": {"scale": {"y": "independent"}},
+        "resolve": {"scale": {"y": "independent"}, "axis": {"x": "independent"}},
     }
 
 
@@ -65,7 +65,7 @@ def _without_schema(chart: Mapping[str, Any]) -> Chart:
 
 def datasets(figure: Figure) -> dict[str, list[dict[str, Cell]]]:
     """Returns a figure's data as Vega reads them: a record for each row."""
-    return {"table": _records(figure.data), "marks": _records(figure.marks)}
+    return {"table": _records(figure.data), "marks": _records(figure.marks), "one": [{}]}
 
 
 def _records(data: Mapping[str, Any]) -> list[dict[str, Cell]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_dwm.report.charts import lines
@@ -13,6 +14,7 @@ from megatron_dwm.report.runs import RunSet
 # A page with more panels, or a plot with more lines, cannot be read; their data are in the CSV.
 MAX_PANELS = 24
 MAX_LINES = 28
+_FEW_POINTS = 2
 _BAND = "Bands reach from the lowest to the highest run of a group of seeds; the line is their mean."
 
 
@@ -107,19 +109,6 @@ def by_panel(
     )
 
 
-def columns_of_group(
-    runs: RunSet,
-    quantities: Mapping[str, Value],
-    phase: str,
-) -> list[list[Cell]]:
-    """Returns the main group's curves below each other: name, step, tokens, FLOPs, time, values."""
-    return [
-        [name, *row]
-        for name, value in quantities.items()
-        for row in group_rows(runs, runs.groups[0], phase, value)
-    ]
-
-
 def present(figures: Sequence[Figure | None]) -> list[Figure]:
     """Returns the figures that have data."""
     return [figure for figure in figures if figure is not None]
@@ -130,14 +119,20 @@ def _columns(runs: RunSet, y: Column, before: Sequence[Column]) -> tuple[Column,
     return (*before, *abscissas(runs), y, *edges)
 
 
-def _look(runs: RunSet, rows: Sequence[Sequence[Any]]) -> dict[str, bool]:
+def _look(runs: RunSet, rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
     """Returns the options of `lines` that depend on the data."""
-    counts: dict[Any, int] = {}
-    for row in rows:
-        key = tuple(cell for cell in row[:2] if isinstance(cell, str))
-        counts[key] = counts.get(key, 0) + 1
     several = any(len(group.runs) > 1 for group in runs.groups)
-    return {"band": several, "dots": min(counts.values()) <= 2, "marks": bool(_marks(runs))}
+    names = [tuple(cell for cell in row[:2] if isinstance(cell, str)) for row in rows]
+    return {"band": several, "dotted": dotted(names), "marks": bool(_marks(runs))}
+
+
+def dotted(names: Sequence[tuple[str, ...]]) -> list[str]:
+    """Returns the last name of those that have one or two points: a line would not be seen.
+
+    names: of the line that each point belongs to: its panel's, if there are several, and its own.
+    """
+    counts = Counter(names)
+    return sorted({name[-1] for name, count in counts.items() if count <= _FEW_POINTS})
 
 
 def _marks(runs: RunSet) -> dict[str, list[Cell]]:
@@ -158,5 +153,3 @@ def _left_out(count: int) -> str:
         return ""
     return f" Shown are {MAX_PANELS} of {count}."
 
-
-Selector = Callable[[str], Value]

@@ -9,13 +9,12 @@ from importlib.resources import files
 from typing import Any
 
 from megatron_dwm.config.printing import printable
-from megatron_dwm.report.charts import HEIGHT, swatches, themes
+from megatron_dwm.report.charts import HEIGHT, swatches, themes, without_legend
 from megatron_dwm.report.content import Cell, Content, Figure
 from megatron_dwm.report.images import paper_chart, vega_script
 
 _FOLDER = files("megatron_dwm.report") / "page"
 _ABSCISSAS = ("step", "tokens", "flops", "time")
-# Visible control characters only: a tab or a line break in a name is a space on a page.
 _SCRIPT_END = re.compile(r"</(?=script)", re.IGNORECASE)
 
 
@@ -77,7 +76,7 @@ def figure_data(figure: Figure) -> dict[str, Any]:
         "columns": [{"name": c.name, "label": c.label} for c in figure.columns],
         "data": figure.data,
         "marks": figure.marks,
-        "chart": figure.chart,
+        "chart": without_legend(figure.chart) if figure.series else figure.chart,
         "paper": paper_chart(figure),
         "height": figure.chart.get("height", HEIGHT),
         "series": figure.series,

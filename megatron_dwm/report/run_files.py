@@ -31,6 +31,10 @@ _WEIGHT_SCHEMA = pa.schema(
 )
 
 
+class NotYet(UserError):
+    """A run has written nothing to report on yet."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightRecords:
     """N recorded weights, sorted by step."""
@@ -48,9 +52,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Returns the lines of `metrics.jsonl`, one for each phase and step, sorted by step.
 
     Raises:
-        UserError: `run_dir` is not a run, or a line is broken.
+        UserError: `run_dir` is not a run, or a line is broken; `NotYet` if it has just begun.
     """
     path = run_dir / "metrics.jsonl"
+    if not path.is_file() and (run_dir / "config.yaml").is_file():
+        raise NotYet(f"{path} is not there yet; wait for the run's first step")
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run: it has no metrics.jsonl; name a run's directory")
     latest: dict[tuple[str, int, int], dict[str, Any]] = {}
@@ -64,8 +70,16 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
                 update = number if record["phase"] in ("weighting", "skipped_update") else 0
                 latest[record["phase"], record["step"], update] = record
     if not latest:
-        raise UserError(f"{path} has no finished line yet; wait for the run's first step")
+        raise NotYet(f"{path} has no finished line yet; wait for the run's first step")
     return sorted(latest.values(), key=lambda record: record["step"])
+
+
+def ends_unfinished(run_dir: Path) -> bool:
+    """Returns True if the last line of `metrics.jsonl` has no end: the run is writing it."""
+    with (run_dir / "metrics.jsonl").open("rb") as stream:
+        stream.seek(0, 2)
+        stream.seek(max(0, stream.tell() - 1))
+        return stream.read(1) not in (b"", b"\n")
 
 
 def _record(raw: bytes, where: str) -> dict[str, Any]:

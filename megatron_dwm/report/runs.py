@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.report.run_files import read_metrics
+from megatron_dwm.report.run_files import ends_unfinished, read_metrics
 
 DEFAULT_TARGET = "target"
 # Keys in which runs of one group may differ: the seed, and where files are.
@@ -103,6 +103,8 @@ def read_run(path: Path, name: str) -> Run:
     metrics = read_metrics(path)
     config, text, notes = _config(path / "config.yaml")
     starts, more = _starts(path / "starts.jsonl")
+    if ends_unfinished(path):
+        more.append("the last line of metrics.jsonl is unfinished and left out")
     return Run(
         name=name,
         path=path,

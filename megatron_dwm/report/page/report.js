@@ -55,7 +55,7 @@
     return walk(chart);
   }
   const shown = (figure) => figure.rows.filter((row) => !figure.series || !figure.hidden.has(row[figure.series]));
-  const datasets = (figure, rows) => ({ table: rows, marks: figure.markRows });
+  const datasets = (figure, rows) => ({ table: rows, marks: figure.markRows, one: [{}] });
 
   function drawPanel(figure, parent, rows, title) {
     const plot = document.createElement("div");
@@ -74,8 +74,7 @@
       description: [figure.title, title].filter(Boolean).join(": "), datasets: datasets(figure, rows),
       autosize: { type: "fit-x", contains: "padding" },
     };
-    const config = { ...THEMES[theme()], legend: { ...THEMES[theme()].legend, disable: Boolean(figure.series) } };
-    return vegaEmbed(view, spec, { actions: false, renderer: "svg", config });
+    return vegaEmbed(view, spec, { actions: false, renderer: "svg", config: THEMES[theme()] });
   }
   async function draw(element) {
     const figure = figures.get(element);
@@ -119,6 +118,7 @@
   function makeLegend(element, figure) {
     if (!figure.series) return;
     const present = new Set(figure.data[figure.series]);
+    if (present.size < 2) return;
     figure.names.forEach((name, number) => {
       if (!present.has(name)) return;
       const button = document.createElement("button");

@@ -9,7 +9,7 @@ import numpy as np
 from megatron_dwm.report.charts import fan, heat, lines
 from megatron_dwm.report.content import Cell, Column, Content, Figure, columnar
 from megatron_dwm.report.curves import abscissas, at_steps, bin_edges, key, stage_marks
-from megatron_dwm.report.over_steps import MAX_LINES, MAX_PANELS, over_steps, present
+from megatron_dwm.report.over_steps import MAX_LINES, MAX_PANELS, dotted, over_steps, present
 from megatron_dwm.report.runs import Group, Run, RunSet
 from megatron_dwm.report.weight_stream import weight_files
 from megatron_dwm.report.weight_summary import WeightSummary, summarize
@@ -67,7 +67,8 @@ def _by_domain(runs: RunSet, found: Summaries) -> Figure | None:
     groups = list(dict.fromkeys(str(row[0]) for row in rows))
     less = "" if len(shown) == len(names) else f" The {len(shown)} largest of {len(names)} domains."
     marks = {} if several else _marks_of(runs, groups[0])
-    look = {"reference": 1.0, "dots": _is_short(found), "marks": bool(marks)}
+    points = [(str(row[1]), str(row[0])) if several else (str(row[1]),) for row in rows]
+    look = {"reference": 1.0, "dotted": dotted(points), "marks": bool(marks)}
     return Figure(
         id="weight_by_domain",
         title="Mean weight by domain" if several else f"Mean weight by domain, {groups[0]}",
@@ -85,6 +86,7 @@ def _by_domain(runs: RunSet, found: Summaries) -> Figure | None:
         panels="domain" if several else None,
         panel_names=shown if several else (),
         marks=marks,
+        wide=True,
     )
 
 
@@ -92,10 +94,6 @@ def _marks_of(runs: RunSet, group_name: str) -> dict[str, list[Cell]]:
     group = next(group for group in runs.groups if group.name == group_name)
     marks = stage_marks(group.runs[0], runs)
     return marks if marks["step"] else {}
-
-
-def _is_short(found: Summaries) -> bool:
-    return min(int(np.isfinite(summary.step).sum()) for summary in found.values()) <= 2
 
 
 def _domains(found: Summaries) -> list[str]:
