@@ -13,7 +13,7 @@ from megatron_dwm.report.runs import RunSet
 
 # A page with more panels, or a plot with more lines, cannot be read; their data are in the CSV.
 MAX_PANELS = 24
-MAX_LINES = 28
+MAX_LINES = 21
 _FEW_POINTS = 2
 
 

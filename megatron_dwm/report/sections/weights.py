@@ -66,7 +66,7 @@ def _by_domain(runs: RunSet, found: Summaries) -> Figure | None:
     """One plot with a line for each domain, or one plot a domain if groups are compared."""
     names = _domains(found)
     several = runs.compared and len(found) > 1
-    shown = names[: MAX_PANELS if several else MAX_LINES]
+    shown = _by_last_weight(names[: MAX_PANELS if several else MAX_LINES], found)
     rows = [row for group in runs.groups for row in _domain_rows(runs, group, found, shown)]
     if not rows:
         return None
@@ -113,6 +113,16 @@ def _domains(found: Summaries) -> list[str]:
         for name, count in zip(summary.domains, summary.domain_count.sum(axis=0), strict=True):
             counts[name] = counts.get(name, 0.0) + float(count)
     return sorted(counts, key=lambda name: (-counts[name], name))
+
+
+def _by_last_weight(names: list[str], found: Summaries) -> list[str]:
+    """Returns domains in falling order of their last weight in the first run that has weights."""
+    summary = next(iter(found.values()), None)
+    last = {}
+    if summary is not None:
+        for name, column in zip(summary.domains, summary.mean_by_domain().T, strict=True):
+            last[name] = column[~np.isnan(column)][-1]
+    return sorted(names, key=lambda name: -last.get(name, 0.0))
 
 
 def _domain_rows(
