@@ -80,7 +80,7 @@ def lines(
     band: bool = False,
     reference: float | None = None,
     marks: bool = False,
-    dotted: Sequence[str] = (),
+    dotted: Sequence[Mapping[str, str]] = (),
     zero: bool = False,
 ) -> Chart:
     """Returns lines of `y` over `x`.
@@ -93,8 +93,8 @@ def lines(
         band: also shade between the columns `low` and `high`.
         reference: value of a dashed horizontal line.
         marks: draw a vertical line at each row of the figure's marks.
-        dotted: values of `color` whose points are shown (else only the one under the pointer):
-            those of so few points that a line would not be seen.
+        dotted: lines, each by the values of some columns, whose points are shown (else only the one
+            under the pointer): those of so few points that a line would not be seen.
         zero: begin the ordinate at 0.
     """
     across = alt.X(f"{x.name}:Q", title=x.label, axis=_ticks(x), scale=alt.Scale(nice=False))
@@ -108,12 +108,11 @@ def lines(
     dashed = _dash(color, names)
     layers.append(base.mark_line().encode(up, **dashed))
     hover = alt.selection_point(name="near", on="pointerover", nearest=True, clear="pointerout")
-    seen = alt.when(hover, empty=False).then(alt.value(1))
-    if dotted and color is not None:
-        seen = seen.when(alt.FieldOneOfPredicate(field=color, oneOf=list(dotted))).then(
-            alt.value(1)
-        )
-    opacity = seen.otherwise(alt.value(0))
+    conditions: list[dict[str, Any]] = [{"param": "near", "empty": False, "value": 1}]
+    for line in dotted:
+        this = {"and": [{"field": name, "equal": value} for name, value in line.items()]}
+        conditions.append({"test": this, "value": 1})
+    opacity = alt.OpacityValue(0, condition=conditions)
     tips = _tips(x, y, color)
     layers.append(
         base.mark_point(filled=True, size=45)

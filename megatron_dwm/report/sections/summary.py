@@ -151,7 +151,7 @@ def _flops_by_part(runs: RunSet) -> Figure | None:
         return lambda line: (flops_by_part(line) or {}).get(name)
 
     keys = dict(zip(_PARTS, ("LLM", "weighing", "updates"), strict=True))
-    rows = [
+    rows: list[list[Cell]] = [
         [name, *row[:5]]
         for name, inner in keys.items()
         for row in group_rows(runs, runs.groups[0], "train", part(inner))

@@ -31,7 +31,9 @@ Summaries = Mapping[str, WeightSummary]
 
 def weights(runs: RunSet) -> Content:
     """Returns the section about the weights of batches."""
-    found = {run.name: s for run in runs.runs if (s := _summary_of(run)) is not None}
+    # All weights of uniform runs are 1: reading and drawing them would show nothing.
+    weighted = [run for run in runs.runs if run.policy != "uniform"]
+    found = {run.name: s for run in weighted if (s := _summary_of(run)) is not None}
     missing = [run for run in runs.runs if run.name not in found]
     figures = [
         _by_domain(runs, found),
@@ -55,7 +57,7 @@ def _summary_of(run: Run) -> WeightSummary | None:
 
 def _why_missing(run: Run) -> str:
     if run.policy == "uniform":
-        return f"{run.name}: no weights are recorded with policy uniform; all of them are 1."
+        return f"{run.name}: policy uniform gives every sample the weight 1."
     return (
         f"{run.name}: no weights in weights/*.parquet. They are written with each "
         "checkpoint, for every logging.weights_interval_steps steps (0 records none)."
@@ -74,7 +76,6 @@ def _by_domain(runs: RunSet, found: Summaries) -> Figure | None:
     groups = list(dict.fromkeys(str(row[0]) for row in rows))
     less = "" if len(shown) == len(names) else f" The {len(shown)} largest of {len(names)} domains."
     marks = {} if several else _marks_of(runs, groups[0])
-    points = [(str(row[1]), str(row[0])) if several else (str(row[1]),) for row in rows]
     series = "run" if several else "domain"
     lined = [group.name for group in runs.groups] if several else shown
     return Figure(
@@ -88,7 +89,7 @@ def _by_domain(runs: RunSet, found: Summaries) -> Figure | None:
             color=series,
             names=lined,
             reference=1.0,
-            dotted=dotted(points),
+            dotted=dotted(["run", "domain"], rows),
             marks=bool(marks),
         ),
         series=series,
