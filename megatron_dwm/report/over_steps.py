@@ -53,9 +53,7 @@ def over_steps(
         caption=caption,
         columns=columns,
         data=columnar(columns, rows),
-        chart=lines(
-            y, color="run", names=names, reference=reference, **_look(runs, rows, [series])
-        ),
+        chart=lines(y, color="run", names=names, reference=reference, **look),
         series="run",
         names=names,
         marks=_marks(runs),
@@ -102,9 +100,7 @@ def by_panel(
         caption=caption + _left_out(len(panels)),
         columns=columns,
         data=columnar(columns, rows),
-        chart=lines(
-            y, color="run", names=names, reference=reference, **_look(runs, rows, [panel, series])
-        ),
+        chart=lines(y, color="run", names=names, reference=reference, **look),
         series="run",
         names=names,
         panels=panel.name,

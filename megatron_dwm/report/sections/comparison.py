@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 from statistics import mean, stdev
 
-from megatron_dwm.report.charts import bars
+from megatron_dwm.report.charts import bars, lines
 from megatron_dwm.report.content import Cell, Column, Content, Figure, Table, columnar
+from megatron_dwm.report.curves import abscissas, group_rows, key, within
+from megatron_dwm.report.over_steps import MAX_PANELS, dotted
 from megatron_dwm.report.reach import MEAN, held_out, work_to_reach
 from megatron_dwm.report.runs import Group, RunSet, held_out_domains
 
