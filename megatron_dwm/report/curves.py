@@ -85,7 +85,7 @@ def group_rows(runs: RunSet, group: Group, phase: str, value: Value) -> list[lis
 
 
 def bin_edges(steps: np.ndarray, max_bins: int = MAX_BINS) -> np.ndarray:
-    """Returns the edges of bins of steps: one for each step, or equal ones if these are too many."""
+    """Returns the edges of bins of steps: one for each step, or equal ones if steps are many."""
     different = np.unique(steps)
     if len(different) <= max_bins:
         return np.append(different, different[-1] + 1)
