@@ -36,6 +36,7 @@ from megatron_dwm.config.paths import TYPED_PATHS
 from megatron_dwm.config.plugins import import_plugin
 from megatron_dwm.config.schema import Config
 from megatron_dwm.files.atomic import write_text
+from megatron_dwm.files.command_names import name_of_command
 
 _LIST_KEYS = ("--data.train", "--run.allow_changed")
 _SCHEDULE = "data.schedule"
@@ -145,6 +146,8 @@ def _add_rules(parser: ArgumentParser) -> None:
             action.help = f"{action.help} [{'; '.join(bound + needs)}]"
         if action.dest == "policy.name":
             action.help = f"{action.help}: {methods_help()}"
+        if action.dest == "policy.reference_losses":
+            action.help += f"; {name_of_command('score')} --token-losses NAME writes them"
 
 
 def _given(words: Sequence[str]) -> Given:
