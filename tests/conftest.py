@@ -33,7 +33,8 @@ SLOW = (
     *("scoring/", "selection/", "training/", "weighting/"),
     *("config/test_examples.py", "config/test_printing.py", "model/test_fp8.py"),
     "model/test_llm_borders.py",
-    *("runtime/test_bring_up.py", "runtime/test_peers.py", "tokenizer/test_engine.py"),
+    *("runtime/test_bring_up.py", "runtime/test_peers.py", "runtime/test_start.py"),
+    "tokenizer/test_engine.py",
     *("test_metrics_document.py", "test_quickstart.py", "test_testing.py"),
 )
 # Files of these folders that only call functions.
