@@ -60,8 +60,6 @@ while [ $# -gt 0 ]; do
     shift
 done
 
-. "$repository/tools/environment.sh" eval,report
-
 # settings: a line for each combination, KEY=VALUE,KEY=VALUE; nothing is swept: as_configured.
 settings() {
     local lines=('') longer line value number
@@ -143,6 +141,8 @@ if [ -n "$list" ]; then
     done
     exit 0
 fi
+
+. "$repository/tools/environment.sh" eval,report
 check_all
 require_same_sweep
 common_declared="$(declare -p common)"
