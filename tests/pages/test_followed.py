@@ -103,7 +103,8 @@ MISTAKES = [
     ("your_data", f"{DATA} data/train.jsonl --output-prefix new/my".replace("data/x", "data/y")),
     (
         "your_data",
-        "python tools/train_tokenizer.py --input data/train.jsonl --output data/b --vocab-size 32000",
+        "python tools/train_tokenizer.py --vocab-size 32000 "
+        "--input data/train.jsonl --output data/b.model",
     ),
     ("your_target", f"echo '{{}}' >none.jsonl; {RUN} --validation.path none.jsonl"),
     ("your_target", f"{RUN} {TARGET} --evaluation.path data/target.jsonl"),

@@ -9,14 +9,8 @@ from pathlib import Path
 from tests.forking.client import REPOSITORY
 
 LIMIT_S = 60
-SWEEP = [
-    "--seeds",
-    "1,2",
-    "--weighting.learning_rate",
-    "1e-3,3e-3",
-    "--data.tokenizer",
-    "a b.model",
-]
+RATE = "weighting.learning_rate"
+SWEEP = ["--seeds", "1,2", f"--{RATE}", "1e-3,3e-3", "--data.tokenizer", "a b.model"]
 
 
 def _task(folder: Path, number: int, last: int) -> subprocess.CompletedProcess[str]:
@@ -57,10 +51,9 @@ def test_every_task_has_a_run_of_its_own(tmp_path: Path) -> None:
         assert done.returncode == 0 and "nothing to do" in done.stdout, done.stderr
         words = (tmp_path / "words").read_text().splitlines()
         assert words[1] == "examples/tiny.yaml" and "a b.model" in words
-        found.append((words[words.index("--weighting.learning_rate") + 1], words[-1]))
-        assert words[-3] == str(
-            tmp_path / f"out/weighting.learning_rate={found[-1][0]}.{words[-1]}"
-        )
+        rate, seed = words[words.index(f"--{RATE}") + 1], words[-1]
+        assert words[-3] == f"{tmp_path}/out/{RATE}={rate}.{seed}"
+        found.append((rate, seed))
     assert found == [("1e-3", "1"), ("1e-3", "2"), ("3e-3", "1"), ("3e-3", "2")]
 
 
