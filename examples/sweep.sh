@@ -85,19 +85,6 @@ arguments_of() {
     arguments+=(--run.dir "$out/$1.$2" --run.seed "$2")
 }
 
-# check_all: a mistake in any setting is one line before anything is trained.
-check_all() {
-    local code=0
-    while read -r setting seed; do
-        arguments_of "$setting" "$seed"
-        python "$tools/run_status.py" "${arguments[@]}" >/dev/null || code=$?
-        [ "$code" = 0 ] || [ "$code" = 3 ] || exit "$code" # 3: the run is not finished
-    done < <(runs)
-    python -c 'import sys; from megatron_dwm.config.load import load_config
-sys.exit(load_config(sys.argv[1:]).evaluation.path is None)' "${arguments[@]}" ||
-        fail "evaluation.path: not set; the table has the losses of held-out text"
-}
-
 runs() { # a line for each run: SETTING SEED
     local setting seed
     settings | while read -r setting; do
@@ -133,17 +120,22 @@ one_run() { # one_run SETTING SEED
     }
 }
 
-if [ -n "$list" ]; then
+list_runs() { # the arguments of every run, quoted for a shell
+    local setting seed arguments
     runs | while read -r setting seed; do
         arguments_of "$setting" "$seed"
         printf '%q ' "${arguments[@]}"
         echo
     done
+}
+
+if [ -n "$list" ]; then
+    list_runs
     exit 0
 fi
 
 . "$repository/tools/environment.sh" eval,report
-check_all
+list_runs | python "$repository/examples/check_sweep.py"
 require_same_sweep
 common_declared="$(declare -p common)"
 export config out common_declared tools

@@ -34,7 +34,7 @@ def _arguments(corpus: Corpus, out: Path) -> list[str]:
     """A sweep of four runs of six steps."""
     [_, file] = corpus.arguments()
     held_out = ["--evaluation.path", str(CORPUS / "heldout.jsonl")]
-    steps = ["--training.steps", "6", "--weighting.warmup_steps", "2"]
+    steps = ["--policy.name", "dwm", "--training.steps", "6", "--weighting.warmup_steps", "2"]
     return [file, str(out), *steps, *held_out, "--seeds", "1,2", f"--{KEY}", "1e-3,3e-1"]
 
 
@@ -95,6 +95,10 @@ def _require_mean_and_error(table: str, out: Path) -> None:
         (("examples/tiny.yaml", "out", "--training.step", "1,2"), "unknown key 'training.step'"),
         (("examples/tiny.yaml", "out", f"--{KEY}", "1,x"), "Expected a float. Got value: x"),
         (("examples/tiny.yaml", "out", "--evaluation.path", "null"), "evaluation.path: not set"),
+        (
+            ("examples/tiny.yaml", "out", "--policy.name", "uniform", f"--{KEY}", "1e-3,1e-2"),
+            "weighting.learning_rate: has no effect: policy uniform",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

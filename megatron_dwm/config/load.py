@@ -56,6 +56,10 @@ def load_config(arguments: Sequence[str], prog: str = "megatron_dwm.pretrain") -
     """Read the configuration in `[CONFIG.yaml] [--section.key value ...]`; later values win.
 
     Raises UserError with the file or key. `--help` prints the keys and exits with 0.
+
+    >>> config = load_config(["--training.steps", "200", "--policy.name", "uniform"])
+    >>> config.training.steps, config.training.global_batch_size
+    (200, 32)
     """
     return load(arguments, prog).config
 
