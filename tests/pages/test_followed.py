@@ -100,13 +100,13 @@ MISTAKES = [
     ("your_data", f"echo text >plain.txt; {DATA} plain.txt"),
     ("your_data", f"{DATA} data/train.jsonl --metadata-keys domian; false"),
     ("your_data", f"{DATA} data/train.jsonl --output-prefix data/my"),
-    ("your_data", f"{DATA} data/train.jsonl --output-prefix new/my".replace("data/x", "data/y")),
+    ("your_data", f"mkdir elsewhere; cd elsewhere; {DATA} ../data/train.jsonl".replace("tools/", "../tools/")),
     (
         "your_data",
         "python tools/train_tokenizer.py --vocab-size 32000 "
         "--input data/train.jsonl --output data/b.model",
     ),
-    ("your_target", f"echo '{{}}' >none.jsonl; {RUN} --validation.path none.jsonl"),
+    ("your_target", f"echo '{{}}' >data/none.jsonl; {RUN} --validation.path data/none.jsonl"),
     ("your_target", f"{RUN} {TARGET} --evaluation.path data/target.jsonl"),
     ("your_target", f"{RUN} {TARGET} --data.train data/my"),
     ("your_target", f"{RUN} {TARGET} --run.dir runs/my"),
@@ -129,10 +129,11 @@ def test_a_mistake_says_what_its_page_says(trained: Path, name: str, script: str
     assert messages and any(_says(line, message) for line in said for message in messages), said
 
 
-def _says(line: str, message: re.Pattern[str]) -> bool:
+def _says(line: str, message: str) -> bool:
     """True if the page has the line; its numbers and paths are those of another example."""
 
     def plain(text: str) -> str:
         return re.sub(r"[\w./]*[\d/][\w./]*", "N", text)
 
-    return re.fullmatch(plain(message.pattern.replace("\\", "")), plain(line)) is not None
+    parts = [re.escape(part) for part in plain(message).split("...")]
+    return re.fullmatch(".*".join(parts), plain(line)) is not None
