@@ -1,6 +1,6 @@
 """Checks the model that a run starts from, or compares with, before processes start.
 
-It is a checkpoint or a Hugging Face directory.
+It is a checkpoint, a Hugging Face directory, or a checkpoint of Megatron-LM or Megatron-Bridge.
 
 A checkpoint's files are compared with the checksums in its manifest. The names and sizes in the
 index of its tensors are compared with its shape.json, so that a wrong checkpoint gives one clear
@@ -18,17 +18,27 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_dwm.checkpoint.kept_files import HUGGINGFACE, TOKENIZER
-from megatron_dwm.checkpoint.load import load_parameters
+from megatron_dwm.checkpoint.load import load_parameters, load_trained
 from megatron_dwm.checkpoint.manifest import list_checkpoints, require_whole
 from megatron_dwm.checkpoint.names import LLM_FOLDER, MODEL_PREFIX, SHAPE_FILE
+from megatron_dwm.checkpoint.parts import TrainedModel
+from megatron_dwm.checkpoint.sharded_adam import create_state
 from megatron_dwm.checkpoint.sharded_files import data_only
-from megatron_dwm.config import Config, UserError
+from megatron_dwm.config import Config, ModelConfig, UserError
 from megatron_dwm.model import LLM, LlamaShape
 from megatron_dwm.model.on_disk.from_huggingface import load_huggingface
 from megatron_dwm.model.on_disk.huggingface_files import is_huggingface, open_huggingface
+from megatron_dwm.model.on_disk.megatron_files import (
+    MOMENTS,
+    is_megatron,
+    load_megatron,
+    open_megatron,
+)
 from megatron_dwm.model.on_disk.parameter_names import megatron_sizes
 from megatron_dwm.model.on_disk.saved_index import read_index
 from megatron_dwm.tokenizer import Tokenizer
+from megatron_dwm.training.learner import Learner
+from megatron_dwm.training.saved_moments import load_moments
 
 _KEY = "model.init_from"
 
@@ -37,17 +47,61 @@ def shape_to_start_from(config: Config) -> LlamaShape | None:
     """Returns the shape of the model of `model.init_from` and checks its files; None without it."""
     if config.model.init_from is None:
         return None
-    return shape_of_model(Path(config.model.init_from), _KEY)
+    shape = shape_of_model(Path(config.model.init_from), _KEY)
+    if config.model.init_optimizer:
+        _require_optimizer(config, Path(config.model.init_from))
+    return shape
+
+
+def _require_optimizer(config: Config, directory: Path) -> None:
+    """Raise UserError unless Adam's moments are there, under names that can be read."""
+    rounds = config.model.precision != "fp32" and not config.parallel.grad_reduce_in_fp32
+    if rounds and is_megatron(directory):
+        raise UserError(
+            "model.init_optimizer: Megatron-LM's moments are read through the gradient buffers, "
+            "which are in bf16 and would round them; expected parallel.grad_reduce_in_fp32 true"
+        )
+    if is_huggingface(directory):
+        found = False
+    elif is_megatron(directory):
+        model = open_megatron(directory)
+        found = all(model.has(kind) for kind in MOMENTS) and model.iteration >= 0
+    else:
+        names = _read_index(directory / LLM_FOLDER, _KEY).state_dict_metadata
+        found = any(name.startswith("optimizer.state.exp_avg.") for name in names)
+    if not found:
+        raise UserError(
+            f"model.init_optimizer: {directory} has no moments of Adam under the names of the "
+            "parameters (optimizer.state.exp_avg....); leave it out, and Adam begins anew"
+        )
+
+
+def load_start(learner: Learner, config: ModelConfig) -> None:
+    """Load the parameters of `model.init_from`, and Adam's state if asked for (collective)."""
+    directory = Path(config.init_from or "")
+    llm, optimizer = learner.llm, learner.optimizer
+    if not config.init_optimizer:
+        load_model(llm, directory)
+        optimizer.reload_model_params()
+    elif is_megatron(directory):
+        create_state(llm, optimizer)
+        load_model(llm, directory)
+        optimizer.reload_model_params()
+        load_moments(learner, open_megatron(directory))
+    else:
+        load_trained(TrainedModel(llm=llm, optimizer=optimizer), directory / LLM_FOLDER)
 
 
 def shape_of_model(directory: Path, key: str) -> LlamaShape:
     """Returns the shape of the model in `directory` and checks its files.
 
     key: the configuration key that named it, for messages.
-    Raises UserError if it is no whole checkpoint or Hugging Face directory.
+    Raises UserError if it is none of these, or not whole.
     """
     if is_huggingface(directory):
         return open_huggingface(directory).shape
+    if is_megatron(directory):
+        return open_megatron(directory).shape
     shape = _read_shape(directory / SHAPE_FILE, key)
     if not (directory / LLM_FOLDER / ".metadata").is_file():
         raise UserError(
@@ -59,9 +113,11 @@ def shape_of_model(directory: Path, key: str) -> LlamaShape:
 
 
 def load_model(llm: LLM, directory: Path) -> None:
-    """Load the parameters of a Hugging Face model or of a checkpoint (collective)."""
+    """Load the parameters of a model that `shape_of_model` has checked (collective)."""
     if is_huggingface(directory):
         load_huggingface(llm, open_huggingface(directory))
+    elif is_megatron(directory):
+        load_megatron(llm, open_megatron(directory))
     else:
         load_parameters(llm, directory)
 
@@ -72,7 +128,8 @@ def _read_shape(path: Path, key: str) -> LlamaShape:
         newest = f"; this is a run, and its newest checkpoint is {steps[-1]}" if steps else ""
         raise UserError(
             f"{key}: {path} is missing; expected a checkpoint such as "
-            f"RUN/checkpoints/step_00001000, or a Hugging Face directory{newest}"
+            "RUN/checkpoints/step_00001000, a Hugging Face directory, or a folder of Megatron-LM's "
+            f"latest_checkpointed_iteration.txt{newest}"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

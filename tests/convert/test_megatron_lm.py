@@ -13,14 +13,18 @@ import pytest
 import torch
 import yaml
 
+from megatron_dwm.config import Config, ModelConfig, ParallelConfig, UserError
 from megatron_dwm.convert.checkpoint_reader import open_checkpoint
 from megatron_dwm.convert.from_megatron import import_from_megatron
-from megatron_dwm.convert.megatron_arguments import shape_from
 from megatron_dwm.convert.megatron_logits import megatron_logits
 from megatron_dwm.convert.to_megatron import export_to_megatron
+from megatron_dwm.model.on_disk.megatron_settings import shape_from
+from megatron_dwm.run.starting_point import shape_to_start_from
 from tests.convert.megatron_workers import SIZES, VOCAB, text
 from tests.forking.client import run_python
 from tests.launch import run_ranks
+from tests.small_runs.command import succeed, without_time
+from tests.small_runs.fixtures import CORPUS, Corpus, preprocessed
 
 WORKER = "tests.convert.megatron_workers:save"
 CASES: list[dict[str, Any]] = [
@@ -87,6 +91,92 @@ def test_layouts_save_what_one_process_saves(tmp_path: Path) -> None:
     assert ours.read_layer("input_layernorm.weight", 3).std() > 0
 
 
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"tensor": 2, "pipeline": 2}], ids=str)
+def test_ranks_read_it_without_a_conversion(
+    saved: list[tuple[Path, torch.Tensor]], layout: dict[str, int], tmp_path: Path
+) -> None:
+    """Untied, and tied: then the output layer of another stage is the embedding."""
+    cases = []
+    for number in (0, 1):
+        ours = tmp_path / f"ours{number}"
+        import_from_megatron(saved[number][0], ours)
+        cases.append({"theirs": str(saved[number][0]), "ours": str(ours), **layout})
+    size = layout.get("tensor", 1) * layout.get("pipeline", 1)
+    results = run_ranks("tests.convert.megatron_workers:parameters_of_ranks", size, cases)
+    assert all(equal for ranks in results for rank in ranks for _, equal in rank)
+    assert all(rank for ranks in results for rank in ranks)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder with Adam's moments after some steps, and what Megatron's optimizer had."""
+    folder = tmp_path_factory.mktemp("trained")
+    moments = folder / "moments.pt"
+    case = {"folder": str(folder / "model"), "fused": True, "moments": str(moments)}
+    run_ranks(WORKER, 1, [case])
+    return folder / "model", moments
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"pipeline": 2}, {"data": 2}], ids=str)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_moments_of_adam_come_along(
+    trained: tuple[Path, Path], layout: dict[str, int], sharded: bool
+) -> None:
+    layout = dict(layout)
+    size = layout.pop("data", 1) * layout.get("tensor", 1) * layout.get("pipeline", 1)
+    case = {"theirs": str(trained[0]), "moments": str(trained[1]), "sharded": sharded, **layout}
+    [ranks] = run_ranks("tests.convert.megatron_workers:wrong_moments", size, [case])
+    assert ranks == [[]] * size
+
+
+def test_a_start_without_moments_is_refused(
+    saved: list[tuple[Path, torch.Tensor]], trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    import_from_megatron(trained[0], tmp_path / "ours")
+    for source in (saved[0][0], tmp_path / "ours"):
+        start = ModelConfig(init_from=str(source), init_optimizer=True)
+        with pytest.raises(UserError, match=r"^model.init_optimizer: .* has no moments of Adam"):
+            shape_to_start_from(Config(model=start))
+    rounded = Config(
+        model=ModelConfig(init_from=str(trained[0]), init_optimizer=True, precision="bf16"),
+        parallel=ParallelConfig(grad_reduce_in_fp32=False),
+    )
+    with pytest.raises(UserError, match=r"expected parallel.grad_reduce_in_fp32 true"):
+        shape_to_start_from(rounded)
+
+
+def test_a_run_starts_from_it_and_hugging_face_gets_it(
+    saved: list[tuple[Path, torch.Tensor]], corpus: Corpus, tmp_path: Path
+) -> None:
+    theirs, ours = saved[1][0], tmp_path / "ours"
+    import_from_megatron(theirs, ours)
+    small = _small_vocabulary(corpus, tmp_path)
+    held_out = str(CORPUS / "heldout.jsonl")
+    begin = ["--training.steps", "2", "--evaluation.at_start", "true"]
+    for name, source in (("a", theirs), ("b", ours)):
+        start = ["--model.init_from", str(source), "--evaluation.path", held_out]
+        succeed(tmp_path / name, *small.arguments(), *begin, *start)
+    assert without_time(tmp_path / "a") == without_time(tmp_path / "b")
+    command = ["tools/convert_checkpoint.py", "to-hf", str(theirs), "--output"]
+    refused = run_python([*command, str(tmp_path / "hf")])
+    assert refused.returncode == 2 and "name it with --tokenizer" in refused.stderr
+    done = run_python([*command, str(tmp_path / "hf"), "--tokenizer", small.tokenizer])
+    assert done.returncode == 0, done.stderr
+    assert f"from {theirs / 'iter_0000007'}" in done.stdout
+    assert str(theirs / "iter_0000007") in (tmp_path / "hf" / "README.md").read_text()
+    assert {path.name for path in tmp_path.glob(".*")} == set(), "nothing is left beside it"
+
+
+def _small_vocabulary(corpus: Corpus, folder: Path) -> Corpus:
+    """Returns the corpus with a tokenizer of VOCAB pieces."""
+    text, model = folder / "text.jsonl", folder / "small.model"
+    shutil.copy(Path(corpus.tokenizer).with_name("text.jsonl"), text)
+    options = ["--input", str(text), "--vocab-size", str(VOCAB), "--output", str(model)]
+    done = run_python(["tools/train_tokenizer.py", *options])
+    assert done.returncode == 0, done.stderr
+    return preprocessed(text, model)
+
+
 def test_settings_of_bridge(saved: list[tuple[Path, torch.Tensor]], tmp_path: Path) -> None:
     folder, expected = tmp_path / "iter_0000007", import_from_megatron(saved[0][0], tmp_path / "a")
     shutil.copytree(saved[0][0] / "iter_0000007", folder)
@@ -123,7 +213,7 @@ def test_mistakes_are_one_line(saved: list[tuple[Path, torch.Tensor]], tmp_path:
         assert line.startswith("error: ") and words in line
     assert not (tmp_path / "none").exists()
     done = _convert(str(folder), *output)
-    assert done.returncode == 0 and "vocabulary 300" in done.stdout
+    assert done.returncode == 0 and "vocabulary 360" in done.stdout
 
 
 class _Code:
