@@ -157,7 +157,8 @@ def _add_rules(parser: ArgumentParser) -> None:
         if action.dest == "policy.name":
             action.help = f"{action.help}: {methods_help()}"
         if action.dest == "policy.reference_losses":
-            action.help += f"; {name_of_command('score')} --token-losses NAME writes them"
+            writer = f"{name_of_command('score')} --token-losses NAME"
+            action.help = f"{action.help}; {writer} writes them"
 
 
 def _given(words: Sequence[str]) -> Given:

@@ -42,8 +42,8 @@ class Page:
                 yield shlex.split(line, comments=True)
 
     def links(self) -> list[str]:
-        """Returns the files that the page links to, relative to it."""
-        targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", self.text)
+        """Returns the files that the page links to, relative to it; pictures are left out."""
+        targets = re.findall(r"(?<!!)\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)", self.text)
         return [target for target in targets if "://" not in target]
 
     def messages(self) -> list[str]:

@@ -100,7 +100,7 @@ MISTAKES = [
     ("your_data", f"echo text >plain.txt; {DATA} plain.txt"),
     ("your_data", f"{DATA} data/train.jsonl --metadata-keys domian; false"),
     ("your_data", f"{DATA} data/train.jsonl --output-prefix data/my"),
-    ("your_data", f"mkdir elsewhere; cd elsewhere; {DATA} ../data/train.jsonl".replace("tools/", "../tools/")),
+    ("your_data", f"{DATA} data/train.jsonl".replace("data/x", "deeper/x")),
     (
         "your_data",
         "python tools/train_tokenizer.py --vocab-size 32000 "
