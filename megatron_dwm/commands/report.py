@@ -66,8 +66,8 @@ def _parser() -> OneLineParser:
         metavar="[RUN=]FILE.json",
         nargs="+",
         default=[],
-        help=f"benchmark scores that {name_of_command('evaluate')} --output wrote; FILE is the run's "
-        "name, or RUN= says it (files in RUN_DIR/evaluation/ are found without)",
+        help=f"benchmark scores that {name_of_command('evaluate')} --output wrote; FILE is the "
+        "run's name, or RUN= says it (files in RUN_DIR/evaluation/ are found without)",
     )
     add(
         "--watch",
