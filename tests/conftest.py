@@ -37,7 +37,7 @@ SLOW = (
         "packaging/",
     ),
     *("pages/", "planning/", "preprocess/", "recipes/", "run/", "signatures/", "slurm/", "tools/"),
-    *("scoring/", "selection/", "training/", "weighting/"),
+    *("scoring/", "selection/", "study/", "training/", "weighting/"),
     *("config/test_examples.py", "config/test_printing.py", "model/test_fp8.py"),
     "model/test_llm_borders.py",
     *("runtime/test_bring_up.py", "runtime/test_peers.py", "runtime/test_start.py"),

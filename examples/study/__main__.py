@@ -12,19 +12,22 @@ from dataclasses import replace
 from pathlib import Path
 
 from examples.study.launch import is_finished, train_all
-from examples.study.spec import Part, Study, read_study
+from examples.study.spec import FILE, Part, Study, read_study
 from examples.study.workplace import Workplace
+from megatron_dwm.config import UserError
 from megatron_dwm.config.command_line import OneLineParser, run_command
 
 
 def main() -> None:
     """Read the options, train and write."""
-    study = read_study()
-    arguments = _parser(study).parse_args()
+    arguments = _parser().parse_args()
+    study = read_study(arguments.study)
     parts = study.chosen(arguments.part)
     if arguments.scale != 1.0:
         study = _scaled(study, arguments.scale)
     place = Workplace(folder=arguments.workdir.absolute(), study=study)
+    if arguments.jobs < 1 or arguments.scale <= 0:
+        raise UserError("--jobs and --scale: expected numbers above 0")
     if arguments.list:
         _print_runs(place, parts)
         return
@@ -35,7 +38,7 @@ def main() -> None:
     print(write_document(place, parts, arguments.output or place.folder / "study.md"))
 
 
-def _parser(study: Study) -> OneLineParser:
+def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="run.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,7 +49,14 @@ def _parser(study: Study) -> OneLineParser:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="; ".join(f"{part.name}: {part.about}" for part in study.parts.values()),
+        help="parts of the study, in the file's order (default: those that it marks)",
+    )
+    add(
+        "--study",
+        type=Path,
+        metavar="FILE.yaml",
+        default=FILE,
+        help="what is trained (%(default)s)",
     )
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
     add(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from examples.study.commands import environment
 from examples.study.spec import Run
 from examples.study.workplace import Workplace
 from megatron_dwm.config import RunError
@@ -84,9 +85,7 @@ def _train(place: Workplace, run: Run, data: Path) -> bool:
     directory = place.directory(run)
     log = directory.with_name(f"{directory.name}.log")
     with log.open("a", encoding="utf-8") as file:
-        done = subprocess.run(
-            place.command(run, data), env=place.environment(), stdout=file, stderr=file
-        )
+        done = subprocess.run(place.command(run, data), env=environment(), stdout=file, stderr=file)
     if done.returncode:
         last = (log.read_text(encoding="utf-8").strip().splitlines() or ["no message"])[-1]
         print(f"{run.name} failed: {last}", file=sys.stderr, flush=True)

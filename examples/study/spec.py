@@ -157,6 +157,8 @@ def read_study(file: Path = FILE) -> Study:
 
     Raises UserError for a name in a part that nothing describes.
     """
+    if not file.is_file():
+        raise UserError(f"--study {file}: no such file")
     found = yaml.safe_load(file.read_text(encoding="utf-8"))
     study = Study(
         sizes={name: Size(name=name, **fields) for name, fields in found["sizes"].items()},

@@ -9,29 +9,19 @@ What is finished is left as it is. Every file appears whole, so a study can be k
 
 from __future__ import annotations
 
-import os
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from examples.study import texts
-from examples.study.spec import NATURAL, PACKED, Run, Study
-from megatron_dwm.config import UserError
+from examples.study.commands import REPOSITORY, run_tool
+from examples.study.corpora import PREFIX, write_corpus
+from examples.study.spec import PACKED, Run, Study
 from megatron_dwm.files.atomic import new_folder
 
-REPOSITORY = Path(__file__).parent.parent.parent
-_TOOLS = REPOSITORY / "tools"
 _CONFIG = REPOSITORY / "examples" / "tiny.yaml"
 _VOCABULARY = 1024
-_PREFIX = "corpus_text_document"
-# Otherwise glibc returns every large tensor's memory to the system and requests it again.
-_MEMORY = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "2000000000",
-    "MALLOC_TOP_PAD_": "200000000",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +57,7 @@ class Workplace:
             if not self._target(target).is_file():
                 texts.write_target(target, self._target(target))
         if not self.tokenizer.is_file():
-            self._tool("train_tokenizer", input=text, vocab_size=_VOCABULARY, output=self.tokenizer)
+            run_tool("train_tokenizer", input=text, vocab_size=_VOCABULARY, output=self.tokenizer)
 
     def prepare_data(self, run: Run) -> Path:
         """Make the data of a run, unless they are there; returns their prefix."""
@@ -96,10 +86,6 @@ class Workplace:
             *("--training.steps", str(run.steps)),
         ]
 
-    def environment(self) -> dict[str, str]:
-        """Returns the environment of a run, which has one thread."""
-        return {**os.environ, **_MEMORY, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-
     def _filled(self, run: Run) -> str:
         """Returns a method's options with the checkpoints that they name."""
         found = run.method.options
@@ -127,35 +113,8 @@ class Workplace:
         if not folder.is_dir():
             folder.parent.mkdir(exist_ok=True)
             with new_folder(folder) as partial:
-                self._write_corpus(corpus, seed, partial)
-        return folder / _PREFIX
-
-    def _write_corpus(self, corpus: str, seed: int, folder: Path) -> None:
-        text = self.folder / "text.jsonl"
-        if corpus != NATURAL:
-            mixed = folder / "mixed.jsonl"
-            self._tool("add_junk", input=text, output=mixed, fraction=0.5, seed=seed)
-            text = mixed
-        if corpus == PACKED:
-            short = folder / "short.jsonl"
-            self._tool(
-                *("../examples/cut_documents",),
-                input=text,
-                output=short,
-                tokenizer=self.tokenizer,
-                seed=seed,
-            )
-            text = short
-        self._tool(
-            "preprocess_data",
-            *("--append-eod", "--metadata-keys", "domain"),
-            input=text,
-            output_prefix=folder / "corpus",
-            tokenizer_type="SentencePieceTokenizer",
-            tokenizer_model=self.tokenizer,
-        )
-        for left in folder.glob("*.jsonl"):
-            left.unlink()
+                write_corpus(corpus, seed, self.folder / "text.jsonl", self.tokenizer, partial)
+        return folder / PREFIX
 
     def _select(self, run: Run, whole: Path) -> Path:
         """Choose half the tokens of a run's corpus."""
@@ -164,14 +123,14 @@ class Workplace:
         if not folder.is_dir():
             half = whole.with_suffix(".bin").stat().st_size // 4  # a token has two bytes
             with new_folder(folder) as partial:
-                self._tool(
+                run_tool(
                     "select_data",
                     *(method, *self._of_selection(run)),
                     input=whole,
-                    output_prefix=partial / _PREFIX,
+                    output_prefix=partial / PREFIX,
                     tokens=half,
                 )
-        return folder / _PREFIX
+        return folder / PREFIX
 
     def _of_selection(self, run: Run) -> list[str]:
         if run.method.select == "dsir":
@@ -181,15 +140,6 @@ class Workplace:
             rater = self.folder / "runs" / run.beside(run.method.after[0])
             return ["--rater", str(_last_stage(rater)), "--tokenizer", str(self.tokenizer)]
         return ["--seed", str(run.seed)]
-
-    def _tool(self, name: str, *words: str, **options: object) -> None:
-        """Run a tool of the repository. Raises UserError with its last line if it fails."""
-        given = [f for key, v in options.items() for f in (f"--{key.replace('_', '-')}", str(v))]
-        command = [sys.executable, str(_TOOLS / f"{name}.py"), *words, *given]
-        done = subprocess.run(command, capture_output=True, text=True, env=self.environment())
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(f"{shlex.join(command)}: {last}")
 
 
 def _last_checkpoint(directory: Path) -> Path:

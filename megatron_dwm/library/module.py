@@ -231,7 +231,13 @@ class _Rows:
         return self._zeros[self._at], self._lengths[self._at]
 
     def enter(self, _: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Begin a pass, forward."""
+        """Begin a pass, forward.
+
+        A pass without gradients has no samples; that of a tangent is one, if the probed module is
+        itself linear.
+        """
+        if not torch.is_grad_enabled():
+            return
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if not tensors:
             raise ValueError("the probed module takes no tensor, so the number of samples is open")

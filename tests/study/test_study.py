@@ -1,0 +1,192 @@
+"""The study: its text, its runs' configurations, its intervals, and a tiny one from end to end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from scipy.stats import ttest_rel
+
+from examples.study import texts
+from examples.study.outcomes import Difference, at_equal_work, difference, outcome_of
+from examples.study.spec import BASE, FILE, Run, Study, read_study
+from examples.study.tables import shown
+from examples.study.workplace import Workplace
+from megatron_dwm.config.load import load
+from tests.small_runs.fixtures import REPOSITORY
+
+STUDY = read_study()
+WORDS = 13  # as tools/make_sample_corpus.py
+
+
+def _runs(study: Study) -> list[Run]:
+    return [run for part in study.parts.values() for run in study.runs(part)]
+
+
+def test_every_run_comes_after_those_that_it_needs() -> None:
+    for part in STUDY.parts.values():
+        made: set[str] = set()
+        for run in STUDY.runs(part):
+            assert set(run.needs) <= made, run.name
+            made.add(run.name)
+    by_name: dict[str, Run] = {}
+    for run in _runs(STUDY):
+        assert by_name.setdefault(run.name, run) == run
+    assert all(BASE in part.methods for part in STUDY.parts.values())
+
+
+def test_sizes_have_as_many_tokens_a_parameter(tmp_path: Path) -> None:
+    """26, within a few percent; the vocabulary of the last is not that of the study's tokenizer."""
+    for name, parameters in {"0.16M": 158_016, "0.6M": 675_712, "2.5M": 2_438_912}.items():
+        run = STUDY.run(name, "junk", "novels", BASE, 1)
+        config = load(_arguments(_place(tmp_path), run), "study").config
+        tokens = run.steps * config.training.global_batch_size * config.data.sequence_length
+        assert tokens / parameters == pytest.approx(26, rel=0.02)
+
+
+@pytest.mark.parametrize("method", STUDY.methods)
+def test_options_are_keys_of_a_run(method: str, tmp_path: Path) -> None:
+    """No key is unknown, out of its bounds, or without effect."""
+    place = _place(tmp_path)
+    for corpus in ("natural", "packed", "continued"):
+        run = STUDY.run("0.16M", corpus, "last_word", method, 1)
+        for needed in run.needs:
+            for folder in ("checkpoints/step_00000001", "weighting/stage_1"):
+                (place.folder / "runs" / needed / folder).mkdir(parents=True, exist_ok=True)
+        load(_arguments(place, run), "study")
+
+
+def _place(folder: Path) -> Workplace:
+    return Workplace(folder=folder, study=STUDY)
+
+
+def _arguments(place: Workplace, run: Run) -> list[str]:
+    """The arguments of the run's command."""
+    command = place.command(run, place.folder / "data")
+    return command[command.index("megatron_dwm.pretrain") + 1 :]
+
+
+def test_no_set_contains_another(tmp_path: Path) -> None:
+    """No run of 13 words of held-out text is in the training text or in a target."""
+    texts.write_training_text(tmp_path / "text.jsonl")
+    texts.write_held_out(tmp_path / "heldout.jsonl")
+    seen = set().union(*map(_grams, _texts(tmp_path / "text.jsonl")))
+    for target in texts.TARGETS:
+        texts.write_target(target, tmp_path / f"{target}.jsonl")
+        found = _texts(tmp_path / f"{target}.jsonl")
+        assert len(found) > 30
+        seen |= set().union(*map(_grams, found))
+    rows = [json.loads(line) for line in (tmp_path / "heldout.jsonl").read_text().splitlines()]
+    assert {"mansfield_park", "sense_and_sensibility"} < {row["domain"] for row in rows}
+    shared = [row["domain"] for row in rows if _grams(row["text"]) & seen]
+    assert shared == []
+
+
+def _texts(file: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in file.read_text().splitlines()]
+
+
+def _grams(text: str) -> set[int]:
+    words = text.lower().split()
+    return {hash(tuple(words[i : i + WORDS])) for i in range(len(words) - WORDS + 1)}
+
+
+def test_intervals_are_students() -> None:
+    """Against scipy's own test of pairs."""
+    draw = np.random.default_rng(3)
+    ours, theirs = draw.normal(1.0, 0.5, 5), draw.normal(1.2, 0.5, 5)
+    found = difference(list(ours), list(theirs))
+    interval = ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert found.mean - found.half_width == pytest.approx(interval.low)
+    assert found.mean + found.half_width == pytest.approx(interval.high)
+    alone = difference([1.0], [3.0])
+    assert alone.mean == -2.0 and math.isnan(alone.half_width)
+    assert shown(alone) == "-2.000"
+    assert shown(Difference(mean=-0.2, half_width=0.1, pairs=3)) == "**-0.200 ± 0.100**"
+    assert shown(Difference(mean=-0.2, half_width=0.3, pairs=3)) == "-0.200 ± 0.300"
+
+
+def test_uniform_at_another_amount_of_work() -> None:
+    """Exact where the loss falls with the logarithm of work, and constant outside."""
+    work = [1e12, 1.25e12, 2e12]
+    known = [(flops, 4.0 - 0.3 * math.log(flops)) for flops in reversed(work)]
+    assert at_equal_work(1.6e12, known) == pytest.approx(4.0 - 0.3 * math.log(1.6e12))
+    assert at_equal_work(5e12, known) == pytest.approx(4.0 - 0.3 * math.log(2e12))
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A study of three methods, one of which needs the run of another."""
+    found = yaml.safe_load(FILE.read_text())
+    found["sizes"] = {"0.16M": {"steps": 60}}
+    found["parts"] = {
+        "small": {
+            **{"about": "a try", "default": True, "sizes": ["0.16M"], "corpora": ["natural"]},
+            **{"targets": ["novels"], "seeds": [1], "methods": [BASE, "excess_loss", "dwm_ahead"]},
+        }
+    }
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(found))
+    return file
+
+
+def _study(small: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "examples.study", str(small.parent / "work")]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
+    return subprocess.Popen(
+        [*command, "--study", str(small), "--jobs", "2", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_a_small_study_is_killed_and_goes_on(small: Path) -> None:
+    work = small.parent / "work"
+    first = _study(small)
+    runs = work / "runs"
+    limit = time.monotonic() + 200
+    while not list(runs.glob("*/metrics.jsonl")) and time.monotonic() < limit:
+        time.sleep(0.2)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    second = _study(small)
+    out, err = second.communicate(timeout=400)
+    assert second.returncode == 0, err
+    document = (work / "study.md").read_text()
+    for name in (BASE, "excess_loss", "dwm_ahead"):
+        assert f"| `{name}` | 1 |" in document
+    ours, theirs = (
+        outcome_of(runs / f"0.16M-natural-novels-{name}-1").losses["mansfield_park"]
+        for name in ("dwm_ahead", BASE)
+    )
+    assert f"{ours - theirs:+.3f}" in document and f"{theirs:.3f}" in document
+    third = _study(small)
+    out, err = third.communicate(timeout=100)
+    assert third.returncode == 0 and "(1 of" not in out, "nothing is trained twice"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--part", "none"], "--part none: no such part; expected one of small"),
+        (["--jobs", "0"], "expected numbers above 0"),
+    ],
+)
+def test_mistakes_are_one_line(small: Path, arguments: list[str], words: str) -> None:
+    job = _study(small, *arguments)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 2
+    [line] = err.splitlines()
+    assert line.startswith("error: ") and words in line
