@@ -65,7 +65,7 @@ def _parser() -> OneLineParser:
         metavar="[RUN=]FILE.json",
         nargs="+",
         default=[],
-        help="benchmark scores that tools/evaluate.py --output wrote; FILE is the run's name, or "
+        help="benchmark scores that the evaluation wrote (--output); FILE is the run's name, or "
         "RUN= says it (files in RUN_DIR/evaluation/ are found without)",
     )
     add(
