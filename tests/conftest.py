@@ -31,6 +31,7 @@ SLOW = (
     ),
     *("planning/", "preprocess/", "recipes/", "run/", "signatures/", "slurm/", "tools/"),
     *("scoring/", "selection/", "training/", "weighting/"),
+    *("report/test_browser.py", "report/test_command.py"),
     *("config/test_examples.py", "config/test_printing.py", "model/test_fp8.py"),
     "model/test_llm_borders.py",
     *("runtime/test_bring_up.py", "runtime/test_peers.py", "tokenizer/test_engine.py"),

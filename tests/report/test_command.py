@@ -66,7 +66,8 @@ def test_a_run_of_one_step_gets_a_page(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     line = {"step": 1, "stage": 1, "phase": "train", "loss": 7.0, "new_key": {"x": [1]}}
-    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    lost = {**line, "phase": "evaluation", "loss": float("nan"), "domain_loss": {}}
+    (run / "metrics.jsonl").write_text(f"{json.dumps(line)}\n{json.dumps(lost)}\n")
     (run / "starts.jsonl").write_text('{"step": 0}\n{"ste')
     (run / "config.yaml").write_text("run: [\n")
     written = write_report(Request(run_dir=run))
