@@ -202,6 +202,8 @@
     figures.set(element, figure);
     makeLegend(element, figure);
     answerButtons(element, figure);
+    // What it will need, so that little moves when it is drawn.
+    if (!figure.panels) element.querySelector(".plots").style.minHeight = `${figure.height + 45}px`;
   }
   // A figure is drawn when it is about to be seen: a page may have very many.
   const watcher = new IntersectionObserver((entries) => {
