@@ -69,7 +69,7 @@ def _why_missing(run: Run) -> str:
 def _by_domain(runs: RunSet, found: Summaries) -> Figure | None:
     """One plot with a line for each domain, or one plot a domain if groups are compared."""
     names = _domains(found)
-    several = runs.compared and len(found) > 1
+    several = sum(any(run.name in found for run in group.runs) for group in runs.groups) > 1
     shown = _by_last_weight(names[: MAX_PANELS if several else MAX_LINES], found)
     rows = [row for group in runs.groups for row in _domain_rows(runs, group, found, shown)]
     if not rows:
