@@ -66,13 +66,8 @@ def _parser() -> OneLineParser:
         metavar="[RUN=]FILE.json",
         nargs="+",
         default=[],
-<<<<<<< HEAD
-        help="benchmark scores that the evaluation wrote (--output); FILE is the run's name, or "
-        "RUN= says it (files in RUN_DIR/evaluation/ are found without)",
-=======
         help=f"benchmark scores that {name_of_command('evaluate')} --output wrote; FILE is the "
         "run's name, or RUN= says it (files in RUN_DIR/evaluation/ are found without)",
->>>>>>> main
     )
     add(
         "--watch",
