@@ -38,6 +38,7 @@ SLOW = (
     ),
     *("pages/", "planning/", "preprocess/", "recipes/", "run/", "signatures/", "slurm/", "tools/"),
     *("scoring/", "selection/", "study/", "training/", "weighting/"),
+    *("report/test_browser.py", "report/test_command.py"),
     *("config/test_examples.py", "config/test_printing.py", "model/test_fp8.py"),
     "model/test_llm_borders.py",
     *("runtime/test_bring_up.py", "runtime/test_peers.py", "runtime/test_start.py"),

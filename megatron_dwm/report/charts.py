@@ -265,10 +265,13 @@ def _tip(name: str, title: str | None = None, kind: str = "Q") -> alt.Tooltip:
 
 
 def _plain(chart: Any) -> Chart:
-    """Returns a chart without Altair's own look, which the themes replace."""
+    """Returns a chart without Altair's own look, which the themes replace.
+
+    And without the release of Vega-Lite that Altair was made for: it would warn on the page if
+    vl-convert has the one before it, although these charts need nothing so new.
+    """
     spec = chart.to_dict()
-    spec.pop("config", None)
-    return spec
+    return {key: value for key, value in spec.items() if key not in ("config", "$schema")}
 
 
 def without_legend(chart: Any) -> Any:

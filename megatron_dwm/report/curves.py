@@ -6,6 +6,7 @@ curves stays small. Every point has the four abscissas: step, tokens, FLOPs and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -48,7 +49,7 @@ def abscissas(runs: RunSet) -> tuple[Column, ...]:
 
 
 def points(run: Run, phase: str, value: Value) -> np.ndarray:
-    """Returns step, tokens, FLOPs, seconds and value of the lines that have one, a row each [N, 5].
+    """Returns step, tokens, FLOPs, seconds and value of the lines with a finite one [N, 5].
 
     Abscissas that a line lacks are NaN.
     """
@@ -61,7 +62,8 @@ def points(run: Run, phase: str, value: Value) -> np.ndarray:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def group_rows(runs: RunSet, group: Group, phase: str, value: Value) -> list[list[float]]:

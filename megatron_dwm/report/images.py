@@ -35,7 +35,6 @@ def paper_chart(figure: Figure) -> Chart:
         return {**panel(figure.chart, _WIDTH, height), "title": title}
     header = {"title": None, "labelAnchor": "start", "labelFontSize": 12}
     return {
-        "$schema": figure.chart["$schema"],
         "title": title,
         "data": {"name": "table"},
         "facet": {
@@ -45,21 +44,18 @@ def paper_chart(figure: Figure) -> Chart:
             "header": header,
         },
         "columns": _PANELS_A_ROW,
-        "spec": panel(_without_schema(figure.chart), _PANEL_WIDTH, _PANEL_HEIGHT),
+        "spec": panel(_inside_facet(figure.chart), _PANEL_WIDTH, _PANEL_HEIGHT),
         "resolve": {"scale": {"y": "independent"}, "axis": {"x": "independent"}},
     }
 
 
-def _without_schema(chart: Mapping[str, Any]) -> Chart:
+def _inside_facet(chart: Mapping[str, Any]) -> Chart:
     """Returns what may stand inside a facet: plots of the data that the facet divides."""
     layers = [
-        {key: value for key, value in layer.items() if value != {"data": {"name": "table"}}}
+        {k: part for k, part in layer.items() if (k, part) != ("data", {"name": "table"})}
         for layer in chart.get("layer", [])
     ]
-    for layer in layers:
-        if layer.get("data") == {"name": "table"}:
-            del layer["data"]
-    inside = {key: value for key, value in chart.items() if key not in ("$schema", "data", "layer")}
+    inside = {key: value for key, value in chart.items() if key not in ("data", "layer")}
     return {**inside, **({"layer": layers} if layers else {})}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -107,6 +108,8 @@ def cell_text(value: Cell) -> str:
         return "–"
     if isinstance(value, (bool, str)):
         return printable(value)
+    if not math.isfinite(value):
+        return "not finite"
     if isinstance(value, int) or value == int(value):
         return f"{int(value):,}" if abs(value) < 1e10 else f"{value:.4g}"
     return f"{value:,.4g}" if 1e-4 <= abs(value) < 1e6 else f"{value:.3e}"

@@ -164,6 +164,7 @@ def test_lines_can_be_hidden_and_data_shown(browser: Any, request_: Request) -> 
 
 def test_figures_are_saved_as_png_and_csv(browser: Any, request_: Request, tmp_path: Path) -> None:
     found = opened(browser, request_.page)
+    found.draw_all()  # or the buttons would move while they are clicked
     contents = contents_of(read_runs(request_))
     for figure in (figure for content in contents for figure in content.figures):
         place = found.page.locator(f"#figure-{figure.id}")
@@ -172,6 +173,8 @@ def test_figures_are_saved_as_png_and_csv(browser: Any, request_: Request, tmp_p
                 place.get_by_role("button", name=kind, exact=False).first.click()
             assert download.value.suggested_filename == f"{figure.id}.{kind.lower()}"
             download.value.save_as(tmp_path / download.value.suggested_filename)
+            # Chromium drops what a page downloads beyond ten files a second.
+            found.page.wait_for_timeout(150)
         assert (tmp_path / f"{figure.id}.png").read_bytes().startswith(b"\x89PNG")
         with (tmp_path / f"{figure.id}.csv").open(newline="") as file:
             rows = list(csv.reader(file))

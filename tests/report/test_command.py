@@ -66,7 +66,8 @@ def test_a_run_of_one_step_gets_a_page(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     line = {"step": 1, "stage": 1, "phase": "train", "loss": 7.0, "new_key": {"x": [1]}}
-    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    lost = {**line, "phase": "evaluation", "loss": float("nan"), "domain_loss": {}}
+    (run / "metrics.jsonl").write_text(f"{json.dumps(line)}\n{json.dumps(lost)}\n")
     (run / "starts.jsonl").write_text('{"step": 0}\n{"ste')
     (run / "config.yaml").write_text("run: [\n")
     written = write_report(Request(run_dir=run))
@@ -153,7 +154,10 @@ def test_mistakes_are_one_line_and_exit_code_2(
         ((run, "--target-domain", "novels"), "--target-domain novels is not a held-out domain"),
         ((run, "--baseline", "other"), "--baseline other is not a run of this report"),
         ((run, "--scores", "other.json"), "--scores other.json: no run is called other"),
-        ((run, "--scores", f"run={torn}/metrics.jsonl"), "not a file that python tools/eval"),
+        (
+            (run, "--scores", f"run={torn}/metrics.jsonl"),
+            "not a file that python tools/evaluate.py",
+        ),
         ((run, "--watch", "0"), "argument --watch: invalid number of seconds from 1 to 86400"),
     ]
     for arguments, message in cases:

@@ -2,6 +2,7 @@
 "use strict";
 (() => {
   const THEMES = JSON.parse(document.getElementById("themes").textContent);
+  const VEGA = { mode: "vega-lite", actions: false, renderer: "svg" };
   const state = { abscissa: "step", theme: "auto" };
   const figures = new Map(); // element -> its data and what is hidden in it
 
@@ -74,7 +75,7 @@
       description: [figure.title, title].filter(Boolean).join(": "), datasets: datasets(figure, rows),
       autosize: { type: "fit-x", contains: "padding" },
     };
-    return vegaEmbed(view, spec, { actions: false, renderer: "svg", config: THEMES[theme()] });
+    return vegaEmbed(view, spec, { ...VEGA, config: THEMES[theme()] });
   }
   async function draw(element) {
     const figure = figures.get(element);
@@ -151,7 +152,7 @@
   async function savePng(figure) {
     const spec = { ...over(figure.paper, figure), datasets: datasets(figure, shown(figure)), padding: 12 };
     const config = { ...THEMES.light, background: "white" };
-    const drawn = await vegaEmbed(document.createElement("div"), spec, { actions: false, renderer: "svg", config });
+    const drawn = await vegaEmbed(document.createElement("div"), spec, { ...VEGA, config });
     save(`${figure.id}.png`, await drawn.view.toImageURL("png", 2));
     drawn.finalize();
   }
@@ -201,6 +202,8 @@
     figures.set(element, figure);
     makeLegend(element, figure);
     answerButtons(element, figure);
+    // What it will need, so that little moves when it is drawn.
+    if (!figure.panels) element.querySelector(".plots").style.minHeight = `${figure.height + 45}px`;
   }
   // A figure is drawn when it is about to be seen: a page may have very many.
   const watcher = new IntersectionObserver((entries) => {

@@ -95,6 +95,7 @@ def _figure(runs: RunSet, cells: dict[str, dict[str, list[float | None]]]) -> li
             chart={**chart, "height": max(120, 22 * len(rows))},
             series="run",
             names=names,
+            wide=True,
         )
     ]
 

@@ -117,7 +117,7 @@ def _weighting_share(run: Run) -> str:
     if parts is None or not parts["total"]:
         return ""
     share = (parts["weighing"] + parts["updates"]) / parts["total"]
-    return f"{share:.1%} of it for weights"
+    return f"{100 * share:.1f} % of it for weights"
 
 
 def _loss_cards(run: Run, runs: RunSet) -> list[Card]:
@@ -197,7 +197,7 @@ def _flops_by_part(runs: RunSet) -> Figure | None:
         "weighting updates.",
         columns=columns,
         data=columnar(columns, rows),
-        chart=areas(over[0], y, "part", _PARTS),
+        chart={**areas(over[0], y, "part", _PARTS), "height": 150},
         series="part",
         names=_PARTS,
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from megatron_dwm.report.charts import fan, heat, lines
-from megatron_dwm.report.content import Cell, Column, Content, Figure, columnar
+from megatron_dwm.report.content import Cell, Column, Content, Figure, Table, columnar
 from megatron_dwm.report.curves import abscissas, at_steps, bin_edges, key, stage_marks
 from megatron_dwm.report.over_steps import (
     MAX_LINES,
@@ -21,7 +21,8 @@ from megatron_dwm.report.runs import Group, Run, RunSet
 from megatron_dwm.report.weight_stream import weight_files
 from megatron_dwm.report.weight_summary import WeightSummary, summarize
 
-_BINS = 60
+_BINS = 40
+_LAST_BINS = 4  # a tenth of them
 _WEIGHT = Column(name="weight", title="mean weight", unit="1 = uniform")
 _RUN = Column(name="run", title="run")
 _DOMAIN = Column(name="domain", title="domain")
@@ -46,6 +47,7 @@ def weights(runs: RunSet) -> Content:
         title="Weights",
         lead=f"A weight of 1 is uniform: the mean over every batch is 1. {about_bands(runs)}",
         figures=present(figures),
+        tables=_last_weights(found),
         notes=[_why_missing(run) for run in missing],
     )
 
@@ -67,7 +69,7 @@ def _why_missing(run: Run) -> str:
 def _by_domain(runs: RunSet, found: Summaries) -> Figure | None:
     """One plot with a line for each domain, or one plot a domain if groups are compared."""
     names = _domains(found)
-    several = runs.compared and len(found) > 1
+    several = sum(any(run.name in found for run in group.runs) for group in runs.groups) > 1
     shown = _by_last_weight(names[: MAX_PANELS if several else MAX_LINES], found)
     rows = [row for group in runs.groups for row in _domain_rows(runs, group, found, shown)]
     if not rows:
@@ -213,6 +215,28 @@ def _by_stage(runs: RunSet, found: Summaries) -> Figure | None:
         data=columnar(columns, rows),
         chart={**chart, "height": max(120, 26 * len(order))},
     )
+
+
+def _last_weights(found: Summaries) -> list[Table]:
+    """Returns the table of each domain's mean weight at the end of each run."""
+    last = {}
+    for name, summary in found.items():
+        sums, counts = summary.domain_sum[-_LAST_BINS:], summary.domain_count[-_LAST_BINS:]
+        last[name] = {
+            domain: float(total / count)
+            for domain, total, count in zip(
+                summary.domains, sums.sum(axis=0), counts.sum(axis=0), strict=True
+            )
+            if count
+        }
+    if not last:
+        return []
+    first = next(iter(last.values()))
+    names = sorted(_domains(found), key=lambda domain: -first.get(domain, 0.0))
+    rows = [[domain, *(values.get(domain) for values in last.values())] for domain in names]
+    columns = [_DOMAIN, *(Column(name=f"run_{i}", title=name) for i, name in enumerate(last))]
+    caption = "Mean over the last tenth of the steps with recorded weights; 1 is uniform."
+    return [Table(title="Last mean weights", caption=caption, columns=columns, rows=rows)]
 
 
 def _from_metrics(runs: RunSet) -> list[Figure | None]:
