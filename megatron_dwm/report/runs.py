@@ -12,6 +12,7 @@ import yaml
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.report.run_files import ends_unfinished, read_metrics
+from megatron_dwm.report.speed import with_speed
 
 DEFAULT_TARGET = "target"
 # Keys in which runs of one group may differ: the seed, and where files are.
@@ -100,7 +101,7 @@ def read_run(path: Path, name: str) -> Run:
     A missing or broken `config.yaml` or `starts.jsonl` is a note. Raises `UserError` if `path` has
     no usable `metrics.jsonl`.
     """
-    metrics = read_metrics(path)
+    metrics = with_speed(read_metrics(path))
     config, text, notes = _config(path / "config.yaml")
     starts, more = _starts(path / "starts.jsonl")
     if ends_unfinished(path):

@@ -15,6 +15,7 @@ from megatron_dwm.report.reach import MEAN, work_to_reach
 from megatron_dwm.report.run_report import Request, contents_of, read_runs
 from megatron_dwm.report.runs import Run, RunSet, grouped
 from megatron_dwm.report.sections.benchmarks import benchmarks
+from megatron_dwm.report.speed import SPEED, with_speed
 from tests.report.test_report import rows_where
 
 
@@ -134,3 +135,16 @@ def test_errors_over_runs_are_standard_errors_of_the_mean(four: list[Path]) -> N
         ["sciq", "0", "acc", "0.5500 ± 0.0500", "0.8000 ± 0.1000"]
     ]
     assert [note for note in content.notes if "cannot be compared" in note]
+
+
+def test_speed_is_that_of_the_step_alone() -> None:
+    """An evaluation of 30 s and an update of 5 s between two steps do not count."""
+    times = [("train", 1, 10, 1.0), ("evaluation", 1, 10, 31.0), ("weighting", 1, 10, 36.0)]
+    times += [("train", 2, 20, 38.0), ("train", 3, 20, 39.0), ("train", 4, 40, 39.0)]
+    lines = [
+        {"phase": phase, "step": step, "tokens": tokens, "seconds": seconds}
+        for phase, step, tokens, seconds in times
+    ]
+    assert [line.get(SPEED) for line in with_speed(lines)] == [None, None, None, 5.0, None, None]
+    del lines[2]["seconds"]
+    assert with_speed(lines)[3] == lines[3]

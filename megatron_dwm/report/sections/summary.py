@@ -11,6 +11,7 @@ from megatron_dwm.report.content import Card, Cell, Column, Content, Figure, Tab
 from megatron_dwm.report.curves import Value, abscissas, group_rows, key
 from megatron_dwm.report.over_steps import over_steps, present
 from megatron_dwm.report.runs import Run, RunSet
+from megatron_dwm.report.speed import SPEED
 
 _PARTS = ("LLM", "weighing batches", "weighting updates")
 _PREFIXES = (
@@ -31,7 +32,7 @@ def summary(runs: RunSet) -> Content:
         title="Summary",
         lead=_lead(runs),
         cards=_cards(runs.main, runs),
-        figures=present([flops, *_speed(runs)]),
+        figures=present([flops, _speed(runs)]),
         tables=[_runs_table(runs), *_differences(runs)],
         notes=notes,
         template="configuration.html.j2",
@@ -39,32 +40,16 @@ def summary(runs: RunSet) -> Content:
     )
 
 
-def _speed(runs: RunSet) -> list[Figure | None]:
-    """Returns what only some runs record."""
-    return [
-        over_steps(
-            runs,
-            id="tokens_per_second",
-            title="Speed",
-            caption="Training tokens a second, without evaluations and checkpoints.",
-            y=Column(name="speed", title="speed", unit="tokens/s"),
-            phase="train",
-            value=key("tokens_per_second"),
-        ),
-        over_steps(
-            runs,
-            id="memory",
-            title="Memory",
-            caption="Peak of the process that writes the run's files.",
-            y=Column(name="memory", title="memory", unit="GiB"),
-            phase="train",
-            value=lambda line: _gibibytes(line.get("memory_bytes")),
-        ),
-    ]
-
-
-def _gibibytes(size: Any) -> float | None:
-    return size / 2**30 if isinstance(size, (int, float)) else None
+def _speed(runs: RunSet) -> Figure | None:
+    return over_steps(
+        runs,
+        id="tokens_per_second",
+        title="Speed",
+        caption="Training tokens a second, without evaluations and updates between steps.",
+        y=Column(name="speed", title="speed", unit="tokens/s"),
+        phase="train",
+        value=key(SPEED),
+    )
 
 
 def _lead(runs: RunSet) -> str:
