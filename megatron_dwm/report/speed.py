@@ -15,7 +15,8 @@ SPEED = "tokens_per_second"
 
 def with_speed(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the lines, those of steps with `SPEED` where two clocks and two counts allow it."""
-    found, before = [], None
+    found: list[dict[str, Any]] = []
+    before: dict[str, Any] | None = None
     for line in metrics:
         speed = None if line["phase"] != "train" or before is None else _speed(before, line)
         found.append(line if speed is None else {**line, SPEED: speed})

@@ -54,7 +54,8 @@ def test_a_run_without_weights_gets_a_page(make_run: Callable[..., Path], tmp_pa
     bare = make_run(tmp_path / "bare", steps=100)
     shutil.rmtree(bare / "weights")
     written = write_report(Request(run_dir=bare))
-    assert {path.name for path in written} == {"report.html", "loss.png", "held_out_loss.png"}
+    names = {path.name for path in written}
+    assert names == {"report.html", "loss.png", "held_out_loss.png", "tokens_per_second.png"}
     notes = notes_of(bare)
     assert any(note.startswith("bare: no weights in weights/*.parquet") for note in notes)
     assert "bare: config.yaml is missing, so settings are unknown" in notes
