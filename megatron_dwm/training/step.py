@@ -109,7 +109,13 @@ def train_step(
             probe=probe,
         )
     assert result.weights_n is not None
-    units = weighed_units(batch, result.unit_losses_n, result.weights_n, learner.runtime)
+    units = weighed_units(
+        batch,
+        result.unit_losses_n,
+        result.weights_n,
+        learner.runtime,
+        reference_losses_n=result.reference_losses_n,
+    )
     loss, weighted_loss, weight, wrong = _means(learner, units)
     if largest_loss is not None and loss > largest_loss:
         return Spike(loss=loss, limit=largest_loss)
