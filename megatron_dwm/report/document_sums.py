@@ -1,0 +1,162 @@
+"""What a run recorded of every document in every stage, summed over its rows.
+
+Training samples and samples of fresh updates are rows of the same documents (the second read them
+in another order), so both count. Passages of the target are no documents of the corpus.
+
+Credit is the first-order part of In-Run Data Shapley (Wang et al. 2024, arXiv 2406.11011): the sum
+over recorded updates of eta s, with eta the learning rate of the step and s = <z, gradient of the
+unit's loss> (docs/METHOD.md, section 2), where the paper has the plain gradient of the validation
+loss in the place of z. `drop` also has the unit's share of the batch and its weight: the sum of
+eta s w tokens / (tokens of the batch), in nats, is what the recorded updates' steps took off the
+validation loss through this document, to first order.
+
+Cost: two passes over the files. Memory: about 70 bytes a document and stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_dwm.report.learning_rates import LearningRates
+from megatron_dwm.report.weight_rows import UPDATE, WeightFiles, WeightRows
+
+_STAGE_BITS = 16
+_PENDING = 1 << 21
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentSums:
+    """K documents of stages, sorted by document, then stage."""
+
+    document_K: np.ndarray
+    stage_K: np.ndarray
+    domain_K: np.ndarray
+    """an index into `WeightFiles.domains`"""
+    rows_K: np.ndarray
+    """recorded weights"""
+    tokens_K: np.ndarray
+    """their tokens"""
+    weight_K: np.ndarray
+    """mean weight, in proportion to tokens"""
+    aligned_K: np.ndarray
+    """those of the rows that have an alignment"""
+    alignment_K: np.ndarray
+    """their mean alignment; NaN without one"""
+    credit_K: np.ndarray
+    """sum of eta s"""
+    drop_K: np.ndarray
+    """sum of eta s w times the unit's share of the batch, in nats"""
+
+    def __len__(self) -> int:
+        return len(self.document_K)
+
+    @property
+    def stages(self) -> list[int]:
+        """The stages, in order."""
+        return np.unique(self.stage_K).tolist()
+
+    def where(self, chosen: np.ndarray) -> DocumentSums:
+        """The chosen entries: a mask or numbers."""
+        return DocumentSums(**{name: values[chosen] for name, values in vars(self).items()})
+
+    def over_stages(self) -> DocumentSums:
+        """One entry a document, whose stage is the first that has it."""
+        if not len(self):
+            return self
+        starts = np.flatnonzero(np.diff(self.document_K, prepend=self.document_K[0] - 1))
+
+        def total(values_K: np.ndarray) -> np.ndarray:
+            return np.add.reduceat(values_K, starts)
+
+        tokens, aligned = total(self.tokens_K), total(self.aligned_K)
+        alignments = total(np.where(self.aligned_K > 0, self.alignment_K * self.aligned_K, 0.0))
+        return DocumentSums(
+            document_K=self.document_K[starts],
+            stage_K=self.stage_K[starts],
+            domain_K=self.domain_K[starts],
+            rows_K=total(self.rows_K),
+            tokens_K=tokens,
+            weight_K=total(self.weight_K * self.tokens_K) / np.maximum(tokens, 1.0),
+            aligned_K=aligned,
+            alignment_K=_mean(alignments, aligned),
+            credit_K=total(self.credit_K),
+            drop_K=total(self.drop_K),
+        )
+
+
+def sum_documents(
+    files: WeightFiles, rates: LearningRates | None, tokens_in_batch: int | None
+) -> DocumentSums:
+    """Sum the rows of a run by document and stage.
+
+    rates: without them credits are 0. tokens_in_batch: of a global batch; without it drops are NaN.
+    """
+    keys = _distinct_keys(files)
+    domain = np.zeros(len(keys), np.int32)
+    names = ("rows", "tokens", "weight", "aligned", "alignment", "credit", "drop")
+    sums = {name: np.zeros(len(keys)) for name in names}
+    for rows in files.batches():
+        rows = rows.where(rows.of_corpus_R)
+        at_R, inverse_R = np.unique(np.searchsorted(keys, _keys(rows)), return_inverse=True)
+        domain[np.searchsorted(keys, _keys(rows))] = rows.domain_R
+        for name, values_R in _terms(rows, rates, tokens_in_batch).items():
+            sums[name][at_R] += np.bincount(inverse_R, values_R, len(at_R))
+    return DocumentSums(
+        document_K=keys >> _STAGE_BITS,
+        stage_K=keys & ((1 << _STAGE_BITS) - 1),
+        domain_K=domain,
+        rows_K=sums["rows"].astype(np.int64),
+        tokens_K=sums["tokens"],
+        weight_K=sums["weight"] / np.maximum(sums["tokens"], 1.0),
+        aligned_K=sums["aligned"].astype(np.int64),
+        alignment_K=_mean(sums["alignment"], sums["aligned"]),
+        credit_K=sums["credit"],
+        drop_K=sums["drop"],
+    )
+
+
+def rates_of_rows(rows: WeightRows, rates: LearningRates) -> np.ndarray:
+    """The learning rate of each row's step.
+
+    A fresh update carries the number of the step before it, and its virtual step would be the next.
+    """
+    return rates.at(rows.step_R + (rows.source_R == UPDATE))
+
+
+def _terms(
+    rows: WeightRows, rates: LearningRates | None, tokens_in_batch: int | None
+) -> dict[str, np.ndarray]:
+    """Returns what each row adds to every sum."""
+    aligned_R = ~np.isnan(rows.alignment_R)
+    alignment_R = np.where(aligned_R, rows.alignment_R, 0.0)
+    credit_R = alignment_R * (0.0 if rates is None else rates_of_rows(rows, rates))
+    share = np.nan if tokens_in_batch is None else 1.0 / tokens_in_batch
+    return {
+        "rows": np.ones(len(rows.step_R)),
+        "tokens": rows.tokens_R,
+        "weight": rows.weight_R * rows.tokens_R,
+        "aligned": aligned_R.astype(np.float64),
+        "alignment": alignment_R,
+        "credit": credit_R,
+        "drop": credit_R * rows.weight_R * rows.tokens_R * share,
+    }
+
+
+def _keys(rows: WeightRows) -> np.ndarray:
+    return (rows.document_R << _STAGE_BITS) | rows.stage_R
+
+
+def _distinct_keys(files: WeightFiles) -> np.ndarray:
+    """Returns the sorted keys of all rows; merges whenever many have gathered."""
+    found, pending = np.zeros(0, np.int64), []
+    for rows in files.batches():
+        pending.append(np.unique(_keys(rows.where(rows.of_corpus_R))))
+        if sum(map(len, pending)) > max(_PENDING, len(found)):
+            found, pending = np.unique(np.concatenate([found, *pending])), []
+    return np.unique(np.concatenate([found, *pending]))
+
+
+def _mean(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
