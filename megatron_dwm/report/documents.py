@@ -16,6 +16,8 @@ from megatron_dwm.report.score_correlation import Scores
 
 Side = Literal["most", "least"]
 Measure = Literal["weight", "alignment", "credit"]
+# A character has at most as many bytes, and each may be a token.
+_BYTES = 4
 MEASURES: tuple[Measure, ...] = ("weight", "alignment", "credit")
 
 
@@ -92,18 +94,14 @@ def describe(
                     alignment=float(sums.alignment_K[at]) if aligned else None,
                     credit=float(sums.credit_K[at]) if aligned else None,
                     scores=_scores_of(scores, document),
-                    text=clipped(texts.of(document, max_characters), max_characters),
+                    text=clipped(texts.of(document, _BYTES * max_characters + 1), max_characters),
                 )
             )
     return found
 
 
 def clipped(text: str | None, max_characters: int) -> str | None:
-    """Returns the beginning of a text, with an ellipsis if something follows.
-
-    A token has at least one character or is a byte of one, so the first `max_characters` tokens of
-    a document are enough to know.
-    """
+    """Returns the beginning of a text, with an ellipsis if something follows."""
     if text is None or len(text) <= max_characters:
         return text
     return text[:max_characters].rstrip() + " …"
