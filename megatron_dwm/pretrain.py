@@ -35,17 +35,17 @@ def main() -> None:
 
 def _log_pictures(config: Config, warn: Callable[[str], None]) -> None:
     """Give W&B the report's pictures."""
-    from megatron_dwm.report.run_report import write_report
+    from megatron_dwm.report.run_report import Request, write_report
     from megatron_dwm.run.wandb_board import WandbBoard
 
     run_dir = Path(config.run.dir)
     try:
-        files = write_report(run_dir)
+        files = write_report(Request(run_dir=run_dir))
     except (UserError, ImportError) as error:
         warn(f"logging.wandb_project: no pictures of the report: {error}")
         return
     board = WandbBoard(run_dir, config, warn)
-    board.images({f"report/{file.stem}": file for file in files})
+    board.images({f"report/{file.stem}": file for file in files if file.suffix == ".png"})
     board.close()
 
 

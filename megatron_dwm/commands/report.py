@@ -1,4 +1,9 @@
-"""Plot a run: mean weight by domain, and losses beside those of other runs."""
+"""Report on a run: a page that opens in any browser, and every figure as PNG.
+
+The page has everything in it and needs no network. It is written for a run that is still going,
+too, and says what is missing. Runs whose configurations differ only in the seed are one group:
+their mean, and a band from the lowest to the highest.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +11,83 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_dwm.config.command_line import OneLineParser, run_command
-from megatron_dwm.report.run_report import write_report
 
 
 def main() -> None:
-    """Write RUN_DIR/report/weight_by_domain.png and loss.png and print their paths."""
+    """Write the report and print its paths; with --watch, again whenever the run has gone on."""
+    arguments = _parser().parse_args()
+    # These import the plotting library, which --help does without.
+    from megatron_dwm.report.run_report import Request, write_report
+    from megatron_dwm.report.watch import watch
+
+    request = Request(
+        run_dir=arguments.run_dir,
+        compare=arguments.compare,
+        target=arguments.target_domain,
+        baseline=arguments.baseline,
+        scores=arguments.scores,
+    )
+    if arguments.watch is not None:
+        watch(request, arguments.watch)
+        return
+    for path in write_report(request):
+        print(path)
+
+
+def _parser() -> OneLineParser:
     parser = OneLineParser(
         description=__doc__,
-        epilog="Writes RUN_DIR/report/weight_by_domain.png and RUN_DIR/report/loss.png. "
-        "Steps are optimizer steps, losses are in nats a token, and a weight of 1 is uniform.",
+        epilog="Writes RUN_DIR/report/report.html and RUN_DIR/report/FIGURE.png, "
+        "weight_by_domain.png and loss.png among them. docs/report.md explains the page.",
     )
-    parser.add_argument(
-        "run_dir", metavar="RUN_DIR", type=Path, help="directory of the run to plot"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("run_dir", metavar="RUN_DIR", type=Path, help="directory of the run to report on")
+    add(
         "--compare",
         metavar="RUN_DIR",
         type=Path,
         nargs="+",
         default=[],
-        help="other runs, whose losses are plotted too (default: none)",
+        help="other runs, shown in the same plots (default: none)",
     )
-    parser.add_argument(
+    add(
+        "--baseline",
+        metavar="RUN",
+        help="name of the run that others are compared with (default: the first of policy uniform)",
+    )
+    add(
         "--target-domain",
         metavar="NAME",
         help="held-out domain to show first, as the target (default: the one called target)",
     )
-    arguments = parser.parse_args()
-    for path in write_report(arguments.run_dir, arguments.compare, arguments.target_domain):
-        print(path)
+    add(
+        "--scores",
+        metavar="[RUN=]FILE.json",
+        nargs="+",
+        default=[],
+        help="benchmark scores that tools/evaluate.py --output wrote; FILE is the run's name, or "
+        "RUN= says it (files in RUN_DIR/evaluation/ are found without)",
+    )
+    add(
+        "--watch",
+        metavar="SECONDS",
+        type=_seconds,
+        nargs="?",
+        const=10.0,
+        help="write the page again when files of a run have changed, looking every SECONDS "
+        "(default 10), until Ctrl-C; the page reloads itself, and no PNG is written",
+    )
+    return parser
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 1 <= seconds <= 86400:
+        raise ValueError
+    return seconds
+
+
+_seconds.__name__ = "number of seconds from 1 to 86400"
 
 
 def command() -> NoReturn:

@@ -31,6 +31,10 @@ _WEIGHT_SCHEMA = pa.schema(
 )
 
 
+class NotYet(UserError):
+    """A run has written nothing to report on yet."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightRecords:
     """N recorded weights, sorted by step."""
@@ -48,9 +52,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Returns the lines of `metrics.jsonl`, one for each phase and step, sorted by step.
 
     Raises:
-        UserError: `run_dir` is not a run, or a line is broken.
+        UserError: `run_dir` is not a run, or a line is broken; `NotYet` if it has just begun.
     """
     path = run_dir / "metrics.jsonl"
+    if not path.is_file() and (run_dir / "config.yaml").is_file():
+        raise NotYet(f"{path} is not there yet; wait for the run's first step")
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run: it has no metrics.jsonl; name a run's directory")
     latest: dict[tuple[str, int, int], dict[str, Any]] = {}
@@ -64,8 +70,16 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
                 update = number if record["phase"] in ("weighting", "skipped_update") else 0
                 latest[record["phase"], record["step"], update] = record
     if not latest:
-        raise UserError(f"{path} has no finished line yet; wait for the run's first step")
+        raise NotYet(f"{path} has no finished line yet; wait for the run's first step")
     return sorted(latest.values(), key=lambda record: record["step"])
+
+
+def ends_unfinished(run_dir: Path) -> bool:
+    """Returns True if the last line of `metrics.jsonl` has no end: the run is writing it."""
+    with (run_dir / "metrics.jsonl").open("rb") as stream:
+        stream.seek(0, 2)
+        stream.seek(max(0, stream.tell() - 1))
+        return stream.read(1) not in (b"", b"\n")
 
 
 def _record(raw: bytes, where: str) -> dict[str, Any]:
@@ -95,7 +109,7 @@ def read_weights(run_dir: Path) -> WeightRecords:
             "with which they are written"
         )
     rows = pa.concat_tables(tables)
-    kept = _last_written(rows, np.repeat(np.arange(len(tables)), [len(t) for t in tables]))
+    kept = last_written(rows, np.repeat(np.arange(len(tables)), [len(t) for t in tables]))
     domains, codes = _encode(rows["domain"])
     return WeightRecords(
         step=rows["step"].to_numpy()[kept],
@@ -106,7 +120,7 @@ def read_weights(run_dir: Path) -> WeightRecords:
     )
 
 
-def _last_written(rows: pa.Table, file: np.ndarray) -> np.ndarray:
+def last_written(rows: pa.Table, file: np.ndarray) -> np.ndarray:
     """Returns row numbers in the order of (step, source, sample), without superseded rows.
 
     If several files have the same sample of a step, the last file counts. No file has a step twice,
@@ -137,16 +151,19 @@ def _weight_table(path: Path) -> pa.Table:
             table = pq.read_table(path, columns=_WEIGHT_SCHEMA.names)
         else:
             table = pq.read_table(path)
-            table = table.append_column("source", _guessed_source(table["alignment"]))
+            table = table.append_column("source", guessed_source(table["alignment"]))
         return table.select(_WEIGHT_SCHEMA.names).cast(_WEIGHT_SCHEMA)
     except (pa.ArrowException, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path} has no weights of a run ({reason}); move it out of the folder"
-        ) from error
+        raise broken_file(path, error) from error
 
 
-def _guessed_source(alignment: pa.ChunkedArray) -> pa.ChunkedArray:
+def broken_file(path: Path, error: Exception) -> UserError:
+    """Returns the error of a file that cannot be read as weights."""
+    reason = str(error).splitlines()[0]
+    return UserError(f"{path} has no weights of a run ({reason}); move it out of the folder")
+
+
+def guessed_source(alignment: pa.ChunkedArray) -> pa.ChunkedArray:
     """Returns the source column for files of older versions: `update` for rows with an alignment.
 
     That is wrong for updates on the training batch, but their steps have no other record.

@@ -1,67 +1,107 @@
-"""Writes the report of a run: reads all files first, then plots into `RUN/report/`."""
+"""Writes the report of a run into `RUN/report/`: report.html, and a PNG of every figure."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.outputs import require_writable_parents
 from megatron_dwm.config.printing import printable
-from megatron_dwm.report.figures import draw_losses, draw_weight_by_domain
-from megatron_dwm.report.run_files import read_metrics, read_weights
-from megatron_dwm.report.tables import (
-    first_steps_of_stages,
-    held_out_loss,
-    skipped,
-    training_loss,
-    weight_by_domain_over_steps,
-)
-
-DEFAULT_TARGET = "target"
+from megatron_dwm.files.atomic import write_bytes, write_text
+from megatron_dwm.report.content import Content
+from megatron_dwm.report.runs import RunSet, baseline_of, grouped, read_run, run_names, target_of
+from megatron_dwm.report.scores import read_scores
 
 
-def write_report(
-    run_dir: Path, compare: Sequence[Path] = (), target_domain: str | None = None
-) -> list[Path]:
-    """Write the plots of a run: mean weight by domain over steps, and losses with those of other
-    runs.
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a report is about.
 
-    Returns the paths of the PNG files.
+    run_dir: the run whose weights are shown; the report is written into it.
+    compare: other runs.
+    target: held-out domain to show first; None takes the one called "target", if there is one.
+    baseline: run that others are compared with; None takes the first of uniform weights.
+    scores: files of tools/evaluate.py, `FILE.json` or `RUN=FILE.json`.
+    """
 
-    Args:
-        run_dir: the run whose weights are shown.
-        compare: other runs, whose losses are shown too.
-        target_domain: held-out domain to show first and to mark; None takes the one called
-            "target", if there is one.
+    run_dir: Path
+    compare: Sequence[Path] = ()
+    target: str | None = None
+    baseline: str | None = None
+    scores: Sequence[str] = ()
+
+    @property
+    def page(self) -> Path:
+        """The page's file."""
+        return self.run_dir / "report" / "report.html"
+
+
+def write_report(request: Request) -> list[Path]:
+    """Write the page and a PNG of every figure; returns their paths, the page first.
 
     Raises:
-        UserError: a directory is not a run, `run_dir` has no weights, or the domain is not held
-            out.
+        UserError: a directory is not a run, a file in it is broken, or a name is not known.
     """
-    names = run_names([run_dir, *compare])
-    metrics = dict(zip(names, (read_metrics(path) for path in (run_dir, *compare)), strict=True))
-    weights = read_weights(run_dir)
-    _print_skipped(metrics)
-    held_out = {name: held_out_loss(lines) for name, lines in metrics.items()}
-    known = sorted({domain for by_domain in held_out.values() for domain in by_domain})
-    target = _target(target_domain, known)
-    folder = run_dir / "report"
-    weight_png, loss_png = folder / "weight_by_domain.png", folder / "loss.png"
-    _require_folder(folder)
-    require_writable_parents([weight_png, loss_png])
-    draw_weight_by_domain(
-        weight_png,
-        weight_by_domain_over_steps(weights),
-        first_steps_of_stages(weights),
-        f"{names[0]}: mean weight by domain",
+    runs = read_runs(request)
+    contents = contents_of(runs)
+    images = write_images(request, contents)
+    write_page(request, runs, contents)
+    return [request.page, *images]
+
+
+def read_runs(request: Request) -> RunSet:
+    """Returns the runs of a report. Raises as `write_report`."""
+    paths = (request.run_dir, *request.compare)
+    runs = [read_run(path, name) for path, name in zip(paths, run_names(paths), strict=True)]
+    groups = grouped(runs)
+    return RunSet(
+        runs=runs,
+        groups=groups,
+        baseline=baseline_of(groups, request.baseline),
+        target=target_of(runs, request.target),
+        scores=read_scores(runs, request.scores),
     )
-    training = {name: training_loss(lines) for name, lines in metrics.items()}
-    draw_losses(loss_png, training, held_out, target)
-    return [weight_png, loss_png]
+
+
+def contents_of(runs: RunSet) -> list[Content]:
+    """Returns the sections that have something to say, in the order of the page."""
+    from megatron_dwm.report.sections import SECTIONS
+
+    found = [section(runs) for section in SECTIONS]
+    return [content for content in found if content is not None]
+
+
+def write_page(
+    request: Request,
+    runs: RunSet,
+    contents: Sequence[Content],
+    *,
+    reload_s: float | None = None,
+) -> None:
+    """Write report.html, in place of an older one; `reload_s` as in `html_page`."""
+    from megatron_dwm.report.page import html_page
+
+    _require_folder(request.page.parent)
+    title = " · ".join(run.name for run in runs.runs[:3])
+    more = f" and {len(runs.runs) - 3} more" if len(runs.runs) > 3 else ""
+    write_text(request.page, html_page(f"{title}{more}", contents, reload_s=reload_s))
+
+
+def write_images(request: Request, contents: Sequence[Content]) -> list[Path]:
+    """Write a PNG of every figure, in place of older ones; returns their paths."""
+    from megatron_dwm.report.images import png
+
+    folder = request.page.parent
+    _require_folder(folder)
+    written = []
+    for figure in (figure for content in contents for figure in content.figures):
+        path = folder / f"{figure.id}.png"
+        write_bytes(path, png(figure))
+        written.append(path)
+    return written
 
 
 def _require_folder(folder: Path) -> None:
@@ -69,36 +109,11 @@ def _require_folder(folder: Path) -> None:
     if not os.path.lexists(folder):
         require_writable_parents([folder])
         folder.mkdir()
+    require_writable_parents([folder / "report.html"])
 
 
-def _print_skipped(metrics: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-    """Print how many steps were skipped, and why: their losses are missing in the plots."""
-    for name, lines in metrics.items():
-        for reason, count in skipped(lines).items():
-            print(printable(f"{name}: skipped {count} times: {reason}"), file=sys.stderr)
-
-
-def _target(wanted: str | None, known: Sequence[str]) -> str | None:
-    if wanted is not None and wanted not in known:
-        found = ", ".join(known) or "none"
-        raise UserError(f"--target-domain {wanted} is not a held-out domain; choose from {found}")
-    if wanted is None and DEFAULT_TARGET in known:
-        return DEFAULT_TARGET
-    return wanted
-
-
-def run_names(run_dirs: Sequence[Path]) -> list[str]:
-    """Returns a short name for each run: as many last parts of its path as make it unique.
-
-    Raises:
-        UserError: a run is named twice.
-    """
-    resolved = [path.resolve() for path in run_dirs]
-    for path in resolved:
-        if resolved.count(path) > 1:
-            raise UserError(f"{path} is named twice; compare a run with other runs")
-    for parts in range(1, max(len(path.parts) for path in resolved) + 1):
-        names = ["/".join(path.parts[-parts:]) for path in resolved]
-        if len(set(names)) == len(names):
-            return names
-    raise AssertionError(f"different paths with equal names: {resolved}")
+def print_notes(contents: Sequence[Content]) -> None:
+    """Print what is missing, one line each, on standard error."""
+    for content in contents:
+        for note in content.notes:
+            print(printable(note), file=sys.stderr)

@@ -1,0 +1,230 @@
+"""The runs of a report: their files, read once, and which of them differ only in the seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_dwm.config.errors import UserError
+from megatron_dwm.report.run_files import ends_unfinished, read_metrics
+
+DEFAULT_TARGET = "target"
+# Keys in which runs of one group may differ: the seed, and where files are.
+_SEED_KEYS = {("run", "seed"), ("run", "dir"), ("run", "resume")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run as its small files tell it; weights are read where they are needed.
+
+    name: short and unique in the report.
+    config: `config.yaml`, by section; empty if the file is missing or broken.
+    config_text: the same as text.
+    metrics: lines of `metrics.jsonl`, sorted by step.
+    starts: lines of `starts.jsonl`.
+    notes: files that are missing or broken, a sentence each.
+    """
+
+    name: str
+    path: Path
+    metrics: Sequence[Mapping[str, Any]]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    starts: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
+
+    def key(self, section: str, name: str) -> Any:
+        """Returns a value of the configuration; None if it is not there."""
+        values = self.config.get(section)
+        return values.get(name) if isinstance(values, Mapping) else None
+
+    @property
+    def policy(self) -> str:
+        """Name of the policy; "unknown" without a configuration."""
+        return str(self.key("policy", "name") or "unknown")
+
+    def lines(self, phase: str) -> list[Mapping[str, Any]]:
+        """Returns the lines of one phase, sorted by step."""
+        return [line for line in self.metrics if line["phase"] == phase]
+
+    def last(self, key: str) -> Any:
+        """Returns the last value of `key` that is not null, in any line; None if there is none."""
+        found = (line[key] for line in reversed(self.metrics) if line.get(key) is not None)
+        return next(found, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Runs whose configurations differ only in the seed (and in where their files are)."""
+
+    name: str
+    runs: Sequence[Run]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSet:
+    """All runs of a report.
+
+    runs: the first is the one that the report is about.
+    groups: the same runs; groups and their runs in the order of `runs`.
+    baseline: group that others are compared with, or None.
+    target: held-out domain that the weights should help, or None.
+    scores: results of tools/evaluate.py by the run's name, a list of records each.
+    """
+
+    runs: Sequence[Run]
+    groups: Sequence[Group]
+    baseline: Group | None = None
+    target: str | None = None
+    scores: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def main(self) -> Run:
+        """The run that the report is about."""
+        return self.runs[0]
+
+    @property
+    def compared(self) -> bool:
+        """True if there is more than one group."""
+        return len(self.groups) > 1
+
+
+def read_run(path: Path, name: str) -> Run:
+    """Returns a run's small files.
+
+    A missing or broken `config.yaml` or `starts.jsonl` is a note. Raises `UserError` if `path` has
+    no usable `metrics.jsonl`.
+    """
+    metrics = read_metrics(path)
+    config, text, notes = _config(path / "config.yaml")
+    starts, more = _starts(path / "starts.jsonl")
+    if ends_unfinished(path):
+        more.append("the last line of metrics.jsonl is unfinished and left out")
+    return Run(
+        name=name,
+        path=path,
+        metrics=metrics,
+        config=config,
+        config_text=text,
+        starts=starts,
+        notes=[f"{name}: {note}" for note in notes + more],
+    )
+
+
+def _config(path: Path) -> tuple[Mapping[str, Any], str, list[str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+    except FileNotFoundError:
+        return {}, "", ["config.yaml is missing, so settings are unknown"]
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        return {}, "", [f"config.yaml cannot be read ({reason}), so settings are unknown"]
+    if not isinstance(content, dict):
+        return {}, text, ["config.yaml has no sections, so settings are unknown"]
+    return content, text, []
+
+
+def _starts(path: Path) -> tuple[list[Mapping[str, Any]], list[str]]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return [], ["starts.jsonl is missing, so host, versions and commit are unknown"]
+    starts: list[Mapping[str, Any]] = []
+    broken = 0
+    for line in filter(None, lines):
+        try:
+            content = json.loads(line)
+        except ValueError:
+            content = None
+        if isinstance(content, dict):
+            starts.append(content)
+        else:
+            broken += 1
+    notes = [f"starts.jsonl has {broken} line(s) that are not JSON objects"] if broken else []
+    return starts, notes
+
+
+def run_names(run_dirs: Sequence[Path]) -> list[str]:
+    """Returns a short name for each run: as many last parts of its path as make it unique.
+
+    Raises:
+        UserError: a run is named twice.
+    """
+    resolved = [path.resolve() for path in run_dirs]
+    for path in resolved:
+        if resolved.count(path) > 1:
+            raise UserError(f"{path} is named twice; compare a run with other runs")
+    for parts in range(1, max(len(path.parts) for path in resolved) + 1):
+        names = ["/".join(path.parts[-parts:]) for path in resolved]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError(f"different paths with equal names: {resolved}")
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Returns the groups of runs that differ only in the seed, each named after its first run.
+
+    A run without a configuration is a group of its own.
+    """
+    members: dict[str, list[Run]] = {}
+    for run in runs:
+        key = _without_seed(run.config) if run.config else f"no configuration: {run.name}"
+        members.setdefault(key, []).append(run)
+    return [Group(name=_group_name(found), runs=tuple(found)) for found in members.values()]
+
+
+def _group_name(runs: Sequence[Run]) -> str:
+    return runs[0].name if len(runs) == 1 else f"{runs[0].name} ({len(runs)} seeds)"
+
+
+def _without_seed(config: Mapping[str, Any]) -> str:
+    kept = {
+        section: (
+            {key: value for key, value in values.items() if (section, key) not in _SEED_KEYS}
+            if isinstance(values, Mapping)
+            else values
+        )
+        for section, values in config.items()
+        if section != "typed_paths"
+    }
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def baseline_of(groups: Sequence[Group], name: str | None) -> Group | None:
+    """Returns the group with the run called `name`, else the first of uniform weights, else None.
+
+    Raises:
+        UserError: no run is called `name`.
+    """
+    if name is None:
+        return next((group for group in groups if group.runs[0].policy == "uniform"), None)
+    for group in groups:
+        if name in (group.name, *(run.name for run in group.runs)):
+            return group
+    known = ", ".join(run.name for group in groups for run in group.runs)
+    raise UserError(f"--baseline {name} is not a run of this report; choose from {known}")
+
+
+def target_of(runs: Sequence[Run], wanted: str | None) -> str | None:
+    """Returns the held-out domain to show first: `wanted`, else the one called "target".
+
+    Raises:
+        UserError: `wanted` is not held out.
+    """
+    known = held_out_domains(runs)
+    if wanted is not None and wanted not in known:
+        found = ", ".join(known) or "none"
+        raise UserError(f"--target-domain {wanted} is not a held-out domain; choose from {found}")
+    return DEFAULT_TARGET if wanted is None and DEFAULT_TARGET in known else wanted
+
+
+def held_out_domains(runs: Sequence[Run]) -> list[str]:
+    """Returns the sorted names of the domains that any of the runs has evaluated."""
+    lines = (line for run in runs for line in run.lines("evaluation"))
+    return sorted({name for line in lines for name in line.get("domain_loss") or {}})

@@ -1,0 +1,229 @@
+"""What the run weighted up and down: distribution over time, by domain and stage, and the noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from megatron_dwm.report.charts import fan, heat, lines
+from megatron_dwm.report.content import Cell, Column, Content, Figure, columnar
+from megatron_dwm.report.curves import abscissas, at_steps, bin_edges, key, stage_marks
+from megatron_dwm.report.over_steps import MAX_LINES, MAX_PANELS, dotted, over_steps, present
+from megatron_dwm.report.runs import Group, Run, RunSet
+from megatron_dwm.report.weight_stream import weight_files
+from megatron_dwm.report.weight_summary import WeightSummary, summarize
+
+_BINS = 60
+_WEIGHT = Column(name="weight", title="mean weight", unit="1 = uniform")
+_RUN = Column(name="run", title="run")
+_DOMAIN = Column(name="domain", title="domain")
+_EDGES = ("from_5_percent", "from_25_percent", "median", "to_75_percent", "to_95_percent")
+Summaries = Mapping[str, WeightSummary]
+
+
+def weights(runs: RunSet) -> Content:
+    """Returns the section about the weights of batches."""
+    found = {run.name: s for run in runs.runs if (s := _summary_of(run)) is not None}
+    missing = [run for run in runs.runs if run.name not in found]
+    figures = [
+        _by_domain(runs, found),
+        _distribution(runs, found),
+        *_from_metrics(runs),
+        _by_stage(runs, found),
+    ]
+    return Content(
+        id="weights",
+        title="Weights",
+        lead="A weight of 1 is uniform: the mean over every batch is 1.",
+        figures=present(figures),
+        notes=[_why_missing(run) for run in missing],
+    )
+
+
+def _summary_of(run: Run) -> WeightSummary | None:
+    files = weight_files(run.path)
+    return summarize(files, bin_edges(files.steps, _BINS)) if files else None
+
+
+def _why_missing(run: Run) -> str:
+    if run.policy == "uniform":
+        return f"{run.name}: no weights are recorded with policy uniform; all of them are 1."
+    return (
+        f"{run.name}: no weights in weights/*.parquet. They are written with each checkpoint, every "
+        "logging.weights_interval_steps steps (0 records none)."
+    )
+
+
+def _by_domain(runs: RunSet, found: Summaries) -> Figure | None:
+    """One plot with a line for each domain, or one plot a domain if groups are compared."""
+    names = _domains(found)
+    several = runs.compared and len(found) > 1
+    shown = names[: MAX_PANELS if several else MAX_LINES]
+    rows = [row for group in runs.groups for row in _domain_rows(runs, group, found, shown)]
+    if not rows:
+        return None
+    columns = (_RUN, _DOMAIN, *abscissas(runs), _WEIGHT)
+    groups = list(dict.fromkeys(str(row[0]) for row in rows))
+    less = "" if len(shown) == len(names) else f" The {len(shown)} largest of {len(names)} domains."
+    marks = {} if several else _marks_of(runs, groups[0])
+    points = [(str(row[1]), str(row[0])) if several else (str(row[1]),) for row in rows]
+    look = {"reference": 1.0, "dotted": dotted(points), "marks": bool(marks)}
+    return Figure(
+        id="weight_by_domain",
+        title="Mean weight by domain" if several else f"Mean weight by domain, {groups[0]}",
+        caption=f"What the run wanted to read, and when.{less}",
+        columns=columns,
+        data=columnar(columns, rows),
+        chart=lines(
+            _WEIGHT,
+            color="run" if several else "domain",
+            names=[group.name for group in runs.groups] if several else shown,
+            **look,
+        ),
+        series="run" if several else "domain",
+        names=[group.name for group in runs.groups] if several else shown,
+        panels="domain" if several else None,
+        panel_names=shown if several else (),
+        marks=marks,
+        wide=True,
+    )
+
+
+def _marks_of(runs: RunSet, group_name: str) -> dict[str, list[Cell]]:
+    group = next(group for group in runs.groups if group.name == group_name)
+    marks = stage_marks(group.runs[0], runs)
+    return marks if marks["step"] else {}
+
+
+def _domains(found: Summaries) -> list[str]:
+    """Returns the names of all domains, those with most weights first."""
+    counts: dict[str, float] = {}
+    for summary in found.values():
+        for name, count in zip(summary.domains, summary.domain_count.sum(axis=0), strict=True):
+            counts[name] = counts.get(name, 0.0) + float(count)
+    return sorted(counts, key=lambda name: (-counts[name], name))
+
+
+def _domain_rows(
+    runs: RunSet, group: Group, found: Summaries, domains: list[str]
+) -> list[list[Cell]]:
+    """Returns the mean over a group's runs of each domain's mean weight, a row for each bin.
+
+    Runs of a group record the same steps, and so have the same bins; one that is behind is left out
+    where it has none.
+    """
+    summaries = [found[run.name] for run in group.runs if run.name in found]
+    if not summaries:
+        return []
+    longest = max(summaries, key=lambda summary: np.nanmax(summary.step))
+    same = [s for s in summaries if np.array_equal(s.step, longest.step, equal_nan=True)]
+    first = next(run for run in group.runs if found.get(run.name) is longest)
+    rows: list[list[Cell]] = []
+    for name in domains:
+        parts = [s.mean_by_domain()[:, s.domains.index(name)] for s in same if name in s.domains]
+        if parts:
+            mean = np.mean(parts, axis=0)
+            over = at_steps(first, runs, longest.step)
+            kept = ~np.isnan(mean)
+            rows += [
+                [group.name, name, *point, float(value)]
+                for point, value in zip(over[kept].tolist(), mean[kept], strict=True)
+            ]
+    return rows
+
+
+def _distribution(runs: RunSet, found: Summaries) -> Figure | None:
+    shown = [run for run in runs.runs if run.name in found][:MAX_PANELS]
+    rows: list[list[Cell]] = []
+    for run in shown:
+        summary = found[run.name]
+        table = np.column_stack([at_steps(run, runs, summary.step), summary.quantiles()])
+        rows += [[run.name, *row] for row in table[~np.isnan(summary.step)].tolist()]
+    if not rows:
+        return None
+    over = abscissas(runs)
+    y = Column(name="weight", title="weight", unit="1 = uniform")
+    edges = [Column(name=n, title=n.replace("_", " "), unit="1 = uniform") for n in _EDGES]
+    columns = (_RUN, *over, *edges)
+    bands = ((_EDGES[0], _EDGES[4]), (_EDGES[1], _EDGES[3]))
+    return Figure(
+        id="weight_distribution",
+        title="Distribution of weights",
+        caption="Median, middle half (dark) and middle 90 % (pale) of the weights.",
+        columns=columns,
+        data=columnar(columns, rows),
+        chart=fan(over[0], y, bands, "median", reference=1.0),
+        panels="run" if len(shown) > 1 else None,
+        panel_names=[run.name for run in shown] if len(shown) > 1 else (),
+    )
+
+
+def _by_stage(runs: RunSet, found: Summaries) -> Figure | None:
+    """Cells of the mean weight by stage and domain, of the first run that has weights."""
+    run = next((run for run in runs.runs if run.name in found), None)
+    if run is None or len(found[run.name].stages) < 2:
+        return None
+    summary = found[run.name]
+    mean = summary.mean_by_stage()
+    last = np.nan_to_num(mean[-1], nan=0.0)
+    order = sorted(range(len(summary.domains)), key=lambda i: -last[i])[:60]
+    rows: list[list[Cell]] = [
+        [summary.stages[s], summary.domains[d], float(mean[s, d]), f"{mean[s, d]:.2f}"]
+        for d in order
+        for s in range(len(summary.stages))
+        if not np.isnan(mean[s, d])
+    ]
+    stage = Column(name="stage", title="stage")
+    columns = (stage, _DOMAIN, _WEIGHT, Column(name="shown", title="as shown"))
+    chart = heat(stage, _DOMAIN, _WEIGHT)
+    return Figure(
+        id="weight_by_stage",
+        title=f"Mean weight by domain and stage, {run.name}",
+        caption="Domains in the order of their weight in the last stage.",
+        columns=columns,
+        data=columnar(columns, rows),
+        chart={**chart, "height": max(120, 26 * len(order))},
+    )
+
+
+def _from_metrics(runs: RunSet) -> list[Figure | None]:
+    return [
+        over_steps(
+            runs,
+            id="effective_sample_size",
+            title="Effective sample size",
+            caption="The fraction of the batch that would have the same effect with equal weights.",
+            y=Column(name="ess", title="effective sample size", unit="fraction of the batch"),
+            phase="train",
+            value=key("weight_effective_sample_size"),
+        ),
+        over_steps(
+            runs,
+            id="weight_entropy",
+            title="Entropy of the weights",
+            caption="Divided by its largest value: 1 is uniform.",
+            y=Column(name="entropy", title="entropy", unit="fraction of the largest"),
+            phase="train",
+            value=key("weight_entropy"),
+        ),
+        over_steps(
+            runs,
+            id="signal_to_noise",
+            title="Signal-to-noise of the alignments",
+            caption="Above 1 there is more signal than noise in what the weights learn from.",
+            y=Column(name="ratio", title="signal-to-noise", unit="ratio of variances"),
+            phase="weighting",
+            value=key("alignment_signal_to_noise"),
+            reference=1.0,
+        ),
+        over_steps(
+            runs,
+            id="alignment_agreement",
+            title="Agreement of the alignments",
+            caption="Correlation over samples of the alignments with either half of the passages.",
+            y=Column(name="agreement", title="agreement", unit="correlation"),
+            phase="weighting",
+            value=key("alignment_agreement"),
+        ),
+    ]
