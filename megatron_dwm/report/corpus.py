@@ -6,19 +6,17 @@ or changed becomes a note, and the documents of the other prefixes can still be 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from megatron_dwm.config.blend import parse_blend
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.files.dataset_paths import DatasetPaths
 from megatron_dwm.files.index_format import IndexHeader, end_of_tokens_bytes, read_header
+from megatron_dwm.report.runs import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +46,11 @@ class Corpus:
     notes: Sequence[str]
 
     @staticmethod
-    def open(settings: Mapping[str, Any]) -> Corpus:
-        """Find the data of a configuration, given as `read_settings` returns it."""
-        data = settings.get("data") or {}
+    def open(run: Run) -> Corpus:
+        """Find the data of a run."""
         notes: list[str] = []
         try:
-            names = [part.prefix for part in parse_blend(data.get("train") or [])]
+            names = [part.prefix for part in parse_blend(run.key("data", "train") or [])]
         except UserError as error:
             names, notes = [], [f"no text of documents: {error}"]
         prefixes, first = [], 0
@@ -67,8 +64,8 @@ class Corpus:
             first += found.num_documents
         return Corpus(
             prefixes=prefixes,
-            tokenizer=data.get("tokenizer"),
-            domain_key=str(data.get("domain_key")),
+            tokenizer=run.key("data", "tokenizer"),
+            domain_key=str(run.key("data", "domain_key")),
             notes=notes,
         )
 
@@ -81,30 +78,13 @@ class Corpus:
         return None
 
 
-def read_settings(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
-    """Returns the sections of a run's config.yaml, and notes if it is missing or cannot be read.
-
-    It is not checked as the configuration of a run, so that runs of other versions can be read.
+def tokens_in_batch(run: Run) -> int | None:
+    """Returns the tokens of a global batch; None if the configuration does not have them, or if a
+    unit's share of the batch is not that of its tokens (`weighting.unit_share equal`).
     """
-    path = run_dir / "config.yaml"
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        return {}, [f"{path} cannot be read ({str(error).splitlines()[0]})"]
-    if not isinstance(found, dict):
-        return {}, [f"{path} has no sections"]
-    return {name: part for name, part in found.items() if isinstance(part, dict)}, []
-
-
-def tokens_in_batch(settings: Mapping[str, Any]) -> int | None:
-    """Returns the tokens of a global batch; None if the settings do not have them, or if a unit's
-    share of the batch is not that of its tokens (`weighting.unit_share equal`).
-    """
-    weighting = settings.get("weighting") or {}
-    if weighting.get("unit") == "document" and weighting.get("unit_share") == "equal":
+    if run.key("weighting", "unit") == "document" and run.key("weighting", "unit_share") == "equal":
         return None
-    rows = (settings.get("training") or {}).get("global_batch_size")
-    length = (settings.get("data") or {}).get("sequence_length")
+    rows, length = run.key("training", "global_batch_size"), run.key("data", "sequence_length")
     if not isinstance(rows, int) or not isinstance(length, int):
         return None
     return rows * length or None

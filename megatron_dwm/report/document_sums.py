@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_dwm.report.learning_rates import LearningRates
-from megatron_dwm.report.weight_rows import UPDATE, WeightFiles, WeightRows
+from megatron_dwm.report.weight_rows import UPDATE, WeightBatch, WeightRows
 
 _STAGE_BITS = 16
 _PENDING = 1 << 21
@@ -33,7 +33,7 @@ class DocumentSums:
     document_K: np.ndarray
     stage_K: np.ndarray
     domain_K: np.ndarray
-    """an index into `WeightFiles.domains`"""
+    """an index into `WeightRows.domains`"""
     rows_K: np.ndarray
     """recorded weights"""
     tokens_K: np.ndarray
@@ -87,17 +87,17 @@ class DocumentSums:
 
 
 def sum_documents(
-    files: WeightFiles, rates: LearningRates | None, tokens_in_batch: int | None
+    weights: WeightRows, rates: LearningRates | None, tokens_in_batch: int | None
 ) -> DocumentSums:
     """Sum the rows of a run by document and stage.
 
     rates: without them credits are 0. tokens_in_batch: of a global batch; without it drops are NaN.
     """
-    keys = _distinct_keys(files)
+    keys = _distinct_keys(weights)
     domain = np.zeros(len(keys), np.int32)
     names = ("rows", "tokens", "weight", "aligned", "alignment", "credit", "drop")
     sums = {name: np.zeros(len(keys)) for name in names}
-    for rows in files.batches():
+    for rows in weights.batches():
         rows = rows.where(rows.of_corpus_R)
         at_R, inverse_R = np.unique(np.searchsorted(keys, _keys(rows)), return_inverse=True)
         domain[np.searchsorted(keys, _keys(rows))] = rows.domain_R
@@ -117,7 +117,7 @@ def sum_documents(
     )
 
 
-def rates_of_rows(rows: WeightRows, rates: LearningRates) -> np.ndarray:
+def rates_of_rows(rows: WeightBatch, rates: LearningRates) -> np.ndarray:
     """The learning rate of each row's step.
 
     A fresh update carries the number of the step before it, and its virtual step would be the next.
@@ -126,7 +126,7 @@ def rates_of_rows(rows: WeightRows, rates: LearningRates) -> np.ndarray:
 
 
 def _terms(
-    rows: WeightRows, rates: LearningRates | None, tokens_in_batch: int | None
+    rows: WeightBatch, rates: LearningRates | None, tokens_in_batch: int | None
 ) -> dict[str, np.ndarray]:
     """Returns what each row adds to every sum."""
     aligned_R = ~np.isnan(rows.alignment_R)
@@ -144,14 +144,14 @@ def _terms(
     }
 
 
-def _keys(rows: WeightRows) -> np.ndarray:
+def _keys(rows: WeightBatch) -> np.ndarray:
     return (rows.document_R << _STAGE_BITS) | rows.stage_R
 
 
-def _distinct_keys(files: WeightFiles) -> np.ndarray:
+def _distinct_keys(weights: WeightRows) -> np.ndarray:
     """Returns the sorted keys of all rows; merges whenever many have gathered."""
     found, pending = np.zeros(0, np.int64), []
-    for rows in files.batches():
+    for rows in weights.batches():
         pending.append(np.unique(_keys(rows.where(rows.of_corpus_R))))
         if sum(map(len, pending)) > max(_PENDING, len(found)):
             found, pending = np.unique(np.concatenate([found, *pending])), []

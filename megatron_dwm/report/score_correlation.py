@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_dwm.report.weight_rows import WeightFiles, WeightRows
+from megatron_dwm.report.weight_rows import WeightBatch, WeightRows
 
 _TERMS = 6
 
@@ -54,7 +54,7 @@ class ScoreCorrelation:
 
 
 def correlate_scores(
-    files: WeightFiles, scores: Scores, first_step: int, last_step: int, max_intervals: int = 40
+    weights: WeightRows, scores: Scores, first_step: int, last_step: int, max_intervals: int = 40
 ) -> ScoreCorrelation:
     """Correlate the weights with each score in equal intervals of steps.
 
@@ -65,7 +65,7 @@ def correlate_scores(
     center_C, scale_C = _center_and_scale(scores.values_KC)
     sums = np.zeros((intervals, len(scores.names), _TERMS))
     steps = np.zeros((2, intervals))
-    for rows in files.batches():
+    for rows in weights.batches():
         rows = rows.where(rows.of_corpus_R)
         found_RC = (scores.at(rows.document_R) - center_C) / scale_C
         at_R = np.clip(np.searchsorted(edges, rows.step_R, side="right") - 1, 0, intervals - 1)
@@ -84,7 +84,7 @@ def correlate_scores(
     )
 
 
-def _add(sums: np.ndarray, at_R: np.ndarray, rows: WeightRows, found_RC: np.ndarray) -> None:
+def _add(sums: np.ndarray, at_R: np.ndarray, rows: WeightBatch, found_RC: np.ndarray) -> None:
     """Add count, w, s, w^2, s^2 and w s of the rows to the sums of their intervals, in place."""
     for column in range(sums.shape[1]):
         known_R = ~np.isnan(found_RC[:, column])

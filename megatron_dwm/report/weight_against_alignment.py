@@ -9,14 +9,15 @@ Cost: two passes over the files. Memory: some numbers a recorded update.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_dwm.report.weight_rows import SOURCES, WeightFiles, WeightRows
+from megatron_dwm.report.weight_rows import SOURCES, WeightBatch, WeightRows
 
 _LARGEST = 3.0
-_ALIGNMENT_BINS, _WEIGHT_BINS = 24, 32
+_ALIGNMENT_BINS, _WEIGHT_BINS = 24, 1024
 _PENDING = 1 << 20
 
 
@@ -51,12 +52,25 @@ class WeightMap:
     mean_weight_A: np.ndarray
     """NaN in an empty bin"""
 
+    def quantiles(self, fractions: Sequence[float]) -> np.ndarray:
+        """Returns [A, fractions], quantiles of the weights in each bin of alignments, to the width
+        of a bin of weights; NaN in an empty bin.
+        """
+        below_AW = self.counts_AW.cumsum(axis=1)
+        centers = (self.weight_edges[:-1] + self.weight_edges[1:]) / 2
+        found = np.full((len(below_AW), len(fractions)), np.nan)
+        for at, below_W in enumerate(below_AW):
+            if below_W[-1]:
+                wanted = np.array(fractions) * below_W[-1]
+                found[at] = centers[np.minimum(np.searchsorted(below_W, wanted), len(centers) - 1)]
+        return found
 
-def correlate_batches(files: WeightFiles) -> BatchCorrelation:
+
+def correlate_batches(weights: WeightRows) -> BatchCorrelation:
     """Correlate weight and alignment of every batch (one pass)."""
     keys, sums = np.zeros(0, np.int64), np.zeros((0, 6))
     pending: list[tuple[np.ndarray, np.ndarray]] = []
-    for rows in files.batches():
+    for rows in weights.batches():
         pending.append(_sums_of(_aligned(rows)))
         if sum(len(found) for found, _ in pending) > max(_PENDING, len(keys)):
             (keys, sums), pending = _merged([(keys, sums), *pending]), []
@@ -79,14 +93,14 @@ def correlate_batches(files: WeightFiles) -> BatchCorrelation:
     )
 
 
-def map_weights(files: WeightFiles, batches: BatchCorrelation) -> WeightMap | None:
+def map_weights(weights: WeightRows, batches: BatchCorrelation) -> WeightMap | None:
     """Count rows by alignment and weight (one pass); None without alignments that differ."""
     if not len(batches) or not (batches.alignment_std_B > 0).any():
         return None
     alignment_edges = np.linspace(-_LARGEST, _LARGEST, _ALIGNMENT_BINS + 1)
-    weight_edges = np.linspace(0.0, _largest_weight(files), _WEIGHT_BINS + 1)
+    weight_edges = np.linspace(0.0, _largest_weight(weights), _WEIGHT_BINS + 1)
     counts, sums = np.zeros((_ALIGNMENT_BINS, _WEIGHT_BINS), np.int64), np.zeros(_ALIGNMENT_BINS)
-    for rows in files.batches():
+    for rows in weights.batches():
         rows = _aligned(rows)
         at_R = np.searchsorted(batches.key_B, _keys(rows))
         std_R = batches.alignment_std_B[at_R]
@@ -105,15 +119,15 @@ def map_weights(files: WeightFiles, batches: BatchCorrelation) -> WeightMap | No
     )
 
 
-def _aligned(rows: WeightRows) -> WeightRows:
+def _aligned(rows: WeightBatch) -> WeightBatch:
     return rows.where(~np.isnan(rows.alignment_R))
 
 
-def _keys(rows: WeightRows) -> np.ndarray:
+def _keys(rows: WeightBatch) -> np.ndarray:
     return rows.step_R * len(SOURCES) + rows.source_R
 
 
-def _sums_of(rows: WeightRows) -> tuple[np.ndarray, np.ndarray]:
+def _sums_of(rows: WeightBatch) -> tuple[np.ndarray, np.ndarray]:
     """Returns the batches of these rows, and of each: rows, w, a, w^2, a^2 and w a.
 
     Weights are taken from 1, their mean, which keeps the rounding of the differences small.
@@ -133,8 +147,8 @@ def _merged(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.
     return keys, merged
 
 
-def _largest_weight(files: WeightFiles) -> float:
-    largest = (rows.weight_R.max(initial=0.0) for rows in map(_aligned, files.batches()))
+def _largest_weight(weights: WeightRows) -> float:
+    largest = (rows.weight_R.max(initial=0.0) for rows in map(_aligned, weights.batches()))
     return max(1.0, *largest)
 
 

@@ -95,8 +95,9 @@ def stream(files: WeightFiles, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
     try:
-        file = pq.ParquetFile(path, read_dictionary=["domain", "source"])
-        there = set(file.schema_arrow.names)
+        there = set(pq.read_schema(path).names)
+        encoded = [name for name in ("domain", "source") if name in there]
+        file = pq.ParquetFile(path, read_dictionary=encoded)
         if missing := [name for name in _NEEDED if name not in there]:
             raise KeyError(f"no column {missing[0]}")
         names = [name for name in columns if name in there]

@@ -9,13 +9,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_dwm.report import document_sums, weight_rows
+from megatron_dwm.report import document_sums, weight_stream
 from megatron_dwm.report.corpus import Corpus
 from megatron_dwm.report.credit import count_updates, credit_by_domain, write_credit
 from megatron_dwm.report.document_sums import DocumentSums, sum_documents
 from megatron_dwm.report.documents import most_and_least
 from megatron_dwm.report.learning_rates import LearningRates
-from megatron_dwm.report.weight_rows import WeightFiles
+from megatron_dwm.report.runs import Run
+from megatron_dwm.report.weight_rows import WeightRows
 from tests.report.random_weights import (
     LENGTH,
     ROWS,
@@ -34,7 +35,7 @@ CLOSE = {"rel": 1e-9, "abs": 1e-15}
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_rows, "ROWS_IN_BATCH", 37)
+    monkeypatch.setattr(weight_stream, "BATCH_ROWS", 37)
     monkeypatch.setattr(document_sums, "_PENDING", 50)
 
 
@@ -79,7 +80,7 @@ def assert_sums(sums: DocumentSums, at: int, expected: dict[str, float]) -> None
 
 
 def summed(tmp_path: Path, rows: list[Row]) -> tuple[DocumentSums, tuple[str, ...]]:
-    files = WeightFiles.open(write_rows(tmp_path, rows))
+    files = WeightRows.open(write_rows(tmp_path, rows))
     return sum_documents(files, RATES, TOKENS), files.domains
 
 
@@ -125,7 +126,9 @@ def test_the_file_of_credits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     rows = random_rows()
     sums, domains = summed(tmp_path, rows)
     path = tmp_path / "credit.parquet"
-    write_credit(path, sums.over_stages(), domains, Corpus.open({}))
+    write_credit(
+        path, sums.over_stages(), domains, Corpus.open(Run(name="run", path=tmp_path, metrics=[]))
+    )
     expected = grouped(rows, "document_id")
     found = pq.read_table(path).to_pylist()
     assert [row["document_id"] for row in found] == sorted(d for (d,) in expected)
@@ -143,7 +146,7 @@ def test_the_file_of_credits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_without_rates_and_shares(tmp_path: Path) -> None:
-    files = WeightFiles.open(write_rows(tmp_path, random_rows()))
+    files = WeightRows.open(write_rows(tmp_path, random_rows()))
     sums = sum_documents(files, None, None)
     assert (sums.credit_K == 0).all() and np.isnan(sums.drop_K).all()
     assert LearningRates.of([{"phase": "train", "step": 1}]) is None
@@ -151,9 +154,14 @@ def test_without_rates_and_shares(tmp_path: Path) -> None:
 
 
 def test_a_run_without_rows(tmp_path: Path) -> None:
-    sums = sum_documents(WeightFiles.open(tmp_path), RATES, TOKENS)
+    sums = sum_documents(WeightRows.open(tmp_path), RATES, TOKENS)
     assert len(sums) == len(sums.over_stages()) == 0 and sums.stages == []
-    write_credit(tmp_path / "credit.parquet", sums, (), Corpus.open({}))
+    write_credit(
+        tmp_path / "credit.parquet",
+        sums,
+        (),
+        Corpus.open(Run(name="run", path=tmp_path, metrics=[])),
+    )
     assert len(pq.read_table(tmp_path / "credit.parquet")) == 0
 
 

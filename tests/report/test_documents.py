@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_dwm.report.corpus import Corpus, read_settings, tokens_in_batch
+from megatron_dwm.report.corpus import Corpus, tokens_in_batch
 from megatron_dwm.report.document_scores import (
     read_scores,
     read_sources,
@@ -24,7 +24,8 @@ from megatron_dwm.report.document_scores import (
 from megatron_dwm.report.document_sums import sum_documents
 from megatron_dwm.report.document_texts import DocumentTexts
 from megatron_dwm.report.documents import clipped, describe, most_and_least
-from megatron_dwm.report.weight_rows import WeightFiles
+from megatron_dwm.report.runs import Run
+from megatron_dwm.report.weight_rows import WeightRows
 from tests.report.random_weights import random_rows, write_rows
 from tests.small_runs.fixtures import Corpus as SmallCorpus
 from tests.small_runs.fixtures import preprocessed
@@ -80,6 +81,14 @@ def _with_scores(prefix: str, lines: list[dict]) -> str:
     return prefix
 
 
+def opened(config: dict) -> Corpus:
+    return Corpus.open(_run(config))
+
+
+def _run(config: dict) -> Run:
+    return Run(name="run", path=Path("run"), metrics=[], config=config)
+
+
 def expected_text(text: str, texts: DocumentTexts) -> str:
     """What the tokenizer makes of a text: it normalizes characters such as ligatures and tabs."""
     assert texts.tokenizer is not None
@@ -87,7 +96,7 @@ def expected_text(text: str, texts: DocumentTexts) -> str:
 
 
 def test_texts_are_those_of_the_source(written: Written) -> None:
-    texts = DocumentTexts.open(Corpus.open(written.settings))
+    texts = DocumentTexts.open(opened(written.settings))
     assert not texts.notes and not texts.corpus.notes
     same = 0
     for number, text in enumerate(written.texts):
@@ -100,7 +109,7 @@ def test_texts_are_those_of_the_source(written: Written) -> None:
 
 
 def test_only_the_beginning_is_read(written: Written) -> None:
-    texts = DocumentTexts.open(Corpus.open(written.settings))
+    texts = DocumentTexts.open(opened(written.settings))
     for number, text in enumerate(written.texts):
         whole = expected_text(text, texts)
         for tokens in (0, 1, 5, 9):
@@ -116,7 +125,7 @@ def test_clipped_texts() -> None:
 
 def test_the_text_of_each_token(written: Written) -> None:
     """Together they are the text, also where a character's bytes are several tokens."""
-    texts = DocumentTexts.open(Corpus.open(written.settings))
+    texts = DocumentTexts.open(opened(written.settings))
     assert texts.tokenizer is not None
     for text in written.texts:
         ids = texts.tokenizer.encode(text)
@@ -126,7 +135,7 @@ def test_the_text_of_each_token(written: Written) -> None:
 
 
 def test_sources_and_scores(written: Written) -> None:
-    corpus = Corpus.open(written.settings)
+    corpus = opened(written.settings)
     assert score_columns(corpus) == ["score"]
     every = np.arange(len(written.texts))
     for documents in (every, every[2::3], every[:0]):
@@ -144,7 +153,7 @@ def test_sources_and_scores(written: Written) -> None:
 
 def test_statistics_of_texts(written: Written) -> None:
     """Against the definitions in plain Python."""
-    texts = DocumentTexts.open(Corpus.open(written.settings))
+    texts = DocumentTexts.open(opened(written.settings))
     every = np.arange(len(written.texts))
     scores = text_statistics(texts, every, max_documents=7)
     assert 3 < len(scores) <= 7
@@ -158,7 +167,7 @@ def test_statistics_of_texts(written: Written) -> None:
 
 def test_described_documents(written: Written, tmp_path: Path) -> None:
     run = write_rows(tmp_path / "run", random_rows())
-    files, corpus = WeightFiles.open(run), Corpus.open(written.settings)
+    files, corpus = WeightRows.open(run), opened(written.settings)
     sums = sum_documents(files, None, None)
     texts, scores = DocumentTexts.open(corpus), read_scores(corpus, np.unique(sums.document_K))
     for stage in sums.stages:
@@ -181,15 +190,15 @@ def test_described_documents(written: Written, tmp_path: Path) -> None:
 
 def test_what_is_missing_is_said(written: Written, tmp_path: Path) -> None:
     first, second = written.prefixes
-    assert Corpus.open({}).notes[0].startswith("no text of documents: data.train is empty")
+    assert opened({}).notes[0].startswith("no text of documents: data.train is empty")
     missing = {"data": {**written.settings["data"], "tokenizer": str(tmp_path / "gone.model")}}
-    texts = DocumentTexts.open(Corpus.open(missing))
+    texts = DocumentTexts.open(opened(missing))
     assert texts.of(0, 10) is None and "gone.model" in texts.notes[0]
     unnamed = {"data": {**written.settings["data"], "tokenizer": None}}
-    assert "names no tokenizer" in DocumentTexts.open(Corpus.open(unnamed)).notes[0]
+    assert "names no tokenizer" in DocumentTexts.open(opened(unnamed)).notes[0]
 
     Path(f"{first}.bin").unlink()
-    texts = DocumentTexts.open(corpus := Corpus.open(written.settings))
+    texts = DocumentTexts.open(corpus := opened(written.settings))
     assert "the data have moved" in corpus.notes[0] and f"{first}.bin" in corpus.notes[0]
     later = corpus.prefixes[1].first_document
     assert texts.of(0, 10) is None and texts.of(later, 10) is not None
@@ -197,24 +206,24 @@ def test_what_is_missing_is_said(written: Written, tmp_path: Path) -> None:
 
     Path(f"{first}.idx").unlink()
     Path(f"{first}.meta.parquet").unlink()
-    notes = Corpus.open(written.settings).notes
+    notes = opened(written.settings).notes
     assert any("is missing: its documents have no source" in note for note in notes)
     assert notes[-1] == "documents of the prefixes after it cannot be numbered"
-    alone = Corpus.open({"data": {**written.settings["data"], "train": [second]}})
+    alone = opened({"data": {**written.settings["data"], "train": [second]}})
     assert not alone.notes and len(alone.prefixes) == 1
 
 
 def test_sidecars_that_do_not_fit(written: Written) -> None:
     first, second = written.prefixes
     shutil.copy(f"{second}.meta.parquet", f"{first}.meta.parquet")
-    notes = Corpus.open(written.settings).notes
+    notes = opened(written.settings).notes
     assert any("rows for" in note and "is left out" in note for note in notes)
     Path(f"{first}.meta.parquet").write_bytes(b"PAR1?")
-    assert any("cannot be read" in note for note in Corpus.open(written.settings).notes)
+    assert any("cannot be read" in note for note in opened(written.settings).notes)
     Path(f"{second}.bin").write_bytes(b"")
-    assert any("is shorter than" in note for note in Corpus.open(written.settings).notes)
+    assert any("is shorter than" in note for note in opened(written.settings).notes)
     Path(f"{second}.idx").write_bytes(b"?")
-    assert any("not a Megatron index" in note for note in Corpus.open(written.settings).notes)
+    assert any("not a Megatron index" in note for note in opened(written.settings).notes)
 
 
 def test_another_tokenizer_is_refused(written: Written, tmp_path: Path) -> None:
@@ -223,17 +232,12 @@ def test_another_tokenizer_is_refused(written: Written, tmp_path: Path) -> None:
     command += ["--input", str(ROOT / "examples" / "corpus" / "heldout.jsonl")]
     subprocess.run([sys.executable, *command], check=True, cwd=ROOT, capture_output=True)
     settings = {"data": {**written.settings["data"], "tokenizer": str(other)}}
-    texts = DocumentTexts.open(Corpus.open(settings))
+    texts = DocumentTexts.open(opened(settings))
     assert texts.of(0, 10) is None and "is not the tokenizer of the data" in texts.notes[0]
 
 
-def test_settings_of_a_run(tmp_path: Path) -> None:
-    assert read_settings(tmp_path)[0] == {} and "cannot be read" in read_settings(tmp_path)[1][0]
-    (tmp_path / "config.yaml").write_text("- a\n")
-    assert "has no sections" in read_settings(tmp_path)[1][0]
-    (tmp_path / "config.yaml").write_text("run: {dir: x}\nnewer: {key: 1}\nodd: 3\n")
-    assert read_settings(tmp_path) == ({"run": {"dir": "x"}, "newer": {"key": 1}}, [])
+def test_tokens_of_a_batch() -> None:
     sizes = {"training": {"global_batch_size": 8}, "data": {"sequence_length": 32}}
-    assert tokens_in_batch(sizes) == 256 and tokens_in_batch({}) is None
+    assert tokens_in_batch(_run(sizes)) == 256 and tokens_in_batch(_run({})) is None
     equal = {"weighting": {"unit": "document", "unit_share": "equal"}}
-    assert tokens_in_batch({**sizes, **equal}) is None
+    assert tokens_in_batch(_run({**sizes, **equal})) is None

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_dwm.report import weight_against_alignment, weight_rows
+from megatron_dwm.report import weight_against_alignment, weight_stream
 from megatron_dwm.report.score_correlation import Scores, correlate_scores
 from megatron_dwm.report.weight_against_alignment import correlate_batches, map_weights
-from megatron_dwm.report.weight_rows import SOURCES, WeightFiles
+from megatron_dwm.report.weight_rows import SOURCES, WeightRows
 from tests.report.random_weights import DOCUMENTS, Row, random_rows, write_rows
 
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_rows, "ROWS_IN_BATCH", 37)
+    monkeypatch.setattr(weight_stream, "BATCH_ROWS", 37)
     monkeypatch.setattr(weight_against_alignment, "_PENDING", 5)
 
 
@@ -46,7 +46,7 @@ def pairs(rows: list[Row]) -> np.ndarray:
 
 def test_correlation_of_each_batch(tmp_path: Path) -> None:
     rows = correlated_rows()
-    found = correlate_batches(WeightFiles.open(write_rows(tmp_path, rows)))
+    found = correlate_batches(WeightRows.open(write_rows(tmp_path, rows)))
     expected = aligned(rows)
     keys = sorted(expected, key=lambda key: (key[0], SOURCES.index(key[1])))
     assert found.step_B.tolist() == [step for step, _ in keys]
@@ -64,7 +64,7 @@ def test_correlation_of_each_batch(tmp_path: Path) -> None:
 
 def test_the_map_counts_every_aligned_row(tmp_path: Path) -> None:
     rows = correlated_rows()
-    files = WeightFiles.open(write_rows(tmp_path, rows))
+    files = WeightRows.open(write_rows(tmp_path, rows))
     found = map_weights(files, correlate_batches(files))
     assert found is not None
     standard, weights = [], []
@@ -79,17 +79,20 @@ def test_the_map_counts_every_aligned_row(tmp_path: Path) -> None:
     # A value on a border may fall on either side.
     assert np.abs(found.counts_AW - expected).sum() <= 2
     column = np.digitize(clipped, found.alignment_edges) - 1
+    quantiles, width = found.quantiles([0.05, 0.5, 0.95]), np.diff(found.weight_edges)[0]
     for at, mean in enumerate(found.mean_weight_A):
         inside = np.array(weights)[column == at]
         if len(inside):
             assert mean == pytest.approx(inside.mean())
+            expected_q = np.quantile(inside, [0.05, 0.5, 0.95], method="inverted_cdf")
+            assert np.abs(quantiles[at] - expected_q).max() <= width
         else:
-            assert np.isnan(mean)
+            assert np.isnan(mean) and np.isnan(quantiles[at]).all()
 
 
 def test_runs_without_alignments_have_no_map(tmp_path: Path) -> None:
     rows = [{**row, "alignment": None} for row in random_rows()]
-    files = WeightFiles.open(write_rows(tmp_path, rows))
+    files = WeightRows.open(write_rows(tmp_path, rows))
     batches = correlate_batches(files)
     assert len(batches) == 0 and map_weights(files, batches) is None
 
@@ -98,7 +101,7 @@ def test_runs_without_alignments_have_no_map(tmp_path: Path) -> None:
 def test_correlation_with_scores(tmp_path: Path, intervals: int) -> None:
     """Scores of very different size, one of them with gaps, one the same everywhere."""
     rows, random = random_rows(), np.random.default_rng(1)
-    files = WeightFiles.open(write_rows(tmp_path, rows))
+    files = WeightRows.open(write_rows(tmp_path, rows))
     documents = np.arange(0, DOCUMENTS, 2)
     values = np.stack(
         [
@@ -138,6 +141,6 @@ def test_correlation_with_scores(tmp_path: Path, intervals: int) -> None:
 
 
 def test_no_scores(tmp_path: Path) -> None:
-    files = WeightFiles.open(write_rows(tmp_path, random_rows()))
+    files = WeightRows.open(write_rows(tmp_path, random_rows()))
     nothing = Scores(names=("a",), document_K=np.zeros(0, int), values_KC=np.zeros((0, 1)))
     assert len(correlate_scores(files, nothing, 2, 60).step_T) == 0

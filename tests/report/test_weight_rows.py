@@ -5,30 +5,29 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_dwm.report import weight_rows
+from megatron_dwm.report import weight_stream
 from megatron_dwm.report.run_files import read_weights
-from megatron_dwm.report.weight_rows import SOURCES, WeightFiles
+from megatron_dwm.report.weight_rows import SOURCES, WeightRows
 from tests.report.random_weights import Row, random_rows, table_of, write_rows
 
 
 def rows_read(run_dir: Path) -> list[tuple]:
-    files = WeightFiles.open(run_dir)
+    weights = WeightRows.open(run_dir)
     found = []
-    for rows in files.batches():
+    for rows in weights.batches():
         columns = [getattr(rows, field.name).tolist() for field in dataclasses.fields(rows)]
         found += list(zip(*columns, strict=True))
-    names = files.domains
+    names = weights.domains
     return [(s, t, SOURCES[c], d, names[n], *rest) for s, t, c, d, n, *rest in found]
 
 
 def as_read(row: Row) -> tuple:
-    names = ("step", "stage", "source", "document_id", "domain", "tokens", "loss", "weight")
-    return (*(row[name] for name in names), row["alignment"])
+    names = ("step", "stage", "source", "document_id", "domain", "tokens", "weight", "alignment")
+    return tuple(row[name] for name in names)
 
 
 def assert_rows(found: list[tuple], rows: list[Row]) -> None:
@@ -38,13 +37,13 @@ def assert_rows(found: list[tuple], rows: list[Row]) -> None:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_rows, "ROWS_IN_BATCH", 37)
+    monkeypatch.setattr(weight_stream, "BATCH_ROWS", 37)
 
 
 def test_every_row_is_read(tmp_path: Path) -> None:
     rows = random_rows()
-    files = WeightFiles.open(write_rows(tmp_path, rows))
-    assert files.num_rows == len(rows) and not files.notes
+    weights = WeightRows.open(write_rows(tmp_path, rows))
+    assert (weights.first_step, weights.last_step) == (2, 60)
     assert_rows(rows_read(tmp_path), rows)
 
 
@@ -59,7 +58,7 @@ def test_the_last_file_counts_where_a_step_is_in_several(tmp_path: Path) -> None
     kept = [r for r in rows if (r["step"], r["source"], r["sample_id"]) not in replaced]
     assert_rows(rows_read(tmp_path), kept + again)
     # As the reader that holds all rows says.
-    assert sorted(read_weights(tmp_path).weight) == sorted(row[7] for row in rows_read(tmp_path))
+    assert sorted(read_weights(tmp_path).weight) == sorted(row[6] for row in rows_read(tmp_path))
 
 
 def test_files_of_older_versions(tmp_path: Path) -> None:
@@ -69,9 +68,9 @@ def test_files_of_older_versions(tmp_path: Path) -> None:
     older = pq.read_table(path).select(["step", "sample_id", "domain", "weight", "alignment"])
     pq.write_table(older.append_column("new", pa.array([b"?"] * len(rows))), path)
     for found, row in zip(rows_read(tmp_path), rows, strict=True):
-        step, stage, source, document, domain, tokens, loss, weight, alignment = found
+        step, stage, source, document, domain, tokens, weight, alignment = found
         assert (step, domain, weight) == (row["step"], row["domain"], row["weight"])
-        assert (stage, document, tokens) == (1, -1, 1.0) and loss != loss
+        assert (stage, document, tokens) == (1, -1, 1.0)
         assert source == ("training" if row["alignment"] is None else "update")
         assert alignment != alignment or alignment == row["alignment"]
 
@@ -87,31 +86,7 @@ def test_a_row_without_a_domain_is_of_an_unknown_one(tmp_path: Path) -> None:
     assert {row[4] for row in rows_read(tmp_path)} == {"unknown"}
 
 
-def test_files_that_are_left_out(tmp_path: Path) -> None:
-    rows = random_rows()
-    write_rows(tmp_path, rows)
-    (tmp_path / "weights" / "cut.parquet").write_bytes(b"PAR1 not really")
-    pq.write_table(pa.table({"a": [1]}), tmp_path / "weights" / "foreign.parquet")
-    pq.write_table(table_of(rows).slice(0, 0), tmp_path / "weights" / "none.parquet")
-    notes = WeightFiles.open(tmp_path).notes
-    assert [note.split(":")[0] for note in notes] == [
-        "cut.parquet is left out",
-        "foreign.parquet is left out",
-    ]
-    assert notes[1].endswith("it has no column step")
-    assert_rows(rows_read(tmp_path), rows)
-
-
 def test_a_run_without_weights(tmp_path: Path) -> None:
     assert rows_read(tmp_path) == []
     (tmp_path / "weights").mkdir()
-    assert rows_read(tmp_path) == [] and WeightFiles.open(tmp_path).num_rows == 0
-
-
-def test_hashes_differ() -> None:
-    """Neighboring steps, sources and samples, which is what a run has."""
-    step, source, sample = (
-        column.ravel() for column in np.meshgrid(range(60), range(3), range(300))
-    )
-    table = pa.table({"step": step, "source": np.array(SOURCES)[source], "sample_id": sample})
-    assert len(np.unique(weight_rows._hashes(table))) == len(step)
+    assert rows_read(tmp_path) == []
