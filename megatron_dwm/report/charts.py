@@ -51,7 +51,13 @@ def _theme(name: str, colors: Sequence[str], *, text: str, grid: str, rule: str)
         "axisY": {"domain": False, "ticks": False},
         "legend": {**plain, "title": None, "labelFontSize": 11, "labelLimit": 220},
         "header": {"labelColor": text, "titleColor": text, "labelFontWeight": 600},
-        "title": {"color": text, "anchor": "start", "fontSize": 14, "fontWeight": 600, "offset": 14},
+        "title": {
+            "color": text,
+            "anchor": "start",
+            "fontSize": 14,
+            "fontWeight": 600,
+            "offset": 14,
+        },
         "range": {"category": list(colors), "diverging": _DIVERGING[name]},
         "line": {"strokeWidth": 2, "strokeJoin": "round"},
         "rule": {"color": rule},
@@ -87,8 +93,8 @@ def lines(
         band: also shade between the columns `low` and `high`.
         reference: value of a dashed horizontal line.
         marks: draw a vertical line at each row of the figure's marks.
-        dotted: values of `color` whose points are shown (else only the one under the pointer): those
-            of so few points that a line would not be seen.
+        dotted: values of `color` whose points are shown (else only the one under the pointer):
+            those of so few points that a line would not be seen.
         zero: begin the ordinate at 0.
     """
     across = alt.X(f"{x.name}:Q", title=x.label, axis=_ticks(x), scale=alt.Scale(nice=False))
@@ -104,7 +110,9 @@ def lines(
     hover = alt.selection_point(name="near", on="pointerover", nearest=True, clear="pointerout")
     seen = alt.when(hover, empty=False).then(alt.value(1))
     if dotted and color is not None:
-        seen = seen.when(alt.FieldOneOfPredicate(field=color, oneOf=list(dotted))).then(alt.value(1))
+        seen = seen.when(alt.FieldOneOfPredicate(field=color, oneOf=list(dotted))).then(
+            alt.value(1)
+        )
     opacity = seen.otherwise(alt.value(0))
     tips = _tips(x, y, color)
     layers.append(
@@ -247,8 +255,8 @@ def _tips(x: Column | None, y: Column, color: str | None) -> list[alt.Tooltip]:
 
 
 def _tip(name: str, title: str | None = None, kind: str = "Q") -> alt.Tooltip:
-    form = {"format": ".5~g"} if kind == "Q" else {}
-    return alt.Tooltip(f"{name}:{kind}", title=title or name, **form)
+    form = ".5~g" if kind == "Q" else alt.Undefined
+    return alt.Tooltip(f"{name}:{kind}", title=title or name, format=form)
 
 
 def _plain(chart: Any) -> Chart:

@@ -6,7 +6,7 @@ curves stays small. Every point has the four abscissas: step, tokens, FLOPs and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -116,7 +116,9 @@ def stage_marks(run: Run, runs: RunSet) -> dict[str, list[Cell]]:
             time = None if seconds is None else seconds / size
             first[line["stage"]] = [line["step"], line.get("tokens"), line.get("flops"), time]
     rows = list(first.values())[1:]
-    return {name: [row[i] for row in rows] for i, name in enumerate(("step", "tokens", "flops", "time"))}
+    return {
+        name: [row[i] for row in rows] for i, name in enumerate(("step", "tokens", "flops", "time"))
+    }
 
 
 def at_steps(run: Run, runs: RunSet, steps: np.ndarray) -> np.ndarray:

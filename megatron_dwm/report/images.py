@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from megatron_dwm.config.printing import printable
-from megatron_dwm.report.charts import HEIGHT, Chart, paper_theme, panel
+from megatron_dwm.report.charts import HEIGHT, Chart, panel, paper_theme
 from megatron_dwm.report.content import Cell, Figure
 
 _WIDTH = 620
@@ -77,4 +77,5 @@ def vega_script() -> str:
     """Returns Vega, Vega-Lite and Vega-Embed as one script that defines them on `window`."""
     import vl_convert
 
-    return vl_convert.javascript_bundle()
+    names = ("vega", "vegaLite", "vegaEmbed")
+    return vl_convert.javascript_bundle(" ".join(f"window.{name} = {name};" for name in names))

@@ -15,7 +15,6 @@ from megatron_dwm.report.runs import RunSet
 MAX_PANELS = 24
 MAX_LINES = 28
 _FEW_POINTS = 2
-_BAND = "Bands reach from the lowest to the highest run of a group of seeds; the line is their mean."
 
 
 def over_steps(
@@ -40,9 +39,7 @@ def over_steps(
         reference: value of a dashed horizontal line.
     """
     rows = [
-        [group.name, *row]
-        for group in runs.groups
-        for row in group_rows(runs, group, phase, value)
+        [group.name, *row] for group in runs.groups for row in group_rows(runs, group, phase, value)
     ]
     if not rows:
         return None
@@ -52,7 +49,7 @@ def over_steps(
     return Figure(
         id=id,
         title=title,
-        caption=_with_band(caption, runs),
+        caption=caption,
         columns=columns,
         data=columnar(columns, rows),
         chart=lines(y, color="run", names=names, reference=reference, **_look(runs, rows)),
@@ -93,11 +90,11 @@ def by_panel(
         return None
     columns = _columns(runs, y, [panel, Column(name="run", title="run")])
     names = [group.name for group in runs.groups]
-    shown = list(dict.fromkeys(row[0] for row in rows))
+    shown = list(dict.fromkeys(str(row[0]) for row in rows))
     return Figure(
         id=id,
         title=title,
-        caption=_with_band(caption, runs) + _left_out(len(panels)),
+        caption=caption + _left_out(len(panels)),
         columns=columns,
         data=columnar(columns, rows),
         chart=lines(y, color="run", names=names, reference=reference, **_look(runs, rows)),
@@ -143,13 +140,14 @@ def _marks(runs: RunSet) -> dict[str, list[Cell]]:
     return marks if marks["step"] else {}
 
 
-def _with_band(caption: str, runs: RunSet) -> str:
-    several = any(len(group.runs) > 1 for group in runs.groups)
-    return f"{caption} {_BAND}" if several else caption
+def about_bands(runs: RunSet) -> str:
+    """Returns what bands mean, if there are any: for the sentence under a section's title."""
+    if not any(len(group.runs) > 1 for group in runs.groups):
+        return ""
+    return "Lines are means over seeds; bands reach from the lowest to the highest run."
 
 
 def _left_out(count: int) -> str:
     if count <= MAX_PANELS:
         return ""
     return f" Shown are {MAX_PANELS} of {count}."
-

@@ -99,7 +99,7 @@ def cell_text(value: Cell) -> str:
     """Returns a cell of a table as text: numbers with four digits, None as a dash."""
     if value is None:
         return "–"
-    if isinstance(value, bool) or isinstance(value, str):
+    if isinstance(value, (bool, str)):
         return printable(value)
     if isinstance(value, int) or (value == int(value) and abs(value) < 1e15):
         return f"{int(value):,}"

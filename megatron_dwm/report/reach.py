@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_dwm.report.curves import points, within
 from megatron_dwm.report.curves import key as number
+from megatron_dwm.report.curves import points, within
 from megatron_dwm.report.runs import Run
 
 MEAN = "mean of the domains"

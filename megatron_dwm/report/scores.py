@@ -51,7 +51,7 @@ def _named(text: str, names: Sequence[str]) -> tuple[str, Path]:
 def _read(path: Path) -> list[Mapping[str, Any]]:
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
-        whole = all(_NEEDED <= set(score) for score in scores)
+        whole = all(set(score) >= _NEEDED for score in scores)
     except OSError as error:
         raise UserError(f"--scores {path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError):

@@ -1,8 +1,7 @@
-"""Numbers of a run for tables and plots, computed from its files."""
+"""Numbers of a run for tables, computed from its files."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,52 +33,6 @@ def mean_weight_by_domain(run_dir: str | Path, last_steps: int) -> dict[str, flo
     recent = records.step > records.step.max() - last_steps
     sums, counts = _sums_by_domain(records, recent)
     return {name: float(sums[i] / counts[i]) for i, name in enumerate(records.domains) if counts[i]}
-
-
-def weight_by_domain_over_steps(records: WeightRecords, max_bins: int = 40) -> dict[str, Series]:
-    """Returns the mean weight of each domain in equal bins of steps, at the bin's mean step.
-
-    A bin without samples of a domain is left out of that domain's series. There are at most as many
-    bins as recorded steps.
-    """
-    steps = np.unique(records.step)
-    num_bins = min(max_bins, len(steps))
-    edges = np.linspace(steps[0], steps[-1] + 1, num_bins + 1)
-    bin_of_row = np.clip(np.searchsorted(edges, records.step, side="right") - 1, 0, num_bins - 1)
-    points: dict[str, list[tuple[float, float]]] = {name: [] for name in records.domains}
-    for number in range(num_bins):
-        inside = bin_of_row == number
-        if not inside.any():
-            continue
-        middle = float(np.unique(records.step[inside]).mean())
-        sums, counts = _sums_by_domain(records, inside)
-        for i, name in enumerate(records.domains):
-            if counts[i]:
-                points[name].append((middle, sums[i] / counts[i]))
-    return {name: _series(pairs) for name, pairs in points.items()}
-
-
-def first_steps_of_stages(records: WeightRecords) -> list[int]:
-    """Returns the first recorded step of every stage after the first."""
-    stages = np.unique(records.stage)
-    return [int(records.step[records.stage == stage].min()) for stage in stages[1:]]
-
-
-def training_loss(metrics: Sequence[dict[str, Any]], max_bins: int = 200) -> Series:
-    """Returns the training loss (nats a token), averaged over bins of consecutive steps."""
-    pairs = [(r["step"], r["loss"]) for r in metrics if _has(r, "train", "loss")]
-    num_bins = min(max_bins, len(pairs))
-    if num_bins == 0:
-        return _series([])
-    chunks = np.array_split(np.array(pairs, dtype=np.float64), num_bins)
-    return _series([tuple(chunk.mean(axis=0)) for chunk in chunks])
-
-
-def skipped(metrics: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Returns how many steps and weighting updates were skipped, by "what: reason"."""
-    names = {"skipped": "step", "skipped_update": "weighting update"}
-    found = [r for r in metrics if r["phase"] in names]
-    return dict(Counter(f"{names[r['phase']]}: {r.get('reason', 'unknown')}" for r in found))
 
 
 def held_out_loss(metrics: Sequence[dict[str, Any]]) -> dict[str, Series]:

@@ -88,7 +88,9 @@ class _Counter:
         self._histogram = np.zeros((bins, _BINS), np.int64)
         self._least, self._most = np.full(bins, np.inf), np.full(bins, -np.inf)
 
-    def add(self, bin: np.ndarray, stage: np.ndarray, domain: np.ndarray, weight: np.ndarray) -> None:
+    def add(
+        self, bin: np.ndarray, stage: np.ndarray, domain: np.ndarray, weight: np.ndarray
+    ) -> None:
         """Add rows: bin of the step, stage, number of the domain, weight [N each]."""
         present, inverse = np.unique(stage, return_inverse=True)
         rows = [self._stages.setdefault(int(s), len(self._stages)) for s in present]

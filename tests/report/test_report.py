@@ -1,11 +1,9 @@
-"""The report's numbers against plain Python over the files, and how the command ends."""
+"""The report's numbers against plain Python over the files."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,19 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.report.figures import spread
+from megatron_dwm.report.content import Figure
+from megatron_dwm.report.curves import MAX_BINS, bin_edges
 from megatron_dwm.report.run_files import read_metrics, read_weights
-from megatron_dwm.report.run_report import run_names, write_report
-from megatron_dwm.report.tables import (
-    first_steps_of_stages,
-    held_out_loss,
-    mean_weight_by_domain,
-    training_loss,
-    weight_by_domain_over_steps,
-)
-from tests.forking.client import run_python
-
-ROOT = Path(__file__).parents[2]
+from megatron_dwm.report.run_report import Request, contents_of, read_runs
+from megatron_dwm.report.runs import run_names
+from megatron_dwm.report.tables import held_out_loss, mean_weight_by_domain
+from megatron_dwm.report.weight_stream import codes, stream, weight_files
+from megatron_dwm.report.weight_summary import QUANTILES, summarize
 
 
 def rows_of(run: Path) -> list[dict]:
@@ -42,8 +35,16 @@ def mean_by_domain(rows: list[dict]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in groups.items()}
 
 
-def report(*arguments: str | Path, fresh: bool = False) -> subprocess.CompletedProcess[str]:
-    return run_python(["tools/report.py", *map(str, arguments)], fresh=fresh)
+def figures_of(run: Path, *compare: Path) -> dict[str, Figure]:
+    contents = contents_of(read_runs(Request(run_dir=run, compare=compare)))
+    return {figure.id: figure for content in contents for figure in content.figures}
+
+
+def rows_where(figure: Figure, **values: object) -> list[dict]:
+    rows = [
+        dict(zip(figure.data, row, strict=True)) for row in zip(*figure.data.values(), strict=True)
+    ]
+    return [row for row in rows if all(row[name] == value for name, value in values.items())]
 
 
 def test_mean_weight_by_domain_over_the_last_steps(
@@ -58,107 +59,57 @@ def test_mean_weight_by_domain_over_the_last_steps(
     assert mean_weight_by_domain(run, 1) == pytest.approx(mean_by_domain(last), rel=1e-6)
 
 
-def test_skipped_steps_are_reported(
-    make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_weights_are_those_of_the_files(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """Means and quantiles of ten bins of ten recorded steps, and means of the five stages."""
     run = make_run(tmp_path / "run")
-    lines = [
-        {"step": 1001, "phase": "skipped", "reason": "the loss is nan"},
-        {"step": 1002, "phase": "skipped", "reason": "the loss is nan"},
-        {"step": 1002, "phase": "skipped_update", "reason": "an alignment is inf", "update": 7},
-        {"step": 1002, "phase": "skipped_update", "reason": "an alignment is inf", "update": 8},
-    ]
-    with (run / "metrics.jsonl").open("a") as stream:
-        stream.writelines(json.dumps(line) + "\n" for line in lines)
-    write_report(run)
-    assert capsys.readouterr().err.splitlines() == [
-        "run: skipped 2 times: step: the loss is nan",
-        "run: skipped 2 times: weighting update: an alignment is inf",
-    ]
-
-
-def test_bins_hold_the_mean_of_their_steps(make_run: Callable[..., Path], tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
-    rows = rows_of(run)
-    series = weight_by_domain_over_steps(read_weights(run), max_bins=10)
-    for number in range(10):  # steps 10..1000: ten bins of ten recorded steps
+    rows, files = rows_of(run), weight_files(run)
+    summary = summarize(files, bin_edges(files.steps, 10))
+    for number in range(10):
         steps = range(100 * number + 10, 100 * number + 101, 10)
-        expected = mean_by_domain([row for row in rows if row["step"] in steps])
-        for name, line in series.items():
-            assert line.step[number] == np.mean(steps)
-            assert line.value[number] == pytest.approx(expected[name], rel=1e-6)
-    assert first_steps_of_stages(read_weights(run)) == [210, 410, 610, 810]
+        inside = [row for row in rows if row["step"] in steps]
+        found = dict(zip(summary.domains, summary.mean_by_domain()[number], strict=True))
+        assert found == pytest.approx(mean_by_domain(inside), rel=1e-6)
+        assert summary.step[number] == np.mean(steps)
+        weights = [row["weight"] for row in inside]
+        # Half a bin of the histogram, and one place in the order of 320 weights.
+        exact = np.quantile(weights, QUANTILES, method="inverted_cdf")
+        assert summary.quantiles()[number] == pytest.approx(exact, rel=2 ** (1 / 128) - 1)
+    for number, stage in enumerate(summary.stages):
+        inside = [row for row in rows if row["stage"] == stage]
+        found = dict(zip(summary.domains, summary.mean_by_stage()[number], strict=True))
+        assert found == pytest.approx(mean_by_domain(inside), rel=1e-6)
 
 
 def test_losses_are_those_of_the_file(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     train = [line["loss"] for line in lines if line["phase"] == "train"]
-    every = training_loss(read_metrics(run), max_bins=5000)
-    assert every.value.tolist() == train and every.step.tolist() == list(range(1, 1001))
-    binned = training_loss(read_metrics(run), max_bins=100)
-    assert binned.value[3] == pytest.approx(sum(train[30:40]) / 10)
-    assert binned.step[3] == pytest.approx(35.5)
-    target = held_out_loss(read_metrics(run))["target"]
+    loss = figures_of(run)["loss"]
+    drawn = rows_where(loss, text="training")
+    each = 1000 // MAX_BINS
+    means = [sum(train[i : i + each]) / each for i in range(0, 1000, each)]
+    assert [row["loss"] for row in drawn] == pytest.approx(means, rel=1e-6)
+    assert [row["step"] for row in drawn[:2]] == [3, 8]
+    assert drawn[0]["tokens"] == 3 * 4096 and drawn[0]["flops"] == 6e12
+    assert drawn[0]["time"] == pytest.approx(0.75 / 60)  # minutes: the run took longer than 3
     expected = [line["domain_loss"]["target"] for line in lines if line["phase"] == "evaluation"]
-    assert target.value.tolist() == expected
+    assert held_out_loss(read_metrics(run))["target"].value.tolist() == expected
+    shown = [row["loss"] for row in rows_where(loss, text="held out: target")]
+    assert shown == pytest.approx(expected, rel=1e-6)
+    assert loss.panel_names[:2] == ["training", "held out: target"]
 
 
-def test_drawn_lines_carry_these_numbers(
-    make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_weights_by_domain_have_a_point_for_each_bin(
+    make_run: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from matplotlib.figure import Figure
-
-    drawn = []
-    original = Figure.savefig
-
-    def keep(figure: Figure, *arguments: object, **options: object) -> None:
-        drawn.append(figure)
-        original(figure, *arguments, **options)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    run, other = make_run(tmp_path / "dwm", gain=0.4), make_run(tmp_path / "uniform", seed=1)
-    paths = write_report(run, [other])
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
-    weights, losses = drawn
-    lines = {line.get_label(): line for line in weights.axes[0].get_lines()}
-    bin_of = [row for row in rows_of(run) if row["step"] > 970]  # the last of 40 bins
-    for name, mean in mean_by_domain(bin_of).items():
-        assert lines[name].get_ydata()[-1] == pytest.approx(mean, rel=1e-6)
-    assert any(list(line.get_ydata()) == [1.0, 1.0] for line in lines.values())
-    named = {text.get_text().split("  ")[0] for text in weights.axes[0].texts}
-    assert named == set(mean_by_domain(bin_of))
-    target = losses.axes[1]
-    assert target.get_title(loc="left") == "held out: target"
-    shown = {line.get_label(): line.get_ydata() for line in target.get_lines()}
-    for name, folder in (("dwm", run), ("uniform", other)):
-        expected = held_out_loss(read_metrics(folder))["target"].value
-        assert np.array_equal(shown[name], expected)
-
-
-def test_names_of_domains_are_drawn_as_they_are_written(
-    make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A dollar sign starts no formula, and a skipped step's reason no new line."""
-    from matplotlib.figure import Figure
-
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    run, name = make_run(tmp_path / "run"), "a$\\frac$\nb$"
-    table = pq.read_table(run / "weights" / "005.parquet")
-    domains = [name if d == "web" else d for d in table["domain"].to_pylist()]
-    table = table.set_column(table.column_names.index("domain"), "domain", [domains])
-    pq.write_table(table, run / "weights" / "005.parquet")
-    with (run / "metrics.jsonl").open("a") as stream:
-        evaluation = {"step": 1000, "phase": "evaluation", "domain_loss": {name: 3.0}}
-        skipped = {"step": 7, "phase": "skipped", "reason": "odd\x1b[2K\nloss"}
-        stream.write(f"{json.dumps(evaluation)}\n{json.dumps(skipped)}\n")
-    write_report(run)
-    for figure in drawn:
-        figure.draw_without_rendering()
-    titles = [axes.get_title(loc="left") for axes in drawn[1].axes]
-    assert r"held out: a\$\frac\$\nb\$" in titles
-    assert r"odd\x1b[2K\nloss" in report(run).stderr
+    run = make_run(tmp_path / "run")
+    figure = figures_of(run)["weight_by_domain"]
+    for name, mean in mean_by_domain([r for r in rows_of(run) if r["step"] == 1000]).items():
+        last = rows_where(figure, domain=name)[-1]
+        # The last of 60 bins over steps 10 to 1000 has one recorded step.
+        assert last["weight"] == pytest.approx(mean, rel=1e-6)
+        assert last["step"] == 1000 and last["tokens"] == 1000 * 4096
+    assert figure.marks["step"] == [201, 401, 601, 801]
 
 
 def test_steps_written_twice_count_once_and_an_unfinished_line_is_left_out(
@@ -166,13 +117,18 @@ def test_steps_written_twice_count_once_and_an_unfinished_line_is_left_out(
 ) -> None:
     run = make_run(tmp_path / "run")
     metrics, weights = read_metrics(run), read_weights(run)
-    with (run / "metrics.jsonl").open("a") as stream:
-        stream.write('{"step": 990, "phase": "train", "loss": 9.0}\n{"step": 991, "pha')
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 990, "phase": "train", "loss": 9.0}\n{"step": 991, "pha')
     shutil.copy(run / "weights" / "005.parquet", run / "weights" / "006.parquet")
     again = read_metrics(run)
     assert len(again) == len(metrics)
     assert [r["loss"] for r in again if r["step"] == 990 and r["phase"] == "train"] == [9.0]
     assert len(read_weights(run).step) == len(weights.step)
+    batches = list(stream(weight_files(run), ["step", "weight"]))
+    assert sum(len(batch) for batch in batches) == len(weights.step)
+    contents = contents_of(read_runs(Request(run_dir=run)))
+    [note] = [n for content in contents for n in content.notes if "unfinished" in n]
+    assert note == "run: the last line of metrics.jsonl is unfinished and left out"
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["with source", "before it"])
@@ -198,6 +154,12 @@ def test_samples_of_steps_and_of_updates_are_not_taken_for_each_other(
     # Both kinds are still counted once where a resumed run wrote the step again.
     pq.write_table(table, run / "weights" / "2.parquet")
     assert len(read_weights(run).weight) == len(rows)
+    streamed = pa.concat_tables(stream(weight_files(run), ["domain", "weight"]))
+    weights = sorted(streamed["weight"].to_pylist())
+    assert weights == pytest.approx(sorted(row["weight"] for row in rows))
+    names: dict[str, int] = {}
+    counts = np.bincount(codes(streamed["domain"], names))
+    assert counts[names["junk"]] == sum(row["domain"] == "junk" for row in rows)
 
 
 def test_names_tell_runs_apart() -> None:
@@ -205,62 +167,3 @@ def test_names_tell_runs_apart() -> None:
     assert run_names([Path("/a/x"), Path("/b/x")]) == ["a/x", "b/x"]
     with pytest.raises(UserError, match="named twice"):
         run_names([Path("/a/x"), Path("/a/../a/x")])
-
-
-def test_labels_are_spread_in_order() -> None:
-    places = spread(np.array([0.1, 0.5, 0.5, 0.52, 0.9]), 0.1)
-    assert (np.diff(places) >= 0.1 - 1e-12).all()
-    assert places[0] == pytest.approx(0.1) and places[4] == pytest.approx(0.9)
-    assert places[1:4].mean() == pytest.approx((0.5 + 0.5 + 0.52) / 3)
-    assert len(spread(np.array([]), 0.1)) == 0
-
-
-def test_command_writes_both_plots(make_run: Callable[..., Path], tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
-    done = report(run, fresh=True)
-    assert done.returncode == 0 and done.stderr == ""
-    expected = [run / "report" / "weight_by_domain.png", run / "report" / "loss.png"]
-    assert done.stdout.split() == [str(path) for path in expected]
-
-
-def test_a_file_in_the_place_of_the_plots_folder_is_left_alone(
-    make_run: Callable[..., Path], tmp_path: Path
-) -> None:
-    run = make_run(tmp_path / "run", steps=100)
-    (run / "report").write_text("mine")
-    done = report(run)
-    assert done.returncode == 2 and (run / "report").read_text() == "mine"
-    [line] = done.stderr.splitlines()
-    assert line.startswith(f"error: {run / 'report'}/") and "(Not a directory)" in line
-
-
-def test_mistakes_are_one_line_and_exit_code_2(
-    make_run: Callable[..., Path], tmp_path: Path
-) -> None:
-    run = make_run(tmp_path / "run", steps=100)
-    bare = make_run(tmp_path / "bare", steps=100)
-    shutil.rmtree(bare / "weights")
-    broken = make_run(tmp_path / "broken", steps=100)
-    (broken / "weights" / "003.parquet").write_bytes(b"PAR1 not really")
-    torn = make_run(tmp_path / "torn", steps=100)
-    (torn / "metrics.jsonl").write_text('{"step": 1, "phase": "train"}\n{"step"\n')
-    cases = [
-        ((tmp_path,), "is not a run: it has no metrics.jsonl"),
-        ((tmp_path / "gone",), "is not a run"),
-        ((run, "--compare", tmp_path), "is not a run"),
-        ((bare,), "has no weights in weights/*.parquet"),
-        ((broken,), "003.parquet has no weights of a run"),
-        ((torn,), "metrics.jsonl line 2 is not JSON"),
-        ((run, "--target-domain", "novels"), "--target-domain novels is not a held-out domain"),
-    ]
-    for arguments, message in cases:
-        done = report(*arguments)
-        lines = done.stderr.splitlines()
-        assert done.returncode == 2 and len(lines) == 1 and done.stdout == ""
-        assert lines[0].startswith("error: ") and message in lines[0]
-    assert not list(tmp_path.glob("*/report"))
-
-
-def test_torch_is_not_imported() -> None:
-    program = "import sys, megatron_dwm.report.run_report; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=60)

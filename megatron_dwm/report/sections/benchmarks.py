@@ -99,17 +99,17 @@ def _figure(runs: RunSet, results: Mapping[Key, Mapping[str, Result]]) -> list[F
                 rows.append([f"{task}, {shots} shots, {metric}", name, result.value, low, high])
     if not rows:
         return []
-    task = Column(name="task", title="task")
+    side = Column(name="task", title="task")
     y = Column(name="score", title="accuracy", unit="fraction of the examples")
     columns = (
-        task,
+        side,
         Column(name="run", title="run"),
         y,
         Column(name="low", title="score less its standard error"),
         Column(name="high", title="score plus its standard error"),
     )
     names = [group.name for group in runs.groups]
-    chart = bars(y, task, color="run", names=names)
+    chart = bars(y, side, color="run", names=names)
     return [
         Figure(
             id="benchmarks",

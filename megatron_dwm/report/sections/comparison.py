@@ -73,16 +73,16 @@ def _figure(runs: RunSet, cells: dict[str, dict[str, list[float | None]]]) -> li
                 rows.append([domain, name, mean(reached), min(reached), max(reached)])
     if not rows:
         return []
-    domain = Column(name="domain", title="held-out domain")
+    side = Column(name="domain", title="held-out domain")
     columns = (
-        domain,
+        side,
         Column(name="run", title="run"),
         _SHARE,
         Column(name="low", title="lowest of the runs", unit=_SHARE.unit),
         Column(name="high", title="highest of the runs", unit=_SHARE.unit),
     )
     names = [group.name for group in runs.groups]
-    chart = bars(_SHARE, domain, color="run", names=names, reference=1.0)
+    chart = bars(_SHARE, side, color="run", names=names, reference=1.0)
     return [
         Figure(
             id="work_to_baseline",
@@ -97,9 +97,7 @@ def _figure(runs: RunSet, cells: dict[str, dict[str, list[float | None]]]) -> li
     ]
 
 
-def _table(
-    runs: RunSet, baseline: Group, cells: dict[str, dict[str, list[float | None]]]
-) -> Table:
+def _table(runs: RunSet, baseline: Group, cells: dict[str, dict[str, list[float | None]]]) -> Table:
     groups = [group.name for group in runs.groups if group is not baseline]
     columns = [Column(name="domain", title="held-out domain")]
     columns += [Column(name="loss", title="baseline's final loss", unit="nats a token")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_dwm.report.content import Column, Content
 from megatron_dwm.report.curves import Value, key, within
-from megatron_dwm.report.over_steps import by_panel, over_steps, present
+from megatron_dwm.report.over_steps import about_bands, by_panel, over_steps, present
 from megatron_dwm.report.runs import RunSet, held_out_domains
 
 LOSS = Column(name="loss", title="loss", unit="nats a token")
@@ -34,7 +34,13 @@ def losses(runs: RunSet) -> Content:
         notes.append(
             "No held-out losses: set evaluation.path to a file of held-out text to see them."
         )
-    return Content(id="losses", title="Losses", figures=present(figures), notes=notes)
+    return Content(
+        id="losses",
+        title="Losses",
+        lead=about_bands(runs),
+        figures=present(figures),
+        notes=notes,
+    )
 
 
 def _others(runs: RunSet) -> list:
@@ -52,7 +58,7 @@ def _others(runs: RunSet) -> list:
             runs,
             id="validation_loss",
             title="Validation loss",
-            caption="Loss on the target's passages after the virtual step of each weighting update.",
+            caption="Loss of the target's passages after the virtual step of each update.",
             y=LOSS,
             phase="weighting",
             value=key("val_loss"),

@@ -12,6 +12,10 @@ from megatron_dwm.report.curves import Value, abscissas, group_rows
 from megatron_dwm.report.runs import Run, RunSet
 
 _PARTS = ("LLM", "weighing batches", "weighting updates")
+_PREFIXES = (
+    *((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")),
+    (1e3, "k"),
+)
 _SKIPPED = {"skipped": "step", "skipped_update": "weighting update"}
 
 
@@ -108,10 +112,10 @@ def _loss_cards(run: Run, runs: RunSet) -> list[Card]:
 
 def short(number: float) -> str:
     """Returns a count with an SI prefix: "1.64 M"."""
-    for size, prefix in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+    for size, prefix in _PREFIXES:
         if number >= size:
             return f"{number / size:.3g} {prefix}"
-    return f"{number:,.0f} " if number < 1e4 else f"{number / 1e3:.3g} k"
+    return f"{number:,.0f} "
 
 
 def duration(seconds: float) -> str:

@@ -9,7 +9,14 @@ import numpy as np
 from megatron_dwm.report.charts import fan, heat, lines
 from megatron_dwm.report.content import Cell, Column, Content, Figure, columnar
 from megatron_dwm.report.curves import abscissas, at_steps, bin_edges, key, stage_marks
-from megatron_dwm.report.over_steps import MAX_LINES, MAX_PANELS, dotted, over_steps, present
+from megatron_dwm.report.over_steps import (
+    MAX_LINES,
+    MAX_PANELS,
+    about_bands,
+    dotted,
+    over_steps,
+    present,
+)
 from megatron_dwm.report.runs import Group, Run, RunSet
 from megatron_dwm.report.weight_stream import weight_files
 from megatron_dwm.report.weight_summary import WeightSummary, summarize
@@ -35,7 +42,7 @@ def weights(runs: RunSet) -> Content:
     return Content(
         id="weights",
         title="Weights",
-        lead="A weight of 1 is uniform: the mean over every batch is 1.",
+        lead=f"A weight of 1 is uniform: the mean over every batch is 1. {about_bands(runs)}",
         figures=present(figures),
         notes=[_why_missing(run) for run in missing],
     )
@@ -50,8 +57,8 @@ def _why_missing(run: Run) -> str:
     if run.policy == "uniform":
         return f"{run.name}: no weights are recorded with policy uniform; all of them are 1."
     return (
-        f"{run.name}: no weights in weights/*.parquet. They are written with each checkpoint, every "
-        "logging.weights_interval_steps steps (0 records none)."
+        f"{run.name}: no weights in weights/*.parquet. They are written with each "
+        "checkpoint, for every logging.weights_interval_steps steps (0 records none)."
     )
 
 
@@ -68,7 +75,8 @@ def _by_domain(runs: RunSet, found: Summaries) -> Figure | None:
     less = "" if len(shown) == len(names) else f" The {len(shown)} largest of {len(names)} domains."
     marks = {} if several else _marks_of(runs, groups[0])
     points = [(str(row[1]), str(row[0])) if several else (str(row[1]),) for row in rows]
-    look = {"reference": 1.0, "dotted": dotted(points), "marks": bool(marks)}
+    series = "run" if several else "domain"
+    lined = [group.name for group in runs.groups] if several else shown
     return Figure(
         id="weight_by_domain",
         title="Mean weight by domain" if several else f"Mean weight by domain, {groups[0]}",
@@ -77,12 +85,14 @@ def _by_domain(runs: RunSet, found: Summaries) -> Figure | None:
         data=columnar(columns, rows),
         chart=lines(
             _WEIGHT,
-            color="run" if several else "domain",
-            names=[group.name for group in runs.groups] if several else shown,
-            **look,
+            color=series,
+            names=lined,
+            reference=1.0,
+            dotted=dotted(points),
+            marks=bool(marks),
         ),
-        series="run" if several else "domain",
-        names=[group.name for group in runs.groups] if several else shown,
+        series=series,
+        names=lined,
         panels="domain" if several else None,
         panel_names=shown if several else (),
         marks=marks,

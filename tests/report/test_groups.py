@@ -1,0 +1,126 @@
+"""Runs that differ only in the seed, and what a run needs to reach the baseline's loss."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_dwm.report.reach import MEAN, work_to_reach
+from megatron_dwm.report.run_report import Request, contents_of, read_runs
+from megatron_dwm.report.runs import Run, grouped
+from megatron_dwm.report.sections.benchmarks import benchmarks
+from tests.report.test_report import rows_where
+
+
+def config(policy: str, seed: int, **keys: object) -> dict:
+    return {"run": {"seed": seed, "dir": f"{policy}{seed}"}, "policy": {"name": policy}, **keys}
+
+
+def bare(name: str, settings: dict) -> Run:
+    return Run(name=name, path=Path(name), metrics=[], config=settings)
+
+
+def test_only_the_seed_and_the_directory_may_differ() -> None:
+    runs = [
+        bare("a", config("dwm", 1, typed_paths={"directory": "/x"})),
+        bare("b", config("dwm", 2, typed_paths={"directory": "/y"})),
+        bare("c", config("dwm", 1, training={"steps": 5})),
+        bare("d", {}),
+        bare("e", {}),
+    ]
+    assert [group.name for group in grouped(runs)] == ["a (2 seeds)", "c", "d", "e"]
+
+
+@pytest.fixture
+def four(make_run: Callable[..., Path], tmp_path: Path) -> list[Path]:
+    """Two runs that learn the target faster than two uniform ones."""
+    runs = []
+    for policy, gain in (("dwm", 0.4), ("uniform", 0.1)):
+        for seed in (1, 2):
+            name = f"{policy}{seed}"
+            settings = config(policy, seed)
+            gained = gain + 0.02 * seed
+            runs.append(make_run(tmp_path / name, gain=gained, seed=seed, config=settings))
+    return runs
+
+
+def test_lines_are_means_and_bands_the_lowest_and_highest(four: list[Path]) -> None:
+    runs = read_runs(Request(run_dir=four[0], compare=four[1:]))
+    [losses] = [content for content in contents_of(runs) if content.id == "losses"]
+    figure = losses.figures[0]
+    drawn = rows_where(figure, text="held out: target", run="dwm1 (2 seeds)")
+    by_run = [
+        [x["domain_loss"]["target"] for x in run.lines("evaluation")] for run in runs.runs[:2]
+    ]
+    assert [row["loss"] for row in drawn] == pytest.approx(np.mean(by_run, axis=0), rel=1e-6)
+    assert [row["low"] for row in drawn] == pytest.approx(np.min(by_run, axis=0), rel=1e-6)
+    assert [row["high"] for row in drawn] == pytest.approx(np.max(by_run, axis=0), rel=1e-6)
+
+
+def test_a_run_that_is_behind_ends_its_group(four: list[Path]) -> None:
+    path = four[1] / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(x for x in lines if json.loads(x)["step"] <= 600))
+    runs = read_runs(Request(run_dir=four[0], compare=four[1:]))
+    [losses] = [content for content in contents_of(runs) if content.id == "losses"]
+    drawn = rows_where(losses.figures[0], text="held out: target", run="dwm1 (2 seeds)")
+    assert [row["step"] for row in drawn] == [100, 200, 300, 400, 500, 600]
+
+
+def test_work_is_interpolated_between_evaluations() -> None:
+    curve = np.array([[10.0, 5.0], [20.0, 4.0], [30.0, 2.0], [40.0, 3.0]])
+    assert work_to_reach(curve, 3.0) == 25.0
+    assert work_to_reach(curve, 2.0) == 30.0
+    assert work_to_reach(curve, 6.0) == 10.0
+    assert work_to_reach(curve, 1.9) is None
+
+
+def test_work_to_the_baselines_loss_is_that_of_the_closed_form(four: list[Path]) -> None:
+    """The files' losses are base(step) - gain * step / 1000; linear between the evaluations."""
+    runs = read_runs(Request(run_dir=four[0], compare=four[1:]))
+    assert runs.baseline.name == "uniform1 (2 seeds)" and runs.target == "target"
+    [comparison] = [content for content in contents_of(runs) if content.id == "comparison"]
+    figure = comparison.figures[0]
+
+    def loss(step: int, gain: float) -> float:
+        return 3.4 + 4.0 * math.exp(-step / 150) - gain * step / 1000
+
+    wanted = (loss(1000, 0.12) + loss(1000, 0.14)) / 2
+    shares = []
+    for gain in (0.42, 0.44):
+        after = next(step for step in range(100, 1001, 100) if loss(step, gain) <= wanted)
+        above, below = loss(after - 100, gain), loss(after, gain)
+        shares.append((after - 100 + 100 * (above - wanted) / (above - below)) / 1000)
+    [row] = rows_where(figure, domain="target")
+    assert row["share"] == pytest.approx(sum(shares) / 2, rel=1e-6)
+    assert [row["low"], row["high"]] == pytest.approx(sorted(shares), rel=1e-6)
+    assert len(rows_where(figure, domain=MEAN)) == 1
+
+
+def test_errors_over_runs_are_standard_errors_of_the_mean(four: list[Path]) -> None:
+    def score(value: float) -> dict:
+        return {
+            "task": "sciq",
+            "num_fewshot": 0,
+            "metric": "acc",
+            "value": value,
+            "standard_error": 0.1,
+            "questions_digest": "q" if value < 0.8 else "other",
+        }
+
+    for path, value in zip(four[:3], (0.5, 0.6, 0.8), strict=True):
+        (path / "evaluation").mkdir()
+        text = json.dumps({"scores": [score(value)]})
+        (path / "evaluation" / "sciq.json").write_text(text)
+    runs = read_runs(Request(run_dir=four[0], compare=four[1:]))
+    content = benchmarks(runs)
+    assert [list(row) for row in content.tables[0].rows] == [
+        # |0.6 - 0.5| / 2 is the standard error of the mean of two.
+        ["sciq", "0", "acc", "0.5500 ± 0.0500", "0.8000 ± 0.1000"]
+    ]
+    assert [note for note in content.notes if "cannot be compared" in note]
