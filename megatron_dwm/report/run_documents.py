@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from megatron_dwm.config.errors import UserError
 from megatron_dwm.report.corpus import Corpus, tokens_in_batch
 from megatron_dwm.report.document_scores import read_scores, score_columns, text_statistics
 from megatron_dwm.report.document_sums import DocumentSums, sum_documents
@@ -63,10 +64,23 @@ class RunDocuments:
         return text_statistics(self.texts, documents, max_documents)
 
     def wanted(
-        self, stage: int | None, count: int, max_characters: int, by: Measure = "weight"
+        self,
+        stage: int | None,
+        count: int,
+        max_characters: int,
+        by: Measure = "weight",
+        domain: str | None = None,
+        min_rows: int = 1,
     ) -> list[WantedDocument]:
-        """Returns the most and the least wanted documents of a stage; None: of the whole run."""
+        """Returns the most and the least wanted documents of a stage; None: of the whole run.
+
+        domain: only its documents. min_rows: only those with as many recorded weights. Raises `UserError` if the run has no such domain.
+        """
         sums = self.over_stages if stage is None else self.sums.where(self.sums.stage_K == stage)
+        if min_rows > 1:
+            sums = sums.where(sums.rows_K >= min_rows)
+        if domain is not None:
+            sums = sums.where(sums.domain_K == self._number_of(domain))
         chosen = most_and_least(sums, count, by)
         documents = np.unique(sums.document_K[np.concatenate(list(chosen.values()))])
         scores = (
@@ -77,6 +91,12 @@ class RunDocuments:
         return describe(
             sums, chosen, self.weights.domains, self.corpus, self.texts, scores, max_characters
         )
+
+    def _number_of(self, domain: str) -> int:
+        names = self.weights.domains
+        if domain not in names:
+            raise UserError(f"no domain {domain} in weights/*.parquet; it has {', '.join(names)}")
+        return names.index(domain)
 
 
 def read_documents(run: Run) -> RunDocuments | None:

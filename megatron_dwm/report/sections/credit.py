@@ -33,8 +33,8 @@ def credit(runs: RunSet) -> Content | None:
         id="credit",
         title="Credit",
         lead=_MEANING,
-        tables=[_by_domain(domains), _by_document(found)],
-        notes=[_counted(runs, found), *_without(found)],
+        tables=[_by_domain(domains, _counted(runs, found)), _by_document(found)],
+        notes=_without(found),
     )
 
 
@@ -65,7 +65,7 @@ def _without(found: RunDocuments) -> list[str]:
     return notes
 
 
-def _by_domain(domains: list[DomainCredit]) -> Table:
+def _by_domain(domains: list[DomainCredit], counted: str) -> Table:
     columns = (
         Column(name="domain", title="domain"),
         _CREDIT,
@@ -91,7 +91,7 @@ def _by_domain(domains: list[DomainCredit]) -> Table:
         title="Credit by domain",
         columns=columns,
         rows=rows,
-        caption=f"The largest first. Of every document: {CREDIT_FILE}, beside this page.",
+        caption=f"{counted} The largest first. Of every document: {CREDIT_FILE}, beside this page.",
     )
 
 

@@ -63,7 +63,7 @@ def _shown(document: WantedDocument) -> dict[str, Any]:
     numbers = {
         "weight": document.weight,
         "alignment": document.alignment,
-        "rows": document.rows,
+        "times recorded": document.rows,
         **document.scores,
     }
     source = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_dwm.report.charts import areas, lines
+from megatron_dwm.report.charts import histogram, lines
 from megatron_dwm.report.content import Cell, Column, Content, Figure, columnar
 from megatron_dwm.report.curves import abscissas, at_steps
 from megatron_dwm.report.document_texts import DocumentTexts
@@ -36,15 +36,15 @@ def tokens(runs: RunSet) -> Content | None:
             return None
         return Content(id="tokens", title="Tokens", notes=[_why_missing(run)])
     notes = list(files.notes)
-    histogram = _by_excess(files)
-    if histogram is None:
+    by_excess = _by_excess(files)
+    if by_excess is None:
         notes.append("No excess losses are recorded: no reference had been read yet.")
     rows = _rows(files, runs.documents, notes)
     return Content(
         id="tokens",
         title="Tokens",
         lead="Which tokens of its batches the run trained on.",
-        figures=present([_by_domain(files, run, runs), histogram]),
+        figures=present([_by_domain(files, run, runs), by_excess]),
         notes=notes,
         template="tokens.html.j2" if rows else None,
         values={"rows": rows},
@@ -107,7 +107,7 @@ def _by_excess(files: TokenFiles) -> Figure | None:
         "rows of each recorded batch). The outermost points have all tokens beyond.",
         columns=columns,
         data=columnar(columns, rows),
-        chart=areas(x, y, "state", _STATES),
+        chart=histogram(x, y, "state", _STATES),
         series="state",
         names=_STATES,
         wide=True,
@@ -115,12 +115,12 @@ def _by_excess(files: TokenFiles) -> Figure | None:
 
 
 def _rows(files: TokenFiles, documents: RunDocuments | None, notes: list[str]) -> list[Any]:
-    """Returns the rows that the template shows, each with its tokens."""
+    """Returns the rows that the template shows, each with its tokens, the latest first."""
     texts = None if documents is None else documents.texts
     found = rows_in_full(files, _ROWS)
     if found and (texts is None or texts.tokenizer is None):
         notes.append("The tokenizer cannot be read, so tokens are shown as ids.")
-    return [_row(row, texts) for row in found]
+    return [_row(row, texts) for row in reversed(found)]
 
 
 def _row(row: TokenRow, texts: DocumentTexts | None) -> dict[str, Any]:
