@@ -99,10 +99,12 @@ def sum_documents(
     sums = {name: np.zeros(len(keys)) for name in names}
     for rows in weights.batches():
         rows = rows.where(rows.of_corpus_R)
-        at_R, inverse_R = np.unique(np.searchsorted(keys, _keys(rows)), return_inverse=True)
-        domain[np.searchsorted(keys, _keys(rows))] = rows.domain_R
+        found, inverse_R = np.unique(_keys(rows), return_inverse=True)
+        # Sorted ones are found several times faster than the rows' own keys.
+        at = np.searchsorted(keys, found)
+        domain[at[inverse_R]] = rows.domain_R
         for name, values_R in _terms(rows, rates, tokens_in_batch).items():
-            sums[name][at_R] += np.bincount(inverse_R, values_R, len(at_R))
+            sums[name][at] += np.bincount(inverse_R, values_R, len(at))
     return DocumentSums(
         document_K=keys >> _STAGE_BITS,
         stage_K=keys & ((1 << _STAGE_BITS) - 1),
@@ -150,12 +152,18 @@ def _keys(rows: WeightBatch) -> np.ndarray:
 
 def _distinct_keys(weights: WeightRows) -> np.ndarray:
     """Returns the sorted keys of all rows; merges whenever many have gathered."""
-    found, pending = np.zeros(0, np.int64), []
+    found, pending = np.zeros(0, np.int64), list[np.ndarray]()
     for rows in weights.batches():
-        pending.append(np.unique(_keys(rows.where(rows.of_corpus_R))))
+        pending.append(_distinct([_keys(rows.where(rows.of_corpus_R))]))
         if sum(map(len, pending)) > max(_PENDING, len(found)):
-            found, pending = np.unique(np.concatenate([found, *pending])), []
-    return np.unique(np.concatenate([found, *pending]))
+            found, pending = _distinct([found, *pending]), []
+    return _distinct([found, *pending])
+
+
+def _distinct(parts: list[np.ndarray]) -> np.ndarray:
+    """Returns the sorted distinct values; numpy's `unique` hashes them, which takes far longer."""
+    every = np.sort(np.concatenate(parts))
+    return every[np.diff(every, prepend=every[:1] - 1) != 0]
 
 
 def _mean(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -74,7 +74,8 @@ class RunDocuments:
     ) -> list[WantedDocument]:
         """Returns the most and the least wanted documents of a stage; None: of the whole run.
 
-        domain: only its documents. min_rows: only those with as many recorded weights. Raises `UserError` if the run has no such domain.
+        domain: only its documents. min_rows: only those with as many recorded weights.
+        Raises `UserError` if the run has no such domain.
         """
         sums = self.over_stages if stage is None else self.sums.where(self.sums.stage_K == stage)
         if min_rows > 1:

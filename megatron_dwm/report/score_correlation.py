@@ -32,9 +32,11 @@ class Scores:
         """Returns the scores of each of these documents, NaN for one that is not here."""
         found = np.full((len(document_R), len(self.names)), np.nan)
         if len(self.document_K):
-            at_R = np.minimum(np.searchsorted(self.document_K, document_R), len(self) - 1)
-            here_R = self.document_K[at_R] == document_R
-            found[here_R] = self.values_KC[at_R[here_R]]
+            # Sorted ones are found several times faster than the rows' own documents.
+            documents, inverse_R = np.unique(document_R, return_inverse=True)
+            at = np.minimum(np.searchsorted(self.document_K, documents), len(self) - 1)
+            here_R = (self.document_K[at] == documents)[inverse_R]
+            found[here_R] = self.values_KC[at[inverse_R[here_R]]]
         return found
 
     def __len__(self) -> int:
