@@ -188,7 +188,7 @@ def bars(
         alt.X("low:Q", title=y.label, scale=scale), alt.X2("high:Q")
     )
     tips = [_tip(category.name, category.title, "N"), *_tips(None, y, color)]
-    point = base.mark_point(filled=True, size=70).encode(
+    point = base.mark_point(filled=True, size=70, opacity=1).encode(
         alt.X(f"{y.name}:Q", title=y.label, scale=scale), tooltip=tips
     )
     guides = []

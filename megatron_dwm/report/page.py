@@ -53,9 +53,15 @@ def _environment() -> Any:
         loader=FunctionLoader(load),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: _visible(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _visible(text: str) -> str:
+    """Returns text with control characters spelled; autoescape does the rest."""
+    return printable(text, keep="\n\t")
 
 
 def _texts(ending: str) -> str:

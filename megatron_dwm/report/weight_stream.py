@@ -32,6 +32,7 @@ _TYPES = {
     "alignment": pa.float32(),
 }
 _KEYS = ("step", "source", "sample_id")
+_NAMES = ("domain", "source")
 _NEEDED = ("step", "sample_id", "weight")
 
 
@@ -96,14 +97,13 @@ def stream(files: WeightFiles, columns: Sequence[str]) -> Iterator[pa.Table]:
 def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
     try:
         there = set(pq.read_schema(path).names)
-        encoded = [name for name in ("domain", "source") if name in there]
-        file = pq.ParquetFile(path, read_dictionary=encoded)
         if missing := [name for name in _NEEDED if name not in there]:
             raise KeyError(f"no column {missing[0]}")
         names = [name for name in columns if name in there]
         guess = "source" in columns and "source" not in there
         if guess and "alignment" in there and "alignment" not in names:
             names.append("alignment")
+        file = pq.ParquetFile(path, read_dictionary=[n for n in _NAMES if n in there])
         for batch in file.iter_batches(BATCH_ROWS, columns=names or ["step"]):
             yield _typed(pa.table(batch), columns)
     except (pa.ArrowException, OSError, KeyError) as error:

@@ -120,8 +120,8 @@ def _domain_rows(
 ) -> list[list[Cell]]:
     """Returns the mean over a group's runs of each domain's mean weight, a row for each bin.
 
-    Runs of a group record the same steps, and so have the same bins; one that is behind is left out
-    where it has none.
+    Runs of a group record the same steps, and so have the same bins; one that is behind has others,
+    and is left out.
     """
     summaries = [found[run.name] for run in group.runs if run.name in found]
     if not summaries:
@@ -133,7 +133,7 @@ def _domain_rows(
     for name in domains:
         parts = [s.mean_by_domain()[:, s.domains.index(name)] for s in same if name in s.domains]
         if parts:
-            mean = np.mean(parts, axis=0)
+            mean = _mean_of_known(np.stack(parts))
             over = at_steps(first, runs, longest.step)
             kept = ~np.isnan(mean)
             rows += [
@@ -141,6 +141,13 @@ def _domain_rows(
                 for point, value in zip(over[kept].tolist(), mean[kept], strict=True)
             ]
     return rows
+
+
+def _mean_of_known(values: np.ndarray) -> np.ndarray:
+    """Returns the mean over the first axis without NaN; NaN where there is nothing else."""
+    known = ~np.isnan(values)
+    count = known.sum(axis=0)
+    return np.where(known, values, 0).sum(axis=0) / np.where(count, count, np.nan)
 
 
 def _distribution(runs: RunSet, found: Summaries) -> Figure | None:
