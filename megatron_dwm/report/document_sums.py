@@ -24,6 +24,10 @@ from megatron_dwm.report.weight_rows import UPDATE, WeightBatch, WeightRows
 
 _STAGE_BITS = 16
 _PENDING = 1 << 21
+_KINDS = {
+    **{"rows": np.int32, "tokens": np.float64, "weight": np.float64, "aligned": np.int32},
+    **{"alignment": np.float64, "credit": np.float64, "drop": np.float64},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +67,8 @@ class DocumentSums:
 
     def over_stages(self) -> DocumentSums:
         """One entry a document, whose stage is the first that has it."""
-        if not len(self):
+        if not len(self) or len(starts := self._starts()) == len(self):
             return self
-        starts = np.flatnonzero(np.diff(self.document_K, prepend=self.document_K[0] - 1))
 
         def total(values_K: np.ndarray) -> np.ndarray:
             return np.add.reduceat(values_K, starts)
@@ -78,12 +81,16 @@ class DocumentSums:
             domain_K=self.domain_K[starts],
             rows_K=total(self.rows_K),
             tokens_K=tokens,
-            weight_K=total(self.weight_K * self.tokens_K) / np.maximum(tokens, 1.0),
+            weight_K=_divided(total(self.weight_K * self.tokens_K), tokens),
             aligned_K=aligned,
-            alignment_K=_mean(alignments, aligned),
+            alignment_K=_divided(alignments, aligned),
             credit_K=total(self.credit_K),
             drop_K=total(self.drop_K),
         )
+
+    def _starts(self) -> np.ndarray:
+        """Returns the first entry of each document."""
+        return np.flatnonzero(np.diff(self.document_K, prepend=self.document_K[0] - 1))
 
 
 def sum_documents(
@@ -95,8 +102,7 @@ def sum_documents(
     """
     keys = _distinct_keys(weights)
     domain = np.zeros(len(keys), np.int32)
-    names = ("rows", "tokens", "weight", "aligned", "alignment", "credit", "drop")
-    sums = {name: np.zeros(len(keys)) for name in names}
+    sums = {name: np.zeros(len(keys), kind) for name, kind in _KINDS.items()}
     for rows in weights.batches():
         rows = rows.where(rows.of_corpus_R)
         found, inverse_R = np.unique(_keys(rows), return_inverse=True)
@@ -104,16 +110,19 @@ def sum_documents(
         at = np.searchsorted(keys, found)
         domain[at[inverse_R]] = rows.domain_R
         for name, values_R in _terms(rows, rates, tokens_in_batch).items():
-            sums[name][at] += np.bincount(inverse_R, values_R, len(at))
+            sums[name][at] += np.bincount(inverse_R, values_R, len(at)).astype(_KINDS[name])
+    stage = (keys & ((1 << _STAGE_BITS) - 1)).astype(np.int32)
+    # In place: there may be very many documents.
+    keys >>= _STAGE_BITS
     return DocumentSums(
-        document_K=keys >> _STAGE_BITS,
-        stage_K=keys & ((1 << _STAGE_BITS) - 1),
+        document_K=keys,
+        stage_K=stage,
         domain_K=domain,
-        rows_K=sums["rows"].astype(np.int64),
+        rows_K=sums["rows"],
         tokens_K=sums["tokens"],
-        weight_K=sums["weight"] / np.maximum(sums["tokens"], 1.0),
-        aligned_K=sums["aligned"].astype(np.int64),
-        alignment_K=_mean(sums["alignment"], sums["aligned"]),
+        weight_K=_divided(sums["weight"], sums["tokens"]),
+        aligned_K=sums["aligned"],
+        alignment_K=_divided(sums["alignment"], sums["aligned"]),
         credit_K=sums["credit"],
         drop_K=sums["drop"],
     )
@@ -166,5 +175,7 @@ def _distinct(parts: list[np.ndarray]) -> np.ndarray:
     return every[np.diff(every, prepend=every[:1] - 1) != 0]
 
 
-def _mean(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+def _divided(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Returns sums / counts, in the memory of the sums; NaN where there is nothing to count."""
+    with np.errstate(invalid="ignore"):
+        return np.divide(sums, counts, out=sums)

@@ -46,16 +46,16 @@ class WantedDocument:
 
 
 def most_and_least(
-    sums: DocumentSums, count: int, by: Measure = "weight"
+    sums: DocumentSums, count: int, by: Measure = "weight", among_K: np.ndarray | None = None
 ) -> dict[Side, np.ndarray]:
     """Returns the numbers in `sums` of the most and the least wanted documents, best first.
 
-    Entries without the measure are left out. Equal ones are in the order of the sums. With fewer
+    among_K: True for entries that may be chosen; None: all. Those without the measure are left out. Equal ones are in the order of the sums. With fewer
     documents than twice the count no document is on both sides.
     """
     values = {"weight": sums.weight_K, "alignment": sums.alignment_K, "credit": sums.credit_K}[by]
     known = np.isfinite(values) if by == "weight" else sums.aligned_K > 0
-    at = np.flatnonzero(known)
+    at = np.flatnonzero(known if among_K is None else known & among_K)
     upper = min(count, -(-len(at) // 2))
     lower = min(count, len(at) - upper)
     return {"most": _largest(at, -values[at], upper), "least": _largest(at, values[at], lower)}

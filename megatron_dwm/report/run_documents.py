@@ -77,12 +77,13 @@ class RunDocuments:
         domain: only its documents. min_rows: only those with as many recorded weights.
         Raises `UserError` if the run has no such domain.
         """
-        sums = self.over_stages if stage is None else self.sums.where(self.sums.stage_K == stage)
-        if min_rows > 1:
-            sums = sums.where(sums.rows_K >= min_rows)
+        sums = self.over_stages if stage is None else self.sums
+        among_K = sums.rows_K >= min_rows
+        if stage is not None:
+            among_K &= sums.stage_K == stage
         if domain is not None:
-            sums = sums.where(sums.domain_K == self._number_of(domain))
-        chosen = most_and_least(sums, count, by)
+            among_K &= sums.domain_K == self._number_of(domain)
+        chosen = most_and_least(sums, count, by, among_K)
         documents = np.unique(sums.document_K[np.concatenate(list(chosen.values()))])
         scores = (
             read_scores(self.corpus, documents)
