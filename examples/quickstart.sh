@@ -87,6 +87,7 @@ part preprocessing preprocess data
 part training train_all
 part export export_both
 part evaluation evaluate_both
-part report python "$tools/report.py" runs/dwm --compare runs/dwm_own runs/uniform
+part report python "$tools/report.py" runs/dwm --compare runs/dwm_own runs/uniform \
+    --scores export/dwm.json export/uniform.json
 echo
 python "$repository/examples/closing_table.py" "$workdir"

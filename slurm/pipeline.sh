@@ -204,5 +204,6 @@ scored=afterok
 score_job uniform "$uniform"
 score_job dwm "$dwm"
 score_job transfer "$transfer"
-job report "$scored" report -- "$DWM_RUNS/$name/dwm" --compare "$DWM_RUNS/$name/uniform" \
-    "$DWM_RUNS/$name/transfer"
+runs="$DWM_RUNS/$name"
+job report "$scored" report -- "$runs/dwm" --compare "$runs/uniform" "$runs/transfer" \
+    --scores "$runs/export/"{dwm,uniform,transfer}.json

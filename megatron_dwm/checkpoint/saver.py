@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,9 +33,11 @@ class Saver:
         fingerprint: dict[str, str],
         *,
         newest: Path | None,
+        log: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> None:
         """Prepare to save `parts`; `config` says how many are kept, and if a thread writes them."""
+        self._log, self._begun_s = log, 0.0
         self.newest = newest
         self._parts, self._run_dir, self._config = parts, run_dir, config
         self._fingerprint, self._warn = fingerprint, warn
@@ -66,7 +69,7 @@ class Saver:
 
     def _save(self, *, wait: bool) -> bool:
         background = self._config.checkpoint_async and not wait
-        position = self._position()
+        position, self._begun_s = self._position(), time.monotonic()
         try:
             self._pending = CheckpointSave(
                 self._parts,
@@ -110,8 +113,14 @@ class Saver:
             self._refused(error)
             return False
         if self._parts.runtime.is_main:
+            self._log(self._line_about(self.newest))
             self._note_and_remove_old()
         return True
+
+    def _line_about(self, checkpoint: Path) -> str:
+        seconds = time.monotonic() - self._begun_s
+        size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+        return f"checkpoint {checkpoint.name}: {size / 1e6:,.1f} MB in {seconds:.1f} s"
 
     def _note_and_remove_old(self) -> None:
         try:

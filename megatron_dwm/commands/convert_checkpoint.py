@@ -1,6 +1,6 @@
 """Convert models between checkpoints of a run and Hugging Face directories, in both directions.
 
-%(prog)s to-hf RUN_OR_CHECKPOINT --output DIR
+%(prog)s to-hf RUN_OR_CHECKPOINT_OR_MEGATRON_DIR --output DIR
 %(prog)s from-hf DIR --output CHECKPOINT
 %(prog)s to-megatron RUN_OR_CHECKPOINT --output DIR
 %(prog)s from-megatron DIR --output CHECKPOINT
@@ -25,7 +25,8 @@ directory is written only if the exported tokenizer gives training's ids and the
 logits differ from Megatron-Core's by at most 1e-4 of the largest logit. Reads any parallel layout,
 one tensor at a time. Text is encoded as in training: no beginning of sequence, and "</s>" in a text
 is plain text. If training started from a Hugging Face model (model.init_from), its configuration
-and tokenizer files are copied.
+and tokenizer files are copied. A checkpoint of Megatron-LM or Megatron-Bridge (as in from-megatron)
+can be named, too, together with its tokenizer.
 """
 _FROM_HF = """
 Write a Hugging Face Llama (LlamaForCausalLM: Llama 2, Llama 3, SmolLM2, TinyLlama, ...) as a
@@ -140,14 +141,15 @@ def _parser() -> OneLineParser:
         "checkpoint",
         type=Path,
         metavar="RUN_OR_CHECKPOINT",
-        help="run directory (its newest complete checkpoint) or RUN/checkpoints/step_N",
+        help="run directory (its newest complete checkpoint), RUN/checkpoints/step_N, or a folder "
+        "that Megatron-LM saved",
     )
     to_hf.add_argument(
         "--tokenizer",
         metavar="MODEL",
-        help="the run's tokenizer; only checkpoints of older versions, which have no copy of it, "
-        "need this; any other tokenizer is refused (default: the checkpoint's copy, else "
-        "data.tokenizer of its configuration)",
+        help="the run's tokenizer; only checkpoints that have no copy of it need this (those of "
+        "older versions and of Megatron-LM); any other tokenizer is refused (default: the "
+        "checkpoint's copy, else data.tokenizer of its configuration)",
     )
     to_hf.add_argument(
         "--dtype",

@@ -39,7 +39,13 @@ from megatron_dwm.files.atomic import write_text
 
 _LIST_KEYS = ("--data.train", "--run.allow_changed")
 _SCHEDULE = "data.schedule"
-_DICT_KEYS = ("--policy.domain_weights", f"--{_SCHEDULE}")
+_SETS = "evaluation.sets"
+_DICT_KEYS = ("--policy.domain_weights", f"--{_SCHEDULE}", f"--{_SETS}")
+_NUMBER = "NAME=NUMBER for different names"
+_EXPECTED = {
+    _SCHEDULE: "STEP=SHARE,SHARE for different steps",
+    _SETS: "NAME=FILE for different names",
+}
 _OPTIONS = "policy.options"
 
 
@@ -240,21 +246,28 @@ def _is_json(values: Sequence[str]) -> bool:
 def _as_json(option: str, values: Sequence[str]) -> str:
     if option in _LIST_KEYS:
         return json.dumps(values)
-    of_steps = option[2:] == _SCHEDULE
-    expected = (
-        "STEP=SHARE,SHARE for different steps" if of_steps else "NAME=NUMBER for different names"
-    )
-    found: dict[str, float | list[float]] = {}
+    key, found = option[2:], {}
     for value in values:
-        name, equals, text = value.rpartition("=")
+        name, equals, text = value.partition("=") if key == _SETS else value.rpartition("=")
         try:
-            numbers = [float(number) for number in (text.split(",") if of_steps else [text])]
+            entry = _entry(key, text)
         except ValueError:
             equals = ""
         if not (name and equals) or name in found:
-            raise UserError(f"{option[2:]}: expected {expected}, got '{value}'")
-        found[name] = numbers if of_steps else numbers[0]
+            raise UserError(f"{key}: expected {_EXPECTED.get(key, _NUMBER)}, got '{value}'")
+        found[name] = entry
     return json.dumps(found)
+
+
+def _entry(key: str, text: str) -> Any:
+    """Returns the right side of NAME=VALUE. Raises ValueError."""
+    if key == _SETS:
+        if not text:
+            raise ValueError("no file")
+        return text
+    if key == _SCHEDULE:
+        return [float(number) for number in text.split(",")]
+    return float(text)
 
 
 def _check_option(word: str) -> None:

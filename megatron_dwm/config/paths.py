@@ -22,7 +22,7 @@ _DIRECTORY = "directory"
 _TRAIN = "data.train"
 _KEYS = (
     *("run.dir", "model.init_from", "data.tokenizer", "data.cache_dir", "validation.path"),
-    *("evaluation.path", "weighting.load"),
+    *("evaluation.path", "evaluation.sets", "weighting.load"),
 )
 PATH_KEYS = (*_KEYS, _TRAIN)
 
@@ -58,7 +58,9 @@ def is_same_path(key: str, before: Any, now: Any, typed: Mapping[str, Any]) -> b
 
 
 def _each(value: Any, change: Callable[[str], str]) -> Any:
-    """Apply `change` to a path, or to the prefixes (not the weights) of a `data.train` list."""
+    """Apply `change` to a path, to paths by name, or to the prefixes in `data.train`."""
+    if isinstance(value, dict):
+        return {name: change(path) for name, path in value.items()}
     if isinstance(value, list):
         return [entry if is_weight(entry) else change(entry) for entry in value]
     return change(value)

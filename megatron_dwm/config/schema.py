@@ -31,6 +31,7 @@ _TOKEN_WEIGHTS: Condition = {
     "weighting.unit": ("token",),
     "logging.weights_interval_steps": SET,
 }
+_EVALUATED = ({"evaluation.path": SET}, {"evaluation.sets": SET})
 _WANDB = {"logging.wandb_project": SET}
 _PROFILED = {"profiling.tool": ("torch", "nvtx", "dlprof")}
 
@@ -93,10 +94,18 @@ class EvaluationConfig:
 
     path: str | None = None
     """JSON Lines file with a `text` and the domain key in every line; empty switches it off"""
-    interval_steps: int = key(100, COUNT, only={"evaluation.path": SET})
+    sets: dict[str, str] = field(default_factory=dict)
+    """more such files by name: --evaluation.sets NAME=FILE ...; a line of NAME counts as domain
+    NAME, or NAME/DOMAIN if it has one"""
+    interval_steps: int = key(100, COUNT, only=_EVALUATED)
     """steps between evaluations; the last step is always evaluated"""
-    at_start: bool = key(False, only={"evaluation.path": SET})
+    at_start: bool = key(False, only=_EVALUATED)
     """also evaluate before the first step"""
+
+    @property
+    def is_on(self) -> bool:
+        """True if there is held-out text."""
+        return self.path is not None or bool(self.sets)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,7 +106,8 @@ class ModelConfig:
     CPU; slower than products without it (needs fp8_recipe tensorwise)"""
     init_from: str | None = None
     """initial parameters of the LLM: a Hugging Face directory (Llama, Mistral, Qwen2 or Qwen3;
-    docs/huggingface.md) or a checkpoint of an earlier run; the LLM then has that model's shape"""
+    docs/huggingface.md), a checkpoint of an earlier run, or one of Megatron-LM or Megatron-Bridge
+    (docs/megatron.md); the LLM then has that model's shape"""
     hidden_size: int | None = key(None, WIDTH)
     """width of the residual stream"""
     num_layers: int | None = key(None, LAYERS)

@@ -28,9 +28,9 @@ from megatron_dwm.checkpoint.manifest import MANIFEST, named_checkpoint, read_ma
 from megatron_dwm.checkpoint.names import CONFIG_FILE, LLM_FOLDER, MODEL_PREFIX, SHAPE_FILE
 from megatron_dwm.config import UserError
 from megatron_dwm.config.schema_llm import Builder
-from megatron_dwm.convert.tensor_boxes import read_box
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.model.on_disk.saved_index import read_index
+from megatron_dwm.model.on_disk.tensor_boxes import read_box
 from megatron_dwm.runtime import releases
 
 
@@ -39,11 +39,13 @@ class SavedLLM:
     """A checkpoint directory that has been found complete.
 
     config: content of its config.yaml, the configuration of the run that saved it.
+    origin: what it was made from for the moment; None if it lasts.
     """
 
     directory: Path
     shape: LlamaShape
     config: dict[str, Any]
+    origin: Path | None = None
 
     @property
     def sequence_length(self) -> int:

@@ -95,7 +95,7 @@ def _about(saved: SavedLLM, architecture: Architecture, dtype: str, context_toke
         ),
         "vocabulary": f"{shape.vocab_size:,} (no padding)",
         "context": f"{context_tokens:,} tokens",
-        "converted from": f"`{saved.directory}`",
+        "converted from": f"`{saved.origin or saved.directory}`",
     }
     return _table(rows)
 

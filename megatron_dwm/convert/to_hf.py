@@ -8,17 +8,21 @@ succeeded. Cost: one pass over the model's tensors, and the cost of gate.py; mem
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_dwm.config import UserError
 from megatron_dwm.config.printing import printable
 from megatron_dwm.convert.checkpoint_reader import SavedLLM, open_checkpoint
 from megatron_dwm.convert.export_tokenizer import ExportTokenizer, choose_tokenizer
+from megatron_dwm.convert.from_megatron import import_from_megatron
 from megatron_dwm.convert.gate import gate_tokens, require_equal_ids, require_equal_logits
 from megatron_dwm.convert.huggingface import write_config
 from megatron_dwm.convert.model_card import model_card
@@ -28,6 +32,7 @@ from megatron_dwm.convert.shards import write_shards
 from megatron_dwm.convert.tensors import huggingface_tensors
 from megatron_dwm.convert.tokenizer_files import write_tokenizer_files
 from megatron_dwm.model.on_disk.huggingface_files import open_huggingface
+from megatron_dwm.model.on_disk.megatron_files import is_megatron
 from megatron_dwm.model.on_disk.parameter_names import huggingface_shapes
 
 
@@ -57,7 +62,8 @@ def export_to_huggingface(
     """Write checkpoint `source` (or a run's newest) as Hugging Face directory `output`.
 
     Args:
-        source: a run directory or a checkpoint directory.
+        source: a run directory, a checkpoint directory, or a checkpoint of Megatron-LM or
+            Megatron-Bridge, which has no tokenizer: name it.
         output: directory to create.
         tokenizer_model: the run's tokenizer. None takes the checkpoint's copy, or, in checkpoints
             of older versions, which have no copy, the tokenizer that their configuration names.
@@ -71,7 +77,31 @@ def export_to_huggingface(
     """
     output = Path(output)
     require_free(output)
-    saved = open_checkpoint(source)
+    if is_megatron(Path(source)) and tokenizer_model is None:
+        raise UserError(f"{source}: Megatron-LM saves no tokenizer; name it with --tokenizer")
+    with _opened(Path(source), output) as saved:
+        return _export(saved, output, tokenizer_model, dtype, skip_check=skip_check)
+
+
+@contextmanager
+def _opened(source: Path, output: Path) -> Iterator[SavedLLM]:
+    """Gives the checkpoint; Megatron-LM's is written as one of ours first, beside the output."""
+    if not is_megatron(source):
+        yield open_checkpoint(source)
+        return
+    with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+        found = import_from_megatron(source, Path(folder) / "checkpoint")
+        yield replace(open_checkpoint(found.directory), origin=found.source)
+
+
+def _export(
+    saved: SavedLLM,
+    output: Path,
+    tokenizer_model: str | Path | None,
+    dtype: torch.dtype | None,
+    *,
+    skip_check: bool,
+) -> Export:
     tokenizer = choose_tokenizer(saved, tokenizer_model)
     dtype = dtype or saved.dtype
     with new_directory(output) as partial:
@@ -82,7 +112,7 @@ def export_to_huggingface(
         (partial / "README.md").write_text(card, encoding="utf-8")
     return Export(
         directory=output,
-        source=saved.directory,
+        source=saved.origin or saved.directory,
         dtype=dtype,
         texts_compared=compared,
         logits_deviation=deviation,

@@ -24,11 +24,11 @@ from megatron_dwm.checkpoint.manifest import MANIFEST, read_manifest
 from megatron_dwm.checkpoint.sharded_files import SaveError
 from megatron_dwm.config import UserError
 from megatron_dwm.convert.checkpoint_reader import SavedLLM, open_checkpoint
-from megatron_dwm.convert.from_megatron import LATEST
 from megatron_dwm.convert.output import new_directory, require_free
 from megatron_dwm.convert.written_model import built_model, save_tensors
 from megatron_dwm.model.initialize import global_parameter_names
 from megatron_dwm.model.layers.transformer_engine import UNFUSED_NAMES
+from megatron_dwm.model.on_disk.megatron_files import LATEST
 
 _LAYERS = "decoder.layers."
 # Megatron-LM's own number of the format of common.pt.

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megatron_dwm.config.schema import DataConfig
+from megatron_dwm.config.schema import DataConfig, EvaluationConfig
 from megatron_dwm.data.batch import Batch
+from megatron_dwm.data.held_out import held_out_passages
 from megatron_dwm.data.packing import PackedSequences, pack_last_word
-from megatron_dwm.data.passages import read_passages
-from megatron_dwm.files.sidecar_columns import UNKNOWN_DOMAIN
 
 if TYPE_CHECKING:
     from megatron_dwm.tokenizer import Tokenizer
@@ -21,20 +20,20 @@ if TYPE_CHECKING:
 class LastWords:
     """A row for every passage whose last word can be predicted, in order."""
 
-    def __init__(self, path: str, data: DataConfig, tokenizer: Tokenizer) -> None:
-        """Read JSON Lines file `path` (`evaluation.path`), with a `text` in every line.
+    def __init__(
+        self, evaluation: EvaluationConfig, data: DataConfig, tokenizer: Tokenizer
+    ) -> None:
+        """Read the held-out files.
 
         Passages without a word that could be predicted are left out, even if these are all.
 
         Raises:
-            UserError: the file is missing, empty or broken (with its line).
+            UserError: as `held_out_passages`.
         """
         rows, domains, kept = [], [], set()
-        for number, passage in enumerate(
-            read_passages(path, "evaluation.path", (data.domain_key,))
-        ):
+        for number, (domain, passage) in enumerate(held_out_passages(evaluation, data)):
             row = pack_last_word(number, passage.text, tokenizer, data.sequence_length)
-            domains.append(passage.domain or UNKNOWN_DOMAIN)
+            domains.append(domain)
             if row is not None:
                 rows.append(row)
                 kept.add(domains[-1])

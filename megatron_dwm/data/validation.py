@@ -14,6 +14,7 @@ import numpy as np
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import DataConfig, EvaluationConfig, ValidationConfig
 from megatron_dwm.data.batch import Batch
+from megatron_dwm.data.held_out import held_out_passages
 from megatron_dwm.data.packing import PackedSequences, pack_dense, pack_last_word
 from megatron_dwm.data.passages import Passage, bare_text, read_passages
 from megatron_dwm.data.pieces import ROWS, DocumentRules
@@ -106,30 +107,20 @@ class EvaluationSet:
         *,
         stop_attention: bool = False,
     ) -> None:
-        """Read and pack the file `evaluation.path`.
+        """Read and pack the held-out files.
 
         stop_attention: attention stops at the borders of passages. All their tokens count in any
             case, so that losses of runs can be compared.
 
         Raises:
-            UserError: the path is empty, the file is missing, empty or broken, a line has no
-                domain (with its number), or no passage has any tokens.
+            UserError: as `held_out_passages`, or no passage has any tokens.
         """
-        path = evaluation.path
-        if path is None:
-            raise UserError("evaluation.path is empty: name a JSON Lines file of held-out text")
         self._rules = DocumentRules(stop_attention=stop_attention)
         self._domain_of_passage: list[str] = []
         by_domain: dict[str, list[tuple[int, Passage]]] = {}
-        keys = (data.domain_key,)
-        for number, passage in enumerate(read_passages(path, "evaluation.path", keys)):
-            if passage.domain is None:
-                raise UserError(
-                    f"{path} line {passage.line} has no {data.domain_key} (data.domain_key): "
-                    "held-out text needs a domain in every line"
-                )
-            self._domain_of_passage.append(passage.domain)
-            by_domain.setdefault(passage.domain, []).append((number, passage))
+        for number, (domain, passage) in enumerate(held_out_passages(evaluation, data)):
+            self._domain_of_passage.append(domain)
+            by_domain.setdefault(domain, []).append((number, passage))
         self.texts = [bare_text(p.text) for found in by_domain.values() for _, p in found]
         packed = {
             name: _dense_rows(by_domain[name], tokenizer, data.sequence_length)
@@ -137,7 +128,8 @@ class EvaluationSet:
         }
         filled = {name: rows for name, rows in packed.items() if rows is not None}
         if not filled:
-            raise UserError(f"{path} (evaluation.path): no passage has any tokens")
+            files = ", ".join([*filter(None, [evaluation.path]), *evaluation.sets.values()])
+            raise UserError(f"{files} (held-out text): no passage has any tokens")
         self.domains = list(filled)
         self._rows = PackedSequences.stack(list(filled.values()))
 

@@ -20,7 +20,7 @@ _DARK = ("#4FA8DC", "#F08A4B", "#2CC59A", "#E09CC4", "#9AD5F7", "#F3C14F", "#E8E
 _DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
 HEIGHT = 260
 # Low, uniform (1), high: blue, pale, orange.
-_DIVERGING = {"light": ["#0072B2", "#f2f2ee", "#D55E00"], "dark": ["#4FA8DC", "#2b2f36", "#F08A4B"]}
+_DIVERGING = {"light": ["#6FB1DE", "#f4f4f1", "#F2A071"], "dark": ["#1F6090", "#262b33", "#A3531F"]}
 STEP = Column(name="step", title="optimizer step")
 
 
@@ -80,7 +80,7 @@ def lines(
     band: bool = False,
     reference: float | None = None,
     marks: bool = False,
-    dotted: Sequence[str] = (),
+    dotted: Sequence[Mapping[str, str]] = (),
     zero: bool = False,
 ) -> Chart:
     """Returns lines of `y` over `x`.
@@ -93,8 +93,8 @@ def lines(
         band: also shade between the columns `low` and `high`.
         reference: value of a dashed horizontal line.
         marks: draw a vertical line at each row of the figure's marks.
-        dotted: values of `color` whose points are shown (else only the one under the pointer):
-            those of so few points that a line would not be seen.
+        dotted: lines, each by the values of some columns, whose points are shown (else only the one
+            under the pointer): those of so few points that a line would not be seen.
         zero: begin the ordinate at 0.
     """
     across = alt.X(f"{x.name}:Q", title=x.label, axis=_ticks(x), scale=alt.Scale(nice=False))
@@ -108,12 +108,11 @@ def lines(
     dashed = _dash(color, names)
     layers.append(base.mark_line().encode(up, **dashed))
     hover = alt.selection_point(name="near", on="pointerover", nearest=True, clear="pointerout")
-    seen = alt.when(hover, empty=False).then(alt.value(1))
-    if dotted and color is not None:
-        seen = seen.when(alt.FieldOneOfPredicate(field=color, oneOf=list(dotted))).then(
-            alt.value(1)
-        )
-    opacity = seen.otherwise(alt.value(0))
+    conditions: list[dict[str, Any]] = [{"param": "near", "empty": False, "value": 1}]
+    for line in dotted:
+        this = {"and": [{"field": name, "equal": value} for name, value in line.items()]}
+        conditions.append({"test": this, "value": 1})
+    opacity = alt.OpacityValue(0, condition=conditions)
     tips = _tips(x, y, color)
     layers.append(
         base.mark_point(filled=True, size=45)
@@ -151,10 +150,11 @@ def fan(x: Column, y: Column, bands: Sequence[tuple[str, str]], middle: str, **l
 def areas(x: Column, y: Column, color: str, names: Sequence[str]) -> Chart:
     """Returns stacked areas of `y` over `x`, one for each value of `color`."""
     across = alt.X(f"{x.name}:Q", title=x.label, axis=_ticks(x), scale=alt.Scale(nice=False))
-    chart = alt.Chart(alt.NamedData("table")).mark_area(opacity=0.85, line=False)
+    chart = alt.Chart(alt.NamedData("table")).mark_area(opacity=0.85)
     up = alt.Y(f"{y.name}:Q", title=y.label, stack=True, axis=_ticks(y))
     tips = _tips(x, y, color)
-    return _plain(chart.encode(across, up, tooltip=tips, **_color(color, names)))
+    filled = _color(color, names, legend=alt.Legend(title=None))
+    return _plain(chart.encode(across, up, tooltip=tips, **filled))
 
 
 def histogram(x: Column, y: Column, color: str, names: Sequence[str]) -> Chart:
@@ -180,7 +180,8 @@ def bars(
     Arguments are those of `lines`; the line at `reference` is vertical.
     """
     side = alt.Y(f"{category.name}:N", title=None, sort=None, axis=alt.Axis(grid=True))
-    base = alt.Chart(alt.NamedData("table")).encode(side, **_color(color, names))
+    colored = _color(color, names, legend=alt.Legend(title=None))
+    base = alt.Chart(alt.NamedData("table")).encode(side, **colored)
     if color is not None:
         base = base.encode(alt.YOffset(f"{color}:N", sort=list(names)))
     scale = alt.Scale(zero=False, padding=12)
@@ -205,7 +206,7 @@ def heat(x: Column, y: Column, value: Column, *, middle: float = 1.0) -> Chart:
         alt.Y(f"{y.name}:N", title=None, sort=None, axis=alt.Axis(grid=False)),
         tooltip=[_tip(x.name, x.title, "O"), _tip(y.name, y.title, "N"), _tip(value.name)],
     )
-    scale = alt.Scale(type="symlog", constant=0.5, domainMid=middle)
+    scale = alt.Scale(type="symlog", constant=0.5, domainMid=middle, interpolate="rgb")
     color = alt.Color(
         f"{value.name}:Q", scale=scale, title=value.label, legend=alt.Legend(title=value.label)
     )
@@ -225,14 +226,18 @@ def _guides(across: alt.X, reference: float | None, marks: bool) -> list[Any]:
 
 
 def _ticks(column: Column) -> alt.Axis:
-    return alt.Axis(format="~s", grid=column.name not in ("step", "tokens", "flops", "time"))
+    across = column.name in ("step", "tokens", "flops", "time")
+    text = "datum.value == 0 ? '0' : format(datum.value, '~s')"
+    return alt.Axis(labelExpr=text, grid=not across)
 
 
-def _color(color: str | None, names: Sequence[str]) -> dict[str, Any]:
+def _color(
+    color: str | None, names: Sequence[str], legend: alt.Legend | None = None
+) -> dict[str, Any]:
     if color is None:
         return {}
     scale = alt.Scale(domain=list(names))
-    return {"color": alt.Color(f"{color}:N", scale=scale, legend=_legend())}
+    return {"color": alt.Color(f"{color}:N", scale=scale, legend=legend or _legend_of_lines())}
 
 
 def _dash(color: str | None, names: Sequence[str]) -> dict[str, Any]:
@@ -241,10 +246,10 @@ def _dash(color: str | None, names: Sequence[str]) -> dict[str, Any]:
         return {}
     dashes = [_DASHES[number // len(_LIGHT) % len(_DASHES)] for number in range(len(names))]
     scale = alt.Scale(domain=list(names), range=dashes)
-    return {"strokeDash": alt.StrokeDash(f"{color}:N", scale=scale, legend=_legend())}
+    return {"strokeDash": alt.StrokeDash(f"{color}:N", scale=scale, legend=_legend_of_lines())}
 
 
-def _legend() -> alt.Legend:
+def _legend_of_lines() -> alt.Legend:
     return alt.Legend(
         title=None, symbolType="stroke", symbolStrokeWidth=3, symbolSize=260, symbolOpacity=1
     )

@@ -64,7 +64,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def group_rows(runs: RunSet, group: Group, phase: str, value: Value) -> list[list[Cell]]:
+def group_rows(runs: RunSet, group: Group, phase: str, value: Value) -> list[list[float]]:
     """Returns a group's curve: step, tokens, FLOPs, time, mean, lowest and highest of the runs.
 
     Steps that not every run of the group has reached are left out: the mean would jump there. Runs
@@ -81,7 +81,7 @@ def group_rows(runs: RunSet, group: Group, phase: str, value: Value) -> list[lis
     mean[:, 3] /= time_unit(runs)[0]
     values = binned[:, whole, 4]
     table = np.column_stack([mean, values.min(axis=0), values.max(axis=0)])
-    return [list(row) for row in table.tolist()]
+    return table.tolist()
 
 
 def bin_edges(steps: np.ndarray, max_bins: int = MAX_BINS) -> np.ndarray:

@@ -50,8 +50,9 @@ def most_and_least(
 ) -> dict[Side, np.ndarray]:
     """Returns the numbers in `sums` of the most and the least wanted documents, best first.
 
-    among_K: True for entries that may be chosen; None: all. Those without the measure are left out. Equal ones are in the order of the sums. With fewer
-    documents than twice the count no document is on both sides.
+    among_K: True for entries that may be chosen; None: all. Those without the measure are left
+    out. Equal ones are in the order of the sums. With fewer documents than twice the count no
+    document is on both sides.
     """
     values = {"weight": sums.weight_K, "alignment": sums.alignment_K, "credit": sums.credit_K}[by]
     known = np.isfinite(values) if by == "weight" else sums.aligned_K > 0

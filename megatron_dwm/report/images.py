@@ -74,8 +74,7 @@ def _records(data: Mapping[str, Any]) -> list[dict[str, Cell]]:
 
 @cache
 def vega_script() -> str:
-    """Returns Vega, Vega-Lite and Vega-Embed as one script that defines them on `window`."""
+    """Returns Vega, Vega-Lite and Vega-Embed as one script, which defines `window.vegaEmbed`."""
     import vl_convert
 
-    names = ("vega", "vegaLite", "vegaEmbed")
-    return vl_convert.javascript_bundle(" ".join(f"window.{name} = {name};" for name in names))
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")

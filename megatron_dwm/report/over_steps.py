@@ -13,7 +13,7 @@ from megatron_dwm.report.runs import RunSet
 
 # A page with more panels, or a plot with more lines, cannot be read; their data are in the CSV.
 MAX_PANELS = 24
-MAX_LINES = 28
+MAX_LINES = 21
 _FEW_POINTS = 2
 
 
@@ -38,7 +38,7 @@ def over_steps(
         value: takes the number from such a line.
         reference: value of a dashed horizontal line.
     """
-    rows = [
+    rows: list[list[Cell]] = [
         [group.name, *row] for group in runs.groups for row in group_rows(runs, group, phase, value)
     ]
     if not rows:
@@ -46,13 +46,14 @@ def over_steps(
     series = Column(name="run", title="run")
     columns = _columns(runs, y, [series])
     names = [group.name for group in runs.groups]
+    look = _look(runs, rows, [series])
     return Figure(
         id=id,
         title=title,
         caption=caption,
         columns=columns,
         data=columnar(columns, rows),
-        chart=lines(y, color="run", names=names, reference=reference, **_look(runs, rows)),
+        chart=lines(y, color="run", names=names, reference=reference, **look),
         series="run",
         names=names,
         marks=_marks(runs),
@@ -80,7 +81,7 @@ def by_panel(
         panel: what the plots differ in.
         reference: value of a dashed horizontal line.
     """
-    rows = [
+    rows: list[list[Cell]] = [
         [name, group.name, *row]
         for name, (phase, value) in list(panels.items())[:MAX_PANELS]
         for group in runs.groups
@@ -88,8 +89,10 @@ def by_panel(
     ]
     if not rows:
         return None
-    columns = _columns(runs, y, [panel, Column(name="run", title="run")])
+    series = Column(name="run", title="run")
+    columns = _columns(runs, y, [panel, series])
     names = [group.name for group in runs.groups]
+    look = _look(runs, rows, [panel, series])
     shown = list(dict.fromkeys(str(row[0]) for row in rows))
     return Figure(
         id=id,
@@ -97,7 +100,7 @@ def by_panel(
         caption=caption + _left_out(len(panels)),
         columns=columns,
         data=columnar(columns, rows),
-        chart=lines(y, color="run", names=names, reference=reference, **_look(runs, rows)),
+        chart=lines(y, color="run", names=names, reference=reference, **look),
         series="run",
         names=names,
         panels=panel.name,
@@ -116,20 +119,26 @@ def _columns(runs: RunSet, y: Column, before: Sequence[Column]) -> tuple[Column,
     return (*before, *abscissas(runs), y, *edges)
 
 
-def _look(runs: RunSet, rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
-    """Returns the options of `lines` that depend on the data."""
-    several = any(len(group.runs) > 1 for group in runs.groups)
-    names = [tuple(cell for cell in row[:2] if isinstance(cell, str)) for row in rows]
-    return {"band": several, "dotted": dotted(names), "marks": bool(_marks(runs))}
+def _look(
+    runs: RunSet, rows: Sequence[Sequence[Cell]], columns: Sequence[Column]
+) -> dict[str, Any]:
+    """Returns the options of `lines` that depend on the data.
 
-
-def dotted(names: Sequence[tuple[str, ...]]) -> list[str]:
-    """Returns the last name of those that have one or two points: a line would not be seen.
-
-    names: of the line that each point belongs to: its panel's, if there are several, and its own.
+    columns: those whose values tell the lines apart; the first of the rows.
     """
-    counts = Counter(names)
-    return sorted({name[-1] for name, count in counts.items() if count <= _FEW_POINTS})
+    several = any(len(group.runs) > 1 for group in runs.groups)
+    names = [column.name for column in columns]
+    return {"band": several, "dotted": dotted(names, rows), "marks": bool(_marks(runs))}
+
+
+def dotted(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[dict[str, str]]:
+    """Returns the lines that have one or two points, which could not be seen as a line.
+
+    columns: names of the first cells of the rows, which tell the lines apart.
+    """
+    counts = Counter(tuple(str(cell) for cell in row[: len(columns)]) for row in rows)
+    few = [line for line, count in counts.items() if count <= _FEW_POINTS]
+    return [dict(zip(columns, line, strict=True)) for line in few]
 
 
 def _marks(runs: RunSet) -> dict[str, list[Cell]]:

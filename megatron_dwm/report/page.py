@@ -107,8 +107,8 @@ def cell_text(value: Cell) -> str:
         return "–"
     if isinstance(value, (bool, str)):
         return printable(value)
-    if isinstance(value, int) or (value == int(value) and abs(value) < 1e15):
-        return f"{int(value):,}"
+    if isinstance(value, int) or value == int(value):
+        return f"{int(value):,}" if abs(value) < 1e10 else f"{value:.4g}"
     return f"{value:,.4g}" if 1e-4 <= abs(value) < 1e6 else f"{value:.3e}"
 
 

@@ -76,6 +76,23 @@ def refuse_changes(
         )
 
 
+def refuse_moved_stages(old: Config, new: Config, step: int) -> None:
+    """Raise UserError if another `training.steps` moves the ends of stages before step `step`."""
+    before, now = (
+        [border for border in method_class(c).schedule(c).borders if 0 < border <= step]
+        for c in (old, new)
+    )
+    key = "training.steps"
+    if before != now and old.training.steps != new.training.steps and not _allows(new, key):
+        ended = ", ".join(map(str, before)) or "no step"
+        would = ", ".join(map(str, now)) or "no step"
+        raise UserError(
+            f"{key}: with {old.training.steps} steps, stages have ended at {ended}; with "
+            f"{new.training.steps} they would have ended at {would}, and files of stages would be "
+            f"written again; keep it, choose another run.dir, or allow it with {_allow(key)}"
+        )
+
+
 def without_effect(old: Config, new: Config) -> list[str]:
     """Returns the changed keys that have no effect, since the run reads its checkpoint instead."""
     before, now = _flat(old), _flat(new)
@@ -112,12 +129,16 @@ def refuse_changed_files(old: dict[str, str], new: dict[str, str], config: Confi
 
 
 def _may_change(key: str, config: Config) -> bool:
-    if key in config.run.allow_changed:
+    if _allows(config, key):
         return True
     if key == "training.micro_batch_size" and "groups" in method_class(config).parts(config):
         # Weights are normalized over the group, so another group would be another method.
         return config.weighting.group != "micro_batch"
     return key in MAY_CHANGE or key.split(".")[0] in MAY_CHANGE_SECTIONS
+
+
+def _allows(config: Config, key: str) -> bool:
+    return key in config.run.allow_changed
 
 
 def _allow(key: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ class RunFiles:
         """Keep the weights of a global batch, and show their distribution."""
         self._weights.add(step, stage, origins, losses_n, weights_n, alignment_n)
         self.metrics.histogram(step, "train/weight", weights_n)
+        means = _mean_by_domain(origins.domains, weights_n)
+        self.curves(step, {f"train/weight_by_domain/{name}": mean for name, mean in means.items()})
+
+    def curves(self, step: int, curves: Mapping[str, float]) -> None:
+        """Give the boards values that are not in metrics.jsonl."""
+        self.metrics.curves("step", step, curves)
 
     def flush(self, updates: int) -> None:
         """Write the weights since the last call. Raises OSError; they are then still kept."""
@@ -78,3 +85,10 @@ class RunFiles:
                     f"metrics.jsonl or config.yaml was removed from {self._run_dir} and cannot be "
                     f"written again: {error.strerror}"
                 )
+
+
+def _mean_by_domain(domains: Sequence[str], weights_n: Tensor) -> dict[str, float]:
+    found: dict[str, list[float]] = defaultdict(list)
+    for domain, weight in zip(domains, weights_n.tolist(), strict=True):
+        found[domain].append(weight)
+    return {domain: sum(weights) / len(weights) for domain, weights in sorted(found.items())}

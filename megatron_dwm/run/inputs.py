@@ -79,11 +79,11 @@ def open_target(config: Config, tokenizer: Tokenizer) -> ValidationSet | None:
 
 def open_held_out(config: Config, tokenizer: Tokenizer) -> HeldOut | None:
     """Open the held-out text, if configured. Raises UserError if it cannot be used."""
-    if config.evaluation.path is None:
+    if not config.evaluation.is_on:
         return None
     return HeldOut(
         rows=EvaluationSet(
             config.evaluation, config.data, tokenizer, stop_attention=config.masks_documents
         ),
-        last_words=LastWords(config.evaluation.path, config.data, tokenizer),
+        last_words=LastWords(config.evaluation, config.data, tokenizer),
     )

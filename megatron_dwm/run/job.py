@@ -53,8 +53,11 @@ class Job:
         return self.schedule.stage(step if inside else max(step - 1, 0))
 
 
-def build_job(config: Config, runtime: Runtime, inputs: RunInputs) -> Job:
-    """Build every component; a collective call. Raises UserError for data that cannot be used."""
+def build_job(config: Config, runtime: Runtime, inputs: RunInputs, updates_made: int = 0) -> Job:
+    """Build every component; a collective call. Raises UserError for data that cannot be used.
+
+    updates_made: number of updates that the run goes on from.
+    """
     learner = build_learner(
         inputs.shape,
         config.model,
@@ -76,7 +79,7 @@ def build_job(config: Config, runtime: Runtime, inputs: RunInputs) -> Job:
         reference_offload=Offload() if reference is None else reference.offload,
         values=inputs.values,
     )
-    feed = build_feed(config, learner, inputs)
+    feed = build_feed(config, learner, inputs, updates_made)
     return Job(
         learner=learner,
         method=method.build(context),
@@ -127,14 +130,18 @@ def load_job(job: Job, parts: Parts, directory: Path) -> None:
     begin_at(job.learner.scheduler, job.state.step + 1)
 
 
-def build_feed(config: Config, learner: Learner, inputs: RunInputs) -> Feed:
-    """Build the batches that the steps and updates of the run read; a collective call."""
+def build_feed(config: Config, learner: Learner, inputs: RunInputs, updates_made: int = 0) -> Feed:
+    """Build the batches that the steps and updates of the run read; a collective call.
+
+    updates_made: as in `build_job`. An allowed change may leave more updates to come than the new
+    schedule has after as many.
+    """
     method, size = method_class(config), config.training.global_batch_size
     updates = None
     if (reads := update_reads(config)) is not None:
         # The same documents in another order, so that weighting updates never change what the LLM
         # reads.
-        data = _corpus(config, inputs, reads, "weighting")
+        data = _corpus(config, inputs, reads, "weighting", more=updates_made * size)
         updates = CorpusSource(data, size, "update")
     pools = method.pool_batches(config)
     corpus = CorpusSource(_corpus(config, inputs, training_reads(config), "training"), size * pools)
@@ -156,12 +163,15 @@ def build_feed(config: Config, learner: Learner, inputs: RunInputs) -> Feed:
     )
 
 
-def _corpus(config: Config, inputs: RunInputs, reads: ReadSteps, purpose: str) -> TrainingData:
+def _corpus(
+    config: Config, inputs: RunInputs, reads: ReadSteps, purpose: str, more: int = 0
+) -> TrainingData:
+    """more: number of samples that may be read after those of `reads`."""
     return TrainingData(
         config.data,
         eod_id=inputs.tokenizer.eod_id,
         seed=config.run.seed,
-        num_samples=reads.num_samples,
+        num_samples=reads.num_samples + more,
         cache_dir=Path(config.run.dir) / INDEX_CACHE,
         purpose=purpose,
         read_at=reads,

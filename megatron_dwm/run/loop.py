@@ -62,7 +62,7 @@ class Loop:
             self._report.write_what_waits()
             raise
         if not going:
-            self._report.terminal.note(
+            self._report.terminal.log(
                 f"stopped at step {self._state.step} ({self._upkeep.stop_reason}); continue with "
                 "--run.resume true"
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from megatron_dwm.data import Origins
 from megatron_dwm.files.atomic import new_file
 from megatron_dwm.run.parquet_records import ParquetRecords
 from megatron_dwm.run.recorded import drop_records_after, set_aside
-from megatron_dwm.run.tensorboard import Board
+from megatron_dwm.run.tensorboard import Axis, Board
 from megatron_dwm.run.wandb_board import WandbBoard
 from megatron_dwm.weighting.concentration import effective_sample_size, normalized_entropy
 
@@ -97,7 +97,7 @@ class MetricsWriter:
             self._boards.append(WandbBoard(run_dir, config, warn))
 
     def write(self, line: dict[str, Any]) -> None:
-        """Write one line; its `phase` names the TensorBoard series, its `step` the abscissa."""
+        """Write one line, and curves `phase/key`; those of updates are over their numbers."""
         had_room = not self._pending
         self._pending += (json.dumps(line) + "\n").encode()
         try:
@@ -107,8 +107,13 @@ class MetricsWriter:
             if had_room:
                 self._warn(f"{self._path}: {error.strerror}; lines are kept until there is room")
         curves = {f"{line['phase']}/{name}": value for name, value in _scalars(line).items()}
+        axis: Axis = "update" if "update" in line else "step"
+        self.curves(axis, line[axis], curves)
+
+    def curves(self, axis: Axis, number: int, curves: Mapping[str, float]) -> None:
+        """Give the boards the values of curves at a step or at an update."""
         for board in self._boards:
-            board.add(line["step"], curves)
+            board.add(axis, number, curves)
 
     def histogram(self, step: int, name: str, values_n: Tensor) -> None:
         """Give the boards the distribution of values at a step."""
@@ -153,7 +158,7 @@ def _scalars(line: dict[str, Any]) -> dict[str, float]:
     flat = {name: value for name, value in line.items() if isinstance(value, (int, float))}
     for domain, value in line.get("domain_loss", {}).items():
         flat[f"domain_loss/{domain}"] = value
-    flat.pop("step")
+    del flat["step"]
     return flat
 
 

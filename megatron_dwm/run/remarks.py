@@ -72,8 +72,8 @@ def _shared_passages(config: Config, inputs: RunInputs) -> Iterator[str]:
     shared = inputs.target.num_shared(texts)
     if shared:
         yield (
-            f"{shared} of the {len(texts)} passages of {config.evaluation.path} "
-            f"(evaluation.path) are also in {config.validation.path} (validation.path): "
+            f"{shared} of the {len(texts)} passages of {_held_out_files(config)} are also in "
+            f"{config.validation.path} (validation.path): "
             "the run learns from them, so their loss is not held out; take them out of one of "
             "the two"
         )
@@ -86,6 +86,13 @@ def _no_export(inputs: RunInputs) -> Iterator[str]:
             "it, because transformers takes a tokenizer of Qwen's kind for every Qwen2 model "
             "(docs/huggingface.md)"
         )
+
+
+def _held_out_files(config: Config) -> str:
+    """Returns the files with the keys that name them."""
+    path, sets = config.evaluation.path, config.evaluation.sets
+    files = [] if path is None else [f"{path} (evaluation.path)"]
+    return ", ".join([*files, *(f"{file} (evaluation.sets {name})" for name, file in sets.items())])
 
 
 def _documents(config: Config) -> Iterator[str]:

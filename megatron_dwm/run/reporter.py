@@ -14,6 +14,7 @@ from megatron_dwm.config import LoggingConfig
 from megatron_dwm.run.batch_records import BatchRecords, FindOrigins
 from megatron_dwm.run.files import RunFiles
 from megatron_dwm.run.health import Health
+from megatron_dwm.run.progress import Progress
 from megatron_dwm.run.step_lines import (
     StepLines,
     batch_statistics,
@@ -42,10 +43,12 @@ class Reporter:
         terminal: Terminal,
         health: Health,
         files: RunFiles | None,
+        progress: Progress,
     ) -> None:
         """Start the clock; `files` is None except on the main process."""
         self._state, self._costs, self._runtime, self._config = state, costs, runtime, config
         self.terminal, self._health, self._files = terminal, health, files
+        self._progress = progress
         self._clock_s = time.monotonic()
         self._step_lines = StepLines(health, files)
         self._records = BatchRecords(state, runtime, config, files)
@@ -53,8 +56,7 @@ class Reporter:
     def step(self, stage: int, outcome: Taken, origins: FindOrigins, read_rows: ReadRows) -> None:
         """Report a step that was taken and is already counted in the state."""
         statistics = batch_statistics(outcome.units, self._runtime)
-        self.terminal.step(self._state.step, stage, outcome)
-        self._lap()
+        self._progress.step(stage, outcome, statistics, self._lap())
         values = {
             "loss": outcome.loss,
             "weighted_loss": outcome.weighted_loss,
@@ -101,9 +103,12 @@ class Reporter:
 
     def evaluation(self, stage: int, found: Evaluation) -> None:
         """Report held-out losses and the scores of last words."""
-        self._write(stage, "evaluation", **found.columns())
-        text = ", ".join(f"{name} {loss:.3f}" for name, loss in found.losses.items())
-        self.terminal.note(f"step {self._state.step} held-out loss: {text}")
+        seconds = self._write(stage, "evaluation", **found.columns())
+        self._progress.evaluation(found.losses, seconds)
+
+    def checkpoint(self) -> None:
+        """Count the time that the loop waited for a checkpoint."""
+        self._progress.checkpoint(self._lap())
 
     def flush(self) -> None:
         """Write all records to the disk, and update the run's clock."""
@@ -146,13 +151,16 @@ class Reporter:
         self.terminal.warn(f"weighting update {number} is skipped: {reason}")
 
     def _write_update(self, stage: int, **values: object) -> None:
-        self._write(stage, "weighting", update=self._state.updates, **values)
+        seconds = self._write(stage, "weighting", update=self._state.updates, **values)
+        self._progress.update(stage, values, seconds)
 
-    def _write(self, stage: int, phase: str, **values: object) -> None:
+    def _write(self, stage: int, phase: str, **values: object) -> float:
+        """Write a line; returns the seconds since the last one."""
         self._step_lines.write()
-        self._lap()
+        seconds = self._lap()
         if self._files is not None:
             self._files.write({**self._begun(stage, phase), **values, **self._counts()})
+        return seconds
 
     def _begun(self, stage: int, phase: str) -> dict[str, Any]:
         return {"step": self._state.step, "stage": stage, "phase": phase}
@@ -161,11 +169,13 @@ class Reporter:
         return {
             "tokens": self._state.tokens,
             "flops": self._costs.spent(self._state),
+            "flops_weighting": self._costs.spent_on_weights(self._state),
+            "flops_updates": self._costs.spent_on_updates(self._state),
             "seconds": round(self._state.seconds, 3),
         }
 
-    def _lap(self) -> None:
-        """Add the time since the last call to the run's time."""
-        now_s = time.monotonic()
-        self._state.seconds += now_s - self._clock_s
-        self._clock_s = now_s
+    def _lap(self) -> float:
+        """Add the seconds since the last call to the run's time, and return them."""
+        before_s, self._clock_s = self._clock_s, time.monotonic()
+        self._state.seconds += self._clock_s - before_s
+        return self._clock_s - before_s

@@ -21,7 +21,11 @@ from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.load import save_config
 from megatron_dwm.config.paths import typed_paths, with_absolute_paths
-from megatron_dwm.run.changes import refuse_changed_files, without_effect
+from megatron_dwm.run.changes import (
+    refuse_changed_files,
+    refuse_moved_stages,
+    without_effect,
+)
 from megatron_dwm.run.checks import check
 from megatron_dwm.run.directory import run_to_resume
 from megatron_dwm.run.files import RunFiles
@@ -30,6 +34,9 @@ from megatron_dwm.run.inputs import RunInputs
 from megatron_dwm.run.job import Job, build_job, load_job, parts_of
 from megatron_dwm.run.lock import only_job
 from megatron_dwm.run.loop import Loop
+from megatron_dwm.run.opening import opening_lines
+from megatron_dwm.run.pace import Pace
+from megatron_dwm.run.progress import Progress
 from megatron_dwm.run.recorded import drop_records_after
 from megatron_dwm.run.remarks import remarks
 from megatron_dwm.run.reporter import Reporter
@@ -69,9 +76,12 @@ def run(config: Config) -> bool:
         found = fingerprint(config, inputs.shape, inputs.values)
         if before and newest is None:
             require_no_loss(run_dir, before.training)
-        if _is_over(config, _saved_state(config, newest, found), runtime):
+        resumed = _saved_state(config, newest, found)
+        if _is_over(config, resumed, runtime):
             return False
-        job = build_job(config, runtime, inputs)
+        if before:
+            refuse_moved_stages(before, config, resumed.step)
+        job = build_job(config, runtime, inputs, resumed.updates)
         parts = parts_of(config, job, inputs, newest)
         _start(config, before, job, parts, inputs, newest)
         parts.state_of_method()  # what no checkpoint could take is refused now, not at the first
@@ -132,9 +142,7 @@ def _loop(
     run_dir, runtime = Path(config.run.dir), parts.runtime
     terminal = Terminal(
         shown=runtime.is_main,
-        first_step=job.state.step,
-        steps=config.training.steps,
-        tokens_per_step=job.feed.global_batch_size * config.data.sequence_length,
+        schedule=job.schedule,
         interval_steps=config.training.log_interval_steps,
     )
     health = Health(
@@ -145,12 +153,29 @@ def _loop(
     )
     files = RunFiles(run_dir, config, terminal.warn) if runtime.is_main else None
     logging = config.logging
-    report = Reporter(job.state, job.costs, runtime, logging, terminal, health, files)
-    saver = Saver(parts, run_dir, config.training, found, newest=newest, warn=terminal.warn)
+    progress = _progress(config, job, terminal, runtime, files)
+    report = Reporter(job.state, job.costs, runtime, logging, terminal, health, files, progress)
+    saver = Saver(
+        *(parts, run_dir, config.training, found),
+        newest=newest,
+        log=terminal.log,
+        warn=terminal.warn,
+    )
     window = Window(config.profiling, run_dir / "profile", runtime.rank)
+    for line in opening_lines(config, job, inputs, runtime, newest):
+        terminal.note(line)
     for remark in remarks(config, inputs, job.costs, runtime, job.state):
         terminal.warn(remark)
     return Loop(job, config, report, Upkeep(job, config, parts, saver, report, stop), window)
+
+
+def _progress(
+    config: Config, job: Job, terminal: Terminal, runtime: Runtime, files: RunFiles | None
+) -> Progress:
+    tokens = job.feed.global_batch_size * config.data.sequence_length
+    processes = runtime.world_size
+    pace = Pace(config, job.schedule, job.costs, tokens=tokens, processes=processes)
+    return Progress(terminal, pace, job.state, job.schedule, job.costs, runtime.device, files)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Checks the model that a run starts from, or compares with, before processes start.
 
-It is a checkpoint or a Hugging Face directory.
+It is a checkpoint, a Hugging Face directory, or a checkpoint of Megatron-LM or Megatron-Bridge.
 
 A checkpoint's files are compared with the checksums in its manifest. The names and sizes in the
 index of its tensors are compared with its shape.json, so that a wrong checkpoint gives one clear
@@ -26,6 +26,11 @@ from megatron_dwm.config import Config, UserError
 from megatron_dwm.model import LLM, LlamaShape
 from megatron_dwm.model.on_disk.from_huggingface import load_huggingface
 from megatron_dwm.model.on_disk.huggingface_files import is_huggingface, open_huggingface
+from megatron_dwm.model.on_disk.megatron_files import (
+    is_megatron,
+    load_megatron,
+    open_megatron,
+)
 from megatron_dwm.model.on_disk.parameter_names import megatron_sizes
 from megatron_dwm.model.on_disk.saved_index import read_index
 from megatron_dwm.tokenizer import Tokenizer
@@ -44,10 +49,12 @@ def shape_of_model(directory: Path, key: str) -> LlamaShape:
     """Returns the shape of the model in `directory` and checks its files.
 
     key: the configuration key that named it, for messages.
-    Raises UserError if it is no whole checkpoint or Hugging Face directory.
+    Raises UserError if it is none of these, or not whole.
     """
     if is_huggingface(directory):
         return open_huggingface(directory).shape
+    if is_megatron(directory):
+        return open_megatron(directory).shape
     shape = _read_shape(directory / SHAPE_FILE, key)
     if not (directory / LLM_FOLDER / ".metadata").is_file():
         raise UserError(
@@ -59,9 +66,11 @@ def shape_of_model(directory: Path, key: str) -> LlamaShape:
 
 
 def load_model(llm: LLM, directory: Path) -> None:
-    """Load the parameters of a Hugging Face model or of a checkpoint (collective)."""
+    """Load the parameters of a model that `shape_of_model` has checked (collective)."""
     if is_huggingface(directory):
         load_huggingface(llm, open_huggingface(directory))
+    elif is_megatron(directory):
+        load_megatron(llm, open_megatron(directory))
     else:
         load_parameters(llm, directory)
 
@@ -72,7 +81,8 @@ def _read_shape(path: Path, key: str) -> LlamaShape:
         newest = f"; this is a run, and its newest checkpoint is {steps[-1]}" if steps else ""
         raise UserError(
             f"{key}: {path} is missing; expected a checkpoint such as "
-            f"RUN/checkpoints/step_00001000, or a Hugging Face directory{newest}"
+            "RUN/checkpoints/step_00001000, a Hugging Face directory, or a folder of Megatron-LM's "
+            f"latest_checkpointed_iteration.txt{newest}"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

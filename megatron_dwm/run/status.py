@@ -27,7 +27,7 @@ class Status:
 
 def is_finished(config: Config, state: TrainState) -> bool:
     """True if a run at `state` has neither a step nor its last evaluation left."""
-    evaluated = config.evaluation.path is None or state.evaluated_step == state.step
+    evaluated = not config.evaluation.is_on or state.evaluated_step == state.step
     return state.step > config.training.steps or (state.step == config.training.steps and evaluated)
 
 

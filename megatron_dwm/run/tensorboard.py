@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -20,6 +21,8 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import histogram, scalar
 
 _VERSION = "brain.Event:2"
+Axis: TypeAlias = Literal["step", "update"]
+"""what the abscissa of a curve counts: updates have an axis of their own"""
 
 
 class Board:
@@ -37,12 +40,13 @@ class Board:
             self._warn_of(error)
         self._write([Event(wall_time=time.time(), file_version=_VERSION)])
 
-    def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write the values of one step; keys are the names of curves."""
+    def add(self, axis: Axis, number: int, scalars: Mapping[str, float]) -> None:
+        """Write values of curves; keys are their names. axis: what `number` counts."""
+        del axis  # TensorBoard calls every abscissa a step
         now_s = time.time()
         self._write(
             [
-                Event(wall_time=now_s, step=step, summary=scalar(name, value))
+                Event(wall_time=now_s, step=number, summary=scalar(name, value))
                 for name, value in scalars.items()
             ]
         )

@@ -1,51 +1,62 @@
-"""Shows progress: a bar on an interactive terminal, plain lines otherwise."""
+"""Shows progress: a bar for each stage on an interactive terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
 import sys
 import time
-from datetime import timedelta
 
 from tqdm import tqdm
 
 from megatron_dwm.config.printing import printable
-from megatron_dwm.training import Taken
+from megatron_dwm.weighting.schedule import Schedule
 
 
 class Terminal:
-    """Shows loss, speed and remaining time on the main process, and nothing on the others."""
+    """Prints lines on the main process, and nothing on the others.
 
-    def __init__(
-        self, *, shown: bool, first_step: int, steps: int, tokens_per_step: int, interval_steps: int
-    ) -> None:
-        self._shown = shown
-        self._steps = steps
-        self._first_step = first_step
-        self._tokens_per_step = tokens_per_step
-        self._interval_steps = interval_steps
-        self._start_s = time.monotonic()
-        interactive = shown and sys.stderr.isatty()
-        self._bar = (
-            tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
-            if interactive
-            else None
-        )
+    On an interactive terminal there is a bar of the current stage's steps and, while several
+    updates are made between two steps, one of these.
+    """
 
-    def step(self, step: int, stage: int, result: Taken) -> None:
-        """Show the result of step `step`."""
+    def __init__(self, *, shown: bool, schedule: Schedule, interval_steps: int) -> None:
+        """interval_steps: steps, or updates between two steps, from one line to the next."""
+        self.interval_steps = interval_steps
+        self._shown, self._schedule = shown, schedule
+        self._interactive = shown and sys.stderr.isatty()
+        self._bar: tqdm | None = None
+        self._bar_title = ""
+
+    def step(self, step: int, stage: int) -> None:
+        """Move the bar of a stage after `step` steps."""
+        steps = self._schedule.steps_of(stage)
+        stages = len(self._schedule.borders)
+        title = f"stage {stage}/{stages}" if stages > 1 else "steps"
+        self._move(title, "step", step - steps.start, len(steps))
+
+    def update(self, number: int, stage: int) -> None:
+        """Move the bar of the updates before a stage's steps; `number` of them are made."""
+        if self._schedule.updates_each > 1:
+            title = f"stage {stage}/{len(self._schedule.borders)}: weighting updates"
+            self._move(title, "update", number, self._schedule.updates_each)
+
+    def has_line(self, number: int, last: int) -> bool:
+        """True if the `number`th of `last` steps or updates has a line."""
+        return number % self.interval_steps == 0 or number == last
+
+    def show_beside_bar(self, text: str) -> None:
+        """Write a few numbers beside the bar, if there is one."""
         if self._bar is not None:
-            self._bar.update(1)
-            self._bar.set_postfix_str(
-                f"loss {result.loss:.3f}, {self._tokens_per_s(step):,.0f} tok/s"
-            )
-        elif self._shown and (step % self._interval_steps == 0 or step == self._steps):
-            left = timedelta(seconds=round(self._seconds_per_step(step) * (self._steps - step)))
-            print(
-                f"step {step}/{self._steps} stage {stage} loss {result.loss:.4f} "
-                f"lr {result.learning_rate:.2e} grad norm {result.grad_norm:.3f} "
-                f"{self._tokens_per_s(step):,.0f} tokens/s, {left} left",
-                flush=True,
-            )
+            self._bar.set_postfix_str(text)
+
+    def log(self, text: str) -> None:
+        """Print a line that begins with the time."""
+        if self._shown:
+            self.note(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}")
+
+    def log_without_bar(self, text: str) -> None:
+        """Print such a line unless there is a bar, which shows most of it."""
+        if not self._interactive:
+            self.log(text)
 
     def note(self, text: str) -> None:
         """Print a line without disturbing the bar."""
@@ -65,9 +76,16 @@ class Terminal:
         """Close the bar."""
         if self._bar is not None:
             self._bar.close()
+            self._bar, self._bar_title = None, ""
 
-    def _seconds_per_step(self, step: int) -> float:
-        return (time.monotonic() - self._start_s) / max(step - self._first_step, 1)
-
-    def _tokens_per_s(self, step: int) -> float:
-        return self._tokens_per_step / self._seconds_per_step(step)
+    def _move(self, title: str, unit: str, done: int, total: int) -> None:
+        """Move the bar with this title; another one is closed first."""
+        if not self._interactive:
+            return
+        if self._bar is None or self._bar_title != title:
+            self.close()
+            self._bar_title = title
+            self._bar = tqdm(
+                total=total, initial=done - 1, desc=title, unit=unit, dynamic_ncols=True
+            )
+        self._bar.update(done - self._bar.n)

@@ -139,7 +139,9 @@ class Upkeep:
         self._report.flush()
         self._save_method()
         with phase("checkpoint"):
-            return self._saver.save(wait=wait)
+            saved = self._saver.save(wait=wait)
+        self._report.checkpoint()
+        return saved
 
     def _save_method(self) -> None:
         files = self._job.method.files() if self._parts.runtime.is_main else {}

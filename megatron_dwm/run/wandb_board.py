@@ -1,10 +1,11 @@
 """Curves in Weights & Biases, beside metrics.jsonl; only this file imports the library.
 
 Scalars have Megatron-LM's names where it has one (training.py of Megatron-LM), else `phase/key` as
-in TensorBoard. The curves are over `step`, which is logged as a value: W&B's own count only rises,
-and a run that returns to a checkpoint takes steps again. A resumed run goes on in the same run of
-W&B, whose id is in RUN/wandb_id.txt. Where and whether W&B sends is up to its own environment
-(WANDB_MODE=offline keeps all under RUN/wandb). What fails here ends the curves, never the run.
+in TensorBoard. The curves are over `step`, those of updates over `update`. Both are logged as
+values: W&B's own count only rises, and a run that returns to a checkpoint takes steps again. A
+resumed run goes on in the same run of W&B, whose id is in RUN/wandb_id.txt. Where and whether W&B
+sends is up to its own environment (WANDB_MODE=offline keeps all under RUN/wandb). What fails here
+ends the curves, never the run.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_dwm.config import Config, UserError
+from megatron_dwm.run.tensorboard import Axis
 
 ID_FILE = "wandb_id.txt"
 # Ours -> Megatron-LM's.
@@ -47,10 +49,10 @@ class WandbBoard:
         self._run: Any = None
         self._attempt(lambda: self._start(run_dir, config))
 
-    def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Log the values of one step; keys are `phase/key`."""
+    def add(self, axis: Axis, number: int, scalars: Mapping[str, float]) -> None:
+        """Log values of curves; keys are `phase/key`. axis: what `number` counts."""
         named = {_MEGATRON.get(name, name): value for name, value in scalars.items()}
-        self._log({"step": step, **named})
+        self._log({axis: number, **named})
 
     def histogram(self, step: int, name: str, values_n: Tensor) -> None:
         """Log the distribution of values."""
@@ -97,7 +99,10 @@ class WandbBoard:
             settings=wandb.Settings(console="off", silent=True),
         )
         self._run.define_metric("step")
+        self._run.define_metric("update")
         self._run.define_metric("*", step_metric="step")
+        for phase in ("weighting", "skipped_update"):
+            self._run.define_metric(f"{phase}/*", step_metric="update")
         id_file.write_text(f"{run_id}\n")
 
     def _log(self, values: Mapping[str, Any]) -> None:

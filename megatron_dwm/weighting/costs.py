@@ -70,12 +70,19 @@ class Costs:
 
     def spent(self, counters: Spent) -> float:
         """Returns the FLOPs of a run so far."""
-        passes = counters.step * self.llm_step
-        passes += self.pools(counters.step) * (self.pool_passes + self.pool_scores)
-        passes += counters.weighings * (self.weighing + self.extra_forward)
-        passes += self.first_forward if counters.weighings else 0.0
+        steps = counters.step * self.llm_step
+        return steps + self.spent_on_weights(counters) + self.spent_on_updates(counters)
+
+    def spent_on_weights(self, counters: Spent) -> float:
+        """Returns the FLOPs so far of choosing and weighing the batches of steps."""
+        pools = self.pools(counters.step) * (self.pool_passes + self.pool_scores)
+        first = self.first_forward if counters.weighings else 0.0
+        return pools + counters.weighings * (self.weighing + self.extra_forward) + first
+
+    def spent_on_updates(self, counters: Spent) -> float:
+        """Returns the FLOPs so far of weighting updates, measurements of noise included."""
         noise = self.measurements(counters.updates) * self.noise
-        return passes + counters.updates * self.update + noise
+        return counters.updates * self.update + noise
 
     def pools(self, steps: int) -> int:
         """Returns how many pools are scored in the first `steps` steps."""

@@ -40,9 +40,23 @@ class Schedule:
         due = last >= 0 and self.update_steps[last] == step
         return self.updates_each if due else 0
 
+    def updates_left(self, step: int, inside: int) -> int:
+        """Returns the number of updates to come after `step` steps.
+
+        inside: updates already made after the last of these steps.
+        """
+        later = len(self.update_steps) - bisect_right(self.update_steps, step)
+        now = 0 if self.in_step else max(self.updates_before(step) - inside, 0)
+        return later * self.updates_each + now
+
     def stage(self, step: int) -> int:
         """Returns the number, from 1, of the stage of step `step`."""
         return bisect_right(self.borders, min(step, self.steps - 1))
+
+    def steps_of(self, stage: int) -> range:
+        """Returns the steps, from 0, of a stage."""
+        ends = (*self.borders[1:], self.steps)
+        return range(self.borders[stage - 1], ends[stage - 1])
 
     def ends_stage(self, step: int) -> bool:
         """True if a stage ends after `step` steps."""

@@ -17,10 +17,12 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_dwm.config import ParallelConfig
+from megatron_dwm.config import ModelConfig, ParallelConfig
+from megatron_dwm.model import build_llm
+from megatron_dwm.run.starting_point import load_model, shape_of_model
 from megatron_dwm.runtime import Runtime, bring_up
 
-VOCAB, LENGTH = 300, 16
+VOCAB, LENGTH = 360, 16
 # As in Megatron-LM, to a multiple of 128 times the tensor-parallel size.
 SIZES = {
     "num_layers": 4,
@@ -97,6 +99,25 @@ def load(folder: str, *, tensor: int = 1, **options: Any) -> tuple[Tensor, dict[
         state = dist_checkpointing.load({"model": model.sharded_state_dict()}, target)
         model.load_state_dict(state["model"])
         return _logits(model), vars(dist_checkpointing.load_common_state_dict(target)["args"])
+
+
+def parameters_of_ranks(theirs: str, ours: str, **layout: int) -> list[tuple[str, bool]]:
+    """Returns for each parameter of this rank if both sources give it the same values.
+
+    theirs: a folder of Megatron-LM; ours: the checkpoint that was made of it.
+    """
+    with bring_up(ParallelConfig(**layout), seed=2) as runtime:
+        shape = shape_of_model(Path(theirs), "theirs")
+        found = []
+        for source in (theirs, ours):
+            llm = build_llm(
+                *(shape, ModelConfig(), ParallelConfig(**layout), runtime),
+                sequence_length=LENGTH,
+                seed=5,
+            )
+            load_model(llm, Path(source))
+            found.append([(n, p) for m in llm.modules for n, p in m.named_parameters()])
+        return [(name, torch.equal(a, b)) for (name, a), (_, b) in zip(*found, strict=True)]
 
 
 def _built(

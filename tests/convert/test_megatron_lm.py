@@ -15,12 +15,14 @@ import yaml
 
 from megatron_dwm.convert.checkpoint_reader import open_checkpoint
 from megatron_dwm.convert.from_megatron import import_from_megatron
-from megatron_dwm.convert.megatron_arguments import shape_from
 from megatron_dwm.convert.megatron_logits import megatron_logits
 from megatron_dwm.convert.to_megatron import export_to_megatron
+from megatron_dwm.model.on_disk.megatron_settings import shape_from
 from tests.convert.megatron_workers import SIZES, VOCAB, text
 from tests.forking.client import run_python
 from tests.launch import run_ranks
+from tests.small_runs.command import succeed, without_time
+from tests.small_runs.fixtures import CORPUS, Corpus, preprocessed
 
 WORKER = "tests.convert.megatron_workers:save"
 CASES: list[dict[str, Any]] = [
@@ -87,6 +89,54 @@ def test_layouts_save_what_one_process_saves(tmp_path: Path) -> None:
     assert ours.read_layer("input_layernorm.weight", 3).std() > 0
 
 
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"tensor": 2, "pipeline": 2}], ids=str)
+def test_ranks_read_it_without_a_conversion(
+    saved: list[tuple[Path, torch.Tensor]], layout: dict[str, int], tmp_path: Path
+) -> None:
+    """Untied, and tied: then the output layer of another stage is the embedding."""
+    cases = []
+    for number in (0, 1):
+        ours = tmp_path / f"ours{number}"
+        import_from_megatron(saved[number][0], ours)
+        cases.append({"theirs": str(saved[number][0]), "ours": str(ours), **layout})
+    size = layout.get("tensor", 1) * layout.get("pipeline", 1)
+    results = run_ranks("tests.convert.megatron_workers:parameters_of_ranks", size, cases)
+    assert all(equal for ranks in results for rank in ranks for _, equal in rank)
+    assert all(rank for ranks in results for rank in ranks)
+
+
+def test_a_run_starts_from_it_and_hugging_face_gets_it(
+    saved: list[tuple[Path, torch.Tensor]], corpus: Corpus, tmp_path: Path
+) -> None:
+    theirs, ours = saved[1][0], tmp_path / "ours"
+    import_from_megatron(theirs, ours)
+    small = _small_vocabulary(corpus, tmp_path)
+    held_out = str(CORPUS / "heldout.jsonl")
+    begin = ["--training.steps", "2", "--evaluation.at_start", "true"]
+    for name, source in (("a", theirs), ("b", ours)):
+        start = ["--model.init_from", str(source), "--evaluation.path", held_out]
+        succeed(tmp_path / name, *small.arguments(), *begin, *start)
+    assert without_time(tmp_path / "a") == without_time(tmp_path / "b")
+    command = ["tools/convert_checkpoint.py", "to-hf", str(theirs), "--output"]
+    refused = run_python([*command, str(tmp_path / "hf")])
+    assert refused.returncode == 2 and "name it with --tokenizer" in refused.stderr
+    done = run_python([*command, str(tmp_path / "hf"), "--tokenizer", small.tokenizer])
+    assert done.returncode == 0, done.stderr
+    assert f"from {theirs / 'iter_0000007'}" in done.stdout
+    assert str(theirs / "iter_0000007") in (tmp_path / "hf" / "README.md").read_text()
+    assert {path.name for path in tmp_path.glob(".*")} == set(), "nothing is left beside it"
+
+
+def _small_vocabulary(corpus: Corpus, folder: Path) -> Corpus:
+    """Returns the corpus with a tokenizer of VOCAB pieces."""
+    text, model = folder / "text.jsonl", folder / "small.model"
+    shutil.copy(Path(corpus.tokenizer).with_name("text.jsonl"), text)
+    options = ["--input", str(text), "--vocab-size", str(VOCAB), "--output", str(model)]
+    done = run_python(["tools/train_tokenizer.py", *options])
+    assert done.returncode == 0, done.stderr
+    return preprocessed(text, model)
+
+
 def test_settings_of_bridge(saved: list[tuple[Path, torch.Tensor]], tmp_path: Path) -> None:
     folder, expected = tmp_path / "iter_0000007", import_from_megatron(saved[0][0], tmp_path / "a")
     shutil.copytree(saved[0][0] / "iter_0000007", folder)
@@ -123,7 +173,7 @@ def test_mistakes_are_one_line(saved: list[tuple[Path, torch.Tensor]], tmp_path:
         assert line.startswith("error: ") and words in line
     assert not (tmp_path / "none").exists()
     done = _convert(str(folder), *output)
-    assert done.returncode == 0 and "vocabulary 300" in done.stdout
+    assert done.returncode == 0 and "vocabulary 360" in done.stdout
 
 
 class _Code:

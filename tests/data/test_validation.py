@@ -198,6 +198,28 @@ def test_held_out_text_needs_a_domain_in_every_line(tmp_path: Path, tokenizer: T
         EvaluationSet(config, DATA, tokenizer)
 
 
+def test_sets_with_names_are_domains(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """The same rows as one file whose lines have these domains."""
+    texts = ["one two three", "four five", "six seven eight", "nine"]
+    plain = write(tmp_path / "plain.jsonl", [{"text": text} for text in texts[:2]])
+    key = "meta.redpajama_set_name"
+    mixed = [{"text": texts[2], "meta": {"redpajama_set_name": "x"}}, {"text": texts[3]}]
+    sets = {"a": plain, "b": write(tmp_path / "mixed.jsonl", mixed)}
+    names = ["a", "a", "b/x", "b"]
+    whole = [
+        {"text": text, "meta": {"redpajama_set_name": name}}
+        for text, name in zip(texts, names, strict=True)
+    ]
+    assert DATA.domain_key == key
+    one = EvaluationConfig(path=write(tmp_path / "one.jsonl", whole))
+    found, expected = (
+        EvaluationSet(config, DATA, tokenizer) for config in (EvaluationConfig(sets=sets), one)
+    )
+    assert found.domains == expected.domains == ["a", "b", "b/x"]
+    [ours], [theirs] = found.batches(4), expected.batches(4)
+    assert torch.equal(ours.tokens_BS, theirs.tokens_BS) and ours.domains == theirs.domains
+
+
 def test_missing_files_and_empty_keys(tmp_path: Path, tokenizer: Tokenizer) -> None:
     gone = str(tmp_path / "gone.jsonl")
     with pytest.raises(UserError, match=r"validation.path: no file .*gone.jsonl"):
@@ -206,3 +228,5 @@ def test_missing_files_and_empty_keys(tmp_path: Path, tokenizer: Tokenizer) -> N
         validation(None, tokenizer)
     with pytest.raises(UserError, match=r"evaluation.path: no file .*gone.jsonl"):
         EvaluationSet(EvaluationConfig(path=gone), DATA, tokenizer)
+    with pytest.raises(UserError, match=r"evaluation.sets books: no file .*gone.jsonl"):
+        EvaluationSet(EvaluationConfig(sets={"books": gone}), DATA, tokenizer)

@@ -43,7 +43,7 @@ def held_out_losses(
     source, layout = open_huggingface(Path(directory)), ParallelConfig(**parallel)
     held_out = HeldOut(
         rows=evaluation_set(text, tokenizer),
-        last_words=LastWords(text, DATA, open_tokenizer(tokenizer)),
+        last_words=LastWords(EvaluationConfig(path=text), DATA, open_tokenizer(tokenizer)),
     )
     with bring_up(layout, 1) as runtime:
         learner = build_learner(

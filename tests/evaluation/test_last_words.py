@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_dwm.config import DataConfig
+from megatron_dwm.config import DataConfig, EvaluationConfig
 from megatron_dwm.data.last_words import LastWords
 from megatron_dwm.evaluation.harness import run_harness
 from megatron_dwm.evaluation.suites import LocalTasks
@@ -88,11 +88,10 @@ def test_passages_without_a_question_are_left_out(
     path = tmp_path / "text.jsonl"
     texts = ["", "a", "one two", "  "]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    words = LastWords(str(path), DataConfig(sequence_length=8), small_tokenizer)
+    config, named = DataConfig(sequence_length=8), EvaluationConfig(sets={"mine": str(path)})
+    words = LastWords(named, config, small_tokenizer)
     assert words.num_rows == 1
     [batch] = words.batches(4)
     assert batch.loss_mask_BS.any(dim=1).tolist() == [True, False, False, False]
     path.write_text(json.dumps({"text": "a"}) + "\n")
-    assert (
-        list(LastWords(str(path), DataConfig(sequence_length=8), small_tokenizer).batches(4)) == []
-    )
+    assert list(LastWords(named, config, small_tokenizer).batches(4)) == []

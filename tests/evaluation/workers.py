@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from megatron_dwm.config import DataConfig, ModelConfig, ParallelConfig
+from megatron_dwm.config import DataConfig, EvaluationConfig, ModelConfig, ParallelConfig
 from megatron_dwm.data.last_words import LastWords
 from megatron_dwm.model import build_llm
 from megatron_dwm.model.on_disk.from_huggingface import load_huggingface
@@ -23,7 +23,7 @@ def last_words(
     """Returns the scores of every domain in the JSON Lines file `text`."""
     source = open_huggingface(Path(directory))
     data = DataConfig(sequence_length=SEQUENCE_LENGTH, domain_key="domain")
-    words = LastWords(text, data, open_tokenizer(tokenizer))
+    words = LastWords(EvaluationConfig(path=text), data, open_tokenizer(tokenizer))
     layout = ParallelConfig(**parallel)
     with bring_up(layout, 1) as runtime:
         llm = build_llm(

@@ -67,7 +67,7 @@ def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
     held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = ["--evaluation.path", str(held_out), "--evaluation.interval_steps", "5"]
     common += ["--logging.weights_interval_steps", "2"]
-    learned = ["--bilevel.noise_interval_updates", "1"]
+    learned = ["--policy.name", "dwm", "--bilevel.noise_interval_updates", "1"]
     for name, seed, more in (
         ("dwm", "1", learned),
         ("dwm_2", "2", learned),
@@ -115,7 +115,7 @@ def test_every_plot_has_data(browser: Any, request_: Request) -> None:
     found.draw_all()
     contents = contents_of(read_runs(request_))
     figures = {figure.id: figure for content in contents for figure in content.figures}
-    assert {"loss", "weight_by_domain", "effective_sample_size", "work_to_baseline"} <= set(figures)
+    assert {"loss", "weight_by_domain", "effective_sample_size", "held_out_loss"} <= set(figures)
     for name, figure in figures.items():
         plots = found.page.locator(f"#figure-{name} .plot")
         assert plots.count() == (len(figure.panel_names) if figure.panels else 1), name

@@ -19,6 +19,14 @@ def test_staged_updates_begin_every_stage_but_the_first(
         assert schedule.updates_before(step) == (4 if begins else 0)
         assert schedule.stage(step) == sum(first <= step for first in firsts)
     assert schedule.num_updates == sum(map(schedule.updates_before, range(steps)))
+    for step in range(steps):
+        later = sum(map(schedule.updates_before, range(step + 1, steps)))
+        now = schedule.updates_before(step)
+        assert schedule.updates_left(step, 0) == later + now
+        assert schedule.updates_left(step, 4) == later
+    assert [schedule.steps_of(stage + 1) for stage in range(stages)] == [
+        range(first, end) for first, end in zip(firsts, [*firsts[1:], steps], strict=True)
+    ]
     ends = [step for step in range(1, steps + 1) if schedule.ends_stage(step)]
     assert ends == [*firsts[1:], steps]
 
@@ -37,6 +45,10 @@ def test_online_updates_come_every_interval_after_the_warm_up(warmup: int, last:
     assert schedule.num_updates == len(due) and schedule.updates_each == 1
     assert schedule.first_update == (due[0] if due else steps)
     assert {schedule.stage(step) for step in range(steps + 1)} == {1}
+    inside = online(steps, warmup=warmup, interval=interval, last=last * steps, in_step=True)
+    for step in range(steps):
+        assert schedule.updates_left(step, 0) == sum(number >= step for number in due)
+        assert inside.updates_left(step, 0) == sum(number > step for number in due)
     assert [step for step in range(1, steps + 1) if schedule.ends_stage(step)] == [steps]
 
 

@@ -150,10 +150,10 @@
   }
   async function savePng(figure) {
     const spec = { ...over(figure.paper, figure), datasets: datasets(figure, shown(figure)), padding: 12 };
-    const compiled = vegaLite.compile(spec, { config: { ...THEMES.light, background: "white" } }).spec;
-    const view = new vega.View(vega.parse(compiled), { renderer: "none" });
-    save(`${figure.id}.png`, await view.toImageURL("png", 2));
-    view.finalize();
+    const config = { ...THEMES.light, background: "white" };
+    const drawn = await vegaEmbed(document.createElement("div"), spec, { actions: false, renderer: "svg", config });
+    save(`${figure.id}.png`, await drawn.view.toImageURL("png", 2));
+    drawn.finalize();
   }
   // A cell that a spreadsheet would take for a formula gets an apostrophe, as OWASP advises.
   function csvCell(value) {

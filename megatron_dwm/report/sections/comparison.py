@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 from statistics import mean, stdev
 
-from megatron_dwm.report.charts import bars
+from megatron_dwm.report.charts import bars, lines
 from megatron_dwm.report.content import Cell, Column, Content, Figure, Table, columnar
+from megatron_dwm.report.curves import abscissas, group_rows, key, within
+from megatron_dwm.report.over_steps import MAX_PANELS, dotted
 from megatron_dwm.report.reach import MEAN, held_out, work_to_reach
 from megatron_dwm.report.runs import Group, RunSet, held_out_domains
 
@@ -26,7 +28,7 @@ def comparison(runs: RunSet) -> Content | None:
         return Content(id="comparison", title="Comparison", notes=[note], tables=_losses(runs))
     domains = _domains(runs)
     cells = {name: _shares(runs, runs.baseline, name) for name in domains}
-    figures = _figure(runs, cells)
+    figures = [*_figure(runs, cells), *_difference(runs, runs.baseline, domains)]
     notes = [] if figures else ["No run and baseline have held-out losses to compare."]
     return Content(
         id="comparison",
@@ -95,6 +97,51 @@ def _figure(runs: RunSet, cells: dict[str, dict[str, list[float | None]]]) -> li
             names=names,
         )
     ]
+
+
+def _difference(runs: RunSet, baseline: Group, domains: Sequence[str]) -> list[Figure]:
+    """Returns the plots of each domain's loss less the baseline's, at the steps that both have."""
+    rows: list[list[Cell]] = []
+    for domain in domains[:MAX_PANELS]:
+        value = key("loss") if domain == MEAN else within("domain_loss", domain)
+        base = {row[0]: row[4] for row in group_rows(runs, baseline, "evaluation", value)}
+        for group in runs.groups:
+            if group is not baseline:
+                curve = group_rows(runs, group, "evaluation", value)
+                rows += [
+                    [domain, group.name, *row[:4], *(loss - base[row[0]] for loss in row[4:])]
+                    for row in curve
+                    if row[0] in base
+                ]
+    return [_difference_figure(runs, rows)] if rows else []
+
+
+def _difference_figure(runs: RunSet, rows: Sequence[Sequence[Cell]]) -> Figure:
+    y = Column(name="difference", title="loss, less the baseline's", unit="nats a token")
+    panel, series = Column(name="domain", title="held-out domain"), Column(name="run", title="run")
+    edges = [Column(name=n, title=f"{n} of the runs", unit=y.unit) for n in ("low", "high")]
+    columns = (panel, series, *abscissas(runs), y, *edges)
+    names = [group.name for group in runs.groups]
+    chart = lines(
+        y,
+        color="run",
+        names=names,
+        band=any(len(group.runs) > 1 for group in runs.groups),
+        reference=0.0,
+        dotted=dotted(["domain", "run"], rows),
+    )
+    return Figure(
+        id="loss_difference",
+        title="Held-out loss, less the baseline's",
+        caption="Below 0: better than the baseline at the same step.",
+        columns=columns,
+        data=columnar(columns, rows),
+        chart=chart,
+        series="run",
+        names=names,
+        panels="domain",
+        panel_names=list(dict.fromkeys(str(row[0]) for row in rows)),
+    )
 
 
 def _table(runs: RunSet, baseline: Group, cells: dict[str, dict[str, list[float | None]]]) -> Table:

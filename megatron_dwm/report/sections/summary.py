@@ -8,7 +8,8 @@ from typing import Any
 
 from megatron_dwm.report.charts import areas
 from megatron_dwm.report.content import Card, Cell, Column, Content, Figure, Table, columnar
-from megatron_dwm.report.curves import Value, abscissas, group_rows
+from megatron_dwm.report.curves import Value, abscissas, group_rows, key
+from megatron_dwm.report.over_steps import over_steps, present
 from megatron_dwm.report.runs import Run, RunSet
 
 _PARTS = ("LLM", "weighing batches", "weighting updates")
@@ -30,12 +31,40 @@ def summary(runs: RunSet) -> Content:
         title="Summary",
         lead=_lead(runs),
         cards=_cards(runs.main, runs),
-        figures=[flops] if flops is not None else [],
+        figures=present([flops, *_speed(runs)]),
         tables=[_runs_table(runs), *_differences(runs)],
         notes=notes,
         template="configuration.html.j2",
         values={"runs": runs.runs},
     )
+
+
+def _speed(runs: RunSet) -> list[Figure | None]:
+    """Returns what only some runs record."""
+    return [
+        over_steps(
+            runs,
+            id="tokens_per_second",
+            title="Speed",
+            caption="Training tokens a second, without evaluations and checkpoints.",
+            y=Column(name="speed", title="speed", unit="tokens/s"),
+            phase="train",
+            value=key("tokens_per_second"),
+        ),
+        over_steps(
+            runs,
+            id="memory",
+            title="Memory",
+            caption="Peak of the process that writes the run's files.",
+            y=Column(name="memory", title="memory", unit="GiB"),
+            phase="train",
+            value=lambda line: _gibibytes(line.get("memory_bytes")),
+        ),
+    ]
+
+
+def _gibibytes(size: Any) -> float | None:
+    return size / 2**30 if isinstance(size, (int, float)) else None
 
 
 def _lead(runs: RunSet) -> str:
@@ -151,7 +180,7 @@ def _flops_by_part(runs: RunSet) -> Figure | None:
         return lambda line: (flops_by_part(line) or {}).get(name)
 
     keys = dict(zip(_PARTS, ("LLM", "weighing", "updates"), strict=True))
-    rows = [
+    rows: list[list[Cell]] = [
         [name, *row[:5]]
         for name, inner in keys.items()
         for row in group_rows(runs, runs.groups[0], "train", part(inner))

@@ -31,7 +31,9 @@ Summaries = Mapping[str, WeightSummary]
 
 def weights(runs: RunSet) -> Content:
     """Returns the section about the weights of batches."""
-    found = {run.name: s for run in runs.runs if (s := _summary_of(run)) is not None}
+    # All weights of uniform runs are 1: reading and drawing them would show nothing.
+    weighted = [run for run in runs.runs if run.policy != "uniform"]
+    found = {run.name: s for run in weighted if (s := _summary_of(run)) is not None}
     missing = [run for run in runs.runs if run.name not in found]
     figures = [
         _by_domain(runs, found),
@@ -55,7 +57,7 @@ def _summary_of(run: Run) -> WeightSummary | None:
 
 def _why_missing(run: Run) -> str:
     if run.policy == "uniform":
-        return f"{run.name}: no weights are recorded with policy uniform; all of them are 1."
+        return f"{run.name}: policy uniform gives every sample the weight 1."
     return (
         f"{run.name}: no weights in weights/*.parquet. They are written with each "
         "checkpoint, for every logging.weights_interval_steps steps (0 records none)."
@@ -66,7 +68,7 @@ def _by_domain(runs: RunSet, found: Summaries) -> Figure | None:
     """One plot with a line for each domain, or one plot a domain if groups are compared."""
     names = _domains(found)
     several = runs.compared and len(found) > 1
-    shown = names[: MAX_PANELS if several else MAX_LINES]
+    shown = _by_last_weight(names[: MAX_PANELS if several else MAX_LINES], found)
     rows = [row for group in runs.groups for row in _domain_rows(runs, group, found, shown)]
     if not rows:
         return None
@@ -74,7 +76,6 @@ def _by_domain(runs: RunSet, found: Summaries) -> Figure | None:
     groups = list(dict.fromkeys(str(row[0]) for row in rows))
     less = "" if len(shown) == len(names) else f" The {len(shown)} largest of {len(names)} domains."
     marks = {} if several else _marks_of(runs, groups[0])
-    points = [(str(row[1]), str(row[0])) if several else (str(row[1]),) for row in rows]
     series = "run" if several else "domain"
     lined = [group.name for group in runs.groups] if several else shown
     return Figure(
@@ -88,7 +89,7 @@ def _by_domain(runs: RunSet, found: Summaries) -> Figure | None:
             color=series,
             names=lined,
             reference=1.0,
-            dotted=dotted(points),
+            dotted=dotted(["run", "domain"], rows),
             marks=bool(marks),
         ),
         series=series,
@@ -113,6 +114,16 @@ def _domains(found: Summaries) -> list[str]:
         for name, count in zip(summary.domains, summary.domain_count.sum(axis=0), strict=True):
             counts[name] = counts.get(name, 0.0) + float(count)
     return sorted(counts, key=lambda name: (-counts[name], name))
+
+
+def _by_last_weight(names: list[str], found: Summaries) -> list[str]:
+    """Returns domains in falling order of their last weight in the first run that has weights."""
+    summary = next(iter(found.values()), None)
+    last = {}
+    if summary is not None:
+        for name, column in zip(summary.domains, summary.mean_by_domain().T, strict=True):
+            last[name] = column[~np.isnan(column)][-1]
+    return sorted(names, key=lambda name: -last.get(name, 0.0))
 
 
 def _domain_rows(

@@ -147,7 +147,8 @@ def shape_from(settings: Mapping[str, Any], given: Mapping[str, Any], where: Pat
     except TypeError as error:
         missing = str(error).partition(": ")[2] or str(error)
         raise UserError(
-            f"{where}: nothing there tells {missing}; give each with --shape KEY=VALUE"
+            f"{where}: nothing there tells {missing}; give each to convert_checkpoint.py "
+            "from-megatron with --shape KEY=VALUE"
         ) from None
     plain = shape.hidden_size // shape.num_attention_heads
     return LlamaShape(**{**known, "head_dim": None}) if shape.head_dim == plain else shape
