@@ -30,10 +30,7 @@ def load_checkpoint(parts: Parts, directory: Path) -> None:
     for folder, model in parts.models.items():
         # A run may have taken up a method with a reference since.
         if folder == LLM_FOLDER or (directory / folder).is_dir():
-            with model.offload.learning():
-                create_state(model.llm, model.optimizer)
-                _load_parameters(model.llm, directory / folder)
-                _load_optimizer(model, directory / folder)
+            load_trained(model, directory / folder)
     with data_only(directory / TRAINING_FILE):
         rest = torch.load(directory / TRAINING_FILE, weights_only=True)
     for name, value in asdict(read_manifest(directory).state).items():
@@ -42,6 +39,14 @@ def load_checkpoint(parts: Parts, directory: Path) -> None:
     # With another number of ranks the generators start from the seed.
     if len(rest["random"]) == parts.runtime.world_size:
         restore_random_state(rest["random"][parts.runtime.rank])
+
+
+def load_trained(model: TrainedModel, folder: Path) -> None:
+    """Load a model and its optimizer from the folder of a checkpoint that has both (collective)."""
+    with model.offload.learning():
+        create_state(model.llm, model.optimizer)
+        _load_parameters(model.llm, folder)
+        _load_optimizer(model, folder)
 
 
 def load_parameters(llm: LLM, directory: Path) -> None:

@@ -46,6 +46,12 @@ def import_plugin(name: str) -> Any:
         ) from None
 
 
+def source_of_plugin(name: str) -> Path | None:
+    """Returns the file of the imported module of `package.module:Class`, if it has one."""
+    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+    return None if file is None else Path(file)
+
+
 def _import(name: str, path: str) -> ModuleType:
     _look_in_working_directory()
     try:

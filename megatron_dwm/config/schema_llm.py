@@ -108,6 +108,9 @@ class ModelConfig:
     """initial parameters of the LLM: a Hugging Face directory (Llama, Mistral, Qwen2 or Qwen3;
     docs/huggingface.md), a checkpoint of an earlier run, or one of Megatron-LM or Megatron-Bridge
     (docs/megatron.md); the LLM then has that model's shape"""
+    init_optimizer: bool = key(False, only={"model.init_from": SET})
+    """also take Adam's moments and step count from model.init_from, a checkpoint of a run or of
+    Megatron-LM that has them; the learning rate follows this run's schedule"""
     hidden_size: int | None = key(None, WIDTH)
     """width of the residual stream"""
     num_layers: int | None = key(None, LAYERS)

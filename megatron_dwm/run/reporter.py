@@ -5,13 +5,13 @@ All ranks call every method, since values are gathered; the main process writes.
 
 from __future__ import annotations
 
-import time
 from contextlib import suppress
 from typing import Any
 
 from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.config import LoggingConfig
 from megatron_dwm.run.batch_records import BatchRecords, FindOrigins
+from megatron_dwm.run.clock import Clock
 from megatron_dwm.run.files import RunFiles
 from megatron_dwm.run.health import Health
 from megatron_dwm.run.progress import Progress
@@ -49,14 +49,14 @@ class Reporter:
         self._state, self._costs, self._runtime, self._config = state, costs, runtime, config
         self.terminal, self._health, self._files = terminal, health, files
         self._progress = progress
-        self._clock_s = time.monotonic()
+        self._clock = Clock(state)
         self._step_lines = StepLines(health, files)
         self._records = BatchRecords(state, runtime, config, files)
 
     def step(self, stage: int, outcome: Taken, origins: FindOrigins, read_rows: ReadRows) -> None:
         """Report a step that was taken and is already counted in the state."""
         statistics = batch_statistics(outcome.units, self._runtime)
-        self._progress.step(stage, outcome, statistics, self._lap())
+        self._progress.step(stage, outcome, statistics, self._clock.lap())
         values = {
             "loss": outcome.loss,
             "weighted_loss": outcome.weighted_loss,
@@ -64,7 +64,7 @@ class Reporter:
             "grad_norm": outcome.grad_norm,
         }
         before, more = self._begun(stage, "train") | values, outcome.statistics
-        self._step_lines.add(before, statistics, self._counts(), more=more)
+        self._step_lines.add(before, statistics, _counts(self._state, self._costs), more=more)
         if self._state.step % self._config.metrics_interval_steps == 0:
             self._step_lines.write()
         if self._records.is_due() and outcome.update is None:
@@ -108,12 +108,12 @@ class Reporter:
 
     def checkpoint(self) -> None:
         """Count the time that the loop waited for a checkpoint."""
-        self._progress.checkpoint(self._lap())
+        self._progress.checkpoint(self._clock.lap())
 
     def flush(self) -> None:
         """Write all records to the disk, and update the run's clock."""
         self._step_lines.write()
-        self._lap()
+        self._clock.lap()
         if self._files is None:
             return
         try:
@@ -135,7 +135,7 @@ class Reporter:
         if self._files is not None:
             self._files.forget()
             self._files.metrics.reopen_at(self._state)
-        self._clock_s = time.monotonic()
+        self._clock.restart()
 
     def close(self) -> None:
         """Write the remaining records and close terminal and files."""
@@ -157,25 +157,23 @@ class Reporter:
     def _write(self, stage: int, phase: str, **values: object) -> float:
         """Write a line; returns the seconds since the last one."""
         self._step_lines.write()
-        seconds = self._lap()
+        seconds = self._clock.lap()
         if self._files is not None:
-            self._files.write({**self._begun(stage, phase), **values, **self._counts()})
+            self._files.write(
+                {**self._begun(stage, phase), **values, **_counts(self._state, self._costs)}
+            )
         return seconds
 
     def _begun(self, stage: int, phase: str) -> dict[str, Any]:
         return {"step": self._state.step, "stage": stage, "phase": phase}
 
-    def _counts(self) -> dict[str, Any]:
-        return {
-            "tokens": self._state.tokens,
-            "flops": self._costs.spent(self._state),
-            "flops_weighting": self._costs.spent_on_weights(self._state),
-            "flops_updates": self._costs.spent_on_updates(self._state),
-            "seconds": round(self._state.seconds, 3),
-        }
 
-    def _lap(self) -> float:
-        """Add the seconds since the last call to the run's time, and return them."""
-        before_s, self._clock_s = self._clock_s, time.monotonic()
-        self._state.seconds += self._clock_s - before_s
-        return self._clock_s - before_s
+def _counts(state: TrainState, costs: Costs) -> dict[str, Any]:
+    """Returns the end of every line: what the run has read, computed and waited for so far."""
+    return {
+        "tokens": state.tokens,
+        "flops": costs.spent(state),
+        "flops_weighting": costs.spent_on_weights(state),
+        "flops_updates": costs.spent_on_updates(state),
+        "seconds": round(state.seconds, 3),
+    }

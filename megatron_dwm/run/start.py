@@ -41,7 +41,7 @@ from megatron_dwm.run.recorded import drop_records_after
 from megatron_dwm.run.remarks import remarks
 from megatron_dwm.run.reporter import Reporter
 from megatron_dwm.run.resume import require_no_loss, warn_of_keys_without_effect
-from megatron_dwm.run.starting_point import load_model, warn_of_another_tokenizer
+from megatron_dwm.run.starting_point import load_start, warn_of_another_tokenizer
 from megatron_dwm.run.starts import note_start_of_job
 from megatron_dwm.run.status import is_finished
 from megatron_dwm.run.terminal import Terminal
@@ -122,8 +122,7 @@ def _start(
     elif config.model.init_from is not None:
         if job.learner.runtime.is_main:
             warn_of_another_tokenizer(config, inputs.tokenizer)
-        load_model(job.learner.llm, Path(config.model.init_from))
-        job.learner.optimizer.reload_model_params()
+        load_start(job.learner, config.model)
 
 
 def _loop(
@@ -233,7 +232,7 @@ def _write_start(
         missing = drop_records_after(run_dir, state, print_warning)
         save_config(config, run_dir / CONFIG_FILE, typed)
         note_start(run_dir, had_one=had_checkpoint)
-        note_start_of_job(run_dir, state.step, runtime)
+        note_start_of_job(run_dir, state.step, runtime, config.policy.name)
     except OSError as error:
         raise UserError(
             f"run.dir: {error.filename or run_dir} cannot be written ({error.strerror}); free some "

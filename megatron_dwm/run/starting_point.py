@@ -18,15 +18,18 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_dwm.checkpoint.kept_files import HUGGINGFACE, TOKENIZER
-from megatron_dwm.checkpoint.load import load_parameters
+from megatron_dwm.checkpoint.load import load_parameters, load_trained
 from megatron_dwm.checkpoint.manifest import list_checkpoints, require_whole
 from megatron_dwm.checkpoint.names import LLM_FOLDER, MODEL_PREFIX, SHAPE_FILE
+from megatron_dwm.checkpoint.parts import TrainedModel
+from megatron_dwm.checkpoint.sharded_adam import create_state
 from megatron_dwm.checkpoint.sharded_files import data_only
-from megatron_dwm.config import Config, UserError
+from megatron_dwm.config import Config, ModelConfig, UserError
 from megatron_dwm.model import LLM, LlamaShape
 from megatron_dwm.model.on_disk.from_huggingface import load_huggingface
 from megatron_dwm.model.on_disk.huggingface_files import is_huggingface, open_huggingface
 from megatron_dwm.model.on_disk.megatron_files import (
+    MOMENTS,
     is_megatron,
     load_megatron,
     open_megatron,
@@ -34,6 +37,8 @@ from megatron_dwm.model.on_disk.megatron_files import (
 from megatron_dwm.model.on_disk.parameter_names import megatron_sizes
 from megatron_dwm.model.on_disk.saved_index import read_index
 from megatron_dwm.tokenizer import Tokenizer
+from megatron_dwm.training.learner import Learner
+from megatron_dwm.training.saved_moments import load_moments
 
 _KEY = "model.init_from"
 
@@ -42,7 +47,49 @@ def shape_to_start_from(config: Config) -> LlamaShape | None:
     """Returns the shape of the model of `model.init_from` and checks its files; None without it."""
     if config.model.init_from is None:
         return None
-    return shape_of_model(Path(config.model.init_from), _KEY)
+    shape = shape_of_model(Path(config.model.init_from), _KEY)
+    if config.model.init_optimizer:
+        _require_optimizer(config, Path(config.model.init_from))
+    return shape
+
+
+def _require_optimizer(config: Config, directory: Path) -> None:
+    """Raise UserError unless Adam's moments are there, under names that can be read."""
+    rounds = config.model.precision != "fp32" and not config.parallel.grad_reduce_in_fp32
+    if rounds and is_megatron(directory):
+        raise UserError(
+            "model.init_optimizer: Megatron-LM's moments are read through the gradient buffers, "
+            "which are in bf16 and would round them; expected parallel.grad_reduce_in_fp32 true"
+        )
+    if is_huggingface(directory):
+        found = False
+    elif is_megatron(directory):
+        model = open_megatron(directory)
+        found = all(model.has(kind) for kind in MOMENTS) and model.iteration >= 0
+    else:
+        names = _read_index(directory / LLM_FOLDER, _KEY).state_dict_metadata
+        found = any(name.startswith("optimizer.state.exp_avg.") for name in names)
+    if not found:
+        raise UserError(
+            f"model.init_optimizer: {directory} has no moments of Adam under the names of the "
+            "parameters (optimizer.state.exp_avg....); leave it out, and Adam begins anew"
+        )
+
+
+def load_start(learner: Learner, config: ModelConfig) -> None:
+    """Load the parameters of `model.init_from`, and Adam's state if asked for (collective)."""
+    directory = Path(config.init_from or "")
+    llm, optimizer = learner.llm, learner.optimizer
+    if not config.init_optimizer:
+        load_model(llm, directory)
+        optimizer.reload_model_params()
+    elif is_megatron(directory):
+        create_state(llm, optimizer)
+        load_model(llm, directory)
+        optimizer.reload_model_params()
+        load_moments(learner, open_megatron(directory))
+    else:
+        load_trained(TrainedModel(llm=llm, optimizer=optimizer), directory / LLM_FOLDER)
 
 
 def shape_of_model(directory: Path, key: str) -> LlamaShape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import shlex
@@ -15,15 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import megatron_dwm
+from megatron_dwm.config.plugins import is_plugin, source_of_plugin
 from megatron_dwm.runtime import Runtime, releases
+from megatron_dwm.runtime.warn import print_warning
 
 STARTS_FILE = "starts.jsonl"
 _PACKAGES = ("torch", "numpy", "transformer-engine")
 _SOURCE = Path(megatron_dwm.__file__).parent.parent
 
 
-def note_start_of_job(run_dir: Path, step: int, runtime: Runtime) -> None:
-    """Append a line to `starts.jsonl`. step: from which the run goes on. Raises OSError."""
+def note_start_of_job(run_dir: Path, step: int, runtime: Runtime, policy: str) -> None:
+    """Append a line to `starts.jsonl`; warns if a method outside the package was changed.
+
+    step: from which the run goes on. policy: `policy.name`. Raises OSError.
+    """
+    source = _source(policy)
+    _warn_of_another_source(run_dir, policy, source)
     line = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "step": step,
@@ -34,9 +42,38 @@ def note_start_of_job(run_dir: Path, step: int, runtime: Runtime) -> None:
         "device": str(runtime.device.type),
         "versions": _versions(),
         "commit": _commit(),
+        **({} if source is None else {"policy_source": source}),
     }
     with (run_dir / STARTS_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def _source(policy: str) -> dict[str, str] | None:
+    """Returns path and SHA-256 of the file of a method outside the package."""
+    file = source_of_plugin(policy) if is_plugin(policy) else None
+    if file is None:
+        return None
+    return {"file": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+def _warn_of_another_source(run_dir: Path, policy: str, source: dict[str, str] | None) -> None:
+    before = _last_source(run_dir / STARTS_FILE)
+    if source is not None and before is not None and before["sha256"] != source["sha256"]:
+        print_warning(
+            f"policy.name {policy}: {source['file']} has changed since the run's last start "
+            f"(SHA-256 {before['sha256'][:16]}, now {source['sha256'][:16]}); the run goes on with "
+            "the new code"
+        )
+
+
+def _last_source(file: Path) -> dict[str, str] | None:
+    """Returns what the last line of `starts.jsonl` says of the method's file, if anything."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    try:
+        found = json.loads(lines[-1]).get("policy_source") if lines else None
+    except ValueError:  # cut short by a kill
+        return None
+    return found
 
 
 def _versions() -> dict[str, str]:

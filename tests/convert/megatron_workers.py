@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import enum
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,14 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_dwm.config import ModelConfig, ParallelConfig
+from megatron_dwm.bilevel.coordinates import named_parameters
+from megatron_dwm.bilevel.slots import collect_slots, publish_gradients
+from megatron_dwm.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dwm.model import build_llm
-from megatron_dwm.run.starting_point import load_model, shape_of_model
+from megatron_dwm.model.initialize import slice_of_rank
+from megatron_dwm.run.starting_point import load_model, load_start, shape_of_model
 from megatron_dwm.runtime import Runtime, bring_up
+from megatron_dwm.training import Learner, build_learner
 
 VOCAB, LENGTH = 360, 16
 # As in Megatron-LM, to a multiple of 128 times the tensor-parallel size.
@@ -55,11 +60,13 @@ def save(
     tensor: int = 1,
     pipeline: int = 1,
     with_arguments: bool = True,
+    moments: str | None = None,
     **options: Any,
 ) -> Tensor:
     """Save a model under `folder`, with optimizer and arguments; returns its logits [2, S, V].
 
     Logits are of one process; several return an empty tensor. options: of `_built`.
+    moments: a file for parameters and Adam's moments by name, after three steps.
     """
     with bring_up(ParallelConfig(tensor=tensor, pipeline=pipeline), seed=1) as runtime:
         model = _built(runtime, **options)
@@ -71,6 +78,8 @@ def save(
         wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
         adam = OptimizerConfig(optimizer="adam", lr=1e-3)
         optimizer = get_megatron_optimizer(adam, [wrapped], use_gloo_process_groups=False)
+        if moments is not None:
+            torch.save(_trained(model, optimizer), moments)
         sharded = model.sharded_state_dict()
         state = {
             **({"args": _arguments(model)} if with_arguments else {}),
@@ -85,6 +94,67 @@ def save(
         runtime.barrier()
         dist_checkpointing.save(state, str(target))
         return _logits(model) if runtime.world_size == 1 else torch.empty(0)
+
+
+def _trained(model: GPTModel, optimizer: Any) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Take steps with random gradients; returns (parameter, first, second moment) by name."""
+    generator = torch.Generator().manual_seed(9)
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.main_grad.normal_(generator=generator)
+        optimizer.step()
+    state = optimizer.chained_optimizers[0].optimizer.state
+    return {
+        name: (parameter.detach(), state[parameter]["exp_avg"], state[parameter]["exp_avg_sq"])
+        for name, parameter in model.named_parameters()
+    }
+
+
+def wrong_moments(theirs: str, moments: str, sharded: bool, **layout: int) -> list[str]:
+    """Returns what a learner that starts with them has other than Megatron's optimizer had."""
+    expected = torch.load(moments)
+    parallel = ParallelConfig(sharded_optimizer=sharded, **layout)
+    start = ModelConfig(init_from=theirs, init_optimizer=True)
+    with bring_up(parallel, seed=2) as runtime:
+        learner = build_learner(
+            shape_of_model(Path(theirs), "theirs"),
+            *(start, parallel, TrainingConfig(), runtime),
+            sequence_length=LENGTH,
+            seed=5,
+        )
+        load_start(learner, start)
+        steps = {slot.moments().step for slot in collect_slots(learner.optimizer)}
+        wrong = [] if steps == {7} else [f"steps {steps}"]
+        wrong += _differing(learner, 0, lambda parameter: parameter.detach(), expected)
+        for number, kind in ((1, "exp_avg"), (2, "exp_avg_sq")):
+            _show(learner, kind)
+            wrong += _differing(learner, number, lambda parameter: parameter.main_grad, expected)
+        return wrong
+
+
+def _differing(
+    learner: Learner, number: int, read: Callable[[Any], Tensor], expected: dict[str, Any]
+) -> list[str]:
+    runtime = learner.runtime
+    return [
+        f"{name} {number}"
+        for name, parameter in named_parameters(learner.llm)
+        if not torch.equal(
+            read(parameter),
+            slice_of_rank(
+                expected[name][number], parameter, runtime.tensor_rank, runtime.tensor_size
+            ),
+        )
+    ]
+
+
+def _show(learner: Learner, kind: str) -> None:
+    """Write a moment into the gradient buffers of every rank."""
+    learner.optimizer.prepare_grads()
+    slots = collect_slots(learner.optimizer)
+    for slot in slots:
+        slot.gradient.copy_(slot.state[kind].view_as(slot.gradient))
+    publish_gradients(learner.llm, learner.optimizer, slots)
 
 
 def load(folder: str, *, tensor: int = 1, **options: Any) -> tuple[Tensor, dict[str, Any]]:

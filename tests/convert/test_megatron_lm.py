@@ -13,11 +13,13 @@ import pytest
 import torch
 import yaml
 
+from megatron_dwm.config import Config, ModelConfig, ParallelConfig, UserError
 from megatron_dwm.convert.checkpoint_reader import open_checkpoint
 from megatron_dwm.convert.from_megatron import import_from_megatron
 from megatron_dwm.convert.megatron_logits import megatron_logits
 from megatron_dwm.convert.to_megatron import export_to_megatron
 from megatron_dwm.model.on_disk.megatron_settings import shape_from
+from megatron_dwm.run.starting_point import shape_to_start_from
 from tests.convert.megatron_workers import SIZES, VOCAB, text
 from tests.forking.client import run_python
 from tests.launch import run_ranks
@@ -103,6 +105,44 @@ def test_ranks_read_it_without_a_conversion(
     results = run_ranks("tests.convert.megatron_workers:parameters_of_ranks", size, cases)
     assert all(equal for ranks in results for rank in ranks for _, equal in rank)
     assert all(rank for ranks in results for rank in ranks)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder with Adam's moments after some steps, and what Megatron's optimizer had."""
+    folder = tmp_path_factory.mktemp("trained")
+    moments = folder / "moments.pt"
+    case = {"folder": str(folder / "model"), "fused": True, "moments": str(moments)}
+    run_ranks(WORKER, 1, [case])
+    return folder / "model", moments
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"pipeline": 2}, {"data": 2}], ids=str)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_moments_of_adam_come_along(
+    trained: tuple[Path, Path], layout: dict[str, int], sharded: bool
+) -> None:
+    layout = dict(layout)
+    size = layout.pop("data", 1) * layout.get("tensor", 1) * layout.get("pipeline", 1)
+    case = {"theirs": str(trained[0]), "moments": str(trained[1]), "sharded": sharded, **layout}
+    [ranks] = run_ranks("tests.convert.megatron_workers:wrong_moments", size, [case])
+    assert ranks == [[]] * size
+
+
+def test_a_start_without_moments_is_refused(
+    saved: list[tuple[Path, torch.Tensor]], trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    import_from_megatron(trained[0], tmp_path / "ours")
+    for source in (saved[0][0], tmp_path / "ours"):
+        start = ModelConfig(init_from=str(source), init_optimizer=True)
+        with pytest.raises(UserError, match=r"^model.init_optimizer: .* has no moments of Adam"):
+            shape_to_start_from(Config(model=start))
+    rounded = Config(
+        model=ModelConfig(init_from=str(trained[0]), init_optimizer=True, precision="bf16"),
+        parallel=ParallelConfig(grad_reduce_in_fp32=False),
+    )
+    with pytest.raises(UserError, match=r"expected parallel.grad_reduce_in_fp32 true"):
+        shape_to_start_from(rounded)
 
 
 def test_a_run_starts_from_it_and_hugging_face_gets_it(

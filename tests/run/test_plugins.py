@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -179,6 +181,26 @@ def test_a_module_in_the_working_directory_is_found(
     plan = [str(REPOSITORY / "tools" / "plan.py"), *arguments, "--gpus", "1", "--gpu", "h100-80gb"]
     done = run_python([*plan, "--brief"], environment=environment, cwd=tmp_path, fresh=True)
     assert done.returncode == 0 and "fits" in done.stdout, done.stderr
+
+
+def test_a_changed_file_of_a_method_is_noted(corpus: Corpus, tmp_path: Path) -> None:
+    file = tmp_path / "loss_rank_noted.py"
+    shutil.copy(EXAMPLE, file)
+    arguments = [*corpus.arguments(), "--policy.name", "loss_rank_noted:LossRank"]
+    environment = {"PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
+    sums = []
+    for steps in (2, 3, 4):
+        if steps == 4:
+            file.write_text(file.read_text() + "# a remark\n")
+        more = ["--run.dir", "run", "--training.steps", str(steps), *RESUME]
+        command = ["-m", "megatron_dwm.pretrain", *arguments, *more]
+        done = run_python(command, environment=environment, cwd=tmp_path, fresh=True)
+        assert done.returncode == 0, done.stderr
+        assert ("has changed since the run's last start" in done.stderr) == (steps == 4)
+        sums.append(hashlib.sha256(file.read_bytes()).hexdigest())
+    lines = map(json.loads, (tmp_path / "run" / "starts.jsonl").read_text().splitlines())
+    sources = [line["policy_source"] for line in lines]
+    assert sources == [{"file": str(file), "sha256": each} for each in sums]
 
 
 def test_a_mistake_costs_no_process_group(corpus: Corpus) -> None:

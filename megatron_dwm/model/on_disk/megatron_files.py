@@ -9,7 +9,8 @@ saved piece.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,13 @@ from megatron_dwm.model.on_disk.tensor_boxes import read_box
 from megatron_dwm.model.shape import LlamaShape
 
 LATEST = "latest_checkpointed_iteration.txt"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MAIN = "main"
+"""the fp32 parameters of an optimizer in mixed precision"""
+_PREFIXES = {kind: (f"optimizer.state.{kind}.",) for kind in MOMENTS} | {
+    "": ("",),
+    MAIN: ("optimizer.state.fp32_param.", "optimizer.state.param."),
+}
 _LAYERS = "decoder.layers."
 _FUSED = {unfused: fused for fused, unfused in UNFUSED_NAMES.items()}
 
@@ -129,22 +137,45 @@ class MegatronModel:
         if not self.shape.tied_embeddings:
             self._require(OUTPUT, (rows, self.shape.hidden_size))
 
-    def read(self, name: str) -> Tensor:
-        """Returns the whole parameter `name`, as saved, on the CPU; rows of padding are 0."""
+    @property
+    def iteration(self) -> int:
+        """Number of the saved iteration. Raises UserError if the folder is not named by one."""
+        found = re.fullmatch(r"iter_(\d+)", self.folder.name)
+        if found is None:
+            raise UserError(f"{self.folder}: expected iter_N, whose N is Adam's step count")
+        return int(found[1])
+
+    def has(self, kind: str) -> bool:
+        """True if the optimizer's tensors of this kind are there, under the parameters' names."""
+        saved, numbers = self._index.state_dict_metadata, range(self.shape.num_layers)
+        layers = [f"{_LAYERS}{n}.{name}" for n in numbers for name in layer_sizes(self.shape)]
+        return all(
+            any(spelled in saved for spelled, _ in _candidates(name, _PREFIXES[kind]))
+            for name in (EMBEDDING, FINAL_NORM, *layers)
+        )
+
+    def read(self, name: str, kind: str = "") -> Tensor:
+        """Returns the whole parameter `name`, as saved, on the CPU; rows of padding are 0.
+
+        kind: one of `MOMENTS`, or `MAIN`: what the optimizer has of it.
+        """
         if name == OUTPUT and self.shape.tied_embeddings:
             name = EMBEDDING
         if name in (EMBEDDING, OUTPUT):
-            return self._read_vocabulary(name)
-        saved, number = self._find(name)
+            return self._read_vocabulary(name, kind)
+        saved, number = self._find(name, kind)
         size = self._entry(saved).size
         if number is None:
             return self._box(saved, [0] * len(size), list(size))
         return self._box(saved, [number, *[0] * (len(size) - 1)], [1, *size[1:]])[0]
 
-    def _read_vocabulary(self, name: str) -> Tensor:
-        whole = torch.zeros(self.shape.padded_vocab_size, self.shape.hidden_size, dtype=self.dtype)
-        rows = min(len(whole), self._rows(name))
-        whole[:rows] = self._box(name, [0, 0], [rows, whole.shape[1]])
+    def _read_vocabulary(self, name: str, kind: str) -> Tensor:
+        saved, _ = self._find(name, kind)
+        entry = self._entry(saved)
+        rows = min(self.shape.padded_vocab_size, entry.size[0])
+        size = (self.shape.padded_vocab_size, self.shape.hidden_size)
+        whole = torch.zeros(size, dtype=entry.properties.dtype)
+        whole[:rows] = self._box(saved, [0, 0], [rows, size[1]])
         return whole
 
     def _box(self, name: str, offsets: list[int], sizes: list[int]) -> Tensor:
@@ -163,10 +194,10 @@ class MegatronModel:
                 f"say {list(size)}; give --shape KEY=VALUE for what they have wrong"
             )
 
-    def _find(self, name: str) -> tuple[str, int | None]:
+    def _find(self, name: str, kind: str = "") -> tuple[str, int | None]:
         """Returns the saved name of a parameter, and its number in a stack of layers."""
         tensors = self._index.state_dict_metadata
-        for candidate, number in _candidates(name):
+        for candidate, number in _candidates(name, _PREFIXES[kind]):
             if candidate in tensors:
                 layers = self._entry(candidate).size[0]
                 if number is not None and number >= layers:
@@ -186,8 +217,14 @@ class MegatronModel:
         return entry
 
 
-def _candidates(name: str) -> Iterator[tuple[str, int | None]]:
+def _candidates(name: str, prefixes: Iterable[str]) -> Iterator[tuple[str, int | None]]:
     """Yields the names under which Megatron may have saved a parameter; None: not stacked."""
+    for prefix in prefixes:
+        for candidate, number in _spellings(name):
+            yield prefix + candidate, number
+
+
+def _spellings(name: str) -> Iterator[tuple[str, int | None]]:
     spellings = [name]
     spellings += [name.replace(ours, theirs) for ours, theirs in _FUSED.items() if ours in name]
     for spelling in spellings:

@@ -75,14 +75,14 @@ def _with_scores(found: RunDocuments, runs: RunSet, notes: list[str]) -> Figure 
         return None
     columns = (_SCORE, *abscissas(runs), _CORRELATION)
     names = list(dict.fromkeys(str(row[0]) for row in rows))
-    points = [(str(row[0]),) for row in rows]
+    dots = dotted(["score"], rows)
     return Figure(
         id="score_correlation",
         title="Correlation of weights with scores",
         caption=_caption_of_scores(found, len(scores)),
         columns=columns,
         data=columnar(columns, rows),
-        chart=lines(_CORRELATION, color="score", names=names, reference=0.0, dotted=dotted(points)),
+        chart=lines(_CORRELATION, color="score", names=names, reference=0.0, dotted=dots),
         series="score",
         names=names,
         wide=True,

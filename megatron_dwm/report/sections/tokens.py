@@ -72,7 +72,6 @@ def _by_domain(files: TokenFiles, run: Run, runs: RunSet) -> Figure | None:
     ]
     names = list(dict.fromkeys(str(row[0]) for row in rows))
     columns = (Column(name="domain", title="domain"), *abscissas(runs), _KEPT)
-    points = [(str(row[0]),) for row in rows]
     return Figure(
         id="kept_by_domain",
         title="Kept tokens by domain",
@@ -80,7 +79,7 @@ def _by_domain(files: TokenFiles, run: Run, runs: RunSet) -> Figure | None:
         "without rows of a domain is left out.",
         columns=columns,
         data=columnar(columns, rows),
-        chart=lines(_KEPT, color="domain", names=names, dotted=dotted(points)),
+        chart=lines(_KEPT, color="domain", names=names, dotted=dotted(["domain"], rows)),
         series="domain",
         names=names,
         wide=True,
