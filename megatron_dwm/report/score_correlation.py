@@ -107,9 +107,13 @@ def _correlation(sums: np.ndarray) -> np.ndarray:
 
 
 def _center_and_scale(values_KC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and standard deviation of each column; scores of any size then round alike."""
-    known_KC = ~np.isnan(values_KC)
-    count_C = np.maximum(known_KC.sum(axis=0), 1)
-    center_C = np.where(known_KC, values_KC, 0.0).sum(axis=0) / count_C
-    variance_C = np.where(known_KC, (values_KC - center_C) ** 2, 0.0).sum(axis=0) / count_C
-    return center_C, np.where(variance_C > 0, np.sqrt(variance_C), 1.0)
+    """Returns mean and standard deviation of each column; scores of any size then round alike.
+
+    A column at a time, since there may be very many documents.
+    """
+    center_C, scale_C = np.zeros(values_KC.shape[1]), np.ones(values_KC.shape[1])
+    for column, values_K in enumerate(values_KC.T):
+        known = values_K[~np.isnan(values_K)]
+        if len(known):
+            center_C[column], scale_C[column] = known.mean(), known.std() or 1.0
+    return center_C, scale_C

@@ -69,14 +69,15 @@ def test_documents_are_searched_and_filtered(browser: Any, of_documents: Path) -
     page.keyboard.press("Delete")
     assert visible.count() == every
 
+    filters = page.locator(".filters")
     for name, attribute, value in (
         ("Wanted", "data-side", "least"),
         ("Domain", "data-domain", "d1"),
     ):
-        page.get_by_label(name).select_option(value)
+        filters.get_by_label(name).select_option(value)
         shown = [item.get_attribute(attribute) for item in visible.all()]
         assert shown and set(shown) == {value} and len(shown) < every
-        page.get_by_label(name).select_option("")
+        filters.get_by_label(name).select_option("")
     page.get_by_role("searchbox").fill("nothing has these words")
     assert visible.count() == 0 and output.inner_text() == f"0 of {every} documents"
     quiet(found)
