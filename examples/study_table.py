@@ -1,6 +1,8 @@
-"""Prints the table of examples/study.sh:   python examples/study_table.py WORKDIR
+"""Prints the table of examples/study.sh:   python examples/study_table.py WORKDIR [--settings]
 
-Mean and standard deviation over the seeds, at equal steps, of the runs WORKDIR/METHOD.SEED.
+Mean and standard deviation over the seeds, at equal steps, of the runs WORKDIR/METHOD.SEED. With
+--settings it prints the table of examples/sweep.sh: final losses of the runs WORKDIR/SETTING.SEED,
+mean and standard error, none of them a baseline.
 """
 
 from __future__ import annotations
@@ -25,17 +27,63 @@ Lines = list[dict[str, Any]]
 
 
 def main() -> None:
-    """Print the study's table, Markdown."""
-    if len(sys.argv) != 2:
-        raise UserError("expected one argument, the WORKDIR of a study")
-    runs = _runs(Path(sys.argv[1]))
+    """Print the table of a study or a sweep."""
+    words = [word for word in sys.argv[1:] if word != "--settings"]
+    if len(words) != 1:
+        raise UserError("expected one argument, the WORKDIR of a study, and --settings for a sweep")
+    runs = _runs(Path(words[0]))
+    if len(words) < len(sys.argv) - 1:
+        _print_settings(words[0], runs)
+        return
+    _print_study(words[0], runs)
+
+
+def _print_settings(workdir: str, runs: dict[str, dict[str, Lines]]) -> None:
+    """Print the final held-out losses (nats a token) of every setting, Markdown."""
+    if not runs:
+        raise UserError(f"{workdir}: no finished run; let examples/sweep.sh end")
+    final = {
+        setting: {seed: _final(lines) for seed, lines in by_seed.items()}
+        for setting, by_seed in runs.items()
+    }
+    found = {
+        domain for by_seed in final.values() for losses in by_seed.values() for domain in losses
+    }
+    domains = sorted(found, key=_target_first)
+    _print_row(["held-out loss, nats a token", "seeds", *map(_heading, domains)])
+    _print_row(["---", *["---:"] * (len(domains) + 1)])
+    for setting, by_seed in final.items():
+        losses = [[each[name] for each in by_seed.values() if name in each] for name in domains]
+        _print_row([_heading(setting), str(len(by_seed)), *map(_mean_and_error, losses)])
+
+
+def _mean_and_error(values: list[float]) -> str:
+    """Returns the mean and, of several values, the standard error of the mean."""
+    if len(values) < 2:
+        return "".join(f"{value:.3f}" for value in values)
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.3f} ± {error:.3f}"
+
+
+def _target_first(name: str) -> tuple[bool, str]:
+    return name != "target", name
+
+
+def _heading(name: str) -> str:
+    return printable(name).replace("|", "\\|")
+
+
+def _print_row(cells: list[str]) -> None:
+    print("| " + " | ".join(cells) + " |")
+
+
+def _print_study(workdir: str, runs: dict[str, dict[str, Lines]]) -> None:
+    """Print the study's table, Markdown: every method's change against uniform weights."""
     if BASE not in runs:
         raise UserError(
-            f"{sys.argv[1]}: no finished run of {BASE} to compare with; let examples/study.sh end"
+            f"{workdir}: no finished run of {BASE} to compare with; let examples/study.sh end"
         )
-    domains = sorted(
-        _final(next(iter(runs[BASE].values()))), key=lambda name: (name != "target", name)
-    )
+    domains = sorted(_final(next(iter(runs[BASE].values()))), key=_target_first)
     columns = [
         *domains,
         "effective sample size",
@@ -43,8 +91,7 @@ def main() -> None:
         "TFLOP",
         "uniform's end reached at step",
     ]
-    headings = [printable(name).replace("|", "\\|") for name in columns]
-    print("| | seeds | " + " | ".join(headings) + " |")
+    print("| | seeds | " + " | ".join(map(_heading, columns)) + " |")
     print("| --- " * (len(columns) + 2) + "|")
     for method, by_seed in runs.items():
         cells = [_cell(method, by_seed, runs[BASE], domain) for domain in domains]

@@ -6,6 +6,15 @@ A method is a class that inherits from `Method`, or from `RuleBased` if its weig
 rule inside weighting groups. It states `contract_version`, the version of this interface that it
 was written for. A run takes it as `policy.name package.module:Class`.
 
+>>> import torch
+>>> class Everything(Method):
+...     contract_version = 1
+...
+...     def weights(self, batch, outputs, counters):
+...         return torch.ones(batch.units.count)
+>>> Everything.parts(Config())  # the keys that it uses: none of those that methods have
+frozenset()
+
 The rest of the package may change without notice. A name leaves this module, or changes what it
 means, only together with `CONTRACT_VERSION`.
 """

@@ -87,7 +87,7 @@ site_options() {
     [ "$DWM_ACCOUNT" = none ] || site_options+=("--account=$DWM_ACCOUNT")
     local partition="$DWM_CPU_PARTITION" gpus="$DWM_GPUS_PER_NODE"
     case "$1" in
-    pretrain | transfer)
+    pretrain | transfer | sweep)
         partition="$DWM_PARTITION"
         site_options+=("--time=$DWM_TIME")
         [ "$gpus" = 0 ] || site_options+=("--gpus-per-node=$gpus")

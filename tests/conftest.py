@@ -11,7 +11,14 @@ from tests.small_runs.fixtures import corpus, server, short, stopped  # noqa: F4
 # By processor time; begun first, so that no worker is left alone with one of them at the end.
 LONGEST = (
     *("test_jobs.py", "test_quickstart.py", "test_faults.py", "test_runs.py", "test_benchmark.py"),
-    *("test_first_gpu_run.py", "test_evaluate.py", "test_measured.py", "test_features.py"),
+    *(
+        "test_followed.py",
+        "test_sweep.py",
+        "test_first_gpu_run.py",
+        "test_evaluate.py",
+        "test_measured.py",
+        "test_features.py",
+    ),
 )
 
 # Folders and files whose tests start processes, train or convert models; `-m "not slow"` runs the
@@ -29,17 +36,19 @@ SLOW = (
         "library/",
         "packaging/",
     ),
-    *("planning/", "preprocess/", "recipes/", "run/", "signatures/", "slurm/", "tools/"),
+    *("pages/", "planning/", "preprocess/", "recipes/", "run/", "signatures/", "slurm/", "tools/"),
     *("scoring/", "selection/", "training/", "weighting/"),
     *("config/test_examples.py", "config/test_printing.py", "model/test_fp8.py"),
     "model/test_llm_borders.py",
-    *("runtime/test_bring_up.py", "runtime/test_peers.py", "tokenizer/test_engine.py"),
-    *("test_metrics_document.py", "test_quickstart.py", "test_testing.py"),
+    *("runtime/test_bring_up.py", "runtime/test_peers.py", "runtime/test_start.py"),
+    "tokenizer/test_engine.py",
+    *("test_metrics_document.py", "test_quickstart.py", "test_sweep.py", "test_testing.py"),
 )
 # Files of these folders that only call functions.
 NOT_SLOW = (
     *("bilevel/test_adapters.py", "checkpoint/test_manifest.py", "convert/test_generate.py"),
     *("evaluation/test_scores.py", "planning/test_published.py"),
+    "pages/test_named.py",
     *("preprocess/test_index_writer.py", "preprocess/test_merge_types.py"),
     *("preprocess/test_metadata.py", "preprocess/test_preprocess_output.py"),
     *("run/test_changes.py", "run/test_health.py", "run/test_lost_checkpoints.py"),

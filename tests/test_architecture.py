@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "launch": {"config"},
     "entry": {"config", "launch"},
     "runtime": {"config", "launch"},
-    "model": {"config", "runtime"},
+    "model": {"files", "config", "runtime"},
     "data": {"files", "config", "tokenizer", "runtime", "model"},
     "weighting": {"config", "tokenizer", "runtime", "model", "data"},
     "plugin": {"config", "tokenizer", "runtime", "model", "data", "weighting"},

@@ -47,7 +47,13 @@ class AdamMoments:
 
 
 def adam_step(theta: Tensor, gradient: Tensor, moments: AdamMoments, lr: float) -> Tensor:
-    """Returns theta - lr * u(g) as a new tensor."""
+    """Returns theta - lr * u(g) as a new tensor.
+
+    >>> zero = torch.zeros(2)
+    >>> moments = AdamMoments(zero, zero, step=0, beta1=0.9, beta2=0.95, epsilon=1e-8)
+    >>> adam_step(torch.ones(2), torch.tensor([0.5, -2.0]), moments, lr=0.1)  # lr times the signs
+    tensor([0.9000, 1.1000])
+    """
     first, root = moments.after(gradient)
     return theta.addcdiv(first, root.add_(moments.epsilon), value=-lr / moments.correction1)
 

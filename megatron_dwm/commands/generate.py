@@ -16,6 +16,7 @@ from typing import NoReturn
 from megatron_dwm.config import UserError
 from megatron_dwm.config.command_line import OneLineParser, run_command
 from megatron_dwm.config.printing import printable
+from megatron_dwm.files.command_names import name_of_command
 
 # Line breaks and tabs, and the joiners that emoji and several scripts are written with.
 _IN_TEXT = "\n\t\u200c\u200d"
@@ -27,7 +28,7 @@ def main() -> None:
     if not (arguments.model / "config.json").is_file():
         raise UserError(
             f"--model {arguments.model}: not a Hugging Face model directory (config.json); make "
-            "one with megatron-dwm-convert to-hf (tools/convert_checkpoint.py)"
+            f"one with {name_of_command('convert')} to-hf"
         )
     _require_text(arguments.prompt)
     if not 0.0 < arguments.top_p <= 1.0:

@@ -6,6 +6,7 @@ import argparse
 from typing import NoReturn
 
 from megatron_dwm.config.command_line import OneLineParser, run_command
+from megatron_dwm.files.command_names import name_of_command
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -13,8 +14,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(
         description=__doc__ + " Documents keep their order: all of the first dataset, then all of "
         "the second, and so on. Files are copied at the disk's speed with a fixed buffer.",
-        epilog="Shards of preprocess_data.py: --input P-*_text_document.idx --output-prefix "
-        "P_text_document",
+        epilog=f"Shards of {name_of_command('preprocess')}: --input P-*_text_document.idx "
+        "--output-prefix P_text_document",
     )
     parser.add_argument(
         "--input",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from megatron_dwm.config.command_line import OneLineParser, run_command
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.files.command_names import name_of_command
 from megatron_dwm.preprocess.megatron_flags import add_foreign_flags
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         default=1,
         metavar="N",
         help="split the files into N parts of about equal bytes, of which this run does one; "
-        "merge_datasets.py joins them",
+        f"{name_of_command('merge')} joins them",
     )
     add(
         "--shard",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_dwm.config.command_line import OneLineParser, run_command
+from megatron_dwm.files.command_names import name_of_command
 
 
 def main() -> None:
@@ -65,8 +66,8 @@ def _parser() -> OneLineParser:
         metavar="[RUN=]FILE.json",
         nargs="+",
         default=[],
-        help="benchmark scores that tools/evaluate.py --output wrote; FILE is the run's name, or "
-        "RUN= says it (files in RUN_DIR/evaluation/ are found without)",
+        help=f"benchmark scores that {name_of_command('evaluate')} --output wrote; FILE is the "
+        "run's name, or RUN= says it (files in RUN_DIR/evaluation/ are found without)",
     )
     add(
         "--watch",

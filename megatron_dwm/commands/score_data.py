@@ -11,19 +11,22 @@ from typing import TYPE_CHECKING, NoReturn
 from megatron_dwm.config.command_line import OneLineParser, run_command
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.entry import quiet_upstream
+from megatron_dwm.files.command_names import name_of_command
 
 if TYPE_CHECKING:
     from megatron_dwm.selection.copy import Advance
 
-_EPILOG = """
+
+def _epilog() -> str:
+    return f"""
 Columns with --tokenizer: length (characters); type_token_ratio (distinct words / words, in lower
 case); symbol_share (characters that are neither white space, letters, digits nor _, / characters);
 compression_ratio (bytes after zlib / bytes); mean_word_length (characters). Columns with --model:
 loss (mean over a document's tokens but the first, nats a token); perplexity (its exponential). A
 document is never read with another; one longer than --context-tokens is read in windows. Column
 with --rater: weight (the logit that a weighting model of a run gives the document among others).
-PREFIX.meta.parquet is replaced at once; its other columns keep their values. select_data.py
-qurating --column selects by them.
+PREFIX.meta.parquet is replaced at once; its other columns keep their values.
+{name_of_command("select")} qurating --column selects by them.
 """
 
 
@@ -31,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the options of the command."""
     parser = OneLineParser(
         description=__doc__,
-        epilog=_EPILOG,
+        epilog=_epilog(),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument

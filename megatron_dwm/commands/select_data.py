@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from megatron_dwm.config.command_line import OneLineParser, run_command
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.entry import quiet_upstream
+from megatron_dwm.files.command_names import name_of_command
 from megatron_dwm.files.sidecar_columns import UNKNOWN_DOMAIN
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def _add_rater(parser: argparse.ArgumentParser) -> None:
     scores.add_argument("--rater", metavar="DIR", default=argparse.SUPPRESS,
         help="the weighting model, RUN/weighting/stage_K")  # fmt: skip
     scores.add_argument("--column", metavar="NAME", default=argparse.SUPPRESS,
-        help="scores that are in the table already (score_data.py --columns weight)")  # fmt: skip
+        help="scores that are in the table already "
+        f"({name_of_command('score')} --columns weight)")  # fmt: skip
     parser.add_argument("--model", metavar="DIR",
         help="checkpoint of the run, for a rater with weighting.encoder llm")  # fmt: skip
     parser.add_argument("--precision", choices=("fp32", "bf16"), default=argparse.SUPPRESS,

@@ -36,6 +36,7 @@ from megatron_dwm.config.paths import TYPED_PATHS
 from megatron_dwm.config.plugins import import_plugin
 from megatron_dwm.config.schema import Config
 from megatron_dwm.files.atomic import write_text
+from megatron_dwm.files.command_names import name_of_command
 
 _LIST_KEYS = ("--data.train", "--run.allow_changed")
 _SCHEDULE = "data.schedule"
@@ -61,6 +62,10 @@ def load_config(arguments: Sequence[str], prog: str = "megatron_dwm.pretrain") -
     """Read the configuration in `[CONFIG.yaml] [--section.key value ...]`; later values win.
 
     Raises UserError with the file or key. `--help` prints the keys and exits with 0.
+
+    >>> config = load_config(["--training.steps", "200", "--policy.name", "uniform"])
+    >>> config.training.steps, config.training.global_batch_size
+    (200, 32)
     """
     return load(arguments, prog).config
 
@@ -151,6 +156,9 @@ def _add_rules(parser: ArgumentParser) -> None:
             action.help = f"{action.help} [{'; '.join(bound + needs)}]"
         if action.dest == "policy.name":
             action.help = f"{action.help}: {methods_help()}"
+        if action.dest == "policy.reference_losses":
+            writer = f"{name_of_command('score')} --token-losses NAME"
+            action.help = f"{action.help}; {writer} writes them"
 
 
 def _given(words: Sequence[str]) -> Given:

@@ -40,7 +40,15 @@ def unknown_key(name: str) -> str:
 
 
 def nearest_key(name: str) -> str:
-    """Returns the known key most likely meant by `name`, a dotted key or a key without section."""
+    """Returns the known key most likely meant by `name`, a dotted key or a key without section.
+
+    >>> nearest_key("training.batch_size")
+    'training.global_batch_size'
+    >>> nearest_key("lr")
+    'training.learning_rate'
+    >>> nearest_key("weighting.seq_len")
+    'data.sequence_length'
+    """
     section, _, key = name.rpartition(".")
     mine = _section_of(section)
     inside = [known for known in known_keys() if known.startswith(f"{mine}.")]

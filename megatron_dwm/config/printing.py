@@ -18,6 +18,9 @@ def printable(text: object, *, keep: str = "") -> str:
     """Returns `str(text)` on one line, with `\\x1b` instead of an escape character.
 
     keep: characters that are not escaped.
+
+    >>> print(printable("name\\x1b[31m\\n"))
+    name\\x1b[31m\\n
     """
     return "".join(_spelled(character, keep) for character in str(text))
 

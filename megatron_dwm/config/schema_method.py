@@ -126,8 +126,8 @@ class PolicyConfig:
     checkpoint, with the LLM's vocabulary"""
     reference_losses: str | None = key(None, part="reference")
     """instead of a model, NAME of files with its loss of every token, PREFIX.NAME.losses beside
-    each prefix of data.train, which score_data.py --token-losses NAME writes (excess_loss); needs
-    data.mask_documents true and data.border_loss false"""
+    each prefix of data.train (excess_loss); needs data.mask_documents true and data.border_loss
+    false"""
     offload_reference: bool = key(
         False, part="second_llm", only={"policy.reference_losses": (None,)}
     )

@@ -21,6 +21,7 @@ from megatron_dwm.config.huggingface import CONFIG_NAME, read_json_object
 from megatron_dwm.convert.checkpoint_reader import SavedLLM
 from megatron_dwm.convert.huggingface import encode_with_huggingface, huggingface_logits
 from megatron_dwm.convert.megatron_logits import megatron_logits
+from megatron_dwm.files.command_names import name_of_command
 from megatron_dwm.model.on_disk.huggingface_files import HuggingFaceModel
 from megatron_dwm.tokenizer import Tokenizer
 
@@ -95,7 +96,7 @@ def _what_fits(directory: Path) -> str:
         )
     return (
         "expected a SentencePiece BPE model with the layout of Llama 2's: train one with "
-        "train_tokenizer.py"
+        f"{name_of_command('tokenizer')}"
     )
 
 

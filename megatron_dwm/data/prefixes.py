@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.files.command_names import name_of_command
 from megatron_dwm.files.dataset_paths import DatasetPaths
 from megatron_dwm.files.index_format import (
     IndexHeader,
@@ -70,7 +71,8 @@ def read_indexed_file(prefix: str) -> IndexedFile:
     if paths.bin.stat().st_size < end_bytes:
         raise UserError(
             f"{paths.bin} has {paths.bin.stat().st_size} bytes but {paths.idx.name} points to "
-            f"{end_bytes}: they are not of one run, write both again with preprocess_data.py"
+            f"{end_bytes}: they are not of one run, write both again with "
+            f"{name_of_command('preprocess')}"
         )
     return IndexedFile(
         prefix=prefix,

@@ -15,6 +15,7 @@ import numpy as np
 from megatron_dwm.config.blend import parse_blend
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import DataConfig
+from megatron_dwm.files.command_names import name_of_command
 from megatron_dwm.files.token_losses import data_digest, losses_path, map_losses, read_header
 
 
@@ -42,8 +43,8 @@ def open_token_losses(data: DataConfig, key: str, name: str) -> TokenLosses:
     for part, path in zip(parse_blend(data.train), token_loss_files(data, name), strict=True):
         if not path.is_file():
             raise UserError(
-                f"{key} {name}: no file {path}; write it with score_data.py --input {part.prefix} "
-                f"--token-losses {name}"
+                f"{key} {name}: no file {path}; write it with {name_of_command('score')} "
+                f"--input {part.prefix} --token-losses {name}"
             )
         try:
             header = read_header(path)

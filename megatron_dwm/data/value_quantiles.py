@@ -72,7 +72,11 @@ def quantiles(
 
 
 def row_means(values_D: np.ndarray, lengths_D: np.ndarray, length: int) -> np.ndarray:
-    """Returns float32, the means over tokens of the whole rows of `length` tokens in this order."""
+    """Returns float32, the means over tokens of the whole rows of `length` tokens in this order.
+
+    >>> row_means(np.array([1.0, 5.0]), np.array([6, 2]), length=4)  # the second has two of each
+    array([1., 3.], dtype=float32)
+    """
     ends_D = np.cumsum(lengths_D)
     borders = np.arange(0, ends_D[-1] + 1, length)
     # The ends of documents inside rows, and those of rows, cut the text into pieces.

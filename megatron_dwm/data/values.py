@@ -21,6 +21,7 @@ from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.document_counts import document_lengths
 from megatron_dwm.data.domains import open_sidecar, read_domains
 from megatron_dwm.data.prefixes import IndexedFile, read_indexed_file
+from megatron_dwm.files.command_names import name_of_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ def _read(file: IndexedFile, named: str, column: str, smallest: float) -> np.nda
     if sidecar is None:
         raise UserError(
             f"{named}: there is no {file.sidecar_path} with the documents' metadata; "
-            "preprocess_data.py writes it"
+            f"{name_of_command('preprocess')} writes it"
         )
     _check_type(sidecar, file, named, column)
     values = np.empty(file.num_documents, dtype=np.float32)

@@ -29,6 +29,7 @@ from megatron_dwm.evaluation.data_files import (
 from megatron_dwm.evaluation.digests import TaskDigests, digests_of
 from megatron_dwm.evaluation.scores import Score
 from megatron_dwm.evaluation.suites import BundledTasks, LocalTasks, require_known
+from megatron_dwm.files.command_names import name_of_command
 
 _LOUDNESS = {
     # Warnings about defaults that are wanted here.
@@ -102,7 +103,7 @@ def _require_model(model: Path) -> None:
     if not (model / "config.json").is_file() or not any(model.glob("*.safetensors")):
         raise UserError(
             f"--model {model}: not a Hugging Face model directory (config.json and "
-            "*.safetensors); make one with megatron-dwm-convert to-hf (tools/convert_checkpoint.py)"
+            f"*.safetensors); make one with {name_of_command('convert')} to-hf"
         )
 
 

@@ -7,6 +7,7 @@
     sidecar_format.py  PREFIX.meta.parquet: columns and facts of a dataset's documents
     sidecar_columns.py its columns as arrays
     json_lines.py      numbered lines, and values by dotted names
+    command_names.py   what a user types to start a command: in a clone, or installed
 
 Nothing here knows the rest of the package. Errors are `OSError` (the disk) and `ValueError` (the
 content); whoever knows what the user typed makes a `UserError` of them.

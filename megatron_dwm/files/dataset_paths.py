@@ -28,5 +28,9 @@ class DatasetPaths:
 
     @staticmethod
     def of_key(output_prefix: str, key: str) -> DatasetPaths:
-        """The paths of one JSON key's dataset, named as Megatron-LM's tool names it."""
+        """The paths of one JSON key's dataset, named as Megatron-LM's tool names it.
+
+        >>> str(DatasetPaths.of_key("data/my", "text").idx)
+        'data/my_text_document.idx'
+        """
         return DatasetPaths.of(f"{output_prefix}_{key}_document")

@@ -21,6 +21,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from megatron_dwm.files.command_names import name_of_command
+
 TokenType = type[np.number]
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -86,7 +88,9 @@ def read_header(path: Path) -> IndexHeader:
     with path.open("rb") as file:
         start = file.read(_HEADER.size)
     if len(start) < _HEADER.size or not start.startswith(_MAGIC):
-        raise ValueError(f"{path} is not a Megatron index: write it with preprocess_data.py")
+        raise ValueError(
+            f"{path} is not a Megatron index: write it with {name_of_command('preprocess')}"
+        )
     _, version, code, num_sequences, num_borders = _HEADER.unpack(start)
     if version != _VERSION or code not in _TYPES:
         raise ValueError(
@@ -109,7 +113,7 @@ def read_header(path: Path) -> IndexHeader:
         return with_modes
     raise ValueError(
         f"{path} has {size_bytes} bytes but its header asks for {header.size_bytes}: it was "
-        "cut short or is damaged, write it again with preprocess_data.py"
+        f"cut short or is damaged, write it again with {name_of_command('preprocess')}"
     )
 
 

@@ -19,7 +19,13 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def look_up(record: dict[str, Any], dotted_key: str) -> tuple[bool, object]:
-    """True and the value if `dotted_key` is there: the key as it is, else a path of keys."""
+    """True and the value if `dotted_key` is there: the key as it is, else a path of keys.
+
+    >>> look_up({"text": "...", "meta": {"source": "web"}}, "meta.source")
+    (True, 'web')
+    >>> look_up({"text": "..."}, "meta.source")
+    (False, None)
+    """
     if dotted_key in record:
         return True, record[dotted_key]
     value: object = record

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_dwm.files.command_names import name_of_command
 from megatron_dwm.files.dataset_paths import DatasetPaths
 from megatron_dwm.files.digest import digest_of_files
 
@@ -67,8 +68,8 @@ def read_header(path: Path) -> TokenLossHeader:
         header = TokenLossHeader(**content)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
-            f"{path}: no file of token losses of this version; write it with score_data.py "
-            "--token-losses"
+            f"{path}: no file of token losses of this version; write it with "
+            f"{name_of_command('score')} --token-losses"
         ) from None
     size_bytes = HEADER_BYTES + 4 * header.num_tokens
     if path.stat().st_size != size_bytes:

@@ -18,6 +18,16 @@ its module (such as F.linear(x, embedding.weight)) is found by that.
 
 `exact` differentiates through the optimizer's next step instead. Cost: as in library/megatron.py,
 and two inner products.
+
+A sample whose gradient points along the validation gradient helps:
+
+>>> module = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
+>>> probe = ModuleProbe(module, torch.optim.SGD(module.parameters(), lr=0.1))
+>>> probe.aim(lambda: module(torch.tensor([[1.0]])).sum().backward())
+>>> with probe.attached() as alignments:
+...     module(torch.tensor([[2.0], [-3.0]])).mean().backward()
+>>> alignments.values_n
+tensor([ 1.0000, -1.5000])
 """
 
 from __future__ import annotations

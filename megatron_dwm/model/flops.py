@@ -20,6 +20,12 @@ def llm_forward_flops(
     """FLOPs of one forward pass over `samples` rows of `sequence_length` tokens.
 
     attended_tokens: mean over tokens of the length inside which attention stays; None: the row.
+
+    >>> from megatron_dwm.config import ModelConfig
+    >>> from megatron_dwm.model.shape import resolve_shape
+    >>> shape = resolve_shape(ModelConfig(preset="llama-1.3b"), 32000)
+    >>> f"{llm_forward_flops(shape, samples=1, sequence_length=1024):.2e}"
+    '2.72e+12'
     """
     weights = shape.num_layers * shape.layer_matrices
     output = shape.padded_vocab_size * shape.hidden_size

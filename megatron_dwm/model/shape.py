@@ -190,6 +190,9 @@ def resolve_shape(
     init_from: shape of the model that `model.init_from` names. The run takes this shape, and the
     preset and fields that the configuration sets have to agree with it.
     Raises `UserError` with the values that differ.
+
+    >>> resolve_shape(ModelConfig(preset="llama-1.3b"), 32000).num_parameters()
+    1345423360
     """
     given = _given(config)
     if init_from is not None:

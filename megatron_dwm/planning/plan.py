@@ -116,6 +116,14 @@ def make_plan(config: Config, gpu: Gpu, *, gpus: int, mfu: float) -> Plan:
     are read, and, if documents inside samples matter, the index of the training data.
 
     Raises UserError if pretrain would refuse the run for a reason other than its files.
+
+    >>> from megatron_dwm.config.load import load_config
+    >>> from megatron_dwm.planning import GPUS
+    >>> words = ["--model.preset", "llama-1.3b", "--training.micro_batch_size", "4"]
+    >>> words += ["--data.train", "my_text_document", "--data.tokenizer", "my.model"]
+    >>> plan = make_plan(load_config(words), GPUS["h100-80gb"], gpus=8, mfu=0.4)
+    >>> plan.shape.num_layers, plan.fits
+    (24, True)
     """
     if config.model.fp8_emulation:
         raise UserError("model.fp8_emulation: a plan is of a GPU's own layers; leave it out")

@@ -85,10 +85,11 @@ def group_rows(runs: RunSet, group: Group, phase: str, value: Value) -> list[lis
 
 
 def bin_edges(steps: np.ndarray, max_bins: int = MAX_BINS) -> np.ndarray:
-    """Returns the edges of equal bins of steps, at most as many as there are different steps."""
+    """Returns the edges of bins of steps: one for each step, or equal ones if steps are many."""
     different = np.unique(steps)
-    count = min(max_bins, len(different))
-    return np.linspace(different[0], different[-1] + 1, count + 1)
+    if len(different) <= max_bins:
+        return np.append(different, different[-1] + 1)
+    return np.linspace(different[0], different[-1] + 1, max_bins + 1)
 
 
 def bin_of(steps: np.ndarray, edges: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.files.command_names import name_of_command
 from megatron_dwm.report.runs import Run
 
 _NEEDED = {"task", "num_fewshot", "metric", "value"}
@@ -57,5 +58,5 @@ def _read(path: Path) -> list[Mapping[str, Any]]:
     except (ValueError, TypeError, KeyError):
         whole = False
     if not whole:
-        raise UserError(f"{path}: not a file that tools/evaluate.py --output wrote")
+        raise UserError(f"{path}: not a file that {name_of_command('evaluate')} --output wrote")
     return list(scores)

@@ -5,6 +5,7 @@ from megatron_dwm.runtime.bring_up import (
     bring_up,
     rank_from_environment,
     runtime_of_running_job,
+    start,
     tensor_context_group,
     world_size_from_environment,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "bring_up",
     "rank_from_environment",
     "runtime_of_running_job",
+    "start",
     "tensor_context_group",
     "world_size_from_environment",
 ]

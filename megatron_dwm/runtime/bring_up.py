@@ -1,15 +1,21 @@
-"""Starts processes, devices and Megatron's process groups; the result is a `Runtime`."""
+"""Starts processes, devices and Megatron's process groups; the result is a `Runtime`.
+
+`bring_up` is for a `with` block, which a program has. `start` and `Runtime.close` are the same for
+a notebook or a session of Python, where no block is open from one cell to the next.
+"""
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import random
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import numpy as np
@@ -18,7 +24,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_dwm.config import ParallelConfig
+from megatron_dwm.config import ParallelConfig, UserError
 from megatron_dwm.launch import Launch, Launcher, find_launch
 from megatron_dwm.runtime.cpu import cuda_redirected_to_cpu
 from megatron_dwm.runtime.peers import Peers, meet
@@ -40,6 +46,7 @@ class Runtime:
     side_group: a second group of the ranks in pipeline_group, for messages that do not belong to
         the schedule; None without pipeline parallelism.
     peers: the other processes of the job; None if there are none.
+    open_until_close: what `close` ends; empty but for the runtime that `start` returns.
     """
 
     device: torch.device
@@ -64,6 +71,7 @@ class Runtime:
     inner_group: Group
     side_group: Group | None
     peers: Peers | None
+    open_until_close: ExitStack = field(default_factory=ExitStack, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -98,6 +106,13 @@ class Runtime:
         if self.world_size > 1:
             dist.barrier()
 
+    def close(self) -> None:
+        """End what `start` has started (collective); nothing if it has ended, or after `bring_up`.
+
+        The groups are gone then, and torch.cuda and torchrun's variables are as they were before.
+        """
+        self.open_until_close.close()
+
 
 @contextmanager
 def bring_up(config: ParallelConfig, seed: int) -> Iterator[Runtime]:
@@ -123,6 +138,36 @@ def bring_up(config: ParallelConfig, seed: int) -> Iterator[Runtime]:
         yield _describe(device, peers, timedelta(seconds=config.timeout_s))
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def start(config: ParallelConfig | None = None, seed: int = 1234) -> Runtime:
+    """Returns what `bring_up` yields, for a notebook: it lasts until `close`, or until Python ends.
+
+    config: the layout; by default without tensor, context or pipeline parallelism. One process may
+        start again after `close`; a job of several has one address, which serves one start.
+
+    Raises:
+        UserError: torch.distributed has been initialized already, by `start` or by another program.
+        LostPeer: another process of the job did not start. If one ends later, the collective that
+            waits for it raises torch's own error.
+    """
+    if dist.is_initialized():
+        raise UserError(
+            "torch.distributed is initialized already: call close() of the runtime that start() "
+            "returned before, or, where your program made Megatron-Core's groups, take "
+            "runtime_of_running_job()"
+        )
+    with ExitStack() as stack:
+        runtime = stack.enter_context(bring_up(config or ParallelConfig(), seed))
+        kept = stack.pop_all()
+    atexit.register(_close_at_exit, kept, runtime.world_size)
+    return replace(runtime, open_until_close=kept)
+
+
+def _close_at_exit(kept: ExitStack, world_size: int) -> None:
+    """Close, but not after an exception that a peer may not have seen, as in `bring_up`."""
+    if world_size == 1 or getattr(sys, "last_value", None) is None:
+        kept.close()
 
 
 @contextmanager

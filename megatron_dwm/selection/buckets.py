@@ -36,7 +36,11 @@ _ONE_WORD = np.uint64(0x5851F42D4C957F2D)
 
 
 def buckets_of(ngrams: list[bytes]) -> np.ndarray:
-    """Returns the bucket of each n-gram, its words joined by single spaces, by the hash itself."""
+    """Returns the bucket of each n-gram, its words joined by single spaces, by the hash itself.
+
+    >>> buckets_of([b"the", b"the cat"])
+    array([8288,  143], dtype=uint16)
+    """
     sha256 = hashlib.sha256
     digests = b"".join([sha256(ngram).digest() for ngram in ngrams])
     numbers = np.frombuffer(digests, ">u2").reshape(-1, _DIGEST_WORDS).astype(np.int64)

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.files.command_names import name_of_command
 from megatron_dwm.files.index_format import read_numbers
 from megatron_dwm.files.sidecar_columns import UNKNOWN_DOMAIN, read_codes
 from megatron_dwm.preprocess.read.indexed import (
@@ -50,7 +51,7 @@ class Pool:
         if self.sidecar is None:
             raise UserError(
                 f"{self.dataset.paths.sidecar}: no such file; {option} reads a column of this "
-                "table, which preprocess_data.py writes (--metadata-keys)"
+                f"table, which {name_of_command('preprocess')} writes (--metadata-keys)"
             )
         return self.sidecar
 

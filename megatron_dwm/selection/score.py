@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.outputs import require_writable_parents, why_unwritable
 from megatron_dwm.files.atomic import new_file
+from megatron_dwm.files.command_names import name_of_command
 from megatron_dwm.files.sidecar_format import OWN_COLUMNS, write_row_groups
 from megatron_dwm.selection.pool import Pool, open_pool
 from megatron_dwm.selection.record import inputs_of
@@ -101,7 +102,7 @@ def score(settings: ScoreSettings, progress: Progress) -> dict[str, np.ndarray]:
     Raises `UserError` for an unusable dataset or tokenizer, and a column that is there.
     """
     pool = open_pool(settings.prefix)
-    sidecar = pool.require_sidecar("score_data.py")
+    sidecar = pool.require_sidecar(name_of_command("score"))
     _check_columns(settings, sidecar.schema_arrow.names, pool.dataset.paths.sidecar)
     require_writable_parents([pool.dataset.paths.sidecar])
     before = inputs_of(pool)

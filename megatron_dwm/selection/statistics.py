@@ -70,7 +70,11 @@ def length(texts: Texts) -> np.ndarray:
 
 
 def type_token_ratio(texts: Texts) -> np.ndarray:
-    """Distinct words / words, in lower case, where a word is a run of letters, digits and `_`."""
+    """Distinct words / words, in lower case, where a word is a run of letters, digits and `_`.
+
+    >>> type_token_ratio(Texts(TextBatch.of(["to be or not to be", "To"])))
+    array([0.66666667, 1.        ])
+    """
     words = texts.words
     is_word_W = words.classes_W == WORD
     document_W = np.repeat(np.arange(len(words.counts_D)), words.counts_D)
@@ -85,7 +89,11 @@ def type_token_ratio(texts: Texts) -> np.ndarray:
 
 
 def symbol_share(texts: Texts) -> np.ndarray:
-    """Characters that are neither white space, letters, digits nor `_`, / characters."""
+    """Characters that are neither white space, letters, digits nor `_`, / characters.
+
+    >>> symbol_share(Texts(TextBatch.of(["a+b=c", "words"])))
+    array([0.4, 0. ])
+    """
     is_symbol = classes_of(texts.batch.content) == SYMBOL
     return _ratio(texts.count(is_symbol & texts.first_bytes), texts.characters_D)
 

@@ -66,7 +66,13 @@ class Words:
 
 
 def split_words(batch: TextBatch) -> Words:
-    """Returns the words of `batch`, as it is spelled."""
+    """Returns the words of `batch`, as it is spelled.
+
+    >>> batch = TextBatch.of(["To be, or"])
+    >>> words = split_words(batch)
+    >>> [batch.content[a:b] for a, b in zip(words.begins_W, words.ends_W, strict=True)]
+    [b'To', b'be', b',', b'or']
+    """
     classes = classes_of(batch.content)
     is_border = np.ones(len(classes) + 1, dtype=bool)
     np.not_equal(classes[1:], classes[:-1], out=is_border[1:-1])

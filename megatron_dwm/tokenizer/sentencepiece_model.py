@@ -22,6 +22,7 @@ import sentencepiece
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.outputs import new_outputs
+from megatron_dwm.files.command_names import name_of_command
 from megatron_dwm.tokenizer.files import read_tokenizer_file
 from megatron_dwm.tokenizer.interface import Piece, PieceRole, SpecialTokens
 
@@ -188,6 +189,6 @@ def _load(content: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
     except RuntimeError:
         raise UserError(
             f"{path}: not a SentencePiece model (expected the .model file that SentencePiece "
-            "or tools/train_tokenizer.py wrote)"
+            f"or {name_of_command('tokenizer')} wrote)"
         ) from None
     return processor

@@ -27,7 +27,11 @@ _LARGEST_TEMPERATURE = 1e6
 
 
 def effective_sample_size(weights_Gn: Tensor, sizes_Gn: Tensor | None = None) -> Tensor:
-    """Returns [G]: (sum s w)^2 / (sum s * sum s w^2), at most 1; sizes s of None are all 1."""
+    """Returns [G]: (sum s w)^2 / (sum s * sum s w^2), at most 1; sizes s of None are all 1.
+
+    >>> effective_sample_size(torch.tensor([[1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 0.0, 0.0]]))
+    tensor([1.0000, 0.5000])
+    """
     if sizes_Gn is None:
         n = weights_Gn.shape[-1]
         return weights_Gn.sum(-1).square() / (n * weights_Gn.square().sum(-1))
@@ -72,6 +76,12 @@ def weights_from_logits(
     the effective sample size is active, this is not the full derivative: the weights there do not
     depend on the scale of the logits, so with the full derivative a group with one sample far above
     the others would never recover.
+
+    >>> logits_Gn = torch.tensor([[0.0, 0.0, 0.0, 9.0]])
+    >>> weights_from_logits(logits_Gn, min_effective_sample_size=0.0, uniform_floor=0.0)
+    tensor([[4.9346e-04, 4.9346e-04, 4.9346e-04, 3.9985e+00]])
+    >>> weights_from_logits(logits_Gn, min_effective_sample_size=0.5, uniform_floor=0.0)
+    tensor([[0.4226, 0.4226, 0.4226, 2.7321]])
     """
     if sizes_Gn is not None:
         counts_G1 = (sizes_Gn > 0).any(-1, keepdim=True)

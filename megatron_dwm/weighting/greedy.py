@@ -43,6 +43,14 @@ def choose_greedily(
     """Returns bool [G, n]: in every choice the unit of the largest value, the first of equal ones.
 
     counts_Gn: False for a unit that cannot be chosen. kept_G1: how many to choose.
+
+    >>> scores_Gn = torch.tensor([[3.0, 2.9, 1.0]])  # the second unit repeats the first
+    >>> overlaps_Gnn = overlaps(torch.tensor([[[2.0, 0.0], [2.0, 0.0], [0.0, 1.0]]]))
+    >>> can = torch.tensor([[True, True, True]])
+    >>> choose_greedily(scores_Gn, overlaps_Gnn, can, torch.tensor([[2]]), redundancy=0.0)
+    tensor([[ True,  True, False]])
+    >>> choose_greedily(scores_Gn, overlaps_Gnn, can, torch.tensor([[2]]), redundancy=1.0)
+    tensor([[ True, False,  True]])
     """
     values_Gn = scores_Gn.where(counts_Gn, -torch.inf)
     chosen_Gn = torch.zeros_like(counts_Gn)

@@ -41,7 +41,13 @@ class SignalToNoise:
 
 
 def signal_to_noise(first_n: Tensor, second_n: Tensor) -> SignalToNoise:
-    """Compare the alignments [n] of the same samples from the two halves."""
+    """Compare the alignments [n] of the same samples from the two halves.
+
+    >>> round(signal_to_noise(torch.tensor([1.0, -1.0, 2.0]), torch.tensor([1.0, -1.0, 1.0])).ratio)
+    34
+    >>> signal_to_noise(torch.tensor([1.0, -1.0, 2.0]), torch.tensor([-1.0, 2.0, 1.0])).ratio
+    0.0
+    """
     agreement = float(torch.corrcoef(torch.stack([first_n, second_n]).double())[0, 1])
     if agreement != agreement:  # NaN: constant alignments have no correlation
         return SignalToNoise(0.0, 0.0)

@@ -98,6 +98,9 @@ def staged(steps: int, *, stages: int, updates: int, last: float) -> Schedule:
     """Returns stages of equal length; each but the first begins with `updates` updates.
 
     In the first one Adam's moments are still empty. last: the step after which no update is made.
+
+    >>> staged(1000, stages=5, updates=20, last=1000).update_steps
+    (200, 400, 600, 800)
     """
     borders = [steps * number // stages for number in range(stages)]
     return Schedule(
@@ -112,7 +115,11 @@ def staged(steps: int, *, stages: int, updates: int, last: float) -> Schedule:
 def online(
     steps: int, *, warmup: int, interval: int, last: float, in_step: bool, ahead: bool = False
 ) -> Schedule:
-    """Returns one update after `warmup` steps and then every `interval` steps, in one stage."""
+    """Returns one update after `warmup` steps and then every `interval` steps, in one stage.
+
+    >>> list(online(100, warmup=50, interval=20, last=100, in_step=True).update_steps)
+    [50, 70, 90]
+    """
     end = min(steps, int(last) + 1)
     return Schedule(
         steps=steps,

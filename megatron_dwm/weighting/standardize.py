@@ -13,6 +13,10 @@ def standardize(
 
     weights_Gn: weights with mean 1; None for equal weights.
     sizes_Gn: how much each unit counts in means; None: all the same.
+
+    >>> standardize(torch.tensor([[1.0, 3.0], [5.0, 5.0]]))
+    tensor([[-1.,  1.],
+            [ 0.,  0.]])
     """
     if sizes_Gn is None:
         deviation_G1 = values_Gn.std(-1, keepdim=True, correction=0)

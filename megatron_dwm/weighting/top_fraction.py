@@ -17,6 +17,9 @@ def keep_largest(scores_Gn: Tensor, sizes_Gn: Tensor | None, ratio: float) -> Te
 
     sizes_Gn: how much every unit counts; 0 for one that cannot be kept. None: all the same.
     ratio: fraction of a group's units to keep, rounded; equal scores are kept in their order.
+
+    >>> keep_largest(torch.tensor([[0.1, 0.4, 0.2, 0.3]]), None, ratio=0.5)
+    tensor([[0., 2., 0., 2.]])
     """
     sizes_Gn = torch.ones_like(scores_Gn) if sizes_Gn is None else sizes_Gn
     counts_Gn = sizes_Gn > 0

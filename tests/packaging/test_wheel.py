@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from tests.files.test_command_names import OF_A_CLONE
+
 REPOSITORY = Path(__file__).parent.parent.parent
 CORPUS = REPOSITORY / "examples" / "corpus"
 SOURCES = ("megatron_dwm", "pyproject.toml", "setup.py", "README.md", "LICENSE")
@@ -121,10 +123,35 @@ def test_it_is_the_wheel_that_runs(installed: Installed) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_its_help(installed: Installed, name: str) -> None:
     text = installed.succeed(name, "--help")
-    assert text.startswith("usage: ") and "tools/" not in text
+    assert text.startswith("usage: ") and not OF_A_CLONE.search(text)
     done = installed.run(name, "--unheard-of", "x")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (["generate", "--model", ".", "--prompt", "x"], "megatron-dwm-convert to-hf"),
+        (["evaluate", "--model", ".", "--suite", "dwm"], "megatron-dwm-convert to-hf"),
+        (["score", "--input", "bare", "--columns", "length"], "megatron-dwm-preprocess writes"),
+        (["select", "random", "--help"], "usage: megatron-dwm-select random"),
+        (["select", "rater", "--help"], "megatron-dwm-score --columns weight"),
+        (["score", "--help"], "megatron-dwm-select qurating"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_messages_name_installed_commands(
+    installed: Installed, command: list[str], named: str
+) -> None:
+    for ending in ("bin", "idx"):
+        source = installed.folder / f"my_text_document.{ending}"
+        shutil.copy(source, installed.folder / f"bare.{ending}")
+    done = installed.run(f"megatron-dwm-{command[0]}", *command[1:])
+    assert done.returncode == (0 if "--help" in command else 2)
+    text = done.stdout + done.stderr
+    # argparse breaks lines at hyphens, too.
+    assert "".join(named.split()) in "".join(text.split()) and not OF_A_CLONE.search(text)
 
 
 def test_train_plan_and_report(installed: Installed) -> None:

@@ -154,7 +154,10 @@ def test_mistakes_are_one_line_and_exit_code_2(
         ((run, "--target-domain", "novels"), "--target-domain novels is not a held-out domain"),
         ((run, "--baseline", "other"), "--baseline other is not a run of this report"),
         ((run, "--scores", "other.json"), "--scores other.json: no run is called other"),
-        ((run, "--scores", f"run={torn}/metrics.jsonl"), "not a file that tools/evaluate.py"),
+        (
+            (run, "--scores", f"run={torn}/metrics.jsonl"),
+            "not a file that python tools/evaluate.py",
+        ),
         ((run, "--watch", "0"), "argument --watch: invalid number of seconds from 1 to 86400"),
     ]
     for arguments, message in cases:

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_dwm.report.curves import group_rows, key
 from megatron_dwm.report.reach import MEAN, work_to_reach
 from megatron_dwm.report.run_report import Request, contents_of, read_runs
-from megatron_dwm.report.runs import Run, grouped
+from megatron_dwm.report.runs import Run, RunSet, grouped
 from megatron_dwm.report.sections.benchmarks import benchmarks
 from tests.report.test_report import rows_where
 
@@ -60,6 +61,15 @@ def test_lines_are_means_and_bands_the_lowest_and_highest(four: list[Path]) -> N
     assert [row["loss"] for row in drawn] == pytest.approx(np.mean(by_run, axis=0), rel=1e-6)
     assert [row["low"] for row in drawn] == pytest.approx(np.min(by_run, axis=0), rel=1e-6)
     assert [row["high"] for row in drawn] == pytest.approx(np.max(by_run, axis=0), rel=1e-6)
+
+
+def test_few_points_stay_where_they_were_measured() -> None:
+    steps = [20, 30, 40, 60]
+    lines = [{"phase": "evaluation", "step": s, "stage": 1, "loss": s / 7} for s in steps]
+    run = Run(name="a", path=Path("a"), metrics=lines, config={})
+    runs = RunSet(runs=[run], groups=grouped([run]))
+    rows = group_rows(runs, runs.groups[0], "evaluation", key("loss"))
+    assert [(row[0], row[4]) for row in rows] == [(s, s / 7) for s in steps]
 
 
 def test_a_run_that_is_behind_ends_its_group(four: list[Path]) -> None:

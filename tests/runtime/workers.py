@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_dwm.config import ParallelConfig
-from megatron_dwm.runtime import bring_up
+from megatron_dwm.runtime import Runtime, bring_up, start
+from megatron_dwm.testing import plain_step, random_batch, tiny_learner
 
 
 def timeouts_s(tensor: int, pipeline: int, timeout_s: int) -> list[float]:
@@ -17,3 +18,29 @@ def timeouts_s(tensor: int, pipeline: int, timeout_s: int) -> list[float]:
             group._get_backend(torch.device("cpu")) for group in dist.distributed_c10d._world.pg_map
         ]
         return [backend.options._timeout.total_seconds() for backend in backends]
+
+
+def losses(pipeline: int, in_a_block: bool) -> list[float]:
+    """Returns the losses of three steps, in a `with` block or between `start` and `close`."""
+    config = ParallelConfig(pipeline=pipeline)
+    if in_a_block:
+        with bring_up(config, seed=1) as runtime:
+            found = _losses(runtime, config)
+            runtime.close()  # the block ends it
+            assert dist.is_initialized()
+            return found
+    runtime = start(config, seed=1)
+    found = _losses(runtime, config)
+    runtime.close()
+    runtime.close()  # nothing is left to do
+    assert not dist.is_initialized()
+    return found
+
+
+def _losses(runtime: Runtime, config: ParallelConfig) -> list[float]:
+    learner = tiny_learner(runtime, parallel=config)
+    batches = [random_batch(number, runtime, rows=8) for number in range(3)]
+    return [
+        float(plain_step(learner.llm, learner.optimizer, batch, learner.micro_batch_size))
+        for batch in batches
+    ]

@@ -82,4 +82,4 @@ def test_mistakes(copied: str, model: Path, run: Run) -> None:
     Path(f"{copied}.meta.parquet").unlink()
     done = run(*common, "--columns", "length")
     assert done.returncode == 2
-    assert "d.meta.parquet: no such file; score_data.py reads" in done.stderr
+    assert "d.meta.parquet: no such file; python tools/score_data.py reads" in done.stderr

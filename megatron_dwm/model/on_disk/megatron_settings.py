@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from megatron_dwm.config import UserError
+from megatron_dwm.files.command_names import name_of_command
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.model.on_disk.saved_index import data_only, read_index
 
@@ -147,7 +148,7 @@ def shape_from(settings: Mapping[str, Any], given: Mapping[str, Any], where: Pat
     except TypeError as error:
         missing = str(error).partition(": ")[2] or str(error)
         raise UserError(
-            f"{where}: nothing there tells {missing}; give each to convert_checkpoint.py "
+            f"{where}: nothing there tells {missing}; give each to {name_of_command('convert')} "
             "from-megatron with --shape KEY=VALUE"
         ) from None
     plain = shape.hidden_size // shape.num_attention_heads

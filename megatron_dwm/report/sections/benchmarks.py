@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
+from megatron_dwm.files.command_names import name_of_command
 from megatron_dwm.report.charts import bars
 from megatron_dwm.report.content import Cell, Column, Content, Figure, Table, columnar
 from megatron_dwm.report.runs import RunSet
@@ -29,7 +30,7 @@ def benchmarks(runs: RunSet) -> Content:
     """Returns the section with the scores of tools/evaluate.py."""
     if not runs.scores:
         note = (
-            "No benchmark scores: export the model, run tools/evaluate.py --output "
+            f"No benchmark scores: export the model, run {name_of_command('evaluate')} --output "
             "RUN/evaluation/NAME.json, or name its file with --scores."
         )
         return Content(id="benchmarks", title="Benchmarks", notes=[note])

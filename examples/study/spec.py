@@ -1,0 +1,183 @@
+"""The runs of the study, from study.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_dwm.config import UserError
+
+FILE = Path(__file__).parent / "study.yaml"
+BASE = "uniform"
+"""the method that all others are compared with"""
+NATURAL, CONTINUED, PACKED = "natural", "continued", "packed"
+"""corpora: without junk; with junk, read by a model that was trained without; short documents"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A model, and its training. options: of megatron_dwm.pretrain."""
+
+    name: str
+    steps: int
+    options: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to weigh, or to choose beforehand.
+
+    target: it reads the target. after: methods whose run has to be finished before, of the same
+    size or as SIZE/METHOD.
+    steps, rate: factors of the size's steps and learning rate. select: the method of
+    tools/select_data.py that keeps half of the corpus; None reads all of it.
+    """
+
+    name: str
+    options: str
+    target: bool = False
+    after: tuple[str, ...] = ()
+    steps: float = 1.0
+    rate: float = 1.0
+    select: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run."""
+
+    size: Size
+    corpus: str
+    target: str
+    method: Method
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The run's folder."""
+        return self.beside(self.method.name)
+
+    @property
+    def needs(self) -> list[str]:
+        """The names of the runs that have to be finished before."""
+        start = [self.start] if self.start is not None else []
+        return [*start, *map(self.beside, self.method.after)]
+
+    @property
+    def start(self) -> str | None:
+        """The name of the run whose model this one goes on training; None for a new model."""
+        return self.beside(BASE, NATURAL) if self.corpus == CONTINUED else None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return round(self.size.steps * self.method.steps)
+
+    def beside(self, method: str, corpus: str | None = None) -> str:
+        """Returns the name of the run that differs in its method, or in its corpus, too.
+
+        method: METHOD, or SIZE/METHOD.
+        """
+        size, _, name = method.rpartition("/")
+        parts = (size or self.size.name, corpus or self.corpus, self.target, name, self.seed)
+        return "-".join(map(str, parts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Runs that belong to one table. seeds: of every method in it."""
+
+    name: str
+    about: str
+    sizes: tuple[str, ...]
+    corpora: tuple[str, ...]
+    targets: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    default: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Everything in study.yaml."""
+
+    sizes: Mapping[str, Size]
+    methods: Mapping[str, Method]
+    parts: Mapping[str, Part]
+
+    def chosen(self, names: Iterable[str]) -> list[Part]:
+        """Returns parts by name, or those of the default. Raises UserError for an unknown one."""
+        names = list(names)
+        if not names:
+            return [part for part in self.parts.values() if part.default]
+        for name in names:
+            if name not in self.parts:
+                known = ", ".join(self.parts)
+                raise UserError(f"--part {name}: no such part; expected one of {known}")
+        return [self.parts[name] for name in names]
+
+    def runs(self, part: Part) -> Iterator[Run]:
+        """Yields a part's runs, seed by seed, each after those that it needs."""
+        cells = product(part.seeds, part.sizes, part.corpora, part.targets, part.methods)
+        for seed, size, corpus, target, method in cells:
+            run = self.run(size, corpus, target, method, seed)
+            yield from self._needed(run)
+            yield run
+
+    def run(self, size: str, corpus: str, target: str, method: str, seed: int) -> Run:
+        """Returns one run."""
+        return Run(
+            size=self.sizes[size],
+            corpus=corpus,
+            target=target,
+            method=self.methods[method],
+            seed=seed,
+        )
+
+    def _needed(self, run: Run) -> Iterator[Run]:
+        """Yields the runs that a run needs, each after those that it needs itself."""
+        cell = (run.corpus, run.target)
+        first = [(run.size.name, NATURAL, run.target, BASE)] if run.start is not None else []
+        for each in run.method.after:
+            size, _, name = each.rpartition("/")
+            first.append((size or run.size.name, *cell, name))
+        for parts in first:
+            needed = self.run(*parts, run.seed)
+            yield from self._needed(needed)
+            yield needed
+
+
+def read_study(file: Path = FILE) -> Study:
+    """Returns the study that a file describes.
+
+    Raises UserError for a name in a part that nothing describes.
+    """
+    found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    study = Study(
+        sizes={name: Size(name=name, **fields) for name, fields in found["sizes"].items()},
+        methods={name: _method(name, fields) for name, fields in found["methods"].items()},
+        parts={name: _part(name, fields) for name, fields in found["parts"].items()},
+    )
+    for part in study.parts.values():
+        for kind, names, known in (
+            ("size", part.sizes, study.sizes),
+            ("method", part.methods, study.methods),
+        ):
+            for name in names:
+                if name not in known:
+                    raise UserError(f"{file}: part {part.name}: no {kind} {name}")
+    return study
+
+
+def _method(name: str, fields: Mapping[str, Any]) -> Method:
+    return Method(name=name, **{**fields, "after": tuple(fields.get("after", ()))})
+
+
+def _part(name: str, fields: Mapping[str, Any]) -> Part:
+    lists = ("sizes", "corpora", "targets", "methods", "seeds")
+    return Part(name=name, **{**fields, **{key: tuple(fields[key]) for key in lists}})

@@ -1,0 +1,1 @@
+"""The pages of docs/ by task, read and followed."""
