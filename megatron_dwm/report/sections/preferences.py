@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_dwm.files.command_names import name_of_command
 from megatron_dwm.report.charts import fan, lines
 from megatron_dwm.report.content import Cell, Column, Content, Figure, columnar
 from megatron_dwm.report.curves import abscissas, at_steps, bin_edges, bin_of
@@ -93,8 +94,8 @@ def _caption_of_scores(found: RunDocuments, count: int) -> str:
     what = (
         f"Scores are the numeric columns of the data's sidecar, of {count:,} documents."
         if found.has_scores
-        else f"The sidecar has no score columns (tools/score_data.py adds them), so these are "
-        f"statistics of the text of {count:,} documents, at most {SAMPLED_DOCUMENTS:,}."
+        else f"The sidecar has no score columns ({name_of_command('score')} adds them), so these "
+        f"are statistics of the text of {count:,} documents, at most {SAMPLED_DOCUMENTS:,}."
     )
     main = (
         " The score of a sample is that of its main document, the one with most of its tokens."
