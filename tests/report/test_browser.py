@@ -164,6 +164,7 @@ def test_lines_can_be_hidden_and_data_shown(browser: Any, request_: Request) -> 
 
 def test_figures_are_saved_as_png_and_csv(browser: Any, request_: Request, tmp_path: Path) -> None:
     found = opened(browser, request_.page)
+    found.draw_all()  # until then, a plot that is drawn may move a button away from a click
     contents = contents_of(read_runs(request_))
     for figure in (figure for content in contents for figure in content.figures):
         place = found.page.locator(f"#figure-{figure.id}")
