@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "convert": {"files", "config", "tokenizer", "runtime", "model", "checkpoint"},
     "evaluation": {"files", "config"},
-    "report": {"files", "config"},
+    "report": {"files", "config", "tokenizer", "selection"},
     "commands": {
         *("files", "config", "run", "planning", "preprocess", "selection", "convert"),
         *("evaluation", "report", "tokenizer", "weighting", "entry"),

@@ -17,12 +17,13 @@ from tests.small_runs.fixtures import CORPUS, Corpus
 DOCUMENT = Path(__file__).parent.parent / "docs" / "metrics.md"
 EVERY_LINE = "In every line"
 WEIGHTS = "weights/*.parquet"
+TOKENS = "token_weights/*.parquet"
 SOURCES = {"training", "update", "target"}
 EVALUATED = ["--evaluation.path", str(CORPUS / "heldout.jsonl")]
 EVERY_WEIGHT = ["--logging.weights_interval_steps", "1"]
 BROKEN = ["--training.learning_rate", "1e4", "--training.weight_decay", "1e4"]
 BLADE = ["--policy.sync_first_step", "1", "--policy.sync_interval_steps", "2"]
-BLADE += ["--policy.reference_steps", "2"]
+BLADE += [*EVERY_WEIGHT, "--policy.reference_steps", "2"]
 _ALIGNED = ["--policy.alignment_warmup", "1"]
 _DEFERRED = ["--weighting.encoder", "llm", "--weighting.across_samples", "false"]
 _DEFERRED += ["--weighting.update_on", "ahead"]
@@ -60,6 +61,7 @@ def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
         "deferred": ["--policy.name", "dwm", *_DEFERRED, *_steps(7)],
         "domain_mean": ["--policy.name", "domain_mean", *_steps(6)],
         "blade": ["--policy.name", "blade", *_steps(3), *BLADE],
+        "tokens": ["--policy.name", "blade", "--weighting.unit", "token", *_steps(3), *BLADE],
         "aligned": ["--policy.name", "gradient_alignment", *_ALIGNED, *_steps(2)],
         "similarity": ["--policy.name", "similarity", *_steps(6)],
         "mixing": ["--policy.name", "validation_mixing", *_steps(2), *EVERY_WEIGHT],
@@ -85,7 +87,8 @@ def test_every_key_of_metrics_is_described_and_no_other(runs: list[Path]) -> Non
     written: Keys = defaultdict(set)
     for line in _lines(runs):
         written[line["phase"]] |= set(line)
-    phases = {name: found for name, found in keys.items() if name not in (EVERY_LINE, WEIGHTS)}
+    others = (EVERY_LINE, WEIGHTS, TOKENS)
+    phases = {name: found for name, found in keys.items() if name not in others}
     assert written == {phase: found | keys[EVERY_LINE] for phase, found in phases.items()}
 
 
@@ -108,3 +111,12 @@ def test_every_column_of_weights_is_described_and_no_other(runs: list[Path]) -> 
     empty = {name for table in tables for name in keys[WEIGHTS] if table[name].null_count}
     assert empty == sometimes[WEIGHTS] == {"alignment"}
     assert {s for table in tables for s in table["source"].to_pylist()} == SOURCES
+
+
+def test_every_column_of_token_weights_is_described_and_no_other(runs: list[Path]) -> None:
+    keys, sometimes = described()
+    tables = [pq.read_table(file) for run in runs for file in run.glob("token_weights/*.parquet")]
+    for table in tables:
+        assert set(table.column_names) == keys[TOKENS]
+    empty = {name for table in tables for name in keys[TOKENS] if table[name].null_count}
+    assert empty == sometimes[TOKENS]

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_dwm.config import Config
+from megatron_dwm.config.blend import parse_blend
 from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.domains import read_domains
-from megatron_dwm.data.prefixes import parse_blend, read_indexed_file
+from megatron_dwm.data.prefixes import read_indexed_file
 from megatron_dwm.data.values import DocumentValues
 from megatron_dwm.files.digest import digest_of_files
 from megatron_dwm.model import LlamaShape

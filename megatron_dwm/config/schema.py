@@ -17,7 +17,7 @@ from megatron_dwm.config.bounds import (
     SEED,
     TOKENS,
 )
-from megatron_dwm.config.key import SET, key
+from megatron_dwm.config.key import SET, Condition, key
 from megatron_dwm.config.methods import learns_from_alignments
 from megatron_dwm.config.schema_llm import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dwm.config.schema_method import (
@@ -27,6 +27,10 @@ from megatron_dwm.config.schema_method import (
     WeightingConfig,
 )
 
+_TOKEN_WEIGHTS: Condition = {
+    "weighting.unit": ("token",),
+    "logging.weights_interval_steps": SET,
+}
 _EVALUATED = ({"evaluation.path": SET}, {"evaluation.sets": SET})
 _WANDB = {"logging.wandb_project": SET}
 _PROFILED = {"profiling.tool": ("torch", "nvtx", "dlprof")}
@@ -124,6 +128,10 @@ class LoggingConfig:
     """steps between records of every sample's weight in weights/*.parquet; 0 records none. The
     column source says what sample_id numbers: samples that the LLM trains on (training), samples
     that weighting updates draw (update), or passages of the target (target)"""
+    weights_token_rows: int = key(4, COUNT_OR_ZERO, only=_TOKEN_WEIGHTS)
+    """rows at the beginning of a recorded step's batch whose tokens are written to token_weights/,
+    each with its weight, its loss and its excess loss (about 10 bytes a token); 0 writes of every
+    row only how many tokens it kept"""
 
 
 @dataclass(frozen=True, kw_only=True)

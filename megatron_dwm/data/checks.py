@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_dwm.config.blend import BlendPart, parse_blend
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.document_counts import document_lengths
 from megatron_dwm.data.domains import check_sidecar, check_tokenizer
-from megatron_dwm.data.prefixes import BlendPart, IndexedFile, parse_blend, read_indexed_file
+from megatron_dwm.data.prefixes import IndexedFile, read_indexed_file
 from megatron_dwm.data.shares import ReadSteps, shares_of_samples
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_dwm.config import Config
-from megatron_dwm.data.prefixes import IndexedFile, parse_blend, read_indexed_file
+from megatron_dwm.config.blend import parse_blend
+from megatron_dwm.data.prefixes import IndexedFile, read_indexed_file
 from megatron_dwm.data.shares import shares_of_run
 
 

@@ -162,6 +162,17 @@ class Feed:
         assert self._chosen is not None and self._chosen[0] == step, step
         return self._chosen[1].origins()
 
+    def first_rows(self, step: int, count: int) -> Batch:
+        """Returns the first rows of the global batch of step `step`, at most `count`, on the CPU.
+
+        With pools as in `origins`.
+        """
+        count = min(count, self.global_batch_size)
+        if self.pool_batches == 1:
+            return self._training.rows(step, 0, count)
+        assert self._chosen is not None and self._chosen[0] == step, step
+        return self._chosen[1].rows(0, count)
+
     def update_origins(self, number: int) -> Origins:
         """Returns the origins of the global batch of update `number`."""
         assert self._updates is not None

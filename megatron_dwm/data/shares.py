@@ -12,8 +12,8 @@ from functools import cached_property
 
 import numpy as np
 
+from megatron_dwm.config.blend import BlendPart
 from megatron_dwm.config.schema import DataConfig
-from megatron_dwm.data.prefixes import BlendPart
 
 
 @dataclass(frozen=True, kw_only=True)

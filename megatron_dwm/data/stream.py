@@ -26,6 +26,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
+from megatron_dwm.config.blend import parse_blend
 from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.batch import Batch
 from megatron_dwm.data.blend import Blend
@@ -44,7 +45,7 @@ from megatron_dwm.data.pieces import (
     clear_border_labels,
     piece_numbers,
 )
-from megatron_dwm.data.prefixes import IndexedFile, parse_blend, read_indexed_file
+from megatron_dwm.data.prefixes import IndexedFile, read_indexed_file
 from megatron_dwm.data.shares import ReadSteps, shares_of_samples
 from megatron_dwm.data.token_losses import TokenLosses
 from megatron_dwm.data.values import DocumentValues

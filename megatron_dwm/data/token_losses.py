@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_dwm.config.blend import parse_blend
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import DataConfig
-from megatron_dwm.data.prefixes import parse_blend
 from megatron_dwm.files.command_names import name_of_command
 from megatron_dwm.files.token_losses import data_digest, losses_path, map_losses, read_header
 

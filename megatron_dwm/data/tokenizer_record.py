@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_dwm.config.blend import parse_blend
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.data.prefixes import parse_blend
 from megatron_dwm.files.dataset_paths import DatasetPaths
 from megatron_dwm.files.sidecar_format import (
     EOD_ID,

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_dwm.config.blend import parse_blend
 from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.document_counts import document_lengths
-from megatron_dwm.data.prefixes import parse_blend, read_indexed_file
+from megatron_dwm.data.prefixes import read_indexed_file
 from megatron_dwm.data.shares import shares_of_run
 from megatron_dwm.data.values import DocumentValues
 

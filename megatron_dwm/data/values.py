@@ -15,11 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from megatron_dwm.config.blend import parse_blend
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.document_counts import document_lengths
 from megatron_dwm.data.domains import open_sidecar, read_domains
-from megatron_dwm.data.prefixes import IndexedFile, parse_blend, read_indexed_file
+from megatron_dwm.data.prefixes import IndexedFile, read_indexed_file
 from megatron_dwm.files.command_names import name_of_command
 
 

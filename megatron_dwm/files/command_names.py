@@ -20,6 +20,7 @@ TOOLS = {
     "evaluate": "evaluate",
     "plan": "plan",
     "report": "report",
+    "documents": "top_documents",
     "status": "run_status",
 }
 """the file in tools/ of each installed command, without `megatron-dwm-` and `.py`"""

@@ -157,6 +157,16 @@ def areas(x: Column, y: Column, color: str, names: Sequence[str]) -> Chart:
     return _plain(chart.encode(across, up, tooltip=tips, **filled))
 
 
+def histogram(x: Column, y: Column, color: str, names: Sequence[str]) -> Chart:
+    """Returns counts `y` in equal bins of `x`, stacked, one area for each value of `color`."""
+    across = alt.X(f"{x.name}:Q", title=x.label, scale=alt.Scale(nice=False))
+    up = alt.Y(f"{y.name}:Q", title=y.label, stack=True, axis=_ticks(y))
+    legend = alt.Legend(title=None, symbolType="square")
+    filled = alt.Color(f"{color}:N", scale=alt.Scale(domain=list(names)), legend=legend)
+    chart = alt.Chart(alt.NamedData("table")).mark_area(interpolate="step", opacity=0.85)
+    return _plain(chart.encode(across, up, filled, tooltip=_tips(x, y, color)))
+
+
 def bars(
     y: Column,
     category: Column,

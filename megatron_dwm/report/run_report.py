@@ -48,8 +48,9 @@ def write_report(request: Request) -> list[Path]:
     runs = read_runs(request)
     contents = contents_of(runs)
     images = write_images(request, contents)
+    tables = write_tables(request, runs)
     write_page(request, runs, contents)
-    return [request.page, *images]
+    return [request.page, *images, *tables]
 
 
 def read_runs(request: Request) -> RunSet:
@@ -102,6 +103,18 @@ def write_images(request: Request, contents: Sequence[Content]) -> list[Path]:
         write_bytes(path, png(figure))
         written.append(path)
     return written
+
+
+def write_tables(request: Request, runs: RunSet) -> list[Path]:
+    """Write the credit of every document, if there is any; returns the paths."""
+    from megatron_dwm.report.credit import write_credit
+    from megatron_dwm.report.sections.credit import CREDIT_FILE
+
+    found, path = runs.documents, request.page.parent / CREDIT_FILE
+    if found is None or not found.sums.aligned_K.any():
+        return []
+    write_credit(path, found.over_stages, found.weights.domains, found.corpus)
+    return [path]
 
 
 def _require_folder(folder: Path) -> None:

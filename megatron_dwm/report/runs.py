@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.report.run_files import ends_unfinished, read_metrics
 from megatron_dwm.report.speed import with_speed
+
+if TYPE_CHECKING:
+    from megatron_dwm.report.run_documents import RunDocuments
 
 DEFAULT_TARGET = "target"
 # Keys in which runs of one group may differ: the seed, and where files are.
@@ -88,6 +92,13 @@ class RunSet:
     def main(self) -> Run:
         """The run that the report is about."""
         return self.runs[0]
+
+    @cached_property
+    def documents(self) -> RunDocuments | None:
+        """Documents of the main run; None if it has no weights. Raises `UserError` as there."""
+        from megatron_dwm.report.run_documents import read_documents
+
+        return read_documents(self.main)
 
     @property
     def compared(self) -> bool:

@@ -11,7 +11,10 @@ from megatron_dwm.config.printing import printable
 from megatron_dwm.report.run_files import NotYet
 from megatron_dwm.report.run_report import Request, contents_of, read_runs, write_page
 
-_FILES = ("metrics.jsonl", "config.yaml", "starts.jsonl", "weights/*.parquet", "evaluation/*.json")
+_FILES = (
+    *("metrics.jsonl", "config.yaml", "starts.jsonl", "evaluation/*.json"),
+    *("weights/*.parquet", "token_weights/*.parquet"),
+)
 State = frozenset[tuple[Path, int, int]]
 
 

@@ -14,16 +14,18 @@ from megatron_dwm.config import Config
 from megatron_dwm.config.load import save_config
 from megatron_dwm.data import Origins
 from megatron_dwm.run.records import MetricsWriter, WeightRecorder
+from megatron_dwm.run.token_records import TokenRecorder
 
 
 class RunFiles:
-    """metrics.jsonl, weights/ and config.yaml of a run directory (main process only)."""
+    """metrics.jsonl, weights/, token_weights/ and config.yaml of a run directory (main process)."""
 
     def __init__(self, run_dir: Path, config: Config, warn: Callable[[str], None]) -> None:
         self._run_dir, self._config, self._warn = run_dir, config, warn
         self._identity = run_dir.stat()
         self.metrics = MetricsWriter(run_dir, config, warn)
-        self.weights = WeightRecorder(run_dir)
+        self._weights = WeightRecorder(run_dir)
+        self.tokens = TokenRecorder(run_dir)
         self._warned_of_removal = False
 
     def add_weights(
@@ -36,7 +38,7 @@ class RunFiles:
         alignment_n: Tensor | None,
     ) -> None:
         """Keep the weights of a global batch, and show their distribution."""
-        self.weights.add(step, stage, origins, losses_n, weights_n, alignment_n)
+        self._weights.add(step, stage, origins, losses_n, weights_n, alignment_n)
         self.metrics.histogram(step, "train/weight", weights_n)
         means = _mean_by_domain(origins.domains, weights_n)
         self.curves(step, {f"train/weight_by_domain/{name}": mean for name, mean in means.items()})
@@ -44,6 +46,16 @@ class RunFiles:
     def curves(self, step: int, curves: Mapping[str, float]) -> None:
         """Give the boards values that are not in metrics.jsonl."""
         self.metrics.curves("step", step, curves)
+
+    def flush(self, updates: int) -> None:
+        """Write the weights since the last call. Raises OSError; they are then still kept."""
+        for records in (self._weights.records, self.tokens.records):
+            records.flush(updates)
+
+    def forget(self) -> None:
+        """Drop the weights that were not written yet."""
+        for records in (self._weights.records, self.tokens.records):
+            records.forget()
 
     def write(self, line: dict[str, Any]) -> None:
         """Write a line of metrics.jsonl.

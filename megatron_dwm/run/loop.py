@@ -153,7 +153,8 @@ class Loop:
         state.tokens += feed.global_batch_size * self._config.data.sequence_length
         state.mean_loss = limits.running_mean(state.mean_loss, outcome.loss)
         origins = partial(feed.origins, state.step - 1)
-        self._report.step(self._job.stage, outcome, origins)
+        read_rows = partial(feed.first_rows, state.step - 1)
+        self._report.step(self._job.stage, outcome, origins, read_rows)
         if updates:
             state.updates += 1
             self._report.update(self._job.stage, outcome.update, origins)

@@ -25,6 +25,7 @@ UPDATES = b"updates"
 """key of a Parquet file's metadata: weighting updates made when it was written"""
 STEP_PHASES = ("train", "skipped")
 _WEIGHTS = re.compile(r"steps_(\d+)_(\d+)(?:_\d+)?\.parquet")
+_PARQUET_FOLDERS = ("weights", "token_weights")
 _MAX_NAMED = 5
 
 
@@ -54,7 +55,8 @@ def drop_records_after(run_dir: Path, state: TrainState, warn: Callable[[str], N
     kept = [line for line in lines if line.record is not None and _knows(state, line.record)]
     if metrics.is_file():
         write_bytes(metrics, b"".join(line.raw + b"\n" for line in kept))
-    _drop_weights(run_dir / "weights", state, warn)
+    for folder in _PARQUET_FOLDERS:
+        _drop_weights(run_dir / folder, state, warn)
     records = (line.record for line in kept)
     return state.step - len({r["step"] for r in records if r and r["phase"] in STEP_PHASES})
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -22,7 +21,8 @@ from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.config import Config
 from megatron_dwm.data import Origins
 from megatron_dwm.files.atomic import new_file
-from megatron_dwm.run.recorded import UPDATES, drop_records_after, set_aside
+from megatron_dwm.run.parquet_records import ParquetRecords
+from megatron_dwm.run.recorded import drop_records_after, set_aside
 from megatron_dwm.run.tensorboard import Axis, Board
 from megatron_dwm.run.wandb_board import WandbBoard
 from megatron_dwm.weighting.concentration import effective_sample_size, normalized_entropy
@@ -166,9 +166,7 @@ class WeightRecorder:
     """Collects the weights of units and writes them, one Parquet file per checkpoint."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._dir = run_dir / "weights"
-        self._tables: list[pa.Table] = []
-        self._steps: list[int] = []
+        self.records = ParquetRecords(run_dir / "weights", _WEIGHT_SCHEMA)
 
     def add(
         self,
@@ -186,7 +184,7 @@ class WeightRecorder:
         rows = len(origins.domains)
         found = [None] * rows if alignment_n is None else alignment_n.tolist()
         alignment = [None if value != value else value for value in found]
-        columns = [
+        columns: list[list[Any]] = [
             [step] * rows,
             [stage] * rows,
             list(origins.numberings),
@@ -198,34 +196,4 @@ class WeightRecorder:
             weights_n.tolist(),
             alignment,
         ]
-        arrays = [
-            pa.array(column, type=field.type)
-            for column, field in zip(columns, _WEIGHT_SCHEMA, strict=True)
-        ]
-        self._tables.append(pa.Table.from_arrays(arrays, schema=_WEIGHT_SCHEMA))
-        self._steps.append(step)
-
-    def forget(self) -> None:
-        """Drop the weights that were not written yet."""
-        self._tables, self._steps = [], []
-
-    def flush(self, updates: int) -> None:
-        """Write the weights since the last call as one file, whose metadata has `updates`.
-
-        Raises OSError if writing fails; the weights are then still kept.
-        """
-        if not self._tables:
-            return
-        self._dir.mkdir(exist_ok=True)
-        name = f"steps_{self._steps[0]:08d}_{self._steps[-1]:08d}.parquet"
-        table = pa.concat_tables(self._tables).unify_dictionaries()
-        with new_file(self._dir / _free_name(self._dir, name)) as partial:
-            pq.write_table(table.replace_schema_metadata({UPDATES: str(updates)}), partial)
-        self.forget()
-
-
-def _free_name(directory: Path, name: str) -> str:
-    """Returns `name`, or `name` with a number if a file with this name exists."""
-    stem = name.removesuffix(".parquet")
-    names = [name, *(f"{stem}_{number}.parquet" for number in range(1, 1000))]
-    return next(candidate for candidate in names if not (directory / candidate).exists())
+        self.records.keep(step, columns)

@@ -5,15 +5,12 @@ All ranks call every method, since values are gathered; the main process writes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from torch import Tensor
-
 from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.config import LoggingConfig
-from megatron_dwm.data import Origins
+from megatron_dwm.run.batch_records import BatchRecords, FindOrigins
 from megatron_dwm.run.clock import Clock
 from megatron_dwm.run.files import RunFiles
 from megatron_dwm.run.health import Health
@@ -25,14 +22,12 @@ from megatron_dwm.run.step_lines import (
     update_values,
 )
 from megatron_dwm.run.terminal import Terminal
+from megatron_dwm.run.token_records import ReadRows
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.training import OwnUpdateResult, Taken, TargetRead, UpdateResult
 from megatron_dwm.training.evaluation import Evaluation
-from megatron_dwm.training.weighed_units import WeighedUnits
 from megatron_dwm.weighting.costs import Costs
 
-# Looks up the origins of a global batch's rows when they are needed.
-FindOrigins = Callable[[], Origins]
 Update = UpdateResult | OwnUpdateResult | TargetRead
 
 
@@ -56,8 +51,9 @@ class Reporter:
         self._progress = progress
         self._clock = Clock(state)
         self._step_lines = StepLines(health, files)
+        self._records = BatchRecords(state, runtime, config, files)
 
-    def step(self, stage: int, outcome: Taken, origins: FindOrigins) -> None:
+    def step(self, stage: int, outcome: Taken, origins: FindOrigins, read_rows: ReadRows) -> None:
         """Report a step that was taken and is already counted in the state."""
         statistics = batch_statistics(outcome.units, self._runtime)
         self._progress.step(stage, outcome, statistics, self._clock.lap())
@@ -71,10 +67,10 @@ class Reporter:
         self._step_lines.add(before, statistics, _counts(self._state, self._costs), more=more)
         if self._state.step % self._config.metrics_interval_steps == 0:
             self._step_lines.write()
-        interval = self._config.weights_interval_steps
-        if interval and self._state.step % interval == 0 and outcome.update is None:
+        if self._records.is_due() and outcome.update is None:
             # An update inside the step records the same weights, with alignments.
-            self._record_weights(stage, origins, outcome.units, None)
+            self._records.weights(stage, origins, outcome.units, None)
+            self._records.tokens(stage, origins, outcome.units, read_rows)
 
     def update(self, stage: int, result: Update | None, origins: FindOrigins) -> None:
         """Report a weighting update, made or skipped, that is already counted in the state."""
@@ -92,11 +88,10 @@ class Reporter:
         values = update_values(result, alignment_n)
         statistics = named_statistics(batch_statistics(result.units, runtime))
         self._write_update(stage, **values, **statistics)
-        interval = self._config.weights_interval_steps
         # The step that follows from its own update records the same weights.
         weighs_step = isinstance(result, UpdateResult) and result.weighs_step
-        if interval and (not weighs_step or self._state.step % interval == 0):
-            self._record_weights(stage, origins, result.units, alignment_n)
+        if self._records.is_due() or (self._records.is_on() and not weighs_step):
+            self._records.weights(stage, origins, result.units, alignment_n)
 
     def skipped(self, stage: int, reason: str, samples: range) -> None:
         """Report a step that was skipped and is already counted in the state."""
@@ -122,7 +117,7 @@ class Reporter:
         if self._files is None:
             return
         try:
-            self._files.weights.flush(self._state.updates)
+            self._files.flush(self._state.updates)
         except OSError as error:
             self.terminal.warn(f"weights: {error}; records are kept until there is room")
 
@@ -138,7 +133,7 @@ class Reporter:
         """Drop the records after the run's state, which was just loaded from a checkpoint."""
         self._step_lines.drop()
         if self._files is not None:
-            self._files.weights.forget()
+            self._files.forget()
             self._files.metrics.reopen_at(self._state)
         self._clock.restart()
 
@@ -154,17 +149,6 @@ class Reporter:
         reason = "its losses, alignments or features are not finite"
         self._write(stage, "skipped_update", update=number, reason=reason)
         self.terminal.warn(f"weighting update {number} is skipped: {reason}")
-
-    def _record_weights(
-        self, stage: int, origins: FindOrigins, units: WeighedUnits, alignment_n: Tensor | None
-    ) -> None:
-        """Record the weights of a global batch (collective); `alignment_n` is of all replicas."""
-        units = units.recorded()
-        losses_n = units.gather(units.losses_n, self._runtime)
-        weights_n = units.gather(units.weights_n, self._runtime)
-        if self._files is not None:
-            step = self._state.step
-            self._files.add_weights(step, stage, origins(), losses_n, weights_n, alignment_n)
 
     def _write_update(self, stage: int, **values: object) -> None:
         seconds = self._write(stage, "weighting", update=self._state.updates, **values)

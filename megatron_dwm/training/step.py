@@ -109,7 +109,7 @@ def train_step(
             probe=probe,
         )
     assert result.weights_n is not None
-    units = weighed_units(batch, result.unit_losses_n, result.weights_n, learner.runtime)
+    units = _units(learner, batch, result)
     loss, weighted_loss, weight, wrong = _means(learner, units)
     if largest_loss is not None and loss > largest_loss:
         return Spike(loss=loss, limit=largest_loss)
@@ -133,6 +133,18 @@ def train_step(
         units=units,
         update=update,
         statistics=method.step_statistics(),
+    )
+
+
+def _units(learner: Learner, batch: Batch, result: PassResult) -> WeighedUnits:
+    """Returns the units of this replica's batch after its pass (collective)."""
+    assert result.weights_n is not None
+    return weighed_units(
+        batch,
+        result.unit_losses_n,
+        result.weights_n,
+        learner.runtime,
+        reference_losses_n=result.reference_losses_n,
     )
 
 

@@ -21,6 +21,7 @@ class WeighedUnits:
     sizes_n: float32, how much each unit counts; None: all the same.
     counts: number of units of every replica.
     rows: of this replica, if tokens are units; else None.
+    reference_losses_n: as losses_n, of a reference model; None without one, and after an update.
     """
 
     losses_n: Tensor
@@ -28,6 +29,7 @@ class WeighedUnits:
     sizes_n: Tensor | None
     counts: list[int]
     rows: int | None = None
+    reference_losses_n: Tensor | None = None
 
     def gather(self, values_n: Tensor, runtime: Runtime) -> Tensor:
         """Gather values of these units of all replicas, in the batch's order (collective)."""
@@ -70,7 +72,12 @@ class WeighedUnits:
 
 
 def weighed_units(
-    batch: Batch, losses_n: Tensor, weights_n: Tensor, runtime: Runtime
+    batch: Batch,
+    losses_n: Tensor,
+    weights_n: Tensor,
+    runtime: Runtime,
+    *,
+    reference_losses_n: Tensor | None = None,
 ) -> WeighedUnits:
     """Returns the units of this replica's batch; a collective call if documents are units."""
     return WeighedUnits(
@@ -79,4 +86,5 @@ def weighed_units(
         sizes_n=batch.units.sizes_U,
         counts=units_of_replicas(batch, runtime),
         rows=batch.size if batch.tokens_are_units else None,
+        reference_losses_n=reference_losses_n,
     )

@@ -79,6 +79,7 @@ def weighted_pass(
             early_layer=early_layer,
             keep_features=kept.early_layer is not None,
         )
+    result = replace(result, reference_losses_n=reference_n)
     if total is not None:
         return total.divided(result, batch)
     return result if weigh is not None else replace(result, weights_n=weights_n)

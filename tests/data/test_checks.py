@@ -13,10 +13,11 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megatron_dwm.config.blend import parse_blend
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.checks import check_data
-from megatron_dwm.data.prefixes import parse_blend, read_indexed_file
+from megatron_dwm.data.prefixes import read_indexed_file
 from megatron_dwm.data.shares import ReadSteps
 from megatron_dwm.tokenizer import Tokenizer
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from megatron.core.datasets import helpers
 
+from megatron_dwm.config.blend import parse_blend
 from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data import greedy_blend as module
 from megatron_dwm.data.greedy_blend import greedy_blend, number_within
-from megatron_dwm.data.prefixes import parse_blend
 from megatron_dwm.data.shares import ReadSteps, Shares, shares_of_run, shares_of_samples
 
 STEPS, EACH = 500, 12

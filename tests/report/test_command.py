@@ -41,6 +41,7 @@ def test_it_writes_a_page_and_a_png_of_every_figure(
     paths = [Path(line) for line in done.stdout.split()]
     assert paths[0] == run / "report" / "report.html"
     assert {"weight_by_domain.png", "loss.png"} <= {path.name for path in paths}
+    assert paths.pop() == run / "report" / "credit_by_document.parquet"
     assert all(path.read_bytes().startswith(PNG) for path in paths[1:])
     page = paths[0].read_text()
     ids = re.findall(r'<figure class="[^"]*" id="figure-(\w+)">', page)

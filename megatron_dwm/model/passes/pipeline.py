@@ -50,6 +50,7 @@ class PassResult:
     weights_n: float32, the weights that `weigh` returned; None without it.
     features: None unless the pass was asked to keep them.
     relative_n: float32, the weights before the pass divided by their mean; None if it did not.
+    reference_losses_n: float32, losses of the method's reference model; None without one.
     """
 
     loss_sums_n: Tensor
@@ -57,6 +58,7 @@ class PassResult:
     weights_n: Tensor | None = None
     relative_n: Tensor | None = None
     features: Features | None = None
+    reference_losses_n: Tensor | None = None
 
     @property
     def unit_losses_n(self) -> Tensor:

@@ -1,0 +1,56 @@
+"""Records of a run in Parquet files, one for every interval between two checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_dwm.files.atomic import new_file
+from megatron_dwm.run.recorded import UPDATES
+
+
+class ParquetRecords:
+    """Collects the rows of steps and writes them to `steps_FIRST_LAST.parquet` in one folder."""
+
+    def __init__(self, folder: Path, schema: pa.Schema) -> None:
+        self._folder, self._schema = folder, schema
+        self._tables: list[pa.Table] = []
+        self._steps: list[int] = []
+
+    def keep(self, step: int, columns: Sequence[Sequence[Any]]) -> None:
+        """Keep rows of a step, given as the schema's columns."""
+        arrays = [
+            pa.array(column, type=field.type)
+            for column, field in zip(columns, self._schema, strict=True)
+        ]
+        self._tables.append(pa.Table.from_arrays(arrays, schema=self._schema))
+        self._steps.append(step)
+
+    def forget(self) -> None:
+        """Drop the rows that were not written yet."""
+        self._tables, self._steps = [], []
+
+    def flush(self, updates: int) -> None:
+        """Write the rows since the last call as one file, whose metadata has `updates`.
+
+        Raises OSError if writing fails; the rows are then still kept.
+        """
+        if not self._tables:
+            return
+        self._folder.mkdir(exist_ok=True)
+        name = f"steps_{self._steps[0]:08d}_{self._steps[-1]:08d}.parquet"
+        table = pa.concat_tables(self._tables).unify_dictionaries()
+        with new_file(self._folder / _free_name(self._folder, name)) as partial:
+            pq.write_table(table.replace_schema_metadata({UPDATES: str(updates)}), partial)
+        self.forget()
+
+
+def _free_name(directory: Path, name: str) -> str:
+    """Returns `name`, or `name` with a number if a file with this name exists."""
+    stem = name.removesuffix(".parquet")
+    names = [name, *(f"{stem}_{number}.parquet" for number in range(1, 1000))]
+    return next(candidate for candidate in names if not (directory / candidate).exists())
