@@ -133,7 +133,7 @@ def _says(line: str, message: str) -> bool:
     """True if the page has the line; its numbers and paths are those of another example."""
 
     def plain(text: str) -> str:
-        return re.sub(r"[\w./]*[\d/][\w./]*", "N", text)
+        return re.sub(r"[\w./-]*[\d/][\w./-]*", "N", text)
 
     parts = [re.escape(part) for part in plain(message).split("...")]
     return re.fullmatch(".*".join(parts), plain(line)) is not None
