@@ -20,13 +20,15 @@ def main() -> None:
     runs = [load(shlex.split(line), "sweep.sh") for line in sys.stdin]
     # Megatron-Core says on import that optional packages for GPUs are missing.
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    from megatron_dwm.run.checks import check
     from megatron_dwm.weighting import method_class
 
     for run in runs:
-        if run.config.evaluation.path is None:
+        if not run.config.evaluation.is_on:
             raise UserError("evaluation.path: not set; the table has the losses of held-out text")
         # Raises for a key of the command line; what it returns, the run itself prints.
         warnings_of_effect(run.config, run.given, method_class(run.config).parts(run.config))
+        check(run.config)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,12 @@ fail() {
     exit 2
 }
 
+require_different() { # require_different OPTION A,B,...
+    local twice
+    twice="$(tr ',' '\n' <<<"$2" | sort | uniq -d | head -n 1)"
+    [ -z "$twice" ] || fail "$1: $twice is there twice"
+}
+
 case "${1:---help}" in
 -h | --help)
     show_help "${BASH_SOURCE[0]}"
@@ -37,6 +43,7 @@ while [ $# -gt 0 ]; do
     --list) list=yes ;;
     --seeds)
         [[ "${2:-}" =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "--seeds: expected numbers with commas, as 1,2,3, got '${2:-}'"
+        require_different "$1" "$2"
         seeds="$2"
         shift
         ;;
@@ -48,6 +55,7 @@ while [ $# -gt 0 ]; do
         if [[ "${2:-}" == *,* && "${2:-}" != \[* && "${2:-}" != \{* ]]; then
             [[ "$2" != */* ]] || fail "$1: values name folders, so they cannot have a /; got '$2'"
             [[ ",$2," != *,,* ]] || fail "$1: a value between commas is empty: '$2'"
+            require_different "$1" "$2"
             keys+=("${1#--}") values+=("$2")
             shift
         else

@@ -28,6 +28,8 @@ def main() -> None:
     place = Workplace(folder=arguments.workdir.absolute(), study=study)
     if arguments.jobs < 1 or arguments.scale <= 0:
         raise UserError("--jobs and --scale: expected numbers above 0")
+    if place.folder.exists() and not place.folder.is_dir():
+        raise UserError(f"WORKDIR {place.folder}: is no folder")
     if arguments.list:
         _print_runs(place, parts)
         return

@@ -160,6 +160,8 @@ def read_study(file: Path = FILE) -> Study:
     if not file.is_file():
         raise UserError(f"--study {file}: no such file")
     found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or set(found) != {"sizes", "methods", "parts"}:
+        raise UserError(f"--study {file}: expected sizes, methods and parts, as {FILE} has them")
     study = Study(
         sizes={name: Size(name=name, **fields) for name, fields in found["sizes"].items()},
         methods={name: _method(name, fields) for name, fields in found["methods"].items()},

@@ -280,6 +280,8 @@ def _entry(key: str, text: str) -> Any:
 
 def _check_option(word: str) -> None:
     match = re.match(r"--([\w.]+)", word)
+    if match and match[1].startswith(f"{_SETS}."):
+        raise UserError(f"{match[1]}: expected --{_SETS} NAME=FILE ...")
     if not match or match[1] in ("config", "help", "print_config"):
         return
     if match[1].startswith(f"{_OPTIONS}.") and _key_of(match[1]) != _OPTIONS:

@@ -29,7 +29,7 @@ from megatron_dwm.checkpoint.names import CONFIG_FILE, LLM_FOLDER, MODEL_PREFIX,
 from megatron_dwm.config import UserError
 from megatron_dwm.config.schema_llm import Builder
 from megatron_dwm.model import LlamaShape
-from megatron_dwm.model.on_disk.saved_index import read_index
+from megatron_dwm.model.on_disk.saved_index import read_index, require_files
 from megatron_dwm.model.on_disk.tensor_boxes import read_box
 from megatron_dwm.runtime import releases
 
@@ -181,17 +181,7 @@ def _require_complete(saved: SavedLLM) -> None:
     if not index.is_file():
         raise UserError(f"{index}: no such file; the checkpoint is incomplete, take an older one")
     try:
-        places = saved._metadata.storage_data.values()
+        index_of_tensors = saved._metadata
     except Exception as error:  # a pickle cut short can raise anything
         raise UserError(f"{index}: cannot be read; the checkpoint is damaged ({error})") from error
-    needed_bytes: dict[str, int] = {}
-    for place in places:
-        end = place.offset + place.length
-        needed_bytes[place.relative_path] = max(end, needed_bytes.get(place.relative_path, 0))
-    for name, size_bytes in needed_bytes.items():
-        path = saved.tensors_directory / name
-        if not path.is_file() or path.stat().st_size < size_bytes:
-            raise UserError(
-                f"{path}: missing or cut short (its index expects {size_bytes} bytes); "
-                "the checkpoint is incomplete, take an older one"
-            )
+    require_files(saved.tensors_directory, index_of_tensors)

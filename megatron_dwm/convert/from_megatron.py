@@ -86,7 +86,7 @@ def _fill(module: LanguageModule, model: MegatronModel) -> None:
     if not sys.stderr.isatty():
         print(f"reading {printable(model.folder)}", file=sys.stderr)
     for name, parameter in tqdm(parameters, unit="tensor", disable=not sys.stderr.isatty()):
-        parameter.copy_(model.read(name))
+        parameter.copy_(model.read_finite(name))
 
 
 def _config(model: MegatronModel) -> Config:

@@ -22,7 +22,7 @@ def held_out_passages(
         UserError: a file is missing, empty or broken, or a line of `evaluation.path` has no domain
             (with its number).
     """
-    keys = (data.domain_key,)
+    keys, sources = (data.domain_key,), dict[str, str]()
     if evaluation.path is not None:
         for passage in read_passages(evaluation.path, "evaluation.path", keys):
             if passage.domain is None:
@@ -31,8 +31,14 @@ def held_out_passages(
                     "(data.domain_key): held-out text needs a domain in every line, or a name "
                     "(evaluation.sets NAME=FILE)"
                 )
+            sources[passage.domain] = "evaluation.path"
             yield passage.domain, passage
     for name, path in evaluation.sets.items():
-        for passage in read_passages(path, f"evaluation.sets {name}", keys):
+        key = f"evaluation.sets {name}"
+        for passage in read_passages(path, key, keys):
             domain = name if passage.domain is None else f"{name}/{passage.domain}"
+            if sources.setdefault(domain, key) != key:
+                raise UserError(
+                    f"{key}: {sources[domain]} has domain {domain}, too; give the set another name"
+                )
             yield domain, replace(passage, domain=domain)

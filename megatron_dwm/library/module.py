@@ -81,7 +81,7 @@ class ModuleProbe:
         linear: classes that are linear in their parameters; add one of yours to the default.
 
         Raises:
-            ValueError: another optimizer.
+            ValueError: another optimizer, or one that steps no parameter of the module.
             NotImplementedError: a module has parameters and its class is not in `linear`.
         """
         require_known(optimizer)
@@ -92,11 +92,14 @@ class ModuleProbe:
         self._linear = tuple(linear)
         self._z: dict[int, Tensor] | None = None
         self._probed_modules()  # refuses what it does not know
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(parameter) in stepped for parameter in module.parameters()):
+            raise ValueError("ModuleProbe: the optimizer steps no parameter of the module")
 
     def aim(self, validate: Callable[[], object]) -> None:
         """Compute z from the gradient of a validation pass, which calls backward.
 
-        Drops the gradients before and after.
+        Drops the gradients before and after. Raises RuntimeError if it leaves no gradient.
         """
         self._optimizer.zero_grad(set_to_none=True)
         validate()
@@ -107,6 +110,8 @@ class ModuleProbe:
             if parameter.grad is not None
         }
         self._optimizer.zero_grad(set_to_none=True)
+        if not self._z:
+            raise RuntimeError("ModuleProbe.aim: no gradient: call backward on a validation loss")
 
     @contextmanager
     def attached(self) -> Iterator[SampleAlignments]:
@@ -170,8 +175,9 @@ class ModuleProbe:
             if type(part) not in self._linear:
                 kind = type(part).__qualname__
                 raise NotImplementedError(
-                    f"{name}: no tangent is known for {kind}; if its output is linear in its "
-                    f"parameters, sample by sample, pass linear=(*LINEAR_IN_PARAMETERS, {kind})"
+                    f"{name or 'the module'}: no tangent is known for {kind}; if its output is "
+                    "linear in its parameters, sample by sample, pass "
+                    f"linear=(*LINEAR_IN_PARAMETERS, {kind})"
                 )
             found.append(part)
         return found
@@ -258,8 +264,8 @@ class _Rows:
 
     def values(self) -> Tensor:
         """Returns [n], in the order of the passes."""
-        if not self._zeros:
-            raise RuntimeError("no pass of the probed module ran")
+        if not any(z.grad is not None for z in self._zeros):
+            raise RuntimeError("no forward and backward pass of the probed module ran")
         return torch.cat([z.grad if z.grad is not None else z.detach() for z in self._zeros])
 
 

@@ -40,8 +40,9 @@ class RunFiles:
         """Keep the weights of a global batch, and show their distribution."""
         self._weights.add(step, stage, origins, losses_n, weights_n, alignment_n)
         self.metrics.histogram(step, "train/weight", weights_n)
-        means = _mean_by_domain(origins.domains, weights_n)
-        self.curves(step, {f"train/weight_by_domain/{name}": mean for name, mean in means.items()})
+        if "update" not in origins.numberings:  # which are not the weights that the LLM trains with
+            means = _mean_by_domain(origins.domains, weights_n)
+            self.curves(step, {f"train/weight_by_domain/{name}": m for name, m in means.items()})
 
     def curves(self, step: int, curves: Mapping[str, float]) -> None:
         """Give the boards values that are not in metrics.jsonl."""

@@ -63,7 +63,7 @@ class Progress:
         left = timedelta(seconds=round(self._pace.left_s(self._state)))
         used = "" if memory is None else f", {memory / _GIB:.2f} GiB"
         self._terminal.show_beside_bar(f"loss {outcome.loss:.3f}, {speed.tokens_per_s:,.0f} tok/s")
-        self._terminal.log_without_bar(
+        self._terminal.log(
             f"step {step}/{last} stage {stage} loss {outcome.loss:.4f} "
             f"lr {outcome.learning_rate:.2e} grad norm {outcome.grad_norm:.3f} "
             f"effective sample size {float(statistics[_SIZE]):.3f}, {speed.step_s:.3g} s a step, "
@@ -85,9 +85,7 @@ class Progress:
         left = schedule.updates_left(state.step, state.stage_updates)
         shown = {name: values.get(key) for key, name in _OF_AN_UPDATE.items()}
         text = " ".join(f"{k} {v:.3f}" for k, v in shown.items() if isinstance(v, float))
-        self._terminal.log_without_bar(
-            f"update {state.updates}/{state.updates + left} stage {stage} {text}"
-        )
+        self._terminal.log(f"update {state.updates}/{state.updates + left} stage {stage} {text}")
 
     def evaluation(self, losses: Mapping[str, float], seconds: float) -> None:
         """Show held-out losses by domain."""

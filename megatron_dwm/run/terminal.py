@@ -1,7 +1,8 @@
-"""Shows progress: a bar for each stage on an interactive terminal, plain lines otherwise."""
+"""Shows progress: plain lines and, on an interactive terminal, a bar for each stage."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -22,7 +23,7 @@ class Terminal:
         """interval_steps: steps, or updates between two steps, from one line to the next."""
         self.interval_steps = interval_steps
         self._shown, self._schedule = shown, schedule
-        self._interactive = shown and sys.stderr.isatty()
+        self._interactive = shown and _has_terminal()
         self._bar: tqdm | None = None
         self._bar_title = ""
 
@@ -52,11 +53,6 @@ class Terminal:
         """Print a line that begins with the time."""
         if self._shown:
             self.note(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}")
-
-    def log_without_bar(self, text: str) -> None:
-        """Print such a line unless there is a bar, which shows most of it."""
-        if not self._interactive:
-            self.log(text)
 
     def note(self, text: str) -> None:
         """Print a line without disturbing the bar."""
@@ -89,3 +85,11 @@ class Terminal:
                 total=total, initial=done - 1, desc=title, unit=unit, dynamic_ncols=True
             )
         self._bar.update(done - self._bar.n)
+
+
+def _has_terminal() -> bool:
+    """True if stderr is a terminal that is wide enough for a bar."""
+    try:
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False

@@ -116,7 +116,7 @@ def train_step(
     update = None if aligned is None else weighs_step(aligned, result.weights_n)
     grad_norm = math.nan
     if math.isfinite(loss):
-        require_sound_weights(weight, wrong)
+        require_sound_weights(weight, wrong, method)
         if aligned is None:
             update = _update(learner, method, batch, result, probe, upper)
         with phase("optimizer step"):

@@ -61,12 +61,14 @@ def save(
     pipeline: int = 1,
     with_arguments: bool = True,
     moments: str | None = None,
+    broken: bool = False,
     **options: Any,
 ) -> Tensor:
     """Save a model under `folder`, with optimizer and arguments; returns its logits [2, S, V].
 
     Logits are of one process; several return an empty tensor. options: of `_built`.
     moments: a file for parameters and Adam's moments by name, after three steps.
+    broken: the last norm has a value that is none.
     """
     with bring_up(ParallelConfig(tensor=tensor, pipeline=pipeline), seed=1) as runtime:
         model = _built(runtime, **options)
@@ -78,6 +80,8 @@ def save(
         wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
         adam = OptimizerConfig(optimizer="adam", lr=1e-3)
         optimizer = get_megatron_optimizer(adam, [wrapped], use_gloo_process_groups=False)
+        if broken:
+            model.decoder.final_layernorm.weight.data[3] = float("nan")
         if moments is not None:
             torch.save(_trained(model, optimizer), moments)
         sharded = model.sharded_state_dict()

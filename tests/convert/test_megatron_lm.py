@@ -216,6 +216,35 @@ def test_mistakes_are_one_line(saved: list[tuple[Path, torch.Tensor]], tmp_path:
     assert done.returncode == 0 and "vocabulary 360" in done.stdout
 
 
+def test_a_damaged_folder_is_one_line(
+    saved: list[tuple[Path, torch.Tensor]], tmp_path: Path
+) -> None:
+    def damaged(name: str) -> tuple[Path, Path]:
+        shutil.copytree(saved[0][0], tmp_path / name)
+        return tmp_path / name, tmp_path / name / "iter_0000007" / "__0_0.distcp"
+
+    (short, cut), (gone, removed), (odd, _) = map(damaged, ("short", "gone", "odd"))
+    cut.write_bytes(cut.read_bytes()[:5000])
+    removed.unlink()
+    (odd / "latest_checkpointed_iteration.txt").write_text("abc")
+    for folder, words in (
+        (short, "missing or cut short"),
+        (gone, "missing or cut short"),
+        (odd, "has 'abc', expected the number of an iteration"),
+    ):
+        done = _convert(str(folder), "--output", str(tmp_path / "none"))
+        assert done.returncode == 2, done.stdout
+        [line] = done.stderr.splitlines()
+        assert line.startswith("error: ") and words in line
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    run_ranks(WORKER, 1, [{"folder": str(tmp_path / "model"), "broken": True}])
+    done = _convert(str(tmp_path / "model"), "--output", str(tmp_path / "none"))
+    assert done.returncode == 2
+    assert "final_layernorm.weight has values that are not finite" in done.stderr
+
+
 class _Code:
     def __init__(self, file: Path) -> None:
         self._file = file

@@ -220,6 +220,21 @@ def test_sets_with_names_are_domains(tmp_path: Path, tokenizer: Tokenizer) -> No
     assert torch.equal(ours.tokens_BS, theirs.tokens_BS) and ours.domains == theirs.domains
 
 
+def test_sets_may_not_share_a_domain(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    named = {"text": "one two", "meta": {"redpajama_set_name": "b"}}
+    plain = write(tmp_path / "plain.jsonl", [{"text": "one two"}])
+    path = write(tmp_path / "path.jsonl", [named])
+    for config, words in (
+        (EvaluationConfig(path=path, sets={"b": plain}), "sets b: evaluation.path has domain b"),
+        (
+            EvaluationConfig(sets={"a/b": plain, "a": path}),
+            "sets a: evaluation.sets a/b has",
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            EvaluationSet(config, DATA, tokenizer)
+
+
 def test_missing_files_and_empty_keys(tmp_path: Path, tokenizer: Tokenizer) -> None:
     gone = str(tmp_path / "gone.jsonl")
     with pytest.raises(UserError, match=r"validation.path: no file .*gone.jsonl"):

@@ -148,6 +148,28 @@ def _probed(model: Module) -> None:
         sample_losses(model, text(50, ROWS)).mean().backward()
 
 
+def test_a_module_that_is_linear_itself() -> None:
+    """Against the gradient of each sample's loss."""
+    layer = torch.nn.Linear(3, 2).double()
+    x_B3 = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    probe = ModuleProbe(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
+    probe.aim(lambda: layer(x_B3[:2]).pow(2).mean().backward())
+    layer(x_B3[:2]).pow(2).mean().backward()
+    z = [parameter.grad.clone() for parameter in layer.parameters()]
+    layer.zero_grad()
+    with probe.attached() as found:
+        layer(x_B3).pow(2).sum(dim=1).mean().backward()
+    with torch.no_grad():
+        layer(x_B3)  # without gradients, and outside: counts nothing
+    for number, x_3 in enumerate(x_B3):
+        layer.zero_grad()
+        (layer(x_3[None]).pow(2).sum() / len(x_B3)).backward()
+        pairs = zip(z, layer.parameters(), strict=True)
+        expected = sum(float((a * b.grad).sum()) for a, b in pairs)
+        assert float(found.values_n[number]) == pytest.approx(expected, rel=1e-6)
+    assert len(found.values_n) == len(x_B3)
+
+
 def test_what_would_be_wrong_is_refused() -> None:
     _probed(Model())
     with pytest.raises(RuntimeError, match="used outside the module that owns it"):
@@ -179,5 +201,12 @@ def test_order_of_calls() -> None:
     probe = ModuleProbe(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(RuntimeError, match="call aim"), probe.attached():
         pass
+    with pytest.raises(RuntimeError, match="no gradient: call backward"):
+        probe.aim(lambda: None)
+    probe.aim(lambda: sample_losses(model, text(50, ROWS)).mean().backward())
+    with pytest.raises(RuntimeError, match="no forward and backward pass"), probe.attached():
+        sample_losses(model, text(50, ROWS))
+    with pytest.raises(ValueError, match="steps no parameter of the module"):
+        ModuleProbe(model, torch.optim.SGD(Model().parameters(), lr=0.1))
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = megatron_dwm.Nothing

@@ -18,6 +18,7 @@ from megatron_dwm.plugin import (
     Counters,
     ForwardOutputs,
     LlamaShape,
+    Method,
     Part,
     RuleBased,
     Schedule,
@@ -120,6 +121,17 @@ class Unsaved(Parity):
     def state_dict(self) -> dict[str, Any]:
         """Returns a device among the values."""
         return {"logit": self.logit, "where": [Options()]}
+
+
+class Twice(Method):
+    """Its weights have the mean 2."""
+
+    contract_version = 1
+
+    def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
+        """Returns twos."""
+        del outputs, counters
+        return torch.full((batch.size,), 2.0)
 
 
 def _signs(batch: Batch) -> Tensor:

@@ -183,6 +183,14 @@ def test_a_module_in_the_working_directory_is_found(
     assert done.returncode == 0 and "fits" in done.stdout, done.stderr
 
 
+def test_wrong_weights_are_the_methods(corpus: Corpus, tmp_path: Path) -> None:
+    twice = ["--policy.name", "tests.run.plugin_methods:Twice", "--training.steps", "2"]
+    done = pretrain(tmp_path / "run", *corpus.arguments(), *twice)
+    assert done.returncode == 2
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "the mean is 2.0; mend tests.run.plugin_methods:Twice.weights" in line
+
+
 def test_a_changed_file_of_a_method_is_noted(corpus: Corpus, tmp_path: Path) -> None:
     file = tmp_path / "loss_rank_noted.py"
     shutil.copy(EXAMPLE, file)

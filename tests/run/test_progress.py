@@ -89,15 +89,11 @@ def test_curves_of_domains_and_of_updates(server: Server, corpus: Corpus, tmp_pa
     )
 
 
-class _Screen(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 @pytest.mark.parametrize("stages", [1, 3])
 def test_a_bar_for_each_stage_and_phase(stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = _Screen()
+    screen = io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr("megatron_dwm.run.terminal._has_terminal", lambda: True)
     schedule = staged(6, stages=stages, updates=2, last=6)
     _drive(Terminal(shown=True, schedule=schedule, interval_steps=1), schedule)
     bars = re.findall(

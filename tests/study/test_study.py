@@ -182,6 +182,7 @@ def test_a_small_study_is_killed_and_goes_on(small: Path) -> None:
     [
         (["--part", "none"], "--part none: no such part; expected one of small"),
         (["--jobs", "0"], "expected numbers above 0"),
+        (["--study", "examples/tiny.yaml"], "expected sizes, methods and parts"),
     ],
 )
 def test_mistakes_are_one_line(small: Path, arguments: list[str], words: str) -> None:

@@ -27,7 +27,7 @@ from megatron_dwm.model.layers.transformer_engine import UNFUSED_NAMES
 from megatron_dwm.model.llm import LLM
 from megatron_dwm.model.on_disk.megatron_settings import read_settings, shape_from
 from megatron_dwm.model.on_disk.parameter_names import EMBEDDING, FINAL_NORM, OUTPUT, layer_sizes
-from megatron_dwm.model.on_disk.saved_index import data_only, read_index
+from megatron_dwm.model.on_disk.saved_index import data_only, read_index, require_files
 from megatron_dwm.model.on_disk.tensor_boxes import read_box
 from megatron_dwm.model.shape import LlamaShape
 
@@ -61,6 +61,7 @@ def open_megatron(source: Path, given: Mapping[str, Any] | None = None) -> Megat
     shape = shape_from(settings, given or {}, folder)
     model = MegatronModel(folder=folder, settings=settings, shape=shape)
     model.require_tensors()
+    require_files(folder, model.index)
     return model
 
 
@@ -74,7 +75,7 @@ def load_megatron(llm: LLM, source: MegatronModel) -> None:
     runtime = llm.runtime
     for module in llm.modules:
         for name, parameter in global_parameter_names(module, first_layer(module)):
-            whole = source.read(name)
+            whole = source.read_finite(name)
             mine = slice_of_rank(whole, parameter, runtime.tensor_rank, runtime.tensor_size)
             parameter.copy_(mine)
 
@@ -84,7 +85,9 @@ def _iteration(source: Path) -> Path:
     folder = source
     if (source / LATEST).is_file():
         word = (source / LATEST).read_text(encoding="utf-8").strip()
-        folder = source / ("release" if word == "release" else f"iter_{int(word or 0):07d}")
+        if word != "release" and not word.isdigit():
+            raise UserError(f"{source / LATEST}: has {word!r}, expected the number of an iteration")
+        folder = source / (word if word == "release" else f"iter_{int(word):07d}")
     if (folder / "mp_rank_00").is_dir() or list(folder.glob("mp_rank_*")):
         raise UserError(
             f"{folder}: saved with --ckpt-format torch, one file a rank; convert it with "
@@ -107,7 +110,8 @@ class MegatronModel:
     shape: LlamaShape
 
     @cached_property
-    def _index(self) -> Metadata:
+    def index(self) -> Metadata:
+        """The index of the saved tensors."""
         with data_only(self.folder / ".metadata"):
             return read_index(self.folder)
 
@@ -129,7 +133,7 @@ class MegatronModel:
                 f"{self.folder}: the embedding has {rows} rows, fewer than vocab_size "
                 f"{self.shape.vocab_size}; give --shape vocab_size=N"
             )
-        if self.shape.tied_embeddings and OUTPUT in self._index.state_dict_metadata:
+        if self.shape.tied_embeddings and OUTPUT in self.index.state_dict_metadata:
             raise UserError(
                 f"{self.folder}: it has an output layer of its own, and the settings say that it "
                 "is tied; give --shape tied_embeddings=false"
@@ -147,7 +151,7 @@ class MegatronModel:
 
     def has(self, kind: str) -> bool:
         """True if the optimizer's tensors of this kind are there, under the parameters' names."""
-        saved, numbers = self._index.state_dict_metadata, range(self.shape.num_layers)
+        saved, numbers = self.index.state_dict_metadata, range(self.shape.num_layers)
         layers = [f"{_LAYERS}{n}.{name}" for n in numbers for name in layer_sizes(self.shape)]
         return all(
             any(spelled in saved for spelled, _ in _candidates(name, _PREFIXES[kind]))
@@ -169,6 +173,13 @@ class MegatronModel:
             return self._box(saved, [0] * len(size), list(size))
         return self._box(saved, [number, *[0] * (len(size) - 1)], [1, *size[1:]])[0]
 
+    def read_finite(self, name: str) -> Tensor:
+        """Returns `read(name)`; raises UserError if a value is not finite: the file is damaged."""
+        whole = self.read(name)
+        if not bool(whole.isfinite().all()):
+            raise UserError(f"{self.folder}: {name} has values that are not finite; it is damaged")
+        return whole
+
     def _read_vocabulary(self, name: str, kind: str) -> Tensor:
         saved, _ = self._find(name, kind)
         entry = self._entry(saved)
@@ -179,7 +190,7 @@ class MegatronModel:
         return whole
 
     def _box(self, name: str, offsets: list[int], sizes: list[int]) -> Tensor:
-        return read_box(self.folder, self._index, name, self._entry(name), offsets, sizes)
+        return read_box(self.folder, self.index, name, self._entry(name), offsets, sizes)
 
     def _rows(self, name: str) -> int:
         return self._entry(name).size[0]
@@ -196,7 +207,7 @@ class MegatronModel:
 
     def _find(self, name: str, kind: str = "") -> tuple[str, int | None]:
         """Returns the saved name of a parameter, and its number in a stack of layers."""
-        tensors = self._index.state_dict_metadata
+        tensors = self.index.state_dict_metadata
         for candidate, number in _candidates(name, _PREFIXES[kind]):
             if candidate in tensors:
                 layers = self._entry(candidate).size[0]
@@ -211,7 +222,7 @@ class MegatronModel:
         )
 
     def _entry(self, name: str) -> TensorStorageMetadata:
-        entry = self._index.state_dict_metadata.get(name)
+        entry = self.index.state_dict_metadata.get(name)
         if not isinstance(entry, TensorStorageMetadata):
             raise UserError(f"{self.folder}: no tensor {name}")
         return entry

@@ -82,6 +82,21 @@ def _require_inside(metadata: Metadata) -> None:
             raise pickle.UnpicklingError(f"its index points to {name}, outside the checkpoint")
 
 
+def require_files(directory: Path, index: Metadata) -> None:
+    """Raise UserError unless every file that the index names exists and is long enough."""
+    needed_bytes: dict[str, int] = {}
+    for place in index.storage_data.values():
+        end = place.offset + place.length
+        needed_bytes[place.relative_path] = max(end, needed_bytes.get(place.relative_path, 0))
+    for name, size_bytes in needed_bytes.items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size < size_bytes:
+            raise UserError(
+                f"{path}: missing or cut short (its index expects {size_bytes} bytes); "
+                "the checkpoint is incomplete, take an older one"
+            )
+
+
 @contextmanager
 def data_only(path: Path) -> Iterator[None]:
     """Turn the errors of reading `path` into one line, for damaged files and for hidden code.

@@ -40,7 +40,7 @@ def read_box(
     with data_only(folder):
         try:
             reader.read_data(LoadPlan(items), _Into(target)).wait()
-        except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
+        except (AssertionError, AttributeError, EOFError, RuntimeError, TypeError) as error:
             raise CheckpointingException(f"{name}: {error}") from error
     return target
 
