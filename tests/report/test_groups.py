@@ -113,6 +113,31 @@ def test_work_to_the_baselines_loss_is_that_of_the_closed_form(four: list[Path])
     assert len(rows_where(figure, domain=MEAN)) == 1
 
 
+def test_losses_are_compared_at_a_step_that_both_have(four: list[Path]) -> None:
+    """The baseline ends at step 600, of which its loss less the other's is 0.3 * 0.6."""
+    path = four[2] / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(x for x in lines if json.loads(x)["step"] <= 600))
+    runs = read_runs(Request(run_dir=four[0], compare=four[1:]))
+    [content] = [content for content in contents_of(runs) if content.id == "comparison"]
+    work, losses = content.tables
+    row = next(row for row in losses.rows if row[0] == "target")
+    assert "at step 1,000 (-0.180 at step 600)" in row[1] and row[2].endswith("at step 600")
+    assert "Runs end at different steps" in losses.caption
+    assert {row[2] for row in work.rows} == {600}
+
+
+def test_work_to_a_loss_of_the_first_evaluation_is_a_bound(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    fast = make_run(tmp_path / "fast", gain=60.0, config=config("dwm", 1))
+    base = make_run(tmp_path / "base", config=config("uniform", 1))
+    runs = read_runs(Request(run_dir=fast, compare=[base]))
+    [content] = [content for content in contents_of(runs) if content.id == "comparison"]
+    row = next(row for row in content.tables[0].rows if row[0] == "target")
+    assert row[3] == "≤ 0.10 ×"
+
+
 def test_errors_over_runs_are_standard_errors_of_the_mean(four: list[Path]) -> None:
     def score(value: float) -> dict:
         return {

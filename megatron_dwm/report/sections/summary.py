@@ -106,14 +106,15 @@ def _weighting_share(run: Run) -> str:
 
 
 def _loss_cards(run: Run, runs: RunSet) -> list[Card]:
-    by_domain = run.last("domain_loss") or {}
+    evaluated = [line for line in run.lines("evaluation") if line.get("domain_loss")]
+    by_domain = evaluated[-1]["domain_loss"] if evaluated else {}
     cards = []
     if runs.target in by_domain:
         cards.append(
             Card(
                 name=f"Loss of {runs.target}",
                 value=f"{by_domain[runs.target]:.3f}",
-                detail="nats a token, held out",
+                detail=f"nats a token, held out, at step {evaluated[-1]['step']:,}",
             )
         )
     ess = run.last("weight_effective_sample_size")
