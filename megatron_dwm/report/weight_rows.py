@@ -76,9 +76,12 @@ class WeightRows:
         return int(self.files.steps[-1])
 
     def batches(self) -> Iterator[WeightBatch]:
-        """Read all rows that count, some at a time. Raises UserError if a file is broken."""
+        """Read all rows that count, some at a time. Raises UserError if a file is broken.
+
+        Rows whose weight is not a finite number are left out; the section Weights counts them.
+        """
         for table in stream(self.files, _COLUMNS):
-            yield WeightBatch(
+            rows = WeightBatch(
                 step_R=_integers(table["step"], 0),
                 stage_R=_integers(table["stage"], 1),
                 source_R=_sources(table["source"]),
@@ -88,6 +91,8 @@ class WeightRows:
                 weight_R=_floats(table["weight"]),
                 alignment_R=_floats(table["alignment"]),
             )
+            finite_R = np.isfinite(rows.weight_R)
+            yield rows if finite_R.all() else rows.where(finite_R)
 
 
 def _integers(column: pa.ChunkedArray, missing: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_dwm.report.run_files import broken_file, guessed_source, last_written
@@ -125,6 +126,11 @@ def _typed(table: pa.Table, columns: Sequence[str]) -> pa.Table:
             column = column.cast(kind).dictionary_encode()
         arrays[name] = column.unify_dictionaries() if encoded else column.cast(kind)
     return pa.table(arrays)
+
+
+def trained_on(table: pa.Table) -> np.ndarray:
+    """Returns True for the rows of samples that the LLM trained on, not of an update's own."""
+    return pc.fill_null(pc.not_equal(table["source"].cast(pa.string()), "update"), True).to_numpy()
 
 
 def codes(column: pa.ChunkedArray, known: dict[str, int]) -> np.ndarray:
