@@ -12,7 +12,8 @@ from megatron_dwm.config.outputs import require_writable_parents
 from megatron_dwm.config.printing import printable
 from megatron_dwm.files.atomic import write_bytes, write_text
 from megatron_dwm.report.content import Content
-from megatron_dwm.report.runs import RunSet, baseline_of, grouped, read_run, run_names, target_of
+from megatron_dwm.report.groups import grouped
+from megatron_dwm.report.runs import RunSet, baseline_of, read_run, run_names, target_of
 from megatron_dwm.report.scores import read_scores
 
 

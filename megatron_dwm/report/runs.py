@@ -1,4 +1,4 @@
-"""The runs of a report: their files, read once, and which of them differ only in the seed."""
+"""The runs of a report: their files, read once."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from megatron_dwm.report.run_documents import RunDocuments
 
 DEFAULT_TARGET = "target"
-# Keys in which runs of one group may differ: the seed, and where files are.
-_SEED_KEYS = {("run", "seed"), ("run", "dir"), ("run", "resume")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +63,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Runs whose configurations differ only in the seed (and in where their files are)."""
+    """Runs of different seeds whose configurations differ in nothing else that changes training."""
 
     name: str
     runs: Sequence[Run]
@@ -177,35 +175,6 @@ def run_names(run_dirs: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise AssertionError(f"different paths with equal names: {resolved}")
-
-
-def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Returns the groups of runs that differ only in the seed, each named after its first run.
-
-    A run without a configuration is a group of its own.
-    """
-    members: dict[str, list[Run]] = {}
-    for run in runs:
-        key = _without_seed(run.config) if run.config else f"no configuration: {run.name}"
-        members.setdefault(key, []).append(run)
-    return [Group(name=_group_name(found), runs=tuple(found)) for found in members.values()]
-
-
-def _group_name(runs: Sequence[Run]) -> str:
-    return runs[0].name if len(runs) == 1 else f"{runs[0].name} ({len(runs)} seeds)"
-
-
-def _without_seed(config: Mapping[str, Any]) -> str:
-    kept = {
-        section: (
-            {key: value for key, value in values.items() if (section, key) not in _SEED_KEYS}
-            if isinstance(values, Mapping)
-            else values
-        )
-        for section, values in config.items()
-        if section != "typed_paths"
-    }
-    return json.dumps(kept, sort_keys=True, default=str)
 
 
 def baseline_of(groups: Sequence[Group], name: str | None) -> Group | None:

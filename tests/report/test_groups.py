@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from megatron_dwm.report.curves import group_rows, key
+from megatron_dwm.report.groups import grouped, repeated
 from megatron_dwm.report.reach import MEAN, work_to_reach
 from megatron_dwm.report.run_report import Request, contents_of, read_runs
-from megatron_dwm.report.runs import Run, RunSet, grouped
+from megatron_dwm.report.runs import Run, RunSet
 from megatron_dwm.report.sections.benchmarks import benchmarks
 from megatron_dwm.report.speed import SPEED, with_speed
 from tests.report.test_report import rows_where
@@ -36,6 +37,19 @@ def test_only_the_seed_and_the_directory_may_differ() -> None:
         bare("e", {}),
     ]
     assert [group.name for group in grouped(runs)] == ["a (2 seeds)", "c", "d", "e"]
+
+
+def test_a_seed_counts_once_and_what_does_not_change_training_does_not_count() -> None:
+    def with_keys(seed: int, tensor: int, keep: int) -> dict:
+        return config("dwm", seed, parallel={"tensor": tensor}, training={"keep_last": keep})
+
+    runs = [
+        bare("a", with_keys(1, 1, 0)),
+        bare("b", with_keys(1, 2, 0)),
+        bare("c", with_keys(2, 2, 5)),
+    ]
+    assert [group.name for group in grouped(runs)] == ["a (2 seeds)", "b"]
+    assert repeated(runs) == [(runs[1], runs[0])]
 
 
 @pytest.fixture
