@@ -9,9 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.report.run_config import read_config
 from megatron_dwm.report.run_files import ends_unfinished, read_metrics
 from megatron_dwm.report.speed import with_speed
 
@@ -111,7 +110,7 @@ def read_run(path: Path, name: str) -> Run:
     no usable `metrics.jsonl`.
     """
     metrics = with_speed(read_metrics(path))
-    config, text, notes = _config(path / "config.yaml")
+    config, text, notes = read_config(path / "config.yaml")
     starts, more = _starts(path / "starts.jsonl")
     if ends_unfinished(path):
         more.append("the last line of metrics.jsonl is unfinished and left out")
@@ -124,20 +123,6 @@ def read_run(path: Path, name: str) -> Run:
         starts=starts,
         notes=[f"{name}: {note}" for note in notes + more],
     )
-
-
-def _config(path: Path) -> tuple[Mapping[str, Any], str, list[str]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-    except FileNotFoundError:
-        return {}, "", ["config.yaml is missing, so settings are unknown"]
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        return {}, "", [f"config.yaml cannot be read ({reason}), so settings are unknown"]
-    if not isinstance(content, dict):
-        return {}, text, ["config.yaml has no sections, so settings are unknown"]
-    return content, text, []
 
 
 def _starts(path: Path) -> tuple[list[Mapping[str, Any]], list[str]]:

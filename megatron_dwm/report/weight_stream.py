@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from megatron_dwm.config.errors import UserError
 from megatron_dwm.report.run_files import broken_file, guessed_source, last_written
 
 BATCH_ROWS = 1 << 17
@@ -106,7 +107,13 @@ def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
             names.append("alignment")
         file = pq.ParquetFile(path, read_dictionary=[n for n in _NAMES if n in there])
         for batch in file.iter_batches(BATCH_ROWS, columns=names or ["step"]):
-            yield _typed(pa.table(batch), columns)
+            typed = _typed(pa.table(batch), columns)
+            if "step" in columns and typed["step"].null_count:
+                raise UserError(
+                    f"{path} has a row without a step, expected the number of one in every row; "
+                    "move the file out of the folder"
+                )
+            yield typed
     except (pa.ArrowException, OSError, KeyError) as error:
         raise broken_file(path, error) from error
 
