@@ -14,6 +14,7 @@ from megatron_dwm.config.printing import printable
 from megatron_dwm.files.atomic import write_bytes, write_text
 from megatron_dwm.report.content import Content
 from megatron_dwm.report.groups import grouped
+from megatron_dwm.report.long_names import with_short_names
 from megatron_dwm.report.older_figures import remove_older
 from megatron_dwm.report.runs import RunSet, baseline_of, read_run, run_names, target_of
 from megatron_dwm.report.scores import read_scores
@@ -75,7 +76,7 @@ def contents_of(runs: RunSet) -> list[Content]:
     from megatron_dwm.report.sections import SECTIONS
 
     found = [section(runs) for section in SECTIONS]
-    return [content for content in found if content is not None]
+    return [with_short_names(content) for content in found if content is not None]
 
 
 def write_page(

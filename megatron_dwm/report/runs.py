@@ -77,6 +77,7 @@ class RunSet:
     baseline: group that others are compared with, or None.
     target: held-out domain that the weights should help, or None.
     scores: results of tools/evaluate.py by the run's name, a list of records each.
+    with_tables: files of all documents are written beside the page.
     """
 
     runs: Sequence[Run]
@@ -84,6 +85,7 @@ class RunSet:
     baseline: Group | None = None
     target: str | None = None
     scores: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    with_tables: bool = True
 
     @property
     def main(self) -> Run:
