@@ -7,12 +7,15 @@ their mean, and a band from the lowest to the highest.
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_dwm.config.command_line import OneLineParser, run_command
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.files.command_names import name_of_command
+
+_PLOTTING = ("altair", "jinja2", "vl_convert")
 
 
 def main() -> None:
@@ -39,9 +42,8 @@ def main() -> None:
 
 def _require_plotting() -> None:
     try:
-        import altair  # noqa: F401
-        import jinja2  # noqa: F401
-        import vl_convert  # noqa: F401
+        for package in _PLOTTING:
+            import_module(package)
     except ModuleNotFoundError as error:
         raise UserError(
             f"the package {error.name} is not installed; pip install 'megatron-dwm[report]'"

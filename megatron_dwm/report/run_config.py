@@ -39,7 +39,9 @@ def _without_wrong_values(content: dict[str, Any]) -> list[str]:
     notes = []
     for (section, name), (kind, expected) in _KINDS.items():
         values = content.get(section)
-        value = values.get(name) if isinstance(values, dict) else None
+        if not isinstance(values, dict):
+            continue
+        value = values.get(name)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             notes.append(
                 f"config.yaml has {section}.{name} {value!r}, expected {expected}; it is left out"
