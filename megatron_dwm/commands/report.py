@@ -1,22 +1,27 @@
 """Report on a run: a page that opens in any browser, and every figure as PNG.
 
 The page has everything in it and needs no network. It is written for a run that is still going,
-too, and says what is missing. Runs whose configurations differ only in the seed are one group:
+too, and says what is missing. Runs of different seeds and otherwise equal training are one group:
 their mean, and a band from the lowest to the highest.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_dwm.config.command_line import OneLineParser, run_command
+from megatron_dwm.config.errors import UserError
 from megatron_dwm.files.command_names import name_of_command
+
+_PLOTTING = ("altair", "jinja2", "vl_convert")
 
 
 def main() -> None:
     """Write the report and print its paths; with --watch, again whenever the run has gone on."""
     arguments = _parser().parse_args()
+    _require_plotting()
     # These import the plotting library, which --help does without.
     from megatron_dwm.report.run_report import Request, write_report
     from megatron_dwm.report.watch import watch
@@ -33,6 +38,16 @@ def main() -> None:
         return
     for path in write_report(request):
         print(path)
+
+
+def _require_plotting() -> None:
+    try:
+        for package in _PLOTTING:
+            import_module(package)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the package {error.name} is not installed; pip install 'megatron-dwm[report]'"
+        ) from None
 
 
 def _parser() -> OneLineParser:

@@ -33,6 +33,7 @@ def main() -> None:
     """Print a table, or JSON Lines with --json."""
     arguments = _parser().parse_args()
     # It reads Parquet files, which --help does without.
+    from megatron_dwm.report.documents import all_equal
     from megatron_dwm.report.run_documents import read_documents
     from megatron_dwm.report.runs import read_run
 
@@ -46,14 +47,23 @@ def main() -> None:
     for note in found.notes:
         print(printable(f"note: {note}"), file=sys.stderr)
     characters = arguments.characters or (_TEXT_OF_JSON if arguments.json else _TEXT_OF_A_LINE)
-    wanted = [
-        document
-        for stage in _stages(arguments.stage, found)
-        for document in found.wanted(
+    wanted, equal = [], False
+    for stage in _stages(arguments.stage, found):
+        documents = found.wanted(
             stage, arguments.count, characters, arguments.by, arguments.domain, arguments.min_times
         )
-        if arguments.side in ("both", document.side)
-    ]
+        if all_equal(documents, arguments.by):
+            where = "the run" if stage is None else f"stage {stage}"
+            line = (
+                f"all documents of {where} have the same {arguments.by}, "
+                f"{getattr(documents[0], arguments.by):.4g}: none is wanted more than another"
+            )
+            print(line, file=sys.stderr if arguments.json else sys.stdout)
+            equal = True
+        else:
+            wanted += [each for each in documents if arguments.side in ("both", each.side)]
+    if equal and not wanted:
+        return
     if not wanted:
         raise UserError(
             f"no document has a recorded {arguments.by} in {arguments.min_times} or more rows; "

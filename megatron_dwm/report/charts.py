@@ -81,6 +81,7 @@ def lines(
     reference: float | None = None,
     marks: bool = False,
     dotted: Sequence[Mapping[str, str]] = (),
+    points: bool = False,
     zero: bool = False,
 ) -> Chart:
     """Returns lines of `y` over `x`.
@@ -95,15 +96,18 @@ def lines(
         marks: draw a vertical line at each row of the figure's marks.
         dotted: lines, each by the values of some columns, whose points are shown (else only the one
             under the pointer): those of so few points that a line would not be seen.
+        points: show the points of all lines.
         zero: begin the ordinate at 0.
     """
     across = alt.X(f"{x.name}:Q", title=x.label, axis=_ticks(x), scale=alt.Scale(nice=False))
-    up = alt.Y(f"{y.name}:Q", title=y.label, scale=alt.Scale(zero=zero, nice=True))
+    up = alt.Y(
+        f"{y.name}:Q", title=y.label, scale=alt.Scale(zero=zero, nice=True), axis=_plain_ticks()
+    )
     colored = _color(color, names)
     base = alt.Chart(alt.NamedData("table")).encode(across, **colored)
     layers = _guides(across, reference, marks)
     if band:
-        edges = {"y": alt.Y("low:Q", title=y.label), "y2": "high:Q"}
+        edges = {"y": alt.Y("low:Q", title=y.label, axis=_plain_ticks()), "y2": "high:Q"}
         layers.append(base.mark_area(opacity=0.2).encode(**edges))
     dashed = _dash(color, names)
     layers.append(base.mark_line().encode(up, **dashed))
@@ -112,7 +116,7 @@ def lines(
     for line in dotted:
         this = {"and": [{"field": name, "equal": value} for name, value in line.items()]}
         conditions.append({"test": this, "value": 1})
-    opacity = alt.OpacityValue(0, condition=conditions)
+    opacity = alt.OpacityValue(int(points), condition=conditions)
     tips = _tips(x, y, color)
     layers.append(
         base.mark_point(filled=True, size=45)
@@ -229,6 +233,18 @@ def _ticks(column: Column) -> alt.Axis:
     across = column.name in ("step", "tokens", "flops", "time")
     text = "datum.value == 0 ? '0' : format(datum.value, '~s')"
     return alt.Axis(labelExpr=text, grid=not across)
+
+
+def _plain_ticks() -> alt.Axis:
+    """Returns an axis with as many digits as tell its ticks apart.
+
+    Vega takes the digits from the distance of the ticks, and shows the only tick of a curve with
+    one value as 0.
+    """
+    number = "abs(datum.value) < 0.001 ? format(datum.value, '.3~g') : "
+    number += "abs(datum.value) >= 1e6 ? format(datum.value, '.4~s') : "
+    text = f"datum.value == 0 ? '0' : {number}format(datum.value, ',.6~f')"
+    return alt.Axis(labelExpr=text)
 
 
 def _color(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -99,6 +100,15 @@ def describe(
                 )
             )
     return found
+
+
+def all_equal(wanted: Sequence[WantedDocument], by: Measure = "weight") -> bool:
+    """Returns True if no document of a stage is wanted more than another.
+
+    wanted: the most and the least wanted, so the largest and the smallest value are among them.
+    """
+    values = [getattr(document, by) for document in wanted]
+    return len(values) > 1 and math.isclose(min(values), max(values), rel_tol=1e-9)
 
 
 def clipped(text: str | None, max_characters: int) -> str | None:

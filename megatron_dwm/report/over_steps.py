@@ -14,7 +14,7 @@ from megatron_dwm.report.runs import RunSet
 # A page with more panels, or a plot with more lines, cannot be read; their data are in the CSV.
 MAX_PANELS = 24
 MAX_LINES = 21
-_FEW_POINTS = 2
+FEW_POINTS = 2
 
 
 def over_steps(
@@ -137,7 +137,7 @@ def dotted(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[dict[
     columns: names of the first cells of the rows, which tell the lines apart.
     """
     counts = Counter(tuple(str(cell) for cell in row[: len(columns)]) for row in rows)
-    few = [line for line, count in counts.items() if count <= _FEW_POINTS]
+    few = [line for line, count in counts.items() if count <= FEW_POINTS]
     return [dict(zip(columns, line, strict=True)) for line in few]
 
 

@@ -2,20 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 from megatron_dwm.report.curves import key as number
 from megatron_dwm.report.curves import points, within
-from megatron_dwm.report.runs import Run
+from megatron_dwm.report.runs import Group, Run
 
 MEAN = "mean of the domains"
 
 
-def held_out(run: Run, domain: str) -> np.ndarray:
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Held-out losses of a group's runs, in their order, at one step."""
+
+    step: int
+    values: Sequence[float]
+
+
+def newest_losses(group: Group, domain: str, beside: Group | None = None) -> Losses | None:
+    """Returns the losses at the newest step that all runs of the group have evaluated.
+
+    beside: the runs of this group must have evaluated the step, too. Runs that never evaluated the
+    domain do not count. None if there is no such step.
+    """
+    found = [rows for run in group.runs if len(rows := _evaluations(run, domain))]
+    others = [] if beside is None else [_evaluations(run, domain) for run in beside.runs]
+    if not found or (beside is not None and not any(map(len, others))):
+        return None
+    common = set(found[0][:, 0])
+    for rows in (*found, *others):
+        common &= set(rows[:, 0]) if len(rows) else common
+    if not common:
+        return None
+    step = max(common)
+    return Losses(step=int(step), values=[float(rows[rows[:, 0] == step, 4][-1]) for rows in found])
+
+
+def held_out(run: Run, domain: str, last_step: float = np.inf) -> np.ndarray:
     """Returns FLOPs and loss at each evaluation of a domain, or of `MEAN` [N, 2]."""
+    rows = _evaluations(run, domain)
+    return rows[~np.isnan(rows[:, 2]) & (rows[:, 0] <= last_step)][:, [2, 4]]
+
+
+def _evaluations(run: Run, domain: str) -> np.ndarray:
     value = number("loss") if domain == MEAN else within("domain_loss", domain)
-    rows = points(run, "evaluation", value)
-    return rows[~np.isnan(rows[:, 2])][:, [2, 4]]
+    return points(run, "evaluation", value)
 
 
 def work_to_reach(flops_and_loss: np.ndarray, loss: float) -> float | None:

@@ -31,6 +31,10 @@ _WEIGHT_SCHEMA = pa.schema(
 )
 
 
+# Of lines of metrics.jsonl; each may be missing or null.
+_NUMBERS = ("loss", "tokens", "seconds", "flops", "flops_weighting", "flops_updates")
+
+
 class NotYet(UserError):
     """A run has written nothing to report on yet."""
 
@@ -91,7 +95,24 @@ def _record(raw: bytes, where: str) -> dict[str, Any]:
         ) from error
     if not isinstance(record, dict) or not {"step", "phase"} <= set(record):
         raise UserError(f"{where} has no step and phase; expected a line that a run wrote")
+    _check_values(record, where)
     return record
+
+
+def _check_values(record: dict[str, Any], where: str) -> None:
+    """Check what every figure takes for granted; raises UserError."""
+    wrong = None
+    if not isinstance(record["step"], int) or isinstance(record["step"], bool):
+        wrong = f"step {record['step']!r}, expected a whole number"
+    elif not isinstance(record["phase"], str):
+        wrong = f"phase {record['phase']!r}, expected a word"
+    elif not isinstance(record.get("domain_loss"), dict | None):
+        wrong = f"domain_loss {record['domain_loss']!r}, expected losses by domain"
+    for name in _NUMBERS:
+        if not isinstance(record.get(name), int | float | None):
+            wrong = f"{name} {record[name]!r}, expected a number"
+    if wrong is not None:
+        raise UserError(f"{where} has {wrong}, as a run writes it")
 
 
 def read_weights(run_dir: Path) -> WeightRecords:

@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.outputs import require_writable_parents
 from megatron_dwm.config.printing import printable
 from megatron_dwm.files.atomic import write_bytes, write_text
 from megatron_dwm.report.content import Content
-from megatron_dwm.report.runs import RunSet, baseline_of, grouped, read_run, run_names, target_of
+from megatron_dwm.report.groups import grouped
+from megatron_dwm.report.long_names import with_short_names
+from megatron_dwm.report.older_figures import remove_older
+from megatron_dwm.report.runs import RunSet, baseline_of, read_run, run_names, target_of
 from megatron_dwm.report.scores import read_scores
 
 
@@ -72,7 +76,7 @@ def contents_of(runs: RunSet) -> list[Content]:
     from megatron_dwm.report.sections import SECTIONS
 
     found = [section(runs) for section in SECTIONS]
-    return [content for content in found if content is not None]
+    return [with_short_names(content) for content in found if content is not None]
 
 
 def write_page(
@@ -100,8 +104,11 @@ def write_images(request: Request, contents: Sequence[Content]) -> list[Path]:
     written = []
     for figure in (figure for content in contents for figure in content.figures):
         path = folder / f"{figure.id}.png"
+        if path.is_dir():
+            raise UserError(f"{path} is a directory, expected a file; move it away")
         write_bytes(path, png(figure))
         written.append(path)
+    remove_older(folder, [path.name for path in written])
     return written
 
 
@@ -122,7 +129,10 @@ def _require_folder(folder: Path) -> None:
     if not os.path.lexists(folder):
         require_writable_parents([folder])
         folder.mkdir()
-    require_writable_parents([folder / "report.html"])
+    page = folder / "report.html"
+    require_writable_parents([page])
+    if page.is_dir():
+        raise UserError(f"{page} is a directory, expected a file; move it away")
 
 
 def print_notes(contents: Sequence[Content]) -> None:

@@ -1,4 +1,4 @@
-"""The runs of a report: their files, read once, and which of them differ only in the seed."""
+"""The runs of a report: their files, read once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from megatron_dwm.config.errors import UserError
+from megatron_dwm.report.run_config import read_config
 from megatron_dwm.report.run_files import ends_unfinished, read_metrics
 from megatron_dwm.report.speed import with_speed
 
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from megatron_dwm.report.run_documents import RunDocuments
 
 DEFAULT_TARGET = "target"
-# Keys in which runs of one group may differ: the seed, and where files are.
-_SEED_KEYS = {("run", "seed"), ("run", "dir"), ("run", "resume")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +62,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Runs whose configurations differ only in the seed (and in where their files are)."""
+    """Runs of different seeds whose configurations differ in nothing else that changes training."""
 
     name: str
     runs: Sequence[Run]
@@ -80,6 +77,7 @@ class RunSet:
     baseline: group that others are compared with, or None.
     target: held-out domain that the weights should help, or None.
     scores: results of tools/evaluate.py by the run's name, a list of records each.
+    with_tables: files of all documents are written beside the page.
     """
 
     runs: Sequence[Run]
@@ -87,6 +85,7 @@ class RunSet:
     baseline: Group | None = None
     target: str | None = None
     scores: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    with_tables: bool = True
 
     @property
     def main(self) -> Run:
@@ -113,7 +112,7 @@ def read_run(path: Path, name: str) -> Run:
     no usable `metrics.jsonl`.
     """
     metrics = with_speed(read_metrics(path))
-    config, text, notes = _config(path / "config.yaml")
+    config, text, notes = read_config(path / "config.yaml")
     starts, more = _starts(path / "starts.jsonl")
     if ends_unfinished(path):
         more.append("the last line of metrics.jsonl is unfinished and left out")
@@ -126,20 +125,6 @@ def read_run(path: Path, name: str) -> Run:
         starts=starts,
         notes=[f"{name}: {note}" for note in notes + more],
     )
-
-
-def _config(path: Path) -> tuple[Mapping[str, Any], str, list[str]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-    except FileNotFoundError:
-        return {}, "", ["config.yaml is missing, so settings are unknown"]
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        return {}, "", [f"config.yaml cannot be read ({reason}), so settings are unknown"]
-    if not isinstance(content, dict):
-        return {}, text, ["config.yaml has no sections, so settings are unknown"]
-    return content, text, []
 
 
 def _starts(path: Path) -> tuple[list[Mapping[str, Any]], list[str]]:
@@ -177,35 +162,6 @@ def run_names(run_dirs: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise AssertionError(f"different paths with equal names: {resolved}")
-
-
-def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Returns the groups of runs that differ only in the seed, each named after its first run.
-
-    A run without a configuration is a group of its own.
-    """
-    members: dict[str, list[Run]] = {}
-    for run in runs:
-        key = _without_seed(run.config) if run.config else f"no configuration: {run.name}"
-        members.setdefault(key, []).append(run)
-    return [Group(name=_group_name(found), runs=tuple(found)) for found in members.values()]
-
-
-def _group_name(runs: Sequence[Run]) -> str:
-    return runs[0].name if len(runs) == 1 else f"{runs[0].name} ({len(runs)} seeds)"
-
-
-def _without_seed(config: Mapping[str, Any]) -> str:
-    kept = {
-        section: (
-            {key: value for key, value in values.items() if (section, key) not in _SEED_KEYS}
-            if isinstance(values, Mapping)
-            else values
-        )
-        for section, values in config.items()
-        if section != "typed_paths"
-    }
-    return json.dumps(kept, sort_keys=True, default=str)
 
 
 def baseline_of(groups: Sequence[Group], name: str | None) -> Group | None:

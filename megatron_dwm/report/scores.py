@@ -25,14 +25,17 @@ def read_scores(runs: Sequence[Run], given: Sequence[str]) -> Scores:
     Raises:
         UserError: a file is not one of tools/evaluate.py's, or belongs to no run.
     """
-    found: Scores = {}
+    paths: dict[str, dict[Path, Path]] = {}
     for run in runs:
         for path in sorted((run.path / "evaluation").glob("*.json")):
-            found.setdefault(run.name, []).extend(_read(path))
+            paths.setdefault(run.name, {})[path.resolve()] = path
     for text in given:
         name, path = _named(text, [run.name for run in runs])
-        found.setdefault(name, []).extend(_read(path))
-    return found
+        paths.setdefault(name, {}).setdefault(path.resolve(), path)
+    return {
+        name: [score for path in files.values() for score in _read(path)]
+        for name, files in paths.items()
+    }
 
 
 def _named(text: str, names: Sequence[str]) -> tuple[str, Path]:
@@ -52,11 +55,22 @@ def _named(text: str, names: Sequence[str]) -> tuple[str, Path]:
 def _read(path: Path) -> list[Mapping[str, Any]]:
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
-        whole = all(set(score) >= _NEEDED for score in scores)
+        whole = all(isinstance(score, dict) and set(score) >= _NEEDED for score in scores)
     except OSError as error:
         raise UserError(f"--scores {path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError):
         whole = False
     if not whole:
         raise UserError(f"{path}: not a file that {name_of_command('evaluate')} --output wrote")
+    for number, score in enumerate(scores, start=1):
+        _check(score, f"{path}: score {number} ({score['task']})")
     return list(scores)
+
+
+def _check(score: Mapping[str, Any], where: str) -> None:
+    """Check that numbers are numbers, NaN among them; raises UserError."""
+    kinds = {"num_fewshot": int, "value": int | float, "standard_error": int | float | None}
+    for name, kind in kinds.items():
+        value = score.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UserError(f"{where} has {name} {value!r}, expected a number")

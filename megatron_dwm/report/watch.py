@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_dwm.config.printing import printable
@@ -38,7 +39,7 @@ def watch(request: Request, interval_s: float) -> None:
 
 def _write(request: Request, interval_s: float) -> None:
     try:
-        runs = read_runs(request)
+        runs = replace(read_runs(request), with_tables=False)
     except NotYet as error:
         print(printable(f"waiting: {error}"), file=sys.stderr)
         return

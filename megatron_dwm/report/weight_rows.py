@@ -76,9 +76,13 @@ class WeightRows:
         return int(self.files.steps[-1])
 
     def batches(self) -> Iterator[WeightBatch]:
-        """Read all rows that count, some at a time. Raises UserError if a file is broken."""
+        """Read all rows that count, some at a time. Raises UserError if a file is broken.
+
+        Rows whose weight is not a finite number are left out; the section Weights counts them. An
+        alignment that is not finite counts as none.
+        """
         for table in stream(self.files, _COLUMNS):
-            yield WeightBatch(
+            rows = WeightBatch(
                 step_R=_integers(table["step"], 0),
                 stage_R=_integers(table["stage"], 1),
                 source_R=_sources(table["source"]),
@@ -86,8 +90,10 @@ class WeightRows:
                 domain_R=codes(table["domain"], self._domains),
                 tokens_R=_integers(table["tokens"], 1).astype(np.float64),
                 weight_R=_floats(table["weight"]),
-                alignment_R=_floats(table["alignment"]),
+                alignment_R=_finite(_floats(table["alignment"])),
             )
+            finite_R = np.isfinite(rows.weight_R)
+            yield rows if finite_R.all() else rows.where(finite_R)
 
 
 def _integers(column: pa.ChunkedArray, missing: int) -> np.ndarray:
@@ -96,6 +102,10 @@ def _integers(column: pa.ChunkedArray, missing: int) -> np.ndarray:
 
 def _floats(column: pa.ChunkedArray) -> np.ndarray:
     return pc.fill_null(pc.cast(column, pa.float64()), np.nan).to_numpy()
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(values), values, np.nan)
 
 
 def _sources(column: pa.ChunkedArray) -> np.ndarray:

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from megatron_dwm.config.errors import UserError
 from megatron_dwm.report.run_files import broken_file, guessed_source, last_written
 
 BATCH_ROWS = 1 << 17
@@ -105,7 +107,13 @@ def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
             names.append("alignment")
         file = pq.ParquetFile(path, read_dictionary=[n for n in _NAMES if n in there])
         for batch in file.iter_batches(BATCH_ROWS, columns=names or ["step"]):
-            yield _typed(pa.table(batch), columns)
+            typed = _typed(pa.table(batch), columns)
+            if "step" in columns and typed["step"].null_count:
+                raise UserError(
+                    f"{path} has a row without a step, expected the number of one in every row; "
+                    "move the file out of the folder"
+                )
+            yield typed
     except (pa.ArrowException, OSError, KeyError) as error:
         raise broken_file(path, error) from error
 
@@ -125,6 +133,11 @@ def _typed(table: pa.Table, columns: Sequence[str]) -> pa.Table:
             column = column.cast(kind).dictionary_encode()
         arrays[name] = column.unify_dictionaries() if encoded else column.cast(kind)
     return pa.table(arrays)
+
+
+def trained_on(table: pa.Table) -> np.ndarray:
+    """Returns True for the rows of samples that the LLM trained on, not of an update's own."""
+    return pc.fill_null(pc.not_equal(table["source"].cast(pa.string()), "update"), True).to_numpy()
 
 
 def codes(column: pa.ChunkedArray, known: dict[str, int]) -> np.ndarray:

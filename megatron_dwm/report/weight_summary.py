@@ -1,7 +1,8 @@
 """A run's weights in a size that does not depend on their number: by time, domain and stage.
 
-Computed in one pass of bounded memory. Quantiles come from a histogram with 64 bins for every
-doubling of the weight, so they are within 0.6 % of the exact ones; means are exact.
+Only of the rows that the LLM trained on: samples that an update drew for itself are of other
+batches. Computed in two passes of bounded memory. Quantiles come from a histogram with 64 bins for
+every doubling of the weight, so they are within 0.6 % of the exact ones; means are exact.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_dwm.report.curves import bin_of
-from megatron_dwm.report.weight_stream import WeightFiles, codes, stream
+from megatron_dwm.report.curves import bin_edges, bin_of
+from megatron_dwm.report.weight_stream import WeightFiles, codes, stream, trained_on
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _BINS_A_DOUBLING = 64
@@ -27,6 +28,9 @@ class WeightSummary:
     domains, stages: names and numbers, in the order of the axes below.
     domain_sum, domain_count: sum of the weights, and how many [B, D].
     stage_sum, stage_count: the same [S, D].
+    last_steps: the last tenth of the recorded steps, at least one [L].
+    last_sum, last_count: sum of the weights in these steps, and how many [D].
+    not_finite: how many rows were left out because their weight is not a finite number.
     histogram: how many weights are in each bin of the weight [B, W].
     least, most: smallest and largest weight [B].
     """
@@ -38,6 +42,10 @@ class WeightSummary:
     domain_count: np.ndarray
     stage_sum: np.ndarray
     stage_count: np.ndarray
+    last_steps: np.ndarray
+    last_sum: np.ndarray
+    last_count: np.ndarray
+    not_finite: int
     histogram: np.ndarray
     least: np.ndarray
     most: np.ndarray
@@ -59,21 +67,45 @@ class WeightSummary:
         return np.where(total > 0, values, np.nan)
 
 
-def summarize(files: WeightFiles, edges: np.ndarray) -> WeightSummary:
-    """Returns the summary of a run's weights in the bins of steps with these edges [B + 1]."""
+def summarize(files: WeightFiles, max_bins: int) -> WeightSummary | None:
+    """Returns the summary of a run's weights in at most so many bins of steps.
+
+    None if no row is of a sample that the LLM trained on. Raises `UserError` if a file is broken.
+    """
+    steps = _trained_steps(files)
+    if not len(steps):
+        return None
+    edges = bin_edges(steps, max_bins)
     bins = len(edges) - 1
+    last_steps = steps[-max(1, len(steps) // 10) :]
     counter = _Counter(bins)
-    for batch in stream(files, ("step", "stage", "domain", "weight")):
-        step = batch["step"].to_numpy()
+    not_finite = 0
+    for batch in stream(files, ("step", "stage", "source", "domain", "weight")):
+        weight = batch["weight"].to_numpy().astype(np.float64)
+        trained, finite = trained_on(batch), np.isfinite(weight)
+        not_finite += int((trained & ~finite).sum())
+        kept = trained & finite
+        step = batch["step"].to_numpy()[kept]
         counter.add(
             bin_of(step, edges),
-            batch["stage"].fill_null(1).to_numpy(),
-            codes(batch["domain"], counter.domains),
-            batch["weight"].to_numpy().astype(np.float64),
+            batch["stage"].fill_null(1).to_numpy()[kept],
+            codes(batch["domain"], counter.domains)[kept],
+            weight[kept],
+            step >= last_steps[0],
         )
-    number = bin_of(files.steps, edges)
-    steps = np.bincount(number, weights=files.steps, minlength=bins)
-    return counter.summary(_ratio(steps, np.bincount(number, minlength=bins)))
+    number = bin_of(steps, edges)
+    mean_step = _ratio(
+        np.bincount(number, weights=steps, minlength=bins), np.bincount(number, minlength=bins)
+    )
+    return counter.summary(mean_step, last_steps, not_finite)
+
+
+def _trained_steps(files: WeightFiles) -> np.ndarray:
+    """Returns the sorted steps with rows of samples that the LLM trained on."""
+    found = np.empty(0, np.int64)
+    for batch in stream(files, ("step", "source")):
+        found = np.union1d(found, np.unique(batch["step"].to_numpy()[trained_on(batch)]))
+    return found
 
 
 class _Counter:
@@ -85,17 +117,26 @@ class _Counter:
         self._stages: dict[int, int] = {}
         self._by_bin = np.zeros((2, bins, 0))
         self._by_stage = np.zeros((2, 0, 0))
+        self._last = np.zeros((2, 2, 0))  # of the last steps, and of the others
         self._histogram = np.zeros((bins, _BINS), np.int64)
         self._least, self._most = np.full(bins, np.inf), np.full(bins, -np.inf)
 
     def add(
-        self, bin: np.ndarray, stage: np.ndarray, domain: np.ndarray, weight: np.ndarray
+        self,
+        bin: np.ndarray,
+        stage: np.ndarray,
+        domain: np.ndarray,
+        weight: np.ndarray,
+        last: np.ndarray,
     ) -> None:
-        """Add rows: bin of the step, stage, number of the domain, weight [N each]."""
+        """Add rows: bin and stage, number of the domain, weight, is it of the last steps [N]."""
         present, inverse = np.unique(stage, return_inverse=True)
         rows = [self._stages.setdefault(int(s), len(self._stages)) for s in present]
         self._by_bin = self._sums(self._by_bin, bin, domain, weight)
-        self._by_stage = self._sums(self._by_stage, np.array(rows)[inverse], domain, weight)
+        self._by_stage = self._sums(
+            self._by_stage, np.array(rows, np.int64)[inverse], domain, weight
+        )
+        self._last = self._sums(self._last, 1 - last.astype(np.int64), domain, weight)
         cells = bin * _BINS + _weight_bin(weight)
         size = self.bins * _BINS
         self._histogram += np.bincount(cells, minlength=size).reshape(self.bins, _BINS)
@@ -114,9 +155,11 @@ class _Counter:
         total[:, : so_far.shape[1], : so_far.shape[2]] += so_far
         return total
 
-    def summary(self, step: np.ndarray) -> WeightSummary:
-        """Returns what was added, with domains and stages sorted."""
-        names, stages = sorted(self.domains), sorted(self._stages)
+    def summary(self, step: np.ndarray, last_steps: np.ndarray, not_finite: int) -> WeightSummary:
+        """Returns what was added, with domains (those that have rows) and stages sorted."""
+        count = self._by_bin[1].sum(axis=0)
+        names = sorted(name for name, at in self.domains.items() if at < len(count) and count[at])
+        stages = sorted(self._stages)
         columns = [self.domains[name] for name in names]
         rows = [self._stages[stage] for stage in stages]
         return WeightSummary(
@@ -127,6 +170,10 @@ class _Counter:
             domain_count=self._by_bin[1][:, columns],
             stage_sum=self._by_stage[0][rows][:, columns],
             stage_count=self._by_stage[1][rows][:, columns],
+            last_steps=last_steps,
+            last_sum=self._last[0][0][columns],
+            last_count=self._last[1][0][columns],
+            not_finite=not_finite,
             histogram=self._histogram,
             least=self._least,
             most=self._most,

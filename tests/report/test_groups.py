@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from megatron_dwm.report.curves import group_rows, key
+from megatron_dwm.report.groups import grouped, repeated
 from megatron_dwm.report.reach import MEAN, work_to_reach
 from megatron_dwm.report.run_report import Request, contents_of, read_runs
-from megatron_dwm.report.runs import Run, RunSet, grouped
+from megatron_dwm.report.runs import Run, RunSet
 from megatron_dwm.report.sections.benchmarks import benchmarks
 from megatron_dwm.report.speed import SPEED, with_speed
 from tests.report.test_report import rows_where
@@ -36,6 +37,19 @@ def test_only_the_seed_and_the_directory_may_differ() -> None:
         bare("e", {}),
     ]
     assert [group.name for group in grouped(runs)] == ["a (2 seeds)", "c", "d", "e"]
+
+
+def test_a_seed_counts_once_and_what_does_not_change_training_does_not_count() -> None:
+    def with_keys(seed: int, tensor: int, keep: int) -> dict:
+        return config("dwm", seed, parallel={"tensor": tensor}, training={"keep_last": keep})
+
+    runs = [
+        bare("a", with_keys(1, 1, 0)),
+        bare("b", with_keys(1, 2, 0)),
+        bare("c", with_keys(2, 2, 5)),
+    ]
+    assert [group.name for group in grouped(runs)] == ["a (2 seeds)", "b"]
+    assert repeated(runs) == [(runs[1], runs[0])]
 
 
 @pytest.fixture
@@ -111,6 +125,31 @@ def test_work_to_the_baselines_loss_is_that_of_the_closed_form(four: list[Path])
     assert row["share"] == pytest.approx(sum(shares) / 2, rel=1e-6)
     assert [row["low"], row["high"]] == pytest.approx(sorted(shares), rel=1e-6)
     assert len(rows_where(figure, domain=MEAN)) == 1
+
+
+def test_losses_are_compared_at_a_step_that_both_have(four: list[Path]) -> None:
+    """The baseline ends at step 600, of which its loss less the other's is 0.3 * 0.6."""
+    path = four[2] / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(x for x in lines if json.loads(x)["step"] <= 600))
+    runs = read_runs(Request(run_dir=four[0], compare=four[1:]))
+    [content] = [content for content in contents_of(runs) if content.id == "comparison"]
+    work, losses = content.tables
+    row = next(row for row in losses.rows if row[0] == "target")
+    assert "at step 1,000 (-0.180 at step 600)" in row[1] and row[2].endswith("at step 600")
+    assert "Runs end at different steps" in losses.caption
+    assert {row[2] for row in work.rows} == {600}
+
+
+def test_work_to_a_loss_of_the_first_evaluation_is_a_bound(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    fast = make_run(tmp_path / "fast", gain=60.0, config=config("dwm", 1))
+    base = make_run(tmp_path / "base", config=config("uniform", 1))
+    runs = read_runs(Request(run_dir=fast, compare=[base]))
+    [content] = [content for content in contents_of(runs) if content.id == "comparison"]
+    row = next(row for row in content.tables[0].rows if row[0] == "target")
+    assert row[3] == "≤ 0.10 ×"
 
 
 def test_errors_over_runs_are_standard_errors_of_the_mean(four: list[Path]) -> None:

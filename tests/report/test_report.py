@@ -14,7 +14,7 @@ import pytest
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.report.content import Figure
-from megatron_dwm.report.curves import MAX_BINS, bin_edges
+from megatron_dwm.report.curves import MAX_BINS
 from megatron_dwm.report.run_files import read_metrics, read_weights
 from megatron_dwm.report.run_report import Request, contents_of, read_runs
 from megatron_dwm.report.runs import run_names
@@ -63,7 +63,7 @@ def test_weights_are_those_of_the_files(make_run: Callable[..., Path], tmp_path:
     """Means and quantiles of ten bins of ten recorded steps, and means of the five stages."""
     run = make_run(tmp_path / "run")
     rows, files = rows_of(run), weight_files(run)
-    summary = summarize(files, bin_edges(files.steps, 10))
+    summary = summarize(files, 10)
     for number in range(10):
         steps = range(100 * number + 10, 100 * number + 101, 10)
         inside = [row for row in rows if row["step"] in steps]

@@ -132,3 +132,12 @@ def test_mistakes_are_one_line_and_exit_code_2(run_dir: Path, tmp_path: Path) ->
         [line] = done.stderr.splitlines()
         assert done.returncode == 2 and line.startswith("error: ") and message in line
         assert done.stdout == ""
+
+
+def test_equal_weights_are_one_line(tmp_path: Path) -> None:
+    run = write_rows(tmp_path / "run", [{**row, "weight": 1.0} for row in random_rows()])
+    done = printed(run)
+    assert done.returncode == 0
+    assert done.stdout == (
+        "all documents of the run have the same weight, 1: none is wanted more than another\n"
+    )

@@ -119,7 +119,7 @@
   function makeLegend(element, figure) {
     if (!figure.series) return;
     const present = new Set(figure.data[figure.series]);
-    if (present.size < 2) return;
+    if (figure.names.length < 2) return; // with one line of several names, say whose it is
     figure.names.forEach((name, number) => {
       if (!present.has(name)) return;
       const button = document.createElement("button");

@@ -42,7 +42,7 @@ def benchmarks(runs: RunSet) -> Content:
         "group where several were evaluated, else the harness's over the examples.",
         figures=_figure(runs, results),
         tables=[_table(runs, results)],
-        notes=_differing(runs),
+        notes=[*_differing(runs), *_not_finite(runs)],
     )
 
 
@@ -51,13 +51,26 @@ def _results(runs: RunSet) -> dict[Key, dict[str, Result]]:
     found: dict[Key, dict[str, list[Mapping[str, Any]]]] = {}
     for group in runs.groups:
         for run in group.runs:
-            for score in runs.scores.get(run.name, ()):
+            for score in filter(_is_finite, runs.scores.get(run.name, ())):
                 by_group = found.setdefault(_key(score), {})
                 by_group.setdefault(group.name, []).append(score)
     return {
         key: {name: _result(scores) for name, scores in by_group.items()}
         for key, by_group in found.items()
     }
+
+
+def _is_finite(score: Mapping[str, Any]) -> bool:
+    return math.isfinite(score["value"])
+
+
+def _not_finite(runs: RunSet) -> list[str]:
+    return [
+        f"{name}: {score['task']}, {score['metric']} is {score['value']} and left out."
+        for name, scores in runs.scores.items()
+        for score in scores
+        if not _is_finite(score)
+    ]
 
 
 def _key(score: Mapping[str, Any]) -> Key:
@@ -67,6 +80,7 @@ def _key(score: Mapping[str, Any]) -> Key:
 def _result(scores: Sequence[Mapping[str, Any]]) -> Result:
     values = [float(score["value"]) for score in scores]
     error = scores[0].get("standard_error")
+    error = error if error is not None and math.isfinite(error) else None
     if len(values) > 1:
         error = stdev(values) / math.sqrt(len(values))
     return Result(value=mean(values), error=error, runs=len(values))

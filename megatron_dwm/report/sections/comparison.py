@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import mean, stdev
+
+import numpy as np
 
 from megatron_dwm.report.charts import bars, lines
 from megatron_dwm.report.content import Cell, Column, Content, Figure, Table, columnar
 from megatron_dwm.report.curves import abscissas, group_rows, key, within
 from megatron_dwm.report.over_steps import MAX_PANELS, dotted
-from megatron_dwm.report.reach import MEAN, held_out, work_to_reach
-from megatron_dwm.report.runs import Group, RunSet, held_out_domains
+from megatron_dwm.report.reach import MEAN, Losses, held_out, newest_losses, work_to_reach
+from megatron_dwm.report.runs import Group, Run, RunSet, held_out_domains
 
 _SHARE = Column(name="share", title="work", unit="baseline = 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A run's work to the baseline's final loss, as a share of the baseline's.
+
+    value: None if it was not reached. at_most: the first evaluation was there already. last_step:
+    of the run's evaluations, if that is before the step of the baseline's final loss; else None.
+    """
+
+    value: float | None
+    at_most: bool
+    last_step: int | None
+
+
+Shares = Mapping[str, Mapping[str, Sequence[Share]]]
 
 
 def comparison(runs: RunSet) -> Content | None:
@@ -46,31 +65,41 @@ def _domains(runs: RunSet) -> list[str]:
     return [MEAN, *names] if names else []
 
 
-def _final_loss(group: Group, domain: str) -> list[float]:
-    found = [held_out(run, domain) for run in group.runs]
-    return [float(rows[-1, 1]) for rows in found if len(rows)]
-
-
-def _shares(runs: RunSet, baseline: Group, domain: str) -> dict[str, list[float | None]]:
+def _shares(runs: RunSet, baseline: Group, domain: str) -> dict[str, list[Share]]:
     """Returns for each other group and run the work to the baseline's loss, as its share."""
-    losses = _final_loss(baseline, domain)
-    work = [float(rows[-1, 0]) for run in baseline.runs if len(rows := held_out(run, domain))]
-    if not losses or not work:
+    final = newest_losses(baseline, domain)
+    if final is None:
+        return {}
+    ends = [held_out(run, domain, final.step) for run in baseline.runs]
+    work = [float(rows[-1, 0]) for rows in ends if len(rows)]
+    if not work:
         return {}
     found = {}
     for group in runs.groups:
-        curves = [rows for run in group.runs if len(rows := held_out(run, domain))]
+        curves = [(run, rows) for run in group.runs if len(rows := held_out(run, domain))]
         if group is not baseline and curves:
-            needed = [work_to_reach(rows, mean(losses)) for rows in curves]
-            found[group.name] = [None if n is None else n / mean(work) for n in needed]
+            found[group.name] = [_share(run, rows, final, mean(work)) for run, rows in curves]
     return found
 
 
-def _figure(runs: RunSet, cells: dict[str, dict[str, list[float | None]]]) -> list[Figure]:
+def _share(run: Run, curve: np.ndarray, final: Losses, work: float) -> Share:
+    loss = mean(final.values)
+    needed = work_to_reach(curve, loss)
+    last = int(run.lines("evaluation")[-1]["step"])
+    return Share(
+        value=None if needed is None else needed / work,
+        at_most=bool(curve[0, 1] <= loss),
+        last_step=last if last < final.step else None,
+    )
+
+
+def _figure(runs: RunSet, cells: Shares) -> list[Figure]:
     rows: list[list[Cell]] = []
+    bounds = False
     for domain, by_group in cells.items():
         for name, shares in by_group.items():
-            reached = [share for share in shares if share is not None]
+            reached = [share.value for share in shares if share.value is not None]
+            bounds |= any(share.at_most for share in shares)
             if reached:
                 rows.append([domain, name, mean(reached), min(reached), max(reached)])
     if not rows:
@@ -89,7 +118,8 @@ def _figure(runs: RunSet, cells: dict[str, dict[str, list[float | None]]]) -> li
         Figure(
             id="work_to_baseline",
             title="FLOPs to reach the baseline's final loss",
-            caption="Left of 1: reached with less work. A group without a point never reached it.",
+            caption="Left of 1: reached with less work. A group without a point never reached it."
+            + (" Points with ≤ in the table below are upper bounds." if bounds else ""),
             columns=columns,
             data=columnar(columns, rows),
             chart={**chart, "height": max(120, 22 * len(rows))},
@@ -145,54 +175,88 @@ def _difference_figure(runs: RunSet, rows: Sequence[Sequence[Cell]]) -> Figure:
     )
 
 
-def _table(runs: RunSet, baseline: Group, cells: dict[str, dict[str, list[float | None]]]) -> Table:
+def _table(runs: RunSet, baseline: Group, cells: Shares) -> Table:
     groups = [group.name for group in runs.groups if group is not baseline]
-    columns = [Column(name="domain", title="held-out domain")]
-    columns += [Column(name="loss", title="baseline's final loss", unit="nats a token")]
-    columns += [Column(name=f"group_{i}", title=name) for i, name in enumerate(groups)]
-    rows: list[list[Cell]] = [
-        [domain, mean(_final_loss(baseline, domain)), *(_text(by.get(name)) for name in groups)]
-        for domain, by in cells.items()
-        if by
+    columns = [
+        Column(name="domain", title="held-out domain"),
+        Column(name="loss", title="baseline's final loss", unit="nats a token"),
+        Column(name="step", title="its step"),
     ]
+    columns += [Column(name=f"group_{i}", title=name) for i, name in enumerate(groups)]
+    rows: list[list[Cell]] = []
+    for domain, by in cells.items():
+        final = newest_losses(baseline, domain)
+        if by and final is not None:
+            shares = (_text(by.get(name)) for name in groups)
+            rows.append([domain, mean(final.values), final.step, *shares])
     return Table(
         title="FLOPs to reach the baseline's final loss",
-        caption="As a multiple of the baseline's FLOPs: mean over the seeds that reached it.",
+        caption="As a multiple of the baseline's FLOPs: mean over the seeds that reached it. ≤: "
+        "the first evaluation was at or below that loss already, so less work may have sufficed.",
         columns=columns,
         rows=rows,
     )
 
 
-def _text(shares: Sequence[float | None] | None) -> str | None:
+def _text(shares: Sequence[Share] | None) -> str | None:
     if shares is None:
         return None
-    reached = [share for share in shares if share is not None]
+    reached = [share for share in shares if share.value is not None]
     if not reached:
-        return "not reached"
+        behind = [share.last_step for share in shares if share.last_step is not None]
+        return f"not reached by step {max(behind):,}" if behind else "not reached"
     seeds = f" ({len(reached)} of {len(shares)} seeds)" if len(shares) > 1 else ""
-    return f"{mean(reached):.2f} ×{seeds}"
+    sign = "≤ " if any(share.at_most for share in reached) else ""
+    return f"{sign}{mean(share.value or 0.0 for share in reached):.2f} ×{seeds}"
 
 
 def _losses(runs: RunSet) -> list[Table]:
     """Returns the table of last held-out losses, with the difference to the baseline."""
-    rows: list[list[Cell]] = []
-    for domain in _domains(runs):
-        base = _final_loss(runs.baseline, domain) if runs.baseline else []
-        row: list[Cell] = [domain]
-        for group in runs.groups:
-            row.append(_loss_text(_final_loss(group, domain), base, group is runs.baseline))
-        rows.append(row)
+    last = {
+        domain: [newest_losses(group, domain) for group in runs.groups] for domain in _domains(runs)
+    }
+    steps = {losses.step for row in last.values() for losses in row if losses is not None}
+    rows: list[list[Cell]] = [
+        [
+            domain,
+            *(
+                _loss_text(runs, group, domain, losses, with_step=len(steps) > 1)
+                for group, losses in zip(runs.groups, row, strict=True)
+            ),
+        ]
+        for domain, row in last.items()
+    ]
+    if not rows:
+        return []
     columns = [Column(name="domain", title="held-out domain")]
     columns += [Column(name=f"group_{i}", title=g.name) for i, g in enumerate(runs.groups)]
-    caption = "Nats a token. ±: standard error over seeds. In parentheses: less the baseline's."
-    table = Table(title="Last held-out losses", caption=caption, columns=columns, rows=rows)
-    return [table] if rows else []
+    caption = "Nats a token" + (f", at step {max(steps):,}. " if len(steps) == 1 else ". ")
+    if len(steps) > 1:
+        caption += "Runs end at different steps, so each loss has its step. "
+    if any(len(group.runs) > 1 for group in runs.groups):
+        caption += "Of the newest step that all seeds have evaluated; ±: standard error over them. "
+    if runs.baseline is not None:
+        caption += (
+            "In parentheses: less the baseline's, at the newest step that both have evaluated."
+        )
+    title = "Last held-out losses"
+    return [Table(title=title, caption=caption.strip(), columns=columns, rows=rows)]
 
 
-def _loss_text(losses: Sequence[float], base: Sequence[float], is_base: bool) -> str | None:
-    if not losses:
+def _loss_text(
+    runs: RunSet, group: Group, domain: str, last: Losses | None, *, with_step: bool
+) -> str | None:
+    if last is None:
         return None
-    text = f"{mean(losses):.3f}"
-    if len(losses) > 1:
-        text += f" ± {stdev(losses) / math.sqrt(len(losses)):.3f}"
-    return text if is_base or not base else f"{text} ({mean(losses) - mean(base):+.3f})"
+    text = f"{mean(last.values):.3f}"
+    if len(last.values) > 1:
+        text += f" ± {stdev(last.values) / math.sqrt(len(last.values)):.3f}"
+    text += f" at step {last.step:,}" if with_step else ""
+    if runs.baseline is None or group is runs.baseline:
+        return text
+    own = newest_losses(group, domain, beside=runs.baseline)
+    base = newest_losses(runs.baseline, domain, beside=group)
+    if own is None or base is None:
+        return text
+    where = "" if own.step == last.step else f" at step {own.step:,}"
+    return f"{text} ({mean(own.values) - mean(base.values):+.3f}{where})"

@@ -33,7 +33,10 @@ def credit(runs: RunSet) -> Content | None:
         id="credit",
         title="Credit",
         lead=_MEANING,
-        tables=[_by_domain(domains, _counted(runs, found)), _by_document(found)],
+        tables=[
+            _by_domain(domains, _counted(runs, found), with_file=runs.with_tables),
+            _by_document(found),
+        ],
         notes=_without(found),
     )
 
@@ -65,7 +68,8 @@ def _without(found: RunDocuments) -> list[str]:
     return notes
 
 
-def _by_domain(domains: list[DomainCredit], counted: str) -> Table:
+def _by_domain(domains: list[DomainCredit], counted: str, *, with_file: bool) -> Table:
+    file = f" Of every document: {CREDIT_FILE}, beside this page." if with_file else ""
     columns = (
         Column(name="domain", title="domain"),
         _CREDIT,
@@ -91,7 +95,7 @@ def _by_domain(domains: list[DomainCredit], counted: str) -> Table:
         title="Credit by domain",
         columns=columns,
         rows=rows,
-        caption=f"{counted} The largest first. Of every document: {CREDIT_FILE}, beside this page.",
+        caption=f"{counted} The largest first.{file}",
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_dwm.report.content import Content
-from megatron_dwm.report.documents import WantedDocument
+from megatron_dwm.report.documents import WantedDocument, all_equal
 from megatron_dwm.report.page import cell_text
 from megatron_dwm.report.run_documents import RunDocuments
 from megatron_dwm.report.runs import RunSet
@@ -29,6 +29,9 @@ def documents(runs: RunSet) -> Content:
     wanted = [] if found is None else _wanted(found)
     if found is None:
         notes.append(f"{runs.main.name}: no weights are recorded, so no document is wanted more.")
+    elif wanted and all_equal(wanted):
+        notes.append("All documents have the same weight, so none is wanted more than another.")
+        wanted = []
     elif not wanted:
         notes.append("weights/*.parquet has no document of a weight, so none can be shown.")
     return Content(

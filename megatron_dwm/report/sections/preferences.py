@@ -8,7 +8,7 @@ from megatron_dwm.files.command_names import name_of_command
 from megatron_dwm.report.charts import fan, lines
 from megatron_dwm.report.content import Cell, Column, Content, Figure, columnar
 from megatron_dwm.report.curves import abscissas, at_steps, bin_edges, bin_of
-from megatron_dwm.report.over_steps import dotted, present
+from megatron_dwm.report.over_steps import FEW_POINTS, dotted, present
 from megatron_dwm.report.run_documents import SAMPLED_DOCUMENTS, RunDocuments
 from megatron_dwm.report.runs import Run, RunSet
 from megatron_dwm.report.score_correlation import correlate_scores
@@ -135,7 +135,7 @@ def _with_alignments(run: Run, runs: RunSet, batches: BatchCorrelation) -> Figur
         "to the highest batch of an interval; weights are those before the update.",
         columns=columns,
         data=columnar(columns, rows),
-        chart=lines(_CORRELATION, band=True, reference=0.0),
+        chart=lines(_CORRELATION, band=True, reference=0.0, points=len(rows) <= FEW_POINTS),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_dwm.report.charts import areas
 from megatron_dwm.report.content import Card, Cell, Column, Content, Figure, Table, columnar
 from megatron_dwm.report.curves import Value, abscissas, group_rows, key
+from megatron_dwm.report.groups import repeated
 from megatron_dwm.report.over_steps import over_steps, present
 from megatron_dwm.report.runs import Run, RunSet
 from megatron_dwm.report.speed import SPEED
@@ -24,6 +25,11 @@ _SKIPPED = {"skipped": "step", "skipped_update": "weighting update"}
 def summary(runs: RunSet) -> Content:
     """Returns the section with the runs' size, cost and configuration."""
     notes = [note for run in runs.runs for note in (*run.notes, *_skipped(run))]
+    notes += [
+        f"{run.name} has the settings and the seed of {earlier.name}: it is that run again, and no "
+        "other seed, so it is shown beside that one's group."
+        for run, earlier in repeated(runs.runs)
+    ]
     flops = _flops_by_part(runs)
     if flops is None:
         notes.append("FLOPs by part are missing: a version that did not record them wrote the run.")
@@ -55,8 +61,9 @@ def _speed(runs: RunSet) -> Figure | None:
 def _lead(runs: RunSet) -> str:
     if len(runs.runs) == 1:
         return f"The run in {runs.main.path}."
+    groups = f"{len(runs.groups)} {'group' if len(runs.groups) == 1 else 'groups'}"
     return (
-        f"{len(runs.runs)} runs, {len(runs.groups)} of them different in more than the seed. "
+        f"{len(runs.runs)} runs in {groups}; runs of a group differ in the seed only. "
         f"Numbers on the cards are those of {runs.main.name}."
     )
 
@@ -106,14 +113,15 @@ def _weighting_share(run: Run) -> str:
 
 
 def _loss_cards(run: Run, runs: RunSet) -> list[Card]:
-    by_domain = run.last("domain_loss") or {}
+    evaluated = [line for line in run.lines("evaluation") if line.get("domain_loss")]
+    by_domain = evaluated[-1]["domain_loss"] if evaluated else {}
     cards = []
     if runs.target in by_domain:
         cards.append(
             Card(
                 name=f"Loss of {runs.target}",
                 value=f"{by_domain[runs.target]:.3f}",
-                detail="nats a token, held out",
+                detail=f"nats a token, held out, at step {evaluated[-1]['step']:,}",
             )
         )
     ess = run.last("weight_effective_sample_size")

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_dwm.report.charts import fan, heat, lines
 from megatron_dwm.report.content import Cell, Column, Content, Figure, Table, columnar
-from megatron_dwm.report.curves import abscissas, at_steps, bin_edges, key, stage_marks
+from megatron_dwm.report.curves import abscissas, at_steps, key, stage_marks
 from megatron_dwm.report.over_steps import (
     MAX_LINES,
     MAX_PANELS,
@@ -22,7 +22,7 @@ from megatron_dwm.report.weight_stream import weight_files
 from megatron_dwm.report.weight_summary import WeightSummary, summarize
 
 _BINS = 40
-_LAST_BINS = 4  # a tenth of them
+_TRAINED = "Of the samples that the LLM trained on, not of those that updates drew for themselves."
 _WEIGHT = Column(name="weight", title="mean weight", unit="1 = uniform")
 _RUN = Column(name="run", title="run")
 _DOMAIN = Column(name="domain", title="domain")
@@ -45,21 +45,40 @@ def weights(runs: RunSet) -> Content:
     return Content(
         id="weights",
         title="Weights",
-        lead=f"A weight of 1 is uniform: the mean over every batch is 1. {about_bands(runs)}",
+        lead=f"A weight of 1 is uniform: the mean over every batch is 1.{_about_lines(runs)}",
         figures=present(figures),
         tables=_last_weights(found),
-        notes=[_why_missing(run) for run in missing],
+        notes=[*map(_why_missing, missing), *_not_finite(found)],
     )
+
+
+def _about_lines(runs: RunSet) -> str:
+    bands = about_bands(runs)
+    # Domains have a color each where one group is shown, and bands of many colors hide each other.
+    return f" {bands} Figures of domains have the means alone." if bands else ""
+
+
+def _not_finite(found: Summaries) -> list[str]:
+    return [
+        f"{name}: {summary.not_finite:,} recorded weights are not finite numbers and left out."
+        for name, summary in found.items()
+        if summary.not_finite
+    ]
 
 
 def _summary_of(run: Run) -> WeightSummary | None:
     files = weight_files(run.path)
-    return summarize(files, bin_edges(files.steps, _BINS)) if files else None
+    return summarize(files, _BINS) if files else None
 
 
 def _why_missing(run: Run) -> str:
     if run.policy == "uniform":
         return f"{run.name}: policy uniform gives every sample the weight 1."
+    if weight_files(run.path):
+        return (
+            f"{run.name}: the recorded weights are all of samples that updates drew for "
+            "themselves, and none of those that the LLM trained on."
+        )
     return (
         f"{run.name}: no weights in weights/*.parquet. They are written with each "
         "checkpoint, for every logging.weights_interval_steps steps (0 records none)."
@@ -83,7 +102,7 @@ def _by_domain(runs: RunSet, found: Summaries) -> Figure | None:
     return Figure(
         id="weight_by_domain",
         title="Mean weight by domain" if several else f"Mean weight by domain, {groups[0]}",
-        caption=f"What the run wanted to read, and when.{less}",
+        caption=f"What the run wanted to read, and when. {_TRAINED}{less}",
         columns=columns,
         data=columnar(columns, rows),
         chart=lines(
@@ -124,7 +143,8 @@ def _by_last_weight(names: list[str], found: Summaries) -> list[str]:
     last = {}
     if summary is not None:
         for name, column in zip(summary.domains, summary.mean_by_domain().T, strict=True):
-            last[name] = column[~np.isnan(column)][-1]
+            known = column[~np.isnan(column)]
+            last[name] = known[-1] if len(known) else -np.inf
     return sorted(names, key=lambda name: -last.get(name, 0.0))
 
 
@@ -180,7 +200,7 @@ def _distribution(runs: RunSet, found: Summaries) -> Figure | None:
     return Figure(
         id="weight_distribution",
         title="Distribution of weights",
-        caption="Median, middle half (dark) and middle 90 % (pale) of the weights.",
+        caption=f"Median, middle half (dark) and middle 90 % (pale) of the weights. {_TRAINED}",
         columns=columns,
         data=columnar(columns, rows),
         chart=fan(over[0], y, bands, "median", reference=1.0),
@@ -210,7 +230,7 @@ def _by_stage(runs: RunSet, found: Summaries) -> Figure | None:
     return Figure(
         id="weight_by_stage",
         title=f"Mean weight by domain and stage, {run.name}",
-        caption="Domains in the order of their weight in the last stage.",
+        caption=f"Domains in the order of their weight in the last stage. {_TRAINED}",
         columns=columns,
         data=columnar(columns, rows),
         chart={**chart, "height": max(120, 26 * len(order))},
@@ -221,22 +241,27 @@ def _last_weights(found: Summaries) -> list[Table]:
     """Returns the table of each domain's mean weight at the end of each run."""
     last = {}
     for name, summary in found.items():
-        sums, counts = summary.domain_sum[-_LAST_BINS:], summary.domain_count[-_LAST_BINS:]
-        last[name] = {
-            domain: float(total / count)
-            for domain, total, count in zip(
-                summary.domains, sums.sum(axis=0), counts.sum(axis=0), strict=True
-            )
-            if count
-        }
+        totals = zip(summary.domains, summary.last_sum, summary.last_count, strict=True)
+        last[name] = {domain: float(total / count) for domain, total, count in totals if count}
     if not last:
         return []
     first = next(iter(last.values()))
     names = sorted(_domains(found), key=lambda domain: -first.get(domain, 0.0))
     rows = [[domain, *(values.get(domain) for values in last.values())] for domain in names]
     columns = [_DOMAIN, *(Column(name=f"run_{i}", title=name) for i, name in enumerate(last))]
-    caption = "Mean over the last tenth of the steps with recorded weights; 1 is uniform."
+    steps = {name: _steps_text(summary.last_steps) for name, summary in found.items()}
+    same = len(set(steps.values())) == 1
+    which = next(iter(steps.values())) if same else "; ".join(f"{n}: {t}" for n, t in steps.items())
+    caption = (
+        f"Mean over the last tenth of the steps with recorded weights ({which}); 1 is uniform. "
+        + _TRAINED
+    )
     return [Table(title="Last mean weights", caption=caption, columns=columns, rows=rows)]
+
+
+def _steps_text(steps: np.ndarray) -> str:
+    first, last = int(steps[0]), int(steps[-1])
+    return f"step {last:,}" if first == last else f"steps {first:,} to {last:,}"
 
 
 def _from_metrics(runs: RunSet) -> list[Figure | None]:
