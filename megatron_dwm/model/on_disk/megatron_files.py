@@ -57,11 +57,12 @@ def open_megatron(source: Path, given: Mapping[str, Any] | None = None) -> Megat
     tensors have other sizes than the shape says.
     """
     folder = _iteration(source)
+    with data_only(folder / ".metadata"):
+        require_files(folder, read_index(folder))
     settings = read_settings(folder)
     shape = shape_from(settings, given or {}, folder)
     model = MegatronModel(folder=folder, settings=settings, shape=shape)
     model.require_tensors()
-    require_files(folder, model.index)
     return model
 
 
