@@ -77,12 +77,15 @@ def refuse_changes(
 
 
 def refuse_moved_stages(old: Config, new: Config, step: int) -> None:
-    """Raise UserError if another `training.steps` moves the ends of stages before step `step`."""
-    before, now = (
-        [border for border in method_class(c).schedule(c).borders if 0 < border <= step]
-        for c in (old, new)
-    )
+    """Raise UserError if another `training.steps` moves the ends of stages before step `step`.
+
+    A method that makes no updates writes no files of stages, and may.
+    """
+    schedules = [method_class(config).schedule(config) for config in (old, new)]
+    before, now = ([b for b in schedule.borders if 0 < b <= step] for schedule in schedules)
     key = "training.steps"
+    if not schedules[1].num_updates:
+        return
     if before != now and old.training.steps != new.training.steps and not _allows(new, key):
         ended = ", ".join(map(str, before)) or "no step"
         would = ", ".join(map(str, now)) or "no step"
