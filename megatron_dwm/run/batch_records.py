@@ -24,7 +24,7 @@ class BatchRecords:
     def __init__(
         self, state: TrainState, runtime: Runtime, config: LoggingConfig, files: RunFiles | None
     ) -> None:
-        """Files: None except on the main process."""
+        """`files` is None except on the main process."""
         self._state, self._runtime, self._files = state, runtime, files
         self._interval = config.weights_interval_steps
         self._token_rows = config.weights_token_rows

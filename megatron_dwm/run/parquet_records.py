@@ -9,8 +9,37 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_dwm.data import Origins
 from megatron_dwm.files.atomic import new_file
 from megatron_dwm.run.recorded import UPDATES
+
+ORIGIN_FIELDS: list[tuple[str, pa.DataType]] = [
+    ("step", pa.int64()),
+    ("stage", pa.int32()),
+    ("source", pa.dictionary(pa.int32(), pa.string())),
+    ("sample_id", pa.int64()),
+    ("document_id", pa.int64()),
+    ("domain", pa.dictionary(pa.int32(), pa.string())),
+]
+"""the first columns of every record: when a row was weighed, and where it comes from
+
+source: what sample_id and document_id number, since three numberings start from 0: samples that the
+    LLM trains on (training), samples that a fresh weighting update drew (update), passages of the
+    target that are mixed into the batch (target)
+"""
+
+
+def origin_columns(step: int, stage: int, origins: Origins) -> list[list[Any]]:
+    """Returns the columns of `ORIGIN_FIELDS`."""
+    rows = len(origins.domains)
+    return [
+        [step] * rows,
+        [stage] * rows,
+        list(origins.numberings),
+        origins.sample_ids_U.tolist(),
+        origins.document_ids_U.tolist(),
+        list(origins.domains),
+    ]
 
 
 class ParquetRecords:

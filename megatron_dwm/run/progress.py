@@ -74,7 +74,7 @@ class Progress:
             self._files.curves(step, _curves(speed, memory))
 
     def update(self, stage: int, values: Mapping[str, object], seconds: float) -> None:
-        """Show a weighting update. values: its keys in metrics.jsonl; a skipped one has none."""
+        """Show a weighting update. values: its keys in metrics.jsonl."""
         if not self._schedule.in_step:
             self._pace.add(Work.UPDATE, seconds)
         state, schedule = self._state, self._schedule

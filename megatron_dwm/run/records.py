@@ -21,7 +21,7 @@ from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.config import Config
 from megatron_dwm.data import Origins
 from megatron_dwm.files.atomic import new_file
-from megatron_dwm.run.parquet_records import ParquetRecords
+from megatron_dwm.run.parquet_records import ORIGIN_FIELDS, ParquetRecords, origin_columns
 from megatron_dwm.run.recorded import drop_records_after, set_aside
 from megatron_dwm.run.tensorboard import Axis, Board
 from megatron_dwm.run.wandb_board import WandbBoard
@@ -29,12 +29,7 @@ from megatron_dwm.weighting.concentration import effective_sample_size, normaliz
 
 _WEIGHT_SCHEMA = pa.schema(
     [
-        ("step", pa.int64()),
-        ("stage", pa.int32()),
-        ("source", pa.dictionary(pa.int32(), pa.string())),
-        ("sample_id", pa.int64()),
-        ("document_id", pa.int64()),
-        ("domain", pa.dictionary(pa.int32(), pa.string())),
+        *ORIGIN_FIELDS,
         ("tokens", pa.int32()),
         ("loss", pa.float32()),
         ("weight", pa.float32()),
@@ -43,9 +38,6 @@ _WEIGHT_SCHEMA = pa.schema(
 )
 """one row per weight, which is one per unit
 
-source: what sample_id and document_id number, since three numberings start from 0: samples that the
-    LLM trains on (training), samples that a fresh weighting update drew (update), passages of the
-    target that are mixed into the batch (target)
 tokens: of the unit, as the model reads them. loss: their mean loss, in nats
 alignment: empty if there was no update, or if the update did not compute it
 """
@@ -185,12 +177,7 @@ class WeightRecorder:
         found = [None] * rows if alignment_n is None else alignment_n.tolist()
         alignment = [None if value != value else value for value in found]
         columns: list[list[Any]] = [
-            [step] * rows,
-            [stage] * rows,
-            list(origins.numberings),
-            origins.sample_ids_U.tolist(),
-            origins.document_ids_U.tolist(),
-            list(origins.domains),
+            *origin_columns(step, stage, origins),
             origins.tokens_U.tolist(),
             losses_n.tolist(),
             weights_n.tolist(),

@@ -18,7 +18,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from megatron_dwm.data import Batch, Origins
-from megatron_dwm.run.parquet_records import ParquetRecords
+from megatron_dwm.run.parquet_records import ORIGIN_FIELDS, ParquetRecords, origin_columns
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.training.weighed_units import WeighedUnits
 
@@ -28,12 +28,7 @@ ReadRows = Callable[[int], Batch]
 _TOKENS = pa.list_(pa.float32())
 TOKEN_SCHEMA = pa.schema(
     [
-        ("step", pa.int64()),
-        ("stage", pa.int32()),
-        ("source", pa.dictionary(pa.int32(), pa.string())),
-        ("sample_id", pa.int64()),
-        ("document_id", pa.int64()),
-        ("domain", pa.dictionary(pa.int32(), pa.string())),
+        *ORIGIN_FIELDS,
         ("counted", pa.int32()),
         ("kept", pa.int32()),
         ("token_ids", pa.list_(pa.int32())),
@@ -111,12 +106,7 @@ class TokenRecorder:
         ids: list[Any] = read_rows(full).labels_BS.tolist() if full else []
         excess: list[Any] = [None] * full if found.excess_RS is None else found.excess_RS.tolist()
         columns = (
-            [step] * count,
-            [stage] * count,
-            list(origins.numberings),
-            origins.sample_ids_U.tolist(),
-            origins.document_ids_U.tolist(),
-            list(origins.domains),
+            *origin_columns(step, stage, origins),
             found.counted_B.tolist(),
             found.kept_B.tolist(),
             ids + rest,
