@@ -154,6 +154,7 @@ def train(steps: int, tensor: int, pipeline: int) -> None:
 
 def _report(batch: Batch, alignments_n: Tensor) -> None:
     pairs = zip(batch["repeats"].tolist(), alignments_n.tolist(), strict=True)
+    dist.barrier()  # or the last pipeline stage would print its loss in the middle of a line
     if dist.get_rank() == 0:
         for token, value in sorted(pairs):
             print(f"repeats token {token:3}: alignment {value:+.2e}")
