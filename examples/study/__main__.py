@@ -1,7 +1,11 @@
-"""Train the runs of a study that are not finished, and write what they show.
+"""Train the runs of a study whose outcomes are not known, and write what all of them show.
 
-Without --part: the parts that take under two hours on two cores. Runs are resumed where they were
-stopped. The result is written after every call, from the runs that are finished by then.
+Without --part or --full: the parts that take under two hours on two cores. Runs are resumed where
+they were stopped. The outcome of a finished run is one line of --results; such a run is not trained
+again while its settings and its text are the same. The document is written from these lines.
+
+Files that are in WORKDIR already are used: text.jsonl and heldout.jsonl (records with `text` and
+`domain`), target.NAME.jsonl (`text`) and tokenizer.model compare the methods on your own text.
 """
 
 from __future__ import annotations
@@ -11,33 +15,50 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from examples.study.launch import is_finished, train_all
+from examples.study.cost import MFU, cost_table
+from examples.study.launch import to_train, train_all
+from examples.study.results import Results
 from examples.study.spec import FILE, Part, Study, read_study
 from examples.study.workplace import Workplace
 from megatron_dwm.config import UserError
 from megatron_dwm.config.command_line import OneLineParser, run_command
+
+_FULL, _GPU = "full", "h100-80gb"
 
 
 def main() -> None:
     """Read the options, train and write."""
     arguments = _parser().parse_args()
     study = read_study(arguments.study)
-    parts = study.chosen(arguments.part)
+    parts = study.chosen([_FULL] if arguments.full else arguments.part)
     if arguments.scale != 1.0:
         study = _scaled(study, arguments.scale)
     place = Workplace(folder=arguments.workdir.absolute(), study=study)
-    if arguments.jobs < 1 or arguments.scale <= 0:
-        raise UserError("--jobs and --scale: expected numbers above 0")
+    if arguments.jobs < 1 or arguments.scale <= 0 or arguments.gpus < 0:
+        raise UserError("--jobs, --scale and --gpus: expected numbers above 0")
     if place.folder.exists() and not place.folder.is_dir():
         raise UserError(f"WORKDIR {place.folder}: is no folder")
-    if arguments.list:
-        _print_runs(place, parts)
-        return
     place.prepare()
-    train_all(place, (run for part in parts for run in study.runs(part)), arguments.jobs)
-    from examples.study.document import write_document
+    results = Results.open(place, arguments.results or place.folder / "results.jsonl")
+    if arguments.list:
+        _print_runs(results, parts)
+    if arguments.full or arguments.list:
+        waiting = to_train(results, [run for part in parts for run in study.runs(part)])
+        print(f"To train, at {MFU:.0%} of the GPU's peak:")
+        print(cost_table(place, waiting, arguments.gpu), flush=True)
+    if arguments.list:
+        return
+    _train_and_write(results, parts, arguments)
 
-    print(write_document(place, parts, arguments.output or place.folder / "study.md"))
+
+def _train_and_write(results: Results, parts: list[Part], arguments: argparse.Namespace) -> None:
+    runs = [run for part in parts for run in results.place.study.runs(part)]
+    try:
+        train_all(results, runs, arguments.gpus or arguments.jobs, on_gpus=arguments.gpus > 0)
+    finally:
+        from examples.study.document import write_document
+
+        print(write_document(results, arguments.output or results.place.folder / "study.md"))
 
 
 def _parser() -> OneLineParser:
@@ -46,28 +67,31 @@ def _parser() -> OneLineParser:
     )
     add = parser.add_argument
     add("workdir", type=Path, metavar="WORKDIR", help="folder of the study; made if missing")
-    add(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--part",
         nargs="+",
         default=[],
         metavar="NAME",
         help="parts of the study, in the file's order (default: those that it marks)",
     )
-    add(
-        "--study",
-        type=Path,
-        metavar="FILE.yaml",
-        default=FILE,
-        help="what is trained (%(default)s)",
+    which.add_argument(
+        "--full",
+        action="store_true",
+        help="the part for a machine with GPUs: 15M and 110M parameters; prints its cost first",
     )
+    add("--study", type=Path, metavar="FILE.yaml", default=FILE, help="what is trained")
+    add("--results", type=Path, metavar="FILE.jsonl", help="default: WORKDIR/results.jsonl")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
+    add("--gpus", type=int, default=0, metavar="N", help="runs at a time, each on a GPU of its own")
+    add("--gpu", default=_GPU, metavar="NAME", help="GPU of the printed cost (%(default)s)")
     add(
         "--output",
         type=Path,
         metavar="FILE.md",
         help="document to write, pictures beside it (default: WORKDIR/study.md)",
     )
-    add("--list", action="store_true", help="print the runs and whether they are finished")
+    add("--list", action="store_true", help="print the runs, which are known, and the others' cost")
     add("--scale", type=float, default=1.0, help="factor of all steps, to try it (default: 1)")
     return parser
 
@@ -80,10 +104,10 @@ def _scaled(study: Study, factor: float) -> Study:
     return replace(study, sizes=sizes)
 
 
-def _print_runs(place: Workplace, parts: list[Part]) -> None:
+def _print_runs(results: Results, parts: list[Part]) -> None:
     for part in parts:
-        for run in place.study.runs(part):
-            state = "finished" if is_finished(place.directory(run)) else "to do"
+        for run in results.place.study.runs(part):
+            state = "known" if results.of(run) is not None else "to train"
             print(f"{part.name}: {run.name}, {run.steps} steps: {state}")
 
 

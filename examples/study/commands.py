@@ -19,9 +19,10 @@ _MEMORY = {
 }
 
 
-def environment() -> dict[str, str]:
-    """Returns the environment of a command, which has one thread."""
-    return {**os.environ, **_MEMORY, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+def environment(gpu: int | None = None) -> dict[str, str]:
+    """Returns the environment of a command, which has one thread. gpu: the only one it sees."""
+    own = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
+    return {**os.environ, **_MEMORY, **own, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
 def run_tool(name: str, *words: str, **options: object) -> None:

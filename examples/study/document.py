@@ -1,46 +1,101 @@
-"""Writes the study's document from the runs that are finished; no figure in it is typed by hand."""
+"""Writes the study's document from the known outcomes; no figure in it is typed by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from examples.study.outcomes import outcomes
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from examples.study.contrasts import UNIFORMS, Cell, Comparison, cells_of
+from examples.study.figures import changes, curves, weights
+from examples.study.questions import (
+    Questions,
+    claims_table,
+    decisions_table,
+    predictions_table,
+    read_questions,
+)
+from examples.study.results import Results
 from examples.study.spec import Part
-from examples.study.tables import cells_of, equal_tokens, equal_work
-from examples.study.workplace import Workplace
-from megatron_dwm.files.atomic import write_text
+from examples.study.tables import domains_of, equal_tokens, equal_work, trained
+from megatron_dwm.files.atomic import write_bytes, write_text
+from megatron_dwm.report.content import Figure
+from megatron_dwm.report.images import png
 
-_PREDICTIONS = Path(__file__).parent / "predictions.md"
-_HEAD = """# Every method, compared
+_HERE = Path(__file__).parent
+_TEXTS = {
+    "unseen novels": "unseen",
+    "the target's other half": "persuasion",
+    "other domains": "others",
+}
+"""groups of questions.yaml by their words in a picture"""
 
-Written by `bash examples/study/run.sh WORKDIR --output docs/study.md` from its own runs. Losses are
-held-out losses in nats a token after the last step. A change is against `uniform` of the same seed,
-which read the same data in the same order: its mean over the seeds and a 95 % interval (Student's t
-of the paired differences), **bold** where the interval does not contain 0. FLOPs are by formula.
-"""
+
+@dataclass(frozen=True, kw_only=True)
+class _Section:
+    name: str
+    about: str
+    body: str
 
 
-def write_document(place: Workplace, parts: Sequence[Part], output: Path) -> Path:
-    """Write the document; returns its path."""
-    write_text(output, "\n".join([_HEAD, *_predictions(), *_sections(place, parts)]))
+def write_document(results: Results, output: Path) -> Path:
+    """Write the document, and its pictures beside it; returns its path."""
+    found = Comparison(study=results.place.study, results=results)
+    questions = read_questions()
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    text = environment.get_template("study.md.j2").render(
+        claims=claims_table(questions, found),
+        predictions=predictions_table(questions, found),
+        decisions=decisions_table(questions, found),
+        parts=list(_sections(found, questions, output.parent)),
+        runs=found.results.count,
+    )
+    write_text(output, text)
     return output
 
 
-def _predictions() -> Iterator[str]:
-    yield _PREDICTIONS.read_text(encoding="utf-8")
+def _sections(found: Comparison, questions: Questions, folder: Path) -> Iterator[_Section]:
+    for part in found.study.parts.values():
+        blocks = [
+            block
+            for cell in cells_of(part)
+            if len(trained(found, part, cell)) > 1
+            for block in _blocks(found, questions, part, cell, folder)
+        ]
+        body = "\n\n".join(blocks) or "No run of this part is finished."
+        yield _Section(name=part.name, about=part.about, body=body)
 
 
-def _sections(place: Workplace, parts: Sequence[Part]) -> Iterator[str]:
-    for part in parts:
-        found = outcomes(place, place.study.runs(part))
-        yield f"## {part.name}: {part.about}\n"
-        if not found:
-            yield "No run of this part is finished.\n"
-            continue
-        for cell in cells_of(part):
-            size, corpus, target = cell
-            yield f"### {size}, corpus {corpus}, target {target}, at equal tokens\n"
-            yield equal_tokens(place.study, part, cell, found)
-            yield "### The same at equal FLOPs\n"
-            yield equal_work(place.study, part, cell, found)
+def _blocks(
+    found: Comparison, questions: Questions, part: Part, cell: Cell, folder: Path
+) -> Iterator[str]:
+    size, corpus, target = cell
+    yield f"### {size}, corpus {corpus}, target {target}"
+    if part is next(iter(found.study.parts.values())):
+        for figure in _figures(found, questions, part, cell):
+            write_bytes(folder / f"{figure.id}.png", png(figure))
+            yield f"![{figure.title}]({figure.id}.png)"
+    yield "At equal tokens:"
+    yield equal_tokens(found, part, cell).rstrip()
+    if sum(bool(found.by_seed(cell, name)) for name in UNIFORMS) > 1:
+        yield "The same at equal FLOPs (against uniform runs of other lengths):"
+        yield equal_work(found, part, cell).rstrip()
+
+
+def _figures(found: Comparison, questions: Questions, part: Part, cell: Cell) -> Iterator[Figure]:
+    """Yields the pictures of the study's first part."""
+    domains = set(domains_of(found, cell))
+    texts = {
+        words: questions.groups[group]
+        for words, group in _TEXTS.items()
+        if domains.issuperset(questions.groups[group])
+    }
+    chosen = [changes(found, part, cell, texts or {name: [name] for name in domains})]
+    if texts:
+        chosen.append(curves(found, part, cell, questions.groups["novels"]))
+    chosen += [weights(found, part, cell, m) for m in part.methods if m.startswith("dwm")]
+    yield from (figure for figure in chosen if figure is not None)

@@ -9,10 +9,12 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from queue import SimpleQueue
 
 import yaml
 
 from examples.study.commands import environment
+from examples.study.results import Results
 from examples.study.spec import Run
 from examples.study.workplace import Workplace
 from megatron_dwm.config import RunError
@@ -37,34 +39,49 @@ def _evaluated(metrics: Path) -> int | None:
     return steps[-1] if steps else None
 
 
-def train_all(place: Workplace, runs: Iterable[Run], jobs: int) -> None:
-    """Train every run that is not finished, at most `jobs` at a time.
+def to_train(results: Results, runs: Iterable[Run]) -> list[Run]:
+    """Returns the runs whose outcome is not known, each once and after those that it needs.
+
+    A needed run is trained again if its outcome is known and its checkpoints are gone.
+    """
+    place, found = results.place, dict[str, Run]()
+    for run in runs:
+        if results.of(run) is None:
+            needed = [n for n in place.study.needed(run) if not is_finished(place.directory(n))]
+            found.update({each.name: each for each in [*needed, run]})
+    return list(found.values())
+
+
+def train_all(results: Results, runs: Iterable[Run], jobs: int, *, on_gpus: bool = False) -> None:
+    """Train every run whose outcome is not known, at most `jobs` at a time, and add its outcome.
+
+    on_gpus: each of the runs that are trained at a time has a GPU of its own, by number.
 
     Raises RunError after all runs that could be made, if one failed.
     """
-    waiting = [run for run in _different(runs) if not is_finished(place.directory(run))]
+    place, waiting = results.place, to_train(results, runs)
     total, failed = len(waiting), set[str]()
     running: dict[Future[bool], Run] = {}
+    free = SimpleQueue[int | None]()
+    for number in range(jobs):
+        free.put(number if on_gpus else None)
     with ThreadPoolExecutor(jobs) as pool:
         while waiting or running:
             for run in _startable(waiting, running.values(), failed, jobs):
                 waiting.remove(run)
                 _say(f"{run.name} ({total - len(waiting)} of {total})")
                 data = place.prepare_data(run)
-                running[pool.submit(_train, place, run, data)] = run
+                running[pool.submit(_train, place, run, data, free)] = run
             waiting = [run for run in waiting if not failed & set(run.needs)]
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 run = running.pop(future)
-                if not future.result():
+                if future.result():
+                    results.add(run)
+                else:
                     failed.add(run.name)
     if failed:
-        raise RunError(f"{len(failed)} runs failed; the first is {min(failed)}: see its .log")
-
-
-def _different(runs: Iterable[Run]) -> list[Run]:
-    """Returns the runs in order, each once."""
-    return list({run.name: run for run in runs}.values())
+        raise RunError(f"{len(failed)} runs failed; see above, and their .log files")
 
 
 def _startable(
@@ -80,12 +97,20 @@ def _startable(
     return free[: max(jobs - busy, 0)]
 
 
-def _train(place: Workplace, run: Run, data: Path) -> bool:
+def _train(place: Workplace, run: Run, data: Path, free: SimpleQueue[int | None]) -> bool:
     """Train a run to its end; False if it failed, with its last line on stderr."""
     directory = place.directory(run)
+    if not place.is_as_asked(run):
+        advice = "it was started with other settings; move it away, or name another WORKDIR"
+        print(f"{directory}: {advice}", file=sys.stderr, flush=True)
+        return False
+    if is_finished(directory):
+        return True
     log = directory.with_name(f"{directory.name}.log")
+    command, gpu = place.command(run, data), free.get()
     with log.open("a", encoding="utf-8") as file:
-        done = subprocess.run(place.command(run, data), env=environment(), stdout=file, stderr=file)
+        done = subprocess.run(command, env=environment(gpu), stdout=file, stderr=file)
+    free.put(gpu)
     if done.returncode:
         last = (log.read_text(encoding="utf-8").strip().splitlines() or ["no message"])[-1]
         print(f"{run.name} failed: {last}", file=sys.stderr, flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from megatron_dwm.config import UserError
 FILE = Path(__file__).parent / "study.yaml"
 BASE = "uniform"
 """the method that all others are compared with"""
+NO_TARGET = "novels"
+"""in the name of a run that reads no target"""
 NATURAL, CONTINUED, PACKED = "natural", "continued", "packed"
 """corpora: without junk; with junk, read by a model that was trained without; short documents"""
 
@@ -25,6 +27,7 @@ class Size:
 
     name: str
     steps: int
+    learning_rate: float
     options: str = ""
 
 
@@ -45,6 +48,11 @@ class Method:
     steps: float = 1.0
     rate: float = 1.0
     select: str | None = None
+
+    @property
+    def reads_target(self) -> bool:
+        """True if its own run, or its selection, reads the target."""
+        return self.target or self.select == "dsir"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,20 +79,24 @@ class Run:
     @property
     def start(self) -> str | None:
         """The name of the run whose model this one goes on training; None for a new model."""
-        return self.beside(BASE, NATURAL) if self.corpus == CONTINUED else None
+        if self.corpus != CONTINUED:
+            return None
+        return replace(self, corpus=NATURAL, target=NO_TARGET).beside(BASE)
 
     @property
     def steps(self) -> int:
         """Optimizer steps."""
         return round(self.size.steps * self.method.steps)
 
-    def beside(self, method: str, corpus: str | None = None) -> str:
-        """Returns the name of the run that differs in its method, or in its corpus, too.
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate of the LLM."""
+        return self.size.learning_rate * self.method.rate
 
-        method: METHOD, or SIZE/METHOD.
-        """
+    def beside(self, method: str) -> str:
+        """Returns the name of the run that differs in its method: METHOD, or SIZE/METHOD."""
         size, _, name = method.rpartition("/")
-        parts = (size or self.size.name, corpus or self.corpus, self.target, name, self.seed)
+        parts = (size or self.size.name, self.corpus, self.target, name, self.seed)
         return "-".join(map(str, parts))
 
 
@@ -121,25 +133,32 @@ class Study:
                 raise UserError(f"--part {name}: no such part; expected one of {known}")
         return [self.parts[name] for name in names]
 
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of all parts."""
+        return sorted({seed for part in self.parts.values() for seed in part.seeds})
+
     def runs(self, part: Part) -> Iterator[Run]:
-        """Yields a part's runs, seed by seed, each after those that it needs."""
+        """Yields a part's runs, seed by seed."""
         cells = product(part.seeds, part.sizes, part.corpora, part.targets, part.methods)
         for seed, size, corpus, target, method in cells:
-            run = self.run(size, corpus, target, method, seed)
-            yield from self._needed(run)
-            yield run
+            yield self.run(size, corpus, target, method, seed)
 
     def run(self, size: str, corpus: str, target: str, method: str, seed: int) -> Run:
-        """Returns one run."""
+        """Returns one run. One that reads no target is the same for all of them."""
         return Run(
             size=self.sizes[size],
             corpus=corpus,
-            target=target,
+            target=target if self._reads_target(self.methods[method]) else NO_TARGET,
             method=self.methods[method],
             seed=seed,
         )
 
-    def _needed(self, run: Run) -> Iterator[Run]:
+    def _reads_target(self, method: Method) -> bool:
+        before = [self.methods[name.rpartition("/")[2]] for name in method.after]
+        return method.reads_target or any(map(self._reads_target, before))
+
+    def needed(self, run: Run) -> Iterator[Run]:
         """Yields the runs that a run needs, each after those that it needs itself."""
         cell = (run.corpus, run.target)
         first = [(run.size.name, NATURAL, run.target, BASE)] if run.start is not None else []
@@ -148,7 +167,7 @@ class Study:
             first.append((size or run.size.name, *cell, name))
         for parts in first:
             needed = self.run(*parts, run.seed)
-            yield from self._needed(needed)
+            yield from self.needed(needed)
             yield needed
 
 
@@ -162,11 +181,14 @@ def read_study(file: Path = FILE) -> Study:
     found = yaml.safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(found, dict) or set(found) != {"sizes", "methods", "parts"}:
         raise UserError(f"--study {file}: expected sizes, methods and parts, as {FILE} has them")
-    study = Study(
-        sizes={name: Size(name=name, **fields) for name, fields in found["sizes"].items()},
-        methods={name: _method(name, fields) for name, fields in found["methods"].items()},
-        parts={name: _part(name, fields) for name, fields in found["parts"].items()},
-    )
+    try:
+        study = Study(
+            sizes={name: Size(name=name, **fields) for name, fields in found["sizes"].items()},
+            methods={name: _method(name, fields) for name, fields in found["methods"].items()},
+            parts={name: _part(name, fields) for name, fields in found["parts"].items()},
+        )
+    except (TypeError, KeyError) as error:  # a field that is missing, or that there is not
+        raise UserError(f"--study {file}: {error}; {FILE} has all fields") from None
     for part in study.parts.values():
         for kind, names, known in (
             ("size", part.sizes, study.sizes),

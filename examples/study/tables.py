@@ -3,73 +3,67 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from statistics import mean
 
-from examples.study.outcomes import Difference, Outcome, at_equal_work, difference
-from examples.study.spec import BASE, Part, Study
+from examples.study.contrasts import UNIFORMS, Cell, Comparison
+from examples.study.spec import BASE, Part
+from examples.study.statistics import Difference
 
-_UNIFORMS = ("uniform", "uniform_1.05", "uniform_1.25", "uniform_2")
-"""runs of different lengths, by which uniform's loss is known at other amounts of work"""
-
-Outcomes = Mapping[str, Outcome]
-
-
-def cells_of(part: Part) -> Iterable[tuple[str, str, str]]:
-    """Yields the (size, corpus, target) of a part, each of which has a table."""
-    return (
-        (size, corpus, target)
-        for size in part.sizes
-        for corpus in part.corpora
-        for target in part.targets
-    )
+NONE = "-"
 
 
-def equal_tokens(study: Study, part: Part, cell: tuple[str, str, str], found: Outcomes) -> str:
+def equal_tokens(found: Comparison, part: Part, cell: Cell) -> str:
     """Returns a table of every method's change against uniform at equal steps and data order."""
-    domains = _domains(found)
-    rows = []
-    for method in _finished(study, part, cell, found):
-        pairs = _pairs(study, part, cell, method, found)
-        losses = [[ours.losses[name] for ours, _ in pairs] for name in domains]
-        base = [[theirs.losses[name] for _, theirs in pairs] for name in domains]
-        texts = (
-            [_mean(values) for values in losses]
-            if method == BASE
-            else [shown(difference(*both)) for both in zip(losses, base, strict=True)]
-        )
-        rows.append([f"`{method}`", str(len(pairs)), *texts, *_costs(pairs)])
-    heads = ["method", "seeds", *domains, "effective sample size", "FLOPs against uniform"]
+    domains, rows = domains_of(found, cell), []
+    for method in trained(found, part, cell):
+        if method == BASE:
+            losses = [run.last_losses() for run in found.by_seed(cell, BASE).values()]
+            texts = [f"{mean(each[name] for each in losses):.3f}" for name in domains]
+        else:
+            texts = [shown(found.change(cell, method, [name])) for name in domains]
+        seeds = str(len(found.pairs(cell, method)))
+        rows.append([f"`{method}`", seeds, *texts, *_costs(found, cell, method)])
+    heads = ["method", "seeds", *domains, "effective sample size", "FLOPs", "seconds"]
     return table(heads, rows)
 
 
-def equal_work(study: Study, part: Part, cell: tuple[str, str, str], found: Outcomes) -> str:
+def equal_work(found: Comparison, part: Part, cell: Cell) -> str:
     """Returns a table of every method's change against uniform with the same FLOPs.
 
     Uniform's loss at a method's FLOPs lies between its runs of different lengths.
     """
-    domains, rows = _domains(found), []
-    for method in _finished(study, part, cell, found):
-        if method in _UNIFORMS:
-            continue
-        pairs = _pairs(study, part, cell, method, found)
-        texts = []
-        for name in domains:
-            theirs = [
-                at_equal_work(ours.flops, _uniforms(study, part, cell, seed, found, name))
-                for seed, (ours, _) in zip(
-                    _seeds(study, part, cell, method, found), pairs, strict=True
-                )
-            ]
-            texts.append(shown(difference([ours.losses[name] for ours, _ in pairs], theirs)))
-        rows.append([f"`{method}`", str(len(pairs)), *texts])
-    return table(["method", "seeds", *domains], rows)
+    domains = domains_of(found, cell)
+    rows = [
+        [
+            f"`{method}`",
+            _costs(found, cell, method)[1],
+            *(shown(found.change_at_equal_work(cell, method, [name])) for name in domains),
+        ]
+        for method in trained(found, part, cell)
+        if method not in UNIFORMS
+    ]
+    return table(["method", "FLOPs", *domains], rows)
 
 
-def shown(change: Difference) -> str:
+def trained(found: Comparison, part: Part, cell: Cell) -> list[str]:
+    """Returns the methods of a part of which at least one seed can be compared with uniform."""
+    return [method for method in part.methods if found.pairs(cell, method)]
+
+
+def domains_of(found: Comparison, cell: Cell) -> list[str]:
+    """Returns the domains of the held-out text."""
+    outcomes = list(found.by_seed(cell, BASE).values())
+    return list(outcomes[0].losses.by_domain) if outcomes else []
+
+
+def shown(change: Difference | None, digits: int = 3) -> str:
     """Returns a change with its 95 % interval; bold if the interval is all below or above 0."""
+    if change is None:
+        return NONE
     if math.isnan(change.half_width):
-        return f"{change.mean:+.3f}"
-    text = f"{change.mean:+.3f} ± {change.half_width:.3f}"
+        return f"{change.mean:+.{digits}f}"
+    text = f"{change.mean:+.{digits}f} ± {change.half_width:.{digits}f}"
     return f"**{text}**" if abs(change.mean) > change.half_width else text
 
 
@@ -79,55 +73,10 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def _seeds(
-    study: Study, part: Part, cell: tuple[str, str, str], method: str, found: Outcomes
-) -> list[int]:
-    """Returns the seeds of which a method's run and uniform's are finished."""
-    return [
-        seed
-        for seed in part.seeds
-        if all(study.run(*cell, name, seed).name in found for name in (method, BASE))
-    ]
-
-
-def _pairs(
-    study: Study, part: Part, cell: tuple[str, str, str], method: str, found: Outcomes
-) -> list[tuple[Outcome, Outcome]]:
-    """Returns a method's outcomes with uniform's, seed by seed."""
-    return [
-        (
-            found[study.run(*cell, method, seed).name],
-            found[study.run(*cell, BASE, seed).name],
-        )
-        for seed in _seeds(study, part, cell, method, found)
-    ]
-
-
-def _finished(study: Study, part: Part, cell: tuple[str, str, str], found: Outcomes) -> list[str]:
-    return [m for m in part.methods if _seeds(study, part, cell, m, found)]
-
-
-def _uniforms(
-    study: Study,
-    part: Part,
-    cell: tuple[str, str, str],
-    seed: int,
-    found: Outcomes,
-    domain: str,
-) -> list[tuple[float, float]]:
-    runs = [study.run(*cell, m, seed).name for m in _UNIFORMS if m in part.methods]
-    return [(found[name].flops, found[name].losses[domain]) for name in runs if name in found]
-
-
-def _domains(found: Outcomes) -> list[str]:
-    return list(next(iter(found.values())).losses) if found else []
-
-
-def _costs(pairs: Sequence[tuple[Outcome, Outcome]]) -> list[str]:
-    sizes = [ours.sample_size for ours, _ in pairs]
-    work = [ours.flops / theirs.flops for ours, theirs in pairs]
-    return [_mean(sizes, 2), _mean(work, 2)]
-
-
-def _mean(values: Sequence[float], digits: int = 3) -> str:
-    return f"{sum(values) / len(values):.{digits}f}"
+def _costs(found: Comparison, cell: Cell, method: str) -> list[str]:
+    """Returns the effective sample size, and FLOPs and seconds as multiples of uniform's."""
+    pairs = found.pairs(cell, method)
+    size = mean(ours.sample_size for ours, _ in pairs)
+    work = mean(ours.flops / theirs.flops for ours, theirs in pairs)
+    seconds = mean(ours.seconds / theirs.seconds for ours, theirs in pairs)
+    return [f"{size:.2f}", f"{work:.2f}", f"{seconds:.1f}"]

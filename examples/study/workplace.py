@@ -2,7 +2,7 @@
 
     WORKDIR/text.jsonl, tokenizer.model, heldout.jsonl, target.NAME.jsonl
     WORKDIR/data/CORPUS.SEED/    corpus_text_document.*, and the halves that were selected
-    WORKDIR/runs/NAME/           a run (spec.py), with NAME.log beside it
+    WORKDIR/runs/NAME/           a run (spec.py), with NAME.log and NAME.settings beside it
 
 What is finished is left as it is. Every file appears whole, so a study can be killed anywhere.
 """
@@ -17,8 +17,9 @@ from pathlib import Path
 from examples.study import texts
 from examples.study.commands import REPOSITORY, run_tool
 from examples.study.corpora import PREFIX, write_corpus
+from examples.study.settings import fingerprint
 from examples.study.spec import PACKED, Run, Study
-from megatron_dwm.files.atomic import new_folder
+from megatron_dwm.files.atomic import new_folder, write_text
 
 _CONFIG = REPOSITORY / "examples" / "tiny.yaml"
 _VOCABULARY = 1024
@@ -44,6 +45,21 @@ class Workplace:
     def directory(self, run: Run) -> Path:
         """Returns the directory of a run."""
         return self.folder / "runs" / run.name
+
+    def is_as_asked(self, run: Run) -> bool:
+        """True if the directory of a run has these settings; one that is not there gets them."""
+        directory, asked = self.directory(run), self.settings(run)
+        mark = directory.with_name(f"{directory.name}.settings")
+        if not directory.exists():
+            write_text(mark, asked)
+        return mark.is_file() and mark.read_text(encoding="utf-8") == asked
+
+    def settings(self, run: Run) -> str:
+        """Returns the fingerprint of what a run is asked for; the text has to be there."""
+        needed = [self.settings(each) for each in self.study.needed(run)]
+        read = [self._target(run.target)] if run.method.reads_target else []
+        read += [self.folder / "text.jsonl", self.held_out]
+        return fingerprint(run, _CONFIG, read, self.tokenizer, needed)
 
     def prepare(self) -> None:
         """Write the text, the targets and the tokenizer."""
@@ -84,6 +100,7 @@ class Workplace:
             *reads,
             *shlex.split(self._filled(run)),
             *("--training.steps", str(run.steps)),
+            *("--training.learning_rate", str(run.learning_rate)),
         ]
 
     def _filled(self, run: Run) -> str:

@@ -57,6 +57,11 @@ class Cost:
         return of_pools + self.weighing + self.reading + self.updates + self.noise + self.learning
 
     @property
+    def total(self) -> float:
+        """FLOPs a step of everything."""
+        return self.llm + self.recompute + self.weighting
+
+    @property
     def share(self) -> float:
         """FLOPs of weighting as a fraction of the plain run's."""
         return self.weighting / (self.llm + self.recompute)

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from scipy.stats import ttest_rel
 
 from examples.study import texts
-from examples.study.outcomes import Difference, at_equal_work, difference, outcome_of
+from examples.study.outcome import read_outcome
 from examples.study.spec import BASE, FILE, Run, Study, read_study
-from examples.study.tables import shown
 from examples.study.workplace import Workplace
 from megatron_dwm.config.load import load
 from tests.small_runs.fixtures import REPOSITORY
@@ -33,15 +30,33 @@ def _runs(study: Study) -> list[Run]:
 
 
 def test_every_run_comes_after_those_that_it_needs() -> None:
-    for part in STUDY.parts.values():
-        made: set[str] = set()
-        for run in STUDY.runs(part):
-            assert set(run.needs) <= made, run.name
-            made.add(run.name)
     by_name: dict[str, Run] = {}
     for run in _runs(STUDY):
-        assert by_name.setdefault(run.name, run) == run
+        made: set[str] = set()
+        for each in [*STUDY.needed(run), run]:
+            assert set(each.needs) <= made, each.name
+            made.add(each.name)
+            assert by_name.setdefault(each.name, each) == each
     assert all(BASE in part.methods for part in STUDY.parts.values())
+
+
+def test_a_run_that_reads_no_target_is_the_same_for_all() -> None:
+    names = {STUDY.run("0.16M", "junk", target, BASE, 1).name for target in texts.TARGETS}
+    assert names == {"0.16M-junk-novels-uniform-1"}
+    for method in ("dwm_ahead", "dsir_half", "excess_loss", "rater_half"):
+        found = {STUDY.run("0.16M", "junk", target, method, 1).name for target in texts.TARGETS}
+        assert len(found) == len(texts.TARGETS), method
+
+
+def test_rates_and_lengths_reach_the_run(tmp_path: Path) -> None:
+    for method, steps, rate in (
+        (BASE, 1000, 3e-3),
+        ("uniform_rate_0.7", 1000, 2.1e-3),
+        ("uniform_1.25", 1250, 3e-3),
+    ):
+        run = STUDY.run("0.16M", "junk", "novels", method, 1)
+        training = load(_arguments(_place(tmp_path), run), "study").config.training
+        assert (training.steps, training.learning_rate) == (steps, pytest.approx(rate))
 
 
 def test_sizes_have_as_many_tokens_a_parameter(tmp_path: Path) -> None:
@@ -100,34 +115,11 @@ def _grams(text: str) -> set[int]:
     return {hash(tuple(words[i : i + WORDS])) for i in range(len(words) - WORDS + 1)}
 
 
-def test_intervals_are_students() -> None:
-    """Against scipy's own test of pairs."""
-    draw = np.random.default_rng(3)
-    ours, theirs = draw.normal(1.0, 0.5, 5), draw.normal(1.2, 0.5, 5)
-    found = difference(list(ours), list(theirs))
-    interval = ttest_rel(ours, theirs).confidence_interval(0.95)
-    assert found.mean - found.half_width == pytest.approx(interval.low)
-    assert found.mean + found.half_width == pytest.approx(interval.high)
-    alone = difference([1.0], [3.0])
-    assert alone.mean == -2.0 and math.isnan(alone.half_width)
-    assert shown(alone) == "-2.000"
-    assert shown(Difference(mean=-0.2, half_width=0.1, pairs=3)) == "**-0.200 ± 0.100**"
-    assert shown(Difference(mean=-0.2, half_width=0.3, pairs=3)) == "-0.200 ± 0.300"
-
-
-def test_uniform_at_another_amount_of_work() -> None:
-    """Exact where the loss falls with the logarithm of work, and constant outside."""
-    work = [1e12, 1.25e12, 2e12]
-    known = [(flops, 4.0 - 0.3 * math.log(flops)) for flops in reversed(work)]
-    assert at_equal_work(1.6e12, known) == pytest.approx(4.0 - 0.3 * math.log(1.6e12))
-    assert at_equal_work(5e12, known) == pytest.approx(4.0 - 0.3 * math.log(2e12))
-
-
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     """A study of three methods, one of which needs the run of another."""
     found = yaml.safe_load(FILE.read_text())
-    found["sizes"] = {"0.16M": {"steps": 60}}
+    found["sizes"] = {"0.16M": {"steps": 60, "learning_rate": 3e-3}}
     found["parts"] = {
         "small": {
             **{"about": "a try", "default": True, "sizes": ["0.16M"], "corpora": ["natural"]},
@@ -168,13 +160,19 @@ def test_a_small_study_is_killed_and_goes_on(small: Path) -> None:
     for name in (BASE, "excess_loss", "dwm_ahead"):
         assert f"| `{name}` | 1 |" in document
     ours, theirs = (
-        outcome_of(runs / f"0.16M-natural-novels-{name}-1").losses["mansfield_park"]
+        read_outcome(runs / f"0.16M-natural-novels-{name}-1", "", "").last_losses()[
+            "mansfield_park"
+        ]
         for name in ("dwm_ahead", BASE)
     )
     assert f"{ours - theirs:+.3f}" in document and f"{theirs:.3f}" in document
+    shutil.rmtree(runs)
     third = _study(small)
     out, err = third.communicate(timeout=100)
     assert third.returncode == 0 and "(1 of" not in out, "nothing is trained twice"
+    assert (work / "study.md").read_text() == document, "the outcomes outlive the runs"
+    lines = (work / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["run"].split("-")[3] for line in lines].count("excess_loss") == 1
 
 
 @pytest.mark.parametrize(

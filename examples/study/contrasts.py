@@ -1,0 +1,134 @@
+"""Contrasts between runs: a sum and difference of what they reached, seed by seed.
+
+A contrast is written as in `dwm_ahead - uniform`, `half - 0.5*dwm_ahead - 0.5*uniform`, or
+`0.6M-junk-novels-dwm_ahead - 0.6M-junk-novels-uniform - dwm_ahead + uniform`: names of runs without
+their seed; a method alone stands for its runs of the study's first part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from examples.study.outcome import Outcome
+from examples.study.results import Results
+from examples.study.spec import BASE, Part, Study
+from examples.study.statistics import Difference, at_equal_work, interval
+from megatron_dwm.config import UserError
+
+UNIFORMS = ("uniform", "uniform_1.05", "uniform_1.25", "uniform_2")
+"""runs of different lengths, by which uniform's loss is known at other amounts of work"""
+
+Cell = tuple[str, str, str]
+BySeed = Mapping[int, Outcome]
+Measure = Callable[[Outcome], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The outcomes of a study, by size, corpus, target, method and seed."""
+
+    study: Study
+    results: Results
+
+    @property
+    def first_cell(self) -> Cell:
+        """Size, corpus and target of the first table."""
+        part = next(iter(self.study.parts.values()))
+        return part.sizes[0], part.corpora[0], part.targets[0]
+
+    def by_seed(self, cell: Cell, method: str) -> BySeed:
+        """Returns the known outcomes of a method's runs."""
+        runs = {seed: self.study.run(*cell, method, seed) for seed in self.study.seeds}
+        found = {seed: self.results.of(run) for seed, run in runs.items()}
+        return {seed: outcome for seed, outcome in found.items() if outcome is not None}
+
+    def pairs(self, cell: Cell, method: str) -> list[tuple[Outcome, Outcome]]:
+        """Returns a method's outcomes, each with uniform's of the same seed."""
+        ours, theirs = self.by_seed(cell, method), self.by_seed(cell, BASE)
+        return [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
+
+    def change(self, cell: Cell, method: str, domains: Sequence[str]) -> Difference | None:
+        """Returns a method's change of the mean loss of some domains against uniform."""
+        read = loss_of(domains)
+        found = [read(ours) - read(theirs) for ours, theirs in self.pairs(cell, method)]
+        return interval(found) if found else None
+
+    def change_at_equal_work(
+        self, cell: Cell, method: str, domains: Sequence[str]
+    ) -> Difference | None:
+        """Returns the change against uniform with as many FLOPs; None outside its runs' range."""
+        read, found = loss_of(domains), []
+        longer = {name: self.by_seed(cell, name) for name in UNIFORMS if name in self.study.methods}
+        for seed, ours in self.by_seed(cell, method).items():
+            runs = [runs[seed] for runs in longer.values() if seed in runs]
+            theirs = at_equal_work(ours.flops, [(run.flops, read(run)) for run in runs])
+            if theirs is not None:
+                found.append(read(ours) - theirs)
+        return interval(found) if found else None
+
+    def contrast(self, words: str, measure: Measure) -> Difference | None:
+        """Returns a contrast; None if no seed has all of its runs.
+
+        Raises UserError for a run that the study does not have.
+        """
+        terms = [(factor, self.by_seed(*self._named(name))) for factor, name in _terms(words)]
+        seeds = sorted(set.intersection(*(set(runs) for _, runs in terms)))
+        values = [sum(factor * measure(runs[seed]) for factor, runs in terms) for seed in seeds]
+        return interval(values) if values else None
+
+    def _named(self, name: str) -> tuple[Cell, str]:
+        parts = name.split("-")
+        if len(parts) not in (1, 4) or parts[-1] not in self.study.methods:
+            raise UserError(f"{name}: no run of this study; expected METHOD or its folder's name")
+        cell = (parts[0], parts[1], parts[2]) if len(parts) == 4 else self.first_cell
+        return cell, parts[-1]
+
+
+def loss_of(domains: Sequence[str], at: float = 1.0) -> Measure:
+    """Returns what reads the mean held-out loss of some domains after a part of the steps."""
+
+    def read(outcome: Outcome) -> float:
+        steps = outcome.losses.step
+        nearest = min(range(len(steps)), key=lambda i: abs(steps[i] - at * steps[-1]))
+        values = [outcome.losses.by_domain[name][nearest] for name in domains]
+        return mean(value for value in values if value is not None)
+
+    return read
+
+
+def weight_moved(domains: Sequence[str], since: float = 0.3) -> Measure:
+    """Returns what reads how the mean weight of some domains changed since a part of the run."""
+
+    def read(outcome: Outcome) -> float:
+        first = int(since * len(outcome.weights.step))
+        moves = []
+        for name in domains:
+            before, after = (outcome.weights.by_domain[name][i] for i in (first, -1))
+            moves.append((after or 0.0) - (before or 0.0))
+        return mean(moves)
+
+    return read
+
+
+def cells_of(part: Part) -> list[Cell]:
+    """Returns the (size, corpus, target) of a part, each of which has a table."""
+    return [
+        (size, corpus, target)
+        for size in part.sizes
+        for corpus in part.corpora
+        for target in part.targets
+    ]
+
+
+def _terms(words: str) -> list[tuple[float, str]]:
+    """Returns the names in a contrast with their factors."""
+    signs, found, sign = {"+": 1.0, "-": -1.0}, [], 1.0
+    for word in words.split():
+        if word in signs:
+            sign = signs[word]
+        else:
+            factor, _, name = word.rpartition("*")
+            found.append((sign * float(factor or 1), name))
+    return found

@@ -1,0 +1,52 @@
+"""What the runs of a study cost, by the planner, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from examples.study.spec import Run
+from examples.study.tables import NONE, table
+from examples.study.workplace import Workplace
+from megatron_dwm.config import UserError
+from megatron_dwm.config.load import load
+from megatron_dwm.planning import GPUS, Plan, make_plan
+
+MFU = 0.4
+"""part of the peak FLOPs that a GPU is expected to reach"""
+
+
+def cost_table(place: Workplace, runs: Sequence[Run], gpu: str) -> str:
+    """Returns the FLOPs of runs, and their hours on one GPU each, by size and method.
+
+    Raises UserError for a GPU that the planner does not know, or a run that does not fit on it.
+    """
+    if gpu not in GPUS:
+        raise UserError(f"--gpu {gpu}: expected one of {', '.join(GPUS)}")
+    alike: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        alike.setdefault((run.size.name, run.method.name), []).append(run)
+    rows, hours = [], 0.0
+    for (size, method), group in alike.items():
+        steps, plan = group[0].steps, _plan(place, group[0], gpu)
+        row = [size, method, str(len(group)), str(steps)]
+        if plan is None:
+            rows.append([*row, NONE, NONE])
+            continue
+        if not plan.fits:
+            raise UserError(f"{group[0].name} does not fit on one {gpu}: name a larger --gpu")
+        each = plan.step_s * steps / 3600
+        hours += each * len(group)
+        rows.append([*row, f"{plan.cost.total * steps:.3g}", f"{each:.3g}"])
+    rows.append(["all", "", str(len(runs)), "", "", f"{hours:.3g}"])
+    heads = ["size", "method", "runs", "steps", "FLOPs of one", f"hours of one on one {gpu}"]
+    return table(heads, rows)
+
+
+def _plan(place: Workplace, run: Run, gpu: str) -> Plan | None:
+    """Returns the plan of a run; None if it begins from files that are not there yet."""
+    if run.needs:
+        return None
+    command = place.command(run, Path("data"))
+    config = load(command[command.index("megatron_dwm.pretrain") + 1 :], "study").config
+    return make_plan(config, GPUS[gpu], gpus=1, mfu=MFU)

@@ -1,0 +1,116 @@
+"""The study's pictures: what every method changes, the losses on the way, and the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import mean
+
+from examples.study.contrasts import BySeed, Cell, Comparison
+from examples.study.spec import BASE, Part
+from examples.study.statistics import interval
+from examples.study.tables import trained
+from megatron_dwm.report.charts import bars, heat, lines
+from megatron_dwm.report.content import Cell as Value
+from megatron_dwm.report.content import Column, Figure, columnar
+
+_CURVES = ("uniform", "validation_mixing", "dwm_ahead", "similarity", "domain_mean", "excess_loss")
+_LOW, _HIGH = Column(name="low", title="low"), Column(name="high", title="high")
+_LOSS = Column(name="loss", title="held-out loss", unit="nats a token")
+_FLOPS = Column(name="flops", title="work", unit="FLOPs")
+_METHOD = Column(name="method", title="method")
+_CHANGE = Column(name="change", title="change against uniform", unit="nats a token")
+_TEXTS = Column(name="texts", title="held-out text")
+_BAR_HEIGHT = 26
+
+Texts = Mapping[str, Sequence[str]]
+"""domains by the words that name them in a picture"""
+
+
+def changes(found: Comparison, part: Part, cell: Cell, texts: Texts) -> Figure | None:
+    """Returns every method's change against uniform at equal tokens, with its interval."""
+    rows: list[Sequence[Value]] = []
+    methods = [method for method in trained(found, part, cell) if method != BASE]
+    for method in methods:
+        for name, domains in texts.items():
+            change = found.change(cell, method, domains)
+            assert change is not None
+            rows.append([method, name, change.mean, change.low, change.high])
+    if not rows:
+        return None
+    columns = [_METHOD, _TEXTS, _CHANGE, _LOW, _HIGH]
+    chart = bars(_CHANGE, _METHOD, color=_TEXTS.name, names=list(texts), reference=0.0)
+    return Figure(
+        id=f"study_{part.name}",
+        title="Change of the held-out loss against uniform, at equal tokens",
+        caption="Mean over the seeds and 95 % interval.",
+        columns=columns,
+        data=columnar(columns, rows),
+        chart={**chart, "height": _BAR_HEIGHT * len(methods)},
+        series=_TEXTS.name,
+        names=list(texts),
+    )
+
+
+def curves(found: Comparison, part: Part, cell: Cell, domains: Sequence[str]) -> Figure | None:
+    """Returns the mean loss of some domains over FLOPs, with bands of one standard error."""
+    methods = [name for name in trained(found, part, cell) if name in _CURVES]
+    rows = [
+        [method, *point]
+        for method in methods
+        for point in _points(found.by_seed(cell, method), domains)
+    ]
+    if not rows:
+        return None
+    columns = [_METHOD, _FLOPS, _LOSS, _LOW, _HIGH]
+    return Figure(
+        id=f"study_{part.name}_curves",
+        title="Held-out loss of the novels over the work done",
+        caption="Mean over the seeds and its 95 % interval.",
+        columns=columns,
+        data=columnar(columns, rows),
+        chart=lines(_LOSS, x=_FLOPS, color=_METHOD.name, names=methods, band=True),
+        series=_METHOD.name,
+        names=methods,
+    )
+
+
+def _points(runs: BySeed, domains: Sequence[str]) -> Iterator[list[float]]:
+    """Yields FLOPs, loss and the ends of its interval, without the first fifth of the run."""
+    outcomes = list(runs.values())
+    for i, flops in enumerate(outcomes[0].losses.flops):
+        if i < 2:
+            continue
+        values = [
+            mean(run.losses.by_domain[name][i] or 0.0 for name in domains) for run in outcomes
+        ]
+        around = interval(values)
+        yield [flops, around.mean, around.low, around.high]
+
+
+def weights(found: Comparison, part: Part, cell: Cell, method: str) -> Figure | None:
+    """Returns the mean weight of the training samples by domain, in tenths of the run."""
+    outcomes = list(found.by_seed(cell, method).values())
+    if not outcomes or not outcomes[0].weights.step:
+        return None
+    domain, tenth = (
+        Column(name="domain", title="domain"),
+        Column(name="tenth", title="part of the run", unit="%"),
+    )
+    weight, label = Column(name="weight", title="mean weight"), Column(name="shown", title="shown")
+    rows: list[Sequence[Value]] = []
+    for name in sorted(outcomes[0].weights.by_domain):
+        for i in range(len(outcomes[0].weights.step)):
+            values = [run.weights.by_domain[name][i] for run in outcomes]
+            known = [value for value in values if value is not None]
+            if known:
+                percent = round(100 * (i + 1) / len(outcomes[0].weights.step))
+                rows.append([name, percent, mean(known), f"{mean(known):.2f}"])
+    columns = [domain, tenth, weight, label]
+    return Figure(
+        id=f"study_{part.name}_weights_{method}",
+        title=f"Mean weight by domain during the run: {method}",
+        caption="1 is uniform.",
+        columns=columns,
+        data=columnar(columns, rows),
+        chart=heat(tenth, domain, weight),
+    )

@@ -1,0 +1,210 @@
+"""What the study makes of known outcomes: intervals, contrasts, verdicts, the document."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_rel
+
+from examples.study.contrasts import Comparison, loss_of, weight_moved
+from examples.study.document import write_document
+from examples.study.outcome import Curve, Outcome
+from examples.study.questions import Check, claims_table, predictions_table, read_questions
+from examples.study.results import Results
+from examples.study.spec import Study, read_study
+from examples.study.statistics import Difference, at_equal_work, difference
+from examples.study.tables import shown
+from examples.study.workplace import Workplace
+from megatron_dwm.config import UserError
+from tests.small_runs.fixtures import REPOSITORY
+
+DOMAINS = (
+    *("github", "mansfield_park", "persuasion", "pride_and_prejudice", "python"),
+    *("sense_and_sensibility", "speeches", "web"),
+)
+CELL = ("0.16M", "junk", "novels")
+
+
+def test_intervals_are_students() -> None:
+    """Against scipy's own test of pairs."""
+    draw = np.random.default_rng(3)
+    ours, theirs = draw.normal(1.0, 0.5, 5), draw.normal(1.2, 0.5, 5)
+    found = difference(list(ours), list(theirs))
+    interval = ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    alone = difference([1.0], [3.0])
+    assert alone.mean == alone.low == alone.high == -2.0 and math.isnan(alone.half_width)
+    assert shown(alone) == "-2.000"
+    assert shown(Difference(mean=-0.2, half_width=0.1, pairs=3)) == "**-0.200 ± 0.100**"
+    assert shown(Difference(mean=-0.2, half_width=0.3, pairs=3)) == "-0.200 ± 0.300"
+
+
+def test_uniform_at_another_amount_of_work() -> None:
+    """Exact where the loss falls with the logarithm of work; unknown outside."""
+    work = [1e12, 1.25e12, 2e12]
+    known = [(flops, 4.0 - 0.3 * math.log(flops)) for flops in reversed(work)]
+    assert at_equal_work(1.6e12, known) == pytest.approx(4.0 - 0.3 * math.log(1.6e12))
+    assert at_equal_work(5e12, known) is None and at_equal_work(1e11, known) is None
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A folder with the study's text, and no run."""
+    made = Workplace(folder=tmp_path_factory.mktemp("study"), study=read_study())
+    made.prepare()
+    return made
+
+
+def _outcome(name: str, settings: str, losses: Mapping[str, float], flops: float = 1.0) -> Outcome:
+    steps = [500, 1000]
+    curve = {domain: [value + 1.0, value] for domain, value in losses.items()}
+    weights = Curve(step=[100, 400, 900], flops=[0, 0, 0], by_domain={"austen": [1.0, 2.0, 2.5]})
+    return Outcome(
+        run=name,
+        settings=settings,
+        commit="unknown",
+        losses=Curve(step=steps, flops=[flops / 2, flops], by_domain=curve),
+        weights=weights,
+        flops=flops,
+        flops_updates=0.0,
+        seconds=1.0,
+        sample_size=0.5,
+        signal_to_noise=None,
+    )
+
+
+def _known(place: Workplace, file: Path, losses: Mapping[tuple[str, int], float]) -> Comparison:
+    """The comparison of runs that ended at a loss in every domain, by method and seed."""
+    lines = []
+    for (method, seed), loss in losses.items():
+        run = place.study.run(*CELL, method, seed)
+        flops = place.study.methods[method].steps
+        values = dict.fromkeys(DOMAINS, loss)
+        lines.append(_outcome(run.name, place.settings(run), values, flops).line() + "\n")
+    file.write_text("".join(lines))
+    return Comparison(study=place.study, results=Results.open(place, file))
+
+
+@pytest.fixture
+def found(place: Workplace, tmp_path: Path) -> Comparison:
+    """Three seeds of uniform, a better and a worse method; one of which has two seeds."""
+    losses = {("uniform", seed): 4.0 + 0.1 * seed for seed in (1, 2, 3)}
+    losses |= {("uniform_1.25", seed): 3.9 + 0.1 * seed for seed in (1, 2, 3)}
+    losses |= {("dwm_ahead", seed): 3.8 + 0.1 * seed + 0.01 * seed for seed in (1, 2, 3)}
+    losses |= {("dwm_own_staged", seed): 4.3 + 0.1 * seed for seed in (1, 2)}
+    return _known(place, tmp_path / "results.jsonl", losses)
+
+
+def test_contrasts_pair_seeds(found: Comparison) -> None:
+    change = found.contrast("dwm_ahead - uniform", loss_of(["web"]))
+    assert change is not None and change.pairs == 3
+    assert change.mean == pytest.approx(-0.18)
+    half = found.contrast("dwm_own_staged - 0.5*dwm_ahead - 0.5*uniform", loss_of(["web"]))
+    assert half is not None and half.pairs == 2 and half.mean == pytest.approx(0.3925)
+    named = found.contrast("0.16M-junk-novels-dwm_ahead - uniform", loss_of(["web"]))
+    assert named == change
+    early = found.contrast("uniform", loss_of(["web"], at=0.5))
+    assert early is not None and early.mean == pytest.approx(5.2)
+    moved = found.contrast("uniform", weight_moved(["austen"]))
+    assert moved is not None and moved.mean == pytest.approx(1.5)
+    assert found.contrast("opus - uniform", loss_of(["web"])) is None
+    with pytest.raises(UserError, match="no_such: no run of this study"):
+        found.contrast("no_such - uniform", loss_of(["web"]))
+
+
+def test_equal_work_is_uniforms_own_curve(found: Comparison) -> None:
+    """A method with uniform's FLOPs is compared with uniform itself."""
+    equal = found.change_at_equal_work(CELL, "dwm_ahead", ["web"])
+    assert equal is not None and equal.mean == pytest.approx(-0.18)
+
+
+@pytest.mark.parametrize(
+    ("between", "zero", "mean", "half", "expected", "certain"),
+    [
+        ([None, 0], False, -0.2, 0.1, True, True),
+        ([None, 0], False, -0.2, 0.3, True, False),
+        ([0, None], False, -0.2, 0.1, False, True),
+        ([-0.3, -0.1], False, -0.2, 0.05, True, True),
+        (None, True, 0.1, 0.2, True, False),
+        (None, True, 0.3, 0.2, False, True),
+        (None, False, 0.3, 0.2, None, True),
+    ],
+)
+def test_verdicts(
+    between: list[float | None] | None,
+    zero: bool,
+    mean: float,
+    half: float,
+    expected: bool | None,
+    certain: bool,
+) -> None:
+    check = Check(contrast="a - b", between=between, zero=zero)
+    answer = Difference(mean=mean, half_width=half, pairs=3)
+    assert check.as_expected(answer) is expected
+    if not zero:
+        assert check.certain(answer) is certain
+    assert not check.certain(Difference(mean=mean, half_width=math.nan, pairs=1))
+
+
+def test_every_question_is_about_runs_of_the_study(found: Comparison) -> None:
+    """Names of methods, cells and groups are right, whether or not the runs are known."""
+    questions, study = read_questions(), found.study
+    cells = {
+        (*cell, method)
+        for part in study.parts.values()
+        for cell in _cells(study, part.name)
+        for method in part.methods
+    }
+    for asked in (*questions.predictions, *questions.claims, *questions.decisions):
+        assert asked.untestable or asked.checks, asked.text
+        for check in asked.checks:
+            questions.answer(check, found)
+            assert isinstance(check.domains, list) or check.domains in questions.groups
+            for word in check.contrast.split():
+                name = word.rpartition("*")[2]
+                if name not in ("+", "-"):
+                    cell = tuple(name.split("-")) if "-" in name else (*CELL, name)
+                    assert cell in cells, name
+    for group in questions.groups.values():
+        assert set(group) <= {*DOMAINS, "random_words", "random_characters"}
+
+
+def _cells(study: Study, part: str) -> list[tuple[str, str, str]]:
+    from examples.study.contrasts import cells_of
+
+    return cells_of(study.parts[part])
+
+
+def test_tables_say_what_came_of_it(found: Comparison) -> None:
+    questions = read_questions()
+    claims = claims_table(questions, found).splitlines()
+    [beaten] = [line for line in claims if "beat random data" in line]
+    assert "**does not hold**" in beaten and "**+0.300 ± 0.000** (2 seeds)" in beaten
+    [tasks] = [line for line in claims if "lm-evaluation-harness" in line]
+    assert "not testable here" in tasks
+    predictions = predictions_table(questions, found).splitlines()
+    [ahead] = [line for line in predictions if line.startswith("| `dwm_ahead` |")]
+    assert "| yes<br>**no** |" in ahead
+
+
+def test_a_line_of_other_settings_does_not_count(place: Workplace, tmp_path: Path) -> None:
+    run = place.study.run(*CELL, "uniform", 1)
+    file = tmp_path / "results.jsonl"
+    file.write_text(_outcome(run.name, "0" * 12, {"web": 4.0}).line() + "\n")
+    assert Results.open(place, file).of(run) is None
+    file.write_text(file.read_text() + '{"run": "half a li')
+    with pytest.raises(UserError, match="line 2: no outcome of a run"):
+        Results.open(place, file)
+
+
+def test_the_document_is_of_the_recorded_outcomes(place: Workplace, tmp_path: Path) -> None:
+    """docs/study.md is what the study writes from examples/study/results.jsonl."""
+    recorded = REPOSITORY / "examples" / "study" / "results.jsonl"
+    output = write_document(Results.open(place, recorded), tmp_path / "study.md")
+    assert output.read_text() == (REPOSITORY / "docs" / "study.md").read_text()
+    for picture in tmp_path.glob("*.png"):
+        assert (REPOSITORY / "docs" / picture.name).is_file()
