@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and study.sh: the environment, the sample corpus, one training run.
+# Sourced by quickstart.sh and sweep.sh: the environment, the sample corpus, one training run.
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 corpus="$repository/examples/corpus"
@@ -38,10 +38,7 @@ train() { # train DATA_DIR RUN_DIR SEED [options]: examples/tiny.yaml with these
     local data="$1" run="$2" seed="$3"
     local target="$corpus/validation.jsonl"
     shift 3
-    case " $* " in # these methods read no target and refuse the key
-    *" --policy.name uniform "* | *" --policy.name loss_reweighting "* | *" --policy.name excess_loss "* | \
-        *" --policy.name fixed "* | *" --policy.name curriculum "* | *" --weighting.frozen true "*) target="" ;;
-    esac
+    case " $* " in *" --policy.name uniform "*) target="" ;; esac # it reads none and refuses the key
     OMP_NUM_THREADS=1 python -m megatron_dwm.pretrain "$repository/examples/tiny.yaml" \
         --run.dir "$run" --run.seed "$seed" \
         --data.train "$data/corpus_text_document" --data.tokenizer "$data/tokenizer.model" \

@@ -152,4 +152,4 @@ runs | xargs -P "${JOBS:-1}" -L 1 bash -euc 'one_run "$0" "$1"' || {
     echo "error: sweep.sh: a run failed, see its log; the same command goes on" >&2
     exit 1
 }
-python "$repository/examples/study_table.py" "$out" --settings
+python "$repository/examples/sweep_table.py" "$out"

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from examples.study.cost import MFU, cost_table
 from examples.study.launch import to_train, train_all
 from examples.study.results import Results
-from examples.study.spec import FILE, Part, Study, read_study
+from examples.study.spec import FILE, Part, Run, Study, read_study
 from examples.study.workplace import Workplace
 from megatron_dwm.config import UserError
 from megatron_dwm.config.command_line import OneLineParser, run_command
@@ -42,23 +42,26 @@ def main() -> None:
     results = Results.open(place, arguments.results or place.folder / "results.jsonl")
     if arguments.list:
         _print_runs(results, parts)
+    runs = [run for part in parts for run in study.runs(part)]
     if arguments.full or arguments.list:
-        waiting = to_train(results, [run for part in parts for run in study.runs(part)])
-        print(f"To train, at {MFU:.0%} of the GPU's peak:")
-        print(cost_table(place, waiting, arguments.gpu), flush=True)
+        _print_cost(results, to_train(results, runs), arguments.gpu)
     if arguments.list:
         return
-    _train_and_write(results, parts, arguments)
-
-
-def _train_and_write(results: Results, parts: list[Part], arguments: argparse.Namespace) -> None:
-    runs = [run for part in parts for run in results.place.study.runs(part)]
     try:
         train_all(results, runs, arguments.gpus or arguments.jobs, on_gpus=arguments.gpus > 0)
     finally:
         from examples.study.document import write_document
 
-        print(write_document(results, arguments.output or results.place.folder / "study.md"))
+        print(write_document(results, arguments.output or place.folder / "study.md"))
+
+
+def _print_cost(results: Results, runs: list[Run], gpu: str) -> None:
+    # Megatron-Core prints this on import on every machine without these optional packages.
+    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    from examples.study.cost import MFU, cost_table
+
+    print(f"To train, at {MFU:.0%} of the GPU's peak:")
+    print(cost_table(results.place, runs, gpu), flush=True)
 
 
 def _parser() -> OneLineParser:

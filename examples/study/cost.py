@@ -12,35 +12,44 @@ from megatron_dwm.config import UserError
 from megatron_dwm.config.load import load
 from megatron_dwm.planning import GPUS, Plan, make_plan
 
+_MANY_PASSES = 10
+_MEMORIZED = (
+    "\nwarning: up to {:.0f} passes over the corpus, which will be memorized; put text of your own "
+    "into WORKDIR (--help)\n"
+)
 MFU = 0.4
 """part of the peak FLOPs that a GPU is expected to reach"""
 
 
 def cost_table(place: Workplace, runs: Sequence[Run], gpu: str) -> str:
-    """Returns the FLOPs of runs, and their hours on one GPU each, by size and method.
+    """Returns FLOPs, hours on one GPU, and passes over the corpus, by size and method.
 
-    Raises UserError for a GPU that the planner does not know, or a run that does not fit on it.
+    Makes the data of one run of each. Raises UserError for a GPU that the planner does not know, or
+    a run that does not fit on it.
     """
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu}: expected one of {', '.join(GPUS)}")
     alike: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         alike.setdefault((run.size.name, run.method.name), []).append(run)
-    rows, hours = [], 0.0
+    rows, hours, most = [], 0.0, 0.0
     for (size, method), group in alike.items():
         steps, plan = group[0].steps, _plan(place, group[0], gpu)
         row = [size, method, str(len(group)), str(steps)]
         if plan is None:
-            rows.append([*row, NONE, NONE])
+            rows.append([*row, NONE, NONE, NONE])
             continue
         if not plan.fits:
             raise UserError(f"{group[0].name} does not fit on one {gpu}: name a larger --gpu")
         each = plan.step_s * steps / 3600
         hours += each * len(group)
-        rows.append([*row, f"{plan.cost.total * steps:.3g}", f"{each:.3g}"])
-    rows.append(["all", "", str(len(runs)), "", "", f"{hours:.3g}"])
-    heads = ["size", "method", "runs", "steps", "FLOPs of one", f"hours of one on one {gpu}"]
-    return table(heads, rows)
+        passes = plan.tokens_a_step * steps / place.tokens(group[0])
+        most = max(most, passes)
+        rows.append([*row, f"{passes:.1f}", f"{plan.cost.total * steps:.3g}", f"{each:.3g}"])
+    rows.append(["all", "", str(len(runs)), "", "", "", f"{hours:.3g}"])
+    heads = ["size", "method", "runs", "steps", "passes over the corpus", "FLOPs of one"]
+    found = table([*heads, f"hours of one on one {gpu}"], rows)
+    return found + _MEMORIZED.format(most) if most > _MANY_PASSES else found
 
 
 def _plan(place: Workplace, run: Run, gpu: str) -> Plan | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from examples.study.contrasts import UNIFORMS, Cell, Comparison, cells_of
+from examples.study.contrasts import UNIFORMS, Cell, Comparison, cells_of, loss_of
 from examples.study.figures import changes, curves, weights
 from examples.study.questions import (
     Questions,
@@ -19,12 +19,23 @@ from examples.study.questions import (
 )
 from examples.study.results import Results
 from examples.study.spec import Part
-from examples.study.tables import domains_of, equal_tokens, equal_work, trained
+from examples.study.statistics import Difference
+from examples.study.tables import (
+    NONE,
+    domains_of,
+    equal_tokens,
+    equal_work,
+    shown,
+    trained,
+    work_of,
+)
 from megatron_dwm.files.atomic import write_bytes, write_text
 from megatron_dwm.report.content import Figure
 from megatron_dwm.report.images import png
 
 _HERE = Path(__file__).parent
+ADVICE = "when_not.md"
+"""the page beside the document"""
 _TEXTS = {
     "unseen novels": "unseen",
     "the target's other half": "persuasion",
@@ -55,7 +66,29 @@ def write_document(results: Results, output: Path) -> Path:
         runs=found.results.count,
     )
     write_text(output, text)
+    advice = environment.get_template(f"{ADVICE}.j2").render(_numbers(found, questions))
+    write_text(output.with_name(ADVICE), advice)
     return output
+
+
+def _numbers(found: Comparison, questions: Questions) -> dict[str, Callable[..., str]]:
+    """Returns what the page of advice quotes numbers with: method or contrast, group of domains."""
+    cell = found.first_cell
+
+    def quoted(measure: Callable[[Sequence[str]], Difference | None], group: str) -> str:
+        try:
+            return shown(measure(questions.groups[group]), digits=2)
+        except KeyError:  # another corpus has other domains
+            return NONE
+
+    return {
+        "change": lambda method, group: quoted(lambda d: found.change(cell, method, d), group),
+        "at_equal_work": lambda method, group: quoted(
+            lambda d: found.change_at_equal_work(cell, method, d), group
+        ),
+        "contrast": lambda words, group: quoted(lambda d: found.contrast(words, loss_of(d)), group),
+        "work": lambda method: work_of(found, cell, method),
+    }
 
 
 def _sections(found: Comparison, questions: Questions, folder: Path) -> Iterator[_Section]:

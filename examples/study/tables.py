@@ -57,6 +57,12 @@ def domains_of(found: Comparison, cell: Cell) -> list[str]:
     return list(outcomes[0].losses.by_domain) if outcomes else []
 
 
+def work_of(found: Comparison, cell: Cell, method: str) -> str:
+    """Returns the FLOPs of a method as a multiple of uniform's."""
+    pairs = found.pairs(cell, method)
+    return _costs(found, cell, method)[1] if pairs else NONE
+
+
 def shown(change: Difference | None, digits: int = 3) -> str:
     """Returns a change with its 95 % interval; bold if the interval is all below or above 0."""
     if change is None:

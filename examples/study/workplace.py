@@ -23,6 +23,7 @@ from megatron_dwm.files.atomic import new_folder, write_text
 
 _CONFIG = REPOSITORY / "examples" / "tiny.yaml"
 _VOCABULARY = 1024
+_TOKEN_BYTES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,10 @@ class Workplace:
             return whole
         return self._select(run, whole)
 
+    def tokens(self, run: Run) -> int:
+        """Returns the tokens of a run's data, which are made if they are missing."""
+        return self.prepare_data(run).with_suffix(".bin").stat().st_size // _TOKEN_BYTES
+
     def command(self, run: Run, data: Path) -> list[str]:
         """Returns the command that trains a run on `data`, or goes on with it."""
         size, method = run.size, run.method
@@ -93,7 +98,7 @@ class Workplace:
             *("--run.dir", str(self.directory(run)), "--run.seed", str(run.seed)),
             *("--data.train", str(data), "--data.tokenizer", str(self.tokenizer)),
             *("--evaluation.path", str(self.held_out), "--training.micro_batch_size", "32"),
-            *("--evaluation.interval_steps", str(max(run.steps // 20, 1))),
+            *("--evaluation.interval_steps", str(max(run.steps // 10, 1))),
             *("--training.checkpoint_interval_steps", str(max(run.steps // 10, 1))),
             *shlex.split(size.options),
             *self._corpus_options(run.corpus),
@@ -138,7 +143,7 @@ class Workplace:
         method = str(run.method.select)
         folder = whole.parent.with_name(f"{run.corpus}.{run.seed}.{run.target}.{method}")
         if not folder.is_dir():
-            half = whole.with_suffix(".bin").stat().st_size // 4  # a token has two bytes
+            half = whole.with_suffix(".bin").stat().st_size // _TOKEN_BYTES // 2
             with new_folder(folder) as partial:
                 run_tool(
                     "select_data",

@@ -1,16 +1,21 @@
-"""Warnings about weights and alignments during a run, each printed once, with advice."""
+"""Warnings about weights, alignments and held-out losses during a run, each once, with advice."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+from megatron_dwm.config.printing import printable
 
 # One correlation over a batch of 32 has a standard deviation of 0.18, so several are averaged.
 _MEASUREMENTS = 5
+# Nats a token above a domain's best, in so many evaluations one after the other: a domain of few
+# passages moves by several hundredths from one evaluation to the next.
+_RISE, _EVALUATIONS = 0.1, 2
 
 
 class Health:
-    """Warns once if the weights collapse, and once if the alignments are mostly noise."""
+    """Warns once of collapsed weights, once of noisy alignments, once of a domain that rises."""
 
     def __init__(
         self,
@@ -28,6 +33,8 @@ class Health:
         self._gentler, self._warn = gentler, warn
         self._ratios: deque[float] = deque(maxlen=_MEASUREMENTS)
         self._warned: set[str] = set()
+        self._best: dict[str, float] = {}
+        self._above_best: dict[str, int] = {}
 
     def effective_sample_size(self, size: float) -> None:
         """Check the effective sample size of a step's weights, as a fraction of the batch."""
@@ -50,6 +57,21 @@ class Health:
                 "validation.batch_size or training.global_batch_size, or start later with "
                 "weighting.warmup_steps",
             )
+
+    def held_out(self, losses: Mapping[str, float]) -> None:
+        """Check the losses of an evaluation (nats a token) by domain."""
+        for domain, loss in losses.items():
+            best = self._best[domain] = min(loss, self._best.get(domain, loss))
+            rises = loss > best + _RISE
+            self._above_best[domain] = self._above_best.get(domain, 0) + 1 if rises else 0
+            if self._above_best[domain] == _EVALUATIONS:
+                self._warn_once(
+                    f"held-out {domain}",
+                    f"the held-out loss of {printable(domain)} rises: {loss:.3f}, after a best of "
+                    f"{best:.3f}; compare with the same run with policy.name uniform: if it rises "
+                    "there too, the model memorizes, else the weights serve the target at its "
+                    "expense",
+                )
 
     def _warn_once(self, what: str, text: str) -> None:
         if what not in self._warned:

@@ -103,6 +103,7 @@ class Reporter:
 
     def evaluation(self, stage: int, found: Evaluation) -> None:
         """Report held-out losses and the scores of last words."""
+        self._health.held_out(found.losses)
         seconds = self._write(stage, "evaluation", **found.columns())
         self._progress.evaluation(found.losses, seconds)
 

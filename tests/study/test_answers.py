@@ -204,7 +204,10 @@ def test_a_line_of_other_settings_does_not_count(place: Workplace, tmp_path: Pat
 def test_the_document_is_of_the_recorded_outcomes(place: Workplace, tmp_path: Path) -> None:
     """docs/study.md is what the study writes from examples/study/results.jsonl."""
     recorded = REPOSITORY / "examples" / "study" / "results.jsonl"
-    output = write_document(Results.open(place, recorded), tmp_path / "study.md")
-    assert output.read_text() == (REPOSITORY / "docs" / "study.md").read_text()
+    write_document(Results.open(place, recorded), tmp_path / "study.md")
+    pages = sorted(path.name for path in tmp_path.glob("*.md"))
+    assert pages == ["study.md", "when_not.md"]
+    for page in pages:
+        assert (tmp_path / page).read_text() == (REPOSITORY / "docs" / page).read_text()
     for picture in tmp_path.glob("*.png"):
         assert (REPOSITORY / "docs" / picture.name).is_file()
