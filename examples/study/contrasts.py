@@ -17,7 +17,7 @@ from examples.study.spec import BASE, Part, Study
 from examples.study.statistics import Difference, at_equal_work, interval
 from megatron_dwm.config import UserError
 
-UNIFORMS = ("uniform", "uniform_1.05", "uniform_1.25", "uniform_2")
+UNIFORMS = ("uniform", "uniform_1.25", "uniform_2")
 """runs of different lengths, by which uniform's loss is known at other amounts of work"""
 
 Cell = tuple[str, str, str]

@@ -22,6 +22,7 @@ from examples.study.spec import Part
 from examples.study.statistics import Difference
 from examples.study.tables import (
     NONE,
+    by_size,
     domains_of,
     equal_tokens,
     equal_work,
@@ -41,7 +42,8 @@ _TEXTS = {
     "the target's other half": "persuasion",
     "other domains": "others",
 }
-"""groups of questions.yaml by their words in a picture"""
+"""groups of questions.yaml by their words in tables and pictures"""
+_AT_EVERY_SIZE = ("dwm_ahead", "similarity", "validation_mixing", "dwm_transferred")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,9 @@ def write_document(results: Results, output: Path) -> Path:
         predictions=predictions_table(questions, found),
         decisions=decisions_table(questions, found),
         parts=list(_sections(found, questions, output.parent)),
+        sizes=by_size(found, _AT_EVERY_SIZE, questions.groups_of(_TEXTS)),
         runs=found.results.count,
+        **_numbers(found, questions),
     )
     write_text(output, text)
     advice = environment.get_template(f"{ADVICE}.j2").render(_numbers(found, questions))
@@ -122,11 +126,9 @@ def _blocks(
 def _figures(found: Comparison, questions: Questions, part: Part, cell: Cell) -> Iterator[Figure]:
     """Yields the pictures of the study's first part."""
     domains = set(domains_of(found, cell))
-    texts = {
-        words: questions.groups[group]
-        for words, group in _TEXTS.items()
-        if domains.issuperset(questions.groups[group])
-    }
+    texts = questions.groups_of(_TEXTS)
+    if not domains.issuperset(name for group in texts.values() for name in group):
+        texts = {}
     chosen = [changes(found, part, cell, texts or {name: [name] for name in domains})]
     if texts:
         chosen.append(curves(found, part, cell, questions.groups["novels"]))

@@ -66,6 +66,10 @@ class Questions:
     claims: Sequence[Question]
     decisions: Sequence[Question]
 
+    def groups_of(self, names: Mapping[str, str]) -> dict[str, Sequence[str]]:
+        """Returns groups of domains by the words that a table has for them."""
+        return {words: self.groups[name] for words, name in names.items()}
+
     def answer(self, check: Check, found: Comparison) -> Difference | None:
         """Returns what a check compares; None without its runs, or its domains."""
         domains = self.groups[check.domains] if isinstance(check.domains, str) else check.domains

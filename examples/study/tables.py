@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 
 from examples.study.contrasts import UNIFORMS, Cell, Comparison
@@ -44,6 +44,23 @@ def equal_work(found: Comparison, part: Part, cell: Cell) -> str:
         if method not in UNIFORMS
     ]
     return table(["method", "FLOPs", *domains], rows)
+
+
+def by_size(found: Comparison, methods: Sequence[str], groups: Mapping[str, Sequence[str]]) -> str:
+    """Returns a table of methods' changes at every size, for groups of domains."""
+    _, corpus, target = found.first_cell
+    rows = []
+    for method in methods:
+        for size in found.study.sizes:
+            cell = (size, corpus, target)
+            pairs = found.pairs(cell, method)
+            if pairs:
+                changes = [shown(found.change(cell, method, group)) for group in groups.values()]
+                counts = [str(len(pairs)), f"{pairs[0][1].flops:.2g}"]
+                rows.append(
+                    [f"`{method}`", size, *counts, *changes, _costs(found, cell, method)[1]]
+                )
+    return table(["method", "size", "seeds", "uniform's FLOPs", *groups, "FLOPs"], rows)
 
 
 def trained(found: Comparison, part: Part, cell: Cell) -> list[str]:

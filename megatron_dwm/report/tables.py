@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dwm.report.run_files import WeightRecords, read_weights
+from megatron_dwm.config import UserError
+from megatron_dwm.report.weight_stream import codes, stream, trained_on, weight_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +24,28 @@ class Series:
 def mean_weight_by_domain(run_dir: str | Path, last_steps: int) -> dict[str, float]:
     """Returns the mean weight of each domain's samples over the last `last_steps` steps.
 
-    Steps count back from the last one with recorded weights. A domain without samples there is left
-    out.
+    Of the samples that the LLM trained on. Steps count back from the last one with weights;
+    a domain without samples there is left out.
 
     Raises:
-        UserError: as `read_weights`.
+        UserError: the run recorded no weights, or a file of them is broken.
     """
-    records = read_weights(Path(run_dir))
-    recent = records.step > records.step.max() - last_steps
-    sums, counts = _sums_by_domain(records, recent)
-    return {name: float(sums[i] / counts[i]) for i, name in enumerate(records.domains) if counts[i]}
+    files = weight_files(Path(run_dir))
+    if not files:
+        raise UserError(
+            f"{run_dir} has no weights in weights/*.parquet: run with "
+            "logging.weights_interval_steps above 0, or wait for the first checkpoint, with which "
+            "they are written"
+        )
+    first, names = files.steps[-1] - last_steps + 1, dict[str, int]()
+    code, weight = [], []
+    for batch in stream(files, ("step", "source", "domain", "weight")):
+        recent = trained_on(batch) & (batch["step"].to_numpy() >= first)
+        code.append(codes(batch["domain"], names)[recent])
+        weight.append(batch["weight"].to_numpy().astype(np.float64)[recent])
+    sums = np.bincount(np.concatenate(code), np.concatenate(weight), minlength=len(names))
+    counts = np.bincount(np.concatenate(code), minlength=len(names))
+    return {name: float(sums[i] / counts[i]) for name, i in names.items() if counts[i]}
 
 
 def held_out_loss(metrics: Sequence[dict[str, Any]]) -> dict[str, Series]:
@@ -52,10 +65,3 @@ def _has(record: dict[str, Any], phase: str, key: str) -> bool:
 def _series(pairs: Sequence[tuple[float, float]]) -> Series:
     table = np.array(pairs, dtype=np.float64).reshape(-1, 2)
     return Series(step=table[:, 0], value=table[:, 1])
-
-
-def _sums_by_domain(records: WeightRecords, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns each domain's sum of weights and number of samples among the chosen rows."""
-    codes, size = records.domain_code[rows], len(records.domains)
-    sums = np.bincount(codes, weights=records.weight[rows], minlength=size)
-    return sums, np.bincount(codes, minlength=size)

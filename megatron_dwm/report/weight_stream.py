@@ -18,7 +18,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.report.run_files import broken_file, guessed_source, last_written
 
 BATCH_ROWS = 1 << 17
 _TYPES = {
@@ -92,7 +91,7 @@ def stream(files: WeightFiles, columns: Sequence[str]) -> Iterator[pa.Table]:
                 yield batch.filter(pa.array(~again)).select(list(columns))
     if held:
         rows = pa.concat_tables(held).unify_dictionaries()
-        kept = last_written(rows, np.concatenate(number_of))
+        kept = _last_written(rows, np.concatenate(number_of))
         yield rows.take(pa.array(kept)).select(list(columns))
 
 
@@ -115,7 +114,7 @@ def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
                 )
             yield typed
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise broken_file(path, error) from error
+        raise _broken_file(path, error) from error
 
 
 def _typed(table: pa.Table, columns: Sequence[str]) -> pa.Table:
@@ -125,7 +124,7 @@ def _typed(table: pa.Table, columns: Sequence[str]) -> pa.Table:
         if name in table.column_names:
             column = table[name]
         elif name == "source" and "alignment" in table.column_names:
-            column = guessed_source(table["alignment"])
+            column = _guessed_source(table["alignment"])
         else:
             column = pa.chunked_array([pa.nulls(len(table), kind)])
         encoded = kind == pa.string()
@@ -157,3 +156,42 @@ def _codes(chunk: pa.DictionaryArray, known: dict[str, int]) -> np.ndarray:
     found = np.full(len(indices), missing)
     found[valid] = number[indices[valid].astype(np.int64)]
     return found
+
+
+def _last_written(rows: pa.Table, file: np.ndarray) -> np.ndarray:
+    """Returns row numbers in the order of (step, source, sample), without superseded rows.
+
+    If several files have the same sample of a step, the last file counts. No file has a step twice,
+    so equal ids within one file are a passage that its batch has twice.
+    """
+    step, sample = rows["step"].to_numpy(), rows["sample_id"].to_numpy()
+    _, source = _encode(rows["source"])
+    order = np.lexsort((file, sample, source, step))
+    differs = [np.diff(column[order]) != 0 for column in (step, source, sample)]
+    ends = np.append(np.logical_or.reduce(differs), True)
+    last_file = file[order][ends]
+    number_of_sample = np.cumsum(ends) - ends
+    return order[file[order] == last_file[number_of_sample]]
+
+
+def _encode(column: pa.ChunkedArray) -> tuple[tuple[str, ...], np.ndarray]:
+    """Returns the sorted names, and for each row the index of its name."""
+    encoded = column.combine_chunks().dictionary_encode()
+    found = encoded.dictionary.to_pylist()
+    names = tuple(sorted(found))
+    index_of = np.array([names.index(name) for name in found])
+    return names, index_of[encoded.indices.to_numpy()]
+
+
+def _broken_file(path: Path, error: Exception) -> UserError:
+    """Returns the error of a file that cannot be read as weights."""
+    reason = str(error).splitlines()[0]
+    return UserError(f"{path} has no weights of a run ({reason}); move it out of the folder")
+
+
+def _guessed_source(alignment: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Returns the source column for files of older versions: `update` for rows with an alignment.
+
+    That is wrong for updates on the training batch, but their steps have no other record.
+    """
+    return pc.if_else(alignment.is_null(), "training", "update")

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_dwm.report import weight_stream
-from megatron_dwm.report.run_files import read_weights
 from megatron_dwm.report.weight_rows import SOURCES, WeightRows
 from tests.report.random_weights import Row, random_rows, table_of, write_rows
 
@@ -57,8 +56,6 @@ def test_the_last_file_counts_where_a_step_is_in_several(tmp_path: Path) -> None
     replaced = {(r["step"], r["source"], r["sample_id"]) for r in again}
     kept = [r for r in rows if (r["step"], r["source"], r["sample_id"]) not in replaced]
     assert_rows(rows_read(tmp_path), kept + again)
-    # As the reader that holds all rows says.
-    assert sorted(read_weights(tmp_path).weight) == sorted(row[6] for row in rows_read(tmp_path))
 
 
 def test_files_of_older_versions(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.dataset as ds
 import torch
 
-from megatron_dwm.report.run_files import read_weights
+from megatron_dwm.report.weight_stream import stream, weight_files
 from tests.small_runs.command import metrics, succeed
 from tests.small_runs.fixtures import Corpus
 
@@ -35,7 +35,7 @@ def test_updates_and_steps_number_their_samples_apart(corpus: Corpus, tmp_path: 
     assert found == sorted(steps + fresh)
     assert len({(row["step"], row["sample_id"]) for row in rows}) < len(rows)
     assert all((row["alignment"] is not None) == (row["source"] == "update") for row in rows)
-    assert sorted(read_weights(run_dir).weight) == sorted(row["weight"] for row in rows)
+    assert _weights_read(run_dir) == sorted(row["weight"] for row in rows)
 
 
 def test_updates_on_the_training_batch_keep_its_numbers(corpus: Corpus, tmp_path: Path) -> None:
@@ -58,7 +58,12 @@ def test_passages_of_the_target_have_numbers_of_their_own(corpus: Corpus, tmp_pa
         assert ids == list(range((step - 1) * ROWS, (step - 1) * ROWS + 6))
         target = [row for row in of_step if row["source"] == "target"]
         assert len(target) == 2 and {row["domain"] for row in target} <= {"target", "unknown"}
-    assert len(read_weights(tmp_path / "run").weight) == 3 * ROWS
+    assert len(_weights_read(tmp_path / "run")) == 3 * ROWS
+
+
+def _weights_read(run_dir: Path) -> list[float]:
+    batches = stream(weight_files(run_dir), ["weight"])
+    return sorted(value for batch in batches for value in batch["weight"].to_pylist())
 
 
 def test_every_start_is_noted(corpus: Corpus, tmp_path: Path) -> None:
