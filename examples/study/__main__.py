@@ -39,6 +39,8 @@ def main() -> None:
     if place.folder.exists() and not place.folder.is_dir():
         raise UserError(f"WORKDIR {place.folder}: is no folder")
     place.prepare()
+    study = study.for_domains(place.domains)
+    parts, place = [study.parts[part.name] for part in parts], replace(place, study=study)
     results = Results.open(place, arguments.results or place.folder / "results.jsonl")
     if arguments.list:
         _print_runs(results, parts)

@@ -20,8 +20,14 @@ _MEMORY = {
 
 
 def environment(gpu: int | None = None) -> dict[str, str]:
-    """Returns the environment of a command, which has one thread. gpu: the only one it sees."""
-    own = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
+    """Returns the environment of a command, which has one thread.
+
+    gpu: number of the only one that it sees, among those that are visible now.
+    """
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    own = {}
+    if gpu is not None:
+        own["CUDA_VISIBLE_DEVICES"] = visible[gpu] if gpu < len(visible) else str(gpu)
     return {**os.environ, **_MEMORY, **own, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
 

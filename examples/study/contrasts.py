@@ -7,7 +7,7 @@ their seed; a method alone stands for its runs of the study's first part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
@@ -17,7 +17,7 @@ from examples.study.spec import BASE, Part, Study
 from examples.study.statistics import Difference, at_equal_work, interval
 from megatron_dwm.config import UserError
 
-UNIFORMS = ("uniform", "uniform_1.25", "uniform_2")
+UNIFORMS = ("uniform", "uniform_1.05", "uniform_1.25", "uniform_2", "uniform_2.5")
 """runs of different lengths, by which uniform's loss is known at other amounts of work"""
 
 Cell = tuple[str, str, str]
@@ -37,6 +37,11 @@ class Comparison:
         """Size, corpus and target of the first table."""
         part = next(iter(self.study.parts.values()))
         return part.sizes[0], part.corpora[0], part.targets[0]
+
+    def has_domains(self, names: Iterable[str]) -> bool:
+        """Returns whether the held-out text of the first table has all of these domains."""
+        outcomes = list(self.by_seed(self.first_cell, BASE).values())
+        return bool(outcomes) and set(outcomes[0].losses.by_domain).issuperset(names)
 
     def by_seed(self, cell: Cell, method: str) -> BySeed:
         """Returns the known outcomes of a method's runs."""
@@ -58,15 +63,34 @@ class Comparison:
     def change_at_equal_work(
         self, cell: Cell, method: str, domains: Sequence[str]
     ) -> Difference | None:
-        """Returns the change against uniform with as many FLOPs; None outside its runs' range."""
+        """Returns the change against uniform with as many FLOPs; None outside its runs' range.
+
+        The runs that a method needs before its own count as its work.
+        """
         read, found = loss_of(domains), []
         longer = {name: self.by_seed(cell, name) for name in UNIFORMS if name in self.study.methods}
+        work = self.work(cell, method)
         for seed, ours in self.by_seed(cell, method).items():
             runs = [runs[seed] for runs in longer.values() if seed in runs]
-            theirs = at_equal_work(ours.flops, [(run.flops, read(run)) for run in runs])
-            if theirs is not None:
-                found.append(read(ours) - theirs)
+            if seed in work:
+                theirs = at_equal_work(work[seed], [(run.flops, read(run)) for run in runs])
+                found += [read(ours) - theirs] if theirs is not None else []
         return interval(found) if found else None
+
+    def work(self, cell: Cell, method: str) -> dict[int, float]:
+        """Returns by seed the FLOPs of a method's runs with those of the runs that they need.
+
+        Without the runs that uniform needs, too, and without seeds of which not all are known.
+        """
+        found: dict[int, float] = {}
+        for seed, ours in self.by_seed(cell, method).items():
+            shared = {run.name for run in self.study.needed(self.study.run(*cell, BASE, seed))}
+            runs = self.study.needed(self.study.run(*cell, method, seed))
+            needed = [self.results.of(run) for run in runs if run.name not in shared]
+            known = [outcome.flops for outcome in needed if outcome is not None]
+            if len(known) == len(needed):
+                found[seed] = ours.flops + sum(known)
+        return found
 
     def contrast(self, words: str, measure: Measure) -> Difference | None:
         """Returns a contrast; None if no seed has all of its runs.
@@ -93,9 +117,16 @@ def loss_of(domains: Sequence[str], at: float = 1.0) -> Measure:
         steps = outcome.losses.step
         nearest = min(range(len(steps)), key=lambda i: abs(steps[i] - at * steps[-1]))
         values = [outcome.losses.by_domain[name][nearest] for name in domains]
-        return mean(value for value in values if value is not None)
+        assert all(value is not None for value in values)
+        return mean(value or 0.0 for value in values)
 
     return read
+
+
+def loss_since(domains: Sequence[str], since: float, at: float) -> Measure:
+    """Returns what reads the change of the mean loss of some domains between two parts of a run."""
+    before, after = loss_of(domains, since), loss_of(domains, at)
+    return lambda outcome: after(outcome) - before(outcome)
 
 
 def weight_moved(domains: Sequence[str], since: float = 0.3) -> Measure:

@@ -8,7 +8,8 @@ from examples.study.commands import run_tool
 from examples.study.spec import NATURAL, PACKED
 
 PREFIX = "corpus_text_document"
-_JUNK = 0.5
+JUNK_FRACTION = 0.5
+"""of the bytes"""
 
 
 def write_corpus(corpus: str, seed: int, text: Path, tokenizer: Path, folder: Path) -> None:
@@ -19,7 +20,7 @@ def write_corpus(corpus: str, seed: int, text: Path, tokenizer: Path, folder: Pa
     """
     if corpus != NATURAL:
         mixed = folder / "mixed.jsonl"
-        run_tool("add_junk", input=text, output=mixed, fraction=_JUNK, seed=seed)
+        run_tool("add_junk", input=text, output=mixed, fraction=JUNK_FRACTION, seed=seed)
         text = mixed
     if corpus == PACKED:
         short, cut = folder / "short.jsonl", "../examples/cut_documents"

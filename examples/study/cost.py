@@ -43,7 +43,7 @@ def cost_table(place: Workplace, runs: Sequence[Run], gpu: str) -> str:
             raise UserError(f"{group[0].name} does not fit on one {gpu}: name a larger --gpu")
         each = plan.step_s * steps / 3600
         hours += each * len(group)
-        passes = plan.tokens_a_step * steps / place.tokens(group[0])
+        passes = plan.tokens_a_step * steps / place.data(group[0]).tokens()
         most = max(most, passes)
         rows.append([*row, f"{passes:.1f}", f"{plan.cost.total * steps:.3g}", f"{each:.3g}"])
     rows.append(["all", "", str(len(runs)), "", "", "", f"{hours:.3g}"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,7 @@ from examples.study.questions import (
 )
 from examples.study.results import Results
 from examples.study.spec import Part
-from examples.study.statistics import Difference
 from examples.study.tables import (
-    NONE,
     by_size,
     domains_of,
     equal_tokens,
@@ -60,38 +58,38 @@ def write_document(results: Results, output: Path) -> Path:
     environment = Environment(
         loader=FileSystemLoader(_HERE), undefined=StrictUndefined, keep_trailing_newline=True
     )
+    on_sample = found.has_domains(name for group in questions.groups.values() for name in group)
     text = environment.get_template("study.md.j2").render(
+        on_sample=on_sample,
         claims=claims_table(questions, found),
         predictions=predictions_table(questions, found),
         decisions=decisions_table(questions, found),
         parts=list(_sections(found, questions, output.parent)),
         sizes=by_size(found, _AT_EVERY_SIZE, questions.groups_of(_TEXTS)),
-        runs=found.results.count,
-        **_numbers(found, questions),
+        commits=found.results.commits,
     )
     write_text(output, text)
-    advice = environment.get_template(f"{ADVICE}.j2").render(_numbers(found, questions))
-    write_text(output.with_name(ADVICE), advice)
+    if on_sample:
+        advice = environment.get_template(f"{ADVICE}.j2").render(_numbers(found, questions))
+        write_text(output.with_name(ADVICE), advice)
     return output
 
 
 def _numbers(found: Comparison, questions: Questions) -> dict[str, Callable[..., str]]:
-    """Returns what the page of advice quotes numbers with: method or contrast, group of domains."""
-    cell = found.first_cell
+    """Returns what the page of advice quotes numbers with: contrast or method, group of domains."""
 
-    def quoted(measure: Callable[[Sequence[str]], Difference | None], group: str) -> str:
-        try:
-            return shown(measure(questions.groups[group]), digits=2)
-        except KeyError:  # another corpus has other domains
-            return NONE
+    def contrast(words: str, group: str) -> str:
+        return shown(found.contrast(words, loss_of(questions.groups[group])), digits=2)
+
+    def at_equal_work(method: str, group: str) -> str:
+        domains = questions.groups[group]
+        return shown(found.change_at_equal_work(found.first_cell, method, domains), digits=2)
 
     return {
-        "change": lambda method, group: quoted(lambda d: found.change(cell, method, d), group),
-        "at_equal_work": lambda method, group: quoted(
-            lambda d: found.change_at_equal_work(cell, method, d), group
-        ),
-        "contrast": lambda words, group: quoted(lambda d: found.contrast(words, loss_of(d)), group),
-        "work": lambda method: work_of(found, cell, method),
+        "contrast": contrast,
+        "change": lambda method, group: contrast(f"{method} - uniform", group),
+        "at_equal_work": at_equal_work,
+        "work": lambda method: work_of(found, found.first_cell, method),
     }
 
 
@@ -125,9 +123,8 @@ def _blocks(
 
 def _figures(found: Comparison, questions: Questions, part: Part, cell: Cell) -> Iterator[Figure]:
     """Yields the pictures of the study's first part."""
-    domains = set(domains_of(found, cell))
-    texts = questions.groups_of(_TEXTS)
-    if not domains.issuperset(name for group in texts.values() for name in group):
+    domains, texts = domains_of(found, cell), questions.groups_of(_TEXTS)
+    if not found.has_domains(name for group in texts.values() for name in group):
         texts = {}
     chosen = [changes(found, part, cell, texts or {name: [name] for name in domains})]
     if texts:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
 
-from examples.study.contrasts import BySeed, Cell, Comparison
-from examples.study.spec import BASE, Part
-from examples.study.statistics import interval
+from examples.study.contrasts import UNIFORMS, BySeed, Cell, Comparison, loss_of
+from examples.study.spec import Part
 from examples.study.tables import trained
 from megatron_dwm.report.charts import bars, heat, lines
 from megatron_dwm.report.content import Cell as Value
@@ -29,7 +28,7 @@ Texts = Mapping[str, Sequence[str]]
 def changes(found: Comparison, part: Part, cell: Cell, texts: Texts) -> Figure | None:
     """Returns every method's change against uniform at equal tokens, with its interval."""
     rows: list[Sequence[Value]] = []
-    methods = [method for method in trained(found, part, cell) if method != BASE]
+    methods = [method for method in trained(found, part, cell) if method not in UNIFORMS]
     for method in methods:
         for name, domains in texts.items():
             change = found.change(cell, method, domains)
@@ -52,39 +51,34 @@ def changes(found: Comparison, part: Part, cell: Cell, texts: Texts) -> Figure |
 
 
 def curves(found: Comparison, part: Part, cell: Cell, domains: Sequence[str]) -> Figure | None:
-    """Returns the mean loss of some domains over FLOPs, with bands of one standard error."""
+    """Returns the mean loss of some domains over FLOPs, a mean over the seeds."""
     methods = [name for name in trained(found, part, cell) if name in _CURVES]
-    rows = [
+    rows: list[Sequence[Value]] = [
         [method, *point]
         for method in methods
         for point in _points(found.by_seed(cell, method), domains)
     ]
     if not rows:
         return None
-    columns = [_METHOD, _FLOPS, _LOSS, _LOW, _HIGH]
+    columns = [_METHOD, _FLOPS, _LOSS]
     return Figure(
         id=f"study_{part.name}_curves",
         title="Held-out loss of the novels over the work done",
-        caption="Mean over the seeds and its 95 % interval.",
+        caption="Mean over the seeds.",
         columns=columns,
         data=columnar(columns, rows),
-        chart=lines(_LOSS, x=_FLOPS, color=_METHOD.name, names=methods, band=True),
+        chart=lines(_LOSS, x=_FLOPS, color=_METHOD.name, names=methods),
         series=_METHOD.name,
         names=methods,
     )
 
 
 def _points(runs: BySeed, domains: Sequence[str]) -> Iterator[list[float]]:
-    """Yields FLOPs, loss and the ends of its interval, without the first fifth of the run."""
+    """Yields FLOPs and loss after every tenth of the run but the first two."""
     outcomes = list(runs.values())
-    for i, flops in enumerate(outcomes[0].losses.flops):
-        if i < 2:
-            continue
-        values = [
-            mean(run.losses.by_domain[name][i] or 0.0 for name in domains) for run in outcomes
-        ]
-        around = interval(values)
-        yield [flops, around.mean, around.low, around.high]
+    for tenth in range(2, len(outcomes[0].losses.step)):
+        read = loss_of(domains, outcomes[0].losses.step[tenth] / outcomes[0].losses.step[-1])
+        yield [outcomes[0].losses.flops[tenth], mean(map(read, outcomes))]
 
 
 def weights(found: Comparison, part: Part, cell: Cell, method: str) -> Figure | None:

@@ -10,14 +10,15 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 
 import yaml
 
 from examples.study.commands import environment
 from examples.study.results import Results
 from examples.study.spec import Run
-from examples.study.workplace import Workplace
-from megatron_dwm.config import RunError
+from examples.study.workplace import Workplace, last_checkpoint
+from megatron_dwm.config import RunError, UserError
 
 
 def is_finished(directory: Path) -> bool:
@@ -47,9 +48,16 @@ def to_train(results: Results, runs: Iterable[Run]) -> list[Run]:
     place, found = results.place, dict[str, Run]()
     for run in runs:
         if results.of(run) is None:
-            needed = [n for n in place.study.needed(run) if not is_finished(place.directory(n))]
+            needed = [each for each in place.study.needed(run) if not _is_there(place, each)]
             found.update({each.name: each for each in [*needed, run]})
     return list(found.values())
+
+
+def _is_there(place: Workplace, run: Run) -> bool:
+    """True if a run can be used by others: finished, as it is asked for, with its checkpoint."""
+    directory = place.directory(run)
+    finished = directory.is_dir() and place.is_as_asked(run) and is_finished(directory)
+    return finished and last_checkpoint(directory) is not None
 
 
 def train_all(results: Results, runs: Iterable[Run], jobs: int, *, on_gpus: bool = False) -> None:
@@ -62,16 +70,13 @@ def train_all(results: Results, runs: Iterable[Run], jobs: int, *, on_gpus: bool
     place, waiting = results.place, to_train(results, runs)
     total, failed = len(waiting), set[str]()
     running: dict[Future[bool], Run] = {}
-    free = SimpleQueue[int | None]()
-    for number in range(jobs):
-        free.put(number if on_gpus else None)
+    trainer = _Trainer(place, jobs, on_gpus=on_gpus)
     with ThreadPoolExecutor(jobs) as pool:
         while waiting or running:
             for run in _startable(waiting, running.values(), failed, jobs):
                 waiting.remove(run)
                 _say(f"{run.name} ({total - len(waiting)} of {total})")
-                data = place.prepare_data(run)
-                running[pool.submit(_train, place, run, data, free)] = run
+                running[pool.submit(trainer.train, run)] = run
             waiting = [run for run in waiting if not failed & set(run.needs)]
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
@@ -97,24 +102,48 @@ def _startable(
     return free[: max(jobs - busy, 0)]
 
 
-def _train(place: Workplace, run: Run, data: Path, free: SimpleQueue[int | None]) -> bool:
-    """Train a run to its end; False if it failed, with its last line on stderr."""
-    directory = place.directory(run)
-    if not place.is_as_asked(run):
-        advice = "it was started with other settings; move it away, or name another WORKDIR"
-        print(f"{directory}: {advice}", file=sys.stderr, flush=True)
-        return False
-    if is_finished(directory):
+class _Trainer:
+    """Trains runs, each in a thread of its own."""
+
+    def __init__(self, place: Workplace, jobs: int, *, on_gpus: bool) -> None:
+        self._place = place
+        self._making_data = Lock()
+        self._gpus = SimpleQueue[int | None]()
+        for number in range(jobs):
+            self._gpus.put(number if on_gpus else None)
+
+    def train(self, run: Run) -> bool:
+        """Train a run to its end; False if it failed, with its last line on stderr."""
+        directory = self._place.directory(run)
+        if not self._place.is_as_asked(run):
+            advice = "it was started with other settings; move it away, or name another WORKDIR"
+            return _failed(f"{directory}: {advice}")
+        if is_finished(directory) and last_checkpoint(directory) is not None:
+            return True
+        try:
+            with self._making_data:
+                data = self._place.data(run).prepare()
+        except UserError as error:
+            return _failed(f"{run.name} has no data: {error}")
+        log = directory.with_name(f"{directory.name}.log")
+        if self._run(self._place.command(run, data), log):
+            last = (log.read_text(encoding="utf-8").strip().splitlines() or ["no message"])[-1]
+            return _failed(f"{run.name} failed: {last}")
         return True
-    log = directory.with_name(f"{directory.name}.log")
-    command, gpu = place.command(run, data), free.get()
-    with log.open("a", encoding="utf-8") as file:
-        done = subprocess.run(command, env=environment(gpu), stdout=file, stderr=file)
-    free.put(gpu)
-    if done.returncode:
-        last = (log.read_text(encoding="utf-8").strip().splitlines() or ["no message"])[-1]
-        print(f"{run.name} failed: {last}", file=sys.stderr, flush=True)
-    return done.returncode == 0
+
+    def _run(self, command: list[str], log: Path) -> int:
+        gpu = self._gpus.get()
+        try:
+            with log.open("a", encoding="utf-8") as file:
+                done = subprocess.run(command, env=environment(gpu), stdout=file, stderr=file)
+        finally:
+            self._gpus.put(gpu)
+        return done.returncode
+
+
+def _failed(text: str) -> bool:
+    print(text, file=sys.stderr, flush=True)
+    return False
 
 
 def _say(text: str) -> None:

@@ -67,8 +67,8 @@ class Outcome:
     def of_line(line: str) -> Outcome:
         """Returns what a line says. Raises ValueError, TypeError or KeyError if it is another."""
         found = json.loads(line)
-        curves = {name: Curve(**found.pop(name)) for name in ("losses", "weights")}
-        return Outcome(**found, **curves)
+        losses, weights = (Curve(**found.pop(name)) for name in ("losses", "weights"))
+        return Outcome(**found, losses=losses, weights=weights)
 
 
 def read_outcome(directory: Path, run: str, settings: str) -> Outcome:

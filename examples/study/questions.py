@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any
 
 import yaml
 
-from examples.study.contrasts import Comparison, Measure, loss_of, weight_moved
+from examples.study.contrasts import Comparison, Measure, loss_of, loss_since, weight_moved
 from examples.study.statistics import Difference
 from examples.study.tables import NONE, shown, table
+from megatron_dwm.config import UserError
 
 _FILE = Path(__file__).parent / "questions.yaml"
 _LOSS, _AT_EQUAL_WORK, _WEIGHT_MOVED = "loss", "loss at equal work", "weight moved"
+_ALIKE = 0.03
+"""nats a token: about the spread of a method over the seeds"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,36 +28,39 @@ class Check:
     contrast: str
     domains: str | Sequence[str] = "novels"
     between: Sequence[float | None] | None = None
-    zero: bool = False
+    alike: bool = False
     measure: str = _LOSS
     at: float = 1.0
+    since: float | None = None
 
-    def as_expected(self, found: Difference) -> bool | None:
-        """Returns whether the mean (with `zero`, the interval) is; None if nothing was expected."""
-        if self.zero:
-            return found.low <= 0 <= found.high
-        if self.between is None:
+    def verdict(self, found: Difference) -> bool | None:
+        """Returns whether the answer is as expected.
+
+        True if its whole interval is, False if no part of it is; None between, for a single pair,
+        and if nothing is expected.
+        """
+        bounds = (-_ALIKE, _ALIKE) if self.alike else self.between
+        if bounds is None or found.pairs < 2:
             return None
-        low, high = self.between
-        return (low is None or low <= found.mean) and (high is None or found.mean <= high)
-
-    def certain(self, found: Difference) -> bool:
-        """Returns whether the whole interval lies on the same side of what is expected."""
-        ends = (
-            Difference(mean=end, half_width=0.0, pairs=found.pairs)
-            for end in (found.low, found.high)
-        )
-        return found.pairs > 1 and len({self.as_expected(end) for end in ends}) == 1
+        low = -math.inf if bounds[0] is None else bounds[0]
+        high = math.inf if bounds[1] is None else bounds[1]
+        if low <= found.low and found.high <= high:
+            return True
+        return False if found.high < low or high < found.low else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A prediction, a claim or a decision. about: a method, a paper or a key."""
+    """A prediction, a claim or a decision. about: a method, a paper or a key.
+
+    keys: of a decision, those in which the runs of its contrasts differ.
+    """
 
     about: str
     text: str
     why: str = ""
     untestable: str = ""
+    keys: Sequence[str] = ()
     checks: Sequence[Check] = field(default_factory=list)
 
 
@@ -77,7 +84,7 @@ class Questions:
             if check.measure == _AT_EQUAL_WORK:
                 return found.change_at_equal_work(found.first_cell, check.contrast, domains)
             return found.contrast(check.contrast, _measure(check, domains))
-        except KeyError:  # another corpus has other domains
+        except (KeyError, UserError):  # another text has other domains, another study other methods
             return None
 
 
@@ -95,9 +102,11 @@ def predictions_table(questions: Questions, found: Comparison) -> str:
     rows = []
     for asked in questions.predictions:
         answers = [(check, questions.answer(check, found)) for check in asked.checks]
-        verdicts = "<br>".join(_came_true(check, answer) for check, answer in answers)
+        verdicts = "<br>".join(
+            _verdict(check, answer, "right", "**wrong**") for check, answer in answers
+        )
         rows.append([asked.about, asked.text, asked.why, _numbers(answers), verdicts])
-    return table(["row", "prediction", "why", "result", "right?"], rows)
+    return table(["row", "prediction", "why", "result", "verdict"], rows)
 
 
 def claims_table(questions: Questions, found: Comparison) -> str:
@@ -105,7 +114,9 @@ def claims_table(questions: Questions, found: Comparison) -> str:
     rows = []
     for asked in questions.claims:
         answers = [(check, questions.answer(check, found)) for check in asked.checks]
-        verdicts = "<br>".join(_verdict(check, answer) for check, answer in answers)
+        verdicts = "<br>".join(
+            _verdict(check, answer, "holds", "**does not hold**") for check, answer in answers
+        )
         if asked.untestable:
             verdicts = f"not testable here: {asked.untestable}"
         rows.append([asked.about, asked.text, verdicts, _numbers(answers) or NONE])
@@ -130,6 +141,8 @@ def _question(fields: Mapping[str, Any]) -> Question:
 def _measure(check: Check, domains: Sequence[str]) -> Measure:
     if check.measure == _WEIGHT_MOVED:
         return weight_moved(domains)
+    if check.since is not None:
+        return loss_since(domains, check.since, check.at)
     return loss_of(domains, check.at)
 
 
@@ -151,19 +164,9 @@ def _seeds(answer: Difference | None) -> str:
     return f" ({answer.pairs} seeds)" if answer.pairs > 1 else " (one seed)"
 
 
-def _came_true(check: Check, answer: Difference | None) -> str:
+def _verdict(check: Check, answer: Difference | None, true: str, false: str) -> str:
     if answer is None:
-        return "not run"
-    found = check.as_expected(answer)
-    return NONE if found is None else "yes" if found else "**no**"
-
-
-def _verdict(check: Check, answer: Difference | None) -> str:
-    if answer is None:
-        return "not run"
-    found = check.as_expected(answer)
-    if found is None:
+        return "no number"
+    if check.between is None and not check.alike:
         return NONE
-    if not check.zero and not check.certain(answer):
-        return "not decided"
-    return "holds" if found else "**does not hold**"
+    return {True: true, False: false, None: "not decided"}[check.verdict(answer)]

@@ -6,6 +6,8 @@ themselves are gone, and no other study's are taken for this one's.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,9 @@ from examples.study.outcome import Outcome, read_outcome
 from examples.study.spec import Run
 from examples.study.workplace import Workplace
 from megatron_dwm.config import UserError
+from megatron_dwm.files.atomic import write_text
+
+_COMMIT_CHARACTERS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +32,11 @@ class Results:
     def open(place: Workplace, file: Path) -> Results:
         """Read the file, if it is there. Raises UserError for a line that is no outcome."""
         known: dict[str, Outcome] = {}
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        for number, line in enumerate(lines, start=1):
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # a kill cut the last line short; its run is read again
+            write_text(file, whole)
+        for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 outcome = Outcome.of_line(line)
             except (ValueError, TypeError, KeyError):
@@ -41,9 +49,12 @@ class Results:
         return self._known.get(f"{run.name} {self.place.settings(run)}")
 
     @property
-    def count(self) -> int:
-        """How many outcomes there are, of this study or another one."""
-        return len(self._known)
+    def commits(self) -> Mapping[str, int]:
+        """How many of this study's runs are known, by the commit of the code that made them."""
+        study = self.place.study
+        runs = {run.name: run for part in study.parts.values() for run in study.runs(part)}
+        found = [outcome for run in runs.values() if (outcome := self.of(run)) is not None]
+        return Counter(outcome.commit[:_COMMIT_CHARACTERS] for outcome in found)
 
     def add(self, run: Run) -> None:
         """Write down what a finished run reached, unless it is known."""

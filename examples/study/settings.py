@@ -1,4 +1,4 @@
-"""The fingerprint of what a run of a study was asked for."""
+"""Fingerprints of what a run of a study was asked for, and of what its data are made from."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import yaml
 from sentencepiece import SentencePieceProcessor
 
 from examples.study.spec import Run
@@ -15,33 +16,36 @@ from examples.study.spec import Run
 _CHARACTERS = 12
 
 
-def fingerprint(
-    run: Run, configuration: Path, texts: Sequence[Path], tokenizer: Path, needed: list[str]
-) -> str:
+def run_fingerprint(run: Run, words: Sequence[str], base: Path, made_from: Sequence[str]) -> str:
     """Returns the same for runs that train the same, wherever their files are.
 
-    configuration: the file that the options of the size and of the method are added to. texts: all
-    that training and evaluation are made from. needed: the fingerprints of the runs before it.
+    words: the run's options, without files. base: the configuration that they are added to.
+    made_from: fingerprints of all text that the run reads, and of the runs before it.
     """
-    method = run.method
-    asked = [
-        *(run.name, run.steps, run.size.options, method.options, method.select, run.learning_rate),
-        configuration.read_text(encoding="utf-8"),
-        *(_digest(text) for text in texts),
-        _vocabulary(tokenizer),
-        *needed,
-    ]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:_CHARACTERS]
+    keys = yaml.safe_load(base.read_text(encoding="utf-8"))
+    return _digest([run.name, run.method.select, list(words), keys, *made_from])
+
+
+def data_fingerprint(*made_from: object) -> str:
+    """Returns the same for data that are made from the same."""
+    return _digest(made_from)
 
 
 @cache
-def _digest(file: Path) -> str:
+def file_fingerprint(file: Path) -> str:
+    """Returns a digest of a file's bytes; it is read once."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @cache
-def _vocabulary(tokenizer: Path) -> str:
-    """Returns a digest of the pieces; the file also has the path that it was trained from."""
+def vocabulary_fingerprint(tokenizer: Path) -> str:
+    """Returns a digest of a SentencePiece model's pieces.
+
+    Its file also has the path of the text that it was trained from.
+    """
     model = SentencePieceProcessor(model_file=str(tokenizer))
-    pieces = "\n".join(map(model.id_to_piece, range(model.get_piece_size())))
-    return hashlib.sha256(pieces.encode()).hexdigest()
+    return _digest([model.id_to_piece(i) for i in range(model.get_piece_size())])
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:_CHARACTERS]

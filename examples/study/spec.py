@@ -15,6 +15,8 @@ from megatron_dwm.config import UserError
 FILE = Path(__file__).parent / "study.yaml"
 BASE = "uniform"
 """the method that all others are compared with"""
+JUNK = ("shuffled_words", "random_words", "random_characters")
+"""domains that tools/add_junk.py adds"""
 NO_TARGET = "novels"
 """in the name of a run that reads no target"""
 NATURAL, CONTINUED, PACKED = "natural", "continued", "packed"
@@ -35,15 +37,16 @@ class Size:
 class Method:
     """A way to weigh, or to choose beforehand.
 
-    target: it reads the target. after: methods whose run has to be finished before, of the same
-    size or as SIZE/METHOD.
-    steps, rate: factors of the size's steps and learning rate. select: the method of
-    tools/select_data.py that keeps half of the corpus; None reads all of it.
+    target: it reads the target. domains: of the training text that it names. after: methods whose
+    run has to be finished before, of the same size or as SIZE/METHOD. steps, rate: factors of the
+    size's steps and learning rate. select: the method of tools/select_data.py that keeps half of
+    the corpus; None reads all of it.
     """
 
     name: str
     options: str
     target: bool = False
+    domains: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     steps: float = 1.0
     rate: float = 1.0
@@ -121,6 +124,16 @@ class Study:
     sizes: Mapping[str, Size]
     methods: Mapping[str, Method]
     parts: Mapping[str, Part]
+
+    def for_domains(self, domains: Iterable[str]) -> Study:
+        """Returns the study without the methods that name other domains of the training text."""
+        there = {*domains, *JUNK}
+        methods = {n: m for n, m in self.methods.items() if there.issuperset(m.domains)}
+        parts = {
+            name: replace(part, methods=tuple(m for m in part.methods if m in methods))
+            for name, part in self.parts.items()
+        }
+        return replace(self, methods=methods, parts=parts)
 
     def chosen(self, names: Iterable[str]) -> list[Part]:
         """Returns parts by name, or those of the default. Raises UserError for an unknown one."""
@@ -201,7 +214,8 @@ def read_study(file: Path = FILE) -> Study:
 
 
 def _method(name: str, fields: Mapping[str, Any]) -> Method:
-    return Method(name=name, **{**fields, "after": tuple(fields.get("after", ()))})
+    lists = {key: tuple(fields.get(key, ())) for key in ("after", "domains")}
+    return Method(name=name, **{**fields, **lists})
 
 
 def _part(name: str, fields: Mapping[str, Any]) -> Part:

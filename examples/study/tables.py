@@ -14,17 +14,19 @@ NONE = "-"
 
 
 def equal_tokens(found: Comparison, part: Part, cell: Cell) -> str:
-    """Returns a table of every method's change against uniform at equal steps and data order."""
+    """Returns a table of every method's change against uniform at equal steps."""
     domains, rows = domains_of(found, cell), []
     for method in trained(found, part, cell):
         if method == BASE:
-            losses = [run.last_losses() for run in found.by_seed(cell, BASE).values()]
-            texts = [f"{mean(each[name] for each in losses):.3f}" for name in domains]
+            texts = _losses(found, cell, BASE, domains)
+        elif method in UNIFORMS:
+            continue
         else:
             texts = [shown(found.change(cell, method, [name])) for name in domains]
-        seeds = str(len(found.pairs(cell, method)))
-        rows.append([f"`{method}`", seeds, *texts, *_costs(found, cell, method)])
-    heads = ["method", "seeds", *domains, "effective sample size", "FLOPs", "seconds"]
+        seeds, pairs = str(len(found.pairs(cell, method))), found.pairs(cell, method)
+        size = f"{mean(ours.sample_size for ours, _ in pairs):.2f}"
+        rows.append([f"`{method}`", seeds, *texts, size, *_work(found, cell, method)])
+    heads = ["method", "seeds", *domains, "effective sample size", "FLOPs", "with runs before it"]
     return table(heads, rows)
 
 
@@ -33,33 +35,31 @@ def equal_work(found: Comparison, part: Part, cell: Cell) -> str:
 
     Uniform's loss at a method's FLOPs lies between its runs of different lengths.
     """
-    domains = domains_of(found, cell)
-    rows = [
-        [
-            f"`{method}`",
-            _costs(found, cell, method)[1],
-            *(shown(found.change_at_equal_work(cell, method, [name])) for name in domains),
-        ]
-        for method in trained(found, part, cell)
-        if method not in UNIFORMS
-    ]
-    return table(["method", "FLOPs", *domains], rows)
+    domains, rows = domains_of(found, cell), []
+    for method in trained(found, part, cell):
+        seeds, work = str(len(found.by_seed(cell, method))), _work(found, cell, method)[1]
+        if method in UNIFORMS:
+            texts = _losses(found, cell, method, domains)
+        else:
+            changes = [found.change_at_equal_work(cell, method, [name]) for name in domains]
+            texts = [shown(change) for change in changes]
+            seeds = str(max((c.pairs for c in changes if c is not None), default=0))
+        rows.append([f"`{method}`", seeds, work, *texts])
+    return table(["method", "seeds", "FLOPs, with runs before it", *domains], rows)
 
 
 def by_size(found: Comparison, methods: Sequence[str], groups: Mapping[str, Sequence[str]]) -> str:
     """Returns a table of methods' changes at every size, for groups of domains."""
     _, corpus, target = found.first_cell
-    rows = []
+    rows, there = [], set(domains_of(found, found.first_cell))
     for method in methods:
         for size in found.study.sizes:
             cell = (size, corpus, target)
             pairs = found.pairs(cell, method)
-            if pairs:
+            if pairs and {name for group in groups.values() for name in group} <= there:
                 changes = [shown(found.change(cell, method, group)) for group in groups.values()]
                 counts = [str(len(pairs)), f"{pairs[0][1].flops:.2g}"]
-                rows.append(
-                    [f"`{method}`", size, *counts, *changes, _costs(found, cell, method)[1]]
-                )
+                rows.append([f"`{method}`", size, *counts, *changes, _work(found, cell, method)[0]])
     return table(["method", "size", "seeds", "uniform's FLOPs", *groups, "FLOPs"], rows)
 
 
@@ -75,19 +75,19 @@ def domains_of(found: Comparison, cell: Cell) -> list[str]:
 
 
 def work_of(found: Comparison, cell: Cell, method: str) -> str:
-    """Returns the FLOPs of a method as a multiple of uniform's."""
-    pairs = found.pairs(cell, method)
-    return _costs(found, cell, method)[1] if pairs else NONE
+    """Returns a method's FLOPs, with those of the runs before it, as a multiple of uniform's."""
+    return _work(found, cell, method)[1] if found.pairs(cell, method) else NONE
 
 
 def shown(change: Difference | None, digits: int = 3) -> str:
-    """Returns a change with its 95 % interval; bold if the interval is all below or above 0."""
+    """Returns a change with its 95 % interval; bold if that of three or more seeds excludes 0."""
     if change is None:
         return NONE
     if math.isnan(change.half_width):
         return f"{change.mean:+.{digits}f}"
     text = f"{change.mean:+.{digits}f} ± {change.half_width:.{digits}f}"
-    return f"**{text}**" if abs(change.mean) > change.half_width else text
+    certain = change.pairs > 2 and abs(change.mean) > change.half_width
+    return f"**{text}**" if certain else text
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -96,10 +96,14 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def _costs(found: Comparison, cell: Cell, method: str) -> list[str]:
-    """Returns the effective sample size, and FLOPs and seconds as multiples of uniform's."""
-    pairs = found.pairs(cell, method)
-    size = mean(ours.sample_size for ours, _ in pairs)
-    work = mean(ours.flops / theirs.flops for ours, theirs in pairs)
-    seconds = mean(ours.seconds / theirs.seconds for ours, theirs in pairs)
-    return [f"{size:.2f}", f"{work:.2f}", f"{seconds:.1f}"]
+def _losses(found: Comparison, cell: Cell, method: str, domains: Sequence[str]) -> list[str]:
+    losses = [run.last_losses() for run in found.by_seed(cell, method).values()]
+    return [f"{mean(each[name] for each in losses):.3f}" for name in domains]
+
+
+def _work(found: Comparison, cell: Cell, method: str) -> tuple[str, str]:
+    """Returns a method's FLOPs, alone and with the runs before it, as multiples of uniform's."""
+    base, whole = found.by_seed(cell, BASE), found.work(cell, method)
+    alone = [ours.flops / theirs.flops for ours, theirs in found.pairs(cell, method)]
+    all_of_it = [whole[seed] / base[seed].flops for seed in whole if seed in base]
+    return f"{mean(alone):.2f}", f"{mean(all_of_it):.2f}" if all_of_it else NONE

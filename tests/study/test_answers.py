@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +15,21 @@ from scipy.stats import ttest_rel
 from examples.study.contrasts import Comparison, loss_of, weight_moved
 from examples.study.document import write_document
 from examples.study.outcome import Curve, Outcome
-from examples.study.questions import Check, claims_table, predictions_table, read_questions
+from examples.study.questions import (
+    Check,
+    Question,
+    claims_table,
+    predictions_table,
+    read_questions,
+)
 from examples.study.results import Results
+from examples.study.settings import file_fingerprint
 from examples.study.spec import Study, read_study
 from examples.study.statistics import Difference, at_equal_work, difference
 from examples.study.tables import shown
 from examples.study.workplace import Workplace
 from megatron_dwm.config import UserError
+from megatron_dwm.config.load import load
 from tests.small_runs.fixtures import REPOSITORY
 
 DOMAINS = (
@@ -123,31 +133,57 @@ def test_equal_work_is_uniforms_own_curve(found: Comparison) -> None:
 
 
 @pytest.mark.parametrize(
-    ("between", "zero", "mean", "half", "expected", "certain"),
+    ("between", "alike", "mean", "half", "pairs", "verdict"),
     [
-        ([None, 0], False, -0.2, 0.1, True, True),
-        ([None, 0], False, -0.2, 0.3, True, False),
-        ([0, None], False, -0.2, 0.1, False, True),
-        ([-0.3, -0.1], False, -0.2, 0.05, True, True),
-        (None, True, 0.1, 0.2, True, False),
-        (None, True, 0.3, 0.2, False, True),
-        (None, False, 0.3, 0.2, None, True),
+        ([None, 0], False, -0.2, 0.1, 3, True),
+        ([None, 0], False, -0.2, 0.3, 3, None),
+        ([0, None], False, -0.2, 0.1, 3, False),
+        ([-0.3, -0.1], False, -0.2, 0.05, 3, True),
+        ([-0.03, 0.03], False, 0.0, 0.5, 3, None),
+        (None, True, 0.0, 0.02, 3, True),
+        (None, True, 0.1, 4.0, 2, None),
+        (None, True, 0.3, 0.2, 3, False),
+        (None, False, 0.3, 0.2, 3, None),
+        ([None, 0], False, -0.2, math.nan, 1, None),
     ],
 )
 def test_verdicts(
     between: list[float | None] | None,
-    zero: bool,
+    alike: bool,
     mean: float,
     half: float,
-    expected: bool | None,
-    certain: bool,
+    pairs: int,
+    verdict: bool | None,
 ) -> None:
-    check = Check(contrast="a - b", between=between, zero=zero)
-    answer = Difference(mean=mean, half_width=half, pairs=3)
-    assert check.as_expected(answer) is expected
-    if not zero:
-        assert check.certain(answer) is certain
-    assert not check.certain(Difference(mean=mean, half_width=math.nan, pairs=1))
+    check = Check(contrast="a - b", between=between, alike=alike)
+    assert check.verdict(Difference(mean=mean, half_width=half, pairs=pairs)) is verdict
+
+
+@pytest.mark.parametrize("asked", read_questions().decisions, ids=lambda asked: asked.text)
+def test_runs_of_a_decision_differ_in_its_keys_alone(asked: Question, place: Workplace) -> None:
+    for check in asked.checks:
+        ours, theirs = check.contrast.split(" - ")
+        configs = [_keys(place, method) for method in (ours, theirs)]
+        differ = {key for key in configs[0] if configs[0][key] != configs[1][key]}
+        assert differ == set(asked.keys)
+
+
+def _keys(place: Workplace, method: str) -> dict[str, object]:
+    """Returns what the keys of a method's run come to, defaults that depend on others included."""
+    run = place.study.run(*CELL, method, 1)
+    command = place.command(run, Path("data"))
+    config = load(command[command.index("megatron_dwm.pretrain") + 1 :], "study").config
+    found = {
+        f"{section}.{key}": value
+        for section, keys in asdict(config).items()
+        for key, value in keys.items()
+    }
+    del found["run.dir"]
+    return found | {
+        "validation.batch_size": config.passages,
+        "weighting.update_on": config.update_on,
+        "weighting.across_samples": config.weighting.attends_across_samples,
+    }
 
 
 def test_every_question_is_about_runs_of_the_study(found: Comparison) -> None:
@@ -170,7 +206,7 @@ def test_every_question_is_about_runs_of_the_study(found: Comparison) -> None:
                     cell = tuple(name.split("-")) if "-" in name else (*CELL, name)
                     assert cell in cells, name
     for group in questions.groups.values():
-        assert set(group) <= {*DOMAINS, "random_words", "random_characters"}
+        assert set(group) <= set(DOMAINS)
 
 
 def _cells(study: Study, part: str) -> list[tuple[str, str, str]]:
@@ -183,12 +219,14 @@ def test_tables_say_what_came_of_it(found: Comparison) -> None:
     questions = read_questions()
     claims = claims_table(questions, found).splitlines()
     [beaten] = [line for line in claims if "beat random data" in line]
-    assert "**does not hold**" in beaten and "**+0.300 ± 0.000** (2 seeds)" in beaten
+    assert (
+        "**does not hold**" in beaten and "| `dwm_own_staged - uniform`, novels: +0.300" in beaten
+    )
     [tasks] = [line for line in claims if "lm-evaluation-harness" in line]
     assert "not testable here" in tasks
     predictions = predictions_table(questions, found).splitlines()
     [ahead] = [line for line in predictions if line.startswith("| `dwm_ahead` |")]
-    assert "| yes<br>**no** |" in ahead
+    assert "| not decided<br>**wrong** |" in ahead
 
 
 def test_a_line_of_other_settings_does_not_count(place: Workplace, tmp_path: Path) -> None:
@@ -196,9 +234,61 @@ def test_a_line_of_other_settings_does_not_count(place: Workplace, tmp_path: Pat
     file = tmp_path / "results.jsonl"
     file.write_text(_outcome(run.name, "0" * 12, {"web": 4.0}).line() + "\n")
     assert Results.open(place, file).of(run) is None
-    file.write_text(file.read_text() + '{"run": "half a li')
+    file.write_text(file.read_text() + '{"run": "half a line"}\n')
     with pytest.raises(UserError, match="line 2: no outcome of a run"):
         Results.open(place, file)
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped(place: Workplace, tmp_path: Path) -> None:
+    run = place.study.run(*CELL, "uniform", 1)
+    file = tmp_path / "results.jsonl"
+    whole = _outcome(run.name, place.settings(run), {"web": 4.0}).line() + "\n"
+    file.write_text(whole + whole[:100])
+    assert Results.open(place, file).of(run) is not None
+    assert file.read_text() == whole
+
+
+def test_runs_before_a_method_count_as_its_work(place: Workplace, tmp_path: Path) -> None:
+    """A reference of one uniform run, and uniform's curve between two of its lengths."""
+    losses = {("uniform", 1): 4.0, ("uniform_2.5", 1): 3.0, ("excess_loss", 1): 3.5}
+    alone = _known(place, tmp_path / "a.jsonl", losses)
+    assert alone.work(CELL, "excess_loss") == {}, "its reference is not known"
+    found = _known(place, tmp_path / "b.jsonl", losses | {("validation_mixing", 1): 4.0})
+    assert found.work(CELL, "excess_loss") == {1: 2.0} and found.work(CELL, "uniform") == {1: 1.0}
+    equal = found.change_at_equal_work(CELL, "excess_loss", ["web"])
+    uniform = 4.0 - math.log(2) / math.log(2.5)
+    assert equal is not None and equal.mean == pytest.approx(3.5 - uniform)
+
+
+def test_another_text(place: Workplace, tmp_path: Path) -> None:
+    """Tables of its own domains, nothing about the sample; data of other text stay unused."""
+    tokenizer = place.tokenizer.read_bytes()
+    place = replace(place, folder=tmp_path)
+    records = [{"text": f"a short text, number {i} " * 20, "domain": "mine"} for i in range(200)]
+    for name in ("text.jsonl", "heldout.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in records))
+    place.tokenizer.write_bytes(tokenizer)
+    place.prepare()
+    study = place.study.for_domains(place.domains)
+    assert "hand_set" not in study.methods and "no_junk" in study.methods
+    place = replace(place, study=study)
+    lines = []
+    for method, loss in (("uniform", 2.0), ("dwm_ahead", 1.5)):
+        run = study.run(*CELL, method, 1)
+        lines.append(_outcome(run.name, place.settings(run), {"mine": loss}).line() + "\n")
+    (tmp_path / "results.jsonl").write_text("".join(lines))
+    output = write_document(Results.open(place, tmp_path / "results.jsonl"), tmp_path / "study.md")
+    assert "| `dwm_ahead` | 1 | -0.500 |" in output.read_text()
+    assert "novels by the same author" not in output.read_text()
+    assert not (tmp_path / "when_not.md").exists()
+    natural = study.run("0.16M", "natural", "novels", "uniform", 1)
+    first = place.data(natural).prepare()
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[:100]))
+    file_fingerprint.cache_clear()
+    second = place.data(natural).prepare()
+    assert first != second and first.with_suffix(".bin").stat().st_size > (
+        second.with_suffix(".bin").stat().st_size
+    )
 
 
 def test_the_document_is_of_the_recorded_outcomes(place: Workplace, tmp_path: Path) -> None:
