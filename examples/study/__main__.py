@@ -49,12 +49,28 @@ def main() -> None:
         _print_cost(results, to_train(results, runs), arguments.gpu)
     if arguments.list:
         return
+    _check_gpus(arguments.gpus, full=arguments.full)
     try:
         train_all(results, runs, arguments.gpus or arguments.jobs, on_gpus=arguments.gpus > 0)
     finally:
         from examples.study.document import write_document
 
         print(write_document(results, arguments.output or place.folder / "study.md"))
+
+
+def _check_gpus(asked: int, *, full: bool) -> None:
+    """Raise UserError if runs would share a GPU by chance, or need one that is not there."""
+    import torch
+
+    there = torch.cuda.device_count()
+    if there and not asked:
+        raise UserError(
+            f"this machine has {there} GPUs: give --gpus N, runs at a time, one on each"
+        )
+    if full and not there:
+        raise UserError("--full: this machine has no GPU; with --list it prints the cost alone")
+    if asked > there:
+        raise UserError(f"--gpus {asked}: this machine has {there}")
 
 
 def _print_cost(results: Results, runs: list[Run], gpu: str) -> None:
@@ -70,7 +86,7 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="run.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    add, names = parser.add_argument, ", ".join(read_study().parts)
     add("workdir", type=Path, metavar="WORKDIR", help="folder of the study; made if missing")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
@@ -78,7 +94,7 @@ def _parser() -> OneLineParser:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="parts of the study, in the file's order (default: those that it marks)",
+        help=f"parts of the study (default: those that the file marks): {names}",
     )
     which.add_argument(
         "--full",
@@ -86,7 +102,12 @@ def _parser() -> OneLineParser:
         help="the part for a machine with GPUs: 15M and 110M parameters; prints its cost first",
     )
     add("--study", type=Path, metavar="FILE.yaml", default=FILE, help="what is trained")
-    add("--results", type=Path, metavar="FILE.jsonl", help="default: WORKDIR/results.jsonl")
+    add(
+        "--results",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="outcomes that are known; others are added (default: WORKDIR/results.jsonl)",
+    )
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
     add("--gpus", type=int, default=0, metavar="N", help="runs at a time, each on a GPU of its own")
     add("--gpu", default=_GPU, metavar="NAME", help="GPU of the printed cost (%(default)s)")

@@ -187,6 +187,8 @@ def test_a_small_study_is_killed_and_goes_on(small: Path) -> None:
     [
         (["--part", "none"], "--part none: no such part; expected one of small"),
         (["--jobs", "0"], "expected numbers above 0"),
+        (["--gpus", "99"], "--gpus 99: this machine has "),
+        (["--full"], "part full"),
         (["--study", "examples/tiny.yaml"], "expected sizes, methods and parts"),
     ],
 )
