@@ -4,58 +4,102 @@ Without --part or --full: the parts that take under two hours on two cores. Runs
 they were stopped. The outcome of a finished run is one line of --results; such a run is not trained
 again while its settings and its text are the same. The document is written from these lines.
 
-Files that are in WORKDIR already are used: text.jsonl and heldout.jsonl (records with `text` and
-`domain`), target.NAME.jsonl (`text`) and tokenizer.model compare the methods on your own text.
+Your own text: text.jsonl (records with `text` and `domain`) in WORKDIR is trained on in place of
+the sample's, heldout.jsonl (the same) is measured on, the passages of target.novels.jsonl (`text`)
+are the target of the default parts, and tokenizer.model is the tokenizer.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
+from examples.study.document import ADVICE, TITLES, write_document
 from examples.study.launch import to_train, train_all
 from examples.study.results import Results
-from examples.study.spec import FILE, Part, Run, Study, read_study
+from examples.study.spec import Part, Run, Study
+from examples.study.study_file import FILE, read_study
 from examples.study.workplace import Workplace
-from megatron_dwm.config import UserError
+from megatron_dwm.config import RunError, UserError
 from megatron_dwm.config.command_line import OneLineParser, run_command
 
-_FULL, _GPU = "full", "h100-80gb"
+_FULL, _GPU, _MOST_SCALE = "full", "h100-80gb", 1000.0
 
 
 def main() -> None:
     """Read the options, train and write."""
     arguments = _parser().parse_args()
     study = read_study(arguments.study)
-    parts = study.chosen([_FULL] if arguments.full else arguments.part)
-    if arguments.scale != 1.0:
-        study = _scaled(study, arguments.scale)
-    place = Workplace(folder=arguments.workdir.absolute(), study=study)
-    if arguments.jobs < 1 or arguments.scale <= 0 or arguments.gpus < 0:
-        raise UserError("--jobs, --scale and --gpus: expected numbers above 0")
-    if place.folder.exists() and not place.folder.is_dir():
-        raise UserError(f"WORKDIR {place.folder}: is no folder")
-    place.prepare()
-    study = study.for_domains(place.domains)
-    parts, place = [study.parts[part.name] for part in parts], replace(place, study=study)
-    results = Results.open(place, arguments.results or place.folder / "results.jsonl")
+    asked = [part.name for part in study.chosen([_FULL] if arguments.full else arguments.part)]
+    _check_numbers(arguments)
+    place = _prepared(arguments, study)
+    parts = [place.study.parts[name] for name in asked]
+    output = arguments.output or place.folder / "study.md"
+    file = arguments.results or place.folder / "results.jsonl"
+    _check_files(file, output)
+    results = Results.open(place, file)
+    runs = [run for part in parts for run in place.study.runs(part)]
     if arguments.list:
         _print_runs(results, parts)
-    runs = [run for part in parts for run in study.runs(part)]
     if arguments.full or arguments.list:
         _print_cost(results, to_train(results, runs), arguments.gpu)
     if arguments.list:
         return
     _check_gpus(arguments.gpus, full=arguments.full)
-    try:
-        train_all(results, runs, arguments.gpus or arguments.jobs, on_gpus=arguments.gpus > 0)
-    finally:
-        from examples.study.document import write_document
+    jobs = arguments.gpus or arguments.jobs
+    failed = train_all(results, runs, jobs, on_gpus=arguments.gpus > 0)
+    print("\n".join(map(str, write_document(results, output))))
+    if failed:
+        raise RunError(f"{failed} runs failed: see above")
 
-        print(write_document(results, arguments.output or place.folder / "study.md"))
+
+def _prepared(arguments: argparse.Namespace, study: Study) -> Workplace:
+    """Returns the folder with its text; says what in it is the user's, and what that leaves out."""
+    if not str(arguments.workdir).strip("."):
+        raise UserError("WORKDIR: expected a folder's name")
+    folder, factor = arguments.workdir.absolute(), arguments.scale
+    study = study if factor == 1.0 else _scaled(study, factor)
+    place = Workplace(folder=folder, study=study, scale=factor)
+    try:
+        own = place.prepare()
+    except OSError as error:
+        raise UserError(f"WORKDIR {folder}: {error.strerror}: {error.filename}") from None
+    if own:
+        print(f"your own: {', '.join(own)}; all other text is the sample's", flush=True)
+    known = study.for_domains(place.domains)
+    for name in study.methods.keys() - known.methods.keys():
+        domains = ", ".join(study.methods[name].domains)
+        print(f"left out: {name}, which names the domains {domains} of the training text")
+    return replace(place, study=known)
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    if not (math.isfinite(arguments.scale) and 0 < arguments.scale <= _MOST_SCALE):
+        raise UserError(
+            f"--scale {arguments.scale}: expected a number above 0, at most {_MOST_SCALE}"
+        )
+    if arguments.jobs < 1:
+        raise UserError(f"--jobs {arguments.jobs}: expected 1 or more")
+    if arguments.gpus < 0:
+        raise UserError(f"--gpus {arguments.gpus}: expected 1 or more")
+
+
+def _check_files(results: Path, output: Path) -> None:
+    """Raise UserError if a file cannot be written, or is somebody else's."""
+    for option, file in (("--results", results), ("--output", output)):
+        if file.is_dir():
+            raise UserError(f"{option} {file}: is a folder; name a file")
+        if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+            raise UserError(f"{option} {file}: {file.parent} is no folder that can be written to")
+    for file, title in ((output, TITLES[0]), (output.with_name(ADVICE), TITLES[1])):
+        if file.exists() and not file.read_text(encoding="utf-8", errors="replace").startswith(
+            title
+        ):
+            raise UserError(f"--output: {file} was not written by a study; name another folder")
 
 
 def _check_gpus(asked: int, *, full: bool) -> None:
@@ -78,13 +122,16 @@ def _print_cost(results: Results, runs: list[Run], gpu: str) -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     from examples.study.cost import MFU, cost_table
 
-    print(f"To train, at {MFU:.0%} of the GPU's peak:")
-    print(cost_table(results.place, runs, gpu), flush=True)
+    print(f"To train, runs that others need included; hours at {MFU:.0%} of the GPU's peak:")
+    print(cost_table(results, runs, gpu), flush=True)
 
 
 def _parser() -> OneLineParser:
     parser = OneLineParser(
-        prog="run.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="run.sh",
+        usage="run.sh WORKDIR [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, names = parser.add_argument, ", ".join(read_study().parts)
     add("workdir", type=Path, metavar="WORKDIR", help="folder of the study; made if missing")
@@ -115,10 +162,16 @@ def _parser() -> OneLineParser:
         "--output",
         type=Path,
         metavar="FILE.md",
-        help="document to write, pictures beside it (default: WORKDIR/study.md)",
+        help=f"document; pictures and {ADVICE} are written beside it (default: WORKDIR/study.md)",
     )
-    add("--list", action="store_true", help="print the runs, which are known, and the others' cost")
-    add("--scale", type=float, default=1.0, help="factor of all steps, to try it (default: 1)")
+    add("--list", action="store_true", help="make the data, print the runs and their cost, and end")
+    add(
+        "--scale",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="factor of all steps, for a try; such runs are kept apart (default: 1)",
+    )
     return parser
 
 
@@ -132,8 +185,13 @@ def _scaled(study: Study, factor: float) -> Study:
 
 def _print_runs(results: Results, parts: list[Part]) -> None:
     for part in parts:
-        for run in results.place.study.runs(part):
-            state = "known" if results.of(run) is not None else "to train"
+        runs = list(results.place.study.runs(part))
+        again = {run.name for run in to_train(results, runs)}
+        for run in runs:
+            known = results.of(run) is not None
+            state = "known" if known else "to train"
+            if known and run.name in again:
+                state = "known; trained again for a run that needs it"
             print(f"{part.name}: {run.name}, {run.steps} steps: {state}")
 
 

@@ -44,7 +44,9 @@ class Comparison:
         return bool(outcomes) and set(outcomes[0].losses.by_domain).issuperset(names)
 
     def by_seed(self, cell: Cell, method: str) -> BySeed:
-        """Returns the known outcomes of a method's runs."""
+        """Returns the known outcomes of a method's runs; none if the study has no such runs."""
+        if method not in self.study.methods or cell[0] not in self.study.sizes:
+            return {}
         runs = {seed: self.study.run(*cell, method, seed) for seed in self.study.seeds}
         found = {seed: self.results.of(run) for seed, run in runs.items()}
         return {seed: outcome for seed, outcome in found.items() if outcome is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from examples.study.results import Results
 from examples.study.spec import Run
 from examples.study.tables import NONE, table
 from examples.study.workplace import Workplace
@@ -21,8 +22,8 @@ MFU = 0.4
 """part of the peak FLOPs that a GPU is expected to reach"""
 
 
-def cost_table(place: Workplace, runs: Sequence[Run], gpu: str) -> str:
-    """Returns FLOPs, hours on one GPU, and passes over the corpus, by size and method.
+def cost_table(results: Results, runs: Sequence[Run], gpu: str) -> str:
+    """Returns what runs cost by size and method: known seconds, passes, FLOPs, hours on a GPU.
 
     Makes the data of one run of each. Raises UserError for a GPU that the planner does not know, or
     a run that does not fit on it.
@@ -32,10 +33,10 @@ def cost_table(place: Workplace, runs: Sequence[Run], gpu: str) -> str:
     alike: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         alike.setdefault((run.size.name, run.method.name), []).append(run)
-    rows, hours, most = [], 0.0, 0.0
+    place, rows, hours, most = results.place, [], 0.0, 0.0
     for (size, method), group in alike.items():
         steps, plan = group[0].steps, _plan(place, group[0], gpu)
-        row = [size, method, str(len(group)), str(steps)]
+        row = [size, method, str(len(group)), str(steps), results.seconds(size, method)]
         if plan is None:
             rows.append([*row, NONE, NONE, NONE])
             continue
@@ -46,9 +47,9 @@ def cost_table(place: Workplace, runs: Sequence[Run], gpu: str) -> str:
         passes = plan.tokens_a_step * steps / place.data(group[0]).tokens()
         most = max(most, passes)
         rows.append([*row, f"{passes:.1f}", f"{plan.cost.total * steps:.3g}", f"{each:.3g}"])
-    rows.append(["all", "", str(len(runs)), "", "", "", f"{hours:.3g}"])
-    heads = ["size", "method", "runs", "steps", "passes over the corpus", "FLOPs of one"]
-    found = table([*heads, f"hours of one on one {gpu}"], rows)
+    rows.append(["all but -", "", str(len(runs)), "", "", "", "", f"{hours:.3g}"])
+    heads = ["size", "method", "runs", "steps", "seconds of known ones", "passes", "FLOPs of one"]
+    found = table([*heads, f"hours of one on an {gpu}"], rows)
     return found + _MEMORIZED.format(most) if most > _MANY_PASSES else found
 
 

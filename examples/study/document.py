@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from examples.study.contrasts import UNIFORMS, Cell, Comparison, cells_of, loss_of
 from examples.study.figures import changes, curves, weights
@@ -35,6 +35,8 @@ from megatron_dwm.report.images import png
 _HERE = Path(__file__).parent
 ADVICE = "when_not.md"
 """the page beside the document"""
+TITLES = ("# Every method, compared", "# When not to use learned weights")
+"""how the document, and the page beside it, begin"""
 _TEXTS = {
     "unseen novels": "unseen",
     "the target's other half": "persuasion",
@@ -51,28 +53,40 @@ class _Section:
     body: str
 
 
-def write_document(results: Results, output: Path) -> Path:
-    """Write the document, and its pictures beside it; returns its path."""
-    found = Comparison(study=results.place.study, results=results)
+def write_document(results: Results, output: Path) -> list[Path]:
+    """Write the document, its pictures and, on the sample corpus, the page of advice beside it.
+
+    Returns the paths of the pages.
+    """
+    place = results.place
+    found = Comparison(study=place.study, results=results)
     questions = read_questions()
-    environment = Environment(
-        loader=FileSystemLoader(_HERE), undefined=StrictUndefined, keep_trailing_newline=True
+    on_sample = place.on_sample and found.has_domains(
+        name for group in questions.groups.values() for name in group
     )
-    on_sample = found.has_domains(name for group in questions.groups.values() for name in group)
-    text = environment.get_template("study.md.j2").render(
+    text = _page("study.md").render(
         on_sample=on_sample,
+        scale=place.scale,
         claims=claims_table(questions, found),
         predictions=predictions_table(questions, found),
         decisions=decisions_table(questions, found),
-        parts=list(_sections(found, questions, output.parent)),
+        parts=list(_sections(found, questions, output)),
         sizes=by_size(found, _AT_EVERY_SIZE, questions.groups_of(_TEXTS)),
-        commits=found.results.commits,
+        commits=results.commits,
     )
     write_text(output, text)
-    if on_sample:
-        advice = environment.get_template(f"{ADVICE}.j2").render(_numbers(found, questions))
-        write_text(output.with_name(ADVICE), advice)
-    return output
+    if not on_sample:
+        return [output]
+    advice = output.with_name(ADVICE)
+    write_text(advice, _page(ADVICE).render(_numbers(found, questions)))
+    return [output, advice]
+
+
+def _page(name: str) -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    return environment.get_template(f"{name}.j2")
 
 
 def _numbers(found: Comparison, questions: Questions) -> dict[str, Callable[..., str]]:
@@ -90,30 +104,32 @@ def _numbers(found: Comparison, questions: Questions) -> dict[str, Callable[...,
         "change": lambda method, group: contrast(f"{method} - uniform", group),
         "at_equal_work": at_equal_work,
         "work": lambda method: work_of(found, found.first_cell, method),
+        "seeds": lambda method: str(len(found.pairs(found.first_cell, method))),
     }
 
 
-def _sections(found: Comparison, questions: Questions, folder: Path) -> Iterator[_Section]:
+def _sections(found: Comparison, questions: Questions, output: Path) -> Iterator[_Section]:
     for part in found.study.parts.values():
         blocks = [
             block
             for cell in cells_of(part)
             if len(trained(found, part, cell)) > 1
-            for block in _blocks(found, questions, part, cell, folder)
+            for block in _blocks(found, questions, part, cell, output)
         ]
-        body = "\n\n".join(blocks) or "No run of this part is finished."
-        yield _Section(name=part.name, about=part.about, body=body)
+        if blocks:
+            yield _Section(name=part.name, about=part.about, body="\n\n".join(blocks))
 
 
 def _blocks(
-    found: Comparison, questions: Questions, part: Part, cell: Cell, folder: Path
+    found: Comparison, questions: Questions, part: Part, cell: Cell, output: Path
 ) -> Iterator[str]:
     size, corpus, target = cell
     yield f"### {size}, corpus {corpus}, target {target}"
     if part is next(iter(found.study.parts.values())):
         for figure in _figures(found, questions, part, cell):
-            write_bytes(folder / f"{figure.id}.png", png(figure))
-            yield f"![{figure.title}]({figure.id}.png)"
+            picture = f"{output.stem}_{figure.id}.png"
+            write_bytes(output.with_name(picture), png(figure))
+            yield f"![{figure.title}]({picture})"
     yield "At equal tokens:"
     yield equal_tokens(found, part, cell).rstrip()
     if sum(bool(found.by_seed(cell, name)) for name in UNIFORMS) > 1:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
 
-from examples.study.contrasts import UNIFORMS, BySeed, Cell, Comparison, loss_of
+from examples.study.contrasts import UNIFORMS, Cell, Comparison, loss_of
+from examples.study.outcome import Outcome
 from examples.study.spec import Part
 from examples.study.tables import trained
 from megatron_dwm.report.charts import bars, heat, lines
@@ -15,7 +16,7 @@ from megatron_dwm.report.content import Column, Figure, columnar
 _CURVES = ("uniform", "validation_mixing", "dwm_ahead", "similarity", "domain_mean", "excess_loss")
 _LOW, _HIGH = Column(name="low", title="low"), Column(name="high", title="high")
 _LOSS = Column(name="loss", title="held-out loss", unit="nats a token")
-_FLOPS = Column(name="flops", title="work", unit="FLOPs")
+_FLOPS = Column(name="flops", title="work of the run", unit="FLOPs")
 _METHOD = Column(name="method", title="method")
 _CHANGE = Column(name="change", title="change against uniform", unit="nats a token")
 _TEXTS = Column(name="texts", title="held-out text")
@@ -39,7 +40,7 @@ def changes(found: Comparison, part: Part, cell: Cell, texts: Texts) -> Figure |
     columns = [_METHOD, _TEXTS, _CHANGE, _LOW, _HIGH]
     chart = bars(_CHANGE, _METHOD, color=_TEXTS.name, names=list(texts), reference=0.0)
     return Figure(
-        id=f"study_{part.name}",
+        id=part.name,
         title="Change of the held-out loss against uniform, at equal tokens",
         caption="Mean over the seeds and 95 % interval.",
         columns=columns,
@@ -51,20 +52,22 @@ def changes(found: Comparison, part: Part, cell: Cell, texts: Texts) -> Figure |
 
 
 def curves(found: Comparison, part: Part, cell: Cell, domains: Sequence[str]) -> Figure | None:
-    """Returns the mean loss of some domains over FLOPs, a mean over the seeds."""
+    """Returns the mean loss of some domains over FLOPs, over the seeds that all methods have."""
     methods = [name for name in trained(found, part, cell) if name in _CURVES]
+    runs = {method: found.by_seed(cell, method) for method in methods}
+    seeds = set.intersection(*map(set, runs.values())) if runs else set()
     rows: list[Sequence[Value]] = [
         [method, *point]
         for method in methods
-        for point in _points(found.by_seed(cell, method), domains)
+        for point in _points([runs[method][seed] for seed in sorted(seeds)], domains)
     ]
     if not rows:
         return None
     columns = [_METHOD, _FLOPS, _LOSS]
     return Figure(
-        id=f"study_{part.name}_curves",
+        id=f"{part.name}_curves",
         title="Held-out loss of the novels over the work done",
-        caption="Mean over the seeds.",
+        caption="Mean over the seeds that all have.",
         columns=columns,
         data=columnar(columns, rows),
         chart=lines(_LOSS, x=_FLOPS, color=_METHOD.name, names=methods),
@@ -73,9 +76,10 @@ def curves(found: Comparison, part: Part, cell: Cell, domains: Sequence[str]) ->
     )
 
 
-def _points(runs: BySeed, domains: Sequence[str]) -> Iterator[list[float]]:
+def _points(outcomes: Sequence[Outcome], domains: Sequence[str]) -> Iterator[list[float]]:
     """Yields FLOPs and loss after every tenth of the run but the first two."""
-    outcomes = list(runs.values())
+    if not outcomes:
+        return
     for tenth in range(2, len(outcomes[0].losses.step)):
         read = loss_of(domains, outcomes[0].losses.step[tenth] / outcomes[0].losses.step[-1])
         yield [outcomes[0].losses.flops[tenth], mean(map(read, outcomes))]
@@ -101,7 +105,7 @@ def weights(found: Comparison, part: Part, cell: Cell, method: str) -> Figure | 
                 rows.append([name, percent, mean(known), f"{mean(known):.2f}"])
     columns = [domain, tenth, weight, label]
     return Figure(
-        id=f"study_{part.name}_weights_{method}",
+        id=f"{part.name}_weights_{method}",
         title=f"Mean weight by domain during the run: {method}",
         caption="1 is uniform.",
         columns=columns,

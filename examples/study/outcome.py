@@ -67,6 +67,11 @@ class Outcome:
     def of_line(line: str) -> Outcome:
         """Returns what a line says. Raises ValueError, TypeError or KeyError if it is another."""
         found = json.loads(line)
+        numbers = [found[key] for key in ("flops", "flops_updates", "seconds", "sample_size")]
+        curves = [found[key] for key in ("losses", "weights")]
+        numbers += [value for curve in curves for key in ("step", "flops") for value in curve[key]]
+        if not all(isinstance(value, int | float) for value in numbers):
+            raise ValueError("no number")
         losses, weights = (Curve(**found.pop(name)) for name in ("losses", "weights"))
         return Outcome(**found, losses=losses, weights=weights)
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from examples.study.outcome import Outcome, read_outcome
 from examples.study.spec import Run
@@ -32,15 +33,15 @@ class Results:
     def open(place: Workplace, file: Path) -> Results:
         """Read the file, if it is there. Raises UserError for a line that is no outcome."""
         known: dict[str, Outcome] = {}
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # a kill cut the last line short; its run is read again
-            write_text(file, whole)
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(_read(file).splitlines(), start=1):
+            if not line.strip():
+                continue
             try:
                 outcome = Outcome.of_line(line)
-            except (ValueError, TypeError, KeyError):
-                raise UserError(f"{file} line {number}: no outcome of a run; remove it") from None
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise UserError(
+                    f"--results {file} line {number}: no outcome of a run; remove the line"
+                ) from None
             known[f"{outcome.run} {outcome.settings}"] = outcome
         return Results(place=place, file=file, _known=known)
 
@@ -56,13 +57,26 @@ class Results:
         found = [outcome for run in runs.values() if (outcome := self.of(run)) is not None]
         return Counter(outcome.commit[:_COMMIT_CHARACTERS] for outcome in found)
 
+    def seconds(self, size: str, method: str) -> str:
+        """Returns the mean seconds of the known runs of a method at a size, on any machine."""
+        names = (f"{size}-", f"-{method}-")
+        found = [o.seconds for o in self._known.values() if all(n in o.run for n in names)]
+        return f"{mean(found):.0f}" if found else "-"
+
     def add(self, run: Run) -> None:
         """Write down what a finished run reached, unless it is known."""
         if self.of(run) is not None:
             return
         settings = self.place.settings(run)
         outcome = read_outcome(self.place.directory(run), run.name, settings)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(outcome.line() + "\n")
+        before = _read(self.file)
+        end = "" if not before or before.endswith("\n") else "\n"
+        write_text(self.file, f"{before}{end}{outcome.line()}\n")
         self._known[f"{run.name} {settings}"] = Outcome.of_line(outcome.line())
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8") if file.exists() else ""
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"--results {file}: {error}; expected a file of lines") from None

@@ -1,18 +1,13 @@
-"""The runs of the study, from study.yaml."""
+"""The runs of a study (study_file.py reads them)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
-from typing import Any
-
-import yaml
 
 from megatron_dwm.config import UserError
 
-FILE = Path(__file__).parent / "study.yaml"
 BASE = "uniform"
 """the method that all others are compared with"""
 JUNK = ("shuffled_words", "random_words", "random_characters")
@@ -21,6 +16,8 @@ NO_TARGET = "novels"
 """in the name of a run that reads no target"""
 NATURAL, CONTINUED, PACKED = "natural", "continued", "packed"
 """corpora: without junk; with junk, read by a model that was trained without; short documents"""
+CORPORA = (NATURAL, "junk", PACKED, CONTINUED)
+SELECTIONS = ("random", "dsir", "rater")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +133,15 @@ class Study:
         return replace(self, methods=methods, parts=parts)
 
     def chosen(self, names: Iterable[str]) -> list[Part]:
-        """Returns parts by name, or those of the default. Raises UserError for an unknown one."""
+        """Returns parts by name, or those of the default.
+
+        Raises UserError for an unknown one, and if there is no default.
+        """
         names = list(names)
         if not names:
-            return [part for part in self.parts.values() if part.default]
+            names = [part.name for part in self.parts.values() if part.default]
+        if not names:
+            raise UserError("no part of this study has default: true; name one with --part")
         for name in names:
             if name not in self.parts:
                 known = ", ".join(self.parts)
@@ -182,42 +184,3 @@ class Study:
             needed = self.run(*parts, run.seed)
             yield from self.needed(needed)
             yield needed
-
-
-def read_study(file: Path = FILE) -> Study:
-    """Returns the study that a file describes.
-
-    Raises UserError for a name in a part that nothing describes.
-    """
-    if not file.is_file():
-        raise UserError(f"--study {file}: no such file")
-    found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or set(found) != {"sizes", "methods", "parts"}:
-        raise UserError(f"--study {file}: expected sizes, methods and parts, as {FILE} has them")
-    try:
-        study = Study(
-            sizes={name: Size(name=name, **fields) for name, fields in found["sizes"].items()},
-            methods={name: _method(name, fields) for name, fields in found["methods"].items()},
-            parts={name: _part(name, fields) for name, fields in found["parts"].items()},
-        )
-    except (TypeError, KeyError) as error:  # a field that is missing, or that there is not
-        raise UserError(f"--study {file}: {error}; {FILE} has all fields") from None
-    for part in study.parts.values():
-        for kind, names, known in (
-            ("size", part.sizes, study.sizes),
-            ("method", part.methods, study.methods),
-        ):
-            for name in names:
-                if name not in known:
-                    raise UserError(f"{file}: part {part.name}: no {kind} {name}")
-    return study
-
-
-def _method(name: str, fields: Mapping[str, Any]) -> Method:
-    lists = {key: tuple(fields.get(key, ())) for key in ("after", "domains")}
-    return Method(name=name, **{**fields, **lists})
-
-
-def _part(name: str, fields: Mapping[str, Any]) -> Part:
-    lists = ("sizes", "corpora", "targets", "methods", "seeds")
-    return Part(name=name, **{**fields, **{key: tuple(fields[key]) for key in lists}})

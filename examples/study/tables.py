@@ -33,13 +33,16 @@ def equal_tokens(found: Comparison, part: Part, cell: Cell) -> str:
 def equal_work(found: Comparison, part: Part, cell: Cell) -> str:
     """Returns a table of every method's change against uniform with the same FLOPs.
 
-    Uniform's loss at a method's FLOPs lies between its runs of different lengths.
+    Uniform's loss at a method's FLOPs lies between its runs of different lengths, whose rows have
+    their change against the shortest. Methods whose work lies outside have no number.
     """
     domains, rows = domains_of(found, cell), []
     for method in trained(found, part, cell):
         seeds, work = str(len(found.by_seed(cell, method))), _work(found, cell, method)[1]
-        if method in UNIFORMS:
-            texts = _losses(found, cell, method, domains)
+        if method == BASE:
+            texts = _losses(found, cell, BASE, domains)
+        elif method in UNIFORMS:
+            texts = [shown(found.change(cell, method, [name])) for name in domains]
         else:
             changes = [found.change_at_equal_work(cell, method, [name]) for name in domains]
             texts = [shown(change) for change in changes]

@@ -2,37 +2,47 @@
 
     WORKDIR/text.jsonl, tokenizer.model, heldout.jsonl, target.NAME.jsonl
     WORKDIR/data/                the corpora (data.py)
+    WORKDIR/sample.json          fingerprints of those of these files that were written here
     WORKDIR/runs/NAME/           a run (spec.py), with NAME.log and NAME.settings beside it
 
-What is finished is left as it is. Every file appears whole, so a study can be killed anywhere.
+Files that are there are left as they are; they may be the user's. Every file appears whole, so a
+study can be killed anywhere.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from examples.study import texts
 from examples.study.commands import REPOSITORY, run_tool
 from examples.study.data import Data
 from examples.study.options import options_of
+from examples.study.own_text import check_records, check_tokenizer
 from examples.study.settings import file_fingerprint, run_fingerprint, vocabulary_fingerprint
 from examples.study.spec import Run, Study
-from megatron_dwm.files.atomic import write_text
+from megatron_dwm.config import UserError
+from megatron_dwm.files.atomic import write_json, write_text
 
 _CONFIG = REPOSITORY / "examples" / "tiny.yaml"
 _VOCABULARY = 1024
+_TOKENIZER_OF = "tokenizer.model is of text.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workplace:
-    """A folder, and the study that is made in it."""
+    """A folder, and the study that is made in it.
+
+    scale: factor of the steps of all runs; runs of another scale than 1 are kept apart.
+    """
 
     folder: Path
     study: Study
+    scale: float = 1.0
 
     @property
     def text(self) -> Path:
@@ -56,27 +66,70 @@ class Workplace:
     @cached_property
     def domains(self) -> set[str]:
         """The domains of the training text."""
-        with self.text.open(encoding="utf-8") as lines:
-            return {json.loads(line).get("domain", "") for line in lines}
+        return check_records(self.text, domain=True)
 
-    def prepare(self) -> None:
-        """Write the text, the targets and the tokenizer, unless they are there."""
-        (self.folder / "runs").mkdir(parents=True, exist_ok=True)
-        if not self.text.is_file():
-            texts.write_training_text(self.text)
-        if not self.held_out.is_file():
-            texts.write_held_out(self.held_out)
-        for target in texts.TARGETS:
-            if not self.target(target).is_file():
-                texts.write_target(target, self.target(target))
-        if not self.tokenizer.is_file():
-            run_tool(
-                "train_tokenizer", input=self.text, vocab_size=_VOCABULARY, output=self.tokenizer
-            )
+    @property
+    def on_sample(self) -> bool:
+        """True if all text is the sample corpus', and no run was shortened."""
+        written = self._written()
+        ours = all(written.get(file.name) == file_fingerprint(file) for file in self._texts)
+        return ours and self.scale == 1.0
+
+    def prepare(self) -> list[str]:
+        """Write the text, the targets and the tokenizer, unless they are there.
+
+        Returns the names of the files that are the user's own. Raises UserError for one of them
+        with a mistake in it.
+        """
+        self._runs.mkdir(parents=True, exist_ok=True)
+        written = self._written()
+        writers: dict[Path, Callable[[Path], None]] = {
+            self.text: texts.write_training_text,
+            self.held_out: texts.write_held_out,
+            **{self.target(name): partial(texts.write_target, name) for name in texts.TARGETS},
+        }
+        for file, write in writers.items():
+            if not file.is_file():
+                write(file)
+                written[file.name] = file_fingerprint(file)
+        write_json(self._sample, written)
+        own = [file.name for file in writers if written.get(file.name) != file_fingerprint(file)]
+        for file in writers:
+            check_records(file, domain=file in (self.text, self.held_out))
+        self._prepare_tokenizer(written)
+        return own
+
+    def _prepare_tokenizer(self, written: dict[str, str]) -> None:
+        """Train the tokenizer, unless it is the user's, or that of this text."""
+        trained_on = file_fingerprint(self.text)
+        ours = written.get(_TOKENIZER_OF) not in (None, trained_on)
+        if self.tokenizer.is_file() and not ours:
+            check_tokenizer(self.tokenizer)
+            return
+        self.tokenizer.unlink(missing_ok=True)
+        run_tool("train_tokenizer", input=self.text, vocab_size=_VOCABULARY, output=self.tokenizer)
+        write_json(self._sample, {**written, _TOKENIZER_OF: trained_on})
+
+    @property
+    def _texts(self) -> list[Path]:
+        return [self.text, self.held_out, *map(self.target, texts.TARGETS)]
+
+    @property
+    def _sample(self) -> Path:
+        return self.folder / "sample.json"
+
+    def _written(self) -> dict[str, str]:
+        if not self._sample.is_file():
+            return {}
+        return json.loads(self._sample.read_text(encoding="utf-8"))
+
+    @property
+    def _runs(self) -> Path:
+        return self.folder / ("runs" if self.scale == 1.0 else f"runs_x{self.scale:g}")
 
     def directory(self, run: Run) -> Path:
         """Returns the directory of a run."""
-        return self.folder / "runs" / run.name
+        return self._runs / run.name
 
     def data(self, run: Run) -> Data:
         """Returns what a run trains on; it may have to be made."""
@@ -104,17 +157,19 @@ class Workplace:
         read = [self.text, self.held_out]
         if run.method.reads_target:
             read.append(self.target(run.target))
+        for file in read:
+            if not file.is_file():
+                raise UserError(f"{file}: no such file; a part of the study reads it")
         made_from = [*map(file_fingerprint, read), vocabulary_fingerprint(self.tokenizer), *needed]
         words = options_of(run, checkpoint=str, directory=str)
         return run_fingerprint(run, words, _CONFIG, made_from)
 
     def command(self, run: Run, data: Path) -> list[str]:
         """Returns the command that trains a run on `data`, or goes on with it."""
-        runs = self.folder / "runs"
         words = options_of(
             run,
-            checkpoint=lambda name: last_checkpoint(runs / name),
-            directory=lambda name: runs / name,
+            checkpoint=lambda name: last_checkpoint(self._runs / name),
+            directory=lambda name: self._runs / name,
         )
         reads = ["--validation.path", str(self.target(run.target))] if run.method.target else []
         return [
@@ -132,7 +187,7 @@ class Workplace:
         """Returns where the weighting models are by which a run's data are chosen."""
         if run.method.select != "rater":
             return None
-        return self.folder / "runs" / run.beside(run.method.after[0]) / "weighting"
+        return self._runs / run.beside(run.method.after[0]) / "weighting"
 
 
 def last_checkpoint(directory: Path) -> Path | None:

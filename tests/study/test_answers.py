@@ -24,8 +24,9 @@ from examples.study.questions import (
 )
 from examples.study.results import Results
 from examples.study.settings import file_fingerprint
-from examples.study.spec import Study, read_study
+from examples.study.spec import Study
 from examples.study.statistics import Difference, at_equal_work, difference
+from examples.study.study_file import read_study
 from examples.study.tables import shown
 from examples.study.workplace import Workplace
 from megatron_dwm.config import UserError
@@ -239,13 +240,16 @@ def test_a_line_of_other_settings_does_not_count(place: Workplace, tmp_path: Pat
         Results.open(place, file)
 
 
-def test_a_line_that_a_kill_cut_short_is_dropped(place: Workplace, tmp_path: Path) -> None:
+def test_a_last_line_without_an_end_is_kept(place: Workplace, tmp_path: Path) -> None:
     run = place.study.run(*CELL, "uniform", 1)
     file = tmp_path / "results.jsonl"
-    whole = _outcome(run.name, place.settings(run), {"web": 4.0}).line() + "\n"
-    file.write_text(whole + whole[:100])
+    line = _outcome(run.name, place.settings(run), {"web": 4.0}).line()
+    file.write_text(line)
     assert Results.open(place, file).of(run) is not None
-    assert file.read_text() == whole
+    assert file.read_text() == line
+    file.write_text(line.replace('"flops": 1.0', '"flops": "many"'))
+    with pytest.raises(UserError, match="line 1: no outcome"):
+        Results.open(place, file)
 
 
 def test_runs_before_a_method_count_as_its_work(place: Workplace, tmp_path: Path) -> None:
@@ -265,10 +269,11 @@ def test_another_text(place: Workplace, tmp_path: Path) -> None:
     tokenizer = place.tokenizer.read_bytes()
     place = replace(place, folder=tmp_path)
     records = [{"text": f"a short text, number {i} " * 20, "domain": "mine"} for i in range(200)]
-    for name in ("text.jsonl", "heldout.jsonl"):
+    own = ["text.jsonl", "heldout.jsonl"]
+    for name in own:
         (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in records))
     place.tokenizer.write_bytes(tokenizer)
-    place.prepare()
+    assert place.prepare() == own and not place.on_sample
     study = place.study.for_domains(place.domains)
     assert "hand_set" not in study.methods and "no_junk" in study.methods
     place = replace(place, study=study)
@@ -277,7 +282,9 @@ def test_another_text(place: Workplace, tmp_path: Path) -> None:
         run = study.run(*CELL, method, 1)
         lines.append(_outcome(run.name, place.settings(run), {"mine": loss}).line() + "\n")
     (tmp_path / "results.jsonl").write_text("".join(lines))
-    output = write_document(Results.open(place, tmp_path / "results.jsonl"), tmp_path / "study.md")
+    pages = write_document(Results.open(place, tmp_path / "results.jsonl"), tmp_path / "study.md")
+    assert pages == [tmp_path / "study.md"]
+    output = pages[0]
     assert "| `dwm_ahead` | 1 | -0.500 |" in output.read_text()
     assert "novels by the same author" not in output.read_text()
     assert not (tmp_path / "when_not.md").exists()

@@ -16,8 +16,10 @@ import yaml
 
 from examples.study import texts
 from examples.study.outcome import read_outcome
-from examples.study.spec import BASE, FILE, Run, Study, read_study
+from examples.study.spec import BASE, Run, Study
+from examples.study.study_file import FILE, read_study
 from examples.study.workplace import Workplace
+from megatron_dwm.config import UserError
 from megatron_dwm.config.load import load
 from megatron_dwm.config.validate import validate_config
 from megatron_dwm.model import resolve_shape
@@ -186,7 +188,13 @@ def test_a_small_study_is_killed_and_goes_on(small: Path) -> None:
     ("arguments", "words"),
     [
         (["--part", "none"], "--part none: no such part; expected one of small"),
-        (["--jobs", "0"], "expected numbers above 0"),
+        (["--jobs", "0"], "--jobs 0: expected 1 or more"),
+        (["--scale", "nan"], "--scale nan: expected a number above 0"),
+        (["--scale", "-1"], "--scale -1.0: expected a number above 0"),
+        (["--output", "nowhere/study.md"], "nowhere is no folder that can be written to"),
+        (["--output", "README.md"], "README.md was not written by a study"),
+        (["--results", "docs"], "--results docs: is a folder"),
+        (["--results", "README.md"], "README.md line 1: no outcome of a run"),
         (["--gpus", "99"], "--gpus 99: this machine has "),
         (["--full"], "part full"),
         (["--study", "examples/tiny.yaml"], "expected sizes, methods and parts"),
@@ -198,3 +206,87 @@ def test_mistakes_are_one_line(small: Path, arguments: list[str], words: str) ->
     assert job.returncode == 2
     [line] = err.splitlines()
     assert line.startswith("error: ") and words in line
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("sizes.0.16M.learning_rate", "3e-3", "learning_rate: expected a number above 0 (YAML"),
+        ("sizes.0.16M.steps", -5, "steps: expected a whole number above 0, got -5"),
+        ("sizes.0.16M", None, "size 0.16M: expected its fields"),
+        ("methods.uniform.stepz", 2, "method uniform: unknown field stepz; expected one of"),
+        ("methods.uniform.after", ["nope"], "method uniform: after: no run nope"),
+        ("methods.uniform.domains", "web", "domains: expected a list of names, got 'web'"),
+        ("methods.uniform.options", "--x '", "method uniform: options: No closing quotation"),
+        ("methods.uniform.select", "best", "select: expected one of random, dsir, rater"),
+        ("methods", [], "expected sizes, methods and parts"),
+        ("parts.small.corpora", ["jnuk"], "part small: no corpus jnuk; expected one of natural"),
+        ("parts.small.methods", ["dwm_ahead"], "part small: has no method uniform"),
+        ("parts.small.seeds", "12", "seeds: expected a list of whole numbers above 0"),
+        ("parts.small.default", False, "no part of this study has default: true"),
+        ("parts.small.targets", ["mine"], "target.mine.jsonl"),
+    ],
+)
+def test_mistakes_in_a_study_are_one_line(
+    small: Path, path: str, value: object, words: str, tmp_path: Path
+) -> None:
+    found = yaml.safe_load(small.read_text())
+    *before, last = path.replace("0.16M", "0_16M").split(".")
+    place = found
+    for key in before:
+        place = place[key.replace("_16M", ".16M")]
+    place[last.replace("_16M", ".16M")] = value
+    file = tmp_path / "wrong.yaml"
+    file.write_text(yaml.safe_dump(found))
+    with pytest.raises(UserError) as caught:
+        study = read_study(file)
+        study.chosen([])
+        work = Workplace(folder=tmp_path / "work", study=study)
+        work.prepare()
+        for run in _runs(study):
+            work.settings(run)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("text.jsonl", "", "text.jsonl: has no record"),
+        (
+            "text.jsonl",
+            '{"text": "a"}\n',
+            "text.jsonl line 1: expected a record with a text `domain`",
+        ),
+        (
+            "text.jsonl",
+            '\n{"text": 1, "domain": "a"}\n',
+            "line 2: expected a record with a text `text`",
+        ),
+        ("heldout.jsonl", "[1, 2]\n", "heldout.jsonl line 1: expected a record"),
+        ("target.novels.jsonl", '{"text": "a"}\n{"te', "target.novels.jsonl line 2: is not JSON"),
+        ("tokenizer.model", "none", "tokenizer.model: is no SentencePiece model"),
+    ],
+)
+def test_mistakes_in_own_text_are_one_line(
+    name: str, content: str, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as caught:
+        _place(tmp_path).prepare()
+    assert words in str(caught.value)
+    assert (tmp_path / name).read_text() == content
+
+
+def test_sigterm_stops_runs_and_study(small: Path) -> None:
+    """The runs write a checkpoint and end; the next call goes on from it."""
+    job = _study(small)
+    runs = small.parent / "work" / "runs"
+    limit = time.monotonic() + 200
+    while not list(runs.glob("*/metrics.jsonl")) and time.monotonic() < limit:
+        time.sleep(0.2)
+    job.terminate()
+    job.communicate(timeout=100)
+    assert job.returncode == 128 + signal.SIGTERM
+    logs = [file.read_text() for file in runs.glob("*.log")]
+    assert any("(SIGTERM); continue with" in log for log in logs)
+    assert not (small.parent / "work" / "results.jsonl").exists()
