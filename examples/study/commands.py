@@ -28,7 +28,9 @@ def environment(gpu: int | None = None) -> dict[str, str]:
     own = {}
     if gpu is not None:
         own["CUDA_VISIBLE_DEVICES"] = visible[gpu] if gpu < len(visible) else str(gpu)
-    return {**os.environ, **_MEMORY, **own, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    return {**os.environ, **_MEMORY, **own, **fixed}
 
 
 def run_tool(name: str, *words: str, **options: object) -> None:

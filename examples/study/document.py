@@ -20,6 +20,7 @@ from examples.study.questions import (
 from examples.study.results import Results
 from examples.study.spec import Part
 from examples.study.tables import (
+    NONE,
     by_size,
     domains_of,
     equal_tokens,
@@ -28,6 +29,7 @@ from examples.study.tables import (
     trained,
     work_of,
 )
+from megatron_dwm.config import UserError
 from megatron_dwm.files.atomic import write_bytes, write_text
 from megatron_dwm.report.content import Figure
 from megatron_dwm.report.images import png
@@ -93,7 +95,10 @@ def _numbers(found: Comparison, questions: Questions) -> dict[str, Callable[...,
     """Returns what the page of advice quotes numbers with: contrast or method, group of domains."""
 
     def contrast(words: str, group: str) -> str:
-        return shown(found.contrast(words, loss_of(questions.groups[group])), digits=2)
+        try:
+            return shown(found.contrast(words, loss_of(questions.groups[group])), digits=2)
+        except UserError:  # another study has other methods
+            return NONE
 
     def at_equal_work(method: str, group: str) -> str:
         domains = questions.groups[group]
