@@ -70,7 +70,7 @@ def _prepared(arguments: argparse.Namespace, study: Study) -> Workplace:
         raise UserError(f"WORKDIR {folder}: {error.strerror}: {error.filename}") from None
     if own:
         print(f"your own: {', '.join(own)}; all other text is the sample's", flush=True)
-    known = study.for_domains(place.domains)
+    known = study.for_domains(place.text.domains)
     for name in study.methods.keys() - known.methods.keys():
         domains = ", ".join(study.methods[name].domains)
         print(f"left out: {name}, which names the domains {domains} of the training text")

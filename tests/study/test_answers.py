@@ -266,15 +266,15 @@ def test_runs_before_a_method_count_as_its_work(place: Workplace, tmp_path: Path
 
 def test_another_text(place: Workplace, tmp_path: Path) -> None:
     """Tables of its own domains, nothing about the sample; data of other text stay unused."""
-    tokenizer = place.tokenizer.read_bytes()
+    tokenizer = place.text.tokenizer.read_bytes()
     place = replace(place, folder=tmp_path)
     records = [{"text": f"a short text, number {i} " * 20, "domain": "mine"} for i in range(200)]
     own = ["text.jsonl", "heldout.jsonl"]
     for name in own:
         (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in records))
-    place.tokenizer.write_bytes(tokenizer)
-    assert place.prepare() == own and not place.on_sample
-    study = place.study.for_domains(place.domains)
+    place.text.tokenizer.write_bytes(tokenizer)
+    assert place.prepare() == [*own, "tokenizer.model"] and not place.on_sample
+    study = place.study.for_domains(place.text.domains)
     assert "hand_set" not in study.methods and "no_junk" in study.methods
     place = replace(place, study=study)
     lines = []
