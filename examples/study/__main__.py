@@ -1,6 +1,6 @@
 """Train the runs of a study whose outcomes are not known, and write what all of them show.
 
-Without --part or --full: the parts that take under two hours on two cores. Runs are resumed where
+Without --part or --full: the parts that take about two hours on two cores. Runs are resumed where
 they were stopped. The outcome of a finished run is one line of --results; such a run is not trained
 again while its settings and its text are the same. The document is written from these lines.
 
@@ -71,7 +71,7 @@ def _prepared(arguments: argparse.Namespace, study: Study) -> Workplace:
     if own:
         print(f"your own: {', '.join(own)}; all other text is the sample's", flush=True)
     known = study.for_domains(place.text.domains)
-    for name in study.methods.keys() - known.methods.keys():
+    for name in sorted(study.methods.keys() - known.methods.keys()):
         domains = ", ".join(study.methods[name].domains)
         print(f"left out: {name}, which names the domains {domains} of the training text")
     return replace(place, study=known)

@@ -55,10 +55,6 @@ class Outcome:
         """Returns the losses after the last step, by domain."""
         return _last(self.losses)
 
-    def last_weights(self) -> dict[str, float]:
-        """Returns the mean weights in the last tenth of the run, by domain."""
-        return _last(self.weights)
-
     def line(self) -> str:
         """Returns the line of a file of results."""
         return json.dumps(_rounded(asdict(self)))
