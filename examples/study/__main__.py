@@ -49,9 +49,13 @@ def main() -> None:
         _print_cost(results, to_train(results, runs), arguments.gpu)
     if arguments.list:
         return
-    _check_gpus(arguments.gpus, full=arguments.full)
-    jobs = arguments.gpus or arguments.jobs
-    failed = train_all(results, runs, jobs, on_gpus=arguments.gpus > 0)
+    failed = 0
+    if arguments.no_training and not results.commits:
+        raise UserError(f"--no-training: {file} has no outcome of this study's runs")
+    if not arguments.no_training:
+        _check_gpus(arguments.gpus, full=arguments.full)
+        jobs = arguments.gpus or arguments.jobs
+        failed = train_all(results, runs, jobs, on_gpus=arguments.gpus > 0)
     print("\n".join(map(str, write_document(results, output))))
     if failed:
         raise RunError(f"{failed} runs failed: see above")
@@ -164,7 +168,13 @@ def _parser() -> OneLineParser:
         metavar="FILE.md",
         help=f"document; pictures and {ADVICE} are written beside it (default: WORKDIR/study.md)",
     )
-    add("--list", action="store_true", help="make the data, print the runs and their cost, and end")
+    ends = parser.add_mutually_exclusive_group()
+    ends.add_argument("--list", action="store_true", help="print the runs and their cost, and end")
+    ends.add_argument(
+        "--no-training",
+        action="store_true",
+        help="write the document from the outcomes that are known, and end",
+    )
     add(
         "--scale",
         type=float,

@@ -22,8 +22,7 @@ def run_fingerprint(run: Run, words: Sequence[str], base: Path, made_from: Seque
     words: the run's options, without files. base: the configuration that they are added to.
     made_from: fingerprints of all text that the run reads, and of the runs before it.
     """
-    keys = yaml.safe_load(base.read_text(encoding="utf-8"))
-    return _digest([run.name, run.method.select, list(words), keys, *made_from])
+    return _digest([run.name, run.method.select, list(words), _keys(base), *made_from])
 
 
 def data_fingerprint(*made_from: object) -> str:
@@ -45,6 +44,12 @@ def vocabulary_fingerprint(tokenizer: Path) -> str:
     """
     model = SentencePieceProcessor(model_file=str(tokenizer))
     return _digest([model.id_to_piece(i) for i in range(model.get_piece_size())])
+
+
+@cache
+def _keys(file: Path) -> object:
+    """Returns what a YAML file holds; a page asks for every run, many times."""
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
 def _digest(content: object) -> str:

@@ -176,6 +176,10 @@ def test_a_small_study_is_killed_and_goes_on(small: Path) -> None:
     )
     assert f"{ours - theirs:+.3f}" in document and f"{theirs:.3f}" in document
     shutil.rmtree(runs)
+    (work / "study.md").unlink()
+    page_alone = _study(small, "--no-training")
+    page_alone.communicate(timeout=100)
+    assert page_alone.returncode == 0 and (work / "study.md").read_text() == document
     third = _study(small)
     out, err = third.communicate(timeout=100)
     assert third.returncode == 0 and "(1 of" not in out, "nothing is trained twice"
@@ -197,6 +201,7 @@ def test_a_small_study_is_killed_and_goes_on(small: Path) -> None:
         (["--results", "README.md"], "README.md line 1: no outcome of a run"),
         (["--gpus", "99"], "--gpus 99: this machine has "),
         (["--full"], "part full"),
+        (["--no-training"], "results.jsonl has no outcome of this study's runs"),
         (["--study", "examples/tiny.yaml"], "expected sizes, methods and parts"),
     ],
 )
