@@ -124,13 +124,39 @@ def claims_table(questions: Questions, found: Comparison) -> str:
 
 
 def decisions_table(questions: Questions, found: Comparison) -> str:
-    """Returns what a change of each default would change."""
+    """Returns what a change of each default changes: the target's kind first, then the rest."""
     rows = []
     for asked in questions.decisions:
-        answers = [questions.answer(check, found) for check in asked.checks]
-        seeds = str(max((answer.pairs for answer in answers if answer is not None), default=0))
-        rows.append([asked.about, asked.text, seeds, *map(shown, answers)])
-    return table(["default", "instead", "seeds", "the novels", "the other domains"], rows)
+        ours, theirs = (questions.answer(check, found) for check in asked.checks)
+        seeds = str(ours.pairs if ours is not None else 0)
+        change = [shown(ours), shown(theirs), finding(ours, theirs)]
+        rows.append([asked.about, asked.text, seeds, *change])
+    heads = ["default", "instead", "seeds", "the novels", "the other domains", "so the change"]
+    return table(heads, rows)
+
+
+def finding(ours: Difference | None, theirs: Difference | None) -> str:
+    """Returns what a change does, from its two changes of the loss: of the target's kind, and else.
+
+    As in bold numbers, an interval of fewer than three seeds shows nothing.
+    """
+    if ours is None or theirs is None:
+        return "no number"
+    signs = {_sign(ours), _sign(theirs)}
+    if signs == {-1, 1}:
+        return "trades"
+    if signs != {0}:
+        return "gains" if -1 in signs else "**loses**"
+    both = (ours, theirs)
+    alike = all(c.pairs > 2 and c.low >= -_ALIKE and c.high <= _ALIKE for c in both)
+    return "changes nothing" if alike else "not decided"
+
+
+def _sign(change: Difference) -> int:
+    """Returns the sign of a change whose whole interval has it, or 0."""
+    if change.pairs < 3 or change.low <= 0 <= change.high:
+        return 0
+    return 1 if change.low > 0 else -1
 
 
 def _question(fields: Mapping[str, Any]) -> Question:

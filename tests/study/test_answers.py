@@ -19,6 +19,7 @@ from examples.study.questions import (
     Check,
     Question,
     claims_table,
+    finding,
     predictions_table,
     read_questions,
 )
@@ -228,6 +229,30 @@ def test_tables_say_what_came_of_it(found: Comparison) -> None:
     predictions = predictions_table(questions, found).splitlines()
     [ahead] = [line for line in predictions if line.startswith("| `dwm_ahead` |")]
     assert "| not decided<br>**wrong** |" in ahead
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "words"),
+    [
+        ((-0.05, 0.02), (0.01, 0.05), "gains"),
+        ((0.01, 0.05), (-0.05, 0.02), "gains"),
+        ((0.05, 0.02), (0.01, 0.05), "**loses**"),
+        ((-0.05, 0.02), (0.05, 0.02), "trades"),
+        ((0.01, 0.015), (-0.01, 0.015), "changes nothing"),
+        ((0.01, 0.025), (-0.01, 0.015), "not decided"),
+    ],
+)
+def test_what_a_change_of_a_default_does(
+    ours: tuple[float, float], theirs: tuple[float, float], words: str
+) -> None:
+    """By means and half widths of the change on the novels, and on the other domains."""
+
+    def of(pairs: int) -> str:
+        changes = [Difference(mean=m, half_width=h, pairs=pairs) for m, h in (ours, theirs)]
+        return finding(changes[0], changes[1])
+
+    assert of(3) == words and of(2) == "not decided"
+    assert finding(None, None) == "no number"
 
 
 def test_a_line_of_other_settings_does_not_count(place: Workplace, tmp_path: Path) -> None:
