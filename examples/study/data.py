@@ -83,11 +83,11 @@ class Data:
         return folder / PREFIX
 
     def _options(self, method: str) -> list[str]:
-        tokenizer = ["--tokenizer", str(self.tokenizer)]
         if method == "dsir":
-            return ["--target", str(self.target), "--min-words", "10", *tokenizer]
+            words = ["--target", str(self.target), "--min-words", "10"]
+            return [*words, "--tokenizer", str(self.tokenizer)]
         if self.rater is not None:
-            return ["--rater", str(_last_stage(self.rater)), *tokenizer]
+            return ["--rater", str(_last_stage(self.rater))]
         return ["--seed", str(self.run.seed)]
 
 

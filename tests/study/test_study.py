@@ -20,10 +20,12 @@ from examples.study.spec import BASE, Run, Study
 from examples.study.study_file import FILE, read_study
 from examples.study.workplace import Workplace
 from megatron_dwm.config import UserError
+from megatron_dwm.config.effect import warnings_of_effect
 from megatron_dwm.config.load import load
 from megatron_dwm.config.validate import validate_config
 from megatron_dwm.model import resolve_shape
 from megatron_dwm.model.shape import heads_of
+from megatron_dwm.weighting import method_class
 from tests.small_runs.fixtures import REPOSITORY
 
 STUDY = read_study()
@@ -82,8 +84,10 @@ def test_options_are_keys_of_a_run(run: Run, tmp_path: Path) -> None:
     for needed in run.needs:
         for folder in ("checkpoints/step_00000001", "weighting/stage_1"):
             (place.folder / "runs" / needed / folder).mkdir(parents=True, exist_ok=True)
-    config = load(_arguments(place, run), "study").config
+    loaded = load(_arguments(place, run), "study")
+    config = loaded.config
     validate_config(config, heads_of(resolve_shape(config.model, 1024)), 1)
+    warnings_of_effect(config, loaded.given, method_class(config).parts(config))
 
 
 def _place(folder: Path) -> Workplace:
