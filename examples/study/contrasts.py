@@ -132,14 +132,19 @@ def loss_since(domains: Sequence[str], since: float, at: float) -> Measure:
 
 
 def weight_moved(domains: Sequence[str], since: float = 0.3) -> Measure:
-    """Returns what reads how the mean weight of some domains changed since a part of the run."""
+    """Returns what reads how the mean weight of some domains changed since a part of the run.
+
+    A part of a run without samples of a domain has no weight of it, and is passed over.
+    """
 
     def read(outcome: Outcome) -> float:
         first = int(since * len(outcome.weights.step))
         moves = []
         for name in domains:
-            before, after = (outcome.weights.by_domain[name][i] for i in (first, -1))
-            moves.append((after or 0.0) - (before or 0.0))
+            known = [w for w in outcome.weights.by_domain[name][first:] if w is not None]
+            if not known:
+                raise KeyError(name)
+            moves.append(known[-1] - known[0])
         return mean(moves)
 
     return read

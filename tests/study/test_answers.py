@@ -74,7 +74,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 def _outcome(name: str, settings: str, losses: Mapping[str, float], flops: float = 1.0) -> Outcome:
     steps = [500, 1000]
     curve = {domain: [value + 1.0, value] for domain, value in losses.items()}
-    weights = Curve(step=[100, 400, 900], flops=[0, 0, 0], by_domain={"austen": [1.0, 2.0, 2.5]})
+    by_domain = {"austen": [1.0, None, 2.0, 3.5, None]}
+    weights = Curve(step=[100, 300, 500, 700, 900], flops=[0] * 5, by_domain=by_domain)
     return Outcome(
         run=name,
         settings=settings,
