@@ -28,8 +28,10 @@ from megatron_dwm.config.errors import UserError
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _MOST_PROCESSES = 8
 _ERROR_LINES = 15
-_VERSIONS = ("python", "torch", "megatron-core", "transformer-engine", "numpy", "NVIDIA apex")
-_VERSIONS += ("sentencepiece", "lm-eval")
+_VERSIONS = (
+    *("python", "torch", "megatron-core", "transformer-engine", "numpy", "NVIDIA apex"),
+    *("sentencepiece", "lm-eval"),
+)
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,7 @@ def train(steps: int, tensor: int, pipeline: int) -> None:
         if losses and step % 10 == 9:
             loss = sum(float(each["lm loss"]) for each in losses) / (count * MICRO_BATCH * LENGTH)
             print(f"step {step + 1} loss {loss:.3f}", flush=True)
+    assert alignments is not None, "the last step is probed"
     _report(batch, alignments.values_n)  # ours
 
 

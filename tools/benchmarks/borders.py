@@ -86,8 +86,10 @@ def passes_of(subject: Subject) -> dict[str, Pass]:
         ALONE + name: partial(_attention_pass, subject, parts, found)
         for name, found in borders.items()
     }
-    masked = {ALONE + MASK: partial(_masked_pass, parts, borders[SHORT])}
-    return {**llm, **alone, **masked, **_steps(subject, borders[SHORT])}
+    short_BS = borders[SHORT]
+    assert short_BS is not None
+    masked = {ALONE + MASK: partial(_masked_pass, parts, short_BS)}
+    return {**llm, **alone, **masked, **_steps(subject, short_BS)}
 
 
 def _steps(subject: Subject, borders_BS: Tensor) -> dict[str, Pass]:

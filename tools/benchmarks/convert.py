@@ -52,8 +52,7 @@ def measure_conversion(*, preset: str, checkpoint: Path | None, rounds: int) -> 
     environment = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        given = checkpoint is not None
-        source = checkpoint if given else _made_elsewhere(PRESETS[preset], scratch)
+        source = checkpoint or _made_elsewhere(PRESETS[preset], scratch)
         saved = open_checkpoint(source)
         tool = [sys.executable, str(_ROOT / "tools/convert_checkpoint.py"), "to-hf"]
         convert = [*tool, str(saved.directory), "--output", str(scratch / "hf")]

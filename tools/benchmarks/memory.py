@@ -12,6 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def _measure(kind: str, settings: Settings) -> int:
     with opened(settings) as runtime:
         before = used_bytes(runtime.device)
         subject = build_subject(settings, runtime)
-        measured = {
+        measured: dict[str, Callable[[], object]] = {
             PLAIN: subject.plain_step,
             UPDATE: subject.hypergradient,
             UNROLL: lambda: subject.hypergradient("unroll"),

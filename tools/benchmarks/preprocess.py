@@ -99,11 +99,8 @@ def _run(name: str, file: Path, model: Path, work: Path, workers: int) -> Measur
             "-m",
             "benchmarks.preprocess_contestants",
             name,
-            file,
-            model.resolve(),
-            output,
-        ]
-        + [str(workers)],
+            *map(str, (file, model.resolve(), output, workers)),
+        ],
         cwd=Path(__file__).parents[1],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,7 @@ def gigatoken_alone(file: Path, model: Path, output: Path, workers: int) -> int:
 class _PoolWorker:
     """Does what a worker of Megatron-LM's tool does: parses, encodes, returns a list of ids."""
 
-    processor = None
+    processor: Any = None
 
     @classmethod
     def start(cls, model: str) -> None:

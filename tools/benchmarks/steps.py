@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from benchmarks.disk import DiskBatches, disk_batches
@@ -57,7 +58,7 @@ def measure_steps(settings: Settings) -> None:
 
 def _times(subject: Subject, settings: Settings, batches: DiskBatches) -> dict[str, list[float]]:
     whole = Ahead(fraction=1.0)
-    runs = {
+    runs: dict[str, Callable[[], object]] = {
         PLAIN: subject.plain_step,
         CONTROL: subject.plain_step,
         UNIFORM_STEP: partial(subject.step, UNIFORM),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Final, Literal
 
 import torch
 
@@ -34,8 +35,14 @@ from megatron_dwm.weighting.similarity import Similarity
 from megatron_dwm.weighting.trainer import WeightingTrainer
 from megatron_dwm.weighting.uniform import Uniform
 
-UNIFORM, OWN, LLM = "uniform", "own", "llm"
-"""names of the methods: uniform weights, and the two values of `weighting.encoder`"""
+UNIFORM: Final = "uniform"
+OWN: Final = "own"
+LLM: Final = "llm"
+"""names of the methods: uniform weights, and the two values of `weighting.encoder`
+
+Here methods are built by their classes, whose optional parts mypy takes for missing ones, because
+those of the protocol Method do nothing.
+"""
 ALONE = "alone"
 """encoder llm without attention across samples, over the global batch: normalized after the pass"""
 SIMILARITY, LOSSES = "similarity", "loss_reweighting"
@@ -157,7 +164,7 @@ def build_subject(settings: Settings, runtime: Runtime) -> Subject:
         config=config,
         learner=learner,
         methods={
-            UNIFORM: Uniform(),
+            UNIFORM: Uniform(),  # type: ignore[abstract]
             OWN: _weighting_method(config, learner, OWN),
             LLM: _weighting_method(config, learner, LLM),
             ALONE: _deferred_method(config, learner, val),
@@ -170,7 +177,7 @@ def build_subject(settings: Settings, runtime: Runtime) -> Subject:
     )
 
 
-def _weighting_method(config: Config, learner: Learner, encoder: str) -> Dwm:
+def _weighting_method(config: Config, learner: Learner, encoder: Literal["own", "llm"]) -> Dwm:
     """Returns the method with a weighting model whose weights count, as after a first update."""
     config = replace(config, weighting=replace(config.weighting, encoder=encoder))
     shape = Dwm.model_shape(config, learner.llm.shape)
@@ -182,7 +189,7 @@ def _weighting_method(config: Config, learner: Learner, encoder: str) -> Dwm:
         learned=True,
         bf16=config.model.precision != "fp32",
     )
-    return Dwm(trainer)
+    return Dwm(trainer)  # type: ignore[abstract]
 
 
 def _deferred_method(config: Config, learner: Learner, batch: Batch) -> Dwm:
@@ -198,14 +205,16 @@ def _deferred_method(config: Config, learner: Learner, batch: Batch) -> Dwm:
 
 def _similarity(config: Config, learner: Learner) -> Similarity:
     """Returns the method with a target that it has read, a random one."""
-    method = Similarity(config.policy, config.weighting, learner.runtime, learner.micro_batch_size)
+    method = Similarity(  # type: ignore[abstract]
+        config.policy, config.weighting, learner.runtime, learner.micro_batch_size
+    )
     method.mean = torch.randn(2 * learner.llm.shape.hidden_size, device=learner.runtime.device)
     return method
 
 
 def _loss_reweighting(config: Config, learner: Learner) -> LossReweighting:
     """Returns the method with moments, as after the first step; every step updates them."""
-    method = LossReweighting(
+    method = LossReweighting(  # type: ignore[abstract]
         config.policy, config.weighting, learner.runtime, learner.micro_batch_size
     )
     method.load_state_dict({"moments": [1.0, 2.0]})

@@ -7,7 +7,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,7 +88,7 @@ def alternate(
     return times_s
 
 
-def ratio(times_s: list[float], base_s: list[float]) -> Ratio:
+def ratio(times_s: Sequence[float], base_s: Sequence[float]) -> Ratio:
     """Returns the ratio of two lists of the rounds' times, in the same order."""
     ratios = sorted(a / b for a, b in zip(times_s, base_s, strict=True))
     low, high = _quartiles(ratios)

@@ -115,7 +115,7 @@ def _junk_rows(
         return "".join(generator.choices(_CHARACTERS, k=_LONGEST_DOCUMENT_BYTES))
 
     makers = (shuffled_words, random_words, random_characters)
-    rows = []
+    rows: list[dict[str, object]] = []
     for (domain, set_name), make in zip(JUNK_DOMAINS.items(), makers, strict=True):
         for text in _documents(make, kind_bytes, with_words, generator):
             meta = {"redpajama_set_name": set_name}

@@ -151,7 +151,7 @@ def _without_overlap(lines: list[bytes], others: list[bytes]) -> list[bytes]:
 
 
 def _word_runs(line: bytes) -> set[tuple[str, ...]]:
-    words = parse_record(line)["text"].split()
+    words = str(parse_record(line)["text"]).split()
     return {tuple(words[i : i + _OVERLAP_WORDS]) for i in range(len(words) - _OVERLAP_WORDS + 1)}
 
 
