@@ -19,6 +19,8 @@ _FILE = Path(__file__).parent / "questions.yaml"
 _LOSS, _AT_EQUAL_WORK, _WEIGHT_MOVED = "loss", "loss at equal work", "weight moved"
 _ALIKE = 0.03
 """nats a token: about the spread of a method over the seeds"""
+_FEWEST = 3
+"""seeds of which an interval decides anything"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +38,11 @@ class Check:
     def verdict(self, found: Difference) -> bool | None:
         """Returns whether the answer is as expected.
 
-        True if its whole interval is, False if no part of it is; None between, for a single pair,
+        True if its whole interval is, False if no part of it is; None between, for few pairs,
         and if nothing is expected.
         """
         bounds = (-_ALIKE, _ALIKE) if self.alike else self.between
-        if bounds is None or found.pairs < 2:
+        if bounds is None or found.pairs < _FEWEST:
             return None
         low = -math.inf if bounds[0] is None else bounds[0]
         high = math.inf if bounds[1] is None else bounds[1]
@@ -148,13 +150,13 @@ def finding(ours: Difference | None, theirs: Difference | None) -> str:
     if signs != {0}:
         return "gains" if -1 in signs else "**loses**"
     both = (ours, theirs)
-    alike = all(c.pairs > 2 and c.low >= -_ALIKE and c.high <= _ALIKE for c in both)
+    alike = all(c.pairs >= _FEWEST and c.low >= -_ALIKE and c.high <= _ALIKE for c in both)
     return "changes nothing" if alike else "not decided"
 
 
 def _sign(change: Difference) -> int:
     """Returns the sign of a change whose whole interval has it, or 0."""
-    if change.pairs < 3 or change.low <= 0 <= change.high:
+    if change.pairs < _FEWEST or change.low <= 0 <= change.high:
         return 0
     return 1 if change.low > 0 else -1
 
