@@ -168,6 +168,8 @@ def main() -> None:
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     parser.add_argument("--steps", type=int, default=30)
     options = parser.parse_args()
+    if options.steps < 2:
+        parser.error("--steps: expected 2 or more; the first one is not probed")
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", "29512")

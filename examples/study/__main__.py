@@ -50,6 +50,8 @@ def main() -> None:
     if arguments.list:
         return
     failed = 0
+    if arguments.no_training and arguments.gpus:
+        raise UserError("--gpus: has no effect with --no-training; leave it out")
     if arguments.no_training and not results.commits:
         raise UserError(f"--no-training: {file} has no outcome of this study's runs")
     if not arguments.no_training:
@@ -169,7 +171,9 @@ def _parser() -> OneLineParser:
         help=f"document; pictures and {ADVICE} are written beside it (default: WORKDIR/study.md)",
     )
     ends = parser.add_mutually_exclusive_group()
-    ends.add_argument("--list", action="store_true", help="print the runs and their cost, and end")
+    ends.add_argument(
+        "--list", action="store_true", help="make the data, print the runs and their cost, and end"
+    )
     ends.add_argument(
         "--no-training",
         action="store_true",

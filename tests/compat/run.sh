@@ -45,10 +45,10 @@ if [ ! -f "$_folder/.ready" ]; then
     touch "$_folder/.ready"
 fi
 export OMP_NUM_THREADS=1 MEGATRON_DWM_COMPAT="$_release"
-# What calls Megatron-Core in each of these folders; the rest of them passes or fails with .venv's.
+# The files that depend most on Megatron-Core; all of their folders have half as many tests again.
 [ "$#" -gt 0 ] || set -- tests/compat tests/model \
-    tests/bilevel/test_{hypergradient,ahead,units,fused_layers,public_spec,virtual_step}.py \
+    tests/bilevel/test_{hypergradient,ahead,units,fused_layers,public_spec,virtual_step,fp8}.py \
     tests/checkpoint/test_resharding.py \
     tests/convert/test_{layouts,megatron_lm,from_hf,to_hf}.py \
-    tests/training/test_{deferred,plain_loop}.py tests/run/test_runs.py
+    tests/training/test_{deferred,plain_loop}.py tests/run/test_{runs,resume}.py
 exec "$_folder/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -205,6 +205,7 @@ def test_a_small_study_is_killed_and_goes_on(small: Path) -> None:
         (["--results", "README.md"], "README.md line 1: no outcome of a run"),
         (["--gpus", "99"], "--gpus 99: this machine has "),
         (["--full"], "part full"),
+        (["--no-training", "--gpus", "1"], "--gpus: has no effect with --no-training"),
         (["--no-training"], "results.jsonl has no outcome of this study's runs"),
         (["--study", "examples/tiny.yaml"], "expected sizes, methods and parts"),
     ],

@@ -38,11 +38,7 @@ from megatron_dwm.weighting.uniform import Uniform
 UNIFORM: Final = "uniform"
 OWN: Final = "own"
 LLM: Final = "llm"
-"""names of the methods: uniform weights, and the two values of `weighting.encoder`
-
-Here methods are built by their classes, whose optional parts mypy takes for missing ones, because
-those of the protocol Method do nothing.
-"""
+"""names of the methods: uniform weights, and the two values of `weighting.encoder`"""
 ALONE = "alone"
 """encoder llm without attention across samples, over the global batch: normalized after the pass"""
 SIMILARITY, LOSSES = "similarity", "loss_reweighting"
@@ -164,6 +160,7 @@ def build_subject(settings: Settings, runtime: Runtime) -> Subject:
         config=config,
         learner=learner,
         methods={
+            # mypy takes functions of the protocol Method that do nothing for abstract ones.
             UNIFORM: Uniform(),  # type: ignore[abstract]
             OWN: _weighting_method(config, learner, OWN),
             LLM: _weighting_method(config, learner, LLM),
