@@ -12,14 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.small_runs.command import succeed
-from tests.small_runs.fixtures import CORPUS, Corpus
+from tests.small_runs.fixtures import Corpus
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "metrics.md"
 EVERY_LINE = "In every line"
 WEIGHTS = "weights/*.parquet"
 TOKENS = "token_weights/*.parquet"
 SOURCES = {"training", "update", "target"}
-EVALUATED = ["--evaluation.path", str(CORPUS / "heldout.jsonl")]
 EVERY_WEIGHT = ["--logging.weights_interval_steps", "1"]
 BROKEN = ["--training.learning_rate", "1e4", "--training.weight_decay", "1e4"]
 BLADE = ["--policy.sync_first_step", "1", "--policy.sync_interval_steps", "2"]
@@ -57,7 +56,7 @@ def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
     folder = tmp_path_factory.mktemp("runs")
     options = {
         # A model that learns, on batches of its own; its first update measures noise.
-        "fresh": ["--policy.name", "dwm", *_steps(9), *EVALUATED],
+        "fresh": ["--policy.name", "dwm", *_steps(9), *corpus.held_out()],
         "deferred": ["--policy.name", "dwm", *_DEFERRED, *_steps(7)],
         "domain_mean": ["--policy.name", "domain_mean", *_steps(6)],
         "blade": ["--policy.name", "blade", *_steps(3), *BLADE],

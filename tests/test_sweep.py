@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_runs.fixtures import CORPUS, Corpus
+from tests.small_runs.fixtures import Corpus
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPT = str(REPOSITORY / "examples" / "sweep.sh")
@@ -33,9 +33,8 @@ def _sweep(*words: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[s
 def _arguments(corpus: Corpus, out: Path) -> list[str]:
     """A sweep of four runs of six steps."""
     [_, file] = corpus.arguments()
-    held_out = ["--evaluation.path", str(CORPUS / "heldout.jsonl")]
     steps = ["--policy.name", "dwm", "--training.steps", "6", "--weighting.warmup_steps", "2"]
-    return [file, str(out), *steps, *held_out, "--seeds", "1,2", f"--{KEY}", "1e-3,3e-1"]
+    return [file, str(out), *steps, *corpus.held_out(), "--seeds", "1,2", f"--{KEY}", "1e-3,3e-1"]
 
 
 def _lines(run: Path) -> list[dict]:

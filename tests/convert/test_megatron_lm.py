@@ -24,7 +24,7 @@ from tests.convert.megatron_workers import SIZES, VOCAB, text
 from tests.forking.client import run_python
 from tests.launch import run_ranks
 from tests.small_runs.command import succeed, without_time
-from tests.small_runs.fixtures import CORPUS, Corpus, preprocessed
+from tests.small_runs.fixtures import Corpus, preprocessed
 
 WORKER = "tests.convert.megatron_workers:save"
 CASES: list[dict[str, Any]] = [
@@ -151,10 +151,9 @@ def test_a_run_starts_from_it_and_hugging_face_gets_it(
     theirs, ours = saved[1][0], tmp_path / "ours"
     import_from_megatron(theirs, ours)
     small = _small_vocabulary(corpus, tmp_path)
-    held_out = str(CORPUS / "heldout.jsonl")
     begin = ["--training.steps", "2", "--evaluation.at_start", "true"]
     for name, source in (("a", theirs), ("b", ours)):
-        start = ["--model.init_from", str(source), "--evaluation.path", held_out]
+        start = ["--model.init_from", str(source), *small.held_out()]
         succeed(tmp_path / name, *small.arguments(), *begin, *start)
     assert without_time(tmp_path / "a") == without_time(tmp_path / "b")
     command = ["tools/convert_checkpoint.py", "to-hf", str(theirs), "--output"]

@@ -15,15 +15,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_dwm.run.terminal import Terminal
 from megatron_dwm.weighting.schedule import Schedule, staged
 from tests.small_runs.command import RESUME, metrics
-from tests.small_runs.fixtures import CORPUS, Corpus
+from tests.small_runs.fixtures import Corpus
 from tests.small_runs.forked import Server
 
 STAGED = [
     *("--policy.name", "dwm", "--weighting.mode", "staged", "--weighting.encoder", "own"),
     *("--weighting.stages", "2", "--weighting.updates_per_stage", "3"),
     *("--training.log_interval_steps", "2", "--logging.weights_interval_steps", "1"),
-    *("--evaluation.path", str(CORPUS / "heldout.jsonl"), "--evaluation.interval_steps", "4"),
-    *("--evaluation.sets", f"more={CORPUS / 'heldout.jsonl'}"),
 ]
 STAMP = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] "
 STEP = (
@@ -33,11 +31,18 @@ STEP = (
 )
 
 
+def _arguments(corpus: Corpus) -> list[str]:
+    """A staged run with two held-out sets, of the same text."""
+    [option, file] = corpus.held_out()
+    sets = [option, file, "--evaluation.sets", f"more={file}", "--evaluation.interval_steps", "4"]
+    return [*corpus.arguments(), *STAGED, *sets]
+
+
 def test_lines_of_a_staged_run_and_of_its_resumption(
     server: Server, corpus: Corpus, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    arguments = [*corpus.arguments(), *STAGED]
+    arguments = _arguments(corpus)
     job = server.succeed(run_dir, [*arguments, "--training.steps", "6"])
     assert re.findall(STEP, job.text) == [("2", "1"), ("4", "2"), ("6", "2")]
     updates = re.findall(STAMP + r"update (\d)/3 stage 2 validation loss (\d\.\d+)", job.text)
@@ -65,7 +70,7 @@ def test_lines_of_a_staged_run_and_of_its_resumption(
 def test_curves_of_domains_and_of_updates(server: Server, corpus: Corpus, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     board_on = ["--logging.tensorboard", "true"]
-    server.succeed(run_dir, [*corpus.arguments(), *STAGED, *board_on, "--training.steps", "6"])
+    server.succeed(run_dir, [*_arguments(corpus), *board_on, "--training.steps", "6"])
     board = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
     board.Reload()
     updates = board.Scalars("weighting/val_loss")

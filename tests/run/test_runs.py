@@ -33,8 +33,7 @@ LAYOUT_TOLERANCE = 1e-5
 def alone(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of one process with learned weights and held-out evaluation."""
     run_dir = tmp_path_factory.mktemp("alone") / "run"
-    held_out = ("--evaluation.path", str(CORPUS / "heldout.jsonl"))
-    held_out += ("--evaluation.interval_steps", "20")
+    held_out = (*corpus.held_out(), "--evaluation.interval_steps", "20")
     succeed(run_dir, *corpus.arguments(), *DWM, *held_out, fresh=True)
     return run_dir
 
@@ -241,8 +240,7 @@ def test_a_run_is_never_written_over(corpus: Corpus, alone: Path, tmp_path: Path
 
 def test_a_finished_run_is_left_alone(corpus: Corpus, alone: Path) -> None:
     before = {name: (alone / name).read_bytes() for name in ("config.yaml", "metrics.jsonl")}
-    held_out = ("--evaluation.path", str(CORPUS / "heldout.jsonl"))
-    again = [*corpus.arguments(), *DWM, *held_out, "--run.resume", "true"]
+    again = [*corpus.arguments(), *DWM, *corpus.held_out(), "--run.resume", "true"]
     done = pretrain(alone, *again, "--training.steps", "7")
     assert done.returncode == 0 and "at step 20: nothing to do" in done.stdout
     assert before == {name: (alone / name).read_bytes() for name in before}

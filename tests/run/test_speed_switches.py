@@ -8,7 +8,7 @@ import pytest
 
 from megatron_dwm.checkpoint.manifest import list_checkpoints, read_manifest
 from tests.small_runs.command import RESUME, metrics, pretrain
-from tests.small_runs.fixtures import CORPUS, Corpus
+from tests.small_runs.fixtures import Corpus
 from tests.small_runs.forked import Server
 from tests.small_runs.progress import assert_same
 
@@ -36,9 +36,15 @@ METHODS = {
 
 
 def _arguments(corpus: Corpus, method: str) -> list[str]:
-    held_out = ["--evaluation.path", str(CORPUS / "heldout.jsonl")]
     often = ["--evaluation.interval_steps", "4", "--training.checkpoint_interval_steps", "3"]
-    return [*corpus.arguments(), *METHODS[method], "--training.steps", "9", *held_out, *often]
+    return [
+        *corpus.arguments(),
+        *METHODS[method],
+        "--training.steps",
+        "9",
+        *corpus.held_out(),
+        *often,
+    ]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -153,7 +153,7 @@ def test_shared_passages_and_what_measures_no_noise_are_named(
     job = server.succeed(tmp_path / "run", [*arguments, "--training.steps", "6"])
     assert job.text.count("3 of the 12 passages of") == 1 and "is not held out" in job.text
     unroll = ["--bilevel.estimator", "unroll", "--training.steps", "6"]
-    apart = ["--evaluation.path", str(CORPUS / "heldout.jsonl"), "--evaluation.interval_steps", "9"]
+    apart = [*corpus.held_out(), "--evaluation.interval_steps", "9"]
     job = server.succeed(tmp_path / "unroll", [*arguments, *apart, *unroll])
     assert "are also in" not in job.text
     assert job.text.count("not measured: bilevel.estimator unroll gives no alignments") == 1

@@ -12,7 +12,7 @@ import pytest
 from wandb.proto import wandb_internal_pb2
 
 from tests.small_runs.command import RESUME, metrics, pretrain, succeed
-from tests.small_runs.fixtures import CORPUS, Corpus
+from tests.small_runs.fixtures import Corpus
 
 PROJECT = ["--logging.wandb_project", "tests"]
 DWM = ["--policy.name", "dwm", "--logging.weights_interval_steps", "5"]
@@ -88,12 +88,7 @@ def test_a_failure_of_wandb_ends_the_curves_and_not_the_run(corpus: Corpus, tmp_
 
 
 def test_evaluation_before_the_first_step(corpus: Corpus, tmp_path: Path) -> None:
-    held_out = [
-        "--evaluation.path",
-        str(CORPUS / "heldout.jsonl"),
-        "--evaluation.interval_steps",
-        "2",
-    ]
+    held_out = [*corpus.held_out(), "--evaluation.interval_steps", "2"]
     arguments = [*corpus.arguments(), *held_out, "--training.steps", "2"]
     succeed(tmp_path / "run", *arguments, "--evaluation.at_start", "true")
     assert [line["step"] for line in metrics(tmp_path / "run", "evaluation")] == [0, 2]

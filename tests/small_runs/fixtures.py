@@ -49,6 +49,13 @@ class Corpus:
         file.write_text(yaml.safe_dump(sections))
         return ["--config", str(file)]
 
+    def held_out(self) -> list[str]:
+        """Options of evaluation on every 16th passage of the held-out text, of all its domains."""
+        file = Path(f"{self.prefix}.held_out.jsonl")
+        lines = (CORPUS / "heldout.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        file.write_text("".join(lines[::16]), encoding="utf-8")
+        return ["--evaluation.path", str(file)]
+
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
