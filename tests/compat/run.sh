@@ -51,4 +51,4 @@ export OMP_NUM_THREADS=1 MEGATRON_DWM_COMPAT="$_release"
     tests/checkpoint/test_resharding.py \
     tests/convert/test_{layouts,megatron_lm,from_hf,to_hf}.py \
     tests/training/test_{deferred,plain_loop}.py tests/run/test_{runs,resume}.py
-exec "$_folder/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+exec "$_folder/bin/python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
