@@ -180,7 +180,7 @@ class MethodConfiguration(Protocol):
 
     @classmethod
     def remarks(cls, config: Config, llm: LlamaShape, tokenizer: Tokenizer) -> Iterator[str]:
-        """Yields a line for each property of the method's files that cannot be checked.
+        """Yields a warning for each property of the settings and files that is no mistake.
 
         Raises UserError if a file is missing or does not fit.
         """

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from megatron_dwm.config import Config
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import MixedSource, Source, ValidationSet
+from megatron_dwm.model import LlamaShape
+from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.weighting.rules import target_problems
 from megatron_dwm.weighting.uniform import Uniform
 
@@ -32,6 +34,16 @@ class ValidationMixing(Uniform):
             yield (
                 f"policy.mix_fraction {config.policy.mix_fraction}: expected at least one sample "
                 f"of training.global_batch_size {size}, and not all"
+            )
+
+    @classmethod
+    def remarks(cls, config: Config, llm: LlamaShape, tokenizer: Tokenizer) -> Iterator[str]:
+        """Yields a line if training counts only the last words of the target's passages."""
+        if config.validation.loss_on == "last_word":
+            yield (
+                "validation.loss_on last_word: policy validation_mixing trains on the last word of "
+                "a passage alone, which then counts as much as all tokens of a sample of the "
+                "corpus; to train on whole passages, set validation.loss_on all"
             )
 
     @classmethod

@@ -135,6 +135,14 @@ def test_passages_take_their_part_of_every_batch(alone: dict[str, Path]) -> None
     assert metrics(alone["validation_mixing"], "weighting") == []
 
 
+def test_passages_of_which_one_word_is_trained_on_are_named(corpus: Corpus, tmp_path: Path) -> None:
+    words = [*corpus.arguments(), *MIXING, "--training.steps", "1", "--validation.loss_on"]
+    for loss_on, times in (("last_word", 1), ("all", 0)):
+        done = pretrain(tmp_path / loss_on, *words, loss_on)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("warning: validation.loss_on last_word: policy") == times
+
+
 def test_alignments_of_the_batch_weigh_its_own_step(alone: dict[str, Path]) -> None:
     run_dir = alone["gradient_alignment"]
     train = {line["step"]: line for line in metrics(run_dir, "train")}
