@@ -180,7 +180,7 @@ class MethodConfiguration(Protocol):
 
     @classmethod
     def remarks(cls, config: Config, llm: LlamaShape, tokenizer: Tokenizer) -> Iterator[str]:
-        """Yields a warning for each property of the settings and files that is no mistake.
+        """Yields warnings about settings or files that are allowed, but may surprise.
 
         Raises UserError if a file is missing or does not fit.
         """

@@ -37,14 +37,8 @@ METHODS = {
 
 def _arguments(corpus: Corpus, method: str) -> list[str]:
     often = ["--evaluation.interval_steps", "4", "--training.checkpoint_interval_steps", "3"]
-    return [
-        *corpus.arguments(),
-        *METHODS[method],
-        "--training.steps",
-        "9",
-        *corpus.held_out(),
-        *often,
-    ]
+    often += ["--training.steps", "9"]
+    return [*corpus.arguments(), *METHODS[method], *corpus.held_out(), *often]
 
 
 @pytest.mark.parametrize("method", METHODS)
