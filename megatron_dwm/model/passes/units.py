@@ -114,4 +114,8 @@ class Units:
         rows = values.reshape(-1, *values.shape[2:])
         # Row 0 collects the tokens of no unit.
         sums = rows.new_zeros(self.count + 1, *rows.shape[1:])
-        return sums.index_add_(0, numbers.reshape(-1) + 1, rows)[1:]
+        places = numbers.reshape(-1) + 1
+        if rows.is_cuda:
+            # There index_add_ adds in any order, and equal runs differ; this sorts the rows first.
+            return sums.index_put_((places,), rows, accumulate=True)[1:]
+        return sums.index_add_(0, places, rows)[1:]
