@@ -10,15 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
+from megatron.core import optimizer, utils
+from megatron.core.optimizer import clip_grads, distrib_optimizer
+from megatron.core.optimizer import optimizer as mixed_precision
 from megatron.core.tensor_parallel import random as megatron_random
+from torch.optim import SGD, AdamW
 from torch.overrides import TorchFunctionMode
 
 from megatron_dwm.runtime import releases
 
 _CPU = torch.device("cpu")
+_MULTI_TENSOR = {
+    "multi_tensor_applier": utils.local_multi_tensor_applier,
+    "multi_tensor_scale_impl": utils.local_multi_tensor_scale,
+}
 
 
 class CudaMeansCpu(TorchFunctionMode):
@@ -65,6 +74,7 @@ def cuda_redirected_to_cpu() -> Iterator[None]:
     """
     assert not torch.cuda.is_available()
     _replace_functions()
+    _replace_optimizers()
     # jit.py compiles fused element-wise functions; a laptop may have no compiler.
     torch.compiler.set_stance("force_eager")
     with CudaMeansCpu():
@@ -85,3 +95,27 @@ def _replace_functions() -> None:
     cuda.manual_seed = torch.default_generator.manual_seed
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _replace_optimizers() -> None:
+    """Give Megatron-Core torch's optimizers, and its own norm and scaling of gradients.
+
+    It takes the CUDA kernels of Transformer Engine or apex wherever they can be imported, as in an
+    NGC container on a machine without a GPU: optimizer/__init__.py, optimizer.py, clip_grads.py and
+    distrib_optimizer.py. Where neither is installed, it has these already.
+    """
+    plain: dict[ModuleType, dict[str, Any]] = {
+        optimizer: {"Adam": AdamW, "SGD": SGD, "USING_PYTORCH_OPTIMIZER": True},
+        distrib_optimizer: {
+            "HAVE_APEX_OR_TE": False,
+            "USING_TE_OPTIMIZER": False,
+            "USING_APEX_OPTIMIZER": False,
+        },
+        mixed_precision: _MULTI_TENSOR,
+        clip_grads: {**_MULTI_TENSOR, "l2_norm_impl": utils.local_multi_tensor_l2_norm},
+    }
+    for module, names in plain.items():
+        for name, value in names.items():
+            assert hasattr(module, name), f"{module.__name__} has no {name}"
+            setattr(module, name, value)
+    releases.forget_scaling_by_a_tensor(clip_grads)

@@ -39,13 +39,19 @@ def fused_pieces() -> list[tuple[str, str]]:
     from megatron.core import optimizer
     from megatron.core.optimizer import clip_grads
 
+    if not torch.cuda.is_available():
+        # runtime/cpu.py replaces what a machine without a GPU cannot run.
+        owners = "Transformer Engine or NVIDIA apex"
+        needs = {"Adam": owners, "gradient norm": owners}
+        needs |= {"gradient fusion": GRADIENT_ACCUMULATION, "SwiGLU": "Transformer Engine"}
+        return [(piece, f"plain: needs a GPU and {name}") for piece, name in needs.items()]
     fused = gradient_accumulation_is_fused()
     return [
         ("Adam", _origin(optimizer.Adam.__module__)),
         ("gradient norm", _origin(clip_grads.l2_norm_impl.__module__)),
         (
             "gradient fusion",
-            "active, NVIDIA apex" if fused else f"plain: needs a GPU and {GRADIENT_ACCUMULATION}",
+            "active, NVIDIA apex" if fused else f"plain: needs {GRADIENT_ACCUMULATION}",
         ),
         ("SwiGLU", _swiglu()),
     ]
@@ -53,9 +59,9 @@ def fused_pieces() -> list[tuple[str, str]]:
 
 def _swiglu() -> str:
     """Returns the state of Megatron-Core's own kernel; model/llm.py says which layers use it."""
-    if torch.cuda.is_available() and _installed("transformer_engine"):
+    if _installed("transformer_engine"):
         return "fused in Transformer Engine's layers, torch.compile"
-    return "plain: needs a GPU and Transformer Engine"
+    return "plain: needs Transformer Engine"
 
 
 def _origin(module: str) -> str:

@@ -83,6 +83,17 @@ def redirect_streams(cuda: Any) -> None:
     cuda.current_stream = lambda *_: torch.cpu.current_stream()
 
 
+def forget_scaling_by_a_tensor(clip_grads: Any) -> None:
+    """Let Megatron-Core clip by a number, without Transformer Engine's kernel for a tensor.
+
+    0.16 does not know the kernel.
+
+    clip_grads: the module megatron.core.optimizer.clip_grads.
+    """
+    if hasattr(clip_grads, "multi_tensor_scale_tensor_impl"):
+        clip_grads.multi_tensor_scale_tensor_impl = None
+
+
 def expect_param_gather(chunk: DistributedDataParallel) -> None:
     """Let the next forward pass of a wrapped model gather its parameters.
 
