@@ -23,7 +23,7 @@ from megatron_dwm.bilevel.problem import Hypergradient, Problem, Target, sum_ove
 from megatron_dwm.bilevel.sketch import SketchPlan
 from megatron_dwm.bilevel.tangent_probe import Probed, probe, tangent_probe
 from megatron_dwm.bilevel.unroll import unroll
-from megatron_dwm.bilevel.virtual_step import VirtualStep, prepare_virtual_step
+from megatron_dwm.bilevel.virtual_step import VirtualStep, kept_scales, prepare_virtual_step
 from megatron_dwm.model import LLM, MicroBatch, clear_gradients, forward_backward
 from megatron_dwm.model.passes.micro_batches import largest_micro_batch
 from megatron_dwm.model.passes.objective import (
@@ -43,14 +43,15 @@ def first_order(
 ) -> Hypergradient:
     """Returns the hypergradient from first-order passes, with a pass of its own for g(w).
 
-    Afterwards the LLM and its optimizer are bit for bit as before, and the gradient buffers are
-    zero. halves: see `from_gradient`.
+    Afterwards the LLM and its optimizer are bit for bit as before, with the scales of the delayed
+    FP8 recipe, and the gradient buffers are zero. halves: see `from_gradient`.
     """
     train = weighted(problem.train_batch, problem.weights_n, problem.micro_batch_size)
     clear_gradients(problem.llm, problem.optimizer)
     denominator = weighted_denominator(problem.train_batch)
-    forward_backward(problem.llm, train, denominator=denominator)
-    found = from_gradient(problem, halves=halves, inner_products=inner_products)
+    with kept_scales(problem.llm):
+        forward_backward(problem.llm, train, denominator=denominator)
+        found = from_gradient(problem, halves=halves, inner_products=inner_products)
     clear_gradients(problem.llm, problem.optimizer)
     return found
 

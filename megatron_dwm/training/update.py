@@ -23,6 +23,7 @@ from megatron_dwm.bilevel import (
     hypergradient,
 )
 from megatron_dwm.bilevel.problem import InnerOptimizer
+from megatron_dwm.bilevel.virtual_step import kept_scales
 from megatron_dwm.data import Batch
 from megatron_dwm.model import ForwardOutputs, PassResult, clear_gradients, forward_backward
 from megatron_dwm.model.passes.objective import weighted, weighted_denominator
@@ -119,9 +120,10 @@ def weighting_update(
     """
     if method.own_updates:
         return _own_update(learner, method, train, upper.passages, counters)
-    with phase("weighted gradient"):
-        result = weighted_pass(learner, method, train, counters, for_update=True)
-    update = update_from_gradient(learner, method, train, result, upper)
+    with kept_scales(learner.llm):
+        with phase("weighted gradient"):
+            result = weighted_pass(learner, method, train, counters, for_update=True)
+        update = update_from_gradient(learner, method, train, result, upper)
     clear_gradients(learner.llm, learner.optimizer)
     return update
 
@@ -206,11 +208,12 @@ def align_first(learner: Learner, batch: Batch, upper: UpperLevel) -> UpdateResu
     llm, size = learner.llm, learner.micro_batch_size
     ones_n = torch.ones(batch.units.count, device=llm.runtime.device)
     clear_gradients(llm, learner.optimizer)
-    with phase("weighted gradient"):
-        result = forward_backward(
-            llm, weighted(batch, ones_n, size), denominator=weighted_denominator(batch)
-        )
-    return _hypergradient(learner, batch, replace(result, weights_n=ones_n), upper)
+    with kept_scales(llm):
+        with phase("weighted gradient"):
+            result = forward_backward(
+                llm, weighted(batch, ones_n, size), denominator=weighted_denominator(batch)
+            )
+        return _hypergradient(learner, batch, replace(result, weights_n=ones_n), upper)
 
 
 def weighs_step(found: UpdateResult, weights_n: Tensor) -> UpdateResult:
