@@ -50,7 +50,7 @@ export PATH="$(dirname "$(command -v "$python")"):$PATH" PYTHONWARNINGS=ignore O
 mkdir -p "$workdir"
 workdir="$(cd "$workdir" && pwd)"
 cd "$repository"
-# GPUS, PROCESSES, SIZES, NO_FP8 (why there is none), NO_TESTS (why they cannot run)
+# GPUS, PROCESSES, SIZES, NO_FP8 (why there is none), NO_TESTS (why they cannot run), TESTS_AT_ONCE
 machine="$("$python" tools/first_run.py machine)"
 eval "$machine"
 
@@ -104,7 +104,7 @@ failed=0
     if [ -n "$NO_TESTS" ]; then
         skip gpu_tests "$NO_TESTS"
     else
-        part gpu_tests 600 "$python" -m pytest -m gpu tests/gpu -rs -p no:cacheprovider
+        part gpu_tests 1200 "$python" -m pytest -m gpu tests/gpu -rs -p no:cacheprovider $TESTS_AT_ONCE
     fi
     for precision in bf16 fp8; do
         if [ "$precision" = fp8 ] && [ -n "$NO_FP8" ]; then

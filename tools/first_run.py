@@ -1,6 +1,7 @@
 """What tools/first_gpu_run.sh asks of the machine, and the report that it leaves.
 
-`first_run.py machine` prints shell assignments: GPUS, PROCESSES, SIZES, NO_FP8, NO_TESTS.
+`first_run.py machine` prints shell assignments: GPUS, PROCESSES, SIZES, NO_FP8, NO_TESTS,
+TESTS_AT_ONCE.
 `first_run.py report FOLDER` writes FOLDER/report.md from the parts' outputs. Its sections are those
 of a torchtitan benchmark submission: who, what, hardware, configuration and results, versions and
 date, findings.
@@ -96,7 +97,14 @@ def _machine() -> dict[str, str]:
         "SIZES": os.environ.get("SIZES") or ("full" if gpus else "laptop"),
         "NO_FP8": choose_layers(ModelConfig(precision="fp8"), device).reason or "",
         "NO_TESTS": no_tests,
+        "TESTS_AT_ONCE": _tests_at_once(),
     }
+
+
+def _tests_at_once() -> str:
+    """Returns pytest's option: each test starts a process, whose imports take most of its time."""
+    workers = min(_MOST_PROCESSES, (os.cpu_count() or 1) // 2)
+    return f"-n {workers}" if workers > 1 and importlib.util.find_spec("xdist") else ""
 
 
 def report_text(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Tests for users with GPUs: bash tests/run.sh -m gpu. None of them has run yet.
+"""Tests for users with GPUs: bash tests/run.sh -m gpu. docs/gpu.md says which have run.
 
 Tolerances: bf16 keeps 8 bits, e4m3 four and e5m2 three; alignments are sums with cancellation. So
 values in low precision are held to fp32's by their correlation, not one by one.
@@ -6,6 +6,8 @@ values in low precision are held to fp32's by their correlation, not one by one.
 
 from __future__ import annotations
 
+import functools
+import json
 from typing import Any
 
 import pytest
@@ -25,7 +27,12 @@ def _runs(function: str, case: dict[str, Any], world_size: int = 1) -> list[Any]
         reason = missing(precision, case.get("fp8_recipe", "tensorwise"))
         if reason:
             pytest.skip(reason)
-    [ranks] = run_ranks(WORKERS + function, world_size, [case])
+    return _ranks(function, json.dumps(case), world_size)
+
+
+@functools.cache  # a process takes long to start, and several tests have the same reference
+def _ranks(function: str, case: str, world_size: int) -> list[Any]:
+    [ranks] = run_ranks(WORKERS + function, world_size, [json.loads(case)])
     return ranks
 
 

@@ -162,6 +162,7 @@ def stale_weights(precision: str, **options: Any) -> dict[str, float]:
         before = loss()
         step.enter()
         stepped = loss()
+        step.direction()
         step.restore()
         step.restore_gradient()
         return {"before": before, "stepped": stepped, "after": loss()}

@@ -1,8 +1,8 @@
 """Transformer Engine's layers through Megatron-Core; only this file imports the library.
 
-Nothing here has run on a GPU. tests/signatures checks names, arguments and attributes against the
-real packages. The functions that need Transformer Engine import it themselves, because the import
-fails without a GPU.
+One GPU has run it, with 2.11 (docs/gpu.md); what needs more GPUs says so. tests/signatures checks
+names, arguments and attributes against the real packages. The functions that need Transformer
+Engine import it themselves, because the import needs CUDA's libraries.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 # The signature tests pass with 2.9.0 to 2.20.2, under Megatron-Core 0.16.1 and 0.19.2, and 2.21 was
-# not out (docs/releases.md). None ran on a GPU. Megatron-Core 0.16.1 declares 2.9 to 2.11 for its
+# not out (docs/releases.md). 2.11.0 ran on a GPU. Megatron-Core 0.16.1 declares 2.9 to 2.11 for its
 # extra, but what it lacks in 2.20.2 it lacks in 2.11.0, too; later releases declare no bound.
 FIRST_VERSION, END_VERSION = (2, 9), (2, 21)
 
