@@ -36,6 +36,7 @@ def main() -> None:
     study = read_study(arguments.study)
     asked = [part.name for part in study.chosen([_FULL] if arguments.full else arguments.part)]
     _check_numbers(arguments)
+    _check_effects(arguments)
     place = _prepared(arguments, study)
     parts = [place.study.parts[name] for name in asked]
     output = arguments.output or place.folder / "study.md"
@@ -50,14 +51,12 @@ def main() -> None:
     if arguments.list:
         return
     failed = 0
-    if arguments.no_training and arguments.gpus:
-        raise UserError("--gpus: has no effect with --no-training; leave it out")
     if arguments.no_training and not results.commits:
         raise UserError(f"--no-training: {file} has no outcome of this study's runs")
     if not arguments.no_training:
         _check_gpus(arguments.gpus, full=arguments.full)
-        jobs = arguments.gpus or arguments.jobs
-        failed = train_all(results, runs, jobs, on_gpus=arguments.gpus > 0)
+        jobs = arguments.jobs or arguments.gpus or os.cpu_count() or 1
+        failed = train_all(results, runs, jobs, gpus=arguments.gpus)
     print("\n".join(map(str, write_document(results, output))))
     if failed:
         raise RunError(f"{failed} runs failed: see above")
@@ -88,10 +87,22 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--scale {arguments.scale}: expected a number above 0, at most {_MOST_SCALE}"
         )
-    if arguments.jobs < 1:
-        raise UserError(f"--jobs {arguments.jobs}: expected 1 or more")
-    if arguments.gpus < 0:
-        raise UserError(f"--gpus {arguments.gpus}: expected 1 or more")
+    for name in ("jobs", "gpus"):
+        number = getattr(arguments, name)
+        if number is not None and number < 1:
+            raise UserError(f"--{name} {number}: expected 1 or more")
+    if (arguments.jobs or arguments.gpus or 1) < (arguments.gpus or 1):
+        raise UserError(f"--jobs {arguments.jobs}: --gpus {arguments.gpus} has more than that")
+
+
+def _check_effects(arguments: argparse.Namespace) -> None:
+    """Raise UserError if an option would have no effect."""
+    idle = {"list": ["jobs", "gpus"], "no_training": ["part", "jobs", "gpus"]}
+    for end, options in idle.items():
+        for name in options:
+            if getattr(arguments, end) and getattr(arguments, name):
+                with_it = end.replace("_", "-")
+                raise UserError(f"--{name}: has no effect with --{with_it}; leave it out")
 
 
 def _check_files(results: Path, output: Path) -> None:
@@ -108,18 +119,18 @@ def _check_files(results: Path, output: Path) -> None:
             raise UserError(f"--output: {file} was not written by a study; name another folder")
 
 
-def _check_gpus(asked: int, *, full: bool) -> None:
+def _check_gpus(asked: int | None, *, full: bool) -> None:
     """Raise UserError if runs would share a GPU by chance, or need one that is not there."""
     import torch
 
     there = torch.cuda.device_count()
     if there and not asked:
         raise UserError(
-            f"this machine has {there} GPUs: give --gpus N, runs at a time, one on each"
+            f"this machine has {there} GPUs: give --gpus N, and --jobs M for M runs on them"
         )
     if full and not there:
         raise UserError("--full: this machine has no GPU; with --list it prints the cost alone")
-    if asked > there:
+    if asked is not None and asked > there:
         raise UserError(f"--gpus {asked}: this machine has {there}")
 
 
@@ -161,8 +172,8 @@ def _parser() -> OneLineParser:
         metavar="FILE.jsonl",
         help="outcomes that are known; others are added (default: WORKDIR/results.jsonl)",
     )
-    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")
-    add("--gpus", type=int, default=0, metavar="N", help="runs at a time, each on a GPU of its own")
+    add("--jobs", type=int, metavar="N", help="runs at a time (default: one a GPU, or a core)")
+    add("--gpus", type=int, metavar="N", help="GPUs to train on; more jobs than GPUs share them")
     add("--gpu", default=_GPU, metavar="NAME", help="GPU of the printed cost (%(default)s)")
     add(
         "--output",

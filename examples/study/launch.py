@@ -33,17 +33,17 @@ def _is_there(place: Workplace, run: Run) -> bool:
     return finished and last_checkpoint(directory) is not None
 
 
-def train_all(results: Results, runs: Iterable[Run], jobs: int, *, on_gpus: bool = False) -> int:
+def train_all(results: Results, runs: Iterable[Run], jobs: int, *, gpus: int | None = None) -> int:
     """Train every run whose outcome is not known, at most `jobs` at a time, and add its outcome.
 
-    on_gpus: each of the runs that are trained at a time has a GPU of its own, by number. SIGTERM
-    stops the runs, each with a checkpoint, and then the study. Returns how many runs failed; runs
-    that need one of them are not tried.
+    gpus: number of GPUs, over which the runs at a time are spread; None: all run on the CPU.
+    SIGTERM stops the runs, each with a checkpoint, and then the study. Returns how many runs
+    failed; runs that need one of them are not tried.
     """
     waiting = to_train(results, runs)
     total, failed = len(waiting), set[str]()
     running: dict[Future[bool], Run] = {}
-    trainer = Trainer(results.place, jobs, on_gpus=on_gpus)
+    trainer = Trainer(results.place, jobs, gpus)
     with trainer.stopped_by_sigterm(), ThreadPoolExecutor(jobs) as pool:
         while waiting or running:
             for run in _startable(waiting, running.values(), failed, jobs):

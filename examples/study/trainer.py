@@ -42,13 +42,13 @@ def _evaluated(metrics: Path) -> int | None:
 class Trainer:
     """Trains runs, each in a thread of its own."""
 
-    def __init__(self, place: Workplace, jobs: int, *, on_gpus: bool) -> None:
-        """Set what is trained, how many at a time, and whether each has a GPU of its own."""
+    def __init__(self, place: Workplace, jobs: int, gpus: int | None) -> None:
+        """Set what is trained, how many at a time, and on how many GPUs."""
         self._place = place
         self._making_data = Lock()
         self._gpus = SimpleQueue[int | None]()
         for number in range(jobs):
-            self._gpus.put(number if on_gpus else None)
+            self._gpus.put(number % gpus if gpus else None)
         self._running: list[subprocess.Popen[bytes]] = []
         self.stopped = False
 

@@ -148,7 +148,7 @@ def _study(small: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "examples.study", str(small.parent / "work")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen(
-        [*command, "--study", str(small), "--jobs", "2", *arguments],
+        [*command, "--study", str(small), *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -159,14 +159,14 @@ def _study(small: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def test_a_small_study_is_killed_and_goes_on(small: Path) -> None:
     work = small.parent / "work"
-    first = _study(small)
+    first = _study(small, "--jobs", "2")
     runs = work / "runs"
     limit = time.monotonic() + 200
     while not list(runs.glob("*/metrics.jsonl")) and time.monotonic() < limit:
         time.sleep(0.2)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
-    second = _study(small)
+    second = _study(small, "--jobs", "2")
     out, err = second.communicate(timeout=400)
     assert second.returncode == 0, err
     document = (work / "study.md").read_text()
@@ -184,7 +184,7 @@ def test_a_small_study_is_killed_and_goes_on(small: Path) -> None:
     page_alone = _study(small, "--no-training")
     page_alone.communicate(timeout=100)
     assert page_alone.returncode == 0 and (work / "study.md").read_text() == document
-    third = _study(small)
+    third = _study(small, "--jobs", "2")
     out, err = third.communicate(timeout=100)
     assert third.returncode == 0 and "(1 of" not in out, "nothing is trained twice"
     assert (work / "study.md").read_text() == document, "the outcomes outlive the runs"
@@ -206,6 +206,10 @@ def test_a_small_study_is_killed_and_goes_on(small: Path) -> None:
         (["--gpus", "99"], "--gpus 99: this machine has "),
         (["--full"], "part full"),
         (["--no-training", "--gpus", "1"], "--gpus: has no effect with --no-training"),
+        (["--no-training", "--jobs", "1"], "--jobs: has no effect with --no-training"),
+        (["--no-training", "--part", "small"], "--part: has no effect with --no-training"),
+        (["--list", "--jobs", "1"], "--jobs: has no effect with --list"),
+        (["--gpus", "4", "--jobs", "3"], "--jobs 3: --gpus 4 has more than that"),
         (["--no-training"], "results.jsonl has no outcome of this study's runs"),
         (["--study", "examples/tiny.yaml"], "expected sizes, methods and parts"),
     ],
