@@ -60,7 +60,7 @@ class VirtualStep:
     parameters: list[Tensor | None]
     grad_norm: float
     clip_factor: float
-    scaling_state: dict[Module, ScalingState]
+    scaling_state: dict[Module, ScalingState | None]
 
     @torch.no_grad()
     def enter(self) -> None:
@@ -169,7 +169,7 @@ def kept_scales(llm: WrappedModel) -> Iterator[None]:
     write_scaling_state(found)
 
 
-def _scaling_state(llm: WrappedModel) -> dict[Module, ScalingState]:
+def _scaling_state(llm: WrappedModel) -> dict[Module, ScalingState | None]:
     config = llm.transformer
     delayed = config.fp8 is not None and config.fp8_recipe == "delayed"
     return read_scaling_state(llm.modules) if delayed else {}

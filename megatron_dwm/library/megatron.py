@@ -126,19 +126,19 @@ class MegatronProbe:
         model, optimizer = self._model, self._optimizer
         found = SampleAlignments(scale=self._data_parallel_scale())
         clear_gradients(model, optimizer)
-        with _noting_tokens(self._config, found):
-            train()
-        step = prepare_virtual_step(model, optimizer, self._inner)
-        step.enter()
-        clear_gradients(model, optimizer)
-        validate()
-        step.direction()
-        step.restore()
-        current = self._current(num_micro_batches)
-        # z is in the gradient buffers, which must not be reduced.
-        with frozen(model), self._probing(current), _finalizing(self._config, None):
-            train()
-        step.restore_gradient()
+        with kept_scales(model):
+            with _noting_tokens(self._config, found):
+                train()
+            step = prepare_virtual_step(model, optimizer, self._inner)
+            step.enter()
+            clear_gradients(model, optimizer)
+            validate()
+            step.direction()
+            step.restore()
+            current = self._current(num_micro_batches)
+            # z is in the gradient buffers, which must not be reduced.
+            with frozen(model), self._probing(current), _finalizing(self._config, None):
+                train()
         clear_gradients(model, optimizer)
         found.end(summed(model, current))
         return found

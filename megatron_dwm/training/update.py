@@ -118,9 +118,9 @@ def weighting_update(
 
     Returns None, without an update, if alignments or validation loss are not finite.
     """
-    if method.own_updates:
-        return _own_update(learner, method, train, upper.passages, counters)
     with kept_scales(learner.llm):
+        if method.own_updates:
+            return _own_update(learner, method, train, upper.passages, counters)
         with phase("weighted gradient"):
             result = weighted_pass(learner, method, train, counters, for_update=True)
         update = update_from_gradient(learner, method, train, result, upper)

@@ -24,21 +24,26 @@ def scales(ours: Any, recipe: Any) -> dict[str, Any]:
     states = importlib.import_module("transformer_engine.pytorch.quantization")
     layer = _layer(base.TransformerEngineBaseModule, recipe.DelayedScaling(), states)
     unused = _layer(base.TransformerEngineBaseModule, recipe.DelayedScaling(), states)
-    unused.fp8_meta = {}
-    parts = [layer.fp8_meta[key] for key in ("scaling_fwd", "scaling_bwd")]
-    tensors = [tensor for part in parts for tensor in (part.scale, part.amax_history)]
+    later, unused.fp8_meta = unused.fp8_meta, {}
+    tensors, first = _tensors(layer.fp8_meta), _tensors(later)
+    initial = [tensor.clone() for tensor in first]
     for number, tensor in enumerate(tensors):
         tensor.copy_(torch.arange(tensor.numel()).view_as(tensor) + number)
     before = [tensor.clone() for tensor in tensors]
     kept = ours.read_scaling_state([torch.nn.ModuleList([layer, unused])])
-    for tensor in tensors:
-        tensor.zero_()
+    unused.fp8_meta = later
+    for tensor in (*tensors, *first):
+        tensor.fill_(7.0)
     ours.write_scaling_state(kept)
     return {
-        "layers": len(kept),
-        "restored": all(map(torch.equal, tensors, before)),
+        "restored": all(map(torch.equal, (*tensors, *first), (*before, *initial))),
         "refusal": _refusal(ours, layer, {"recipe": recipe.DelayedScaling(), "scale_fwd": before}),
     }
+
+
+def _tensors(fp8_meta: dict[str, Any]) -> list[torch.Tensor]:
+    parts = [fp8_meta[key] for key in ("scaling_fwd", "scaling_bwd")]
+    return [tensor for part in parts for tensor in (part.scale, part.amax_history)]
 
 
 def _layer(base: Any, recipe: Any, states: Any) -> Any:

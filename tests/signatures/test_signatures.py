@@ -109,8 +109,8 @@ def test_frozen_weights_form_no_gradient(inventory: dict[str, Any]) -> None:
 
 
 def test_delayed_scales_are_restored_bit_for_bit(inventory: dict[str, Any]) -> None:
-    """By each release's own functions and state, on the CPU; a layer without scales is left out."""
-    assert (inventory["scales"]["layers"], inventory["scales"]["restored"]) == (1, True)
+    """By each release's own functions and state, on the CPU, also where a layer had none before."""
+    assert inventory["scales"]["restored"]
     for name in (*LINEARS, FUSED):
         found = inventory["classes"][name]
         assert {"get_fp8_meta_tensors", "reset_fp8_meta_tensors"} <= set(found["members"])

@@ -192,22 +192,23 @@ def unfused_name(name: str) -> str:
     return name
 
 
-def read_scaling_state(modules: Iterable[Module]) -> dict[Module, ScalingState]:
+def read_scaling_state(modules: Iterable[Module]) -> dict[Module, ScalingState | None]:
     """Returns copies of each layer's scales and maxima, which the delayed recipe keeps.
 
     Every FP8 pass changes them, so a pass that must leave no trace has to restore them. For the
     delayed recipe only: the states of the others have no maxima. A layer that has not multiplied in
-    FP8 yet is left out.
+    FP8 yet has None.
     """
     layers: list[Any] = [
         module for model in modules for module in model.modules() if hasattr(module, "fp8_meta")
     ]
-    states = {layer: layer.get_fp8_meta_tensors() for layer in layers}
-    return {layer: state for layer, state in states.items() if state is not None}
+    return {layer: layer.get_fp8_meta_tensors() for layer in layers}
 
 
-def write_scaling_state(states: dict[Module, ScalingState]) -> None:
+def write_scaling_state(states: dict[Module, ScalingState | None]) -> None:
     """Write back, in place, the scales and maxima that `read_scaling_state` returned.
+
+    A layer that had none gets Transformer Engine's first ones: scales of 1 and maxima of 0.
 
     Not with set_extra_state, whose pickle Transformer Engine refuses (see `UNPICKLES`).
     """
