@@ -36,7 +36,10 @@ def main() -> None:
     study = read_study(arguments.study)
     asked = [part.name for part in study.chosen([_FULL] if arguments.full else arguments.part)]
     _check_numbers(arguments)
-    _check_effects(arguments)
+    with_cost = arguments.list or (_FULL in asked and not arguments.no_training)
+    _check_effects(arguments, with_cost=with_cost)
+    if not (arguments.list or arguments.no_training):
+        _check_gpus(arguments.gpus, full=_FULL in asked)
     place = _prepared(arguments, study)
     parts = [place.study.parts[name] for name in asked]
     output = arguments.output or place.folder / "study.md"
@@ -46,15 +49,14 @@ def main() -> None:
     runs = [run for part in parts for run in place.study.runs(part)]
     if arguments.list:
         _print_runs(results, parts)
-    if arguments.full or arguments.list:
-        _print_cost(results, to_train(results, runs), arguments.gpu)
+    if with_cost:
+        _print_cost(results, to_train(results, runs), arguments.gpu or _GPU)
     if arguments.list:
         return
     failed = 0
     if arguments.no_training and not results.commits:
         raise UserError(f"--no-training: {file} has no outcome of this study's runs")
     if not arguments.no_training:
-        _check_gpus(arguments.gpus, full=arguments.full)
         jobs = arguments.jobs or arguments.gpus or os.cpu_count() or 1
         failed = train_all(results, runs, jobs, gpus=arguments.gpus)
     print("\n".join(map(str, write_document(results, output))))
@@ -92,17 +94,25 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         if number is not None and number < 1:
             raise UserError(f"--{name} {number}: expected 1 or more")
     if (arguments.jobs or arguments.gpus or 1) < (arguments.gpus or 1):
-        raise UserError(f"--jobs {arguments.jobs}: --gpus {arguments.gpus} has more than that")
+        least = f"expected {arguments.gpus} or more, one for each of --gpus {arguments.gpus}"
+        raise UserError(f"--jobs {arguments.jobs}: {least}")
 
 
-def _check_effects(arguments: argparse.Namespace) -> None:
+def _check_effects(arguments: argparse.Namespace, *, with_cost: bool) -> None:
     """Raise UserError if an option would have no effect."""
-    idle = {"list": ["jobs", "gpus"], "no_training": ["part", "jobs", "gpus"]}
+    idle = {
+        "list": ["jobs", "gpus", "output"],
+        "no_training": ["part", "full", "jobs", "gpus", "gpu"],
+    }
     for end, options in idle.items():
         for name in options:
             if getattr(arguments, end) and getattr(arguments, name):
                 with_it = end.replace("_", "-")
                 raise UserError(f"--{name}: has no effect with --{with_it}; leave it out")
+    if arguments.gpu and not with_cost:
+        raise UserError(
+            "--gpu: names the GPU of the cost that --list and --full print; --gpus N trains on GPUs"
+        )
 
 
 def _check_files(results: Path, output: Path) -> None:
@@ -174,7 +184,7 @@ def _parser() -> OneLineParser:
     )
     add("--jobs", type=int, metavar="N", help="runs at a time (default: one a GPU, or a core)")
     add("--gpus", type=int, metavar="N", help="GPUs to train on; more jobs than GPUs share them")
-    add("--gpu", default=_GPU, metavar="NAME", help="GPU of the printed cost (%(default)s)")
+    add("--gpu", metavar="NAME", help=f"GPU of the printed cost of --list and --full ({_GPU})")
     add(
         "--output",
         type=Path,
