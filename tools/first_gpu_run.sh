@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What this machine makes of megatron_dwm, in about 15 minutes:   bash tools/first_gpu_run.sh [WORKDIR]
+# What this machine makes of megatron_dwm, in 15 minutes to an hour:   bash tools/first_gpu_run.sh [WORKDIR]
 #
 # For one to eight GPUs on one machine, and without the network: the doctor; the GPU tests; time and
 # memory of steps and hypergradients against plain Megatron-Core, in bf16 and in FP8; a short DWM run in

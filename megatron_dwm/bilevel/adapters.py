@@ -4,8 +4,8 @@ A module with parameters W, input a and output gradient d contributes <d_t, f(a_
 token t, with Z the slices of z that belong to W (METHOD.md, section 2). The table has every class
 that our specs and Megatron-Core's own local spec can produce; the probe refuses a model with a
 class that is not in it, or with a parameter that the class's adapter does not read. Classes are
-named, not imported, because Transformer Engine cannot be imported without a GPU (tests/signatures
-resolves the names in the real packages).
+named, not imported, because Transformer Engine cannot be imported without CUDA's libraries
+(tests/signatures resolves the names in the real packages).
 
     x -> W x                  <d Z, x>                  one product of an input gradient's size
     y -> y + b                <d, z>                    the bias of a linear layer or of a norm

@@ -3,7 +3,7 @@
 The storages of the tensors are copied to the host and then freed, by resizing them to nothing, and
 allocated and filled again before a use. So all views stay valid: parameters that lie in one buffer,
 the optimizer's main parameters, Megatron's gradients. Gradient buffers are zero between uses, so
-only their size is kept. On a GPU the host's copies are page-locked (not run: no GPU was available).
+only their size is kept. On a GPU the host's copies are page-locked (not run).
 
 What Transformer Engine keeps of weights in FP8 stays on the device. Cost: every use copies what it
 needs over the bus, and what it changes back.

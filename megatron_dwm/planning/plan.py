@@ -20,7 +20,7 @@ from megatron_dwm.weighting import check_method, method_class
 from megatron_dwm.weighting.costs import Workload
 
 # Fraction of a GPU's memory for the CUDA context, buffers of NCCL and cuBLAS, and fragmentation. It
-# is a guess: no GPU was at hand to measure it.
+# is a guess that was not measured.
 RESERVE = 0.08
 # From about this length on, a sample's activations are worth splitting over processes.
 _LONG_TOKENS = 8192

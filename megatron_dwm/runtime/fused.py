@@ -72,4 +72,7 @@ def _origin(module: str) -> str:
         "apex": "fused, NVIDIA apex",
         "amp_C": "fused, NVIDIA apex",
     }
-    return owners.get(module.split(".")[0], "plain torch: neither Transformer Engine nor apex")
+    missing = (
+        "plain torch: Megatron-Core found no kernel of Transformer Engine or apex that it uses"
+    )
+    return owners.get(module.split(".")[0], missing)

@@ -1,6 +1,11 @@
-"""The functions of the GPU tests, on CPUs in emulated FP8: a mistake in them costs a GPU's time."""
+"""Functions of the GPU tests, on CPUs: a mistake in them costs a GPU's time.
+
+FP8 is emulated, which has no scales to leave behind.
+"""
 
 from __future__ import annotations
+
+import pytest
 
 from tests.launch import run_ranks
 
@@ -19,6 +24,9 @@ def test_an_update_leaves_nothing_behind() -> None:
     assert all(parts.values()), parts
 
 
-def test_attention_stops_at_borders() -> None:
-    [[(stops, finding)]] = run_ranks(WORKERS + "borders", 1, [{"precision": "bf16"}])
-    assert stops, finding
+@pytest.mark.parametrize("context", [1, 2])
+def test_attention_stops_at_borders(context: int) -> None:
+    case = {"precision": "bf16", "context": context}
+    [ranks] = run_ranks(WORKERS + "borders", context, [case])
+    for stops, finding in ranks:
+        assert stops, finding

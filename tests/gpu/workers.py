@@ -186,10 +186,11 @@ def backend() -> str:
         return dist.get_backend()
 
 
-def borders(precision: str) -> tuple[bool, str]:
+def borders(precision: str, context: int = 1) -> tuple[bool, str]:
     """The doctor's check of document borders."""
     config = Config(
         model=ModelConfig(precision=precision, **SHAPE),
+        parallel=ParallelConfig(context=context),
         data=DataConfig(sequence_length=LENGTH),
         training=TrainingConfig(global_batch_size=SAMPLES, micro_batch_size=MICRO_BATCH),
     )
