@@ -34,10 +34,11 @@ def main() -> None:
     """Read the options, train and write."""
     arguments = _parser().parse_args()
     study = read_study(arguments.study)
-    asked = [part.name for part in study.chosen([_FULL] if arguments.full else arguments.part)]
     _check_numbers(arguments)
-    with_cost = arguments.list or (_FULL in asked and not arguments.no_training)
+    names = [_FULL] if arguments.full else arguments.part
+    with_cost = arguments.list or (_FULL in names and not arguments.no_training)
     _check_effects(arguments, with_cost=with_cost)
+    asked = [part.name for part in study.chosen(names)]
     if not (arguments.list or arguments.no_training):
         _check_gpus(arguments.gpus, full=_FULL in asked)
     place = _prepared(arguments, study)
