@@ -3,7 +3,7 @@
 #
 # PYTHON names the interpreter (3.10 to 3.13) for a new .venv. tools/constraints.txt says which
 # releases are taken where pyproject.toml allows several. Installing is skipped while neither file nor the
-# extras have changed.
+# extras have changed. Of several commands that are started at once, one installs and the others wait.
 
 _repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 _venv="$_repository/.venv"
@@ -22,22 +22,36 @@ _find_python() {
     return 1
 }
 
-_install() {
-    # A stamp for every set of extras: the tests and the quickstart take turns.
-    local stamp_text stamp="$_venv/.installed-${1//,/-}"
-    stamp_text="$(cat "$_repository/pyproject.toml" "$_repository/tools/constraints.txt" | cksum)"
-    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$stamp_text" ]; then
-        return 0
+# A stamp for every set of extras: the tests and the quickstart take turns.
+_stamp_of() { echo "$_venv/.installed-${1//,/-}"; }
+
+_stamp_text() { cat "$_repository/pyproject.toml" "$_repository/tools/constraints.txt" | cksum; }
+
+_stamped() { # _stamped EXTRAS: these files were installed with them
+    [ "$(cat "$(_stamp_of "$1")" 2>/dev/null)" = "$(_stamp_text)" ]
+}
+
+_ready() { # _ready EXTRAS: dev has all extras but gpu
+    [ -x "$_venv/bin/python" ] && { _stamped "$1" || { [[ ",$1," != *,gpu,* ]] && _stamped dev; }; }
+}
+
+_make() { # _make EXTRAS
+    local python
+    if [ ! -x "$_venv/bin/python" ]; then
+        python="$(_find_python)" || return 2
+        "$python" -m venv "$_venv" || return 1
     fi
     echo "installing megatron-dwm[$1] into $_venv (a few minutes the first time)" >&2
     "$_venv/bin/python" -m pip install --quiet --constraint "$_repository/tools/constraints.txt" \
         --editable "${_repository}[$1]" || return 1
-    echo "$stamp_text" >"$stamp"
+    _stamp_text >"$(_stamp_of "$1")"
 }
 
-if [ ! -x "$_venv/bin/python" ]; then
-    _python="$(_find_python)" || exit 2
-    "$_python" -m venv "$_venv" || exit 1
-fi
-_install "$1" || exit 1
+_make_alone() {
+    # macOS has no flock, and some network file systems lock no folder: then nobody waits.
+    flock 9 2>/dev/null || true
+    _ready "$1" || _make "$1"
+} 9<"$_repository"
+
+_ready "$1" || _make_alone "$1" || return $?
 export PATH="$_venv/bin:$PATH"
