@@ -32,6 +32,8 @@ _FULL, _GPU, _MOST_SCALE = "full", "h100-80gb", 1000.0
 
 def main() -> None:
     """Read the options, train and write."""
+    # Megatron-Core prints this on import on every machine without these optional packages.
+    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     arguments = _parser().parse_args()
     study = read_study(arguments.study)
     _check_numbers(arguments)
@@ -114,6 +116,10 @@ def _check_effects(arguments: argparse.Namespace, *, with_cost: bool) -> None:
         raise UserError(
             "--gpu: names the GPU of the cost that --list and --full print; --gpus N trains on GPUs"
         )
+    if arguments.gpu:
+        from examples.study.cost import check_gpu
+
+        check_gpu(arguments.gpu)
 
 
 def _check_files(results: Path, output: Path) -> None:
@@ -146,8 +152,6 @@ def _check_gpus(asked: int | None, *, full: bool) -> None:
 
 
 def _print_cost(results: Results, runs: list[Run], gpu: str) -> None:
-    # Megatron-Core prints this on import on every machine without these optional packages.
-    warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     from examples.study.cost import MFU, cost_table
 
     print(f"To train, runs that others need included; hours at {MFU:.0%} of the GPU's peak:")

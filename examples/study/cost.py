@@ -22,14 +22,19 @@ MFU = 0.4
 """part of the peak FLOPs that a GPU is expected to reach"""
 
 
+def check_gpu(name: str) -> None:
+    """Raise UserError for a GPU that the planner does not know."""
+    if name not in GPUS:
+        raise UserError(f"--gpu {name}: expected one of {', '.join(GPUS)}")
+
+
 def cost_table(results: Results, runs: Sequence[Run], gpu: str) -> str:
     """Returns what runs cost by size and method: known seconds, passes, FLOPs, hours on a GPU.
 
-    Makes the data of one run of each. Raises UserError for a GPU that the planner does not know, or
-    a run that does not fit on it.
+    gpu: a name of `GPUS`.
+
+    Makes the data of one run of each. Raises UserError for a run that does not fit on the GPU.
     """
-    if gpu not in GPUS:
-        raise UserError(f"--gpu {gpu}: expected one of {', '.join(GPUS)}")
     alike: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         alike.setdefault((run.size.name, run.method.name), []).append(run)

@@ -60,7 +60,7 @@ def fused_pieces() -> list[tuple[str, str]]:
 def _swiglu() -> str:
     """Returns the state of Megatron-Core's own kernel; model/llm.py says which layers use it."""
     if _installed("transformer_engine"):
-        return "fused in Transformer Engine's layers, torch.compile"
+        return "fused (torch.compile) if the precision below has transformer_engine layers"
     return "plain: needs Transformer Engine"
 
 

@@ -214,16 +214,18 @@ def test_a_small_study_is_killed_and_goes_on(small: Path) -> None:
         (["--no-training", "--full"], "--full: has no effect with --no-training"),
         (["--no-training", "--gpu", "h100-80gb"], "--gpu: has no effect with --no-training"),
         (["--gpu", "2"], "--gpus N trains on GPUs"),
+        (["--list", "--gpu", "2"], "--gpu 2: expected one of"),
         (["--no-training"], "results.jsonl has no outcome of this study's runs"),
         (["--study", "examples/tiny.yaml"], "expected sizes, methods and parts"),
     ],
 )
 def test_mistakes_are_one_line(small: Path, arguments: list[str], words: str) -> None:
     job = _study(small, *arguments)
-    _, err = job.communicate(timeout=60)
+    out, err = job.communicate(timeout=60)
     assert job.returncode == 2
     [line] = err.splitlines()
     assert line.startswith("error: ") and words in line
+    assert not out, "a mistake is found before anything is printed"
 
 
 @pytest.mark.parametrize(
