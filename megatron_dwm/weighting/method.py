@@ -243,6 +243,9 @@ class Method(MethodConfiguration, Protocol):
 
     It gets this replica's samples of one optimizer step; or one micro-batch of them, if it needs
     the forward pass but not the whole batch.
+
+    Only `weights` is abstract. A type checker takes a method of a protocol without a statement of
+    its own, or with nothing but NotImplementedError, for abstract, too: hence the bare `return`s.
     """
 
     sketch_size: int | None = None
@@ -264,6 +267,7 @@ class Method(MethodConfiguration, Protocol):
 
     def before_step(self, counters: Counters) -> None:
         """Prepare for the next step (every rank calls it, before anything else of the step)."""
+        return
 
     def weighs(self, counters: Counters) -> bool:
         """True if the method computes weights for the next batch, which costs FLOPs."""
@@ -286,23 +290,27 @@ class Method(MethodConfiguration, Protocol):
         self, batch: Batch, outputs: ForwardOutputs, alignments: Alignments
     ) -> WeightingUpdate:
         """Learn from this replica's samples and their alignments (collective over the world)."""
-        raise NotImplementedError("a method whose schedule has updates learns from them")
+        reason = "a method whose schedule has updates learns from them"
+        raise NotImplementedError(reason)
 
     def own_update(
         self, llm: LLM, batch: Batch, passages: Batch, counters: Counters
     ) -> OwnUpdate | None:
         """Make an update of one's own from this replica's rows (collective); None: not finite."""
-        raise NotImplementedError("a method with own_updates has its own")
+        reason = "a method with own_updates has its own"
+        raise NotImplementedError(reason)
 
     def read_target(self, passages: Batch, outputs: ForwardOutputs) -> None:
         """Update from this replica's passages and their `update_needs` alone (collective)."""
-        raise NotImplementedError("a method that updates without hypergradients reads the target")
+        reason = "a method that updates without hypergradients reads the target"
+        raise NotImplementedError(reason)
 
     def after_weighing(self, batch: Batch, relative_n: Tensor) -> None:
         """Read this replica's weights of a step that was taken, as `weights` returned them.
 
         Called if the step's `needs` were `relative`, and before `after_step` (collective).
         """
+        return
 
     def step_statistics(self) -> dict[str, Tensor]:
         """Returns scalars about the last step's weights for metrics.jsonl, by name."""
@@ -310,6 +318,7 @@ class Method(MethodConfiguration, Protocol):
 
     def after_step(self, batch: Batch, losses_n: Tensor, counters: Counters) -> None:
         """Record the token-mean losses of this replica's units in a step that was taken."""
+        return
 
     def files(self) -> dict[str, bytes]:
         """Returns files that another run can use, by name; empty if there are none.
@@ -324,3 +333,4 @@ class Method(MethodConfiguration, Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the state of `state_dict`. Raises KeyError or ValueError if it does not fit."""
+        return

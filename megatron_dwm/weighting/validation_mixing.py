@@ -1,7 +1,7 @@
 """A baseline: train on the target's own passages, all weights equal (METHOD.md, section 6).
 
-In every batch, passages of the target replace some samples of the corpus. This baseline is better
-than learned weights on the target's own text, but transfers less.
+In every batch, passages of the target replace some samples of the corpus. Where the target's text
+may be trained on, it comes before learned weights (docs/when_not.md has the numbers).
 """
 
 from __future__ import annotations
