@@ -1,0 +1,98 @@
+"""The numbers that README.md gives of the study are those of the recorded outcomes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from examples.study.contrasts import Comparison, loss_of
+from examples.study.questions import read_questions
+from examples.study.results import Results
+from examples.study.statistics import Difference
+from examples.study.study_file import read_study
+from examples.study.workplace import Workplace
+from tests.small_runs.fixtures import REPOSITORY
+
+CELL = ("0.16M", "junk", "novels")
+LARGER = ("0.6M", "junk", "novels")
+PACKED = ("0.16M", "packed", "novels")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    """The recorded outcomes."""
+    place = Workplace(folder=tmp_path_factory.mktemp("study"), study=read_study())
+    place.prepare()
+    results = Results.open(place, REPOSITORY / "examples" / "study" / "results.jsonl")
+    return Comparison(study=place.study, results=results)
+
+
+def _change(found: Comparison, cell: tuple[str, str, str], method: str, group: str) -> Difference:
+    contrast = "-".join((*cell, method)) + " - " + "-".join((*cell, "uniform"))
+    change = found.contrast(contrast, loss_of(read_questions().groups[group]))
+    assert change is not None and change.pairs >= 3
+    return change
+
+
+def _work(found: Comparison, method: str) -> float:
+    """Returns the mean work of a method, as a multiple of uniform's."""
+    theirs = found.work(CELL, "uniform")
+    ratios = [ours / theirs[seed] for seed, ours in found.work(CELL, method).items()]
+    return sum(ratios) / len(ratios)
+
+
+def _number(words: str) -> str:
+    """Returns the one number that stands at N in a sentence of README.md."""
+    text = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+    pattern = re.escape(words).replace("N", r"(\d+(?:\.\d+)?)")
+    [number] = re.findall(pattern, text)
+    return number
+
+
+@pytest.mark.parametrize(
+    ("words", "cell", "method", "group", "digits"),
+    [
+        ("loss of two unseen novels by N nats", CELL, "dwm_ahead", "unseen", 2),
+        ("python and github lose N.", CELL, "dwm_ahead", "code", 1),
+        ("chooses for a second run gain N,", CELL, "rater_half", "unseen", 2),
+        ("three seeds, learned weights gain N,", LARGER, "dwm_ahead", "unseen", 2),
+        ("similarity N. [docs/when_not.md]", LARGER, "similarity", "unseen", 2),
+        ("(-N nats a token on the study's three", PACKED, "dwm_unit_document", "novels", 2),
+    ],
+)
+def test_a_change_is_the_recorded_one(
+    found: Comparison, words: str, cell: tuple[str, str, str], method: str, group: str, digits: int
+) -> None:
+    change = _change(found, cell, method, group)
+    assert not change.low <= 0 <= change.high, "README.md states it as a fact"
+    assert _number(words) == f"{abs(change.mean):.{digits}f}"
+
+
+def test_the_work_is_the_recorded_one(found: Comparison) -> None:
+    assert _number("nats a token for N % more FLOPs") == f"{_work(found, 'dwm_ahead') - 1:.0%}"[:-1]
+    assert _number("for N times the FLOPs in all") == f"{_work(found, 'rater_half'):.1f}"
+
+
+@pytest.mark.parametrize(
+    ("method", "cell"), [("dwm_own_staged", CELL), ("similarity", CELL), ("dwm_ahead", PACKED)]
+)
+def test_what_readme_calls_equal_is_not_told_apart(
+    found: Comparison, method: str, cell: tuple[str, str, str]
+) -> None:
+    """An encoder of its own and similarity gain as much; a weight a window shows no change."""
+    base = "dwm_ahead" if cell == CELL else "uniform"
+    contrast = "-".join((*cell, method)) + " - " + "-".join((*cell, base))
+    group = read_questions().groups["unseen" if cell == CELL else "novels"]
+    change = found.contrast(contrast, loss_of(group))
+    assert change is not None and change.low <= 0 <= change.high
+
+
+def test_what_is_left_at_equal_work(found: Comparison) -> None:
+    """Most of the gain with the LLM's features, and nothing that can be shown with its own."""
+    group = read_questions().groups["unseen"]
+    features = found.change_at_equal_work(CELL, "dwm_ahead", group)
+    own = found.change_at_equal_work(CELL, "dwm_own_staged", group)
+    gain = _change(found, CELL, "dwm_ahead", "unseen")
+    assert features is not None and own is not None
+    assert features.mean < gain.mean / 2 and own.low <= 0 <= own.high
