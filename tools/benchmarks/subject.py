@@ -161,7 +161,7 @@ def build_subject(settings: Settings, runtime: Runtime) -> Subject:
         learner=learner,
         methods={
             # mypy takes functions of the protocol Method that do nothing for abstract ones.
-            UNIFORM: Uniform(),  # type: ignore[abstract]
+            UNIFORM: Uniform(),
             OWN: _weighting_method(config, learner, OWN),
             LLM: _weighting_method(config, learner, LLM),
             ALONE: _deferred_method(config, learner, val),
@@ -186,7 +186,7 @@ def _weighting_method(config: Config, learner: Learner, encoder: Literal["own", 
         learned=True,
         bf16=config.model.precision != "fp32",
     )
-    return Dwm(trainer)  # type: ignore[abstract]
+    return Dwm(trainer)
 
 
 def _deferred_method(config: Config, learner: Learner, batch: Batch) -> Dwm:
@@ -202,16 +202,14 @@ def _deferred_method(config: Config, learner: Learner, batch: Batch) -> Dwm:
 
 def _similarity(config: Config, learner: Learner) -> Similarity:
     """Returns the method with a target that it has read, a random one."""
-    method = Similarity(  # type: ignore[abstract]
-        config.policy, config.weighting, learner.runtime, learner.micro_batch_size
-    )
+    method = Similarity(config.policy, config.weighting, learner.runtime, learner.micro_batch_size)
     method.mean = torch.randn(2 * learner.llm.shape.hidden_size, device=learner.runtime.device)
     return method
 
 
 def _loss_reweighting(config: Config, learner: Learner) -> LossReweighting:
     """Returns the method with moments, as after the first step; every step updates them."""
-    method = LossReweighting(  # type: ignore[abstract]
+    method = LossReweighting(
         config.policy, config.weighting, learner.runtime, learner.micro_batch_size
     )
     method.load_state_dict({"moments": [1.0, 2.0]})
