@@ -1,7 +1,8 @@
 """Outputs of tools: checked before any work, and then either complete or absent.
 
 No tool creates a missing parent directory, since a misspelled path would create a tree. No tool
-overwrites an output.
+overwrites an output. Of several that are to write the same output, the first does and the others
+are refused.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import errno
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.files.atomic import new_files, partial_path
+from megatron_dwm.files.lock import only_writer
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -66,17 +68,34 @@ def new_outputs(paths: Sequence[Path]) -> Iterator[Mapping[Path, Path]]:
     """Give a temporary name for each of `paths`; when the context ends, the files become `paths`.
 
     Files that were not written are left out; after an exception none appears. Raises `UserError`,
-    before and after, if one of `paths` exists, and before if one cannot be written.
+    before and after, if one of `paths` exists, and before if one cannot be written, or if another
+    process is writing the last.
     """
     require_possible_names(paths)
-    _refuse_existing(paths)
+    refuse_existing(paths)
     require_writable_parents([partial_path(path) for path in paths])
-    with new_files(paths) as partials:
-        yield partials
-        _refuse_existing(paths)
+    with sole_writer(paths[-1]):
+        refuse_existing(paths)
+        with new_files(paths) as partials:
+            yield partials
+            refuse_existing(paths)
 
 
-def _refuse_existing(paths: Iterable[Path]) -> None:
+@contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Hold the right to write `path`. Raises `UserError` if another process holds it."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(only_writer(path))
+        except BlockingIOError:
+            raise UserError(
+                f"{path}: another process is writing it; wait for it, or choose another output"
+            ) from None
+        yield
+
+
+def refuse_existing(paths: Iterable[Path]) -> None:
+    """Raise `UserError` if there is something at one of `paths`."""
     for path in paths:
         if path.exists() or path.is_symlink():
             raise UserError(f"{path} exists; choose another output or remove it")

@@ -1,7 +1,8 @@
 """`P.select.json`: what was selected from what, and how. It also tells a selection from another.
 
-The record gets its name first and the `.idx` last. So a record without an `.idx` is a selection
-that was killed while its files got their names; the next run of the same selection removes them.
+The record gets its name first and the `.idx` last. So a record without `.bin` or `.idx` is a
+selection that was killed while its files got their names; the next run of the same selection
+removes them.
 """
 
 from __future__ import annotations
@@ -114,8 +115,7 @@ def finished_before(
 ) -> SelectionRecord | None:
     """The record of the same selection, if it is complete at `paths`.
 
-    Removes the files of one that was killed while they got their names. Raises `UserError` if
-    there is the record of another selection.
+    Raises `UserError` if there is the record of another selection.
     """
     if not paths.record.exists():
         return None
@@ -126,12 +126,21 @@ def finished_before(
                 f"{paths.record}: a selection with other {name} is here; choose another output or "
                 "remove it"
             )
-    if not paths.dataset.idx.exists():
-        for path in paths.in_order():
-            path.unlink(missing_ok=True)
+    if not _is_whole(paths):
         return None
     domains = {name: Count(**count) for name, count in found["domains"].items()}
     return SelectionRecord(method=method, options=options, inputs=inputs, domains=domains)
+
+
+def remove_killed(paths: OutputPaths) -> None:
+    """Remove the files of a selection that was killed while they got their names."""
+    if paths.record.exists() and not _is_whole(paths):
+        for path in paths.in_order():
+            path.unlink(missing_ok=True)
+
+
+def _is_whole(paths: OutputPaths) -> bool:
+    return paths.dataset.idx.exists() and paths.dataset.bin.exists()
 
 
 def _read(path: Path) -> dict[str, Any]:

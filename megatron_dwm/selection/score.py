@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.config.outputs import require_writable_parents, why_unwritable
+from megatron_dwm.config.outputs import require_writable_parents, sole_writer, why_unwritable
 from megatron_dwm.files.atomic import new_file
 from megatron_dwm.files.command_names import name_of_command
 from megatron_dwm.files.sidecar_format import OWN_COLUMNS, write_row_groups
@@ -99,12 +99,18 @@ class StatisticsWork:
 def score(settings: ScoreSettings, progress: Progress) -> dict[str, np.ndarray]:
     """Add the columns, and return their values.
 
-    Raises `UserError` for an unusable dataset or tokenizer, and a column that is there.
+    Raises `UserError` for an unusable dataset or tokenizer, a column that is there, and a sidecar
+    that another process is writing.
     """
-    pool = open_pool(settings.prefix)
+    paths = open_pool(settings.prefix).dataset.paths
+    require_writable_parents([paths.sidecar])
+    with sole_writer(paths.sidecar):
+        return _score(settings, open_pool(settings.prefix), progress)
+
+
+def _score(settings: ScoreSettings, pool: Pool, progress: Progress) -> dict[str, np.ndarray]:
     sidecar = pool.require_sidecar(name_of_command("score"))
     _check_columns(settings, sidecar.schema_arrow.names, pool.dataset.paths.sidecar)
-    require_writable_parents([pool.dataset.paths.sidecar])
     before = inputs_of(pool)
     values = _values(settings, pool, progress)
     if inputs_of(pool) != before:

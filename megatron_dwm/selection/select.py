@@ -16,12 +16,13 @@ import numpy as np
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.outputs import (
-    new_outputs,
+    refuse_existing,
     require_possible_names,
     require_writable_parents,
+    sole_writer,
     why_unwritable,
 )
-from megatron_dwm.files.atomic import write_json
+from megatron_dwm.files.atomic import new_files, partial_path, write_json
 from megatron_dwm.selection.choice import Domains, Draw, Scores, choose, require_enough
 from megatron_dwm.selection.copy import Advance, copy_index, copy_rows, copy_tokens
 from megatron_dwm.selection.pool import Pool, open_pool
@@ -31,6 +32,7 @@ from megatron_dwm.selection.record import (
     count_domains,
     finished_before,
     inputs_of,
+    remove_killed,
 )
 
 Progress = Callable[[int], AbstractContextManager[Advance]]
@@ -83,7 +85,7 @@ def select(selection: Selection, method: ScoringMethod, progress: Progress) -> O
     """Write the selection, or find that it is there.
 
     Raises `UserError` for an unusable input, an option that does not fit it, a budget larger than
-    the data, and an output that exists.
+    the data, and an output that exists or that another process is writing.
     """
     pool = open_pool(selection.input_prefix)
     paths = OutputPaths.of(selection.output_prefix)
@@ -92,9 +94,12 @@ def select(selection: Selection, method: ScoringMethod, progress: Progress) -> O
     done = finished_before(paths, method.name, options, inputs_of(pool))
     if done is not None:
         return Outcome(record=done, was_complete=True, has_sidecar=pool.sidecar is not None)
-    _refuse_existing(paths)
+    require_writable_parents([partial_path(path) for path in paths.in_order()])
     try:
-        record = _select(pool, selection, method, options, progress)
+        with sole_writer(paths.record):
+            remove_killed(paths)
+            refuse_existing(paths.in_order())
+            record = _select(pool, selection, method, options, progress)
     except OSError as error:
         words = why_unwritable(error)
         if words is None:
@@ -139,14 +144,6 @@ def _options(selection: Selection) -> dict[str, Any]:
     }
 
 
-def _refuse_existing(paths: OutputPaths) -> None:
-    """Raise `UserError` for a bad place before any work; `new_outputs` looks again."""
-    for path in paths.in_order():
-        if path.exists() or path.is_symlink():
-            raise UserError(f"{path} exists; choose another output or remove it")
-    require_writable_parents(paths.in_order())
-
-
 def _domains(pool: Pool, selection: Selection) -> Domains:
     shares: Mapping[str, float] = selection.draw.shares or {}
     option = "--domain-shares" if shares else "--domain-key"
@@ -169,7 +166,8 @@ def _write(
     progress: Progress,
 ) -> None:
     size_bytes = pool.dataset.paths.bin.stat().st_size
-    with new_outputs(paths.in_order()) as partials, progress(size_bytes) as advance:
+    refuse_existing(paths.in_order())
+    with new_files(paths.in_order()) as partials, progress(size_bytes) as advance:
         copy_tokens(pool, chosen_D, partials[paths.dataset.bin], advance)
         copy_index(pool, chosen_D, partials[paths.dataset.idx])
         if pool.sidecar is not None:
@@ -177,3 +175,4 @@ def _write(
         if inputs_of(pool) != record.inputs:
             raise UserError(f"{pool.prefix}: changed while it was read; begin again")
         write_json(partials[paths.record], record.content(), indent=1)
+        refuse_existing(paths.in_order())

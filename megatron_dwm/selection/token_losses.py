@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.config.outputs import require_writable_parents, why_unwritable
+from megatron_dwm.config.outputs import require_writable_parents, sole_writer, why_unwritable
 from megatron_dwm.files.atomic import new_file
 from megatron_dwm.files.token_losses import TokenLossHeader, data_digest, losses_path
 from megatron_dwm.selection.language_model import (
@@ -44,7 +44,8 @@ def write_token_losses(
     """Write `PREFIX.NAME.losses`, all of it or nothing.
 
     context_tokens: longest window; None: the model's own context.
-    Raises `UserError` for a dataset or model that cannot be used, and a file that is there.
+    Raises `UserError` for a dataset or model that cannot be used, and a file that is there or that
+    another process is writing.
     """
     if "/" in name or not name:
         raise UserError(f"--token-losses {name}: expected a name without /, part of a file's name")
@@ -65,7 +66,7 @@ def write_token_losses(
     )
     before = inputs_of(pool)
     try:
-        with new_file(path) as partial:
+        with sole_writer(path), new_file(path) as partial:
             with partial.open("wb") as output:
                 output.write(header.packed())
                 for losses_T in _losses(pool, files, header, progress):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dwm.files.lock import only_writer
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Command = Callable[[str], list[str | Path]]
 
@@ -74,6 +76,23 @@ def test_places_where_nothing_can_be_written(
         assert len(result.stderr.splitlines()) == 1, result.stderr
         assert words in result.stderr
     assert list(tmp_path.iterdir()) == [file] and file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("tool", "last"),
+    [("merge_datasets", "out.idx"), ("train_tokenizer", "out"), ("add_junk", "out.jsonl")],
+)
+def test_an_output_that_another_process_is_writing(
+    tmp_path: Path, commands: dict[str, Command], run: Run, tool: str, last: str
+) -> None:
+    command = commands[tool](str(tmp_path / "out"))
+    with only_writer(tmp_path / last):
+        result = run(*command)
+    words = f"error: {tmp_path / last}: another process is writing it; wait for it, or choose"
+    assert result.returncode == 2 and result.stderr.startswith(words), result.stderr
+    assert not list(tmp_path.iterdir())
+    assert run(*command).returncode == 0
+    assert not list(tmp_path.glob("*.lock")) and (tmp_path / last).is_file()
 
 
 def test_complete_output_may_lie_where_nothing_can_be_written(

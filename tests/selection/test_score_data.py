@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_dwm.files.lock import only_writer
 from megatron_dwm.selection.statistics import STATISTICS, Texts
 from megatron_dwm.selection.words import TextBatch
 from tests.selection.conftest import Run, pq_table
@@ -79,6 +80,9 @@ def test_mistakes(copied: str, model: Path, run: Run) -> None:
         done = run(*common, *options)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert words in done.stderr
+    with only_writer(Path(f"{copied}.meta.parquet")):
+        done = run(*common, "--columns", "length")
+    assert done.returncode == 2 and "another process is writing it" in done.stderr
     Path(f"{copied}.meta.parquet").unlink()
     done = run(*common, "--columns", "length")
     assert done.returncode == 2

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dwm.files.lock import only_writer
 from tests.selection.conftest import Dataset, Run, write_dataset
 
 QUALITY = ("qurating", "--column", "score")
@@ -61,6 +62,11 @@ def test_values(mistake: Run, tmp_path: Path, value: float | None, words: str) -
     mistake(words, *QUALITY, "--input", tmp_path / "v", "--tokens", 3)
     mistake("column same has the same value in all documents", "qurating", "--column", "same",
             "--input", tmp_path / "v", "--tokens", 3)  # fmt: skip
+
+
+def test_another_process_is_writing(mistake: Run, tmp_path: Path) -> None:
+    with only_writer(tmp_path / "o.select.json"):
+        mistake("o.select.json: another process is writing it; wait for it", "random")
 
 
 def test_numbers(mistake: Run) -> None:
