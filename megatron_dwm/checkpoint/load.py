@@ -32,7 +32,8 @@ def load_checkpoint(parts: Parts, directory: Path) -> None:
         if folder == LLM_FOLDER or (directory / folder).is_dir():
             load_trained(model, directory / folder)
     with data_only(directory / TRAINING_FILE):
-        rest = torch.load(directory / TRAINING_FILE, weights_only=True)
+        # It has tensors of the main process's device, which is not this one's.
+        rest = torch.load(directory / TRAINING_FILE, weights_only=True, map_location="cpu")
     for name, value in asdict(read_manifest(directory).state).items():
         setattr(parts.state, name, value)
     _load_method(parts, rest, directory)

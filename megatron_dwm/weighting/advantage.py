@@ -5,7 +5,8 @@
 
 Means are over the units whose alignment is known. Their weights, scaled to mean 1 among them, are
 the softmax over these units alone, so a gradient of sum_i a_i w_i over them is that of their own
-weighted mean: a unit without an alignment pulls nothing up or down.
+weighted mean: a unit without an alignment pulls nothing up or down. A uniform floor is no part of
+the softmax, so it is taken off before.
 """
 
 from __future__ import annotations
@@ -24,11 +25,20 @@ def known_groups(groups: Groups, alignments: Alignments) -> Groups:
 
 
 def advantages(
-    alignments: Alignments, weights_Gn: Tensor, known: Groups, *, standardized: bool
+    alignments: Alignments,
+    weights_Gn: Tensor,
+    known: Groups,
+    *,
+    standardized: bool,
+    uniform_floor: float = 0.0,
 ) -> Tensor:
-    """Returns a_i of the known units, [G, n]; `known` is from `known_groups`."""
+    """Returns a_i of the known units, [G, n]; `known` is from `known_groups`.
+
+    uniform_floor: the least weight, which was added to the softmax.
+    """
     alignment_Gn = known.gather(alignments.values_n)
     if alignments.known_n is not None:
+        weights_Gn = (weights_Gn - uniform_floor).clamp(min=0.0)
         mean_G1 = mean_over_units(weights_Gn, known.sizes_Gn)
         weights_Gn = torch.where(mean_G1 > 0, weights_Gn / mean_G1, 1.0)
     if standardized:

@@ -118,7 +118,6 @@ class Blade(ExcessLoss):
     def __init__(self, config: Config, reference: DynamicReference, offload: Offload) -> None:
         super().__init__(config, reference.llm.runtime, reference.llm, offload)
         self.dynamic = reference
-        self.steps_each = config.policy.reference_steps
         self.synchronized = False
 
     def needs(self, counters: Counters) -> Needs:
@@ -150,7 +149,7 @@ class Blade(ExcessLoss):
     def _own_update(
         self, llm: LLM, batch: Batch, passages: Batch, counters: Counters
     ) -> OwnUpdate | None:
-        if counters.updates % self.steps_each == 0:
+        if counters.stage_updates == 0 or not self.synchronized:
             self.dynamic.copy_from(llm)
             self.synchronized = True
         losses_n = forward_only(llm, unit(batch, self.micro_batch_size)).unit_losses_n

@@ -45,11 +45,17 @@ class DeferredSoftmax:
         self.reference: Tensor | None = None
         self.drift: Tensor | None = None
         self._is_settled = False
+        self._in_pass: tuple[Tensor, Tensor] | None = None
 
     @property
     def is_ready(self) -> bool:
         """True if weights can be computed before their normalizer is known."""
         return self.temperature is not None
+
+    def begin_step(self) -> None:
+        """Keep the T and r of the coming pass: an update inside the step settles others."""
+        if self.temperature is not None and self.reference is not None:
+            self._in_pass = self.temperature, self.reference
 
     def relative(self, logits_n: Tensor) -> Tensor:
         """Returns c [n] for any units of a batch."""
@@ -82,12 +88,19 @@ class DeferredSoftmax:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs."""
-        return {"temperature": self.temperature, "reference": self.reference}
+        return {
+            "temperature": self.temperature,
+            "reference": self.reference,
+            "is_settled": self._is_settled,
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the state of `state_dict`."""
-        self.temperature, self.reference = state["temperature"], state["reference"]
-        self._is_settled = False
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Load the state of `state_dict`, whose tensors may be on another device."""
+        self.temperature = _moved(state["temperature"], device)
+        self.reference = _moved(state["reference"], device)
+        # Earlier versions did not save it.
+        self._is_settled = state.get("is_settled", False)
+        self._in_pass = None
 
     def _own_temperature(self, logits_Gn: Tensor, sizes_Gn: Tensor | None) -> Tensor:
         if not self._bound:
@@ -95,10 +108,12 @@ class DeferredSoftmax:
         return temperature(logits_Gn, self._bound, sizes_Gn)[0]
 
     def _logits(self, relative_Gn: Tensor) -> Tensor:
-        assert self.temperature is not None and self.reference is not None
+        """Returns the logits from which the last pass made c [1, n]."""
+        found, scale = self._in_pass or (self.temperature, self.reference)
+        assert found is not None and scale is not None
         above_Gn = (relative_Gn - self._floor) / (1.0 - self._floor)
         smallest = torch.finfo(above_Gn.dtype).tiny
-        return self.reference + self.temperature * above_Gn.clamp(min=smallest).log()
+        return scale + found * above_Gn.clamp(min=smallest).log()
 
     def _set(self, found: Tensor, logits_Gn: Tensor, sizes_Gn: Tensor | None) -> None:
         """Set T and r = T log mean exp(a / T), computed from the largest logit that counts."""
@@ -107,3 +122,7 @@ class DeferredSoftmax:
         shifted_Gn = ((logits_Gn - largest) / found).clamp(max=0.0).exp()
         self.temperature = found
         self.reference = largest + found * mean_over_units(shifted_Gn, sizes_Gn)[0, 0].log()
+
+
+def _moved(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value is None else value.to(device)

@@ -93,6 +93,8 @@ class Dwm(DwmConfiguration):
 
     def before_step(self, counters: Counters) -> None:
         """Take the model of the step's stage, if stages have models of their own."""
+        if self.trainer.weigher.deferred is not None:
+            self.trainer.weigher.deferred.begin_step()
         if self.stages is not None:
             self.stages.put_into(self.trainer.model, counters.step)
 

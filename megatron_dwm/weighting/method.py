@@ -42,13 +42,20 @@ stays with an addition that has a default."""
 
 
 class Counters(Protocol):
-    """Progress of the run. step: LLM steps done. updates: weighting updates made."""
+    """Progress of the run.
+
+    step: LLM steps done. updates: weighting updates made, by any method that the run had.
+    stage_updates: those made since the last step, which are more than one in a stage.
+    """
 
     @property
     def step(self) -> int: ...
 
     @property
     def updates(self) -> int: ...
+
+    @property
+    def stage_updates(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,17 +109,24 @@ class WeightingTrainer:
         moments = state["optimizer"]["state"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": mine})
         self.learned = state["learned"]
-        self._previous_gradient = state["previous_gradient"]
+        previous, device = state["previous_gradient"], next(self.model.parameters()).device
+        self._previous_gradient = None if previous is None else previous.to(device)
         self.reliability.value = state["reliability"]
         if self.weigher.deferred is not None:
-            self.weigher.deferred.load_state_dict(state["deferred"])
+            self.weigher.deferred.load_state_dict(state["deferred"], device)
 
     def _advantage(self, alignments: Alignments, weights_Gn: Tensor, known: Groups) -> Tensor:
         standardized = self.config.standardize
         if not standardized and alignments.known_n is None:
             # A softmax of mean 1 does not change with the mean of what multiplies it.
             return known.gather(alignments.values_n) * alignments.learning_rate
-        return advantages(alignments, weights_Gn, known, standardized=standardized)
+        return advantages(
+            alignments,
+            weights_Gn,
+            known,
+            standardized=standardized,
+            uniform_floor=self.config.uniform_floor,
+        )
 
     def _step(self) -> None:
         if self.config.damp_by_noise:

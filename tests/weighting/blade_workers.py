@@ -72,14 +72,17 @@ def copied(**layout: Any) -> tuple[list[Tensor], list[Tensor]]:
         return tuple([p.detach().clone() for p in model.parameters()] for model in models)
 
 
-def updates(unit: str, **layout: Any) -> dict[str, Tensor]:
-    """Validation losses, gradient norms and weights of two steps of the reference."""
+def updates(unit: str, before: int = 0, **layout: Any) -> dict[str, Tensor]:
+    """Validation losses, gradient norms and weights of three steps of the reference, copied twice.
+
+    before: updates of another method that the run had before.
+    """
     with tiny(**layout) as subject:
         method = blade_of(subject, unit, layout, 1e-2)
         values, weights = [], []
         for number in range(3):
             batch = batch_of(subject.runtime, unit, number)
-            state = TrainState(updates=number)
+            state = TrainState(updates=before + number, stage_updates=number % 2)
             found = method.own_update(subject.llm, batch, subject.batch(9 + number), state)
             assert found is not None
             values.append([found.val_loss, found.grad_norm])

@@ -34,6 +34,12 @@ def test_the_reference_is_a_copy_of_the_llm(size: int, layout: dict[str, Any]) -
             assert torch.equal(parameter, other)
 
 
+def test_updates_of_an_earlier_method_do_not_move_the_copy() -> None:
+    cases = [{"unit": "sample", "before": before} for before in (0, 57)]
+    [[first], [later]] = run_ranks(WORKERS + "updates", 1, cases)
+    assert torch.equal(first["values"], later["values"])
+
+
 @pytest.mark.parametrize(("size", "layout"), LAYOUTS, ids=str)
 def test_layouts_train_the_same_reference(size: int, layout: dict[str, Any]) -> None:
     alone = run_ranks(WORKERS + "updates", 1, [{"unit": unit} for unit in UNITS])

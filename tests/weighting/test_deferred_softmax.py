@@ -9,6 +9,7 @@ from megatron_dwm.weighting.concentration import effective_sample_size
 from megatron_dwm.weighting.deferred_softmax import DeferredSoftmax
 
 LOGITS_1n = torch.tensor([[0.0, 1.0, -2.0, 4.0, 0.5, 3.0]])
+CPU = torch.device("cpu")
 SIZES_1n = torch.tensor([[1.0, 2.0, 3.0, 0.0, 1.0, 5.0]])
 
 
@@ -76,8 +77,43 @@ def test_a_unit_far_above_the_others_overflows_nothing() -> None:
 def test_state_is_all_that_a_resumed_run_needs() -> None:
     softmax, other = settled(), DeferredSoftmax(min_effective_sample_size=0.5, uniform_floor=0.0)
     softmax.observe(softmax.relative(LOGITS_1n[0])[None], None)
-    other.load_state_dict(softmax.state_dict())
+    other.load_state_dict(softmax.state_dict(), CPU)
     assert torch.equal(other.relative(LOGITS_1n[0]), softmax.relative(LOGITS_1n[0]))
     softmax.observe(softmax.relative(3 * LOGITS_1n[0])[None], None)
     other.observe(other.relative(3 * LOGITS_1n[0])[None], None)
     assert torch.equal(other.temperature, softmax.temperature)
+
+
+def test_state_says_whether_an_update_has_settled_the_next_temperature() -> None:
+    """A checkpoint may lie between an update and the step that follows."""
+    softmax, other = settled(), DeferredSoftmax(min_effective_sample_size=0.5, uniform_floor=0.0)
+    other.load_state_dict(softmax.state_dict(), CPU)
+    for each in (softmax, other):
+        each.begin_step()
+        each.observe(each.relative(3 * LOGITS_1n[0])[None], None)
+    assert torch.equal(softmax.temperature, settled().temperature)
+    assert torch.equal(other.temperature, softmax.temperature)
+    earlier = {key: softmax.state_dict()[key] for key in ("temperature", "reference")}
+    other.load_state_dict(earlier, CPU)  # as versions before saved it
+    assert torch.equal(other.temperature, softmax.temperature)
+
+
+def test_state_goes_to_the_device_of_the_rank() -> None:
+    """A checkpoint's tensors are the main process's, on another device than this rank's."""
+    softmax = settled()
+    softmax.load_state_dict(softmax.state_dict(), torch.device("meta"))
+    assert softmax.temperature.device.type == softmax.reference.device.type == "meta"
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.3])
+def test_an_update_inside_a_step_leaves_the_drift_of_that_step(floor: float) -> None:
+    alone, updated = settled(0.6, floor), settled(0.6, floor)
+    for softmax in (alone, updated):
+        softmax.begin_step()
+        relative_1n = softmax.relative(2 * LOGITS_1n[0])[None]
+        if softmax is updated:
+            softmax.settle(5 * LOGITS_1n, None)
+        softmax.observe(relative_1n, None)
+    assert float(updated.drift) == pytest.approx(float(alone.drift), abs=1e-6)
+    assert float(alone.drift) < -0.1
+    assert float(updated.temperature) > 2 * float(alone.temperature)
