@@ -40,12 +40,12 @@ def finite_difference(llm: LLM, micro_batches: list[MicroBatch]) -> Tensor:
     kept = [parameter.clone() for parameter in parameters]
     directions = [slice_of_z(parameter) for parameter in parameters]
     h = FIRST_RELATIVE_STEP * _norm(llm, kept) / max(_norm(llm, directions), 1e-30)
-    for _ in range(_ATTEMPTS):
+    for attempt in range(_ATTEMPTS):
         plus_n, minus_n = (
             _losses_at(llm, micro_batches, kept, directions, signed) for signed in (h, -h)
         )
         factor = TARGET_CHANGE / max(_largest_change(plus_n, minus_n), 1e-30)
-        if 0.5 < factor < 2.0:
+        if 0.5 < factor < 2.0 or attempt == _ATTEMPTS - 1:
             break
         h *= min(max(factor, 1e-3), 1e3)
     for parameter, theta in zip(parameters, kept, strict=True):

@@ -82,7 +82,7 @@ def summed(llm: WrappedModel, current: Current) -> Tensor:
 @contextmanager
 def frozen(llm: WrappedModel) -> Iterator[None]:
     """Form no gradients of parameters during the context."""
-    parameters = llm.parameters()
+    parameters = [parameter for parameter in llm.parameters() if parameter.requires_grad]
     with without_gathers(llm):
         for parameter in parameters:
             parameter.requires_grad_(False)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_dwm.bilevel import ESTIMATORS, AheadProbe, Problem, Target, directions_ahead
+from megatron_dwm.bilevel.problem import InnerOptimizer
 from megatron_dwm.checkpoint.newest import newest_whole_checkpoint
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.paths import with_absolute_paths
@@ -32,7 +33,7 @@ from megatron_dwm.weighting import learns, with_options
 
 BATCHES = 8
 """number of batches, of which the mean correlation is reported"""
-Align = Callable[[Job, Batch, Batch], Tensor]
+Align = Callable[[Job, Batch, Batch, InnerOptimizer], Tensor]
 
 
 def compare_on_run(config: Config) -> None:
@@ -60,25 +61,26 @@ def compare_on_run(config: Config) -> None:
             )
         job = build_job(config, runtime, inputs)
         load_job(job, parts_of(config, job, inputs, newest), newest)
-        found = correlations(job, config.training.steps)
+        found = correlations(job, config.training.steps, config.bilevel.inner_optimizer)
         if runtime.is_main:
             print(f"{'checkpoint':20}{printable(str(newest))}")
             for name, value in found.items():
                 print(f"{'alignments':20}{name}: correlation {value:.4f} with the exact ones")
 
 
-def correlations(job: Job, steps: int) -> dict[str, float]:
+def correlations(job: Job, steps: int, inner: InnerOptimizer) -> dict[str, float]:
     """Returns mean correlations with the exact alignments of whole batches (collective).
 
-    steps: of the run. The batches are those of the next steps, or of the last ones.
+    steps, inner: of the run. The batches are those of the next steps, or of the last ones.
     """
     first = min(job.state.step, max(steps - BATCHES, 0))
     found: dict[str, list[float]] = {}
     for number in range(first, min(first + BATCHES, steps)):
         batch, passages = job.feed.training(number), job.feed.validation(number)
-        exact_N = _global(job, batch, _exact(job, batch, passages))
+        exact_N = _global(job, batch, _exact(job, batch, passages, inner))
         for name, align, fraction in _CONTESTANTS:
-            other_N = _global(job, batch, align(job, batch, _part(job, passages, fraction)))
+            aligned_n = align(job, batch, _part(job, passages, fraction), inner)
+            other_N = _global(job, batch, aligned_n)
             pair = torch.stack([exact_N, other_N]).double()
             found.setdefault(name, []).append(float(torch.corrcoef(pair)[0, 1]))
     return {name: sum(values) / len(values) for name, values in found.items()}
@@ -90,7 +92,7 @@ def _part(job: Job, passages: Batch, fraction: float) -> Batch:
     return passages.rows(0, max(1, round(passages.size * fraction / multiple)) * multiple)
 
 
-def _exact(job: Job, batch: Batch, passages: Batch) -> Tensor:
+def _exact(job: Job, batch: Batch, passages: Batch, inner: InnerOptimizer) -> Tensor:
     problem = Problem(
         llm=job.learner.llm,
         optimizer=job.learner.optimizer,
@@ -98,13 +100,16 @@ def _exact(job: Job, batch: Batch, passages: Batch) -> Tensor:
         weights_n=_ones(batch),
         val_batch=passages,
         micro_batch_size=job.learner.micro_batch_size,
+        inner=inner,
     )
     return ESTIMATORS["tangent_probe"](problem).alignment_n
 
 
-def _ahead(job: Job, batch: Batch, passages: Batch) -> Tensor:
+def _ahead(job: Job, batch: Batch, passages: Batch, inner: InnerOptimizer) -> Tensor:
     llm, optimizer, size = job.learner.llm, job.learner.optimizer, job.learner.micro_batch_size
-    target = Target(llm=llm, optimizer=optimizer, val_batch=passages, micro_batch_size=size)
+    target = Target(
+        llm=llm, optimizer=optimizer, val_batch=passages, micro_batch_size=size, inner=inner
+    )
     probe, weights_n = AheadProbe(llm, directions_ahead(target)), _ones(batch)
     micro_batches = weighted(batch, weights_n, size)
     with probe.attached(micro_batches) as enter:

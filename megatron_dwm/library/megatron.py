@@ -65,7 +65,8 @@ class MegatronProbe:
         adapters: how each class of modules enters its tangent; a class of your own is one entry.
 
         Raises:
-            ValueError: the model is not in Megatron's wrappers, or is trained in fp16.
+            ValueError: the model is not in Megatron's wrappers, has a parameter that is not
+                trained, or is trained in fp16.
             NotImplementedError: a module has parameters and no adapter.
         """
         chunks = list(model)
@@ -76,6 +77,10 @@ class MegatronProbe:
             )
         if optimizer.config.fp16:
             raise ValueError("optimizer: fp16 scales the loss by a changing factor; use bf16")
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                if not parameter.requires_grad:
+                    raise ValueError(f"model: {name} is frozen; every parameter has to be trained")
         self._config = get_model_config(chunks[0])
         runtime = runtime_of_running_job()
         self._model = WrappedModel(chunks=chunks, transformer=self._config, runtime=runtime)
@@ -130,14 +135,16 @@ class MegatronProbe:
             with _noting_tokens(self._config, found):
                 train()
             step = prepare_virtual_step(model, optimizer, self._inner)
-            step.enter()
-            clear_gradients(model, optimizer)
-            validate()
-            step.direction()
-            step.restore()
+            try:
+                step.enter()
+                clear_gradients(model, optimizer)
+                validate()
+                step.direction()
+            finally:
+                step.restore()
             current = self._current(num_micro_batches)
             # z is in the gradient buffers, which must not be reduced.
-            with frozen(model), self._probing(current), _finalizing(self._config, None):
+            with frozen(model), self._probing(current), _unreduced(self._config):
                 train()
         clear_gradients(model, optimizer)
         found.end(summed(model, current))
@@ -191,6 +198,17 @@ def _finalizing(config: TransformerConfig, function: Callable[..., None] | None)
         yield
     finally:
         config.finalize_model_grads_func = before
+
+
+@contextmanager
+def _unreduced(config: TransformerConfig) -> Iterator[None]:
+    """Leave the gradient buffers as they are, also where the schedule starts their reduction."""
+    before, config.grad_sync_func = config.grad_sync_func, None
+    try:
+        with _finalizing(config, None):
+            yield
+    finally:
+        config.grad_sync_func = before
 
 
 def _counting(chunk: Module, current: Current) -> Iterator[Any]:

@@ -119,6 +119,8 @@ class Loop:
             if isinstance(outcome, Skipped):
                 state.skipped_in_a_row += 1
                 self._skip(f"loss {outcome.loss}, gradient norm {outcome.grad_norm}")
+                if outcome.update is not None:
+                    self._count_update(outcome.update)
             else:
                 self._take(outcome, updates=updates)
         return self._upkeep.after_step()
@@ -156,8 +158,13 @@ class Loop:
         read_rows = partial(feed.first_rows, state.step - 1)
         self._report.step(self._job.stage, outcome, origins, read_rows)
         if updates:
-            state.updates += 1
-            self._report.update(self._job.stage, outcome.update, origins)
+            self._count_update(outcome.update)
+
+    def _count_update(self, update: UpdateResult | None) -> None:
+        """Count and report the update inside the last step; None: it was not made."""
+        state, feed = self._state, self._job.feed
+        state.updates += 1
+        self._report.update(self._job.stage, update, partial(feed.origins, state.step - 1))
 
     def _skip(self, reason: str) -> None:
         """Count and report the next step as skipped."""

@@ -58,10 +58,14 @@ class Taken:
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """A step that was not taken, since its loss or gradient norm is not finite."""
+    """A step that was not taken, since its loss or gradient norm is not finite.
+
+    update: the weighting update that was made inside it nevertheless; None if there was none.
+    """
 
     loss: float
     grad_norm: float
+    update: UpdateResult | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +127,7 @@ def train_step(
             grad_norm = step_if_finite(learner.optimizer)
     learner.scheduler.step(increment=1)
     if not math.isfinite(grad_norm):
-        return Skipped(loss=loss, grad_norm=grad_norm)
+        return Skipped(loss=loss, grad_norm=grad_norm, update=update if aligned is None else None)
     _tell(method, batch, result, counters)
     return Taken(
         loss=loss,

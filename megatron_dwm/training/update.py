@@ -173,13 +173,13 @@ def update_from_probe(
 ) -> UpdateResult | None:
     """Make one update from the alignments that the training pass has computed (collective).
 
-    Returns None as `weighting_update` does.
+    Returns None as `weighting_update` does, and if no unit's alignment is known.
     """
     assert result.weights_n is not None
     differentiated_n = result.weights_n if result.relative_n is None else result.relative_n
     found = probe.hypergradient(train, differentiated_n)
     update = None
-    if _is_finite_everywhere(found):
+    if _is_finite_everywhere(found) and _any_is_known(found):
         update = _update_result(learner, train, result, found)
     return _learn(learner, method, train, result, update)
 
@@ -278,6 +278,15 @@ def _noise(found: Hypergradient, units: WeighedUnits, runtime: Runtime) -> Signa
     if found.known_n is not None:
         counts_n &= units.gather(found.known_n.float(), runtime) > 0
     return signal_to_noise(*(half_n[counts_n] for half_n in halves))
+
+
+def _any_is_known(found: Hypergradient) -> bool:
+    """True if some replica has the alignment of a unit (collective)."""
+    if found.known_n is None:
+        return True
+    answer = found.known_n.any().to(torch.int32)
+    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+    return bool(answer)
 
 
 def _is_finite_everywhere(found: Hypergradient) -> bool:

@@ -107,9 +107,9 @@ class GradientAlignment(RuleBased):
     @torch.no_grad()
     def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
         """Returns float32 [n], mean 1 in every weighting group; all 1 without alignments."""
+        self._next_moments = None  # of an aligned step that was skipped
         if outputs is None or outputs.alignment_n is None:
             return torch.ones(batch.units.count, device=batch.tokens_BS.device)
-        groups = self.grouping.of(batch)
         groups = self.grouping.of(batch)
         alignment_Gn = groups.gather(outputs.alignment_n)
         if self.config.alignment_choice == "greedy":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -131,3 +132,47 @@ def _gathered(subject: Tiny, values_n: Tensor) -> Tensor:
     parts = [torch.empty_like(values_n) for _ in range(subject.runtime.data_size)]
     dist.all_gather(parts, values_n.contiguous(), group=subject.runtime.data_group)
     return torch.cat(parts)
+
+
+def started_reductions() -> list[int]:
+    """Reductions that the schedule starts, in a plain pass and inside `exact`, by its own call."""
+    with tiny(pipeline=2) as subject:
+        config = subject.llm.transformer
+        config.finalize_model_grads_func = finalize_model_grads
+        probe = MegatronProbe(subject.llm.chunks, subject.optimizer, micro_batch_size=MICRO_BATCH)
+        calls: list[int] = []
+        config.grad_sync_func = lambda _: calls.append(len(calls))
+        train = _pass(subject, _batch(subject, TRAIN))
+        counts, count = [], SAMPLES // MICRO_BATCH
+
+        def counted() -> object:
+            before = len(calls)
+            found = train()
+            counts.append(len(calls) - before)
+            return found
+
+        probe.exact(counted, _pass(subject, _batch(subject, VALIDATION)), num_micro_batches=count)
+        assert config.grad_sync_func is not None
+        return counts
+
+
+def left_by_a_failed_validation() -> tuple[bool, str]:
+    """Whether parameters are as they were after `exact` failed; and the refusal of a frozen one."""
+    with tiny() as subject:
+        subject.llm.transformer.finalize_model_grads_func = finalize_model_grads
+        probe = MegatronProbe(subject.llm.chunks, subject.optimizer, micro_batch_size=MICRO_BATCH)
+        before = [parameter.detach().clone() for parameter in subject.llm.parameters()]
+
+        def validate() -> object:
+            raise StopIteration
+
+        with suppress(StopIteration):
+            probe.exact(_pass(subject, _batch(subject, TRAIN)), validate, num_micro_batches=4)
+        parameters = subject.llm.parameters()
+        same = all(torch.equal(p, kept) for p, kept in zip(parameters, before, strict=True))
+        parameters[0].requires_grad_(False)
+        try:
+            MegatronProbe(subject.llm.chunks, subject.optimizer, micro_batch_size=MICRO_BATCH)
+        except ValueError as error:
+            return same, str(error)
+        return same, ""

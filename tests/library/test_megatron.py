@@ -45,6 +45,20 @@ def test_more_micro_batches_than_told_are_an_error() -> None:
     assert "more than the 1 micro-batches" in message
 
 
+def test_the_schedule_reduces_no_direction() -> None:
+    """With overlapped reductions the schedule starts them in the last micro-batch."""
+    [ranks] = run_ranks("tests.library.megatron_workers:started_reductions", 2, [{}])
+    assert all(probed == 0 for _, probed in ranks)
+    assert any(plain > 0 for plain, _ in ranks)
+
+
+def test_a_validation_pass_that_fails_leaves_the_parameters() -> None:
+    [[(same, refusal)]] = run_ranks(
+        "tests.library.megatron_workers:left_by_a_failed_validation", 1, [{}]
+    )
+    assert same and "is frozen; every parameter has to be trained" in refusal
+
+
 @pytest.mark.parametrize(
     ("ranks", "options"),
     [(1, ""), (2, "--tensor-model-parallel-size 2"), (2, "--pipeline-model-parallel-size 2")],

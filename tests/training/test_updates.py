@@ -1,0 +1,24 @@
+"""Updates inside a step: where nothing is known of the batch, and where the step is skipped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.launch import run_ranks
+
+WORKERS = "tests.training.update_workers:"
+
+
+@pytest.mark.parametrize(("size", "layout"), [(1, {}), (2, {}), (2, {"pipeline": 2})], ids=str)
+def test_without_a_known_alignment_there_is_no_update(size: int, layout: dict[str, Any]) -> None:
+    """All weight is on samples that were not probed."""
+    [ranks] = run_ranks(WORKERS + "updates_by_probed_fraction", size, [layout])
+    for found in ranks:
+        assert found == [(0, False), (1, True)]
+
+
+def test_the_update_of_a_step_that_is_skipped_is_told() -> None:
+    [[found]] = run_ranks(WORKERS + "update_of_a_skipped_step", 1, [{}])
+    assert found == (1, False, True)

@@ -1,0 +1,64 @@
+"""What the ranks of the tests of updates inside a step run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dwm.data import Batch
+from megatron_dwm.training import Ahead, UpperLevel
+from megatron_dwm.weighting.method import WeightingUpdate
+from megatron_dwm.weighting.uniform import Uniform
+from tests.subjects import with_method
+from tests.tiny import MICRO_BATCH, tiny
+
+
+class LastHalf(Uniform):
+    """All weight is on the last half of a replica's samples; updates give the same weights."""
+
+    def __init__(self) -> None:
+        self.updates = 0
+
+    def weights(self, batch: Batch, *_: Any) -> Tensor:
+        weights_n = torch.zeros(batch.units.count)
+        weights_n[batch.units.count // 2 :] = 2.0
+        return weights_n
+
+    def update(self, batch: Batch, *_: Any) -> WeightingUpdate:
+        self.updates += 1
+        return WeightingUpdate(torch.ones(batch.units.count))
+
+
+def updates_by_probed_fraction(**layout: Any) -> list[tuple[int, bool]]:
+    """Calls of `update`, and whether the step reports one: without known alignments, and with."""
+    with tiny(**layout) as subject:
+        found = []
+        for fraction in (0.5, 1.0):
+            method = LastHalf()
+            upper = UpperLevel(passages=subject.batch(101), ahead=Ahead(fraction=fraction))
+            taken = with_method(subject, method, MICRO_BATCH).taken(subject.batch(100), upper)
+            found.append((method.updates, taken.update is not None))
+        return found
+
+
+def update_of_a_skipped_step() -> tuple[int, bool, bool]:
+    """Calls of `update`; whether the step was skipped; whether it tells of the update.
+
+    A gradient of an unprobed micro-batch is infinite, so loss and alignments are finite.
+    """
+    with tiny() as subject:
+        method = LastHalf()
+        upper = UpperLevel(passages=subject.batch(101), ahead=Ahead(fraction=1.0))
+        parameter = next(iter(subject.llm.parameters()))
+        upstream, passes = method.update, []
+
+        def update(*given: Any) -> WeightingUpdate:
+            passes.append(None)
+            parameter.main_grad.view(-1)[0] = float("inf")
+            return upstream(*given)
+
+        method.update = update  # type: ignore[method-assign]
+        outcome = with_method(subject, method, MICRO_BATCH).step(subject.batch(100), upper)
+        return len(passes), hasattr(outcome, "weighted_loss"), outcome.update is not None
