@@ -184,10 +184,19 @@ def set_aside(directory: Path) -> None:
 
 
 def remove_old(run_dir: Path, *, keep_last: int, keep_every: int) -> None:
-    """Keep the newest `keep_last` checkpoints, and those at multiples of `keep_every` steps."""
+    """Keep the newest `keep_last` checkpoints, and those at multiples of `keep_every` steps.
+
+    Raises the last OSError of those that cannot be removed, after all the others are.
+    """
     if not keep_last:
         return
+    failure: OSError | None = None
     for directory in list_checkpoints(run_dir)[:-keep_last]:
         step, update = _order(directory) or (0, 0)
         if not (keep_every and step % keep_every == 0 and update == 0):
-            shutil.rmtree(directory)
+            try:
+                shutil.rmtree(directory)
+            except OSError as error:
+                failure = error
+    if failure is not None:
+        raise failure

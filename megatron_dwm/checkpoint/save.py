@@ -28,7 +28,7 @@ from megatron_dwm.checkpoint.sharded_files import (
     try_write,
 )
 from megatron_dwm.checkpoint.sharded_plan import SavePlan
-from megatron_dwm.files.atomic import partial_path, replace_folder
+from megatron_dwm.files.atomic import partial_path, replace_folder, sync
 
 
 class CheckpointSave:
@@ -130,6 +130,8 @@ class CheckpointSave:
         files = dict(of_models)
         rest = (TRAINING_FILE, *self._kept)
         files |= {name: record_file(self._partial / name) for name in rest}
+        # Before an older checkpoint is removed, this one survives a power cut.
+        sync(self._partial)
         manifest = Manifest(state=self._state, fingerprint=self._fingerprint, files=files)
         write_manifest(self._partial, manifest)
         replace_folder(self._partial, self.directory)

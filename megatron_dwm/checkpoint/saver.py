@@ -128,7 +128,13 @@ class Saver:
         except OSError as error:  # the next checkpoint tries again
             self._warn(f"{self._run_dir} cannot be written: {error.strerror}")
         kept = self._config
-        remove_old(self._run_dir, keep_last=kept.keep_last, keep_every=kept.keep_every)
+        try:
+            remove_old(self._run_dir, keep_last=kept.keep_last, keep_every=kept.keep_every)
+        except OSError as error:
+            self._warn(
+                f"an old checkpoint in {self._run_dir} cannot be removed ({error.strerror}: "
+                f"{error.filename}); the next save tries again"
+            )
 
     def _refused(self, error: SaveError) -> None:
         kept = f"{self.newest.name} is whole" if self.newest else "there is none yet"

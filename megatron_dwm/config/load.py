@@ -32,7 +32,7 @@ from megatron_dwm.config.methods import METHODS, methods_help, name_problems
 from megatron_dwm.config.names import known_keys, known_sections, nearest_section, unknown_key
 from megatron_dwm.config.options import options_help
 from megatron_dwm.config.parser_messages import one_line
-from megatron_dwm.config.paths import TYPED_PATHS
+from megatron_dwm.config.paths import TYPED_PATHS, with_home
 from megatron_dwm.config.plugins import import_plugin
 from megatron_dwm.config.schema import Config
 from megatron_dwm.files.atomic import write_text
@@ -88,6 +88,7 @@ def load(arguments: Sequence[str], prog: str = "megatron_dwm.pretrain") -> Loade
     config = Config(**{section: getattr(values, section) for section in known_sections()})
     for problem in chain(name_problems(config.policy.name), number_problems(config)):
         raise UserError(problem)
+    config = with_home(config)
     if file is not None and file.resolve() == Path(config.run.dir, "config.yaml").resolve():
         config = with_earlier_defaults(config, given.file | given.command_line)
     return Loaded(with_defaults(config), given)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import Config
 
 TYPED_PATHS = "typed_paths"
@@ -22,9 +23,24 @@ _DIRECTORY = "directory"
 _TRAIN = "data.train"
 _KEYS = (
     *("run.dir", "model.init_from", "data.tokenizer", "data.cache_dir", "validation.path"),
-    *("evaluation.path", "evaluation.sets", "weighting.load"),
+    *("evaluation.path", "evaluation.sets", "weighting.load", "policy.reference"),
 )
 PATH_KEYS = (*_KEYS, _TRAIN)
+
+
+def with_home(config: Config) -> Config:
+    """Returns `config` with `~` and `~user` at the head of a path as in a shell.
+
+    A shell does not replace them in a YAML file or after `=`. Raises UserError for an unknown user.
+    """
+    for key in PATH_KEYS:
+        value = _get(config, key)
+        if value is not None:
+            try:
+                config = _set(config, key, _each(value, _expanded))
+            except RuntimeError:
+                raise UserError(f"{key} {value}: ~ names no known user's directory") from None
+    return config
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -64,6 +80,10 @@ def _each(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, list):
         return [entry if is_weight(entry) else change(entry) for entry in value]
     return change(value)
+
+
+def _expanded(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def _absolute(path: str) -> str:

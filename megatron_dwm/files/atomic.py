@@ -27,7 +27,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 _PARTIAL = ".partial"
@@ -122,6 +122,7 @@ def replace_folder(partial: Path, path: Path) -> None:
     if path.exists():
         path.rename(replaced)
     partial.rename(path)
+    _sync_folder(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -157,11 +158,23 @@ def move_files(partial: Path, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or all files in a folder, to the disk."""
-    files = (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else (path,)
-    for file in files:
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
+    """Force a file, or a folder with all that is in it, to the disk."""
+    for inner in (path, *path.rglob("*")) if path.is_dir() else (path,):
+        if inner.is_dir():
+            _sync_folder(inner)
+        elif inner.is_file():
+            with inner.open("rb") as stream:
+                os.fsync(stream.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Force the names in a folder to the disk, where its file system can do so."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # some network file systems know no fsync of a folder
+            os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _partial_path(path: Path, *, shared: bool) -> Path:

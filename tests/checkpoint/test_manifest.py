@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import zlib
 from pathlib import Path
+
+import pytest
 
 from megatron_dwm.checkpoint.manifest import (
     FileRecord,
@@ -47,6 +51,25 @@ def test_which_checkpoints_are_kept(tmp_path: Path) -> None:
     ]
     remove_old(tmp_path, keep_last=1, keep_every=0)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000010"]
+
+
+def test_one_that_cannot_be_removed_keeps_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a network file system has it while another process reads the checkpoint."""
+    held, remove = _checkpoint(tmp_path, 2), shutil.rmtree
+    for step in (4, 6, 8):
+        _checkpoint(tmp_path, step)
+
+    def rmtree(path: Path) -> None:
+        if path == held:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+        remove(path)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    with pytest.raises(OSError, match="step_00000002"):
+        remove_old(tmp_path, keep_last=1, keep_every=0)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [held.name, "step_00000008"]
 
 
 def test_a_replaced_checkpoint_is_there_until_the_new_one_is(tmp_path: Path) -> None:

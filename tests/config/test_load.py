@@ -11,6 +11,7 @@ from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.defaults import with_defaults
 from megatron_dwm.config.load import config_text, load_config, save_config
 from megatron_dwm.config.names import known_keys
+from megatron_dwm.config.paths import with_absolute_paths
 from megatron_dwm.config.validate import Heads, length_problems, validate_config
 from megatron_dwm.weighting import check_method
 
@@ -273,6 +274,27 @@ def test_wrong_weights_of_domains_are_one_line(words: str) -> None:
 
 def test_no_arguments_give_the_defaults() -> None:
     assert load_config([]) == with_defaults(Config())
+
+
+def test_a_home_directory_is_named_as_in_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no shell has replaced it: in a file, and after =."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "run.yaml"
+    file.write_text("data: {train: [0.3, ~/a, 0.7, /b/~c], tokenizer: ~/t}\nrun: {dir: ~/r}")
+    config = load_config([str(file), "--policy.reference=~/m", "--evaluation.path=~/e"])
+    assert config.data.train == [0.3, f"{tmp_path}/a", 0.7, "/b/~c"]
+    assert config.data.tokenizer == f"{tmp_path}/t" and config.run.dir == f"{tmp_path}/r"
+    assert config.policy.reference == f"{tmp_path}/m"
+    assert config.evaluation.path == f"{tmp_path}/e"
+    with pytest.raises(UserError, match=r"run.dir ~no-such-user/x: ~ names no known user"):
+        load_config(["--run.dir", "~no-such-user/x"])
+
+
+def test_a_reference_is_a_path_like_others() -> None:
+    config = load_config(["--policy.name", "excess_loss", "--policy.reference", "ref/step_1"])
+    assert with_absolute_paths(config).policy.reference == str(Path("ref/step_1").absolute())
 
 
 def test_missing_data_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,6 +19,7 @@ from megatron_dwm.files.atomic import (
     partial_path,
     replace_folder,
     restore_replaced,
+    sync,
     write_bytes,
     write_json,
     write_text,
@@ -171,6 +173,26 @@ def test_an_older_folder_is_removed_where_the_newer_has_its_name(tmp_path: Path)
     (tmp_path / "mine.partial").mkdir()
     restore_replaced(tmp_path, "step_*")
     assert _names(tmp_path) == ["mine.partial", "step_1"]
+
+
+def test_all_of_a_folder_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files and the names of files, before the rename; the new name after it."""
+    fsync, flushed = os.fsync, []
+
+    def noted(file: int) -> None:
+        flushed.append(str(Path(f"/proc/self/fd/{file}").readlink()))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    partial = tmp_path / "new.partial"
+    (partial / "inner").mkdir(parents=True)
+    for name in ("one", "inner/two"):
+        (partial / name).write_text("x")
+    sync(partial)
+    expected = [partial, partial / "one", partial / "inner", partial / "inner/two"]
+    assert sorted(flushed) == sorted(map(str, expected))
+    replace_folder(partial, tmp_path / "new")
+    assert flushed[-1] == str(tmp_path)
 
 
 def test_files_move_one_by_one_into_a_folder(tmp_path: Path) -> None:

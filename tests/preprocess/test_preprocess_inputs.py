@@ -105,6 +105,23 @@ def test_directory_and_pattern_in_the_order_of_paths(
             find_inputs([str(wrong)])
 
 
+def test_links_to_directories_are_followed_once(tmp_path: Path, rows: list[dict]) -> None:
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    for folder in (corpus, elsewhere):
+        folder.mkdir()
+        write(folder / "a.jsonl", rows[:2])
+    (corpus / "web").symlink_to(elsewhere)
+    (corpus / ".hidden").symlink_to(elsewhere)
+    found = [read.name for read in find_inputs([str(corpus)])]
+    assert found == [str(corpus / "a.jsonl"), str(corpus / "web" / "a.jsonl")]
+    for target in (elsewhere, corpus, tmp_path):
+        link = corpus / "again"
+        link.symlink_to(target)
+        with pytest.raises(UserError, match=r"again.*under another name, which would be read tw"):
+            find_inputs([str(corpus)])
+        link.unlink()
+
+
 def test_hub_data_set_is_streamed(
     tmp_path: Path, rows: list[dict], ids: bytes, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

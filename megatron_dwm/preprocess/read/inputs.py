@@ -164,16 +164,23 @@ def _expand(name: str) -> list[str]:
 
 
 def _files_below(directory: str) -> list[str]:
-    paths = (path for path in Path(directory).rglob("*") if path.is_file() and is_known(path))
-    visible = (p for p in paths if not any(part.startswith(".") for part in _inner(p, directory)))
-    found = sorted(os.path.join(directory, p.relative_to(directory)) for p in visible)  # noqa: PTH118
+    """Returns the files of known formats in a directory and all below it, links included."""
+    seen: dict[str, str] = {}
+    found: list[str] = []
+    for folder, inner, files in os.walk(directory, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            raise UserError(
+                f"{folder}: is {seen[real]} under another name, which would be read twice; remove "
+                "the link, or name the directories"
+            )
+        seen[real] = folder
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        visible = (Path(folder, name) for name in files if not name.startswith("."))
+        found += [str(path) for path in visible if path.is_file() and is_known(path)]
     if not found:
         raise UserError(f"{directory}: no file of a known format in it; expected {KNOWN_FORMATS}")
-    return found
-
-
-def _inner(path: Path, directory: str) -> tuple[str, ...]:
-    return path.relative_to(directory).parts
+    return sorted(os.path.join(directory, Path(p).relative_to(directory)) for p in found)  # noqa: PTH118
 
 
 def _look_at(name: str) -> Input:
