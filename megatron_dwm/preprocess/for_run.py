@@ -5,8 +5,8 @@ of `tools/preprocess_data.py`, with --append-eod, `data.tokenizer`, and the meta
 reads. The cache is `data.cache_dir`, or the folder prepared_data beside `run.dir`, which the runs
 of a comparison share. The files' name has a digest of the text's path, size and time, of the
 tokenizer and of the keys, so a changed text is preprocessed anew, and the run's config.yaml has the
-prefix. The first process does it, under a lock; the others wait for its result. An interrupted job
-goes on.
+prefix. The first process does it, under a lock; the others wait for its result, or for its refusal
+in PREFIX.refused. An interrupted job goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_dwm.config import Config, UserError
+from megatron_dwm.files.atomic import write_json
 from megatron_dwm.files.lock import lock_file
 from megatron_dwm.files.sidecar_format import OWN_COLUMNS
 from megatron_dwm.launch import find_launch
@@ -59,18 +60,37 @@ def _prepared(text: Path, config: Config) -> str:
         raise UserError(f"data.train {text}: no such file")
     settings = _settings(text, config)
     done = FinalPaths(prefix=settings.prefix, keys=settings.json_keys).record
+    refused = Path(f"{settings.prefix}.refused")
     if find_launch(os.environ).rank == 0:
         if not done.is_file():
             print(f"data.train {text}: tokens are written to {settings.prefix}_*", flush=True)
-        _preprocess(settings)
-    _wait_for(done)
+        refused.unlink(missing_ok=True)
+        try:
+            _preprocess(settings)
+        except UserError as error:
+            write_json(refused, {"job": _job(), "error": str(error)})
+            raise
+    _wait_for(done, refused)
     return f"{settings.prefix}_{_KEY}_document"
 
 
-def _wait_for(done: Path) -> None:
-    """Wait until the first process has written the files; says so once if it takes a while."""
+def _job() -> str:
+    """Returns what the processes of this job have in common, and those of another have not."""
+    launch = find_launch(os.environ)
+    return f"{launch.world_size} processes at {launch.host}:{launch.port}"
+
+
+def _wait_for(done: Path, refused: Path) -> None:
+    """Wait until the first process has written the files; says so once if it takes a while.
+
+    Raises UserError if the first process has refused the text.
+    """
     start_s, is_said = time.monotonic(), False
     while not done.is_file():
+        if refused.is_file():
+            found = json.loads(refused.read_text(encoding="utf-8"))
+            if found["job"] == _job():
+                raise UserError(found["error"])
         if not is_said and time.monotonic() - start_s > _SILENT_S:
             rank, host = find_launch(os.environ).rank, socket.gethostname()
             print(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.outputs import why_unwritable
+from megatron_dwm.files.command_names import name_of_command
 from megatron_dwm.preprocess.encode.encoder import EncodeSettings, token_dtype
 from megatron_dwm.preprocess.encode.workers import encode_all
 from megatron_dwm.preprocess.messages import warn
@@ -189,8 +190,8 @@ class _Run:
         if self.settings.on_bad_record == "error" and chunk.rejects:
             reject = min(chunk.rejects, key=lambda reject: reject.number)
             raise UserError(
-                f"{chunk.source_file}:{reject.number + 1}: {reject.detail}; mend the record, or "
-                "pass --on-bad-record skip to leave such records out"
+                f"{chunk.source_file}:{reject.number + 1}: {reject.detail}; mend the record; "
+                f"{name_of_command('preprocess')} --on-bad-record skip leaves such records out"
             )
 
     def _refuse_mixed_modes(self) -> None:

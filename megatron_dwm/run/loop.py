@@ -99,7 +99,7 @@ class Loop:
             return read_target(job.learner, job.method, job.feed.validation(state.updates))
         # An update of the method's own counts its passes itself.
         weighed = job.method.weighs(state) and not job.method.own_updates
-        batch, upper = job.feed.update(state.updates), self._upper_level()
+        batch, upper = job.feed.update(state.updates), _upper_level(self._job, self._config)
         result = weighting_update(job.learner, job.method, batch, upper, state)
         state.weighings += weighed
         return result
@@ -112,7 +112,7 @@ class Loop:
             self._skip("its loss was a spike")
         else:
             updates = self._updates_inside
-            outcome = self._outcome(self._upper_level() if updates else None)
+            outcome = self._outcome(_upper_level(self._job, self._config) if updates else None)
             if isinstance(outcome, Spike):
                 self._roll_back(outcome)
                 return self._upkeep.begin()
@@ -186,19 +186,19 @@ class Loop:
             f"{state.step}, and its batch is passed over"
         )
 
-    def _upper_level(self) -> UpperLevel:
-        """Returns the validation batch and the options of the next update."""
-        updates, bilevel = self._state.updates, self._config.bilevel
-        interval = self._job.costs.noise_interval
-        measure_noise = interval > 0 and updates % interval == 0
-        return UpperLevel(
-            passages=self._job.feed.validation(updates, halves=measure_noise),
-            measure_noise=measure_noise,
-            estimator=bilevel.estimator,
-            sketch_size=self._job.method.sketch_size,
-            inner_optimizer=bilevel.inner_optimizer,
-            ahead=_ahead(self._config) if self._job.schedule.ahead else None,
-        )
+
+def _upper_level(job: Job, config: Config) -> UpperLevel:
+    """Returns the validation batch and the options of the next update."""
+    updates, bilevel, interval = job.state.updates, config.bilevel, job.costs.noise_interval
+    measure_noise = interval > 0 and updates % interval == 0
+    return UpperLevel(
+        passages=job.feed.validation(updates, halves=measure_noise),
+        measure_noise=measure_noise,
+        estimator=bilevel.estimator,
+        sketch_size=job.method.sketch_size,
+        inner_optimizer=bilevel.inner_optimizer,
+        ahead=_ahead(config) if job.schedule.ahead else None,
+    )
 
 
 def _ahead(config: Config) -> Ahead:

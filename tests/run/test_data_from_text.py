@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +64,24 @@ def test_what_cannot_be_read_is_one_line(corpus: Corpus, tmp_path: Path) -> None
         [line] = [line for line in done.stderr.splitlines() if line.startswith("error:")]
         assert words in line
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_what_the_first_process_refuses_ends_all(corpus: Corpus, tmp_path: Path) -> None:
+    """Ranks as srun starts them: none is stopped because another has failed."""
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a"}\n{"text": \n')
+    command = [sys.executable, "-m", "megatron_dwm.pretrain", *_arguments(corpus, broken)]
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29123"}
+    for _ in range(2):  # the second job finds what the first one left
+        jobs = [
+            subprocess.Popen(
+                [*command, "--run.dir", str(tmp_path / "run")],
+                env={**os.environ, **meeting, "RANK": rank, "LOCAL_RANK": rank},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in "01"
+        ]
+        said = [job.communicate(timeout=100)[1] for job in jobs]
+        assert [job.returncode for job in jobs] == [2, 2], said
+        assert "broken.jsonl:2" in said[0] and "--on-bad-record skip leaves" in said[0]
