@@ -1,7 +1,8 @@
 """Small files that every checkpoint contains, so that it can be used on its own.
 
     tokenizer/    the run's tokenizer: tokenizer.model, or tokenizer.json and its
-                  tokenizer_config.json
+                  tokenizer_config.json; around_text.json, if the documents of the training data
+                  have the special tokens that tokenizer.json puts around a text
     huggingface/  files of the model that the run started from, without its weights: config.json,
                   generation_config.json, the tokenizer's files, chat templates, license
 
@@ -11,12 +12,14 @@ size, in the main process and in every checkpoint.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.model.on_disk.huggingface_files import is_huggingface
-from megatron_dwm.tokenizer import Tokenizer
+from megatron_dwm.tokenizer import Tokenizer, open_tokenizer
 
 TOKENIZER = "tokenizer"
 HUGGINGFACE = "huggingface"
@@ -24,6 +27,7 @@ HUGGINGFACE = "huggingface"
 _TOKENIZER_JSON = "tokenizer.json"
 _TOKENIZER_MODEL = "tokenizer.model"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+_AROUND = "around_text.json"
 TOKENIZER_FILES = (
     *(_TOKENIZER_JSON, _TOKENIZER_MODEL, _TOKENIZER_CONFIG),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
@@ -58,6 +62,14 @@ def own_tokenizer(directory: Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+def open_own_tokenizer(file: Path) -> Tokenizer:
+    """Open what `own_tokenizer` returned, with the special tokens that training had around a text.
+
+    Raises UserError as `open_tokenizer` does.
+    """
+    return open_tokenizer(file, include_special_tokens=file.with_name(_AROUND).is_file())
+
+
 def write_files(files: Mapping[str, bytes], directory: Path) -> None:
     """Write files by their paths inside `directory`. Raises OSError."""
     for name, content in files.items():
@@ -68,8 +80,11 @@ def write_files(files: Mapping[str, bytes], directory: Path) -> None:
 
 def _of_tokenizer(tokenizer: Tokenizer) -> dict[str, bytes]:
     if tokenizer.kind != "HuggingFaceTokenizer":
-        return {_TOKENIZER_MODEL: tokenizer.content}
-    files = {_TOKENIZER_JSON: tokenizer.content}
+        return {_TOKENIZER_MODEL: tokenizer.file}
+    files = {_TOKENIZER_JSON: tokenizer.file}
+    around = dataclasses.asdict(tokenizer.around)
+    if any(around.values()):
+        files[_AROUND] = json.dumps(around).encode()
     config = tokenizer.model_path.with_name(_TOKENIZER_CONFIG)
     if config.is_file():
         files[_TOKENIZER_CONFIG] = _read(config)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dwm.checkpoint.fingerprint import tokenizer_digests
-from megatron_dwm.checkpoint.kept_files import own_tokenizer
+from megatron_dwm.checkpoint.kept_files import open_own_tokenizer, own_tokenizer
 from megatron_dwm.config import UserError
 from megatron_dwm.convert.checkpoint_reader import SavedLLM
 from megatron_dwm.convert.gate import gives_same_ids
@@ -57,7 +57,8 @@ def choose_tokenizer(saved: SavedLLM, given: str | Path | None) -> ExportTokeniz
             separator=end if isinstance(end, int) else None,
         )
     assert trained is not None
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), trained.eod_id)
+    begin = next(iter(trained.around.before), trained.eod_id)
+    ends = {"bos_token_id": begin, "eos_token_id": trained.eod_id}
     ids = {**ends, "pad_token_id": padding_id(trained.pieces(), trained.eod_id)}
     return ExportTokenizer(
         trained=trained, encode=trained.encode, special_tokens=ids, separator=trained.eod_id
@@ -76,7 +77,7 @@ def _trained_tokenizer(saved: SavedLLM, given: str | Path | None) -> Tokenizer |
         return _require_fitting(saved, _tokenizer_of_older_version(saved, given))
     if given is not None:
         _require_same(open_tokenizer(given), open_tokenizer(copy), saved)
-    return _require_fitting(saved, open_tokenizer(copy)) if saved.was_trained_here else None
+    return _require_fitting(saved, open_own_tokenizer(copy)) if saved.was_trained_here else None
 
 
 def _require_same(given: Tokenizer, own: Tokenizer, saved: SavedLLM) -> None:

@@ -70,13 +70,15 @@ class GateError(RunError):
 def require_equal_ids(tokenizer: Tokenizer, directory: Path) -> int:
     """Compare the exported tokenizer's ids with training's; returns the number of texts compared.
 
+    Of training's special tokens around a text, an export adds those before it.
+
     The texts are `AWKWARD_TEXTS`, `REAL_TEXT`, and every piece of the vocabulary, once between two
     letters and once at the start of a text. Raises `UserError` at the first difference: the
     tokenizer is then of a kind that tokenizer_files.py, or the model's class, cannot express.
     """
     texts = [*AWKWARD_TEXTS, REAL_TEXT, *_texts_of_pieces(tokenizer)]
     for text, ids in zip(texts, encode_with_huggingface(directory, texts), strict=True):
-        expected = tokenizer.encode(text)
+        expected = [*tokenizer.around.before, *tokenizer.encode(text)]
         if ids != expected:
             raise UserError(
                 f"{tokenizer.model_path}: cannot be written as a Hugging Face tokenizer with the "

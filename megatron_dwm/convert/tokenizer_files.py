@@ -1,7 +1,8 @@
 """Writes a training tokenizer as the files of a Hugging Face tokenizer that gives the same ids.
 
-A tokenizer.json is kept, except for the step that adds special tokens around a text, which training
-does not do. A SentencePiece BPE model is converted here, because transformers' own conversion
+A tokenizer.json is kept, except for the step that adds special tokens around a text. It adds those
+that training had before the text of every document (Llama 3's beginning of text), and nothing where
+training had none. A SentencePiece BPE model is converted here, because transformers' own conversion
 changes ids (leading and double spaces).
 
 * Merges. SentencePiece joins the neighbors whose union has the best score; Hugging Face goes
@@ -12,10 +13,10 @@ changes ids (leading and double spaces).
 * Control tokens. Training reads the spelling of a control token ("</s>") as plain text, so that no
   document can end itself. `split_special_tokens` makes transformers do the same. To parse control
   tokens, pass `split_special_tokens=False` when calling the tokenizer.
-* Beginning of sequence. Training ends every document with the end-of-document token and never
-  writes a beginning of sequence, so the LLM sees the start of a text after an end of document. The
-  same token is therefore also the beginning of sequence (as in GPT-2), for evaluation or generation
-  that needs something before the first token. Encoding adds neither.
+* Beginning of sequence. Training ends every document with the end-of-document token. If it writes
+  no beginning of sequence, the LLM sees the start of a text after an end of document. The same
+  token is therefore also the beginning of sequence (as in GPT-2), for evaluation or generation that
+  needs something before the first token, and encoding adds neither.
 * Padding. It is the tokenizer's own padding token, if the vocabulary has one; else the unknown
   token, which no text gives where bytes are pieces; else the end-of-document token. (That one comes
   last: a trainer that masks padding would never learn to end a text.)
@@ -44,20 +45,41 @@ def write_tokenizer_files(tokenizer: Tokenizer, sequence_length: int, directory:
     pieces = tokenizer.pieces()
     for name, content in {
         "tokenizer.json": (
-            _without_added_tokens(tokenizer.content)
+            _as_trained(tokenizer, pieces)
             if tokenizer.kind in JSON_KINDS
             else tokenizer_json(pieces)
         ),
-        "tokenizer_config.json": tokenizer_config(pieces, tokenizer.eod_id, sequence_length),
+        "tokenizer_config.json": tokenizer_config(
+            pieces, tokenizer.eod_id, sequence_length, tokenizer.around.before
+        ),
     }.items():
         text = json.dumps(content, ensure_ascii=False, indent=1)
         (directory / name).write_text(text + "\n", encoding="utf-8")
 
 
-def _without_added_tokens(file: bytes) -> dict[str, Any]:
-    """Returns a tokenizer.json that adds nothing to a text, and neither truncates nor pads it."""
-    content = json.loads(file)
-    return {**content, "post_processor": None, "truncation": None, "padding": None}
+def _as_trained(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """Returns a tokenizer.json that begins a text as training did, and does nothing else to it."""
+    content = json.loads(tokenizer.content)
+    before = [(pieces[token].text, token) for token in tokenizer.around.before]
+    begins = _template(before) if before else None
+    return {**content, "post_processor": begins, "truncation": None, "padding": None}
+
+
+def _template(before: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    """Returns a post-processor that puts these tokens before a text, or before each of two."""
+
+    def begun(part: str, type_id: int) -> list[dict[str, Any]]:
+        tokens = [{"SpecialToken": {"id": text, "type_id": type_id}} for text, _ in before]
+        return [*tokens, {"Sequence": {"id": part, "type_id": type_id}}]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": begun("A", 0),
+        "pair": [*begun("A", 0), *begun("B", 1)],
+        "special_tokens": {
+            text: {"id": text, "ids": [token], "tokens": [text]} for text, token in before
+        },
+    }
 
 
 def merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
@@ -117,17 +139,23 @@ def tokenizer_json(pieces: Sequence[Piece]) -> dict[str, Any]:
     }
 
 
-def tokenizer_config(pieces: Sequence[Piece], eod_id: int, sequence_length: int) -> dict[str, Any]:
-    """Returns the content of tokenizer_config.json."""
+def tokenizer_config(
+    pieces: Sequence[Piece], eod_id: int, sequence_length: int, before: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Returns the content of tokenizer_config.json.
+
+    before: ids that tokenizer.json puts before a text.
+    """
     end = pieces[eod_id].text
+    # With these keys transformers replaces the post-processor of tokenizer.json.
+    adds = {} if before else {"add_bos_token": False, "add_eos_token": False}
     unknown = next((piece.text for piece in pieces if piece.role == "unknown"), None)
     return {
         # LlamaTokenizer would rebuild the normalizer and change ids.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "split_special_tokens": True,
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "bos_token": end,
+        **adds,
+        "bos_token": pieces[before[0]].text if before else end,
         "eos_token": end,
         "unk_token": unknown,
         "pad_token": pieces[padding_id(pieces, eod_id)].text,

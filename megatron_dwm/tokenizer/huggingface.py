@@ -39,15 +39,15 @@ class HuggingFaceTokenizer:
     def __init__(self, path: Path, *, include_special_tokens: bool = False) -> None:
         self.model_path = path / FILE_NAME if path.is_dir() else path
         content = read_tokenizer_file(self.model_path)
-        self._load_vocabulary(content, sha256=hashlib.sha256(content).hexdigest())
+        self._load_vocabulary(content, file=content)
         self._name_ends(_named_tokens(self.model_path.with_name(_CONFIG_NAME)))
         if include_special_tokens:
             self.around = _special_tokens(self._tokenizer, self.model_path)
 
-    def _load_vocabulary(self, content: bytes, *, sha256: str) -> None:
-        """Load the vocabulary of a tokenizer.json; `sha256` is the digest of the file with it."""
-        self.content = content
-        self.sha256 = sha256
+    def _load_vocabulary(self, content: bytes, *, file: bytes) -> None:
+        """Load the vocabulary of a tokenizer.json, made from a file with these bytes."""
+        self.content, self.file = content, file
+        self.sha256 = hashlib.sha256(file).hexdigest()
         self.around = SpecialTokens()
         self._tokenizer: tokenizers.Tokenizer = _load(content, self.model_path)
         self._unknown = _unknown_token(content)

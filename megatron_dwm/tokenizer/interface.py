@@ -67,6 +67,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def file(self) -> bytes:
+        """The bytes of the file that it was read from, of which `sha256` is the digest."""
+        ...
+
+    @property
     def vocab_size(self) -> int:
         """Number of pieces in the vocabulary, without padding; every id is below it."""
         ...

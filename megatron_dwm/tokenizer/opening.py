@@ -37,8 +37,8 @@ def build_tokenizer(
 def open_tokenizer(model: str | Path, *, include_special_tokens: bool = False) -> Tokenizer:
     """Open the tokenizer in `model`, whose name and first line determine its type.
 
-    A directory or a `.json` file is Hugging Face's; a file of base64 tokens and ranks is Llama 3's
-    own; anything else is a SentencePiece model.
+    A directory, a `.json` file and one that begins like it are Hugging Face's; a file of base64
+    tokens and ranks is Llama 3's own; anything else is a SentencePiece model.
     Raises `UserError` as `build_tokenizer` does.
     """
     return build_tokenizer(kind_of(model), model, include_special_tokens=include_special_tokens)
@@ -47,6 +47,15 @@ def open_tokenizer(model: str | Path, *, include_special_tokens: bool = False) -
 def kind_of(model: str | Path) -> str:
     """Returns the type of the tokenizer in `model`, as `build_tokenizer` takes it."""
     path = Path(model)
-    if path.is_dir() or path.suffix == ".json":
+    if path.is_dir() or path.suffix == ".json" or _is_object(path):
         return "HuggingFaceTokenizer"
     return "TikTokenizer" if is_tiktoken(path) else "SentencePieceTokenizer"
+
+
+def _is_object(path: Path) -> bool:
+    """True for a tokenizer.json under another name, as older checkpoints have of a TikTokenizer."""
+    try:
+        with path.open("rb") as file:
+            return file.read(1) == b"{"
+    except OSError:
+        return False

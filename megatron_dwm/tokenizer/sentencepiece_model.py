@@ -38,7 +38,7 @@ class SentencePieceTokenizer:
         content = read_tokenizer_file(model_path)
         self.kind = kind
         self.model_path = model_path
-        self.content = content
+        self.content = self.file = content
         self.sha256 = hashlib.sha256(content).hexdigest()
         self._processor = _load(content, model_path)
         self.vocab_size: int = self._processor.get_piece_size()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ class TikTokenTokenizer(HuggingFaceTokenizer):
         self.model_path = path
         file = read_tokenizer_file(path)
         content = json.dumps(_tokenizer_json(_read_ranks(file, path))).encode()
-        self._load_vocabulary(content, sha256=hashlib.sha256(file).hexdigest())
+        self._load_vocabulary(content, file=file)
         self._name_ends({"eos_token": END, "bos_token": BEGIN})
 
 

@@ -50,7 +50,7 @@ class Project:
         return done.stderr
 
 
-def _preprocessed(folder: Path, kind: str, tokenizer: str) -> None:
+def preprocessed(folder: Path, kind: str, tokenizer: str) -> None:
     command = ["tools/preprocess_data.py", "--input", CORPUS, "--append-eod"]
     command += ["--output-prefix", folder / "data", "--tokenizer-type", kind]
     command += ["--tokenizer-model", folder / tokenizer]
@@ -62,7 +62,7 @@ def trained(small_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
     """Returns a project with a run of two steps."""
     folder = tmp_path_factory.mktemp("project")
     shutil.copy(small_tokenizer.model_path, folder / "words.model")
-    _preprocessed(folder, "SentencePieceTokenizer", "words.model")
+    preprocessed(folder, "SentencePieceTokenizer", "words.model")
     arguments = ("--run.dir", "run", "--data.train", "data_text_document", *SIZES)
     project = Project(directory=folder, arguments=(*arguments, "--data.tokenizer", "words.model"))
     assert "error" not in project.train(2)
@@ -198,7 +198,7 @@ def public(small_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory)
     words = json.loads((directory / "tokenizer_config.json").read_text())
     words |= {"custom": {"kept": True}, "eos_token": "</s>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(words))
-    _preprocessed(directory.parent, "HuggingFaceTokenizer", "model")
+    preprocessed(directory.parent, "HuggingFaceTokenizer", "model")
     return directory
 
 
@@ -253,7 +253,7 @@ def test_what_training_changed_is_changed_and_listed(
     config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 32}
     (short / "config.json").write_text(json.dumps(config))
     shutil.copy(other, tmp_path / "words.model")
-    _preprocessed(tmp_path, "SentencePieceTokenizer", "words.model")
+    preprocessed(tmp_path, "SentencePieceTokenizer", "words.model")
     project = Project(
         directory=tmp_path,
         arguments=("--run.dir", "run", "--data.train", "data_text_document", *SIZES),

@@ -121,3 +121,16 @@ def test_a_tokenizer_json_keeps_its_ids(texts: list[str], tmp_path: Path) -> Non
         assert not {0, 1} & set(ids)
         assert exported.decode(ids) == text
     assert exported.eos_token_id == exported.bos_token_id == 1
+
+    # Data of which every document begins with that token, as preprocess_data.py makes it.
+    begun = open_tokenizer(tmp_path / "tokenizer.json", include_special_tokens=True)
+    (tmp_path / "begun").mkdir()
+    write_tokenizer_files(begun, 512, tmp_path / "begun")
+    require_equal_ids(begun, tmp_path / "begun")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "begun")
+    assert (exported.bos_token_id, exported.eos_token_id) == (0, 1)
+    for text in ("", *texts[:20], "a<|end_of_text|>b<|begin_of_text|>c"):
+        ids = exported(text).input_ids
+        assert ids == [0, *begun.encode(text)] and not {0, 1} & set(ids[1:])
+        assert exported.decode(ids, skip_special_tokens=True) == text
+        assert exported(text, add_special_tokens=False).input_ids == ids[1:]
