@@ -38,7 +38,12 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "layernorm_zero_centered_gamma": (False,),
     "apply_layernorm_1p": (False,),
     "window_size": (None,),
+    "rotary_seq_len_interpolation_factor": (None, 1, 1.0),
+    "seq_len_interpolation_factor": (None, 1, 1.0),
+    "no_rope_freq": (None,),
 }
+# Megatron-Core's own, where a release has the switch without the number.
+_ROPE_SCALING_FACTOR = 8.0
 
 
 class _Anything:
@@ -137,7 +142,9 @@ def shape_from(settings: Mapping[str, Any], given: Mapping[str, Any], where: Pat
         "rotary_base": settings.get("rotary_base"),
         "norm_epsilon": settings.get("norm_epsilon", settings.get("layernorm_epsilon")),
         "head_dim": settings.get("kv_channels"),
-        "rope_scaling_factor": settings.get("rope_scaling_factor") if scaled else None,
+        "rope_scaling_factor": (
+            settings.get("rope_scaling_factor") or _ROPE_SCALING_FACTOR if scaled else None
+        ),
         "qk_layernorm": settings.get("qk_layernorm"),
         "add_qkv_bias": settings.get("add_qkv_bias"),
         **given,
@@ -163,5 +170,11 @@ def _require_llama(settings: Mapping[str, Any], where: Path) -> None:
                 "Llama's shape can be read"
             )
     swiglu = settings.get("swiglu", settings.get("gated_linear_unit", True))
+    activation = settings.get("activation_func")  # Bridge's; a function by its name
+    if activation is not None and not any(name in str(activation) for name in ("silu", "swiglu")):
+        raise UserError(
+            f"{where}: activation_func is {activation!r}, expected silu: only models in Llama's "
+            "shape can be read"
+        )
     if not swiglu:
         raise UserError(f"{where}: swiglu is off: only models in Llama's shape can be read")
