@@ -304,9 +304,11 @@ was_cancelled() {
 }
 
 # next_links CONFIGURATION: numbers of the jobs of this run that wait for their turn. Their name,
-# directory and command are this job's; a job of the same name may train another run.
+# directory and command are this job's; a job of the same name may train another run, and so do the
+# other tasks of an array.
 next_links() {
     local own number what
+    [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || return 0
     read -r own < <(squeue --noheader --jobs="$(this_job)" --format='%j %Z %o') || true
     # Where Slurm does not show a job's arguments, two runs would look alike.
     [[ "${own:-}" == *"$1"* ]] || return 0

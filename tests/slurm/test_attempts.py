@@ -32,8 +32,13 @@ class Job:
         file.write_text(f"#!/bin/bash\n{text}\n")
         file.chmod(0o755)
 
-    def attempt(self, code: int, shown: str = RUNNING, pending: str = "", number: int = 0) -> str:
-        """One attempt of the job; returns what it printed, and its exit code at the end."""
+    def attempt(
+        self, code: int, shown: str = RUNNING, pending: str = "", number: int = 0, **more: str
+    ) -> str:
+        """One attempt of the job; returns what it printed, and its exit code at the end.
+
+        more: variables of the job's environment.
+        """
         self.stub("srun", f"exit {code}")
         self.stub("squeue", f'[[ "$*" == *PENDING* ]] && echo "{pending}" || echo "{OWN}"')
         show = f'[ "$1" = requeue ] || {{ echo "{shown}"; exit; }}'
@@ -44,6 +49,7 @@ class Job:
             **{"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "stuck", "SLURM_JOB_NODELIST": "n1"},
             **{"SLURM_JOB_NUM_NODES": "1", "SLURM_SUBMIT_DIR": str(REPOSITORY)},
             **{"SLURM_RESTART_COUNT": str(number), "DWM_SITE": str(self.folder / "site.sh")},
+            **more,
         }
         done = subprocess.run(
             ["bash", "slurm/pretrain.sbatch", TINY, "--run.dir", str(self.folder / "run")],
@@ -104,6 +110,13 @@ def test_a_job_that_slurm_ends_goes_on(job: Job, shown: str) -> None:
 def test_the_next_job_of_the_same_run_goes_on(job: Job) -> None:
     assert "the next job of the chain goes on" in job.attempt(0, pending=f"8 {OWN}")
     assert not job.requeued
+
+
+def test_a_waiting_task_of_the_same_array_is_no_link(job: Job) -> None:
+    """Tasks of a sweep have one name, directory and command, and each its own run."""
+    task = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "0"}
+    assert "this job is requeued" in job.attempt(0, pending=f"8 {OWN}", **task)
+    assert (job.folder / "said").read_text() == "requeue 6_0\n"
 
 
 def test_a_waiting_job_of_the_same_name_is_no_link_if_its_run_is_another(job: Job) -> None:
