@@ -59,7 +59,11 @@ def curves(found: Comparison, part: Part, cell: Cell, domains: Sequence[str]) ->
     rows: list[Sequence[Value]] = [
         [method, *point]
         for method in methods
-        for point in _points([runs[method][seed] for seed in sorted(seeds)], domains)
+        for point in _points(
+            [runs[method][seed] for seed in sorted(seeds)],
+            domains,
+            before=_work_before(found, cell, method, sorted(seeds)),
+        )
     ]
     if not rows:
         return None
@@ -67,7 +71,7 @@ def curves(found: Comparison, part: Part, cell: Cell, domains: Sequence[str]) ->
     return Figure(
         id=f"{part.name}_curves",
         title="Held-out loss of the novels over the work done",
-        caption="Mean over the seeds that all have.",
+        caption="Mean over the seeds that all have; with the runs that a method needs before.",
         columns=columns,
         data=columnar(columns, rows),
         chart=lines(_LOSS, x=_FLOPS, color=_METHOD.name, names=methods),
@@ -76,13 +80,25 @@ def curves(found: Comparison, part: Part, cell: Cell, domains: Sequence[str]) ->
     )
 
 
-def _points(outcomes: Sequence[Outcome], domains: Sequence[str]) -> Iterator[list[float]]:
-    """Yields FLOPs and loss after every tenth of the run but the first two."""
+def _work_before(found: Comparison, cell: Cell, method: str, seeds: Sequence[int]) -> float:
+    """Returns the mean FLOPs of the runs that a method needs before its own."""
+    work, ours = found.work(cell, method), found.by_seed(cell, method)
+    known = [work[seed] - ours[seed].flops for seed in seeds if seed in work]
+    return mean(known) if known else 0.0
+
+
+def _points(
+    outcomes: Sequence[Outcome], domains: Sequence[str], before: float
+) -> Iterator[list[float]]:
+    """Yields FLOPs and loss after every tenth of the run but the first two.
+
+    before: FLOPs that were spent when the runs began.
+    """
     if not outcomes:
         return
     for tenth in range(2, len(outcomes[0].losses.step)):
         read = loss_of(domains, outcomes[0].losses.step[tenth] / outcomes[0].losses.step[-1])
-        yield [outcomes[0].losses.flops[tenth], mean(map(read, outcomes))]
+        yield [before + outcomes[0].losses.flops[tenth], mean(map(read, outcomes))]
 
 
 def weights(found: Comparison, part: Part, cell: Cell, method: str) -> Figure | None:

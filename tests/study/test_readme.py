@@ -71,7 +71,7 @@ def test_a_change_is_the_recorded_one(
 
 def test_the_work_is_the_recorded_one(found: Comparison) -> None:
     assert _number("nats a token for N % more FLOPs") == f"{_work(found, 'dwm_ahead') - 1:.0%}"[:-1]
-    assert _number("for N times the FLOPs in all") == f"{_work(found, 'rater_half'):.1f}"
+    assert _number("but for N times the FLOPs in all") == f"{_work(found, 'rater_half'):.1f}"
 
 
 @pytest.mark.parametrize(
@@ -96,3 +96,5 @@ def test_what_is_left_at_equal_work(found: Comparison) -> None:
     gain = _change(found, CELL, "dwm_ahead", "unseen")
     assert features is not None and own is not None
     assert features.mean < gain.mean / 2 and own.low <= 0 <= own.high
+    chosen = found.change_at_equal_work(CELL, "rater_half", group)
+    assert chosen is not None and chosen.pairs >= 3 and chosen.high > 0, "plain is no worse"
