@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -55,6 +56,8 @@ def main() -> None:
     # Megatron-Core warns on import that optional GPU packages are missing.
     quiet_upstream()
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
+    # A model that fits in the host's memory may not fit on a GPU, and a training may be using it.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     arguments.convert(arguments)
 
 

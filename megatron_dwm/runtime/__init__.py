@@ -6,9 +6,9 @@ from megatron_dwm.runtime.bring_up import (
     rank_from_environment,
     runtime_of_running_job,
     start,
-    tensor_context_group,
     world_size_from_environment,
 )
+from megatron_dwm.runtime.groups import tensor_context_group
 
 __all__ = [
     "Runtime",

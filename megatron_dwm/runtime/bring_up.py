@@ -27,9 +27,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_dwm.config import ParallelConfig, UserError
 from megatron_dwm.launch import Launch, Launcher, find_launch
 from megatron_dwm.runtime.cpu import cuda_redirected_to_cpu
+from megatron_dwm.runtime.groups import Group, inner_group_of, side_group_of, tensor_context_group
 from megatron_dwm.runtime.peers import Peers, meet
-
-Group = dist.ProcessGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +128,8 @@ def bring_up(config: ParallelConfig, seed: int) -> Iterator[Runtime]:
     device = torch.device("cuda", _device_index(launch)) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+        # NVIDIA's containers turn TF32 on, with which fp32 products have 10 bits of mantissa.
+        torch.set_float32_matmul_precision("highest")
     with (
         _exported(launch),
         nullcontext() if on_gpu else cuda_redirected_to_cpu(),
@@ -213,7 +214,7 @@ def _make_groups(config: ParallelConfig, on_gpu: bool, seed: int) -> None:
 
 
 def _describe(device: torch.device, peers: Peers | None, timeout: timedelta) -> Runtime:
-    inner_group = _inner_group(timeout)
+    inner_group = inner_group_of(timeout)
     return Runtime(
         device=device,
         rank=dist.get_rank(),
@@ -235,7 +236,7 @@ def _describe(device: torch.device, peers: Peers | None, timeout: timedelta) -> 
         data_context_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         tensor_context_group=tensor_context_group(),
         inner_group=inner_group,
-        side_group=_side_group(timeout),
+        side_group=side_group_of(timeout, device),
         peers=peers,
     )
 
@@ -248,40 +249,6 @@ def runtime_of_running_job(timeout_s: float = 600.0) -> Runtime:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     return _describe(device, None, timedelta(seconds=timeout_s))
-
-
-def tensor_context_group() -> Group:
-    """Returns the processes that compute the same layers of the same rows."""
-    return parallel_state.get_tensor_and_context_parallel_group()
-
-
-def _inner_group(timeout: timedelta) -> Group:
-    """Returns the group of this rank's replica (collective over the world)."""
-    if parallel_state.get_context_parallel_world_size() == 1:
-        return parallel_state.get_model_parallel_group()
-    # Megatron-Core has no group over all three. Ranks with the same place among the replicas are in
-    # one replica.
-    replicas: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(replicas, parallel_state.get_data_parallel_rank())
-    mine = replicas[dist.get_rank()]
-    return _subgroup([rank for rank, replica in enumerate(replicas) if replica == mine], timeout)
-
-
-def _side_group(timeout: timedelta) -> Group | None:
-    """Create a second group of this rank's pipeline (collective over the world)."""
-    pipeline_group = parallel_state.get_pipeline_model_parallel_group()
-    if pipeline_group.size() == 1:
-        return None
-    return _subgroup(dist.get_process_group_ranks(pipeline_group), timeout)
-
-
-def _subgroup(ranks: list[int], timeout: timedelta) -> Group:
-    """Create the groups that all ranks ask for; returns this rank's (collective over the world)."""
-    ranks_by_process: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(ranks_by_process, ranks)
-    groups = sorted(map(list, {*map(tuple, ranks_by_process)}))
-    mine, _ = dist.new_subgroups_by_enumeration(groups, timeout=timeout)
-    return mine
 
 
 def _device_index(launch: Launch) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_dwm.config import ParallelConfig
 from megatron_dwm.runtime import Runtime, bring_up, start
+from megatron_dwm.runtime.random_state import random_state, restore_random_state
 from megatron_dwm.testing import plain_step, random_batch, tiny_learner
 
 
@@ -35,6 +37,23 @@ def losses(pipeline: int, in_a_block: bool) -> list[float]:
     runtime.close()  # nothing is left to do
     assert not dist.is_initialized()
     return found
+
+
+def forked_after_a_gpus_state() -> tuple[bool, bool]:
+    """Whether generators go on after a GPU's state and are restored by their own."""
+    with bring_up(ParallelConfig(), seed=1):
+        own = random_state()
+        of_gpu = {name: torch.zeros(16, dtype=torch.uint8) for name in own["megatron"]}
+        first = _drawn()
+        restore_random_state({**own, "cuda": torch.zeros(16), "megatron": of_gpu})
+        second = _drawn()
+        restore_random_state(own)
+        return not torch.equal(first, second), torch.equal(first, _drawn())
+
+
+def _drawn() -> torch.Tensor:
+    with get_cuda_rng_tracker().fork():
+        return torch.rand(3)
 
 
 def _losses(runtime: Runtime, config: ParallelConfig) -> list[float]:
