@@ -7,6 +7,7 @@ validation batches follow from `updates`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 NOT_EVALUATED = -1
 
@@ -24,6 +25,9 @@ class TrainState:
     taken. passed_over: numbers of steps (from 1) whose batch is skipped after a spike of the loss.
     weighings: global batches that a method weighed, in steps and in updates.
     mean_loss: running mean of the loss, to find spikes; None before the first step.
+    costs: FLOPs by part, by which the job counts (weighting/costs.py); None if it was not recorded.
+    flops_offset: what earlier jobs have spent more than these costs say, as `Costs.totals` has it:
+        another layout or method costs other FLOPs.
     """
 
     step: int = 0
@@ -37,3 +41,5 @@ class TrainState:
     passed_over: list[int] = field(default_factory=list)
     mean_loss: float | None = None
     weighings: int = 0
+    costs: dict[str, Any] | None = None
+    flops_offset: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_dwm.checkpoint.kept_files import kept_files
@@ -80,23 +80,22 @@ def build_job(config: Config, runtime: Runtime, inputs: RunInputs, updates_made:
         values=inputs.values,
     )
     feed = build_feed(config, learner, inputs, updates_made)
+    workload = Workload(
+        replicas=runtime.data_size,
+        passages=None if inputs.target is None else feed.passages,
+        documents=document_counts(config),
+        reference=inputs.reference,
+    )
+    costs = method.costs(config, inputs.shape, workload)
+    evaluated_step = NOT_EVALUATED if config.evaluation.at_start else 0
     return Job(
         learner=learner,
         method=method.build(context),
         schedule=method.schedule(config),
         feed=feed,
         held_out=inputs.held_out,
-        costs=method.costs(
-            config,
-            inputs.shape,
-            Workload(
-                replicas=runtime.data_size,
-                passages=None if inputs.target is None else feed.passages,
-                documents=document_counts(config),
-                reference=inputs.reference,
-            ),
-        ),
-        state=TrainState(evaluated_step=NOT_EVALUATED if config.evaluation.at_start else 0),
+        costs=costs,
+        state=TrainState(evaluated_step=evaluated_step, costs=asdict(costs)),
         reference=reference,
     )
 
@@ -128,6 +127,17 @@ def load_job(job: Job, parts: Parts, directory: Path) -> None:
     """
     load_checkpoint(parts, directory)
     begin_at(job.learner.scheduler, job.state.step + 1)
+    _go_on_counting(job.state, job.costs)
+
+
+def _go_on_counting(state: TrainState, costs: Costs) -> None:
+    """Keep the FLOPs that the run has spent so far, if from here on it counts by other costs."""
+    now = asdict(costs)
+    if state.costs is not None and state.costs != now and state.costs.keys() == now.keys():
+        pairs = zip(Costs(**state.costs).totals(state), costs.totals(state), strict=True)
+        more = [before - after for before, after in pairs]
+        state.flops_offset = [a + b for a, b in zip(state.flops_offset, more, strict=True)]
+    state.costs = now
 
 
 def build_feed(config: Config, learner: Learner, inputs: RunInputs, updates_made: int = 0) -> Feed:

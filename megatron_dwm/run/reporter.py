@@ -171,10 +171,12 @@ class Reporter:
 
 def _counts(state: TrainState, costs: Costs) -> dict[str, Any]:
     """Returns the end of every line: what the run has read, computed and waited for so far."""
+    pairs = zip(costs.totals(state), state.flops_offset, strict=True)
+    total, weights, updates = (spent + more for spent, more in pairs)
     return {
         "tokens": state.tokens,
-        "flops": costs.spent(state),
-        "flops_weighting": costs.spent_on_weights(state),
-        "flops_updates": costs.spent_on_updates(state),
+        "flops": total,
+        "flops_weighting": weights,
+        "flops_updates": updates,
         "seconds": round(state.seconds, 3),
     }

@@ -73,6 +73,11 @@ class Costs:
         steps = counters.step * self.llm_step
         return steps + self.spent_on_weights(counters) + self.spent_on_updates(counters)
 
+    def totals(self, counters: Spent) -> list[float]:
+        """Returns the FLOPs of a run so far, and of those the ones of weights and of updates."""
+        weights, updates = self.spent_on_weights(counters), self.spent_on_updates(counters)
+        return [self.spent(counters), weights, updates]
+
     def spent_on_weights(self, counters: Spent) -> float:
         """Returns the FLOPs so far of choosing and weighing the batches of steps."""
         pools = self.pools(counters.step) * (self.pool_passes + self.pool_scores)

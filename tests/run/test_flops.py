@@ -14,7 +14,7 @@ from megatron_dwm.model import resolve_shape
 from megatron_dwm.planning.cost import Cost, cost_of
 from megatron_dwm.weighting.costs import Workload
 from megatron_dwm.weighting.model import WeightingShape, build_weighting_model
-from tests.small_runs.command import metrics
+from tests.small_runs.command import RESUME, metrics
 from tests.small_runs.fixtures import Corpus
 from tests.small_runs.forked import Server
 
@@ -52,6 +52,23 @@ def test_a_frozen_model_is_counted_with_its_own_sizes(
     assert flops == [a_step, 2 * a_step, 3 * a_step]
     cost = in_config(load_config(arguments))
     assert cost.llm + cost.weighting == pytest.approx(a_step)
+
+
+def test_a_change_of_costs_leaves_what_was_spent(
+    server: Server, corpus: Corpus, tmp_path: Path
+) -> None:
+    """Smaller micro-batches: weights over the global batch then need a pass of their own."""
+    method = ["--policy.name", "loss_reweighting", "--weighting.group", "global"]
+    arguments = [*corpus.arguments(), *method, "--training.micro_batch_size", str(ROWS)]
+    server.succeed(tmp_path / "run", [*arguments, "--training.steps", "2"])
+    for steps, size in ((4, ROWS // 2), (5, ROWS // 2), (6, ROWS)):
+        more = ["--training.steps", str(steps), "--training.micro_batch_size", str(size)]
+        server.succeed(tmp_path / "run", [*arguments, *RESUME, *more])
+    lines = metrics(tmp_path / "run", "train")
+    of_step = [3, 3, 4, 4, 4, 3]
+    sums = [sum(of_step[: number + 1]) * FORWARD for number in range(6)]
+    assert [line["flops"] for line in lines] == pytest.approx(sums, rel=1e-12)
+    assert lines[-1]["flops_weighting"] == pytest.approx(3 * FORWARD, rel=1e-12)
 
 
 @pytest.mark.parametrize("kept", ["equal", "learned"])
