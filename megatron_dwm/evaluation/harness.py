@@ -321,7 +321,7 @@ def read_scores(
         Score(
             task=task,
             num_fewshot=results["n-shot"][task],
-            metric=key.partition(",")[0],
+            metric=_metric(figures, key),
             value=value,
             standard_error=_standard_error(figures, key),
             higher_is_better=results["higher_is_better"][task][key.partition(",")[0]],
@@ -333,6 +333,13 @@ def read_scores(
         for key, value in figures.items()
         if "," in key and "_stderr," not in key
     ]
+
+
+def _metric(figures: Mapping[str, Any], key: str) -> str:
+    """Returns a metric's name, with the filter of the answers if the task has it with several."""
+    metric, _, metric_filter = key.partition(",")
+    alone = sum(other.partition(",")[0] == metric for other in figures) == 1
+    return metric if alone else f"{metric} ({metric_filter})"
 
 
 def _standard_error(figures: Mapping[str, Any], key: str) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megatron_dwm.report.runs import Group, Run
@@ -37,6 +38,35 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
             members.append((key, [run]))
             first.setdefault(key, members[-1][1])
     return [Group(name=_group_name(found), runs=tuple(found)) for _, found in members]
+
+
+def with_same_seeds(one: Group, other: Group) -> tuple[Group, Group]:
+    """Returns both groups with the runs whose seed both have; as they are if there is none."""
+    common = {_seed(run) for run in one.runs} & {_seed(run) for run in other.runs}
+    if not common:
+        return one, other
+    first, second = (
+        replace(group, runs=tuple(run for run in group.runs if _seed(run) in common))
+        for group in (one, other)
+    )
+    return first, second
+
+
+def seeds_note(group: Group, baseline: Group) -> str | None:
+    """Returns a sentence for two groups that have not the same seeds; None if they have."""
+    ours, theirs = ([_seed(run) for run in each.runs] for each in (group, baseline))
+    if set(ours) == set(theirs):
+        return None
+    common = [seed for seed in ours if seed in theirs]
+    compared = (
+        f"losses are compared over {', '.join(common)}"
+        if common
+        else "none is in both, so differences contain that of the seeds"
+    )
+    return (
+        f"{group.name} has the seeds {', '.join(ours)} and {baseline.name} {', '.join(theirs)}: "
+        f"{compared}."
+    )
 
 
 def repeated(runs: Sequence[Run]) -> list[tuple[Run, Run]]:

@@ -16,7 +16,9 @@ Scores = dict[str, list[Mapping[str, Any]]]
 
 
 def read_scores(runs: Sequence[Run], given: Sequence[str]) -> Scores:
-    """Returns the scores of each run that has any.
+    """Returns the scores of each run that has any; of several files with one, the newest counts.
+
+    A score that an older file has, too, says so under `older_files`.
 
     Args:
         runs: the runs; files in their folder `evaluation` are read, too.
@@ -32,10 +34,19 @@ def read_scores(runs: Sequence[Run], given: Sequence[str]) -> Scores:
     for text in given:
         name, path = _named(text, [run.name for run in runs])
         paths.setdefault(name, {}).setdefault(path.resolve(), path)
-    return {
-        name: [score for path in files.values() for score in _read(path)]
-        for name, files in paths.items()
-    }
+    return {name: _newest(list(files.values())) for name, files in paths.items()}
+
+
+def _newest(files: Sequence[Path]) -> list[Mapping[str, Any]]:
+    """Returns each score once: a run that was evaluated again is no second run."""
+    read = {path: _read(path) for path in files}
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for path in sorted(files, key=lambda path: path.stat().st_mtime_ns):
+        for score in read[path]:
+            key = (score["task"], score["num_fewshot"], score["metric"])
+            older = [*found[key]["older_files"], found[key]["file"]] if key in found else []
+            found[key] = {**score, "file": str(path), "older_files": older}
+    return list(found.values())
 
 
 def _named(text: str, names: Sequence[str]) -> tuple[str, Path]:

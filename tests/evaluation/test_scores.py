@@ -117,3 +117,16 @@ def test_written_scores_say_where_they_are_from(tmp_path: Path) -> None:
     assert written["model"] == "m"
     assert [score["metric"] for score in written["scores"]] == ["acc", "f1"]
     assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
+
+
+def test_filters_tell_scores_of_one_metric_apart() -> None:
+    figures = {"exact_match,strict": 0.25, "exact_match,flexible": 0.5, "acc,none": 0.75}
+    [task] = RESULTS["results"]
+    better = {task: {"exact_match": True, "acc": True}}
+    results = {**RESULTS, "results": {task: figures}, "higher_is_better": better}
+    named = {score.metric: score.value for score in read_scores(results)}
+    assert named == {
+        "exact_match (strict)": 0.25,
+        "exact_match (flexible)": 0.5,
+        "acc": 0.75,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,6 +175,40 @@ def test_errors_over_runs_are_standard_errors_of_the_mean(four: list[Path]) -> N
         ["sciq", "0", "acc", "0.5500 ± 0.0500", "0.8000 ± 0.1000"]
     ]
     assert [note for note in content.notes if "cannot be compared" in note]
+
+
+def test_a_run_that_was_evaluated_again_counts_once(four: list[Path]) -> None:
+    """The newest file counts, whatever its name, and a note names both."""
+    folder = four[0] / "evaluation"
+    folder.mkdir()
+    for number, (name, value) in enumerate((("b", 0.3), ("a", 0.5))):
+        score = {"task": "t", "num_fewshot": 0, "metric": "acc", "value": value}
+        (folder / f"{name}.json").write_text(json.dumps({"scores": [score]}))
+        os.utime(folder / f"{name}.json", (number, number))
+    content = benchmarks(read_runs(Request(run_dir=four[0])))
+    assert [list(row) for row in content.tables[0].rows] == [["t", "0", "acc", "0.5000"]]
+    [note] = content.notes
+    assert "a.json, the newest, counts, not " in note and note.endswith("b.json.")
+    [figure] = content.figures
+    assert (figure.data["low"], figure.data["high"]) == ([None], [None])
+
+
+def test_losses_are_compared_over_the_seeds_that_both_have(
+    four: list[Path], make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A third seed that is far worse moves the group's own loss, and no difference."""
+    both = read_runs(Request(run_dir=four[0], compare=four[1:]))
+    third = make_run(tmp_path / "third", gain=-3.0, config=config("dwm", 3))
+    more = read_runs(Request(run_dir=four[0], compare=[*four[1:], third]))
+    cells, notes = [], []
+    for runs in (both, more):
+        [content] = [found for found in contents_of(runs) if found.id == "comparison"]
+        *_, losses = content.tables
+        text = next(str(row[1]) for row in losses.rows if row[0] == "target")
+        cells.append(text.partition(" ("))
+        notes.append(content.notes)
+    assert cells[0][2] == cells[1][2] and cells[0][0] != cells[1][0]
+    assert notes[0] == [] and "losses are compared over 1, 2." in notes[1][0]
 
 
 def test_speed_is_that_of_the_step_alone() -> None:

@@ -42,7 +42,7 @@ def benchmarks(runs: RunSet) -> Content:
         "group where several were evaluated, else the harness's over the examples.",
         figures=_figure(runs, results),
         tables=[_table(runs, results)],
-        notes=[*_differing(runs), *_not_finite(runs)],
+        notes=[*_differing(runs), *_not_finite(runs), *_evaluated_again(runs)],
     )
 
 
@@ -70,6 +70,20 @@ def _not_finite(runs: RunSet) -> list[str]:
         for name, scores in runs.scores.items()
         for score in scores
         if not _is_finite(score)
+    ]
+
+
+def _evaluated_again(runs: RunSet) -> list[str]:
+    """Notes the files that count where a run has several with the same score."""
+    files = {
+        (name, score["file"], tuple(score["older_files"])): None
+        for name, scores in runs.scores.items()
+        for score in scores
+        if score["older_files"]
+    }
+    return [
+        f"{name} was evaluated again: {file}, the newest, counts, not {', '.join(older)}."
+        for name, file, older in files
     ]
 
 
@@ -108,10 +122,10 @@ def _figure(runs: RunSet, results: Mapping[Key, Mapping[str, Result]]) -> list[F
     rows: list[list[Cell]] = []
     for (task, shots, metric), by_group in results.items():
         for name, result in by_group.items():
-            if metric in _ACCURACIES:
-                error = result.error or 0.0
-                low, high = result.value - error, result.value + error
-                rows.append([f"{task}, {shots} shots, {metric}", name, result.value, low, high])
+            if metric.partition(" (")[0] in _ACCURACIES:  # with the name of a filter
+                value, error = result.value, result.error
+                ends = [None, None] if error is None else [value - error, value + error]
+                rows.append([f"{task}, {shots} shots, {metric}", name, value, *ends])
     if not rows:
         return []
     side = Column(name="task", title="task")

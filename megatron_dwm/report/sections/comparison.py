@@ -12,6 +12,7 @@ import numpy as np
 from megatron_dwm.report.charts import bars, lines
 from megatron_dwm.report.content import Cell, Column, Content, Figure, Table, columnar
 from megatron_dwm.report.curves import abscissas, group_rows, key, within
+from megatron_dwm.report.groups import seeds_note, with_same_seeds
 from megatron_dwm.report.over_steps import MAX_PANELS, dotted
 from megatron_dwm.report.reach import MEAN, Losses, held_out, newest_losses, work_to_reach
 from megatron_dwm.report.runs import Group, Run, RunSet, held_out_domains
@@ -49,6 +50,8 @@ def comparison(runs: RunSet) -> Content | None:
     cells = {name: _shares(runs, runs.baseline, name) for name in domains}
     figures = [*_figure(runs, cells), *_difference(runs, runs.baseline, domains)]
     notes = [] if figures else ["No run and baseline have held-out losses to compare."]
+    others = [group for group in runs.groups if group is not runs.baseline]
+    notes += filter(None, (seeds_note(group, runs.baseline) for group in others))
     return Content(
         id="comparison",
         title="Comparison",
@@ -135,10 +138,11 @@ def _difference(runs: RunSet, baseline: Group, domains: Sequence[str]) -> list[F
     rows: list[list[Cell]] = []
     for domain in domains[:MAX_PANELS]:
         value = key("loss") if domain == MEAN else within("domain_loss", domain)
-        base = {row[0]: row[4] for row in group_rows(runs, baseline, "evaluation", value)}
         for group in runs.groups:
             if group is not baseline:
-                curve = group_rows(runs, group, "evaluation", value)
+                ours, theirs = with_same_seeds(group, baseline)
+                base = {row[0]: row[4] for row in group_rows(runs, theirs, "evaluation", value)}
+                curve = group_rows(runs, ours, "evaluation", value)
                 rows += [
                     [domain, group.name, *row[:4], *(loss - base[row[0]] for loss in row[4:])]
                     for row in curve
@@ -254,8 +258,9 @@ def _loss_text(
     text += f" at step {last.step:,}" if with_step else ""
     if runs.baseline is None or group is runs.baseline:
         return text
-    own = newest_losses(group, domain, beside=runs.baseline)
-    base = newest_losses(runs.baseline, domain, beside=group)
+    ours, theirs = with_same_seeds(group, runs.baseline)
+    own = newest_losses(ours, domain, beside=theirs)
+    base = newest_losses(theirs, domain, beside=ours)
     if own is None or base is None:
         return text
     where = "" if own.step == last.step else f" at step {own.step:,}"
