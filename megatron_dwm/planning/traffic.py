@@ -7,7 +7,8 @@ scatter.
     tensor    four all-reduces of [S, B, H] a layer and micro-batch, two each way; under sequence
               parallelism four gathers and four scatters, and two gathers for weight gradients; then
               the norms' gradients are reduced, once a pass (those of head norms always)
-    pipeline  one [S, B, H] forward and one backward over every border
+    pipeline  one [S, B, H] forward and one backward over every border; the gradient of a tied
+              embedding is summed over the first and the last stage, once a pass
     context   keys and values of a layer gathered forward, their gradients scattered backward; and
               gathered again where attention is recomputed
     data      the gradients, in fp32 or bf16, once a pass; sharded: scattered, and the parameters
@@ -109,12 +110,21 @@ def traffic_of(
     keys_in_update = keys * of_batch + _context(config, shape, target) * updates
     in_update = layers * of_batch + _tensor(config, shape, target) * updates + norms * gradients
     in_update += _probe_gathers(config, shape, batch, on_gpu=on_gpu) * updates
-    borders = _pipeline(config, shape, batch)
-    over_borders = borders * of_batch + _pipeline(config, shape, target) * updates
+    tied = _tied(config, shape)
+    stages = [
+        (
+            _pipeline(config, shape, batch, at_end=at_end) + tied * at_end,
+            _pipeline(config, shape, batch, at_end=at_end) * of_batch
+            + _pipeline(config, shape, target, at_end=at_end) * updates
+            + tied * (gradients * at_end),
+        )
+        for at_end in ((True,) if pipeline <= 2 else (True, False))
+    ]
+    borders, over_borders = max(stages, key=lambda sent: sent[0].num_bytes)
     if schedule.num_updates and not learns(config):
         # The target is read: a forward pass, of which no gradient comes back.
         in_update = _tensor(config, shape, target, backward=False)
-        over_borders = _pipeline(config, shape, target, backward=False)
+        over_borders = _pipeline(config, shape, target, at_end=True, backward=False)
         keys_in_update = _context(config, shape, target, backward=False)
     tensor_factor = 2 * (tensor - 1) / tensor / (2 if parallel.sequence else 1)
     return [
@@ -271,9 +281,21 @@ def _probe_gathers(config: Config, shape: LlamaShape, run: Pass, *, on_gpu: bool
     return _hidden(config, shape, run) * (gathers * micro_batches)
 
 
-def _pipeline(config: Config, shape: LlamaShape, run: Pass, *, backward: bool = True) -> _Sent:
-    """Returns what a middle stage sends in a pass, or either stage of two.
+def _tied(config: Config, shape: LlamaShape) -> _Sent:
+    """Returns the gradient of an embedding that the first and the last stage hold."""
+    pipeline, tensor = config.parallel.pipeline, config.parallel.tensor
+    if pipeline == 1 or not shape.tied_embeddings:
+        return _Sent()
+    rows = shape.padded_vocab_size * shape.hidden_size // tensor
+    return _Sent(1, float(gradient_bytes(config) * rows))
 
+
+def _pipeline(
+    config: Config, shape: LlamaShape, run: Pass, *, at_end: bool, backward: bool = True
+) -> _Sent:
+    """Returns what a stage sends in a pass.
+
+    at_end: of the first or the last stage, not of one between.
     backward: False for a forward pass alone, in which the first stage of two sends.
     """
     parallel = config.parallel
@@ -283,7 +305,7 @@ def _pipeline(config: Config, shape: LlamaShape, run: Pass, *, backward: bool = 
     # Two stages have one border between them for every chunk but the last, forward and backward;
     # a middle stage has one before and one behind it.
     chunks = parallel.virtual_stages
-    sends = 2 * chunks if parallel.pipeline > 2 else 2 * chunks - 1
+    sends = 2 * chunks - at_end
     if not backward:
         sends = chunks
     whole = _hidden(config, shape, run)
