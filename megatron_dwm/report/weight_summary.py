@@ -26,10 +26,11 @@ class WeightSummary:
 
     step: mean of the recorded steps in each bin [B]; NaN where a bin is empty.
     domains, stages: names and numbers, in the order of the axes below.
-    domain_sum, domain_count: sum of the weights, and how many [B, D].
+    domain_sum, domain_count: sum of the weights, and how many [B, D]; both in proportion to the
+        units' tokens, if those are their shares of a batch.
     stage_sum, stage_count: the same [S, D].
     last_steps: the last tenth of the recorded steps, at least one [L].
-    last_sum, last_count: sum of the weights in these steps, and how many [D].
+    last_sum, last_count: the same of these steps [D].
     not_finite: how many rows were left out because their weight is not a finite number.
     histogram: how many weights are in each bin of the weight [B, W].
     least, most: smallest and largest weight [B].
@@ -67,8 +68,13 @@ class WeightSummary:
         return np.where(total > 0, values, np.nan)
 
 
-def summarize(files: WeightFiles, max_bins: int) -> WeightSummary | None:
+def summarize(
+    files: WeightFiles, max_bins: int, *, by_tokens: bool = False
+) -> WeightSummary | None:
     """Returns the summary of a run's weights in at most so many bins of steps.
+
+    by_tokens: means count a unit in proportion to its tokens, as those of a run do whose units are
+        documents; quantiles count every unit.
 
     None if no row is of a sample that the LLM trained on. Raises `UserError` if a file is broken.
     """
@@ -80,17 +86,22 @@ def summarize(files: WeightFiles, max_bins: int) -> WeightSummary | None:
     last_steps = steps[-max(1, len(steps) // 10) :]
     counter = _Counter(bins)
     not_finite = 0
-    for batch in stream(files, ("step", "stage", "source", "domain", "weight")):
+    columns = ("step", "stage", "source", "domain", "weight")
+    for batch in stream(files, (*columns, "tokens") if by_tokens else columns):
         weight = batch["weight"].to_numpy().astype(np.float64)
         trained, finite = trained_on(batch), np.isfinite(weight)
         not_finite += int((trained & ~finite).sum())
         kept = trained & finite
         step = batch["step"].to_numpy()[kept]
+        size = np.ones(len(kept))
+        if by_tokens:
+            size = batch["tokens"].fill_null(1).to_numpy().astype(np.float64)
         counter.add(
             bin_of(step, edges),
             batch["stage"].fill_null(1).to_numpy()[kept],
             codes(batch["domain"], counter.domains)[kept],
             weight[kept],
+            size[kept],
             step >= last_steps[0],
         )
     number = bin_of(steps, edges)
@@ -127,30 +138,39 @@ class _Counter:
         stage: np.ndarray,
         domain: np.ndarray,
         weight: np.ndarray,
+        size: np.ndarray,
         last: np.ndarray,
     ) -> None:
-        """Add rows: bin and stage, number of the domain, weight, is it of the last steps [N]."""
+        """Add rows: bin, stage, number of the domain, weight, its share, is it of the last [N]."""
         present, inverse = np.unique(stage, return_inverse=True)
         rows = [self._stages.setdefault(int(s), len(self._stages)) for s in present]
-        self._by_bin = self._sums(self._by_bin, bin, domain, weight)
+        self._by_bin = self._sums(self._by_bin, bin, domain, weight, size)
         self._by_stage = self._sums(
-            self._by_stage, np.array(rows, np.int64)[inverse], domain, weight
+            self._by_stage, np.array(rows, np.int64)[inverse], domain, weight, size
         )
-        self._last = self._sums(self._last, 1 - last.astype(np.int64), domain, weight)
+        self._last = self._sums(self._last, 1 - last.astype(np.int64), domain, weight, size)
         cells = bin * _BINS + _weight_bin(weight)
-        size = self.bins * _BINS
-        self._histogram += np.bincount(cells, minlength=size).reshape(self.bins, _BINS)
+        count = self.bins * _BINS
+        self._histogram += np.bincount(cells, minlength=count).reshape(self.bins, _BINS)
         np.minimum.at(self._least, bin, weight)
         np.maximum.at(self._most, bin, weight)
 
     def _sums(
-        self, so_far: np.ndarray, row: np.ndarray, domain: np.ndarray, weight: np.ndarray
+        self,
+        so_far: np.ndarray,
+        row: np.ndarray,
+        domain: np.ndarray,
+        weight: np.ndarray,
+        size: np.ndarray,
     ) -> np.ndarray:
         """Returns sums and counts [2, R, D] with these rows added; R and D grow as needed."""
         shape = (max(so_far.shape[1], int(row.max(initial=-1)) + 1), len(self.domains))
-        cells, size = row * shape[1] + domain, shape[0] * shape[1]
+        cells, count = row * shape[1] + domain, shape[0] * shape[1]
         total = np.stack(
-            [np.bincount(cells, weights=weight, minlength=size), np.bincount(cells, minlength=size)]
+            [
+                np.bincount(cells, weights=of_row, minlength=count)
+                for of_row in (weight * size, size)
+            ]
         ).reshape(2, *shape)
         total[:, : so_far.shape[1], : so_far.shape[2]] += so_far
         return total

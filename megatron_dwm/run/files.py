@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ class RunFiles:
         self._weights = WeightRecorder(run_dir)
         self.tokens = TokenRecorder(run_dir)
         self._warned_of_removal = False
+        weighting = config.weighting
+        self._by_tokens = weighting.unit == "document" and weighting.unit_share == "tokens"
 
     def add_weights(
         self,
@@ -41,7 +43,7 @@ class RunFiles:
         self._weights.add(step, stage, origins, losses_n, weights_n, alignment_n)
         self.metrics.histogram(step, "train/weight", weights_n)
         if "update" not in origins.numberings:  # which are not the weights that the LLM trains with
-            means = _mean_by_domain(origins.domains, weights_n)
+            means = _mean_by_domain(origins, weights_n, by_tokens=self._by_tokens)
             self.curves(step, {f"train/weight_by_domain/{name}": m for name, m in means.items()})
 
     def curves(self, step: int, curves: Mapping[str, float]) -> None:
@@ -88,8 +90,14 @@ class RunFiles:
                 )
 
 
-def _mean_by_domain(domains: Sequence[str], weights_n: Tensor) -> dict[str, float]:
-    found: dict[str, list[float]] = defaultdict(list)
-    for domain, weight in zip(domains, weights_n.tolist(), strict=True):
-        found[domain].append(weight)
-    return {domain: sum(weights) / len(weights) for domain, weights in sorted(found.items())}
+def _mean_by_domain(origins: Origins, weights_n: Tensor, *, by_tokens: bool) -> dict[str, float]:
+    """Returns mean weights; by_tokens: units count in proportion to their tokens."""
+    sizes = origins.tokens_U.tolist() if by_tokens else [1] * len(weights_n)
+    totals: dict[str, float] = defaultdict(float)
+    weighted: dict[str, float] = defaultdict(float)
+    for domain, size, weight in zip(origins.domains, sizes, weights_n.tolist(), strict=True):
+        totals[domain] += size
+        weighted[domain] += size * weight
+    return {
+        domain: weighted[domain] / totals[domain] for domain in sorted(totals) if totals[domain]
+    }

@@ -86,6 +86,21 @@ def test_weights_are_those_of_the_files(make_run: Callable[..., Path], tmp_path:
         assert found == pytest.approx(mean_by_domain(inside), rel=1e-6)
 
 
+def test_documents_count_by_their_tokens(tmp_path: Path) -> None:
+    """Ten short pieces of weight 0.1 and a long one of 1.1 are uniform in all."""
+    (tmp_path / "weights").mkdir()
+    columns = {"step": [1] * 11, "stage": [1] * 11, "sample_id": list(range(11))}
+    columns |= {"domain": ["web"] * 11, "tokens": [10] * 10 + [900]}
+    columns |= {"weight": [0.1] * 10 + [1.1], "loss": [3.0] * 11, "source": ["training"] * 11}
+    pq.write_table(pa.table(columns), tmp_path / "weights" / "1.parquet")
+    by_tokens = summarize(weight_files(tmp_path), 10, by_tokens=True)
+    by_unit = summarize(weight_files(tmp_path), 10)
+    assert by_tokens.mean_by_domain()[0] == pytest.approx([1.0], rel=1e-6)
+    assert by_tokens.mean_by_stage()[0] == pytest.approx([1.0], rel=1e-6)
+    assert by_tokens.last_sum / by_tokens.last_count == pytest.approx([1.0], rel=1e-6)
+    assert by_unit.mean_by_domain()[0] == pytest.approx([2.1 / 11], rel=1e-6)
+
+
 def test_losses_are_those_of_the_file(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]

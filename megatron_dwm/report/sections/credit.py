@@ -43,6 +43,7 @@ def credit(runs: RunSet) -> Content | None:
 
 def _counted(runs: RunSet, found: RunDocuments) -> str:
     rows = int(found.sums.aligned_K.sum())
+    updates = count_updates(runs.main.metrics)
     fresh = runs.main.key("weighting", "update_on") == "fresh"
     of_what = (
         " They are of samples that updates drew for themselves, so credit is what a step on those "
@@ -51,8 +52,8 @@ def _counted(runs: RunSet, found: RunDocuments) -> str:
         else ""
     )
     return (
-        f"Summed over {rows:,} alignments of {count_updates(runs.main.metrics):,} updates. Nothing "
-        f"is scaled up for steps without an update.{of_what}"
+        f"Summed over {rows:,} recorded alignments. The run made {updates:,} updates; nothing is "
+        f"scaled up for those without a record, nor for steps without an update.{of_what}"
     )
 
 

@@ -68,7 +68,9 @@ def _not_finite(found: Summaries) -> list[str]:
 
 def _summary_of(run: Run) -> WeightSummary | None:
     files = weight_files(run.path)
-    return summarize(files, _BINS) if files else None
+    by_tokens = run.key("weighting", "unit") == "document"
+    by_tokens &= run.key("weighting", "unit_share") != "equal"
+    return summarize(files, _BINS, by_tokens=by_tokens) if files else None
 
 
 def _why_missing(run: Run) -> str:
