@@ -76,7 +76,9 @@ class RaterFiles:
     shape: WeightingShape
     sequence_length: int
     group_size: int
-    """samples in a group"""
+    """units in a group"""
+    by_tokens: bool
+    """True if a unit's share of its group was that of its tokens"""
     early_layer: int
     language_model: ModelFiles | None
     """the LLM whose features it reads; None for an encoder of its own"""
@@ -122,14 +124,24 @@ def check_rater(name: str, model: str | None, pool: Pool) -> RaterFiles:
     else:
         files = _language_model(directory, shape, model, pool)
     is_global = weighting["group"] == "global"
+    rows = training["global_batch_size" if is_global else "micro_batch_size"]
+    length = config["data"]["sequence_length"]
+    of_documents = weighting.get("unit") == "document"
     return RaterFiles(
         directory=directory,
         shape=shape,
-        sequence_length=config["data"]["sequence_length"],
-        group_size=training["global_batch_size" if is_global else "micro_batch_size"],
+        sequence_length=length,
+        group_size=_documents_in(rows, length, pool) if of_documents else rows,
+        by_tokens=of_documents and weighting.get("unit_share") != "equal",
         early_layer=weighting["early_layer"],
         language_model=files,
     )
+
+
+def _documents_in(rows: int, length: int, pool: Pool) -> int:
+    """Returns how many documents of the data fill so many rows of `length` tokens, on average."""
+    lengths_D = pool.tokens_D[pool.tokens_D > 0]
+    return rows if not len(lengths_D) else max(rows, round(rows * length / float(lengths_D.mean())))
 
 
 def document_scores(
@@ -160,7 +172,7 @@ def _scorer(files: RaterFiles, precision: Precision, companions: list[Batch]) ->
         return
     with open_model(files.language_model, precision, files.sequence_length) as model:
         rater.to(model.llm.runtime.device)
-        yield _features_of_llm(rater, model, files.early_layer, companions)
+        yield _features_of_llm(rater, model, files, companions)
 
 
 def _own_encoder(rater: WeightingModel, precision: Precision, companions: list[Batch]) -> Score:
@@ -170,25 +182,28 @@ def _own_encoder(rater: WeightingModel, precision: Precision, companions: list[B
         bf16 = precision == "bf16"
         return encode(rater.encoder, batch.to(device), batch.size, bf16=bf16)
 
-    pooled_mD = torch.cat([pooled(batch) for batch in companions])
+    none_0D = torch.zeros(0, rater.shape.hidden_size, device=device)
+    pooled_mD = torch.cat([none_0D, *(pooled(batch) for batch in companions)])
     return lambda batch: rater.logits_beside(pooled(batch), pooled_mD)
 
 
 def _features_of_llm(
-    rater: WeightingModel, model: LanguageModel, early_layer: int, companions: list[Batch]
+    rater: WeightingModel, model: LanguageModel, files: RaterFiles, companions: list[Batch]
 ) -> Score:
     def rows(batch: Batch) -> tuple[Tensor, Tensor]:
-        """Features and loss of each window; 1 if it has a counted label, else 0."""
-        found = model.features(batch, early_layer)
+        """Features and loss of each window, and its size in the group; 0 without counted labels."""
+        found = model.features(batch, files.early_layer)
         assert found.features is not None
         rows_nK = torch.cat([found.features.flat(), found.unit_losses_n[:, None]], dim=1)
-        return rows_nK, (found.token_counts_n > 0).float()
+        counts_n = found.token_counts_n
+        return rows_nK, counts_n.float() if files.by_tokens else (counts_n > 0).float()
 
     parts = [rows(batch) for batch in companions]
-    rows_mK, sizes_m = (torch.cat(each) for each in zip(*parts, strict=True))
 
     def score(batch: Batch) -> Tensor:
         rows_BK, sizes_B = rows(batch)
+        rows_mK = torch.cat([rows_BK[:0], *(part[0] for part in parts)])
+        sizes_m = torch.cat([sizes_B[:0], *(part[1] for part in parts)])
         size = max(1, _LARGEST_GROUPS // (rows_mK.numel() + rows_mK.shape[1]))
         logits = []
         for part_GK, sizes_G in zip(rows_BK.split(size), sizes_B.split(size), strict=True):
@@ -211,6 +226,8 @@ def _companions(pool: Pool, files: RaterFiles, vocab_size: int, name: str) -> li
     source = TokenSource.of(pool)
     spans = [Span(begin=document, end=document + 1) for document in drawn]
     texts = [source.read(span, vocab_size, name).ids[: files.sequence_length] for span in spans]
+    if not texts:  # a group of one
+        return []
     lengths_m = np.array([len(text) for text in texts], dtype=np.int64)
     windows: Windows = windows_of(lengths_m, files.sequence_length)
     ids = np.concatenate(texts)

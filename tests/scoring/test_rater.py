@@ -130,6 +130,34 @@ def test_features_of_the_llm(data: str, run: Run, tmp_path: Path) -> None:
     assert np.std(expected) > 0.1
 
 
+@pytest.mark.parametrize("unit", ["sample", "document"])
+@torch.no_grad()
+def test_groups_of_one_row(data: str, short: Corpus, run: Run, tmp_path: Path, unit: str) -> None:
+    """A row is a group of one sample, or of as many documents as fill it."""
+    sha256 = open_tokenizer(short.tokenizer).sha256
+    model = write_rater(tmp_path / "run", replace(SHAPE, tokenizer_sha256=sha256))
+    file = tmp_path / "run" / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    config["training"]["micro_batch_size"] = 1
+    config["weighting"]["unit"] = unit
+    config["data"]["sequence_length"] = 512
+    file.write_text(yaml.safe_dump(config))
+    rater = tmp_path / "run" / "weighting" / "stage_1"
+    done = run("score_data.py", "--input", data, "--columns", "weight", "--rater", rater)
+    assert done.returncode == 0, done.stderr
+    found = pq_table(f"{data}.meta.parquet").column("weight").to_numpy()
+    documents = _documents(data)
+    mean = np.mean([len(document) for document in documents])
+    count = 1 if unit == "sample" else round(512 / mean)
+    assert (count == 1) == (unit == "sample")
+    drawn = np.random.default_rng(1234).choice(len(documents), count - 1, replace=False)
+    encoded = [model.encoder(torch.tensor([documents[i]])) for i in sorted(drawn)]
+    for number in range(0, len(documents), 37):
+        alone = model.encoder(torch.tensor([documents[number]]))
+        expected = float(model.logits(torch.cat([alone, *encoded])[None])[0, 0])
+        assert found[number] == pytest.approx(expected, abs=2e-5)
+
+
 def test_scored_and_selected_in_one(data: str, corpus: Corpus, run: Run, tmp_path: Path) -> None:
     """With the weighting model of a real run, as with its column."""
     method = ["--policy.name", "dwm", "--weighting.encoder", "own", "--training.steps", "8"]
