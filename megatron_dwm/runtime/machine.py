@@ -40,6 +40,11 @@ def describe_machine() -> list[tuple[str, str]]:
     ]
 
 
+def multiplies_fp8(device: torch.device) -> bool:
+    """True if torch has products of FP8 tensors there: on a CPU, and on GPUs from Ada on."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_dwm.config import Config, ModelConfig, ParallelConfig, UserError
 from megatron_dwm.config.validate import Heads, validate_layout
 from megatron_dwm.model import resolve_shape
+from megatron_dwm.model.layers import fp8_emulation
 from megatron_dwm.model.layers.choice import choose_layers, emulated_layers
 from megatron_dwm.model.layers.fp8_emulation import ACTIVATIONS, GRADIENTS, Quantized, quantize
 from megatron_dwm.model.layers.transformer_engine import unfused_name, version_fits
@@ -236,3 +237,16 @@ def test_another_package_named_apex_is_not_nvidias(tmp_path: Path) -> None:
         "a package of that name is installed, but not NVIDIA's",
         "installed",
     ]
+
+
+def test_without_a_kernel_the_dequantized_tensors_are_multiplied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on GPUs before Ada, and with sizes that are no multiples of 16."""
+    generator = torch.Generator().manual_seed(3)
+    left, right = (torch.randn(*size, generator=generator) for size in ((6, 32), (32, 48)))
+    operands = quantize(left, ACTIVATIONS, None), quantize(right, ACTIVATIONS, None)
+    expected = fp8_emulation._product(*operands, torch.float32)
+    monkeypatch.setattr(fp8_emulation, "_has_kernel", lambda *_: False)
+    found = fp8_emulation._product(*operands, torch.float32)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

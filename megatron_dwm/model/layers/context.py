@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
+
+from megatron_dwm.model.layers.kernels import grouped_attention
 
 
 @dataclass(frozen=True)
@@ -136,12 +137,11 @@ def attend_to_all_parts(
     key_BgSd, value_BgSd = both.permute(1, 2, 0, 3).chunk(2, dim=-1)
     outputs = []
     for query_SBhd, mask in zip(query.chunk(2), masks, strict=True):
-        out_BhSd = F.scaled_dot_product_attention(
+        out_BhSd = grouped_attention(
             query_SBhd.permute(1, 2, 0, 3),
             key_BgSd[:, :, mask.first : mask.stop],
             value_BgSd[:, :, mask.first : mask.stop],
             attn_mask=mask.bias,
-            enable_gqa=query.shape[2] != key.shape[2],
         )
         outputs.append(out_BhSd.permute(2, 0, 1, 3))
     return torch.cat(outputs).flatten(2)

@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 
 from megatron_dwm.runtime import tensor_context_group
+from megatron_dwm.runtime.machine import multiplies_fp8
 
 ACTIVATIONS = torch.float8_e4m3fn
 GRADIENTS = torch.float8_e5m2
@@ -37,6 +38,10 @@ class Quantized:
 
     values: Tensor
     scale: Tensor
+
+    def dequantized(self) -> Tensor:
+        """Returns what it represents, in float32."""
+        return self.values.float() * self.scale
 
 
 def quantize(tensor: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None) -> Quantized:
@@ -55,7 +60,12 @@ def quantize(tensor: Tensor, dtype: torch.dtype, group: dist.ProcessGroup | None
 
 
 def _product(left_NK: Quantized, right_KM: Quantized, dtype: torch.dtype) -> Tensor:
-    """Returns [N, M] in `dtype`. CUDA's kernel requires these memory layouts, too."""
+    """Returns [N, M] in `dtype`. CUDA's kernel requires these memory layouts, too.
+
+    Where it has no kernel for them, the dequantized tensors are multiplied, in float32.
+    """
+    if not _has_kernel(left_NK.values, right_KM.values):
+        return (left_NK.dequantized() @ right_KM.dequantized()).to(dtype)
     return torch._scaled_mm(
         left_NK.values.contiguous(),
         right_KM.values.t().contiguous().t(),
@@ -63,6 +73,12 @@ def _product(left_NK: Quantized, right_KM: Quantized, dtype: torch.dtype) -> Ten
         right_KM.scale,
         out_dtype=dtype,
     )
+
+
+def _has_kernel(left_NK: Tensor, right_KM: Tensor) -> bool:
+    """True on a CPU, and on GPUs from Ada on if K and M are multiples of 16."""
+    sizes_fit = not left_NK.is_cuda or all(size % 16 == 0 for size in right_KM.shape)
+    return sizes_fit and multiplies_fp8(left_NK.device)
 
 
 def _transposed(tensor: Quantized) -> Quantized:

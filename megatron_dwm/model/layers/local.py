@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron_dwm.model.layers.context import PartialRows, attend_to_all_parts
 from megatron_dwm.model.layers.fp8_emulation import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+from megatron_dwm.model.layers.kernels import grouped_attention
 from megatron_dwm.model.layers.pieces import Pieces, attend
 
 
@@ -108,14 +109,9 @@ class ScaledDotProductAttention(torch.nn.Module):
         assert not isinstance(packed_seq_params, PartialRows)
         if packed_seq_params is not None and not packed_seq_params.pieces.are_rows:
             return attend(query, key, value, packed_seq_params.pieces.sequence_first).flatten(2)
-        out_BHSd = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            is_causal=True,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
-        return out_BHSd.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
+        query, key, value = (each.permute(1, 2, 0, 3) for each in (query, key, value))
+        out_BHSd = grouped_attention(query, key, value, is_causal=True)
+        return out_BHSd.permute(2, 0, 1, 3).flatten(2)
 
 
 def llama_block_spec(

@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_dwm.model.layers.kernels import grouped_attention
 
 RATIO = 1.25
 
@@ -111,13 +112,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, buckets: Buckets) -> Tenso
     for query_PHLd, key_PHLd, value_PHLd in zip(
         *(_bucketed(tensor, buckets) for tensor in (query, key, value)), strict=True
     ):
-        out_PHLd = F.scaled_dot_product_attention(
-            query_PHLd,
-            key_PHLd,
-            value_PHLd,
-            is_causal=True,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
+        out_PHLd = grouped_attention(query_PHLd, key_PHLd, value_PHLd, is_causal=True)
         outputs_RC.append(out_PHLd.transpose(1, 2).flatten(2).flatten(0, 1))
     return _Collect.apply(torch.cat(outputs_RC), buckets).view(query.shape)
 

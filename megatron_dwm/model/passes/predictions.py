@@ -27,6 +27,9 @@ from megatron_dwm.runtime import Runtime
 
 Kept = TypeVar("Kept")
 
+_LARGEST_CHUNK = 1 << 25
+"""logits of which the exponentials are in memory at a time"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
@@ -119,18 +122,26 @@ def _whole_rows(runtime: Runtime, values_2BS: Tensor) -> Tensor:
 def _score_labels(llm: LLM, labels_BS: Tensor, logits_BSV: Tensor) -> Tensor:
     """Returns [2, B, S]: log-likelihood of each label, and 1 if it is the likeliest token."""
     runtime = llm.runtime
-    logits_BSV = logits_BSV.float()
+    logits_BSV = logits_BSV.float()  # without a copy if they are; nothing else reads them
     first = runtime.tensor_rank * logits_BSV.shape[-1]
-    rows = torch.arange(first, first + logits_BSV.shape[-1], device=logits_BSV.device)
-    logits_BSV = logits_BSV.masked_fill(rows >= llm.shape.vocab_size, -torch.inf)
+    logits_BSV[..., max(llm.shape.vocab_size - first, 0) :] = -torch.inf
     largest_BS = logits_BSV.max(dim=-1).values
     dist.all_reduce(largest_BS, op=dist.ReduceOp.MAX, group=runtime.tensor_group)
-    mass_BS = (logits_BSV - largest_BS[..., None]).exp().sum(dim=-1)
+    mass_BS = _mass(logits_BSV, largest_BS)
     label_BS = _logit_of_label(logits_BSV, labels_BS - first)
     sums_2BS = torch.stack([mass_BS, label_BS])
     dist.all_reduce(sums_2BS, group=runtime.tensor_group)
     log_likelihood_BS = sums_2BS[1] - largest_BS - sums_2BS[0].log()
     return torch.stack([log_likelihood_BS, (sums_2BS[1] >= largest_BS).float()])
+
+
+def _mass(logits_BSV: Tensor, largest_BS: Tensor) -> Tensor:
+    """Returns [B, S]: the sum of exp(logit - largest), some positions at a time."""
+    count = max(1, _LARGEST_CHUNK // (logits_BSV.shape[0] * logits_BSV.shape[-1]))
+    pairs = zip(logits_BSV.split(count, dim=1), largest_BS.split(count, dim=1), strict=True)
+    return torch.cat(
+        [(part - largest[..., None]).exp_().sum(dim=-1) for part, largest in pairs], dim=1
+    )
 
 
 def _logit_of_label(logits_BSV: Tensor, row_BS: Tensor) -> Tensor:

@@ -1,0 +1,38 @@
+"""torch's attention for fewer heads of keys than of queries.
+
+On a GPU its kernels that never form the S x S matrix take grouped heads in half precision and
+without a bias alone. Otherwise the heads of keys and values are repeated here: the memory-efficient
+kernel then takes them. Cost: copies of keys and values, heads / groups times as large.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grouped_attention(
+    query_BHSd: Tensor, key_BgSd: Tensor, value_BgSd: Tensor, **options: Any
+) -> Tensor:
+    """Returns [B, H, S, d]. options: those of torch's `scaled_dot_product_attention`.
+
+    g divides H: query head h reads the keys of group h // (H / g).
+    """
+    heads, groups = query_BHSd.shape[1], key_BgSd.shape[1]
+    if heads != groups and _needs_all_heads(query_BHSd, options):
+        key_BgSd, value_BgSd = repeat_heads(key_BgSd, value_BgSd, heads // groups)
+    return F.scaled_dot_product_attention(
+        query_BHSd, key_BgSd, value_BgSd, enable_gqa=heads != key_BgSd.shape[1], **options
+    )
+
+
+def repeat_heads(key_BgSd: Tensor, value_BgSd: Tensor, times: int) -> tuple[Tensor, Tensor]:
+    """Returns keys and values with a head for each query head, [B, g * times, S, d]."""
+    return key_BgSd.repeat_interleave(times, dim=1), value_BgSd.repeat_interleave(times, dim=1)
+
+
+def _needs_all_heads(query: Tensor, options: dict[str, Any]) -> bool:
+    return query.is_cuda and (query.dtype == torch.float32 or options.get("attn_mask") is not None)
