@@ -57,7 +57,8 @@ def _number(words: str) -> str:
         ("python and github lose N.", CELL, "dwm_ahead", "code", 1),
         ("chooses for a second run gain N,", CELL, "rater_half", "unseen", 2),
         ("three seeds, learned weights gain N,", LARGER, "dwm_ahead", "unseen", 2),
-        ("similarity N. [docs/when_not.md]", LARGER, "similarity", "unseen", 2),
+        ("learned weights gain 0.15, similarity N,", LARGER, "similarity", "unseen", 2),
+        ("weighting model of a 0.16M run N. [docs", LARGER, "dwm_transferred", "unseen", 2),
         ("(-N nats a token on the study's three", PACKED, "dwm_unit_document", "novels", 2),
     ],
 )
