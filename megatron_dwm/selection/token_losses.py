@@ -11,6 +11,7 @@ the padded vocabulary. Cost: one forward pass, and 4 bytes a token on the disk.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -52,8 +53,7 @@ def write_token_losses(
     pool = open_pool(prefix)
     _require_whole_documents(pool)
     path = losses_path(pool.prefix, name)
-    if path.exists() and not replaces:
-        raise UserError(f"{path} exists; pass --replace to write it again, or choose another name")
+    _refuse_unasked(path, replaces=replaces)
     require_writable_parents([path])
     files = check_model(model, pool)
     header = TokenLossHeader(
@@ -67,6 +67,7 @@ def write_token_losses(
     before = inputs_of(pool)
     try:
         with sole_writer(path), new_file(path) as partial:
+            _refuse_unasked(path, replaces=replaces)  # another process may have written it since
             with partial.open("wb") as output:
                 output.write(header.packed())
                 for losses_T in _losses(pool, files, header, progress):
@@ -79,6 +80,11 @@ def write_token_losses(
             raise
         raise UserError(f"{path}: cannot be written ({words})") from None
     return header
+
+
+def _refuse_unasked(path: Path, *, replaces: bool) -> None:
+    if path.exists() and not replaces:
+        raise UserError(f"{path} exists; pass --replace to write it again, or choose another name")
 
 
 def _losses(

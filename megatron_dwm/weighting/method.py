@@ -45,7 +45,7 @@ class Counters(Protocol):
     """Progress of the run.
 
     step: LLM steps done. updates: weighting updates made, by any method that the run had.
-    stage_updates: those made since the last step, which are more than one in a stage.
+    stage_updates: updates made since the last step; several come before a stage's first step.
     """
 
     @property

@@ -98,4 +98,4 @@ def test_what_is_left_at_equal_work(found: Comparison) -> None:
     assert features is not None and own is not None
     assert features.mean < gain.mean / 2 and own.low <= 0 <= own.high
     chosen = found.change_at_equal_work(CELL, "rater_half", group)
-    assert chosen is not None and chosen.pairs >= 3 and chosen.high > 0, "plain is no worse"
+    assert chosen is not None and chosen.pairs >= 3 and chosen.high >= 0, "no gain is shown"

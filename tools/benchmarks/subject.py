@@ -160,7 +160,6 @@ def build_subject(settings: Settings, runtime: Runtime) -> Subject:
         config=config,
         learner=learner,
         methods={
-            # mypy takes functions of the protocol Method that do nothing for abstract ones.
             UNIFORM: Uniform(),
             OWN: _weighting_method(config, learner, OWN),
             LLM: _weighting_method(config, learner, LLM),
