@@ -42,7 +42,7 @@ def _print_losses(workdir: Path, metrics: dict[str, list[dict]]) -> None:
     }
     scores = {name: _scores(workdir / "export" / f"{name}.json") for name in EXPORTED}
     names = "".join(f"{name:>10}{'change':>10}" for name in RUNS[1:])
-    print(f"{'held-out loss, nats a token':32}{RUNS[0]:>10}{names}")
+    print(f"{'held-out loss, nats per token':32}{RUNS[0]:>10}{names}")
     ordered = sorted(final["dwm"], key=lambda domain: (domain != "target", domain))
     for domain in ordered:
         label = "target (unseen half)" if domain == "target" else domain

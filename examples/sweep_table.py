@@ -22,7 +22,7 @@ Losses = dict[str, float]
 
 
 def main() -> None:
-    """Print the losses (nats a token) of every setting, Markdown."""
+    """Print the losses (nats per token) of every setting, Markdown."""
     if len(sys.argv) != 2:
         raise UserError("expected one argument, the OUT of a sweep")
     final = _final_losses(Path(sys.argv[1]))
@@ -30,7 +30,7 @@ def main() -> None:
         raise UserError(f"{sys.argv[1]}: no finished run; let examples/sweep.sh end")
     found = {name for by_seed in final.values() for losses in by_seed for name in losses}
     domains = sorted(found, key=lambda name: (name != "target", name))
-    _print_row(["held-out loss, nats a token", "seeds", *map(_heading, domains)])
+    _print_row(["held-out loss, nats per token", "seeds", *map(_heading, domains)])
     _print_row(["---", *["---:"] * (len(domains) + 1)])
     for setting, by_seed in final.items():
         losses = [[each[name] for each in by_seed if name in each] for name in domains]

@@ -15,10 +15,10 @@ from megatron_dwm.report.content import Column, Figure, columnar
 
 _CURVES = ("uniform", "validation_mixing", "dwm_ahead", "similarity", "domain_mean", "excess_loss")
 _LOW, _HIGH = Column(name="low", title="low"), Column(name="high", title="high")
-_LOSS = Column(name="loss", title="held-out loss", unit="nats a token")
+_LOSS = Column(name="loss", title="held-out loss", unit="nats per token")
 _FLOPS = Column(name="flops", title="work of the run", unit="FLOPs")
 _METHOD = Column(name="method", title="method")
-_CHANGE = Column(name="change", title="change against uniform", unit="nats a token")
+_CHANGE = Column(name="change", title="change against uniform", unit="nats per token")
 _TEXTS = Column(name="texts", title="held-out text")
 _BAR_HEIGHT = 26
 

@@ -18,7 +18,7 @@ from megatron_dwm.config import UserError
 _FILE = Path(__file__).parent / "questions.yaml"
 _LOSS, _AT_EQUAL_WORK, _WEIGHT_MOVED = "loss", "loss at equal work", "weight moved"
 _ALIKE = 0.03
-"""nats a token: about the spread of a method over the seeds"""
+"""nats per token: about the spread of a method over the seeds"""
 _FEWEST = 3
 """seeds of which an interval decides anything"""
 

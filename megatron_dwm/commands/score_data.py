@@ -22,7 +22,7 @@ def _epilog() -> str:
 Columns with --tokenizer: length (characters); type_token_ratio (distinct words / words, in lower
 case); symbol_share (characters that are neither white space, letters, digits nor _, / characters);
 compression_ratio (bytes after zlib / bytes); mean_word_length (characters). Columns with --model:
-loss (mean over a document's tokens but the first, nats a token); perplexity (its exponential). A
+loss (mean over a document's tokens but the first, nats per token); perplexity (its exponential). A
 document is never read with another; one longer than --context-tokens is read in windows. Column
 with --rater: weight (the logit that a weighting model of a run gives the document among others).
 PREFIX.meta.parquet is replaced at once; its other columns keep their values.

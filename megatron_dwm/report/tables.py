@@ -49,7 +49,7 @@ def mean_weight_by_domain(run_dir: str | Path, last_steps: int) -> dict[str, flo
 
 
 def held_out_loss(metrics: Sequence[dict[str, Any]]) -> dict[str, Series]:
-    """Returns the held-out loss (nats a token) of each domain at every evaluation, by name."""
+    """Returns the held-out loss (nats per token) of each domain at every evaluation, by name."""
     points: dict[str, list[tuple[float, float]]] = {}
     for record in metrics:
         if _has(record, "evaluation", "domain_loss"):

@@ -59,7 +59,7 @@ class Health:
             )
 
     def held_out(self, losses: Mapping[str, float]) -> None:
-        """Check the losses of an evaluation (nats a token) by domain."""
+        """Check the losses of an evaluation (nats per token) by domain."""
         for domain, loss in losses.items():
             best = self._best[domain] = min(loss, self._best.get(domain, loss))
             rises = loss > best + _RISE

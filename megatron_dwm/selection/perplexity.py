@@ -25,7 +25,7 @@ from megatron_dwm.selection.windows import scan
 def document_losses(
     pool: Pool, files: ModelFiles, precision: Precision, context_tokens: int, progress: Progress
 ) -> np.ndarray:
-    """Returns float64 [D], the mean loss of every document in nats a token."""
+    """Returns float64 [D], the mean loss of every document in nats per token."""
     vocab_size, name = files.shape.vocab_size, str(files.directory)
     sums_D = np.zeros(pool.num_documents)
     with open_model(files, precision, context_tokens) as model:

@@ -59,7 +59,7 @@ def _number(words: str) -> str:
         ("three seeds, learned weights gain N,", LARGER, "dwm_ahead", "unseen", 2),
         ("learned weights gain 0.15, similarity N,", LARGER, "similarity", "unseen", 2),
         ("weighting model of a 0.16M run N. [docs", LARGER, "dwm_transferred", "unseen", 2),
-        ("(-N nats a token on the study's three", PACKED, "dwm_unit_document", "novels", 2),
+        ("(-N nats per token on the study's three", PACKED, "dwm_unit_document", "novels", 2),
     ],
 )
 def test_a_change_is_the_recorded_one(
@@ -71,7 +71,7 @@ def test_a_change_is_the_recorded_one(
 
 
 def test_the_work_is_the_recorded_one(found: Comparison) -> None:
-    assert _number("nats a token for N % more FLOPs") == f"{_work(found, 'dwm_ahead') - 1:.0%}"[:-1]
+    assert _number("nats per token for N % more FLOPs") == f"{_work(found, 'dwm_ahead') - 1:.0%}"[:-1]
     assert _number("but for N times the FLOPs in all") == f"{_work(found, 'rater_half'):.1f}"
 
 

@@ -152,7 +152,7 @@ def _difference(runs: RunSet, baseline: Group, domains: Sequence[str]) -> list[F
 
 
 def _difference_figure(runs: RunSet, rows: Sequence[Sequence[Cell]]) -> Figure:
-    y = Column(name="difference", title="loss, less the baseline's", unit="nats a token")
+    y = Column(name="difference", title="loss, less the baseline's", unit="nats per token")
     panel, series = Column(name="domain", title="held-out domain"), Column(name="run", title="run")
     edges = [Column(name=n, title=f"{n} of the runs", unit=y.unit) for n in ("low", "high")]
     columns = (panel, series, *abscissas(runs), y, *edges)
@@ -183,7 +183,7 @@ def _table(runs: RunSet, baseline: Group, cells: Shares) -> Table:
     groups = [group.name for group in runs.groups if group is not baseline]
     columns = [
         Column(name="domain", title="held-out domain"),
-        Column(name="loss", title="baseline's final loss", unit="nats a token"),
+        Column(name="loss", title="baseline's final loss", unit="nats per token"),
         Column(name="step", title="its step"),
     ]
     columns += [Column(name=f"group_{i}", title=name) for i, name in enumerate(groups)]

@@ -7,7 +7,7 @@ from megatron_dwm.report.curves import Value, key, within
 from megatron_dwm.report.over_steps import about_bands, by_panel, over_steps, present
 from megatron_dwm.report.runs import RunSet, held_out_domains
 
-LOSS = Column(name="loss", title="loss", unit="nats a token")
+LOSS = Column(name="loss", title="loss", unit="nats per token")
 
 
 def losses(runs: RunSet) -> Content:

@@ -121,7 +121,7 @@ def _loss_cards(run: Run, runs: RunSet) -> list[Card]:
             Card(
                 name=f"Loss of {runs.target}",
                 value=f"{by_domain[runs.target]:.3f}",
-                detail=f"nats a token, held out, at step {evaluated[-1]['step']:,}",
+                detail=f"nats per token, held out, at step {evaluated[-1]['step']:,}",
             )
         )
     ess = run.last("weight_effective_sample_size")
