@@ -33,6 +33,8 @@ APPEND_EOD = "append_eod"
 EOD_ID = "eod_id"
 TOKENS_BEFORE = "special_tokens_before"
 TOKENS_AFTER = "special_tokens_after"
+INPUTS_OF_SHARDS = "inputs_of_shards_sha256"
+"""of a shard: the list of all inputs that was cut; shards of other lists do not go together"""
 _OLDER = {TOKENS_BEFORE: "", TOKENS_AFTER: ""}
 """older versions put no special tokens around a text and did not say so"""
 
@@ -68,12 +70,18 @@ def lacks_end(facts: Facts) -> bool:
     return facts.get(TOKENIZER_KIND) == "HuggingFaceTokenizer" and EOD_ID not in facts
 
 
+def _of_ids(facts: Facts) -> dict[str, str]:
+    """The facts about ids, which are all but the one about shards."""
+    return {name: value for name, value in facts.items() if name != INPUTS_OF_SHARDS}
+
+
 def facts_that_differ(first: Facts, second: Facts) -> list[str]:
-    """Names of the facts in which two sidecars differ.
+    """Names of the facts about ids in which two sidecars differ.
 
     An end-of-document id that an older version did not record may be any.
     """
-    before, after = ({**_OLDER, **facts} if facts else facts for facts in (first, second))
+    pair = (first, second)
+    before, after = ({**_OLDER, **facts} if facts else facts for facts in map(_of_ids, pair))
     names = sorted({*before, *after})
     differing = [name for name in names if before.get(name) != after.get(name)]
     both_have_end = EOD_ID in before and EOD_ID in after

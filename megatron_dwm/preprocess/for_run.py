@@ -17,6 +17,7 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,11 +65,13 @@ def _prepared(text: Path, config: Config) -> str:
     if find_launch(os.environ).rank == 0:
         if not done.is_file():
             print(f"data.train {text}: tokens are written to {settings.prefix}_*", flush=True)
-        refused.unlink(missing_ok=True)
+        with suppress(OSError):  # what is wrong with the folder is said when it is made
+            refused.unlink(missing_ok=True)
         try:
             _preprocess(settings)
         except UserError as error:
-            write_json(refused, {"job": _job(), "error": str(error)})
+            with suppress(OSError):  # a full disk, say, which must not hide the error
+                write_json(refused, {"job": _job(), "error": str(error)})
             raise
     _wait_for(done, refused)
     return f"{settings.prefix}_{_KEY}_document"
@@ -135,13 +138,18 @@ def _identity(path: Path) -> tuple[str, int, int]:
 def _preprocess(settings: PreprocessSettings) -> None:
     """Write the files, or go on where another job stopped; waits while one is at it."""
     lock = Path(f"{settings.prefix}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
     while True:
         try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
             file = lock_file(lock)
         except BlockingIOError:
             time.sleep(_POLL_S)
             continue
+        except OSError as error:
+            raise UserError(
+                f"{lock.parent}: the tokens of data.train cannot be written here "
+                f"({error.strerror}); set data.cache_dir to a folder that can be written"
+            ) from None
         with file:
             preprocess(settings)
         return

@@ -21,6 +21,7 @@ from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.outputs import new_outputs, why_unwritable
 from megatron_dwm.files.dataset_paths import DatasetPaths
 from megatron_dwm.files.index_format import IndexHeader
+from megatron_dwm.files.sidecar_format import INPUTS_OF_SHARDS, read_facts
 from megatron_dwm.preprocess.merge_sidecars import matching_sidecars, merge_sidecars
 from megatron_dwm.preprocess.read.indexed import (
     IndexedInput,
@@ -60,6 +61,7 @@ def merge_datasets(
     """
     names = [prefix_of(prefix) for prefix in prefixes]
     _check_names(names)
+    _check_shards(names)
     parts = [open_indexed(name) for name in names]
     _check_types(parts)
     sidecars = matching_sidecars(
@@ -92,9 +94,18 @@ def total_bytes(prefixes: Sequence[str]) -> int:
 
 
 def _check_names(names: Sequence[str]) -> None:
+    seen: dict[str, str] = {}
     for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"{name}: named twice; its documents would be in the result twice")
+        real = os.path.realpath(DatasetPaths.of(name).bin)
+        if real in seen:
+            also = f", also as {seen[real]}" if seen[real] != name else ""
+            raise UserError(
+                f"{name}: named twice{also}; its documents would be in the result twice"
+            )
+        seen[real] = name
+
+
+def _check_shards(names: Sequence[str]) -> None:
     matches = [found for found in map(_SHARD_NAME.match, names) if found is not None]
     for match in matches:
         others = [
@@ -112,6 +123,23 @@ def _check_names(names: Sequence[str]) -> None:
                 f"{match[0]}: one of {int(match['shards'])} shards, of which "
                 f"{', '.join(map(str, shards))} are given; give all of them, in order"
             )
+        _require_one_list([m[0] for m in family])
+
+
+def _require_one_list(shards: Sequence[str]) -> None:
+    """Raise `UserError` if these shards were not cut from one list of inputs."""
+    known: dict[str, str] = {}
+    for name in shards:
+        sidecar = DatasetPaths.of(name).sidecar
+        if sidecar.exists() and (digest := read_facts(sidecar).get(INPUTS_OF_SHARDS)):
+            known[digest] = name
+    if len(known) > 1:
+        first, second, *_ = known.values()
+        raise UserError(
+            f"{first} and {second}: cut from different lists of inputs (a file was added, removed "
+            "or changed between them), so documents would be missing or be there twice; "
+            "preprocess all shards again"
+        )
 
 
 def _corpus(match: re.Match[str]) -> tuple[str, str]:

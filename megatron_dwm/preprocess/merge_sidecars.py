@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.files.sidecar_format import (
+    INPUTS_OF_SHARDS,
     facts_in,
     facts_that_differ,
     lacks_end,
@@ -81,7 +82,7 @@ def merge_sidecars(paths: Sequence[Path], output: Path) -> None:
 
 def _as_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
     for i, field in enumerate(schema):
-        if field.type == pa.string() and table.field(i).type == pa.float64():
+        if field.type == pa.string() and pa.types.is_floating(table.field(i).type):
             values = table.column(i).to_pylist()
             spelled = [None if value is None else spell_float(value) for value in values]
             table = table.set_column(i, field.name, pa.array(spelled, pa.string()))
@@ -99,6 +100,12 @@ def _common_schema(paths: Sequence[Path]) -> pa.Schema:
             if not _is_all_null(path, i)
         }
         widest = _widest(types)
+        if widest is None:
+            found = ", ".join(sorted(map(str, types)))
+            raise UserError(
+                f"{paths[0]}: column {field.name} has values of types that do not go together in "
+                f"the datasets ({found}); write it with one type"
+            )
         if widest == pa.float64() and any(_beyond_double(path, i) for path in paths):
             widest = pa.string()
         fields.append(pa.field(field.name, widest))
@@ -106,9 +113,11 @@ def _common_schema(paths: Sequence[Path]) -> pa.Schema:
 
 
 def _common_metadata(schemas: Sequence[pa.Schema]) -> dict[bytes, bytes]:
-    """The metadata that all of the schemas have."""
+    """The metadata that all of the schemas have, but for what is true of a shard alone."""
     every = [schema.metadata or {} for schema in schemas]
-    return {name: value for name, value in every[0].items() if all(name in one for one in every)}
+    common = {name: value for name, value in every[0].items() if all(name in m for m in every)}
+    common.pop(INPUTS_OF_SHARDS.encode(), None)
+    return common
 
 
 def _is_all_null(path: Path, column: int) -> bool:
@@ -126,7 +135,7 @@ def _is_all_null(path: Path, column: int) -> bool:
 def _beyond_double(path: Path, column: int) -> bool:
     """True if a column of whole numbers has one that a double would round."""
     with pq.ParquetFile(path) as file:
-        if file.schema_arrow.field(column).type != pa.int64():
+        if not pa.types.is_integer(file.schema_arrow.field(column).type):
             return False
         name = file.schema_arrow.names[column]
         for group in range(file.num_row_groups):
@@ -138,7 +147,20 @@ def _beyond_double(path: Path, column: int) -> bool:
     return False
 
 
-def _widest(types: set[pa.DataType]) -> pa.DataType:
-    if pa.string() in types or not types:
+def _widest(types: set[pa.DataType]) -> pa.DataType | None:
+    """The type for columns of these types; None if there is none that keeps their values."""
+    if len(types) < 2:
+        return next(iter(types), pa.string())
+    kinds = {_kind(kind) for kind in types}
+    if None in kinds:
+        return None
+    return next(kind for kind in (pa.string(), pa.float64(), pa.int64()) if kind in kinds)
+
+
+def _kind(found: pa.DataType) -> pa.DataType | None:
+    """The type, of those that preprocessing writes, which holds the values of another."""
+    if pa.types.is_string(found) or pa.types.is_large_string(found):
         return pa.string()
-    return pa.float64() if pa.float64() in types else pa.int64()
+    if pa.types.is_floating(found):
+        return pa.float64()
+    return pa.int64() if pa.types.is_integer(found) and found != pa.uint64() else None

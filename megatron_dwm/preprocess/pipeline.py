@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.outputs import why_unwritable
 from megatron_dwm.files.command_names import name_of_command
+from megatron_dwm.files.sidecar_format import INPUTS_OF_SHARDS, Facts
 from megatron_dwm.preprocess.encode.encoder import EncodeSettings, token_dtype
 from megatron_dwm.preprocess.encode.workers import encode_all
 from megatron_dwm.preprocess.messages import warn
@@ -23,6 +24,7 @@ from megatron_dwm.preprocess.read.documents import DocumentSettings
 from megatron_dwm.preprocess.read.inputs import (
     Input,
     ReadSettings,
+    digest_of_inputs,
     find_inputs,
     read_inputs,
     take_shard,
@@ -59,7 +61,7 @@ def preprocess(
     without a single token, and a full disk. The work before the last checkpoint is kept for
     `resume`.
     """
-    everything = find_inputs(settings.inputs)
+    everything = find_inputs(settings.inputs, settings.output_prefix)
     inputs = take_shard(everything, settings.shard, settings.num_shards)
     tokenizer = build_tokenizer(
         settings.tokenizer_type,
@@ -67,7 +69,7 @@ def preprocess(
         # Ids that another program made are taken as they are.
         include_special_tokens=settings.include_special_tokens and not settings.pretokenized,
     )
-    record = RunRecord.of(settings, inputs, tokenizer)
+    record = RunRecord.of(settings, inputs, everything, tokenizer)
     final_paths = FinalPaths(prefix=settings.prefix, keys=settings.json_keys)
     final_paths.require_possible_names()
     if settings.resume and final_paths.record.exists():
@@ -78,7 +80,10 @@ def preprocess(
     ):
         if workspace.state.phase == "reading":
             final_paths.refuse_existing()
-            run = _Run(settings, inputs, tokenizer, workspace, should_stop)
+            facts = facts_of(tokenizer, append_eod=settings.append_eod)
+            if settings.num_shards > 1:
+                facts[INPUTS_OF_SHARDS] = digest_of_inputs(everything)
+            run = _Run(settings, inputs, tokenizer, workspace, should_stop, facts)
             run.read_all()
             run.complete()
         move_into_place(workspace, final_paths, record)
@@ -109,6 +114,8 @@ class _Run:
     tokenizer: Tokenizer
     workspace: Workspace
     should_stop: Callable[[], bool]
+    facts: Facts
+    """of the sidecars"""
 
     def __post_init__(self) -> None:
         self._state = self.workspace.state
@@ -145,7 +152,7 @@ class _Run:
                     metadata_keys=self.settings.metadata_keys,
                     kinds=tuple(self._state.kinds),
                     source_names=tuple(entry.name for entry in self.inputs),
-                    facts=facts_of(self.tokenizer, append_eod=self.settings.append_eod),
+                    facts=self.facts,
                 )
             )
         self._state.phase = "publishing"

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.preprocess.merge import merge_datasets
+from megatron_dwm.preprocess.merge_sidecars import merge_sidecars
 from tests.files.indexed import LENGTHS, write_dataset
 
 
@@ -30,6 +33,53 @@ def test_multimodal_datasets_are_refused(tmp_path: Path) -> None:
         write_dataset(tmp_path / name, np.int32, multimodal=True)
     with pytest.raises(UserError, match="a.idx: multimodal"):
         merge_datasets([str(tmp_path / name) for name in "ab"], str(tmp_path / "merged"))
+
+
+def test_one_dataset_under_two_names_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_dataset(Path("a"), np.int32)
+    for other in ("./a", "b"):
+        if other == "b":
+            for ending in ("bin", "idx"):
+                Path(f"b.{ending}").symlink_to(f"a.{ending}")
+        with pytest.raises(UserError, match="named twice, also as a;"):
+            merge_datasets(["a", other], "merged")
+
+
+FLOAT32, LARGE, FLAGS = pa.float32(), pa.large_string(), pa.bool_()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "merged"),
+    [
+        (pa.array([1.5, 2.0, None], FLOAT32), pa.array([3.0, 4.0, 5.0], FLOAT32), FLOAT32),
+        (pa.array([1.5, 2.0, 3.0], FLOAT32), pa.array([1, 2, 3], pa.int8()), pa.float64()),
+        (pa.array([2.5] * 3, FLOAT32), pa.array([1 << 60] * 3, pa.int64()), pa.string()),
+        (pa.array(["a", "b", None], LARGE), pa.array(["c", "d", "e"], LARGE), LARGE),
+        (pa.array(["a", "b", "c"], LARGE), pa.array([1, 2, 3], pa.int64()), pa.string()),
+        (pa.array([True, False, None], FLAGS), pa.array([True, True, True], FLAGS), FLAGS),
+        (pa.array([True, False, None], FLAGS), pa.array([1, 2, 3], pa.int64()), None),
+    ],
+    ids=str,
+)
+def test_columns_that_other_programs_wrote_keep_their_values(
+    tmp_path: Path, first: pa.Array, second: pa.Array, merged: pa.DataType | None
+) -> None:
+    paths = [tmp_path / f"{name}.parquet" for name in "ab"]
+    for path, column in zip(paths, (first, second), strict=True):
+        pq.write_table(pa.table({"quality": column}), path)
+    if merged is None:
+        with pytest.raises(UserError, match=r"column quality has values .* \(bool, int64\)"):
+            merge_sidecars(paths, tmp_path / "out.parquet")
+        return
+    merge_sidecars(paths, tmp_path / "out.parquet")
+    found = pq.read_table(tmp_path / "out.parquet").column(0)
+    assert found.type == merged
+    values = [*first.to_pylist(), *second.to_pylist()]
+    spelled = [None if v is None else str(v).removesuffix(".0") for v in values]
+    assert found.to_pylist() == (spelled if merged == pa.string() else values)
 
 
 def test_one_corpus_divided_twice_is_refused(tmp_path: Path) -> None:

@@ -58,8 +58,14 @@ def test_several_processes_share_the_work_of_the_first(
 def test_what_cannot_be_read_is_one_line(corpus: Corpus, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "a"}\n{"text": \n')
-    for path, words in ((tmp_path / "none.jsonl", "no such file"), (broken, "broken.jsonl:2")):
-        done = pretrain(tmp_path / "run", *_arguments(corpus, path))
+    fine = Path(shutil.copy(CORPUS / "train.jsonl.zst", tmp_path / "mine.jsonl.zst"))
+    in_file = ["--data.cache_dir", str(broken)]
+    for path, more, words in (
+        (tmp_path / "none.jsonl", [], "no such file"),
+        (broken, [], "broken.jsonl:2"),
+        (fine, in_file, "broken.jsonl: the tokens of data.train cannot be written here"),
+    ):
+        done = pretrain(tmp_path / "run", *_arguments(corpus, path), *more)
         assert done.returncode == 2
         [line] = [line for line in done.stderr.splitlines() if line.startswith("error:")]
         assert words in line

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import reduce
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 
 Kind = Literal["none", "int", "long", "float", "mixed", "string"]
@@ -71,7 +72,11 @@ def _spell(value: object) -> tuple[Kind, str | None]:
         return "float", spell_float(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return _kind_of_int(value), str(value)
-    return "string", json.dumps(value, default=str)
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    # What only tables have, such as dates, is spelled as Python spells it.
+    is_json = isinstance(value, (bool, list, dict))
+    return "string", json.dumps(value, default=str) if is_json else str(value)
 
 
 def _kind_of_int(value: int) -> Kind:

@@ -167,7 +167,7 @@ def _values(column: pa.ChunkedArray) -> list[object]:
     if is_list and pa.types.is_integer(kind.value_type):
         return [_array(item) for item in column]
     try:
-        return column.to_pylist()
+        return [_decoded(value) for value in column.to_pylist()]
     except UnicodeDecodeError:
         return [_value(item) for item in column]
 
@@ -178,9 +178,14 @@ def _array(item: pa.ListScalar) -> np.ndarray | list[object] | None:
     return item.as_py() if item.values.null_count else item.values.to_numpy()
 
 
+def _decoded(value: object) -> object:
+    """The text of a binary column's bytes, which is how some programs write strings."""
+    return value.decode("utf-8") if isinstance(value, bytes) else value
+
+
 def _value(item: pa.Scalar) -> object:
     try:
-        return item.as_py()
+        return _decoded(item.as_py())
     except UnicodeDecodeError as error:
         return BadRecord("invalid UTF-8", f"invalid UTF-8 at byte {error.start + 1} of the text")
 

@@ -8,7 +8,10 @@ have about equal bytes, and one after the other they are the whole, in order.
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,10 @@ _LINES_SUFFIXES = (".jsonl", ".json", ".ndjson")
 KNOWN_FORMATS = (
     ".jsonl, .jsonl.gz, .jsonl.zst, .jsonl.bz2, .jsonl.xz, .parquet, .arrow, a directory of "
     "such files, or hf://DATASET[:split]"
+)
+# What a run writes, after its --output-prefix: also the shards beside it.
+_OWN_FILE = re.compile(
+    r"(-\d{5}-of-\d{5})?(\.unfinished/.*|\.preprocess\.json|\.rejects\.jsonl|_.*\.meta\.parquet)"
 )
 
 
@@ -55,13 +62,14 @@ class ReadSettings:
     """decompressed bytes of a chunk of lines or rows"""
 
 
-def find_inputs(names: Sequence[str]) -> list[Input]:
+def find_inputs(names: Sequence[str], output_prefix: str | None = None) -> list[Input]:
     """The inputs that `names` stand for, in reading order.
 
+    output_prefix: of the run, whose own files in a directory or a pattern's reach are no inputs.
     Raises `UserError` for a name without a readable file of a known format, and for a file that is
     named twice: overlapping patterns, or links.
     """
-    found = [_look_at(path) for name in names for path in _expand(name)]
+    found = [_look_at(path) for name in names for path in _expand(name, output_prefix)]
     assert found or not names
     _require_different(found)
     return found
@@ -109,6 +117,12 @@ def _cut(inputs: Sequence[Input], shard: int, num_shards: int) -> int:
     return max(shard, min(index, len(inputs) - (num_shards - shard)))
 
 
+def digest_of_inputs(inputs: Sequence[Input]) -> str:
+    """The SHA-256 of all inputs' names and sizes, in order, by which they are cut into shards."""
+    known = json.dumps([(entry.name, entry.size_bytes) for entry in inputs])
+    return hashlib.sha256(known.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def read_input(entry: Input, start: Position, settings: ReadSettings) -> Iterator[Chunk]:
     """Chunks of one input from `start` on."""
     path = Path(entry.name)
@@ -147,23 +161,33 @@ def is_known(path: Path) -> bool:
     return path.suffix in (*_LINES_SUFFIXES, *TABLE_SUFFIXES)
 
 
-def _expand(name: str) -> list[str]:
+def _expand(name: str, output_prefix: str | None) -> list[str]:
     if name.startswith(HUB_PREFIX):
         if not split_name(name)[0]:
             raise UserError(f"{name}: expected hf://DATASET[:split]")
         return [name]
     if Path(name).is_dir():
-        return _files_below(name)
+        return _files_below(name, output_prefix)
     if glob.has_magic(name) and not Path(name).exists():
         found = glob.glob(name, recursive=True)  # noqa: PTH207 (keeps the name as it is written)
-        matches = [match for match in found if Path(match).is_file()]
+        files = [match for match in found if Path(match).is_file()]
+        matches = [file for file in files if not _is_own(file, output_prefix)]
         if not matches:
             raise UserError(f"{name}: no file matches this pattern")
         return sorted(matches)
     return [name]
 
 
-def _files_below(directory: str) -> list[str]:
+def _is_own(path: str, output_prefix: str | None) -> bool:
+    """True if the run with this prefix, or a shard of it, writes this file."""
+    if output_prefix is None:
+        return False
+    whole, prefix = os.path.abspath(path), os.path.abspath(output_prefix)  # noqa: PTH100
+    rest = whole.removeprefix(prefix)
+    return rest != whole and _OWN_FILE.fullmatch(rest) is not None
+
+
+def _files_below(directory: str, output_prefix: str | None) -> list[str]:
     """Returns the files of known formats in a directory and all below it, links included."""
     seen: dict[str, str] = {}
     found: list[str] = []
@@ -178,6 +202,7 @@ def _files_below(directory: str) -> list[str]:
         inner[:] = [name for name in inner if not name.startswith(".")]
         visible = (Path(folder, name) for name in files if not name.startswith("."))
         found += [str(path) for path in visible if path.is_file() and is_known(path)]
+    found = [path for path in found if not _is_own(path, output_prefix)]
     if not found:
         raise UserError(f"{directory}: no file of a known format in it; expected {KNOWN_FORMATS}")
     return sorted(os.path.join(directory, Path(p).relative_to(directory)) for p in found)  # noqa: PTH118

@@ -82,9 +82,10 @@ def value_of(record: dict[str, object], key: str) -> object:
 
 
 def json_type(value: object) -> str:
-    """The type of a JSON value, in words."""
+    """The type of a JSON value, or of one in a table, in words."""
     names = {dict: "an object", list: "an array", str: "a string", bool: "true or false"}
-    return "null" if value is None else names.get(type(value), "a number")
+    names |= {type(None): "null", int: "a number", float: "a number"}
+    return names.get(type(value), f"of type {type(value).__name__}")
 
 
 def begins_an_array(line: bytes) -> bool:

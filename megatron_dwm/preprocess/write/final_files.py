@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.config.outputs import require_possible_names
+from megatron_dwm.config.outputs import refuse_existing, require_possible_names
 from megatron_dwm.files.atomic import write_json
 from megatron_dwm.files.dataset_paths import DatasetPaths
 from megatron_dwm.preprocess.write.outputs import REJECTS
@@ -51,9 +51,7 @@ class FinalPaths:
 
     def refuse_existing(self) -> None:
         """Raise `UserError` if one of the files exists."""
-        for path in [self.record, *(path for _, path in self.moves())]:
-            if path.exists():
-                raise UserError(f"{path} exists; choose another output or remove it")
+        refuse_existing([self.record, *(path for _, path in self.moves())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +69,17 @@ class PreprocessSummary:
 
 
 def move_into_place(workspace: Workspace, final_paths: FinalPaths, record: RunRecord) -> None:
-    """Move every file to its final name, write the run's record and remove the workspace."""
+    """Move every file to its final name, write the run's record and remove the workspace.
+
+    Raises `UserError` if something has appeared at one of the names since the run began.
+    """
     state = workspace.state
     if not state.num_rejected:
         workspace.file(REJECTS).unlink(missing_ok=True)
-    for name, path in final_paths.moves():
-        if workspace.file(name).exists():
-            workspace.file(name).rename(path)
+    left = [move for move in final_paths.moves() if workspace.file(move[0]).exists()]
+    refuse_existing(path for _, path in left)
+    for name, path in left:
+        workspace.file(name).rename(path)
     content = {**asdict(record), "counts": _counts(state)}
     write_json(final_paths.record, content, indent=1)
     workspace.remove()

@@ -14,12 +14,13 @@ from typing import Any
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.preprocess.messages import warn
-from megatron_dwm.preprocess.read.inputs import Input
+from megatron_dwm.preprocess.read.inputs import Input, digest_of_inputs
 from megatron_dwm.preprocess.settings import PreprocessSettings
 from megatron_dwm.tokenizer import SpecialTokens, Tokenizer
 
 _FORMAT = 1
 _END = "end-of-document id"
+_ALL_INPUTS = "--num-shards: the list of all shards' inputs (sha256)"
 _SPECIAL_TOKENS = "--tokenizer-hf-include-special-tokens (ids)"
 
 
@@ -34,9 +35,15 @@ class RunRecord:
 
     @staticmethod
     def of(
-        settings: PreprocessSettings, inputs: Sequence[Input], tokenizer: Tokenizer
+        settings: PreprocessSettings,
+        inputs: Sequence[Input],
+        everything: Sequence[Input],
+        tokenizer: Tokenizer,
     ) -> RunRecord:
-        """Build the record of the run that `settings` ask for."""
+        """Build the record of the run that `settings` ask for.
+
+        inputs: of this shard; everything: those of all shards.
+        """
         return RunRecord(
             inputs=[asdict(entry) for entry in inputs],
             options={
@@ -51,6 +58,7 @@ class RunRecord:
                 "--max-record-bytes": settings.max_record_bytes,
                 "--shard": settings.shard,
                 "--num-shards": settings.num_shards,
+                **({_ALL_INPUTS: digest_of_inputs(everything)} if settings.num_shards > 1 else {}),
             },
         )
 
@@ -75,6 +83,7 @@ class RunRecord:
     def _known_options(self, now: RunRecord) -> dict[str, Any]:
         """The options, completed by what older versions did not record."""
         older = {_END: now.options[_END], _SPECIAL_TOKENS: _spell_ids(SpecialTokens())}
+        older |= {name: now.options[name] for name in (_ALL_INPUTS,) if name in now.options}
         return {**older, **self.options}
 
     def difference(self, now: RunRecord) -> str | None:
