@@ -8,6 +8,7 @@ message cost nothing to start. The pipeline waits (p - 1) / (v m) of a pass of m
 from __future__ import annotations
 
 import argparse
+import math
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -67,6 +68,7 @@ def main() -> None:
     options, rest = _parser().parse_known_args()
     if min(options.gpus) < 1:
         raise UserError(f"--gpus: expected 1 or more, got {min(options.gpus)}")
+    _check_rates(options)
     config = load(rest, "scale.py").config
     warnings.filterwarnings("ignore", module=r"megatron\.core.*")
     from megatron_dwm.planning import GPUS, make_plan
@@ -86,6 +88,16 @@ def main() -> None:
         )
 
 
+def _check_rates(options: argparse.Namespace) -> None:
+    if not 0.0 < options.mfu <= 1.0:
+        raise UserError(f"--mfu: expected a fraction above 0, at most 1, got {options.mfu}")
+    for name in ("node_gb_s", "network_gb_s"):
+        value = getattr(options, name)
+        if not 0.0 < value < math.inf:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option}: expected GB a second above 0, got {value}")
+
+
 def _grown(config: Config, gpus: int, first: int) -> Config:
     """Returns the run with a batch that grows with the GPUs; its target's batch stays."""
     rows = config.training.global_batch_size * gpus // first
@@ -98,8 +110,9 @@ def _grown(config: Config, gpus: int, first: int) -> Config:
 
 def _step(plan: Plan, options: argparse.Namespace) -> list[str]:
     config, cost = plan.config, plan.cost
-    weighting = cost.weighing / plan.gpu.peak_flops(cost.weighting_precision)
-    llm = (cost.llm + cost.recompute + cost.reading) / plan.gpu.peak_flops(config.model.precision)
+    passes = cost.llm + cost.recompute + cost.reading + cost.reference + cost.pool_passes
+    weighting = (cost.weighing + cost.pool_scores) / plan.gpu.peak_flops(cost.weighting_precision)
+    llm = passes / plan.gpu.peak_flops(config.model.precision)
     lines = {line.link: line for line in plan.traffic}
     return [
         f"{plan.gpus:,}",

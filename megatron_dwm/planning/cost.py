@@ -28,6 +28,7 @@ class Cost:
     recompute: forward work that the backward pass repeats.
     weighing: the weighting model on the batches of steps, from its first update on, or from the
         start if it was loaded.
+    reference: the reference model's forward pass over those batches, at the LLM's precision.
     reading: the LLM's forward pass that the weights wait for.
     pool_passes: the LLM's passes over the pools that batches are chosen from.
     pool_scores: the method's own part of scoring them.
@@ -41,6 +42,7 @@ class Cost:
     llm: float
     recompute: float
     weighing: float
+    reference: float
     reading: float
     pool_passes: float
     pool_scores: float
@@ -54,7 +56,8 @@ class Cost:
     def weighting(self) -> float:
         """FLOPs a step that plain training does not have."""
         of_pools = self.pool_passes + self.pool_scores
-        return of_pools + self.weighing + self.reading + self.updates + self.noise + self.learning
+        of_batches = self.weighing + self.reference + self.reading
+        return of_pools + of_batches + self.updates + self.noise + self.learning
 
     @property
     def total(self) -> float:
@@ -79,7 +82,7 @@ class Cost:
         llm = self.llm + self.recompute
         weighting = 0.0
         if not plain:
-            llm += self.reading + self.pool_passes + self.updates + self.noise
+            llm += self.reading + self.reference + self.pool_passes + self.updates + self.noise
             weighting = self.weighing + self.pool_scores + self.learning
         seconds = llm / gpu.peak_flops(precision)
         seconds += weighting / gpu.peak_flops(self.weighting_precision)
@@ -111,6 +114,7 @@ def cost_of(config: Config, shape: LlamaShape, workload: Workload) -> Cost:
         llm=costs.llm_step,
         recompute=recompute,
         weighing=costs.weighing * weighed,
+        reference=costs.reference * weighed,
         reading=costs.extra_forward * weighed + costs.first_forward / steps,
         pool_passes=costs.pool_passes * costs.pools(steps) / steps,
         pool_scores=costs.pool_scores * costs.pools(steps) / steps,

@@ -80,7 +80,7 @@ class Memory:
 
     @property
     def update(self) -> float:
-        """Peak bytes of a weighting update; those of a step if the method does not learn."""
+        """Peak bytes of a weighting update; those of a step if there is none."""
         of_passes = self.step + self.virtual_step + self.sketches
         between = max(self.weighting_activations, self.reference_in_use)
         return max(of_passes, self.always + between)
@@ -94,6 +94,7 @@ def stage_memory(
     config: Config,
     shape: LlamaShape,
     weighting: WeightingShape | None,
+    reference_shape: LlamaShape | None = None,
     *,
     world_size: int,
     stage: int,
@@ -102,6 +103,7 @@ def stage_memory(
     """Returns the memory of one rank of pipeline stage `stage` (from 0).
 
     weighting: None without a weighting model.
+    reference_shape: of the reference model, if there is one; None: that of the LLM.
     """
     found = rank_parameters(shape, config.parallel, stage)
     replicas = config.data_parallel_size(world_size)
@@ -110,16 +112,20 @@ def stage_memory(
     mixed = config.model.precision != "fp32"
     state = (_MOMENTS + (_FP32 if mixed else 0)) * found.total / shards
     copies = (1 if mixed else 2) * _FP32 * found.total / shards
-    of_weighting = _WEIGHTING_BYTES if learns(config) else _FP32
+    of_weighting = _WEIGHTING_BYTES if has_updates(config) else _FP32
     weights = kernels.value_bytes * found.total
     gradients = (gradient_bytes(config) + _main_gradient_bytes(config) / shards) * found.total
     parts = method_class(config).parts(config)
     is_stored = config.policy.reference_losses is not None  # its losses are read from files
-    reference = weights if "reference" in parts and not is_stored else 0.0
+    of_reference = reference_shape or shape
+    held = rank_parameters(of_reference, config.parallel, stage)
+    its_weights = kernels.value_bytes * held.total
+    reference = its_weights if "reference" in parts and not is_stored else 0.0
     if "dynamic_reference" in parts:
         reference = weights + gradients + state
     activations = _activations(config, shape, world_size, stage, on_gpu)
     working = _working(config, shape, found, on_gpu)
+    its_working = _working(config, of_reference, held, on_gpu)
     offloads = config.policy.offload_reference and reference > 0.0
     learns_itself = "dynamic_reference" in parts
     return Memory(
@@ -131,13 +137,20 @@ def stage_memory(
         reference=0.0 if offloads else reference,
         # Gradients are zero between uses, and have no copy.
         reference_on_host=(reference - learns_itself * gradients) if offloads else 0.0,
-        reference_in_use=(reference + working + learns_itself * activations) if offloads else 0.0,
+        reference_in_use=(reference + its_working + learns_itself * activations)
+        if offloads
+        else 0.0,
         activations=activations,
         working=working,
         virtual_step=_update_copies(config, found.total, copies, replicas),
         sketches=_sketch_bytes(config, shape, found, replicas),
         weighting_activations=_weighting_activations(config, weighting, world_size, kernels),
     )
+
+
+def has_updates(config: Config) -> bool:
+    """True if the run is long enough for a weighting update."""
+    return learns(config) and method_class(config).schedule(config).num_updates > 0
 
 
 def gradient_bytes(config: Config) -> int:
@@ -158,13 +171,13 @@ def _update_copies(config: Config, parameters: int, copies: float, replicas: int
     """
     method = method_class(config)
     parts = method.parts(config)
-    if method.schedule(config).ahead:
+    if has_updates(config) and method.schedule(config).ahead:
         value_bytes = 2 if config.keeps_direction_in_bf16 else _FP32
         noise = config.bilevel.noise_interval_updates > 0
         measured = noise and why_no_noise(config, config.passages, replicas) is None
         return float(value_bytes * parameters * (2 if measured else 1))
     through_pools = "sampling" in parts and config.policy.jacobian == "exact"
-    return copies if learns(config) or through_pools else 0.0
+    return copies if has_updates(config) or through_pools else 0.0
 
 
 def _sketch_bytes(config: Config, shape: LlamaShape, found: RankParameters, replicas: int) -> float:
@@ -251,7 +264,7 @@ def _weighting_activations(
     It works on the gradient of a feed-forward block, the gradient of the largest weight and, if its
     products are in bf16, on copies of its matrices.
     """
-    if weighting is None or weighting.encoder != "own" or not learns(config):
+    if weighting is None or weighting.encoder != "own" or not has_updates(config):
         return 0.0
     rows = config.training.global_batch_size // config.data_parallel_size(world_size)
     share = -(-rows // config.parallel.model_size)

@@ -33,6 +33,8 @@ class Plan:
     mfu: fraction of the peak FLOPs that the run reaches.
     documents: what the data says about documents inside samples; None if it is not there yet, and
         samples count as one document each.
+    reference: shape of `policy.reference`; None if there is none, or it cannot be read and counts
+        as large as the LLM.
     stages: memory of one rank of every pipeline stage.
     bubble: time that the first pipeline stage waits, as a fraction of its work, (p - 1) / (v m); a
         measured utilization includes it.
@@ -44,6 +46,7 @@ class Plan:
     gpus: int
     mfu: float
     documents: DocumentCounts | None
+    reference: LlamaShape | None
     stages: list[Memory]
     cost: Cost
     traffic: list[Traffic]
@@ -112,7 +115,7 @@ class Plan:
 def make_plan(config: Config, gpu: Gpu, *, gpus: int, mfu: float) -> Plan:
     """Returns the plan of a run on `gpus` GPUs. mfu: fraction of the peak that is reached.
 
-    Of the run's files only the sizes of a Hugging Face model and of a weighting model to start from
+    Of the run's files only the sizes of Hugging Face models and of a weighting model to start from
     are read, and, if documents inside samples matter, the index of the training data.
 
     Raises UserError if pretrain would refuse the run for a reason other than its files.
@@ -136,7 +139,11 @@ def make_plan(config: Config, gpu: Gpu, *, gpus: int, mfu: float) -> Plan:
     pipeline = config.parallel.pipeline
     schedule = config.num_microbatches(gpus) * config.parallel.virtual_stages
     documents = _documents(config)
-    replicas = config.data_parallel_size(gpus)
+    workload = Workload(
+        replicas=config.data_parallel_size(gpus),
+        documents=documents or WHOLE_ROWS,
+        reference=_reference(config),
+    )
     return Plan(
         config=config,
         shape=shape,
@@ -144,14 +151,36 @@ def make_plan(config: Config, gpu: Gpu, *, gpus: int, mfu: float) -> Plan:
         gpus=gpus,
         mfu=mfu,
         documents=documents,
+        reference=workload.reference,
         stages=[
-            stage_memory(config, shape, weighting, world_size=gpus, stage=stage, on_gpu=True)
+            stage_memory(
+                config,
+                shape,
+                weighting,
+                workload.reference,
+                world_size=gpus,
+                stage=stage,
+                on_gpu=True,
+            )
             for stage in range(pipeline)
         ],
-        cost=cost_of(config, shape, Workload(replicas=replicas, documents=documents or WHOLE_ROWS)),
+        cost=cost_of(config, shape, workload),
         traffic=traffic_of(config, shape, weighting, gpus, on_gpu=True),
         bubble=(pipeline - 1) / schedule,
     )
+
+
+def has_reference(config: Config) -> bool:
+    """True if a reference model runs beside the LLM and does not change."""
+    is_stored = config.policy.reference_losses is not None  # its losses are read from files
+    return "reference" in method_class(config).parts(config) and not is_stored
+
+
+def _reference(config: Config) -> LlamaShape | None:
+    name = config.policy.reference
+    if not has_reference(config) or name is None or not is_huggingface(Path(name)):
+        return None
+    return open_huggingface(Path(name)).shape
 
 
 def _documents(config: Config) -> DocumentCounts | None:

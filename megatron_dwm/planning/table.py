@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_dwm.config import TrainingConfig
 from megatron_dwm.data.document_counts import WHOLE_ROWS
-from megatron_dwm.planning.plan import RESERVE, Plan, advice
+from megatron_dwm.planning.plan import RESERVE, Plan, advice, has_reference
 
 _GB = 1e9
 _BYTES = {"GB": _GB, "MB": 1e6, "kB": 1e3}
@@ -14,7 +14,7 @@ _SECONDS = {"h": 3600.0, "min": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}
 _CHECKPOINT_BYTES = {"fp32": 12, "bf16": 14, "fp8": 14}
 _PARTS = {
     "weights": "weights",
-    "gradients": "gradient buffers (fp32)",
+    "gradients": "gradient buffers",
     "optimizer": "optimizer state",
     "fp8_copies": "FP8 copies of weights",
     "weighting_model": "weighting model, its optimizer",
@@ -33,6 +33,7 @@ _FLOPS = {
     "llm": "LLM forward and backward",
     "recompute": "recomputation",
     "weighing": "weighting model on steps' batches",
+    "reference": "reference model on steps' batches",
     "reading": "reading the batch first",
     "pool_passes": "passes over the pools",
     "pool_scores": "scores of the pools",
@@ -82,8 +83,16 @@ def _heading(plan: Plan) -> str:
         f"micro-batches of {config.training.micro_batch_size} x {config.data.sequence_length:,} "
         f"tokens a step and replica; {plan.tokens_a_step:,} tokens a step\n"
         f"policy {config.policy.name}, {plan.cost.num_updates:,} weighting updates in "
-        f"{config.training.steps:,} steps{_documents(plan)}"
+        f"{config.training.steps:,} steps{_documents(plan)}{_reference(plan)}"
     )
+
+
+def _reference(plan: Plan) -> str:
+    """Returns a line about a reference model whose size is not known, or nothing."""
+    if plan.reference is not None or not has_reference(plan.config):
+        return ""
+    name = plan.config.policy.reference
+    return f"\npolicy.reference {name} is no Hugging Face model: counted as large as the LLM"
 
 
 def _documents(plan: Plan) -> str:

@@ -33,7 +33,7 @@ from megatron_dwm.model.passes.micro_batches import (
     probed_micro_batches,
     rows_of_replica,
 )
-from megatron_dwm.planning.memory import gradient_bytes, weighting_parameters
+from megatron_dwm.planning.memory import gradient_bytes, has_updates, weighting_parameters
 from megatron_dwm.planning.placement import rank_parameters
 from megatron_dwm.weighting import learns, method_class
 from megatron_dwm.weighting.model import WeightingShape
@@ -94,7 +94,7 @@ def traffic_of(
     """Returns a line for every link. on_gpu: the layers are Transformer Engine's."""
     schedule = method_class(config).schedule(config)
     own_pass = schedule.fresh or method_class(config).aligns_first
-    updates = float(learns(config))
+    updates = float(has_updates(config))
     # An update may have a pass for its own g; it has that of the validation batch, and the probe,
     # which reads the batch and forms no gradient. If the direction comes ahead, the step's own pass
     # is probed.

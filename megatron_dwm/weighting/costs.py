@@ -35,6 +35,7 @@ class Costs:
 
     llm_step: forward and backward of one global batch.
     weighing: the weighting model on one batch, once it has learned.
+    reference: the reference model's forward pass over one batch.
     extra_forward: the LLM's extra forward pass that must finish before a batch has weights.
     first_forward: such a pass of the first batch that has weights, alone.
     pool_passes: the LLM's passes over the pool of a step, from which its batch is chosen.
@@ -47,6 +48,7 @@ class Costs:
 
     llm_step: float
     weighing: float = 0.0
+    reference: float = 0.0
     extra_forward: float = 0.0
     first_forward: float = 0.0
     pool_passes: float = 0.0
@@ -82,7 +84,8 @@ class Costs:
         """Returns the FLOPs so far of choosing and weighing the batches of steps."""
         pools = self.pools(counters.step) * (self.pool_passes + self.pool_scores)
         first = self.first_forward if counters.weighings else 0.0
-        return pools + counters.weighings * (self.weighing + self.extra_forward) + first
+        weighing = self.weighing + self.reference + self.extra_forward
+        return pools + counters.weighings * weighing + first
 
     def spent_on_updates(self, counters: Spent) -> float:
         """Returns the FLOPs so far of weighting updates, measurements of noise included."""

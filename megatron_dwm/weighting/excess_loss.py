@@ -100,7 +100,7 @@ class ExcessLoss(Method):
         forward = llm_forward_flops(reference, rows, length, workload.documents.attended_tokens)
         return replace(
             costs,
-            weighing=forward if _stored(cls, config) is None else 0.0,
+            reference=forward if _stored(cls, config) is None else 0.0,
             extra_forward=costs.forward if waits and several else 0.0,
         )
 

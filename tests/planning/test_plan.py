@@ -15,6 +15,7 @@ from megatron_dwm.config import BilevelConfig, Config, TrainingConfig, UserError
 from megatron_dwm.planning import GPUS, Plan, make_plan
 from megatron_dwm.planning.table import plan_text
 from megatron_dwm.weighting.model import WeightingModel, WeightingShape
+from tests.convert.families import write_llama
 from tests.forking.client import run_python
 from tests.planning.runs import configured
 
@@ -171,6 +172,36 @@ def test_an_encoder_multiplies_in_bf16_beside_a_bf16_llm() -> None:
         weighting = (cost.weighing + cost.learning) / peak
         rest = (cost.llm + cost.recompute + cost.reading + cost.updates + cost.noise) / 989e12
         assert plan.step_s == pytest.approx((weighting + rest) / (8 * 0.4), rel=1e-3)
+
+
+def test_a_reference_model_runs_at_the_llms_precision_and_has_its_own_size(tmp_path: Path) -> None:
+    """Also where keys of the weighting model, which has no part in it, say something else."""
+    write_llama(tmp_path)
+    plans = {}
+    for name in ("unknown", str(tmp_path)):
+        config = large(policy="excess_loss", weighting={"encoder": "llm"})
+        policy = replace(config.policy, reference=name)
+        plans[name] = planned(replace(config, policy=policy))
+    as_large, small = plans.values()
+    assert as_large.cost.share == pytest.approx(1 / 3)
+    assert as_large.time_share == pytest.approx(1 / 3)
+    assert as_large.stages[0].reference == as_large.stages[0].weights
+    assert "policy.reference unknown is no Hugging Face model" in plan_text(as_large)
+    assert small.reference is not None
+    # In bf16; the rows that pad the vocabulary count.
+    padded = 2 * 2 * (small.reference.padded_vocab_size - small.reference.vocab_size)
+    padded *= small.reference.hidden_size
+    assert small.stages[0].reference == 2 * small.reference.num_parameters() + padded
+    assert 0 < small.cost.share < 0.01 and "no Hugging Face model" not in plan_text(small)
+
+
+def test_a_run_that_ends_before_its_first_update_needs_nothing_for_one() -> None:
+    config = large(policy="dwm", weighting={"mode": "online", "encoder": "llm"})
+    short = planned(replace(config, training=replace(config.training, steps=3)))
+    assert planned(config).cost.num_updates > short.cost.num_updates == 0
+    for stage in short.stages:
+        assert stage.update == stage.step and stage.virtual_step == 0.0
+    assert all(line.update_messages == 0 for line in short.traffic)
 
 
 def test_uniform_weights_cost_nothing_and_updates_on_training_less_than_fresh() -> None:

@@ -84,7 +84,7 @@ def test_a_references_losses_from_a_file_cost_nothing() -> None:
         config = Config(policy=PolicyConfig(name="excess_loss", **policy))
         spent = method_class(config).costs(config, LARGE, Workload(replicas=1))
         memory = stage_memory(config, LARGE, None, world_size=1, stage=0, on_gpu=False)
-        found.append((spent.weighing / spent.llm_step, memory.reference))
+        found.append((spent.reference / spent.llm_step, memory.reference))
     (with_model, its_bytes), from_file = found
     assert with_model == pytest.approx(1 / 3) and its_bytes > 0
     assert from_file == (0.0, 0.0)
