@@ -188,10 +188,10 @@ class AddTangent(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, _: Tensor, kept: Tensor, tangent: Tangent, units: Units
+        ctx: Any, output: Tensor, alignment_U: Tensor, kept: Tensor, tangent: Tangent, units: Units
     ) -> Tensor:
         ctx.save_for_backward(kept)
-        ctx.tangent, ctx.units = tangent, units
+        ctx.tangent, ctx.units, ctx.count = tangent, units, len(alignment_U)
         # `.data` shares the memory without being a view. Megatron's cross-entropy works in place on
         # logits and its pipeline schedule frees outputs; neither allows a view.
         return output.data
@@ -199,4 +199,9 @@ class AddTangent(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         (kept,) = ctx.saved_tensors
-        return gradient, ctx.tangent(gradient, kept, ctx.units), None, None, None
+        values_U = ctx.tangent(gradient, kept, ctx.units)
+        if len(values_U) != ctx.count:  # else autograd would sum them up
+            raise RuntimeError(
+                f"a micro-batch has {len(values_U)} samples, and the probe was told {ctx.count}"
+            )
+        return gradient, values_U, None, None, None

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.parallel_state import get_data_parallel_world_size
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 from torch import Tensor
@@ -110,7 +111,8 @@ class MegatronProbe:
         num_micro_batches: of this rank's pass. The alignments come back on every rank of a replica,
         for the samples of this data-parallel rank.
 
-        Raises RuntimeError without a call of `aim` before.
+        Raises RuntimeError without a call of `aim` before, and if the pass has another number of
+        micro-batches, or of samples in one, than the probe was told.
         """
         if self._z is None:
             raise RuntimeError("MegatronProbe.attached: call aim with a validation pass before")
@@ -163,15 +165,20 @@ class MegatronProbe:
     def _probing(self, current: Current) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(hooked(self._model, current, self._adapters))
-            for chunk in self._model.chunks:
-                for handle in _counting(chunk, current):
-                    stack.callback(handle.remove)
+            counts = [_MicroBatches(current) for _ in self._model.chunks]
+            for chunk, count in zip(self._model.chunks, counts, strict=True):
+                stack.callback(chunk.register_forward_pre_hook(count.enter).remove)
+                stack.callback(chunk.register_forward_hook(count.leave).remove)
             yield
+            for count in counts:
+                count.require_all()
 
     def _data_parallel_scale(self) -> float:
         """Returns the factor of Megatron's wrapper: 1 over the number of ranks for a mean."""
-        factors = {b.gradient_scaling_factor for c in self._model.chunks for b in c.buffers}
-        [factor] = factors
+        chunks = self._model.chunks
+        [factor] = {b.gradient_scaling_factor for c in chunks for b in c.buffers}
+        if chunks[0].ddp_config.average_in_collective:  # the reduction itself takes the mean
+            factor /= get_data_parallel_world_size(with_context_parallel=True)
         return float(factor)
 
 
@@ -183,7 +190,8 @@ def _noting_tokens(config: TransformerConfig, found: SampleAlignments) -> Iterat
     def noting(chunks: list[Module], num_tokens: Tensor | None = None, **options: Any) -> None:
         assert finalize is not None
         finalize(chunks, num_tokens, **options)
-        if num_tokens is not None:  # summed over all ranks by the call
+        # Summed over all ranks by the call, which divides by nothing if none counts.
+        if num_tokens is not None and num_tokens > 0:
             found.scale /= float(num_tokens)
 
     with _finalizing(config, None if finalize is None else noting):
@@ -211,28 +219,37 @@ def _unreduced(config: TransformerConfig) -> Iterator[None]:
         config.grad_sync_func = before
 
 
-def _counting(chunk: Module, current: Current) -> Iterator[Any]:
-    """Attach hooks that tell `current` which micro-batch runs; yields their handles.
+class _MicroBatches:
+    """Hooks of a chunk that tell `current` which micro-batch runs.
 
     A chunk runs its micro-batches in order. Activation recomputation runs modules again in the
     backward pass, which begins at the chunk's output.
     """
-    last = -1
 
-    def enter(*_: Any) -> None:
-        nonlocal last
-        last += 1
-        if last == len(current.units):
+    def __init__(self, current: Current) -> None:
+        self._current, self._seen = current, 0
+        self._told = len(current.units)
+
+    def enter(self, *_: Any) -> None:
+        """Begin the next micro-batch, forward."""
+        if self._seen == self._told:
             raise RuntimeError(
-                f"the pass has more than the {len(current.units)} micro-batches that the probe was "
-                "told (num_micro_batches)"
+                f"the pass has more than the {self._told} micro-batches that the probe was told "
+                "(num_micro_batches)"
             )
-        current.enter(last)
+        self._current.enter(self._seen)
+        self._seen += 1
 
-    def leave(_: Module, __: tuple[Any, ...], output: Any) -> None:
-        number, tensor = last, output[0] if isinstance(output, tuple) else output
+    def leave(self, _: Module, __: tuple[Any, ...], output: Any) -> None:
+        """Note where the backward pass of this micro-batch begins."""
+        number, tensor = self._seen - 1, output[0] if isinstance(output, tuple) else output
         if tensor.requires_grad:
-            tensor.register_hook(lambda _: current.enter(number))
+            tensor.register_hook(lambda _: self._current.enter(number))
 
-    yield chunk.register_forward_pre_hook(enter)
-    yield chunk.register_forward_hook(leave)
+    def require_all(self) -> None:
+        """Raise RuntimeError if there were fewer than the probe was told."""
+        if self._seen < self._told:
+            raise RuntimeError(
+                f"the pass had {self._seen} micro-batches, and the probe was told {self._told} "
+                "(num_micro_batches)"
+            )

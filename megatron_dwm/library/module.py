@@ -61,6 +61,8 @@ LINEAR_IN_PARAMETERS: tuple[type[Module], ...] = (
 )
 """classes whose output is linear in their parameters, and for each sample its own"""
 
+# Torch's number of the backward pass that runs, outside of one.
+_NONE = -1
 # Of the sum of all samples' absolute values: what rounding may change in it.
 _CHECK_TOLERANCE = 1e-2
 
@@ -82,13 +84,16 @@ class ModuleProbe:
 
         Raises:
             ValueError: another optimizer, or one that steps no parameter of the module.
-            NotImplementedError: a module has parameters and its class is not in `linear`.
+            NotImplementedError: a module has parameters and its class is not in `linear`, or is an
+                Embedding with max_norm or scale_grad_by_freq.
         """
         require_known(optimizer)
         self._module, self._optimizer = module, optimizer
         # Gradients are means over the processes.
         wrapped = isinstance(module, DistributedDataParallel)
-        self._scale = 1.0 / dist.get_world_size() if wrapped else 1.0
+        group: Any = module.process_group if wrapped else None
+        self._group: dist.ProcessGroup | None = group
+        self._scale = 1.0 / dist.get_world_size(self._group) if wrapped else 1.0
         self._linear = tuple(linear)
         self._z: dict[int, Tensor] | None = None
         self._probed_modules()  # refuses what it does not know
@@ -120,7 +125,7 @@ class ModuleProbe:
         Raises:
             RuntimeError: without a call of `aim` before, or if a parameter is used outside its
                 module, so that alignments would be wrong.
-            ValueError: the output of a module is not batch first.
+            ValueError: the output of a module is not batch first, or may not be.
         """
         if self._z is None:
             raise RuntimeError("ModuleProbe.attached: call aim with a validation pass before")
@@ -179,6 +184,11 @@ class ModuleProbe:
                     "linear in its parameters, sample by sample, pass "
                     f"linear=(*LINEAR_IN_PARAMETERS, {kind})"
                 )
+            if isinstance(part, torch.nn.Embedding) and (part.max_norm or part.scale_grad_by_freq):
+                raise NotImplementedError(
+                    f"{name or 'the module'}: no tangent is known for an Embedding with max_norm "
+                    "or scale_grad_by_freq"
+                )
             found.append(part)
         return found
 
@@ -204,7 +214,7 @@ class ModuleProbe:
     def _check(self, values_n: Tensor, before: float) -> None:
         sums = torch.stack([values_n.double().sum(), values_n.double().abs().sum()])
         if self._scale != 1.0:
-            dist.all_reduce(sums)
+            dist.all_reduce(sums, group=self._group)
         found, size = sums.tolist()
         along = self._along_z()
         # The loop may have dropped the gradients that were there before.
@@ -224,6 +234,7 @@ class _Rows:
         self._zeros: list[Tensor] = []
         self._lengths: list[int] = []
         self._at = -1
+        self._backward = _NONE  # the last one in which a pass of ours ran back
 
     def z_of(self, parameter: Tensor) -> Tensor:
         """Returns the slice of z; 0 for a parameter without a validation gradient."""
@@ -240,9 +251,10 @@ class _Rows:
         """Begin a pass, forward.
 
         A pass without gradients has no samples; that of a tangent is one, if the probed module is
-        itself linear.
+        itself linear. A checkpointed module runs again while its pass runs back.
         """
-        if not torch.is_grad_enabled():
+        backward = torch._C._current_graph_task_id()
+        if not torch.is_grad_enabled() or (backward != _NONE and backward == self._backward):
             return
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if not tensors:
@@ -258,7 +270,7 @@ class _Rows:
         if isinstance(tensor, Tensor) and tensor.requires_grad:
 
             def enter_again(_: Tensor) -> None:
-                self._at = number
+                self._at, self._backward = number, torch._C._current_graph_task_id()
 
             tensor.register_hook(enter_again)
 
@@ -285,9 +297,20 @@ def _probed(rows: _Rows) -> Callable[..., Any]:
             return _by_sample(wide(gradient) * moved, len(zeros_B), length)
 
         kept = args[0] if args else kwargs["input"]
+        if isinstance(module, torch.nn.Embedding):
+            _require_samples(kept, len(zeros_B), length)
         return AddTangent.apply(output, zeros_B, kept, tangent, None)
 
     return hook
+
+
+def _require_samples(ids: Tensor, count: int, length: int) -> None:
+    """Raise ValueError for ids of positions that can be taken for one of each sample."""
+    if ids.dim() == 1 and len(ids) == count == length > 1:
+        raise ValueError(
+            f"an Embedding's ids are {list(ids.shape)} in a batch of {count} samples of {length} "
+            "tokens: they may be of the samples or of the positions; give them a batch dimension"
+        )
 
 
 def _by_sample(values: Tensor, count: int, length: int) -> Tensor:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from torch.nn import Module
@@ -23,6 +29,7 @@ from megatron_dwm.testing import random_batch
 from tests.tiny import MICRO_BATCH, SAMPLES, Tiny, tiny
 
 TRAIN, VALIDATION = 100, 101
+Loss = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 def probed(**layout: Any) -> dict[str, Tensor]:
@@ -65,19 +72,60 @@ def probed(**layout: Any) -> dict[str, Tensor]:
         }
 
 
-def too_many_micro_batches() -> str:
-    """Returns the message of a pass with more micro-batches than the probe was told."""
+def refusal(micro_batches: int, size: int) -> str:
+    """Returns the message of a pass of 4 micro-batches of 2, of which the probe was told other."""
     with tiny() as subject:
         subject.llm.transformer.finalize_model_grads_func = finalize_model_grads
-        probe = MegatronProbe(subject.llm.chunks, subject.optimizer, micro_batch_size=MICRO_BATCH)
+        probe = MegatronProbe(subject.llm.chunks, subject.optimizer, micro_batch_size=size)
         run = _pass(subject, _batch(subject, TRAIN))
         probe.aim(run)
         try:
-            with probe.attached(1):
+            with probe.attached(micro_batches):
                 run()
         except RuntimeError as error:
             return str(error)
         return ""
+
+
+def mean_loss(*, average_in_collective: bool) -> tuple[float, float]:
+    """Returns the sum of all ranks' alignments, and <z, g> of the gradients, for a mean loss."""
+    with tiny() as subject:
+        config = subject.llm.transformer
+        config.finalize_model_grads_func = finalize_model_grads
+        config.calculate_per_token_loss = False
+        of_wrapper = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, average_in_collective=average_in_collective
+        )
+        [chunk] = subject.llm.chunks
+        wrapped = DistributedDataParallel(config, of_wrapper, chunk.module)
+        subject.llm.chunks[:] = [wrapped]
+        optimizer = get_megatron_optimizer(
+            OptimizerConfig(optimizer="adam", lr=1e-3), [wrapped], use_gloo_process_groups=False
+        )
+        subject = replace(subject, optimizer=optimizer)
+        train = _pass(subject, _batch(subject, TRAIN), _mean_loss)
+        _clear(subject)
+        train()
+        optimizer.step()
+        probe = MegatronProbe([wrapped], optimizer, micro_batch_size=MICRO_BATCH)
+        probe.aim(_pass(subject, _batch(subject, VALIDATION), _mean_loss))
+        count = len(_batch(subject, TRAIN).tokens_BS) // MICRO_BATCH
+        with probe.attached(count) as alignments:
+            train()
+        parameters = list(wrapped.module.parameters())
+        along = sum(float((probe._z[id(p)] * p.main_grad).double().sum()) for p in parameters)
+        return float(_gathered(subject, alignments.values_n).double().sum()), along
+
+
+def batch_without_tokens() -> Tensor:
+    """Returns the alignments of a batch in which no token counts."""
+    with tiny() as subject:
+        subject.llm.transformer.finalize_model_grads_func = finalize_model_grads
+        probe = MegatronProbe(subject.llm.chunks, subject.optimizer, micro_batch_size=MICRO_BATCH)
+        probe.aim(_pass(subject, _batch(subject, VALIDATION)))
+        with probe.attached(SAMPLES // MICRO_BATCH) as alignments:
+            _pass(subject, _batch(subject, TRAIN), _no_loss)()
+        return alignments.values_n
 
 
 def _batch(subject: Tiny, number: int) -> Batch:
@@ -90,14 +138,14 @@ def _clear(subject: Tiny) -> None:
     subject.optimizer.zero_grad()
 
 
-def _pass(subject: Tiny, batch: Batch) -> Callable[[], object]:
+def _pass(subject: Tiny, batch: Batch, loss: Loss | None = None) -> Callable[[], object]:
     """Returns forward and backward of a batch, as Megatron-LM calls the schedule."""
     llm = subject.llm
     micro_batches = as_layers_take(llm, token_mean(batch, MICRO_BATCH))
 
     def run() -> object:
         return get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, subject),
+            forward_step_func=partial(_forward_step, subject, loss or _loss),
             data_iterator=[iter(micro_batches) for _ in llm.chunks],
             model=llm.chunks,
             num_microbatches=len(micro_batches),
@@ -110,8 +158,8 @@ def _pass(subject: Tiny, batch: Batch) -> Callable[[], object]:
 
 
 def _forward_step(
-    subject: Tiny, iterator: Iterator[MicroBatch], chunk: Module
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+    subject: Tiny, loss: Loss, iterator: Iterator[MicroBatch], chunk: Module
+) -> tuple[Tensor, Loss]:
     part = next(iterator)
     losses_BS = chunk(
         part.tokens_BS,
@@ -120,12 +168,22 @@ def _forward_step(
         labels=part.labels_BS,
         packed_seq_params=attention_borders(subject.llm, part),
     )
-    return losses_BS, _loss
+    return losses_BS, loss
 
 
 def _loss(losses_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     loss = losses_BS.float().sum()
     return loss, torch.tensor(losses_BS.numel(), dtype=torch.int), loss.detach()
+
+
+def _mean_loss(losses_BS: Tensor) -> tuple[Tensor, Tensor]:
+    loss = losses_BS.float().mean()
+    return loss, loss.detach()
+
+
+def _no_loss(losses_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    loss = 0.0 * losses_BS.float().sum()
+    return loss, torch.tensor(0, dtype=torch.int), loss.detach()
 
 
 def _gathered(subject: Tiny, values_n: Tensor) -> Tensor:

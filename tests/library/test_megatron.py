@@ -40,9 +40,31 @@ def test_alignments_are_the_products(size: int) -> None:
                 assert difference < TOLERANCE * expected.abs().max(), (case, name)
 
 
-def test_more_micro_batches_than_told_are_an_error() -> None:
-    [[message]] = run_ranks("tests.library.megatron_workers:too_many_micro_batches", 1, [{}])
-    assert "more than the 1 micro-batches" in message
+def test_another_pass_than_told_is_an_error() -> None:
+    """The pass has 4 micro-batches of 2 samples."""
+    told = {
+        (1, 2): "more than the 1 micro-batches",
+        (5, 2): "had 4 micro-batches, and the probe was told 5",
+        (4, 1): "has 2 samples, and the probe was told 1",
+    }
+    cases = [{"micro_batches": count, "size": size} for count, size in told]
+    found = run_ranks("tests.library.megatron_workers:refusal", 1, cases)
+    for [message], words in zip(found, told.values(), strict=True):
+        assert words in message
+
+
+def test_a_mean_loss_counts_the_replicas_once() -> None:
+    """The alignments of all samples add up to <z, g>, whoever divides by the replicas."""
+    cases = [{"average_in_collective": flag} for flag in (False, True)]
+    sums = run_ranks("tests.library.megatron_workers:mean_loss", 2, cases)
+    for ranks in sums:
+        for found, along in ranks:
+            assert abs(along) > 0 and found == pytest.approx(along, rel=1e-4)
+
+
+def test_a_batch_without_tokens_has_no_alignments() -> None:
+    [[values_n]] = run_ranks("tests.library.megatron_workers:batch_without_tokens", 1, [{}])
+    assert len(values_n) == 8 and not values_n.any()
 
 
 def test_the_schedule_reduces_no_direction() -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
+from torch.utils.checkpoint import checkpoint
 
 import megatron_dwm
 from megatron_dwm import ModuleProbe
@@ -125,6 +126,19 @@ def test_two_processes_of_ddp_find_the_samples_of_one() -> None:
     assert (together - alone).abs().max() < 1e-5 * alone.abs().max()
 
 
+class _Embedded(Module):
+    """Ids, and positions without a batch dimension, or an embedding that changes its own rows."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.tokens = torch.nn.Embedding(31, 4, **options)
+        self.positions = torch.nn.Embedding(ROWS, 4)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """Returns [B, S, D]."""
+        return self.tokens(tokens_BS) * self.positions(torch.arange(tokens_BS.shape[1]))
+
+
 class _Functional(Model):
     """The embedding is used outside its module."""
 
@@ -170,12 +184,48 @@ def test_a_module_that_is_linear_itself() -> None:
     assert len(found.values_n) == len(x_B3)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_whole_module_may_be_checkpointed(reentrant: bool) -> None:
+    """It runs again in the backward pass, which adds no samples."""
+    model, stepper = _trained("adamw")
+    train, validation = text(50, ROWS), text(51, ROWS)
+    probe = ModuleProbe(model, stepper)
+
+    def losses(tokens_BS: Tensor, run: Callable[..., Tensor]) -> Tensor:
+        return F.cross_entropy(run(tokens_BS[:, :-1]).flatten(0, 1), tokens_BS[:, 1:].flatten())
+
+    def again(tokens_BS: Tensor) -> Tensor:
+        anchor = torch.zeros((), requires_grad=True)  # a reentrant pass needs an input with one
+        return checkpoint(lambda t, _: model(t), tokens_BS, anchor, use_reentrant=reentrant)
+
+    found = []
+    for run in (model, again):
+        probe.aim(lambda: losses(validation, model).backward())
+        with probe.attached() as alignments:
+            for part in train.split(ROWS // 2):
+                losses(part, run).backward()
+        found.append(alignments.values_n)
+    plain_n, again_n = found
+    assert len(again_n) == ROWS
+    assert torch.allclose(again_n, plain_n, rtol=1e-9, atol=0.0)
+
+
 def test_what_would_be_wrong_is_refused() -> None:
     _probed(Model())
     with pytest.raises(RuntimeError, match="used outside the module that owns it"):
         _probed(_Functional())
     with pytest.raises(ValueError, match="expected 6 samples first"):
         _probed(_Shared())
+    square = _Embedded()
+    probe = ModuleProbe(square, torch.optim.SGD(square.parameters(), lr=0.1))
+    ids = text(50, ROWS)[:, :ROWS]
+    probe.aim(lambda: square(ids).pow(2).mean().backward())
+    with pytest.raises(ValueError, match="of the samples or of the positions"), probe.attached():
+        square(ids).pow(2).mean().backward()
+    for options in ({"max_norm": 1.0}, {"scale_grad_by_freq": True}):
+        changing = _Embedded(**options)
+        with pytest.raises(NotImplementedError, match="with max_norm or scale_grad_by_freq"):
+            ModuleProbe(changing, torch.optim.SGD(changing.parameters(), lr=0.1))
     attention = torch.nn.TransformerEncoderLayer(8, 2, batch_first=True)
     with pytest.raises(NotImplementedError, match=r"self_attn: .* MultiheadAttention.*linear="):
         ModuleProbe(attention, torch.optim.SGD(attention.parameters(), lr=0.1))
