@@ -34,7 +34,7 @@ class Outcome:
     """A finished run.
 
     run: its name. settings: fingerprint of what was asked for (workplace.py). commit: of the code.
-    losses: held-out losses, nats per token, at ten evaluations; the last one is after the last step.
+    losses: held-out losses, nats per token, at ten evaluations; the last is after the last step.
     weights: mean weight of the training samples in ten parts of the run. flops: of the whole run;
     flops_updates: the part of updates. seconds: of its loop. sample_size: mean effective sample
     size of the last fifth of the steps. signal_to_noise: median over the updates that measured it.

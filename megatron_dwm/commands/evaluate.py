@@ -15,22 +15,24 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_dwm.config import UserError
 from megatron_dwm.config.command_line import OneLineParser, run_command
-from megatron_dwm.config.outputs import require_possible_names, require_writable_parents
+from megatron_dwm.config.outputs import new_outputs
 from megatron_dwm.evaluation.harness import run_harness
 from megatron_dwm.evaluation.scores import (
+    Score,
     comparable,
     format_table,
     read_written,
     write_scores,
 )
-from megatron_dwm.evaluation.suites import select_tasks
-from megatron_dwm.files.atomic import partial_path
+from megatron_dwm.evaluation.suites import BundledTasks, LocalTasks, select_tasks
 
 DEFAULT_SHOTS = {"dwm": [0, 2], "local": [0]}
 
@@ -45,13 +47,29 @@ def main() -> None:
         data=arguments.data,
         data_dir=arguments.data_dir,
     )
-    if arguments.output is not None:
-        _require_writable(arguments.output)
     others = {path.stem: read_written(path, limit=arguments.limit) for path in arguments.compare}
     if len(others) < len(arguments.compare):
         raise UserError(
             "--compare: two files have the same name, which heads their columns; rename one"
         )
+    with _output(arguments.output) as output:
+        scores = _evaluate(arguments, tasks, others)
+        if output is not None:
+            about = {
+                "model": str(arguments.model),
+                "suite": arguments.suite,
+                "limit": arguments.limit,
+                "lm_eval": version("lm_eval"),
+            }
+            write_scores(output, scores, about)
+
+
+def _evaluate(
+    arguments: argparse.Namespace,
+    tasks: BundledTasks | LocalTasks,
+    others: Mapping[str, Sequence[Score]],
+) -> Sequence[Score]:
+    """Evaluate and print."""
     scores = run_harness(
         arguments.model,
         tasks,
@@ -64,21 +82,17 @@ def main() -> None:
         for note in other.notes:
             print(f"warning: --compare {note}", file=sys.stderr)
     print(format_table(scores, {name: other.scores for name, other in compared.items()}))
-    if arguments.output is not None:
-        about = {
-            "model": str(arguments.model),
-            "suite": arguments.suite,
-            "limit": arguments.limit,
-            "lm_eval": version("lm_eval"),
-        }
-        write_scores(arguments.output, scores, about)
+    return scores
 
 
-def _require_writable(output: Path) -> None:
-    require_possible_names([output])
-    if output.exists():
-        raise UserError(f"--output {output} exists; name another file or remove it")
-    require_writable_parents([partial_path(output)])
+@contextmanager
+def _output(path: Path | None) -> Iterator[Path | None]:
+    """Give the name to write to, which becomes `path` at the end, if nothing is there then."""
+    if path is None:
+        yield None
+        return
+    with new_outputs([path]) as partials:
+        yield partials[path]
 
 
 def _at_least(smallest: int) -> type[int]:

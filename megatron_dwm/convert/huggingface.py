@@ -147,6 +147,25 @@ def _load_tokenizer(directory: Path) -> Any:
         raise UserError(f"{directory}: transformers cannot read its tokenizer: {reason}") from error
 
 
+def _load_model(directory: Path) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
+    except Exception as error:  # transformers raises many kinds for missing or broken files
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"{directory}: transformers cannot read the model: {reason}") from error
+
+
+def _begin(tokenizer: Any, directory: Path) -> list[int]:
+    """Returns the id with which a document begins."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return [token]
+    raise UserError(
+        f"{directory}: its tokenizer has no token for the beginning or the end of a document, so "
+        "a prompt cannot be empty"
+    )
+
+
 def hide_bars_without_terminal() -> None:
     """Keep transformers' progress bars out of log files."""
     if not sys.stderr.isatty():
@@ -165,21 +184,25 @@ def generate_text(
 ) -> list[str]:
     """Returns each prompt with its continuation; temperature 0 always takes the most likely token.
 
-    Prompts are encoded by the model's tokenizer; an empty prompt is the start of a document. A
-    sample does not depend on the other prompts. A line on stderr names each prompt that does not
-    fit in the model's context.
+    Prompts are encoded by the model's tokenizer; an empty prompt is the start of a document: its
+    beginning-of-text token, or, without one, the token that ends the document before. A sample does
+    not depend on the other prompts. A line on stderr names each prompt that does not fit in the
+    model's context. Raises `UserError` for a model or tokenizer that transformers cannot read.
     """
     hide_bars_without_terminal()
     tokenizer = _load_tokenizer(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
-    choice = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    model = _load_model(directory)
+    # Only these options count: not a repetition penalty or another rule of the model's own file.
+    ends = model.generation_config.eos_token_id
+    model.generation_config = GenerationConfig(eos_token_id=ends)
+    choice = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     options = choice if temperature > 0 else {"do_sample": False}
     padding = tokenizer.pad_token_id
     padding = tokenizer.eos_token_id if padding is None else padding
     texts = []
     for number, prompt in enumerate(prompts, start=1):
         torch.manual_seed(seed)
-        start = tokenizer(prompt, verbose=False)["input_ids"] or [tokenizer.bos_token_id]
+        start = tokenizer(prompt, verbose=False)["input_ids"] or _begin(tokenizer, directory)
         _warn_if_too_long(number, len(start), max_new_tokens, model.config.max_position_embeddings)
         ids = torch.tensor([start], device=model.device)
         found = model.generate(

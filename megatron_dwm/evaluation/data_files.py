@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_dwm.config import UserError
+from megatron_dwm.evaluation.digests import SPLITS
 
 _SPLITS = ("training_split", "validation_split", "test_split")
 _PROXIES = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
@@ -39,9 +40,12 @@ def with_own_files(spec: Mapping[str, Any], directory: Path, *, few_shot: bool) 
     present = {name: str(path) for name, path in files.items() if path.is_file()}
     absent = {key: None for key, name in names.items() if name not in present}
     kwargs = {"data_files": present}
+    # A split that nothing reads may be missing; the task is the same (digests.py).
+    about = {**(spec.get("metadata") or {}), SPLITS: names}
     return {
         **spec,
         **absent,
+        "metadata": about,
         "dataset_path": "json",
         "dataset_name": None,
         "dataset_kwargs": kwargs,

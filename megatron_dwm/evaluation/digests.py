@@ -24,6 +24,8 @@ _LEFT_OUT = (
     "metadata",
     "task",
 )
+SPLITS = "splits"
+"""of a task's metadata: its own names of splits, where its data lacks one that is not read"""
 _DIGITS = 16
 
 
@@ -41,7 +43,8 @@ def digests_of(definition: Mapping[str, Any], requests: Iterable[Any]) -> TaskDi
     requests: the harness's requests, each with `args` (texts for the model) and `doc` (a record).
     """
     kept = {key: value for key, value in definition.items() if key not in _LEFT_OUT}
-    version = (definition.get("metadata") or {}).get("version")
+    about = definition.get("metadata") or {}
+    version, kept = about.get("version"), {**kept, **about.get(SPLITS, {})}
     return TaskDigests(
         task=_digest([{**kept, "version": version}]),
         questions=_digest([request.args, request.doc] for request in requests),

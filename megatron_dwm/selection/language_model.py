@@ -87,12 +87,20 @@ def check_model(name: str, pool: Pool) -> ModelFiles:
 
     Raises `UserError` if there is none that can be used, or if its vocabulary is not the data's.
     """
-    directory = Path(name)
-    if not is_huggingface(directory):
-        directory = named_checkpoint(directory)
+    directory = _directory(name)
     shape = shape_of_model(directory, _OPTION)
     _require_vocabulary(directory, shape, pool)
     return ModelFiles(directory=directory, shape=shape, context_tokens=_context_tokens(directory))
+
+
+def digest_of_model(name: str) -> str:
+    """A digest of the weights of the model that a user names; `UserError` if there is none."""
+    return digest_of_files(_weights(_directory(name)))
+
+
+def _directory(name: str) -> Path:
+    directory = Path(name)
+    return directory if is_huggingface(directory) else named_checkpoint(directory)
 
 
 @contextmanager

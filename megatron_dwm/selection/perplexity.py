@@ -16,6 +16,7 @@ import math
 
 import numpy as np
 
+from megatron_dwm.config import UserError
 from megatron_dwm.selection.language_model import ModelFiles, Precision, open_model
 from megatron_dwm.selection.pool import Pool
 from megatron_dwm.selection.select import Progress
@@ -25,7 +26,10 @@ from megatron_dwm.selection.windows import scan
 def document_losses(
     pool: Pool, files: ModelFiles, precision: Precision, context_tokens: int, progress: Progress
 ) -> np.ndarray:
-    """Returns float64 [D], the mean loss of every document in nats per token."""
+    """Returns float64 [D], the mean loss of every document in nats per token.
+
+    Raises `UserError` if a loss is not finite.
+    """
     vocab_size, name = files.shape.vocab_size, str(files.directory)
     sums_D = np.zeros(pool.num_documents)
     with open_model(files, precision, context_tokens) as model:
@@ -35,5 +39,7 @@ def document_losses(
                 np.add.at(
                     sums_D, scanned.span.begin + scanned.windows.documents_W[chosen_B], sums_B
                 )
+    if not np.isfinite(sums_D).all():
+        raise UserError(f"--model {name}: gives a loss that is not finite; it is damaged")
     predicted_D = np.maximum(pool.tokens_D - 1, 0)
     return np.where(predicted_D > 0, sums_D / np.maximum(predicted_D, 1), math.log(vocab_size))

@@ -41,10 +41,12 @@ from megatron_dwm.selection.language_model import (
     ModelFiles,
     Precision,
     check_model,
+    digest_of_model,
     open_model,
 )
 from megatron_dwm.selection.pool import Pool
 from megatron_dwm.selection.qurating import standardized
+from megatron_dwm.selection.record import MODEL_DIGEST
 from megatron_dwm.selection.select import Progress
 from megatron_dwm.selection.tokens import TokenSource
 from megatron_dwm.selection.windows import Windows, batch_of, batches_of, scan, windows_of
@@ -94,10 +96,13 @@ class RaterScores:
     name = "rater"
 
     def options(self) -> dict[str, Any]:
-        """The weighting model by its content, and the LLM by its name."""
+        """Both models by their content, too: `--model RUN` is the newest checkpoint of a run."""
         files = sorted(Path(self.rater).glob("weighting.*"))
         named = {"rater": self.rater, "model": self.model, "precision": self.precision}
-        return {**named, "rater_digest": digest_of_files(files)}
+        digests = {"rater_digest": digest_of_files(files)}
+        if self.model is not None:
+            digests[MODEL_DIGEST] = digest_of_model(self.model)
+        return {**named, **digests}
 
     def scores(self, pool: Pool, progress: Progress, scratch: Path) -> Scores:  # noqa: ARG002
         """Standardized logits. Raises `UserError` as `check_rater`, and if all are the same."""

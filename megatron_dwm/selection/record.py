@@ -20,6 +20,9 @@ from megatron_dwm.files.dataset_paths import DatasetPaths
 from megatron_dwm.selection.choice import Domains
 from megatron_dwm.selection.pool import Pool
 
+MODEL_DIGEST = "model_digest"
+"""the option that has the content of a language model"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Count:
@@ -120,6 +123,8 @@ def finished_before(
     if not paths.record.exists():
         return None
     found = _read(paths.record)
+    if MODEL_DIGEST in options:  # older versions did not record it
+        found["options"].setdefault(MODEL_DIGEST, options[MODEL_DIGEST])
     for name, ours in (("method", method), ("options", dict(options)), ("inputs", inputs)):
         if found[name] != json.loads(json.dumps(ours)):
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from megatron_dwm.convert.huggingface import generate_text
 from megatron_dwm.convert.tokenizer_files import write_tokenizer_files
 from megatron_dwm.tokenizer import Tokenizer
 from tests.convert.families import write_llama
@@ -90,6 +92,62 @@ def test_mistakes(
     assert _run(arguments, monkeypatch) == 2
     stderr = capsys.readouterr().err
     assert stderr.startswith("error: ") and stderr.count("\n") == 1 and named in stderr
+
+
+def test_the_models_own_rules_do_not_count(
+    small_tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """A penalty and a top-k of 1 in generation_config.json; no token that begins a document."""
+    directory = write_llama(tmp_path / "model")
+    write_tokenizer_files(small_tokenizer, 256, directory)
+    settings = directory / "tokenizer_config.json"
+    without = {k: v for k, v in json.loads(settings.read_text()).items() if k != "bos_token"}
+    settings.write_text(json.dumps(without))
+    found = []
+    for own in ({}, {"repetition_penalty": 9.0, "top_k": 1, "do_sample": True}):
+        (directory / "generation_config.json").write_text(json.dumps(own))
+        for temperature in (0, 1.0):
+            asked = [
+                "--model",
+                directory,
+                "--temperature",
+                temperature,
+                "--prompt",
+                "The river",
+                "",
+            ]
+            assert _run([*asked, "--max-new-tokens", 24], monkeypatch) == 0
+            found.append(capsys.readouterr().out)
+    assert found[:2] == found[2:] and found[0] != found[1]
+
+
+def test_sampling_is_from_all_tokens(
+    small_tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """At a high temperature nearly every id is equally likely, not the 50 most likely alone."""
+    directory = write_llama(tmp_path / "model", bos_token_id=2, eos_token_id=None)
+    write_tokenizer_files(small_tokenizer, 256, directory)
+    [text] = generate_text(directory, [""], max_new_tokens=200, temperature=1e4, top_p=1.0, seed=1)
+    capsys.readouterr()
+    assert len(set(small_tokenizer.encode(text))) > 60
+
+
+def test_a_model_without_weights(
+    small_tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    directory = write_llama(tmp_path / "model", bos_token_id=2)
+    write_tokenizer_files(small_tokenizer, 256, directory)
+    for path in directory.glob("*.safetensors"):
+        path.unlink()
+    capsys.readouterr()
+    assert _run(["--model", directory, "--prompt", "a"], monkeypatch) == 2
+    assert "transformers cannot read the model" in capsys.readouterr().err
 
 
 def test_a_prompt_that_is_not_utf_8(

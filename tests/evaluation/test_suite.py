@@ -28,6 +28,23 @@ def test_every_task_with_and_without_examples(
     assert perplexity[0] != perplexity[2]
 
 
+def test_a_split_that_nothing_reads_does_not_make_another_task(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    found = []
+    for name in ("all", "some"):
+        write_public_data(tmp_path / name)
+        if name == "some":
+            (tmp_path / name / "sciq/train.jsonl").unlink()
+            (tmp_path / name / "sciq/validation.jsonl").unlink(missing_ok=True)
+        tasks = BundledTasks(names=("sciq",), data_dir=tmp_path / name)
+        scores = run_harness(model, tasks, num_fewshot=[0], limit=2, batch_size=8)
+        found.append({(s.task_digest, s.questions_digest) for s in scores})
+    everything, some = found
+    assert everything == some and all(digest for pair in some for digest in pair)
+
+
 def test_missing_files_are_listed(model: Path, tmp_path: Path) -> None:
     write_public_data(tmp_path)
     (tmp_path / "sciq/train.jsonl").unlink()

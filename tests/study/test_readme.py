@@ -71,7 +71,9 @@ def test_a_change_is_the_recorded_one(
 
 
 def test_the_work_is_the_recorded_one(found: Comparison) -> None:
-    assert _number("nats per token for N % more FLOPs") == f"{_work(found, 'dwm_ahead') - 1:.0%}"[:-1]
+    assert (
+        _number("nats per token for N % more FLOPs") == f"{_work(found, 'dwm_ahead') - 1:.0%}"[:-1]
+    )
     assert _number("but for N times the FLOPs in all") == f"{_work(found, 'rater_half'):.1f}"
 
 
