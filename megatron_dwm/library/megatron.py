@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
-from megatron.core.parallel_state import get_data_parallel_world_size
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 from torch import Tensor
@@ -178,7 +177,7 @@ class MegatronProbe:
         chunks = self._model.chunks
         [factor] = {b.gradient_scaling_factor for c in chunks for b in c.buffers}
         if chunks[0].ddp_config.average_in_collective:  # the reduction itself takes the mean
-            factor /= get_data_parallel_world_size(with_context_parallel=True)
+            factor /= self._model.runtime.data_context_group.size()
         return float(factor)
 
 

@@ -177,18 +177,7 @@ class ModuleProbe:
         for name, part in self._module.named_modules():
             if not any(True for _ in part.parameters(recurse=False)):
                 continue
-            if type(part) not in self._linear:
-                kind = type(part).__qualname__
-                raise NotImplementedError(
-                    f"{name or 'the module'}: no tangent is known for {kind}; if its output is "
-                    "linear in its parameters, sample by sample, pass "
-                    f"linear=(*LINEAR_IN_PARAMETERS, {kind})"
-                )
-            if isinstance(part, torch.nn.Embedding) and (part.max_norm or part.scale_grad_by_freq):
-                raise NotImplementedError(
-                    f"{name or 'the module'}: no tangent is known for an Embedding with max_norm "
-                    "or scale_grad_by_freq"
-                )
+            _require_tangent(name or "the module", part, self._linear)
             found.append(part)
         return found
 
@@ -224,6 +213,20 @@ class ModuleProbe:
                 f"the alignments add up to {found:.6g}, and <z, g> is {along:.6g}: a parameter is "
                 "used outside the module that owns it, or a module ran outside the probed one"
             )
+
+
+def _require_tangent(name: str, part: Module, linear: tuple[type[Module], ...]) -> None:
+    """Raise NotImplementedError for a module whose output is not linear in its parameters."""
+    kind = type(part).__qualname__
+    if type(part) not in linear:
+        raise NotImplementedError(
+            f"{name}: no tangent is known for {kind}; if its output is linear in its parameters, "
+            f"sample by sample, pass linear=(*LINEAR_IN_PARAMETERS, {kind})"
+        )
+    if isinstance(part, torch.nn.Embedding) and (part.max_norm or part.scale_grad_by_freq):
+        raise NotImplementedError(
+            f"{name}: no tangent is known for an Embedding with max_norm or scale_grad_by_freq"
+        )
 
 
 class _Rows:
