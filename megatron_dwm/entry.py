@@ -22,9 +22,10 @@ from megatron_dwm.launch import find_launch
 _OTHERS_WAIT_S = 5.0
 
 
-def run_job(prog: str, job: Callable[[Loaded], None]) -> None:
+def run_job(prog: str, job: Callable[[Loaded], None], about: str = "") -> None:
     """Read the command line, run `job` and exit; one process prints a user's mistake.
 
+    about: what the command does, for its --help, with a space at the end.
     That is the main process. If only another machine can see the mistake, such as a file that is
     missing there, the first process of that machine prints it. It waits before it prints: if the
     main process sees the mistake, too, the launcher ends the job after one line.
@@ -33,7 +34,7 @@ def run_job(prog: str, job: Callable[[Loaded], None]) -> None:
     """
 
     def main() -> None:
-        exit_on_help(prog, sys.argv[1:])
+        exit_on_help(prog, sys.argv[1:], about)
         find_launch(os.environ)  # a wrong variable is an error before anything else
         quiet_upstream()
         try:

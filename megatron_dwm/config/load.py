@@ -28,6 +28,7 @@ from megatron_dwm.config.defaults import with_defaults, with_earlier_defaults
 from megatron_dwm.config.effect import Given, condition_text
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.key import entries, number_problems
+from megatron_dwm.config.megatron_flags import megatron_flag
 from megatron_dwm.config.methods import METHODS, methods_help, name_problems
 from megatron_dwm.config.names import known_keys, known_sections, nearest_section, unknown_key
 from megatron_dwm.config.options import options_help
@@ -128,14 +129,14 @@ def _as_configuration(file: Path) -> str:
     return str(file) if content.pop(TYPED_PATHS, None) is None else json.dumps(content)
 
 
-def _parser(prog: str) -> ArgumentParser:
+def _parser(prog: str, about: str = "") -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=prog,
         usage=f"{prog} [CONFIG.yaml] [--section.key value ...]",
-        description="Keys of a run. A YAML file gives them by section; dotted options override it. "
-        "A key that has no effect with the chosen policy or mode is refused on the command line; "
-        "in a file, which several methods may share, it is a warning.",
+        description=f"{about}Keys of a run. A YAML file gives them by section; dotted options "
+        "override it. A key that has no effect with the chosen policy or mode is refused on the "
+        "command line; in a file, which several methods may share, it is a warning.",
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help=f"the same as a leading {'CONFIG.yaml'}")
@@ -288,17 +289,21 @@ def _check_option(word: str) -> None:
     if match[1].startswith(f"{_OPTIONS}.") and _key_of(match[1]) != _OPTIONS:
         raise UserError(f"{match[1]}: expected {_OPTIONS}.NAME with a name without dots")
     if _key_of(match[1]) not in known_keys():
+        flag = megatron_flag(re.split(r"[= ]", word[2:])[0])
+        if flag is not None:
+            raise UserError(flag)
         raise UserError(f"{unknown_key(match[1])} (see --help)")
 
 
-def exit_on_help(prog: str, arguments: Sequence[str]) -> None:
+def exit_on_help(prog: str, arguments: Sequence[str], about: str = "") -> None:
     """Print the keys and exit with 0 if `arguments` ask for help, before heavy imports.
 
+    about: what the command does, printed before them.
     If they also name a method of the user's own, its options follow; it is imported for that.
     """
     if "--help" not in arguments and "-h" not in arguments:
         return
-    _parser(prog).print_help()
+    _parser(prog, about).print_help()
     others = [word for word in arguments if word not in ("--help", "-h")]
     name = "uniform"
     with contextlib.suppress(UserError):  # whoever asks for help may have mistyped the rest

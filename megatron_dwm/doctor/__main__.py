@@ -12,6 +12,12 @@ import sys
 from megatron_dwm.config.load import Loaded
 from megatron_dwm.entry import run_job
 
+_ABOUT = (
+    "Report what this machine can do, and check the hypergradient on it; the exit code is 1 if two "
+    "ways to compute it disagree. With RUN/config.yaml --run.resume true: compare alignments whose "
+    "direction comes ahead of the step with exact ones, on the run's newest checkpoint. "
+)
+
 
 def main() -> None:
     """Report and check, as doctor/diagnosis.py describes."""
@@ -27,7 +33,7 @@ def main() -> None:
         if not diagnose(loaded.config):
             sys.exit(1)
 
-    run_job("megatron_dwm.doctor", job)
+    run_job("megatron_dwm.doctor", job, _ABOUT)
 
 
 if __name__ == "__main__":

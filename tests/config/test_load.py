@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.defaults import with_defaults
 from megatron_dwm.config.load import config_text, load_config, save_config
+from megatron_dwm.config.megatron_flags import COUNTERPARTS, WITHOUT
 from megatron_dwm.config.names import known_keys
 from megatron_dwm.config.paths import with_absolute_paths
 from megatron_dwm.config.validate import Heads, length_problems, validate_config
@@ -89,6 +91,9 @@ def test_mistakes_in_a_file_are_one_line(tmp_path: Path, text: str, words: list[
         (["--training.steps"], ["training.steps"]),
         (["nowhere.yaml"], ["nowhere.yaml", "no such"]),
         (["--run.seed", "1", "stray"], ["stray"]),
+        (["--train-iters", "10"], ["--train-iters is a flag of Megatron-LM's", "training.steps"]),
+        (["--lr=3e-4"], ["--lr is a flag of Megatron-LM's: here it is training.learning_rate"]),
+        (["--rampup-batch-size", "1", "1", "9"], ["--rampup-batch-size", "has one size"]),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(arguments: list[str], words: list[str]) -> None:
@@ -97,6 +102,14 @@ def test_mistakes_on_the_command_line_are_one_line(arguments: list[str], words: 
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+def test_megatrons_flags_name_keys_that_exist_and_stand_in_the_document() -> None:
+    document = (REPOSITORY / "docs" / "megatron.md").read_text(encoding="utf-8")
+    for flag, words in {**COUNTERPARTS, **WITHOUT}.items():
+        assert f"| `--{flag}` | {words} |" in document
+    keys = {name for words in COUNTERPARTS.values() for name in re.findall(r"\w+\.\w+", words)}
+    assert keys - {"run.dir/tensorboard"} <= set(known_keys())
 
 
 SHAPE = Heads(
