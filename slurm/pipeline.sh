@@ -7,8 +7,9 @@
 #       --validation target.jsonl --config dwm_370m.yaml --target-config transfer_1.3b.yaml
 #
 #   --name NAME             files are named after it, under the directories of slurm/site.sh
-#   --input PATTERN         corpora, as tools/preprocess_data.py reads them
-#   --tokenizer MODEL       tokenizer of all models
+#   --input PATTERN         corpora: a quoted pattern of at least --shards files; a directory, or
+#                           hf://DATASET, needs --shards 1
+#   --tokenizer FILE        of all models: a SentencePiece .model or a tokenizer.json
 #   --tokenizer-type T      default SentencePieceTokenizer
 #   --metadata-keys KEY     column of the domain, if the records have one
 #   --validation FILE       text that the weights should help

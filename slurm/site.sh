@@ -40,6 +40,7 @@ dwm_environment() {
     # export NCCL_SOCKET_IFNAME=ib0 HF_HOME=/shared/hf HF_HUB_OFFLINE=1
     . "$DWM_REPOSITORY/.venv/bin/activate"
 }
-# A command that runs another one in a container, written before every python:
+# A command that runs another one in a container, written before every python; without a .venv outside
+# of it, remove the line with `activate` above:
 # DWM_CONTAINER=(apptainer exec --nv /images/dwm.sif)
 DWM_CONTAINER=()

@@ -100,9 +100,10 @@ def _numbers(found: Comparison, questions: Questions) -> dict[str, Callable[...,
         except UserError:  # another study has other methods
             return NONE
 
-    def at_equal_work(method: str, group: str) -> str:
+    def at_equal_work(method: str, group: str, *, with_seeds: bool = False) -> str:
         domains = questions.groups[group]
-        return shown(found.change_at_equal_work(found.first_cell, method, domains), digits=2)
+        change = found.change_at_equal_work(found.first_cell, method, domains)
+        return shown(change, digits=2) + (f" ({change.pairs})" if with_seeds and change else "")
 
     return {
         "contrast": contrast,

@@ -1,4 +1,4 @@
-"""Convert models between checkpoints of a run and Hugging Face directories, in both directions.
+"""Convert models between checkpoints of a run, Hugging Face directories and Megatron-LM.
 
 %(prog)s to-hf RUN_OR_CHECKPOINT_OR_MEGATRON_DIR --output DIR
 %(prog)s from-hf DIR --output CHECKPOINT
@@ -30,10 +30,10 @@ and tokenizer files are copied. A checkpoint of Megatron-LM or Megatron-Bridge (
 can be named, too, together with its tokenizer.
 """
 _FROM_HF = """
-Write a Hugging Face Llama (LlamaForCausalLM: Llama 2, Llama 3, SmolLM2, TinyLlama, ...) as a
-checkpoint, from which a run can start under any parallel layout (model.init_from, which also
-accepts the Hugging Face directory itself). The checkpoint is written only if Megatron-Core's logits
-differ from transformers' by at most 1e-4 of the largest logit.
+Write a Hugging Face model (Llama, such as Llama 2, Llama 3, SmolLM2 and TinyLlama; Mistral; Qwen2;
+Qwen3) as a checkpoint, from which a run can start under any parallel layout (model.init_from, which
+also accepts the Hugging Face directory itself). The checkpoint is written only if Megatron-Core's
+logits differ from transformers' by at most 1e-4 of the largest logit.
 """
 _TO_MEGATRON = """
 Write the parameters of a checkpoint as Megatron-LM saves them: iter_N (--ckpt-format torch_dist)

@@ -1,6 +1,6 @@
 """Evaluate a Hugging Face model directory with lm-evaluation-harness.
 
---suite dwm runs ten public tasks (the papers' nine and LAMBADA) with 0 and with 2 solved examples.
+--suite dwm runs ten public tasks (the papers' nine and LAMBADA), zero-shot and two-shot.
 Their data sets come from the Hugging Face hub, from its cache, or from your files (--data-dir).
 --suite local runs the task files in --tasks-dir on your data files and downloads nothing; names of
 data files in a task file are relative to it. Prints a table with the harness's standard errors.
@@ -149,7 +149,7 @@ def _add_scoring(parser: OneLineParser) -> None:
         type=_at_least(0),
         nargs="+",
         metavar="N",
-        help="solved examples before each question; several numbers run one after the other "
+        help="few-shot examples before each question; several numbers run one after the other "
         "(default: 0 2 for --suite dwm, 0 for local)",
     )
     add(

@@ -96,8 +96,8 @@ class PolicyConfig:
     """LLM steps with uniform weights (opus: random choices) at first, in which Adam's moments
     settle (gradient_alignment, opus)"""
     alignment_interval: int = key(1, COUNT, part="aligned_steps")
-    """compute alignments, and with them weights or a choice, in every how many-th step; the others
-    have uniform weights, or a random choice (gradient_alignment, opus)"""
+    """steps from one computation of alignments, and of weights or a choice from them, to the next;
+    the others have uniform weights, or a random choice (gradient_alignment, opus)"""
     redundancy: float = key(1.0, FACTOR, part="redundancy")
     """how much the overlap with chosen units counts against a unit: factor of eta^2 times the inner
     product of both units' steps, beside eta times the alignment; 0 switches it off
@@ -122,8 +122,8 @@ class PolicyConfig:
     """score candidates by their first tokens, this many, at most data.sequence_length; empty means
     all (opus)"""
     reference: str | None = key(None, part="reference", only={"policy.reference_losses": (None,)})
-    """the reference model (excess_loss): a Hugging Face directory (LlamaForCausalLM) or a
-    checkpoint, with the LLM's vocabulary"""
+    """the reference model (excess_loss): a Hugging Face directory, or a checkpoint of ours or of
+    Megatron-LM's, with the LLM's vocabulary"""
     reference_losses: str | None = key(None, part="reference")
     """instead of a model, NAME of files with its loss of every token, PREFIX.NAME.losses beside
     each prefix of data.train (excess_loss); needs data.mask_documents true and data.border_loss
