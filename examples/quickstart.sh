@@ -53,9 +53,11 @@ train_all() {
         train_others
         return
     fi
+    set -m # a process group of their own, so that all of it can be ended
     (set -e; train_others) >runs/others.log 2>&1 &
     local others=$!
-    trap 'kill '"$others"' 2>/dev/null || true' EXIT
+    set +m
+    trap 'kill -- -'"$others"' 2>/dev/null || true' EXIT
     train_dwm
     echo "waiting for the other runs: $workdir/runs/others.log"
     if ! wait "$others"; then

@@ -33,7 +33,7 @@ case "${1:---help}" in
     exit 0
     ;;
 esac
-[ $# -ge 2 ] && [[ "$1$2" != *--* ]] || fail "expected CONFIG.yaml and OUT_DIR first; see --help"
+[ $# -ge 2 ] && [[ "$1" != --* && "$2" != --* ]] || fail "expected CONFIG.yaml and OUT_DIR first; see --help"
 config="$1" out="$2" seeds=1234 list='' common=() keys=() values=()
 shift 2
 [ -f "$config" ] || fail "$config: no such configuration file"
@@ -53,7 +53,8 @@ while [ $# -gt 0 ]; do
     --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
     --*.*)
         if [[ "${2:-}" == *,* && "${2:-}" != \[* && "${2:-}" != \{* ]]; then
-            [[ "$2" != */* ]] || fail "$1: values name folders, so they cannot have a /; got '$2'"
+            [[ "$2" != *[/*?[:space:]]* ]] ||
+                fail "$1: values name folders, so they cannot have a blank or one of / * ?; got '$2'"
             [[ ",$2," != *,,* ]] || fail "$1: a value between commas is empty: '$2'"
             require_different "$1" "$2"
             keys+=("${1#--}") values+=("$2")
@@ -107,7 +108,7 @@ require_same_sweep() {
     if [ -f "$now" ] && [ "$(cat "$now")" != "$(describe)" ]; then
         fail "$now: this OUT_DIR has runs of another configuration or other keys; name another one"
     fi
-    describe >"$now"
+    describe >"$now.$$" && mv "$now.$$" "$now"
 }
 
 describe() { printf '%s\n' "$(cksum <"$config") $config" "keys of every run: ${common[*]}"; }
@@ -137,6 +138,8 @@ list_runs() { # the arguments of every run, quoted for a shell
     done
 }
 
+# A task of slurm/sweep.sbatch lists the runs and trains one of them itself.
+[ -z "${SWEEP_TASK:-}" ] || require_same_sweep
 if [ -n "$list" ]; then
     list_runs
     exit 0

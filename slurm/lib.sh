@@ -19,6 +19,8 @@ one_line() { # one_line TEXT: what sbatch or bash says as one line
     echo "${text//$'\n'/; }"
 }
 
+shopt -s globstar # as tools/preprocess_data.py reads **
+
 # shellcheck source=slurm/settings.sh
 . "$DWM_REPOSITORY/slurm/settings.sh"
 
@@ -144,13 +146,28 @@ once() {
     echo "$made_from" >"$record"
 }
 
-# list_files WORD...: the files that the words name, with sizes and times; other words are left out.
+# list_files WORD...: the files that the words, or --option=WORD, name, with sizes and times; other words
+# are left out.
 list_files() {
     local word
     for word in "$@"; do
+        [[ "$word" != -*=* ]] || word="${word#*=}"
         [[ "$word" != -* && -e "$word" ]] || continue
         printf '\n'
         find -L "$word" -type f -printf '%p %s %T@\n' | sort
+    done
+}
+
+# without_output OUTPUT WORD...: fill the array `inputs` with the words but that of the output; of a run,
+# its checkpoints, because a report changes the rest.
+without_output() {
+    local output="$1" word
+    shift
+    inputs=()
+    for word in "$@"; do
+        [[ "$word" != "$output" && "$word" != --output=* ]] || continue
+        [ ! -d "$word/checkpoints" ] || word="$word/checkpoints"
+        inputs+=("$word")
     done
 }
 

@@ -10,7 +10,7 @@
 #   --input PATTERN         corpora: a quoted pattern of at least --shards files; a directory, or
 #                           hf://DATASET, needs --shards 1
 #   --tokenizer FILE        of all models: a SentencePiece .model or a tokenizer.json
-#   --tokenizer-type T      default SentencePieceTokenizer
+#   --tokenizer-type T      default HuggingFaceTokenizer for .json, else SentencePieceTokenizer
 #   --metadata-keys KEY     column of the domain, if the records have one
 #   --validation FILE       text that the weights should help
 #   --config YAML           the model that learns weights; `uniform` trains it without
@@ -29,7 +29,7 @@ DWM_REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=slurm/lib.sh
 . "$DWM_REPOSITORY/slurm/lib.sh"
 
-name='' input='' tokenizer='' tokenizer_type=SentencePieceTokenizer metadata_keys='' validation=''
+name='' input='' tokenizer='' tokenizer_type='' metadata_keys='' validation=''
 config='' target_config='' nodes=1 target_nodes=1 shards=8 links=1 evaluate='--suite dwm' dry_run=''
 
 while [ $# -gt 0 ]; do
@@ -65,7 +65,15 @@ check_options() {
     for file in "$tokenizer" "$validation" "$config" "$target_config"; do
         [ -f "$file" ] || fail "pipeline.sh: $file: no such file"
     done
-    [[ "$input" == hf://* ]] || check_corpora
+    if [[ "$input" != hf://* ]]; then
+        check_corpora
+    elif [ "$shards" != 1 ]; then
+        fail "pipeline.sh: --shards $shards: hf:// has no files to divide; take --shards 1"
+    fi
+    [ -n "$tokenizer_type" ] || case "$tokenizer" in
+    *.json) tokenizer_type=HuggingFaceTokenizer ;;
+    *) tokenizer_type=SentencePieceTokenizer ;;
+    esac
 }
 
 check_corpora() {

@@ -24,6 +24,7 @@ read_site() {
     for name in "${DIRECTORIES[@]}"; do
         [[ "${!name}" == /* ]] || fail "$DWM_SITE: $name: expected a path from /, got '${!name}'"
         mkdir -p "${!name}" 2>/dev/null || fail "$DWM_SITE: $name: cannot make ${!name}"
+        [ -w "${!name}" ] || fail "$DWM_SITE: $name: ${!name} cannot be written"
         require_space "$name" "${!name}"
     done
 }
@@ -71,10 +72,26 @@ check_words() {
     for name in DWM_TIME DWM_CPU_TIME; do
         [ -n "${!name}" ] || fail "$DWM_SITE: $name is empty; set a time limit, as 24:00:00"
     done
+    [[ " ${DWM_SBATCH[*]}" == *" --signal"* ]] || (("$(minutes_of "$DWM_TIME")" > 10)) ||
+        fail "$DWM_SITE: DWM_TIME=$DWM_TIME: a run is told to save ten minutes before its limit; set more"
     for name in "${LISTS[@]}"; do
         [[ "$(declare -p "$name")" == "declare -a"* ]] ||
             fail "$DWM_SITE: $name: expected words in brackets, as $name=(--one --two)"
     done
+}
+
+# minutes_of TIME: whole minutes of a time as Slurm reads it; a word, such as UNLIMITED, is many.
+minutes_of() {
+    local days=0 parts time="$1"
+    [[ "$time" =~ ^[0-9]+(-[0-9]+)?(:[0-9]+){0,2}$ ]] || { echo 1000000 && return; }
+    [[ "$time" != *-* ]] || { days="${time%-*}" time="${time#*-}" && [[ "$time" == *:* ]] || time="$time:00"; }
+    IFS=: read -ra parts <<<"$time"
+    case "$1" in
+    *-*) ;;                                       # D-H, D-H:M, D-H:M:S
+    *:*:*) ;;                                     # H:M:S
+    *) parts=(0 "${parts[@]}") ;;                 # M, M:S
+    esac
+    echo $((10#$days * 1440 + 10#${parts[0]} * 60 + 10#${parts[1]:-0}))
 }
 
 # require_space NAME DIRECTORY

@@ -12,7 +12,12 @@ _supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (
 
 _find_python() {
     local candidate
-    for candidate in ${PYTHON:-} python3.11 python3.12 python3.13 python3.10 python3; do
+    if [ -n "${PYTHON:-}" ]; then
+        _supported "$PYTHON" && echo "$PYTHON" && return 0
+        echo "error: PYTHON=$PYTHON: no Python 3.10 to 3.13; name another, or leave it out" >&2
+        return 1
+    fi
+    for candidate in python3.11 python3.12 python3.13 python3.10 python3; do
         if _supported "$candidate"; then
             echo "$candidate"
             return 0
@@ -37,13 +42,14 @@ _ready() { # _ready EXTRAS: dev has all extras but gpu
 
 _make() { # _make EXTRAS
     local python
-    if [ ! -x "$_venv/bin/python" ]; then
+    # Without pip it was left half made, by an interrupt or where Debian's python3-venv was missing.
+    if ! "$_venv/bin/python" -m pip --version >/dev/null 2>&1; then
         python="$(_find_python)" || return 2
         "$python" -m venv "$_venv" || return 1
     fi
-    echo "installing megatron-dwm[$1] into $_venv (a few minutes the first time)" >&2
+    echo "installing megatron-dwm${1:+[$1]} into $_venv (a few minutes the first time)" >&2
     "$_venv/bin/python" -m pip install --quiet --constraint "$_repository/tools/constraints.txt" \
-        --editable "${_repository}[$1]" || return 1
+        --editable "$_repository${1:+[$1]}" || return 1
     _stamp_text >"$(_stamp_of "$1")"
 }
 
@@ -53,5 +59,5 @@ _make_alone() {
     _ready "$1" || _make "$1"
 } 9<"$_repository"
 
-_ready "$1" || _make_alone "$1" || return $?
+_ready "${1:-}" || _make_alone "${1:-}" || return $?
 export PATH="$_venv/bin:$PATH"

@@ -54,12 +54,19 @@ cd "$repository"
 machine="$("$python" tools/first_run.py machine)"
 eval "$machine"
 
+running=''
+trap 'kill "$running" 2>/dev/null || true; exit 130' INT
+trap 'kill "$running" 2>/dev/null || true; exit 143' TERM
+
 # part NAME LIMIT_S COMMAND...: run it, keep its output, and note how it ended.
 part() {
     local name="$1" limit_s="$2" start=$SECONDS code=0
     shift 2
     echo "== $name"
-    timeout "$limit_s" "$@" >"$workdir/$name.out" 2>"$workdir/$name.err" || code=$?
+    # In the background, so that an interrupt reaches this script, which ends the part.
+    timeout "$limit_s" "$@" >"$workdir/$name.out" 2>"$workdir/$name.err" &
+    running=$!
+    wait "$running" || code=$?
     [ "$code" = 0 ] || { echo "   failed with $code, see $workdir/$name.err" && failed=1; }
     printf '%s\t%s\t%s\t%s\n' "$name" "$code" $((SECONDS - start)) "$*" >>"$workdir/parts.tsv"
 }

@@ -143,15 +143,19 @@ def _load_tokenizer(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a missing or broken file
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = _first_line(error)
         raise UserError(f"{directory}: transformers cannot read its tokenizer: {reason}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _load_model(directory: Path) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
     except Exception as error:  # transformers raises many kinds for missing or broken files
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = _first_line(error)
         raise UserError(f"{directory}: transformers cannot read the model: {reason}") from error
 
 

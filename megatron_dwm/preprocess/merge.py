@@ -22,7 +22,7 @@ from megatron_dwm.config.outputs import new_outputs, why_unwritable
 from megatron_dwm.files.dataset_paths import DatasetPaths
 from megatron_dwm.files.index_format import IndexHeader
 from megatron_dwm.files.sidecar_format import INPUTS_OF_SHARDS, read_facts
-from megatron_dwm.preprocess.merge_sidecars import matching_sidecars, merge_sidecars
+from megatron_dwm.preprocess.merge_sidecars import common_schema, matching_sidecars, merge_sidecars
 from megatron_dwm.preprocess.read.indexed import (
     IndexedInput,
     open_indexed,
@@ -67,12 +67,13 @@ def merge_datasets(
     sidecars = matching_sidecars(
         [part.paths.sidecar for part in parts], [part.header.num_documents for part in parts]
     )
+    schema = common_schema(sidecars) if sidecars else None
     target = DatasetPaths.of(output_prefix)
     try:
         with new_outputs([target.sidecar, target.bin, target.idx]) as partials:
             _copy_ids(parts, partials[target.bin], advance)
-            if sidecars:
-                merge_sidecars(sidecars, partials[target.sidecar])
+            if schema is not None:
+                merge_sidecars(sidecars, schema, partials[target.sidecar])
             header = _merge_indices(parts, partials[target.idx])
     except OSError as error:
         words = why_unwritable(error)

@@ -67,9 +67,8 @@ def _check_schemas(paths: Sequence[Path]) -> None:
         )
 
 
-def merge_sidecars(paths: Sequence[Path], output: Path) -> None:
-    """Write the rows of all sidecars, in order, to `output`."""
-    schema = _common_schema(paths)
+def merge_sidecars(paths: Sequence[Path], schema: pa.Schema, output: Path) -> None:
+    """Write the rows of all sidecars, in order, to `output`. schema: see `common_schema`."""
 
     def tables() -> Iterator[pa.Table]:
         for path in paths:
@@ -89,8 +88,11 @@ def _as_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return table.cast(schema)
 
 
-def _common_schema(paths: Sequence[Path]) -> pa.Schema:
-    """Choose column types that hold the values of all, as one run over all inputs would."""
+def common_schema(paths: Sequence[Path]) -> pa.Schema:
+    """Choose column types that hold the values of all, as one run over all inputs would.
+
+    Raises `UserError` for a column whose types have none.
+    """
     schemas = [pq.read_schema(path) for path in paths]
     fields = []
     for i, field in enumerate(schemas[0]):

@@ -12,7 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_dwm.config.errors import UserError
 from megatron_dwm.preprocess.merge import merge_datasets
-from megatron_dwm.preprocess.merge_sidecars import merge_sidecars
+from megatron_dwm.preprocess.merge_sidecars import common_schema, merge_sidecars
 from tests.files.indexed import LENGTHS, write_dataset
 
 
@@ -72,9 +72,9 @@ def test_columns_that_other_programs_wrote_keep_their_values(
         pq.write_table(pa.table({"quality": column}), path)
     if merged is None:
         with pytest.raises(UserError, match=r"column quality has values .* \(bool, int64\)"):
-            merge_sidecars(paths, tmp_path / "out.parquet")
+            common_schema(paths)
         return
-    merge_sidecars(paths, tmp_path / "out.parquet")
+    merge_sidecars(paths, common_schema(paths), tmp_path / "out.parquet")
     found = pq.read_table(tmp_path / "out.parquet").column(0)
     assert found.type == merged
     values = [*first.to_pylist(), *second.to_pylist()]

@@ -233,12 +233,13 @@ def test_tables_with_bytes_and_dates(tmp_path: Path, model: Path) -> None:
             "domain": pa.array([b"web", b"web", b"web"], pa.large_binary()),
             "day": pa.array([datetime.date(2024, 1, 2), None, None]),
             "ids": pa.array([[1, 2], [], None], pa.list_(pa.int64())),
+            "md5": pa.array([b"\x00\xff", b"ab", None], pa.binary()),
         }
     )
     pq.write_table(table, tmp_path / "in.parquet")
     asked = dataclasses.replace(
         settings_for([tmp_path / "in.parquet"], tmp_path / "p", model),
-        metadata_keys=("domain", "day", "ids"),
+        metadata_keys=("domain", "day", "ids", "md5"),
         on_bad_record="skip",
     )
     assert preprocess(asked).rejected == {"invalid UTF-8": 1}
@@ -246,6 +247,7 @@ def test_tables_with_bytes_and_dates(tmp_path: Path, model: Path) -> None:
     assert sidecar.column("domain").to_pylist() == ["web", "web"]
     assert sidecar.column("day").to_pylist() == ["2024-01-02", None]
     assert sidecar.column("ids").to_pylist() == ["[1, 2]", "[]"]
+    assert sidecar.column("md5").to_pylist() == ["00ff", "ab"]
     with pytest.raises(UserError, match='"day" is of type date, expected a string'):
         preprocess(
             dataclasses.replace(

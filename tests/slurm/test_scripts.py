@@ -108,12 +108,26 @@ def test_a_single_shard_is_not_merged(site: Path) -> None:
         ({"name": ""}, "--name is missing"),
         ({"name": "a/b"}, "--name: expected a name for files and jobs, without /, got 'a/b'"),
         ({"nods": "2"}, "unknown option --nods"),
+        ({"input": "hf://some/set"}, "--shards 2: hf:// has no files to divide"),
     ],
 )
 def test_a_mistake_in_the_pipelines_options_is_one_line(
     site: Path, changed: dict[str, str], message: str
 ) -> None:
     assert message in _one_error(_pipeline(site, **changed))
+
+
+def test_a_tokenizer_json_and_nested_folders_need_no_more_options(
+    site: Path, tmp_path: Path
+) -> None:
+    _with_gpus(site, 0)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for name in ("a/one.jsonl", "a/b/c/two.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+    nested, tokenizer = str(tmp_path / "**" / "*.jsonl"), str(tmp_path / "tokenizer.json")
+    done = _pipeline(site, input=nested, tokenizer=tokenizer)
+    assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 def test_a_mistake_in_a_configuration_ends_the_dry_run_without_a_gpu(
@@ -162,6 +176,8 @@ def test_the_dry_run_measures_a_corpus_with_spaces(site: Path, tmp_path: Path) -
         ("DWM_SBATCH=()", 'DWM_SBATCH="--a --b"', "DWM_SBATCH: expected words in brackets"),
         ("DWM_SBATCH=()", "DWM_SBATCH=(--export=NONE)", "--export=NONE: jobs need two variables"),
         ("DWM_TIME=24:00:00", "DWM_TIME=", "DWM_TIME is empty"),
+        ("DWM_TIME=24:00:00", "DWM_TIME=10", "is told to save ten minutes before its limit"),
+        ("DWM_TIME=24:00:00", "DWM_TIME=00:09:30", "is told to save ten minutes before its limit"),
         ("DWM_TIME=24:00:00", "DWM_TIME=24 hours", "hours: command not found"),
         ("DWM_TIME=24:00:00", 'DWM_TIME="24', "unexpected EOF"),
         ("DWM_CPUS=8", "DWM_CPUS=08", "DWM_CPUS: expected a whole number, got '08'"),
@@ -230,6 +246,27 @@ def test_an_output_of_the_same_inputs_is_not_made_again(site: Path, tmp_path: Pa
     source.write_text("second")
     _run(site, *words, **job)
     assert log.read_text() == "made\nmade\n"
+
+
+@pytest.mark.parametrize("form", ["{} {}", "{}={}"])
+def test_an_output_of_a_changed_model_is_made_again(site: Path, tmp_path: Path, form: str) -> None:
+    """However the options are written; without an output there is nothing to remember."""
+    log, model, output = tmp_path / "log", tmp_path / "model", tmp_path / "scores.json"
+    model.mkdir()
+    _stub(tmp_path, "python", f'echo made >>{log}; echo >"{output}"')
+    site.write_text(f"{site.read_text()}\ndwm_environment() {{ PATH={tmp_path}/bin:$PATH; }}\n")
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_SUBMIT_DIR": str(REPOSITORY)}
+    pairs = (("--output", output), ("--model", model))
+    words = [word for pair in pairs for word in form.format(*pair).split()]
+    for content, made in (("first", 1), ("first", 1), ("second one", 2)):
+        (model / "weights").write_text(content)
+        os.utime(model / "weights", (1, 1))
+        done = _run(site, "slurm/evaluate.sbatch", *words, **job)
+        assert done.returncode == 0, done.stderr
+        assert log.read_text() == "made\n" * made
+    done = _run(site, "slurm/evaluate.sbatch", *form.format(*pairs[1]).split(), **job)
+    assert done.returncode == 0 and log.read_text() == "made\n" * 3
+    assert not (REPOSITORY / ".made_from").exists()
 
 
 def _stub(folder: Path, name: str, line: str) -> None:

@@ -13,7 +13,9 @@ RATE = "weighting.learning_rate"
 SWEEP = ["--seeds", "1,2", f"--{RATE}", "1e-3,3e-3", "--data.tokenizer", "a b.model"]
 
 
-def _task(folder: Path, number: int, last: int) -> subprocess.CompletedProcess[str]:
+def _task(
+    folder: Path, number: int, last: int, config: str = "examples/tiny.yaml"
+) -> subprocess.CompletedProcess[str]:
     """Run the job's script as a task; `python` notes its arguments and says: finished."""
     (folder / "bin").mkdir(exist_ok=True)
     python = folder / "bin" / "python"
@@ -33,7 +35,7 @@ def _task(folder: Path, number: int, last: int) -> subprocess.CompletedProcess[s
         **{"SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_MAX": str(last)},
         **{"SLURM_SUBMIT_DIR": str(REPOSITORY), "DWM_SITE": str(site)},
     }
-    command = ["bash", "slurm/sweep.sbatch", "examples/tiny.yaml", str(folder / "out"), *SWEEP]
+    command = ["bash", "slurm/sweep.sbatch", config, str(folder / "out"), *SWEEP]
     return subprocess.run(
         command,
         env={**os.environ, **job},
@@ -63,3 +65,13 @@ def test_an_array_of_more_tasks_than_runs_is_one_line(tmp_path: Path) -> None:
     assert done.stderr == (
         "error: sweep: --array goes to 4, and there are 4 runs; use --array=0-3\n"
     )
+
+
+def test_a_changed_configuration_is_another_sweep(tmp_path: Path) -> None:
+    """Else finished runs of the old one would be taken for the new one's."""
+    config = tmp_path / "mine.yaml"
+    config.write_text((REPOSITORY / "examples" / "tiny.yaml").read_text())
+    assert _task(tmp_path, 0, last=3, config=str(config)).returncode == 0
+    config.write_text(config.read_text() + "# changed\n")
+    done = _task(tmp_path, 1, last=3, config=str(config))
+    assert done.returncode == 2 and "has runs of another configuration" in done.stderr

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,7 +88,7 @@ def _refuse_array(chunk: Chunk, content: bytes) -> None:
 
 def _take_rows(found: Documents, chunk: Chunk, table: pa.Table, settings: DocumentSettings) -> None:
     found.num_records += table.num_rows
-    for index, record in enumerate(_rows(table)):
+    for index, record in enumerate(_rows(table, settings.json_keys)):
         number = chunk.first_record + index
         try:
             if isinstance(record, BadRecord):
@@ -153,23 +153,28 @@ def _huge(value: list[int]) -> bool:
     return any(not -(1 << 63) <= item < 1 << 63 for item in value)
 
 
-def _rows(table: pa.Table) -> Iterator[dict[str, object] | BadRecord]:
-    columns = {name: _values(table.column(name)) for name in table.column_names if name}
+def _rows(table: pa.Table, texts: Sequence[str]) -> Iterator[dict[str, object] | BadRecord]:
+    """Yields the rows; those with a text that is not UTF-8 as what is wrong."""
+    columns = {
+        name: _values(table.column(name), name, is_text=name in texts)
+        for name in table.column_names
+        if name
+    }
     for index in range(table.num_rows):
         row = {name: values[index] for name, values in columns.items()}
         yield next((value for value in row.values() if isinstance(value, BadRecord)), row)
 
 
-def _values(column: pa.ChunkedArray) -> list[object]:
+def _values(column: pa.ChunkedArray, name: str, *, is_text: bool) -> list[object]:
     """The column as Python values: arrays for lists of integers, `BadRecord` for invalid UTF-8."""
     kind = column.type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if is_list and pa.types.is_integer(kind.value_type):
         return [_array(item) for item in column]
     try:
-        return [_decoded(value) for value in column.to_pylist()]
+        return [_decoded(value, is_text=is_text) for value in column.to_pylist()]
     except UnicodeDecodeError:
-        return [_value(item) for item in column]
+        return [_value(item, name, is_text=is_text) for item in column]
 
 
 def _array(item: pa.ListScalar) -> np.ndarray | list[object] | None:
@@ -178,16 +183,27 @@ def _array(item: pa.ListScalar) -> np.ndarray | list[object] | None:
     return item.as_py() if item.values.null_count else item.values.to_numpy()
 
 
-def _decoded(value: object) -> object:
-    """The text of a binary column's bytes, which is how some programs write strings."""
-    return value.decode("utf-8") if isinstance(value, bytes) else value
+def _decoded(value: object, *, is_text: bool) -> object:
+    """The text of a binary column's bytes, which is how some programs write strings.
 
-
-def _value(item: pa.Scalar) -> object:
+    Metadata that is none, such as a digest, is spelled in hexadecimal.
+    """
+    if not isinstance(value, bytes):
+        return value
     try:
-        return _decoded(item.as_py())
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        if is_text:
+            raise
+        return value.hex()
+
+
+def _value(item: pa.Scalar, name: str, *, is_text: bool) -> object:
+    try:
+        return _decoded(item.as_py(), is_text=is_text)
     except UnicodeDecodeError as error:
-        return BadRecord("invalid UTF-8", f"invalid UTF-8 at byte {error.start + 1} of the text")
+        detail = f'invalid UTF-8 at byte {error.start + 1} of "{name}"'
+        return BadRecord("invalid UTF-8", detail)
 
 
 def _refuse_long_texts(record: dict[str, object], settings: DocumentSettings) -> None:

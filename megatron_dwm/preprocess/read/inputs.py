@@ -118,8 +118,15 @@ def _cut(inputs: Sequence[Input], shard: int, num_shards: int) -> int:
 
 
 def digest_of_inputs(inputs: Sequence[Input]) -> str:
-    """The SHA-256 of all inputs' names and sizes, in order, by which they are cut into shards."""
-    known = json.dumps([(entry.name, entry.size_bytes) for entry in inputs])
+    """The SHA-256 of all inputs' names and sizes, in order, by which they are cut into shards.
+
+    Names are relative to the folder that all of them have in common, which may be mounted at other
+    places on other machines.
+    """
+    paths = [os.path.abspath(entry.name) for entry in inputs]  # noqa: PTH100
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])  # noqa: PTH120
+    names = [os.path.relpath(path, common) for path in paths]
+    known = json.dumps([(n, e.size_bytes) for n, e in zip(names, inputs, strict=True)])
     return hashlib.sha256(known.encode("utf-8", "surrogatepass")).hexdigest()
 
 
