@@ -6,8 +6,10 @@ index, and what is tested is when it is done.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent.parent
 SCRIPT = 'set -euo pipefail; . tools/environment.sh "$0"; command -v python'
 INTERPRETER = """#!/bin/bash
+[ "$*" != "-m pip --version" ] || exit 0
 echo "$@" >>calls
 sleep 1
 exit "$(cat status)"
@@ -36,16 +39,21 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _start(clone: Path, extras: str) -> subprocess.Popen[str]:
+def _start(clone: Path, extras: str, **environment: str) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        ["bash", "-c", SCRIPT, extras], cwd=clone, stdout=pipe, stderr=pipe, text=True
+        ["bash", "-c", SCRIPT, extras],
+        cwd=clone,
+        env={**os.environ, **environment},
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
     )
 
 
-def _source(clone: Path, extras: str) -> tuple[int, str]:
+def _source(clone: Path, extras: str, **environment: str) -> tuple[int, str]:
     """Returns the exit status and what it printed to stderr."""
-    process = _start(clone, extras)
+    process = _start(clone, extras, **environment)
     out, err = process.communicate(timeout=LIMIT_S)
     if process.returncode == 0:
         assert out.strip() == str(clone / ".venv" / "bin" / "python")
@@ -56,7 +64,7 @@ def _installed(clone: Path) -> list[str]:
     """Returns the extras of every call of pip."""
     calls = clone / "calls"
     lines = calls.read_text().splitlines() if calls.exists() else []
-    return [line.rpartition("[")[2].rstrip("]") for line in lines]
+    return [line.rpartition("[")[2].rstrip("]") if "[" in line else "" for line in lines]
 
 
 def test_of_commands_started_at_once_one_installs(clone: Path) -> None:
@@ -96,3 +104,30 @@ def test_what_failed_is_tried_again(clone: Path) -> None:
     (clone / "status").write_text("0")
     assert _source(clone, "study")[0] == 0
     assert _installed(clone) == ["study", "study"]
+
+
+def test_no_extras_are_the_package_alone(clone: Path) -> None:
+    assert _source(clone, "")[0] == 0
+    assert (clone / "calls").read_text().splitlines()[0].endswith(f"--editable {clone}")
+
+
+def test_an_environment_without_pip_is_made_again(clone: Path) -> None:
+    """An interrupt in `venv`, or Debian without python3-venv, leaves an interpreter alone."""
+    (clone / ".venv" / "bin" / "python").write_text("#!/bin/bash\nexit 1\n")
+    maker = clone / "maker"
+    maker.write_text(
+        f'#!/bin/bash\n[ "$1" = -m ] || exec {sys.executable} "$@"\n'
+        'echo "$@" >made\ncp whole "$3/bin/python"\n'
+    )
+    maker.chmod(0o755)
+    (clone / "whole").write_text(INTERPRETER)
+    assert _source(clone, "report", PYTHON=str(maker))[0] == 0
+    assert (clone / "made").read_text() == f"-m venv {clone / '.venv'}\n"
+    assert _installed(clone) == ["report"]
+
+
+def test_an_interpreter_that_cannot_be_used_is_said(clone: Path) -> None:
+    (clone / ".venv" / "bin" / "python").unlink()
+    status, said = _source(clone, "report", PYTHON="/no such/python")
+    assert status == 2
+    assert said.startswith("error: PYTHON=/no such/python: no Python 3.10 to 3.13")
