@@ -234,7 +234,7 @@ def _losses(runs: RunSet) -> list[Table]:
         return []
     columns = [Column(name="domain", title="held-out domain")]
     columns += [Column(name=f"group_{i}", title=g.name) for i, g in enumerate(runs.groups)]
-    caption = "Nats a token" + (f", at step {max(steps):,}. " if len(steps) == 1 else ". ")
+    caption = "Nats per token" + (f", at step {max(steps):,}. " if len(steps) == 1 else ". ")
     if len(steps) > 1:
         caption += "Runs end at different steps, so each loss has its step. "
     if any(len(group.runs) > 1 for group in runs.groups):
