@@ -33,7 +33,7 @@ read_site() {
 load_site() {
     local said code name before after
     ! grep -q $'\r' "$DWM_SITE" ||
-        fail "$DWM_SITE: its lines end as on Windows; mend it with sed -i 's/\\r\$//' FILE"
+        fail "$DWM_SITE: its lines end as on Windows; correct it with sed -i 's/\\r\$//' FILE"
     # First in a subshell: a line that fails would end this script before it can say so.
     set +e
     # shellcheck source=slurm/site.sh

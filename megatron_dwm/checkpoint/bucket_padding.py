@@ -4,7 +4,7 @@ Megatron-Core pads the end of every bucket, so that the shards of all ranks are 
 "fully_reshardable" checkpoint DistributedOptimizer gathers its state without that padding
 (`get_parameter_state_dp_zero`), but cuts the parameters out of it at their places with the padding
 (`sharded_param_state_fully_reshardable`): from the second bucket on, moments and main parameters
-would be those of other parameters. Seen in 0.16.1 to 0.19.2; Megatron-LM's pull request 5077 mends
+would be those of other parameters. Seen in 0.16.1 to 0.19.2; Megatron-LM's pull request 5077 fixes
 it, and a release that has it does not need this.
 """
 

@@ -169,7 +169,7 @@ def _explain_missing_fields() -> Iterator[None]:
         yield
     except UndefinedError as error:
         raise UserError(
-            f"a record of the data lacks a field that its task uses: {error}; mend the "
+            f"a record of the data lacks a field that its task uses: {error}; correct the "
             "data or the task file"
         ) from error
 

@@ -197,7 +197,7 @@ class _Run:
         if self.settings.on_bad_record == "error" and chunk.rejects:
             reject = min(chunk.rejects, key=lambda reject: reject.number)
             raise UserError(
-                f"{chunk.source_file}:{reject.number + 1}: {reject.detail}; mend the record; "
+                f"{chunk.source_file}:{reject.number + 1}: {reject.detail}; correct the record; "
                 f"{name_of_command('preprocess')} --on-bad-record skip leaves such records out"
             )
 

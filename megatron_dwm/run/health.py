@@ -9,7 +9,7 @@ from megatron_dwm.config.printing import printable
 
 # One correlation over a batch of 32 has a standard deviation of 0.18, so several are averaged.
 _MEASUREMENTS = 5
-# Nats a token above a domain's best, in so many evaluations one after the other: a domain of few
+# Nats per token above a domain's best, in so many evaluations one after the other: a domain of few
 # passages moves by several hundredths from one evaluation to the next.
 _RISE, _EVALUATIONS = 0.1, 2
 

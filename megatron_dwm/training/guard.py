@@ -23,7 +23,7 @@ def require_sound_weights(mean: float, wrong: float, method: object) -> None:
     )
     if not type(method).__module__.startswith(f"{_PACKAGE}."):
         name = f"{type(method).__module__}:{type(method).__qualname__}"
-        raise UserError(f"{found}mend {name}.weights, for example divide by the mean")
+        raise UserError(f"{found}correct {name}.weights, for example divide by the mean")
     raise RunError(
         f"{found}continue from the last checkpoint (--run.resume true), and report it if it "
         "happens again"

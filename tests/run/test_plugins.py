@@ -188,7 +188,7 @@ def test_wrong_weights_are_the_methods(corpus: Corpus, tmp_path: Path) -> None:
     done = pretrain(tmp_path / "run", *corpus.arguments(), *twice)
     assert done.returncode == 2
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "the mean is 2.0; mend tests.run.plugin_methods:Twice.weights" in line
+    assert "the mean is 2.0; correct tests.run.plugin_methods:Twice.weights" in line
 
 
 def test_a_changed_file_of_a_method_is_noted(corpus: Corpus, tmp_path: Path) -> None:
