@@ -17,8 +17,7 @@ from examples.study.corpora import JUNK_FRACTION, PREFIX, write_corpus
 from examples.study.settings import data_fingerprint, file_fingerprint, vocabulary_fingerprint
 from examples.study.spec import CONTINUED, Run
 from megatron_dwm.files.atomic import new_folder
-
-_TOKEN_BYTES = 2
+from megatron_dwm.files.index_format import read_header
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +91,8 @@ class Data:
 
 
 def _tokens(prefix: Path) -> int:
-    return prefix.with_suffix(".bin").stat().st_size // _TOKEN_BYTES
+    header = read_header(prefix.with_suffix(".idx"))
+    return prefix.with_suffix(".bin").stat().st_size // header.itemsize
 
 
 def _last_stage(folder: Path) -> Path:

@@ -112,9 +112,10 @@ def weights(found: Comparison, part: Part, cell: Cell, method: str) -> Figure | 
     )
     weight, label = Column(name="weight", title="mean weight"), Column(name="shown", title="shown")
     rows: list[Sequence[Value]] = []
-    for name in sorted(outcomes[0].weights.by_domain):
+    for name in sorted({name for run in outcomes for name in run.weights.by_domain}):
         for i in range(len(outcomes[0].weights.step)):
-            values = [run.weights.by_domain[name][i] for run in outcomes]
+            lists = [run.weights.by_domain.get(name) for run in outcomes]
+            values = [each[i] for each in lists if each is not None and i < len(each)]
             known = [value for value in values if value is not None]
             if known:
                 percent = round(100 * (i + 1) / len(outcomes[0].weights.step))

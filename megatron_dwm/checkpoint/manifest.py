@@ -13,7 +13,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,10 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read the manifest of a checkpoint. Raises ValueError with the file and the problem."""
+    """Read the manifest of a checkpoint. Raises ValueError with the file and the problem.
+
+    Raises UserError if it is whole, but of a newer version of this package.
+    """
     file = directory / MANIFEST
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -95,11 +98,17 @@ def read_manifest(directory: Path) -> Manifest:
         known = content.pop("format")
         if claimed != _own_checksum({"format": known, **content}):
             raise ValueError("checksum differs")
+        if known != _FORMAT or set(content["state"]) - {each.name for each in fields(TrainState)}:
+            raise UserError(
+                f"{file}: written by a newer version of megatron_dwm; go on with that version"
+            )
         return Manifest(
             state=TrainState(**content["state"]),
             fingerprint=content["fingerprint"],
             files={name: FileRecord(**record) for name, record in content["files"].items()},
         )
+    except UserError:
+        raise
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None
     except OSError as error:
@@ -133,6 +142,8 @@ def damage_of(directory: Path) -> str | None:
     """Returns what is wrong with a checkpoint, or None; reads every file of it."""
     try:
         return find_damage(directory, read_manifest(directory).files.items())
+    except UserError:
+        raise
     except ValueError as error:
         return str(error)
 
@@ -195,7 +206,10 @@ def remove_old(run_dir: Path, *, keep_last: int, keep_every: int) -> None:
         step, update = _order(directory) or (0, 0)
         if not (keep_every and step % keep_every == 0 and update == 0):
             try:
-                shutil.rmtree(directory)
+                if directory.is_symlink():  # moved away and linked back
+                    directory.unlink()
+                else:
+                    shutil.rmtree(directory)
             except OSError as error:
                 failure = error
     if failure is not None:

@@ -59,6 +59,8 @@ def _damage(directory: Path, runtime: Runtime) -> str | None:
         right = checkpoint_dir(directory.parent.parent, manifest.state).name
         if directory.name != right:
             mine = f"it is {right} by its manifest, under another name"
+    except UserError:
+        raise
     except ValueError as error:
         mine = str(error)
     everyones: list[str | None] = [mine]

@@ -132,8 +132,8 @@ class Saver:
             remove_old(self._run_dir, keep_last=kept.keep_last, keep_every=kept.keep_every)
         except OSError as error:
             self._warn(
-                f"an old checkpoint in {self._run_dir} cannot be removed ({error.strerror}: "
-                f"{error.filename}); the next save tries again"
+                f"an old checkpoint in {self._run_dir} cannot be removed "
+                f"({error.strerror or error}: {error.filename}); the next save tries again"
             )
 
     def _refused(self, error: SaveError) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_dwm.config.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -91,10 +93,17 @@ _REASONS = {
 
 
 def architecture_with(*, qk_layernorm: bool, add_qkv_bias: bool) -> Architecture:
-    """Returns the architecture that a model of ours with these layers is exported as."""
+    """Returns the architecture that a model of ours with these layers is exported as.
+
+    Raises UserError if Hugging Face has none.
+    """
     wanted = (qk_layernorm, add_qkv_bias)
-    return next(
-        each for each in ARCHITECTURES.values() if (each.qk_layernorm, each.add_qkv_bias) == wanted
+    for each in ARCHITECTURES.values():
+        if (each.qk_layernorm, each.add_qkv_bias) == wanted:
+            return each
+    raise UserError(
+        "a model with norms of heads and a bias on queries, keys and values has no architecture in "
+        "Hugging Face's transformers that it can be exported as"
     )
 
 

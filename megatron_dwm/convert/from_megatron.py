@@ -5,6 +5,7 @@ Optimizer, random state and everything else are left. Cost: the model in memory 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from tqdm import tqdm
 
@@ -43,16 +43,33 @@ class MegatronImport:
 
 def fields_given(words: Iterable[str]) -> dict[str, Any]:
     """Returns fields of LlamaShape from words KEY=VALUE. Raises UserError."""
-    known, found = [field.name for field in fields(LlamaShape)], {}
+    kinds = {field.name: str(field.type) for field in fields(LlamaShape)}
+    found = {}
     for word in words:
-        key, sign, text = word.partition("=")
-        value = yaml.safe_load(text) if sign else None
-        if key not in known:
-            raise UserError(f"--shape {word}: expected KEY=VALUE with a KEY of {', '.join(known)}")
-        if not isinstance(value, (int, float)):
-            raise UserError(f"--shape {word}: expected a number, true or false")
-        found[key] = value
+        key, _, text = word.partition("=")
+        if key not in kinds:
+            raise UserError(f"--shape {word}: expected KEY=VALUE with a KEY of {', '.join(kinds)}")
+        try:
+            found[key] = _value(kinds[key], text)
+        except ValueError as error:
+            raise UserError(f"--shape {word}: expected {error}") from None
     return found
+
+
+def _value(kind: str, text: str) -> bool | int | float:
+    """Returns a field's value from its text. Raises ValueError with what was expected."""
+    if kind.startswith("bool"):
+        if text.lower() not in ("true", "false"):
+            raise ValueError("true or false")
+        return text.lower() == "true"
+    of_kind, name = (int, "a whole number") if kind.startswith("int") else (float, "a number")
+    try:
+        value = of_kind(text)
+    except ValueError:
+        raise ValueError(f"{name} above 0") from None
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} above 0")
+    return value
 
 
 def import_from_megatron(

@@ -50,7 +50,11 @@ def read_domains(file: IndexedFile, domain_key: str) -> DocumentDomains:
     sidecar = open_sidecar(file)
     if sidecar is None or not _has_domains(sidecar, file, domain_key):
         return DocumentDomains(names=(UNKNOWN_DOMAIN,), codes=None)
-    names, codes = read_codes(sidecar, domain_key)
+    try:
+        names, codes = read_codes(sidecar, domain_key)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file.sidecar_path} cannot be read ({reason})") from error
     return DocumentDomains(names=names, codes=codes)
 
 
@@ -120,6 +124,12 @@ def _has_domains(sidecar: pq.ParquetFile, file: IndexedFile, domain_key: str) ->
     """True if the sidecar has the column; other metadata without it means a misspelled key."""
     columns = sidecar.schema_arrow.names
     if domain_key in columns:
+        kind = sidecar.schema_arrow.field(domain_key).type
+        if pa.types.is_nested(kind):
+            raise UserError(
+                f"{file.sidecar_path}: column {domain_key} (data.domain_key) is {kind}: expected "
+                "one value for each document"
+            )
         return True
     others = [name for name in columns if name not in OWN_COLUMNS]
     if others:

@@ -87,7 +87,8 @@ def cached(folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(
             f"data.cache_dir {folder.parent} has no {folder.name} on this node: "
-            "choose a directory on a file system that all nodes share"
+            "choose a directory on a file system that all nodes share; the data has to have the "
+            "same path and time of change on all nodes, too (copy it with cp -p)"
         )
     return folder
 

@@ -66,13 +66,18 @@ def _is_number(value: Any) -> bool:
     return number and math.isfinite(value)
 
 
-def group_rows(runs: RunSet, group: Group, phase: str, value: Value) -> list[list[float]]:
+def group_rows(
+    runs: RunSet, group: Group, phase: str, value: Value, steps: np.ndarray | None = None
+) -> list[list[float]]:
     """Returns a group's curve: step, tokens, FLOPs, time, mean, lowest and highest of the runs.
 
+    steps: the only ones that count; None: all.
     Steps that not every run of the group has reached are left out: the mean would jump there. Runs
     without any value are not counted.
     """
     found = [points(run, phase, value) for run in group.runs]
+    if steps is not None:
+        found = [rows[np.isin(rows[:, 0], steps)] for rows in found]
     found = [rows for rows in found if len(rows)]
     if not found:
         return []

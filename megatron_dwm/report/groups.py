@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +50,11 @@ def with_same_seeds(one: Group, other: Group) -> tuple[Group, Group]:
         for group in (one, other)
     )
     return first, second
+
+
+def only(group: Group, counts: Callable[[Run], bool]) -> Group:
+    """Returns the group with those of its runs that count."""
+    return replace(group, runs=tuple(run for run in group.runs if counts(run)))
 
 
 def seeds_note(group: Group, baseline: Group) -> str | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
 from megatron_dwm.report.curves import key as number
 from megatron_dwm.report.curves import points, within
+from megatron_dwm.report.groups import only, with_same_seeds
 from megatron_dwm.report.runs import Group, Run
 
 MEAN = "mean of the domains"
@@ -45,6 +47,20 @@ def held_out(run: Run, domain: str, last_step: float = np.inf) -> np.ndarray:
     """Returns FLOPs and loss at each evaluation of a domain, or of `MEAN` [N, 2]."""
     rows = _evaluations(run, domain)
     return rows[~np.isnan(rows[:, 2]) & (rows[:, 0] <= last_step)][:, [2, 4]]
+
+
+def evaluated(one: Group, other: Group, domain: str) -> tuple[Group, Group]:
+    """Returns the runs of both groups that are compared: of a seed that both have evaluated."""
+    first, second = (
+        only(group, lambda run: len(_evaluations(run, domain)) > 0) for group in (one, other)
+    )
+    return with_same_seeds(first, second)
+
+
+def common_steps(groups: Sequence[Group], domain: str) -> np.ndarray:
+    """Returns the steps at which all runs of the groups have evaluated a domain, or `MEAN`."""
+    steps = [_evaluations(run, domain)[:, 0] for group in groups for run in group.runs]
+    return reduce(np.intersect1d, steps) if steps else np.empty(0)
 
 
 def _evaluations(run: Run, domain: str) -> np.ndarray:

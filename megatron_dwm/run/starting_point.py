@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from megatron_dwm.checkpoint.kept_files import HUGGINGFACE, TOKENIZER
 from megatron_dwm.checkpoint.load import load_parameters, load_trained
-from megatron_dwm.checkpoint.manifest import list_checkpoints, require_whole
+from megatron_dwm.checkpoint.manifest import MANIFEST, list_checkpoints, require_whole
 from megatron_dwm.checkpoint.names import LLM_FOLDER, MODEL_PREFIX, SHAPE_FILE
 from megatron_dwm.checkpoint.parts import TrainedModel
 from megatron_dwm.checkpoint.sharded_adam import create_state
@@ -44,9 +44,16 @@ _KEY = "model.init_from"
 
 
 def shape_to_start_from(config: Config) -> LlamaShape | None:
-    """Returns the shape of the model of `model.init_from` and checks its files; None without it."""
+    """Returns the shape of the model of `model.init_from` and checks its files; None without it.
+
+    A run that is resumed has it in its checkpoints, and the model need not be there any more.
+    """
     if config.model.init_from is None:
         return None
+    if config.run.resume:
+        for checkpoint in reversed(list_checkpoints(Path(config.run.dir))):
+            if (checkpoint / MANIFEST).is_file() and (checkpoint / SHAPE_FILE).is_file():
+                return _read_shape(checkpoint / SHAPE_FILE, "run.dir")
     shape = shape_of_model(Path(config.model.init_from), _KEY)
     if config.model.init_optimizer:
         _require_optimizer(config, Path(config.model.init_from))
@@ -203,7 +210,7 @@ def warn_of_another_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
         for name in ("tokenizer.json", "tokenizer.model")
         if (folder / name).is_file()
     ]
-    if known and tokenizer.content not in known:
+    if known and not {tokenizer.content, tokenizer.file} & set(known):
         print(
             f"warning: data.tokenizer {config.data.tokenizer} is not the tokenizer of {_KEY} "
             f"{directory}: the model learned other ids for the same words; name the model's own, "

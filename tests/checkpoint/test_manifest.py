@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import zlib
@@ -14,6 +15,7 @@ from megatron_dwm.checkpoint.manifest import (
     FileRecord,
     Manifest,
     checkpoint_dir,
+    damage_of,
     list_checkpoints,
     read_manifest,
     record_file,
@@ -21,8 +23,11 @@ from megatron_dwm.checkpoint.manifest import (
     tidy,
     write_manifest,
 )
+from megatron_dwm.checkpoint.newest import newest_whole_checkpoint
 from megatron_dwm.checkpoint.state import TrainState
+from megatron_dwm.config import ParallelConfig, UserError
 from megatron_dwm.files.atomic import replace_folder
+from megatron_dwm.runtime import bring_up
 
 
 def _checkpoint(run_dir: Path, step: int, updates: int = 0) -> Path:
@@ -70,6 +75,34 @@ def test_one_that_cannot_be_removed_keeps_no_other(
     with pytest.raises(OSError, match="step_00000002"):
         remove_old(tmp_path, keep_last=1, keep_every=0)
     assert [path.name for path in list_checkpoints(tmp_path)] == [held.name, "step_00000008"]
+
+
+def test_a_linked_checkpoint_is_removed_as_a_link(tmp_path: Path) -> None:
+    """Somebody moved an old one to an archive and linked it back."""
+    old, kept = _checkpoint(tmp_path / "run", 2), _checkpoint(tmp_path / "run", 4)
+    archived = Path(shutil.move(old, tmp_path / "archive"))
+    old.symlink_to(archived)
+    remove_old(tmp_path / "run", keep_last=1, keep_every=0)
+    assert list_checkpoints(tmp_path / "run") == [kept] and (archived / "file").exists()
+
+
+@pytest.mark.parametrize("change", ["format", "state"])
+def test_a_newer_versions_checkpoint_is_no_damaged_one(tmp_path: Path, change: str) -> None:
+    """A job of an older installation must not rename what the newer one goes on from."""
+    directory = _checkpoint(tmp_path, 2)
+    content = json.loads((directory / "manifest.json").read_text())
+    content.pop("crc32")
+    if change == "format":
+        content["format"] += 1
+    else:
+        content["state"]["of_tomorrow"] = 1
+    whole = zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    (directory / "manifest.json").write_text(json.dumps({**content, "crc32": f"{whole:08x}"}))
+    with bring_up(ParallelConfig(), seed=1) as runtime:
+        for find in (damage_of, lambda _: newest_whole_checkpoint(tmp_path, runtime)):
+            with pytest.raises(UserError, match="written by a newer version of megatron_dwm"):
+                find(directory)
+    assert list_checkpoints(tmp_path) == [directory]
 
 
 def test_a_replaced_checkpoint_is_there_until_the_new_one_is(tmp_path: Path) -> None:

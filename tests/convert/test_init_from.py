@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from megatron_dwm.tokenizer import Tokenizer
 from tests.convert.families import VOCAB_SIZE, write_llama
 from tests.forking.client import REPOSITORY, run_python
 from tests.own_environment import kept_environment
-from tests.small_runs.command import metrics, succeed
+from tests.small_runs.command import RESUME, metrics, pretrain, succeed
 
 SEQUENCE_LENGTH = 64
 PASSAGES = 12
@@ -127,6 +128,23 @@ def test_half_a_model_is_refused_before_anything_starts(
         config = Config(model=ModelConfig(init_from=str(tmp_path / name)), data=data)
         with pytest.raises(UserError, match=message):
             check(config)
+
+
+def test_a_resumed_run_does_not_need_the_model_any_more(
+    public: Path, data: DataConfig, tmp_path: Path
+) -> None:
+    """The run that it started from has removed that checkpoint since."""
+    source = Path(shutil.copytree(public, tmp_path / "source"))
+    words = ["--model.init_from", source, "--data.train", data.train[0], "--data.tokenizer"]
+    words += [data.tokenizer, "--data.sequence_length", "32", "--training.global_batch_size", "4"]
+    words += ["--training.micro_batch_size", "4"]
+    run = list(map(str, words))
+    succeed(tmp_path / "run", *run, "--training.steps", "2")
+    shutil.rmtree(source)
+    done = pretrain(tmp_path / "other", *run, "--training.steps", "2")
+    assert done.returncode == 2 and "model.init_from" in done.stderr
+    succeed(tmp_path / "run", *run, "--training.steps", "3", *RESUME)
+    assert len(metrics(tmp_path / "run", "train")) == 3
 
 
 def test_a_foreign_checkpoint_beside_a_shape_is_refused(

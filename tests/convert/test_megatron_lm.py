@@ -202,6 +202,7 @@ def test_mistakes_are_one_line(saved: list[tuple[Path, torch.Tensor]], tmp_path:
         ([str(tmp_path), *output], "no .metadata"),
         ([str(bare), *output], "nothing there tells"),
         ([str(folder), *output, "--shape", "num_layers=5"], "give --shape num_layers=4"),
+        ([str(folder), *output, "--shape", "num_layers=3"], "give --shape num_layers=N"),
         ([str(folder), *output, "--shape", "ffn_hidden_size=100"], "has the size [192, 64]"),
         ([str(folder), *output, "--shape", "tied_embeddings=true"], "output layer of its own"),
         ([str(folder), *output, "--shape", "width=5"], "expected KEY=VALUE with a KEY of"),

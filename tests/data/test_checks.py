@@ -133,6 +133,17 @@ def test_misspelled_domain_key(corpus: str, tokenizer: Tokenizer) -> None:
     assert "no column meta.sett" in text and "it has meta.redpajama_set_name" in text
 
 
+def test_a_domain_that_is_no_single_value_is_refused(
+    documents: list, tmp_path: Path, tokenizer: Tokenizer, indexed_writer: Callable[..., str]
+) -> None:
+    prefix = indexed_writer(tmp_path / "p", documents[:50])
+    table = pa.table({"tokens": list(range(50)), "tags": [["a", "b"]] * 50})
+    pq.write_table(table, f"{prefix}.meta.parquet")
+    config = DataConfig(train=[prefix], sequence_length=96, domain_key="tags")
+    text = refused(config, tokenizer)
+    assert "column tags (data.domain_key) is list<" in text and "one value for each" in text
+
+
 def test_sidecar_without_metadata_is_domain_unknown(
     documents: list, tmp_path: Path, tokenizer: Tokenizer, indexed_writer: Callable[..., str]
 ) -> None:

@@ -211,6 +211,42 @@ def test_losses_are_compared_over_the_seeds_that_both_have(
     assert notes[0] == [] and "losses are compared over 1, 2." in notes[1][0]
 
 
+def test_a_seed_without_an_evaluation_yet_is_left_out_on_both_sides(
+    four: list[Path], make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As `--watch` meets it: dwm's third seed has begun, and uniform's, which is worse, has not."""
+    begun = make_run(tmp_path / "begun", config=config("dwm", 3))
+    lines = (begun / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (begun / "metrics.jsonl").write_text("".join(x for x in lines if '"evaluation"' not in x))
+    worse = make_run(tmp_path / "worse", gain=-3.0, config=config("uniform", 3))
+    found = []
+    for more in ([], [begun, worse]):
+        runs = read_runs(Request(run_dir=four[0], compare=[*four[1:], *more]))
+        [content] = [found for found in contents_of(runs) if found.id == "comparison"]
+        *_, losses = content.tables
+        text = next(str(row[1]) for row in losses.rows if row[0] == "target")
+        [figure] = [each for each in content.figures if each.id == "loss_difference"]
+        found.append((text.partition(" (")[2], figure.data["difference"]))
+    assert found[0] == found[1]
+
+
+def test_a_run_that_is_shorter_loses_no_point_of_the_difference(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """More evaluations than bins: both runs are binned by the steps that both have."""
+    paths = [
+        make_run(tmp_path / f"{name}", steps=steps, gain=gain, config=config(name, 1))
+        for name, steps, gain in (("dwm", 24_900, 0.4), ("uniform", 25_000, 0.1))
+    ]
+    runs = read_runs(Request(run_dir=paths[0], compare=paths[1:]))
+    [content] = [found for found in contents_of(runs) if found.id == "comparison"]
+    [figure] = [each for each in content.figures if each.id == "loss_difference"]
+    steps = [
+        s for s, d in zip(figure.data["step"], figure.data["domain"], strict=True) if d == MEAN
+    ]
+    assert len(steps) == 200 and max(steps) >= 24_800
+
+
 def test_speed_is_that_of_the_step_alone() -> None:
     """An evaluation of 30 s and an update of 5 s between two steps do not count."""
     times = [("train", 1, 10, 1.0), ("evaluation", 1, 10, 31.0), ("weighting", 1, 10, 36.0)]

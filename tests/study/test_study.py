@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,20 @@ def test_every_run_comes_after_those_that_it_needs() -> None:
             made.add(each.name)
             assert by_name.setdefault(each.name, each) == each
     assert all(BASE in part.methods for part in STUDY.parts.values())
+
+
+def test_a_run_that_two_need_is_needed_once() -> None:
+    """A method after two, one of which is itself after the other."""
+    first, second = (
+        replace(STUDY.methods["similarity"], name=name, after=after)
+        for name, after in (
+            ("first", ("validation_mixing",)),
+            ("last", ("validation_mixing", "first")),
+        )
+    )
+    study = replace(STUDY, methods={**STUDY.methods, "first": first, "last": second})
+    found = study.needed(study.run("0.16M", "junk", "novels", "last", 1))
+    assert [run.method.name for run in found] == ["validation_mixing", "first"]
 
 
 def test_a_run_that_reads_no_target_is_the_same_for_all() -> None:

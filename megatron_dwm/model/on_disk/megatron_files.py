@@ -126,6 +126,7 @@ class MegatronModel:
         for number in range(self.shape.num_layers):
             for name, size in layer_sizes(self.shape).items():
                 self._require(f"{_LAYERS}{number}.{name}", size)
+        self._require_no_others()
         self._require(FINAL_NORM, (self.shape.hidden_size,))
         rows = self._rows(EMBEDDING)
         self._require(EMBEDDING, (rows, self.shape.hidden_size))
@@ -141,6 +142,33 @@ class MegatronModel:
             )
         if not self.shape.tied_embeddings:
             self._require(OUTPUT, (rows, self.shape.hidden_size))
+
+    def _require_no_others(self) -> None:
+        """Raise UserError if the model has layers or tensors that the shape leaves out."""
+        shape, saved = self.shape, self.index.state_dict_metadata
+        for name in (each for each in saved if each.startswith(_LAYERS)):
+            number, _, inner = name.removeprefix(_LAYERS).partition(".")
+            layers = int(number) + 1 if number.isdigit() else self._stacked(name)
+            if layers is not None and layers > shape.num_layers:
+                raise UserError(
+                    f"{self.folder}: {name} is of {layers} layers or more, the settings say "
+                    f"{shape.num_layers}; give --shape num_layers=N"
+                )
+            for words, key, is_there in (
+                ("linear_qkv.bias", "add_qkv_bias", shape.add_qkv_bias),
+                ("q_layernorm.weight", "qk_layernorm", shape.qk_layernorm),
+                ("k_layernorm.weight", "qk_layernorm", shape.qk_layernorm),
+            ):
+                if name.endswith(words) and not is_there:
+                    raise UserError(
+                        f"{self.folder}: it has {name}, and the settings say that there is none; "
+                        f"give --shape {key}=true"
+                    )
+
+    def _stacked(self, name: str) -> int | None:
+        """Returns the layers in a stack of tensors; None for what is no tensor."""
+        entry = self.index.state_dict_metadata[name]
+        return entry.size[0] if isinstance(entry, TensorStorageMetadata) else None
 
     @property
     def iteration(self) -> int:

@@ -150,6 +150,12 @@ def shape_from(settings: Mapping[str, Any], given: Mapping[str, Any], where: Pat
         **given,
     }
     known = {name: value for name, value in found.items() if value is not None}
+    unsaid = [name for name in ("rotary_base", "norm_epsilon") if name not in known]
+    if unsaid:  # the sizes of tensors do not tell, and a default would be another model
+        raise UserError(
+            f"{where}: nothing there tells {' and '.join(unsaid)}; give each to "
+            f"{name_of_command('convert')} from-megatron with --shape KEY=VALUE"
+        )
     try:
         shape = LlamaShape(**known)
     except TypeError as error:

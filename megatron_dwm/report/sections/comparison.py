@@ -12,9 +12,17 @@ import numpy as np
 from megatron_dwm.report.charts import bars, lines
 from megatron_dwm.report.content import Cell, Column, Content, Figure, Table, columnar
 from megatron_dwm.report.curves import abscissas, group_rows, key, within
-from megatron_dwm.report.groups import seeds_note, with_same_seeds
+from megatron_dwm.report.groups import seeds_note
 from megatron_dwm.report.over_steps import MAX_PANELS, dotted
-from megatron_dwm.report.reach import MEAN, Losses, held_out, newest_losses, work_to_reach
+from megatron_dwm.report.reach import (
+    MEAN,
+    Losses,
+    common_steps,
+    evaluated,
+    held_out,
+    newest_losses,
+    work_to_reach,
+)
 from megatron_dwm.report.runs import Group, Run, RunSet, held_out_domains
 
 _SHARE = Column(name="share", title="work", unit="baseline = 1")
@@ -140,9 +148,10 @@ def _difference(runs: RunSet, baseline: Group, domains: Sequence[str]) -> list[F
         value = key("loss") if domain == MEAN else within("domain_loss", domain)
         for group in runs.groups:
             if group is not baseline:
-                ours, theirs = with_same_seeds(group, baseline)
-                base = {row[0]: row[4] for row in group_rows(runs, theirs, "evaluation", value)}
-                curve = group_rows(runs, ours, "evaluation", value)
+                pair = evaluated(group, baseline, domain)
+                steps = common_steps(pair, domain)
+                curve, other = (group_rows(runs, each, "evaluation", value, steps) for each in pair)
+                base = {row[0]: row[4] for row in other}
                 rows += [
                     [domain, group.name, *row[:4], *(loss - base[row[0]] for loss in row[4:])]
                     for row in curve
@@ -258,7 +267,7 @@ def _loss_text(
     text += f" at step {last.step:,}" if with_step else ""
     if runs.baseline is None or group is runs.baseline:
         return text
-    ours, theirs = with_same_seeds(group, runs.baseline)
+    ours, theirs = evaluated(group, runs.baseline, domain)
     own = newest_losses(ours, domain, beside=theirs)
     base = newest_losses(theirs, domain, beside=ours)
     if own is None or base is None:
