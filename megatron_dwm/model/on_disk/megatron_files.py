@@ -148,7 +148,7 @@ class MegatronModel:
         shape, saved = self.shape, self.index.state_dict_metadata
         for name in (each for each in saved if each.startswith(_LAYERS)):
             number, _, inner = name.removeprefix(_LAYERS).partition(".")
-            layers = int(number) + 1 if number.isdigit() else self._stacked(name)
+            layers = int(number) + 1 if number.isdigit() else _stacked(saved[name])
             if layers is not None and layers > shape.num_layers:
                 raise UserError(
                     f"{self.folder}: {name} is of {layers} layers or more, the settings say "
@@ -164,11 +164,6 @@ class MegatronModel:
                         f"{self.folder}: it has {name}, and the settings say that there is none; "
                         f"give --shape {key}=true"
                     )
-
-    def _stacked(self, name: str) -> int | None:
-        """Returns the layers in a stack of tensors; None for what is no tensor."""
-        entry = self.index.state_dict_metadata[name]
-        return entry.size[0] if isinstance(entry, TensorStorageMetadata) else None
 
     @property
     def iteration(self) -> int:
@@ -255,6 +250,11 @@ class MegatronModel:
         if not isinstance(entry, TensorStorageMetadata):
             raise UserError(f"{self.folder}: no tensor {name}")
         return entry
+
+
+def _stacked(entry: Any) -> int | None:
+    """Returns the layers in a stack of tensors; None for what is no tensor."""
+    return entry.size[0] if isinstance(entry, TensorStorageMetadata) else None
 
 
 def _candidates(name: str, prefixes: Iterable[str]) -> Iterator[tuple[str, int | None]]:
