@@ -79,8 +79,11 @@ def load(arguments: Sequence[str], prog: str = "megatron_dwm.pretrain") -> Loade
         rest = ["--config", str(file), *rest]
     parser, words = _parser(prog), _join_lists(rest)
     given = _given(words)
-    if file is not None:
-        words[1] = _as_configuration(file)
+    for number, word in enumerate(words):
+        if word == "--config" and number + 1 < len(words):
+            words[number + 1] = _as_configuration(Path(words[number + 1]))
+        elif word.startswith("--config="):
+            words[number] = f"--config={_as_configuration(Path(word.partition('=')[2]))}"
     try:
         parsed = parser.parse_args(words)
         values = parser.instantiate(parsed)

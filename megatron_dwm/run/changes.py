@@ -101,7 +101,8 @@ def without_effect(old: Config, new: Config) -> list[str]:
     before, now = _flat(old), _flat(new)
     if old.policy.name != new.policy.name:  # the new one's weighting model has no state yet
         before["weighting.load"] = now["weighting.load"]
-    if new.weighting.load is not None and len(stage_directories(new)) > 1:
+    reads = "weighting_model" in method_class(new).parts(new) and new.weighting.frozen
+    if reads and new.weighting.load is not None and len(stage_directories(new)) > 1:
         before["weighting.load"] = now["weighting.load"]  # each stage takes its model from there
     return [key for key in _STARTS_FROM if not is_same_path(key, before[key], now[key], {})]
 

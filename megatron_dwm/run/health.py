@@ -54,8 +54,7 @@ class Health:
                 "noise",
                 f"the hypergradient is mostly noise: signal-to-noise {mean:.3f} over "
                 f"{_MEASUREMENTS} measurements, below {self._min_ratio}; enlarge "
-                "validation.batch_size or training.global_batch_size, or start later with "
-                "weighting.warmup_steps",
+                "validation.batch_size or training.global_batch_size",
             )
 
     def held_out(self, losses: Mapping[str, float]) -> None:

@@ -72,7 +72,10 @@ def build_reference(config: Config, shape: LlamaShape | None, runtime: Runtime) 
     """
     if shape is None:
         return None
-    path, waits = config.policy.reference, config.policy.offload_reference
+    # A reference that follows the LLM comes from no files, whatever a shared configuration names.
+    follows = "dynamic_reference" in method_class(config).parts(config)
+    path = None if follows else config.policy.reference
+    waits = config.policy.offload_reference
     llm = build_llm(
         shape,
         config.model,

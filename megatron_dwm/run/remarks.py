@@ -137,6 +137,8 @@ def _nothing_is_learned(config: Config) -> Iterator[str]:
     if not parts & {"updates", "hypergradients"} or method.schedule(config).num_updates:
         return
     advice = "lower weighting.warmup_steps, raise weighting.freeze_after or train longer"
+    if "updates" in parts and config.weighting.mode == "staged":
+        advice = "raise weighting.stages or weighting.freeze_after, or train longer"
     if "updates" not in parts:
         advice = "lower policy.alignment_warmup or train longer"
     yield f"policy {config.policy.name} makes no weighting update in {steps} steps: {advice}"

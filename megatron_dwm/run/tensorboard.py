@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import histogram, scalar
 
 _VERSION = "brain.Event:2"
+# Of a histogram; numpy's rule may ask for millions where a few weights are far from the others.
+_BINS = 40
 Axis: TypeAlias = Literal["step", "update"]
 """what the abscissa of a curve counts: updates have an axis of their own"""
 
@@ -53,7 +55,7 @@ class Board:
 
     def histogram(self, step: int, name: str, values_n: Tensor) -> None:
         """Write the distribution of values."""
-        found = histogram(name, values_n.float().cpu().numpy(), bins="auto")
+        found = histogram(name, values_n.float().cpu().numpy(), bins=_BINS)
         self._write([Event(wall_time=time.time(), step=step, summary=found)])
 
     def close(self) -> None:

@@ -44,6 +44,11 @@ def choose_rows(
         rows = _choice(method, scores, count, counters.step).to(rows)
     dist.broadcast(rows, src=0)
     found = rows.tolist()
+    if found[0] == -2:
+        raise RunError(
+            f"step {counters.step + 1}: {type(method).__name__}.choose gave other than {count} "
+            "different candidates of its pool"
+        )
     if found[0] < 0:
         raise RunError(
             f"step {counters.step + 1}: fewer than {count} of the {len(scores)} candidates of its "
@@ -54,10 +59,15 @@ def choose_rows(
 
 
 def _choice(method: ChoosesFromPool, scores: Tensor, count: int, step: int) -> Tensor:
-    """Returns the rows, ascending; -1 in all places if too few candidates have finite scores."""
+    """Returns the rows, ascending.
+
+    -1 in all places if too few candidates have finite scores, -2 if `choose` gave other than
+    `count` different ones.
+    """
     rows = torch.isfinite(scores.view(len(scores), -1)).all(dim=1).nonzero().flatten()
     if len(rows) < count:
         return rows.new_full((count,), -1)
     chosen = rows[method.choose(scores[rows], count, step)].sort().values
-    assert len(chosen.unique()) == count, chosen
+    if len(chosen) != count or len(chosen.unique()) != count:
+        return rows.new_full((count,), -2)
     return chosen

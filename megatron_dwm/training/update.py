@@ -35,6 +35,9 @@ from megatron_dwm.training.weighted_pass import weighted_pass
 from megatron_dwm.weighting import Alignments, Counters, Method, WeightingUpdate
 from megatron_dwm.weighting.noise import SignalToNoise, signal_to_noise
 
+# Units that a correlation of halves needs: two always correlate.
+_FEWEST_UNITS = 3
+
 
 @dataclass(frozen=True, kw_only=True)
 class UpperLevel:
@@ -266,6 +269,7 @@ def _update_result(
 def _noise(found: Hypergradient, units: WeighedUnits, runtime: Runtime) -> SignalToNoise | None:
     """Compute the signal-to-noise ratio over the global batch, if halves exist (collective).
 
+    None, too, if fewer than three units count, since two always correlate.
     A unit without a counted token, or whose alignment is not known, has 0 in both halves, which is
     no agreement.
     """
@@ -277,6 +281,8 @@ def _noise(found: Hypergradient, units: WeighedUnits, runtime: Runtime) -> Signa
         counts_n &= sizes_n > 0
     if found.known_n is not None:
         counts_n &= units.gather(found.known_n.float(), runtime) > 0
+    if int(counts_n.sum()) < _FEWEST_UNITS:
+        return None
     return signal_to_noise(*(half_n[counts_n] for half_n in halves))
 
 

@@ -35,7 +35,6 @@ class Costs:
 
     llm_step: forward and backward of one global batch.
     weighing: the weighting model on one batch, once it has learned.
-    reference: the reference model's forward pass over one batch.
     extra_forward: the LLM's extra forward pass that must finish before a batch has weights.
     first_forward: such a pass of the first batch that has weights, alone.
     pool_passes: the LLM's passes over the pool of a step, from which its batch is chosen.
@@ -44,11 +43,11 @@ class Costs:
     update_passes: the LLM's passes of one weighting update.
     learning: the weighting model's own part of one update.
     noise: one measurement of signal-to-noise, made in every `noise_interval`-th update (0: none).
+    reference: the reference model's forward pass over one batch.
     """
 
     llm_step: float
     weighing: float = 0.0
-    reference: float = 0.0
     extra_forward: float = 0.0
     first_forward: float = 0.0
     pool_passes: float = 0.0
@@ -59,6 +58,7 @@ class Costs:
     learning: float = 0.0
     noise: float = 0.0
     noise_interval: int = 0
+    reference: float = 0.0
 
     @property
     def forward(self) -> float:

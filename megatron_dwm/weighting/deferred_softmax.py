@@ -53,7 +53,11 @@ class DeferredSoftmax:
         return self.temperature is not None
 
     def begin_step(self) -> None:
-        """Keep the T and r of the coming pass: an update inside the step settles others."""
+        """Keep the T and r of the coming pass: an update inside the step settles others.
+
+        What settled them before, such as an update between steps, has had its effect.
+        """
+        self._is_settled = False
         if self.temperature is not None and self.reference is not None:
             self._in_pass = self.temperature, self.reference
 
@@ -91,16 +95,13 @@ class DeferredSoftmax:
         return {
             "temperature": self.temperature,
             "reference": self.reference,
-            "is_settled": self._is_settled,
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Load the state of `state_dict`, whose tensors may be on another device."""
         self.temperature = _moved(state["temperature"], device)
         self.reference = _moved(state["reference"], device)
-        # Earlier versions did not save it.
-        self._is_settled = state.get("is_settled", False)
-        self._in_pass = None
+        self._is_settled, self._in_pass = False, None
 
     def _own_temperature(self, logits_Gn: Tensor, sizes_Gn: Tensor | None) -> Tensor:
         if not self._bound:

@@ -75,7 +75,9 @@ class ExcessLoss(Method):
         directory = Path(config.policy.reference)
         # A checkpoint's manifest has the digests of its other files.
         manifest = directory / "manifest.json"
-        for file in [manifest] if manifest.is_file() else sorted(directory.glob("*.safetensors")):
+        files = [manifest] if manifest.is_file() else sorted(directory.glob("*.safetensors"))
+        # Megatron-LM's have neither.
+        for file in files or sorted(directory.rglob("*.distcp")):
             yield "policy.reference", file
 
     @classmethod

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -117,12 +118,18 @@ def build_weighting_model(shape: WeightingShape, seed: int) -> WeightingModel:
 def load_weighting_model(directory: Path, expected: WeightingShape) -> WeightingModel:
     """Load a model from the files of `WeightingModel.files`; its sizes replace those of `expected`.
 
-    Raises UserError if there is none, or if its input is not that of `expected`.
+    Raises UserError if there is none, if it is damaged, or if its input is not that of `expected`.
     """
     shape = read_weighting_shape(directory)
     require_same_input(directory, shape, expected)
     model = WeightingModel(shape)
-    model.load_state_dict(load_file(directory / _TENSOR_FILE))
+    try:
+        model.load_state_dict(load_file(directory / _TENSOR_FILE))
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(
+            f"weighting.load: {directory / _TENSOR_FILE} has not the tensors of the model that "
+            f"{_SHAPE_FILE} describes ({str(error).splitlines()[0]}); bring back a copy of it"
+        ) from None
     return model
 
 

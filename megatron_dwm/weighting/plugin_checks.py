@@ -7,7 +7,7 @@ import inspect
 from dataclasses import is_dataclass
 from typing import Any
 
-from megatron_dwm.config import UserError
+from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.methods import METHODS
 from megatron_dwm.config.plugins import import_plugin
 from megatron_dwm.weighting.method import CONTRACT_VERSION, Method
@@ -41,7 +41,31 @@ def _problem(found: Any) -> str | None:
         return _of_another_version(found.contract_version)
     if found.options is not None and not is_dataclass(found.options):
         return f"options: expected a dataclass, got {found.options!r}"
+    own = [name for name in ("state_dict", "load_state_dict") if _overrides(found, name)]
+    if len(own) == 1:
+        return (
+            f"the class defines {own[0]} alone; a resumed run needs both state_dict and "
+            "load_state_dict (docs/plugins.md)"
+        )
     return None
+
+
+def update_problem(config: Config, method: type[Method]) -> str | None:
+    """Returns what a method lacks for the updates that its schedule has, or None."""
+    if not method.schedule(config).num_updates:
+        return None
+    parts = method.parts(config)
+    if "target" not in parts:
+        return "its schedule has updates, and its parts no target, which they read"
+    needed = "update" if "hypergradients" in parts else "read_target"
+    needed = "own_update" if method.own_updates else needed
+    if not _overrides(method, needed):
+        return f"its schedule has updates, and the class does not define {needed}"
+    return None
+
+
+def _overrides(found: type, name: str) -> bool:
+    return getattr(found, name) is not getattr(Method, name)
 
 
 def _of_the_package(found: type) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_dwm.config import Config
+from megatron_dwm.config.methods import learns_from_alignments
 from megatron_dwm.model.passes.micro_batches import probed_micro_batches
 from megatron_dwm.weighting.noise import why_no_noise
 
@@ -28,6 +29,8 @@ def group_size_problems(config: Config) -> Iterator[str]:
             "training.micro_batch_size 1: a weighting group of one sample always weighs 1; "
             "set weighting.group to global or use larger micro-batches"
         )
+    if weighting.group == "global" and training.global_batch_size < 2:
+        yield "training.global_batch_size 1: a weighting group of one sample always weighs 1"
 
 
 def group_problems(config: Config) -> Iterator[str]:
@@ -111,7 +114,8 @@ def _ahead_problems(config: Config, world_size: int) -> Iterator[str]:
         yield (
             f"weighting.probe_fraction {fraction}: a step has {count} micro-batch"
             f"{'es' if count > 1 else ''} per data-parallel replica, of which only whole ones are "
-            f"probed; set a multiple of {1 / count:.3g}, or a smaller training.micro_batch_size"
+            f"probed; set a multiple of {1 / count:.3g}, or a smaller training.micro_batch_size "
+            "(in a resumed run, allow the changed key with run.allow_changed)"
         )
 
 
@@ -126,5 +130,6 @@ def estimator_problems(config: Config, world_size: int) -> Iterator[str]:
         yield f"bilevel.estimator unroll: runs in one process, got {world_size}; {advice}"
     if name == "unroll" and config.model.recompute != "none":
         yield f"bilevel.estimator unroll: needs model.recompute none; {advice}"
-    if name == "unroll" and config.weighting.damp_by_noise:
+    damps = learns_from_alignments(config.policy.name) and config.weighting.damp_by_noise
+    if name == "unroll" and damps:
         yield f"weighting.damp_by_noise: estimator unroll measures no noise; {advice}"

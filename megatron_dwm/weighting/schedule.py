@@ -76,7 +76,8 @@ class Schedule:
 def schedule_of(config: Config) -> Schedule:
     """Returns the schedule of a method that learns from alignments, by `weighting.mode`."""
     weighting = config.weighting
-    last = weighting.freeze_after * config.training.steps
+    # 0.7 x 90 is a little below 63 in floating point.
+    last = round(weighting.freeze_after * config.training.steps, 6)
     if weighting.mode == "online":
         return online(
             config.training.steps,

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megatron_dwm.config import Config, PolicyConfig, TrainingConfig, ValidationConfig
-from megatron_dwm.config.load import config_text, load_config
+from megatron_dwm.config.load import config_text, load_config, save_config
 
 DWM = ["--policy.name", "dwm"]
 ONLINE = [*DWM, "--weighting.mode", "online"]
@@ -75,3 +75,16 @@ def test_a_run_s_own_file_without_a_key_is_of_an_earlier_version(tmp_path: Path,
     assert getattr(load_config([str(elsewhere)]).weighting, key) == now
     typed = load_config([str(own), f"--weighting.{key}", str(now).lower()])
     assert getattr(typed.weighting, key) == now
+
+
+def test_a_runs_configuration_may_follow_the_option(tmp_path: Path) -> None:
+    """As --help says; it has a section with the paths as they were typed."""
+    path = tmp_path / "config.yaml"
+    config = load_config(["--data.train", "a", "--training.steps", "7"])
+    save_config(config, path, {"data.train": ["a"]})
+    for words in (
+        ["--config", str(path)],
+        [f"--config={path}"],
+        [str(path), "--config", str(path)],
+    ):
+        assert load_config(words).training.steps == 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from megatron_dwm.weighting.method import CONTRACT_VERSION
 
 METHOD = f"""
 from dataclasses import dataclass
-from megatron_dwm.plugin import Method
+from megatron_dwm.plugin import Method, Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -60,6 +61,32 @@ class Misspelled(Mine):
     @classmethod
     def parts(cls, config):
         return frozenset({{"grups"}})
+
+class StateAlone(Mine):
+    def state_dict(self):
+        return {{}}
+
+class Learns(Mine):
+    @classmethod
+    def parts(cls, config):
+        return frozenset({{"groups", "target", "hypergradients"}})
+
+    @classmethod
+    def schedule(cls, config):
+        return Schedule(steps=9, update_steps=range(1, 9))
+
+class Aimless(Learns):
+    @classmethod
+    def parts(cls, config):
+        return frozenset({{"groups"}})
+
+class Reads(Learns):
+    @classmethod
+    def parts(cls, config):
+        return frozenset({{"groups", "target"}})
+
+class Own(Learns):
+    own_updates = True
 
 class NoClass:
     pass
@@ -177,6 +204,7 @@ OF_CLASSES = [
         rf"contract_version {CONTRACT_VERSION + 1}, and this megatron_dwm has",
     ),
     ("mine_of_plugins:Unfinished", r"the class does not define weights"),
+    ("mine_of_plugins:StateAlone", r"defines state_dict alone; a resumed run needs both"),
     ("mine_of_plugins:Odd", r"options: expected a dataclass, got <class 'dict'>"),
     ("megatron_dwm.weighting.dwm:Dwm", r"is the built-in method dwm; write policy.name dwm"),
     ("megatron_dwm.plugin:RuleBased", r"a base class of the package; inherit from it"),
@@ -189,6 +217,22 @@ def test_a_class_that_cannot_be_used_is_one_line(name: str, says: str) -> None:
     with pytest.raises(UserError, match=says) as caught:
         method_class(load_config(["--policy.name", name]))
     assert str(caught.value).startswith(f"policy.name {name}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("Aimless", "its schedule has updates, and its parts no target, which they read"),
+        ("Learns", "its schedule has updates, and the class does not define update"),
+        ("Reads", "its schedule has updates, and the class does not define read_target"),
+        ("Own", "its schedule has updates, and the class does not define own_update"),
+    ],
+)
+def test_updates_that_a_class_cannot_make_are_one_line(name: str, says: str) -> None:
+    """Else the run would end at the first one, which may be hours later."""
+    config = load_config(["--policy.name", f"mine_of_plugins:{name}"])
+    with pytest.raises(UserError, match=re.escape(f"mine_of_plugins:{name}: {says} (docs/")):
+        check_method(config, num_layers=2, world_size=1)
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dwm.config import Config, PolicyConfig, UserError, WeightingConfig
-from megatron_dwm.run.changes import refuse_changes
+from megatron_dwm.run.changes import refuse_changes, without_effect
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,15 @@ def test_the_group_of_weights_may_not_change(
     new = replace(old, training=replace(old.training, micro_batch_size=2))
     with pytest.raises(UserError, match="micro_batch_size") if refused else nullcontext():
         refuse_changes(old, new, Path("run"))
+
+
+def test_a_loaded_model_that_is_not_read_does_not_matter(tmp_path: Path) -> None:
+    """A shared configuration names the models of several stages; its baseline reads none."""
+    for stage in (1, 2):
+        (tmp_path / "weighting" / f"stage_{stage}").mkdir(parents=True)
+    load = WeightingConfig(load=str(tmp_path))
+    old = Config(policy=PolicyConfig(name="uniform"), weighting=load)
+    assert without_effect(old, replace(old, training=replace(old.training, steps=7))) == []
 
 
 def test_a_rate_may_change_and_a_decay_when_it_is_allowed() -> None:

@@ -47,7 +47,7 @@ RECORDS = {
     "BuildContext": "config llm tokenizer target reference reference_optimizer reference_offload "
     "values",
     "Costs": "llm_step weighing extra_forward first_forward pool_passes pool_scores first_pool "
-    "pool_interval update_passes learning noise noise_interval",
+    "pool_interval update_passes learning noise noise_interval reference",
     "ForwardOutputs": "losses_n features reference_losses_n alignment_n overlap_nK",
     "Needs": "losses early_layer whole_batch on_every_rank relative",
     "OwnUpdate": "losses_n weights_n val_loss grad_norm",

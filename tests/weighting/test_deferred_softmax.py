@@ -84,18 +84,15 @@ def test_state_is_all_that_a_resumed_run_needs() -> None:
     assert torch.equal(other.temperature, softmax.temperature)
 
 
-def test_state_says_whether_an_update_has_settled_the_next_temperature() -> None:
-    """A checkpoint may lie between an update and the step that follows."""
-    softmax, other = settled(), DeferredSoftmax(min_effective_sample_size=0.5, uniform_floor=0.0)
-    other.load_state_dict(softmax.state_dict(), CPU)
-    for each in (softmax, other):
-        each.begin_step()
-        each.observe(each.relative(3 * LOGITS_1n[0])[None], None)
-    assert torch.equal(softmax.temperature, settled().temperature)
-    assert torch.equal(other.temperature, softmax.temperature)
-    earlier = {key: softmax.state_dict()[key] for key in ("temperature", "reference")}
-    other.load_state_dict(earlier, CPU)  # as versions before saved it
-    assert torch.equal(other.temperature, softmax.temperature)
+def test_the_step_after_an_update_between_steps_sets_the_temperature_anew() -> None:
+    """The update's batch gives T for that step; the next one's is that step's own, as ever."""
+    updated, plain = settled(0.6), settled(0.6)
+    updated.settle(5 * LOGITS_1n, None)
+    for softmax in (updated, plain):
+        softmax.begin_step()
+        logits_n = 3 * LOGITS_1n[0]
+        softmax.observe(softmax.relative(logits_n)[None], None)
+    assert float(updated.temperature) == pytest.approx(float(plain.temperature), rel=1e-5)
 
 
 def test_state_goes_to_the_device_of_the_rank() -> None:

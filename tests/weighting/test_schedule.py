@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_dwm.weighting.schedule import Schedule, online, staged
+from megatron_dwm.config import Config, TrainingConfig, WeightingConfig
+from megatron_dwm.weighting.schedule import Schedule, online, schedule_of, staged
 
 
 @pytest.mark.parametrize(("steps", "stages"), [(1, 1), (7, 3), (7, 5), (100, 3), (100, 1)])
@@ -63,3 +64,10 @@ def test_a_billion_steps_cost_nothing() -> None:
     schedule = online(10**9, warmup=50, interval=10, last=1e9, in_step=True)
     assert schedule.num_updates == 99_999_995
     assert schedule.updates_before(999_999_990) == 1 and schedule.updates_before(999_999_991) == 0
+
+
+def test_a_fraction_of_the_steps_is_not_cut_by_rounding() -> None:
+    """0.7 x 90 is 62.99999999999999 in floating point, and a stage begins at step 63."""
+    weighting = WeightingConfig(mode="staged", stages=10, freeze_after=0.7)
+    config = Config(training=TrainingConfig(steps=90), weighting=weighting)
+    assert 63 in schedule_of(config).update_steps
