@@ -13,7 +13,7 @@ from statistics import mean
 
 from examples.study.outcome import Outcome
 from examples.study.results import Results
-from examples.study.spec import BASE, Part, Study
+from examples.study.spec import BASE, Part, Run, Study
 from examples.study.statistics import Difference, at_equal_work, interval
 from megatron_dwm.config import UserError
 
@@ -23,6 +23,11 @@ UNIFORMS = ("uniform", "uniform_1.05", "uniform_1.25", "uniform_2", "uniform_2.5
 Cell = tuple[str, str, str]
 BySeed = Mapping[int, Outcome]
 Measure = Callable[[Outcome], float]
+
+
+def runs_before(study: Study, run: Run) -> dict[str, Run]:
+    """Returns the runs that a run needs by name, each once."""
+    return {needed.name: needed for needed in study.needed(run)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +91,9 @@ class Comparison:
         """
         found: dict[int, float] = {}
         for seed, ours in self.by_seed(cell, method).items():
-            shared = {run.name for run in self.study.needed(self.study.run(*cell, BASE, seed))}
-            runs = self.study.needed(self.study.run(*cell, method, seed))
-            needed = [self.results.of(run) for run in runs if run.name not in shared]
+            shared = runs_before(self.study, self.study.run(*cell, BASE, seed))
+            runs = runs_before(self.study, self.study.run(*cell, method, seed))
+            needed = [self.results.of(run) for name, run in runs.items() if name not in shared]
             known = [outcome.flops for outcome in needed if outcome is not None]
             if len(known) == len(needed):
                 found[seed] = ours.flops + sum(known)

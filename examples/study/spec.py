@@ -174,10 +174,10 @@ class Study:
         return method.reads_target or any(map(self._reads_target, before))
 
     def needed(self, run: Run) -> Iterator[Run]:
-        """Yields the runs that a run needs, each once, after those that it needs itself."""
-        yield from {each.name: each for each in self._needed(run)}.values()
+        """Yields the runs that a run needs, each after those that it needs itself.
 
-    def _needed(self, run: Run) -> Iterator[Run]:
+        A run that two of them need comes twice; fingerprints of recorded runs have it so.
+        """
         cell = (run.corpus, run.target)
         first = [(run.size.name, NATURAL, run.target, BASE)] if run.start is not None else []
         for each in run.method.after:
@@ -185,5 +185,5 @@ class Study:
             first.append((size or run.size.name, *cell, name))
         for parts in first:
             needed = self.run(*parts, run.seed)
-            yield from self._needed(needed)
+            yield from self.needed(needed)
             yield needed

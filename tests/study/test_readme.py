@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -102,3 +103,14 @@ def test_what_is_left_at_equal_work(found: Comparison) -> None:
     assert features.mean < gain.mean / 2 and own.low <= 0 <= own.high
     chosen = found.change_at_equal_work(CELL, "rater_half", group)
     assert chosen is not None and chosen.pairs >= 3 and chosen.high >= 0, "no gain is shown"
+
+
+def test_every_recorded_run_counts(found: Comparison) -> None:
+    """A line of other settings is left out, so a changed fingerprint would empty the tables."""
+    lines = (REPOSITORY / "examples" / "study" / "results.jsonl").read_text().splitlines()
+    names = [json.loads(line)["run"] for line in lines]
+    for name in names:
+        *cell, method, seed = name.split("-")
+        run = found.study.run(*cell, method, int(seed))
+        assert found.results.of(run) is not None, name
+    assert len(names) == len(set(names)) > 250

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from examples.study import texts
+from examples.study.contrasts import runs_before
 from examples.study.outcome import read_outcome
 from examples.study.spec import BASE, Run, Study
 from examples.study.study_file import FILE, read_study
@@ -48,7 +49,7 @@ def test_every_run_comes_after_those_that_it_needs() -> None:
     assert all(BASE in part.methods for part in STUDY.parts.values())
 
 
-def test_a_run_that_two_need_is_needed_once() -> None:
+def test_a_run_that_two_need_counts_once() -> None:
     """A method after two, one of which is itself after the other."""
     first, second = (
         replace(STUDY.methods["similarity"], name=name, after=after)
@@ -58,8 +59,8 @@ def test_a_run_that_two_need_is_needed_once() -> None:
         )
     )
     study = replace(STUDY, methods={**STUDY.methods, "first": first, "last": second})
-    found = study.needed(study.run("0.16M", "junk", "novels", "last", 1))
-    assert [run.method.name for run in found] == ["validation_mixing", "first"]
+    found = runs_before(study, study.run("0.16M", "junk", "novels", "last", 1))
+    assert [run.method.name for run in found.values()] == ["validation_mixing", "first"]
 
 
 def test_a_run_that_reads_no_target_is_the_same_for_all() -> None:
