@@ -57,6 +57,8 @@ def update_problem(config: Config, method: type[Method]) -> str | None:
     parts = method.parts(config)
     if "target" not in parts:
         return "its schedule has updates, and its parts no target, which they read"
+    if method.aligns_first:  # `weights` has the alignments
+        return None
     needed = "update" if "hypergradients" in parts else "read_target"
     needed = "own_update" if method.own_updates else needed
     if not _overrides(method, needed):
