@@ -92,7 +92,10 @@ def _require_mean_and_error(table: str, out: Path) -> None:
         (("examples/tiny.yaml", "out", "--data.tokenizer", "none.model"), "none.model"),
         (("examples/tiny.yaml", "out", "--seed", "3"), "--seed: no option of the sweep"),
         (("examples/tiny.yaml", "out", "--run.seed", "3"), "--run.seed: set by the sweep"),
-        (("examples/tiny.yaml", "out", "--policy.name", "a/b,c"), "they cannot have a blank or one of /"),
+        (
+            ("examples/tiny.yaml", "out", "--policy.name", "a/b,c"),
+            "they cannot have a blank or one of /",
+        ),
         (("examples/tiny.yaml", "out", "--policy.name", "a,,c"), "a value between commas is empty"),
         (("examples/tiny.yaml", "out", "--training.step", "1,2"), "unknown key 'training.step'"),
         (("examples/tiny.yaml", "out", f"--{KEY}", "1,x"), "Expected a float. Got value: x"),
