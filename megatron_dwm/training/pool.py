@@ -46,7 +46,7 @@ def choose_rows(
     found = rows.tolist()
     if found[0] == -2:
         raise RunError(
-            f"step {counters.step + 1}: {type(method).__name__}.choose gave other than {count} "
+            f"step {counters.step + 1}: {type(method).__name__}.choose did not return {count} "
             "different candidates of its pool"
         )
     if found[0] < 0:

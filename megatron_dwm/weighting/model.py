@@ -127,8 +127,8 @@ def load_weighting_model(directory: Path, expected: WeightingShape) -> Weighting
         model.load_state_dict(load_file(directory / _TENSOR_FILE))
     except (SafetensorError, RuntimeError) as error:
         raise UserError(
-            f"weighting.load: {directory / _TENSOR_FILE} has not the tensors of the model that "
-            f"{_SHAPE_FILE} describes ({str(error).splitlines()[0]}); bring back a copy of it"
+            f"weighting.load: {directory / _TENSOR_FILE} does not hold the tensors of the model "
+            f"that {_SHAPE_FILE} describes ({str(error).splitlines()[0]}); bring back a copy of it"
         ) from None
     return model
 

@@ -56,7 +56,7 @@ def update_problem(config: Config, method: type[Method]) -> str | None:
         return None
     parts = method.parts(config)
     if "target" not in parts:
-        return "its schedule has updates, and its parts no target, which they read"
+        return "its schedule has updates, but its parts lack target, which updates read"
     if method.aligns_first:  # `weights` has the alignments
         return None
     needed = "update" if "hypergradients" in parts else "read_target"

@@ -222,7 +222,7 @@ def test_a_class_that_cannot_be_used_is_one_line(name: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("Aimless", "its schedule has updates, and its parts no target, which they read"),
+        ("Aimless", "its schedule has updates, but its parts lack target, which updates read"),
         ("Learns", "its schedule has updates, and the class does not define update"),
         ("Reads", "its schedule has updates, and the class does not define read_target"),
         ("Own", "its schedule has updates, and the class does not define own_update"),

@@ -124,15 +124,13 @@ def test_the_models_own_rules_do_not_count(
     assert found[:2] == found[2:] and found[0] != found[1]
 
 
-def test_sampling_is_from_all_tokens(
-    small_tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    """At a high temperature nearly every id is equally likely, not the 50 most likely alone."""
+def test_sampling_is_from_all_tokens(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """At a high temperature every id is about as likely; transformers' default keeps 50 of them."""
     directory = write_llama(tmp_path / "model", bos_token_id=2, eos_token_id=None)
     write_tokenizer_files(small_tokenizer, 256, directory)
-    [text] = generate_text(directory, [""], max_new_tokens=200, temperature=1e4, top_p=1.0, seed=1)
-    capsys.readouterr()
-    assert len(set(small_tokenizer.encode(text))) > 60
+    options = {"max_new_tokens": 1, "temperature": 1e4, "top_p": 1.0}
+    firsts = {generate_text(directory, [""], seed=seed, **options)[0] for seed in range(150)}
+    assert len(firsts) > 50
 
 
 def test_a_model_without_weights(

@@ -151,7 +151,7 @@ class MegatronModel:
             layers = int(number) + 1 if number.isdigit() else _stacked(saved[name])
             if layers is not None and layers > shape.num_layers:
                 raise UserError(
-                    f"{self.folder}: {name} is of {layers} layers or more, the settings say "
+                    f"{self.folder}: by {name} it has at least {layers} layers, the settings say "
                     f"{shape.num_layers}; give --shape num_layers=N"
                 )
             for words, key, is_there in (
