@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_dwm.model.layers.kernels import grouped_attention
 from megatron_dwm.model.layers.pieces import Pieces, attend
 from megatron_dwm.model.passes.units import Units
 
@@ -94,7 +95,7 @@ class EncoderLayer(nn.Module):
             query, key = rotate(query, rotation), rotate(key, rotation)
         if pieces is None or pieces.are_rows:
             seen = None if present_BS is None else present_BS.reshape(batch, 1, -1, length)
-            mixed = F.scaled_dot_product_attention(
+            mixed = grouped_attention(
                 query, key, value, attn_mask=seen, is_causal=rotation is not None
             ).transpose(1, 2)
         else:
