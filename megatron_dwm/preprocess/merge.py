@@ -21,8 +21,13 @@ from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.outputs import new_outputs, why_unwritable
 from megatron_dwm.files.dataset_paths import DatasetPaths
 from megatron_dwm.files.index_format import IndexHeader
-from megatron_dwm.files.sidecar_format import INPUTS_OF_SHARDS, read_facts
-from megatron_dwm.preprocess.merge_sidecars import common_schema, matching_sidecars, merge_sidecars
+from megatron_dwm.files.sidecar_format import INPUTS_OF_SHARDS, facts_in
+from megatron_dwm.preprocess.merge_sidecars import (
+    common_schema,
+    matching_sidecars,
+    merge_sidecars,
+    read_sidecar_schema,
+)
 from megatron_dwm.preprocess.read.indexed import (
     IndexedInput,
     open_indexed,
@@ -132,7 +137,8 @@ def _require_one_list(shards: Sequence[str]) -> None:
     known: dict[str, str] = {}
     for name in shards:
         sidecar = DatasetPaths.of(name).sidecar
-        if sidecar.exists() and (digest := read_facts(sidecar).get(INPUTS_OF_SHARDS)):
+        facts = facts_in(read_sidecar_schema(sidecar)) if sidecar.exists() else {}
+        if digest := facts.get(INPUTS_OF_SHARDS):
             known[digest] = name
     if len(known) > 1:
         first, second, *_ = known.values()

@@ -6,6 +6,7 @@ Memory is one row group.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,7 +29,7 @@ def matching_sidecars(paths: Sequence[Path], num_documents: Sequence[int]) -> li
     """The sidecars of all datasets, or none if no dataset has one.
 
     num_documents: of each path's dataset. Raises `UserError` if some datasets lack their sidecar,
-    or if tokenizers, columns or numbers of rows differ.
+    or if tokenizers, columns or numbers of rows differ, or if one cannot be read.
     """
     there = [path for path in paths if path.exists()]
     if not there:
@@ -44,8 +45,25 @@ def matching_sidecars(paths: Sequence[Path], num_documents: Sequence[int]) -> li
     return there
 
 
+def read_sidecar_schema(path: Path) -> pa.Schema:
+    """The schema of a sidecar. Raises `UserError` if it cannot be read."""
+    with _user_error_if_damaged(path):
+        return pq.read_schema(path)
+
+
+@contextmanager
+def _user_error_if_damaged(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: is not a readable Parquet file ({reason}); preprocess this dataset again"
+        ) from None
+
+
 def _check_schemas(paths: Sequence[Path]) -> None:
-    schemas = [pq.read_schema(path) for path in paths]
+    schemas = list(map(read_sidecar_schema, paths))
     first_path, first = paths[0], schemas[0]
     for path, schema in zip(paths, schemas, strict=True):
         differing = facts_that_differ(facts_in(first), facts_in(schema))
@@ -74,7 +92,9 @@ def merge_sidecars(paths: Sequence[Path], schema: pa.Schema, output: Path) -> No
         for path in paths:
             with pq.ParquetFile(path) as file:
                 for group in range(file.num_row_groups):
-                    yield _as_schema(file.read_row_group(group), schema)
+                    with _user_error_if_damaged(path):
+                        table = file.read_row_group(group)
+                    yield _as_schema(table, schema)
 
     write_row_groups(output, schema, tables())
 
@@ -93,7 +113,7 @@ def common_schema(paths: Sequence[Path]) -> pa.Schema:
 
     Raises `UserError` for a column whose types have none.
     """
-    schemas = [pq.read_schema(path) for path in paths]
+    schemas = list(map(read_sidecar_schema, paths))
     fields = []
     for i, field in enumerate(schemas[0]):
         types = {
@@ -141,7 +161,9 @@ def _beyond_double(path: Path, column: int) -> bool:
             return False
         name = file.schema_arrow.names[column]
         for group in range(file.num_row_groups):
-            found = pc.min_max(file.read_row_group(group, columns=[name]).column(0)).as_py()
+            with _user_error_if_damaged(path):
+                table = file.read_row_group(group, columns=[name])
+            found = pc.min_max(table.column(0)).as_py()
             if found["min"] is not None and (
                 found["min"] < -LARGEST_IN_DOUBLE or found["max"] > LARGEST_IN_DOUBLE
             ):

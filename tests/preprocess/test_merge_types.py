@@ -87,3 +87,19 @@ def test_one_corpus_divided_twice_is_refused(tmp_path: Path) -> None:
     names = [f"{tmp_path}/sp-{i:05d}-of-{n:05d}_text" for n in (1, 2) for i in range(n)]
     with pytest.raises(UserError, match="the same corpus, divided twice"):
         merge_datasets(names, str(tmp_path / "out"))
+
+
+def test_a_damaged_sidecar_is_refused(tmp_path: Path) -> None:
+    """With no end, and with zeros among its values; the second is seen only when they are read."""
+    prefixes = [str(tmp_path / name) for name in "ab"]
+    for prefix in prefixes:
+        write_dataset(Path(prefix), np.int32)
+        column = pa.array([f"a text of {i}" for i in range(3)])
+        pq.write_table(pa.table({"quality": column}), f"{prefix}.meta.parquet")
+    sidecar = Path(f"{prefixes[1]}.meta.parquet")
+    whole = sidecar.read_bytes()
+    for damaged in (whole[:40], whole[:4] + bytes(60) + whole[64:]):
+        sidecar.write_bytes(damaged)
+        with pytest.raises(UserError, match="b.meta.parquet: is not a readable Parquet file"):
+            merge_datasets(prefixes, str(tmp_path / "out"))
+        assert not list(tmp_path.glob("out*"))

@@ -4,8 +4,8 @@ On a GPU its kernels that never form the S x S matrix take grouped heads in half
 without a bias alone. Otherwise the heads of keys and values are repeated here: the memory-efficient
 kernel then takes them. Cost: copies of keys and values, heads / groups times as large.
 
-On a CPU attention is computed in fp32: its backward pass in bf16 took two to five times as long, the
-copies included (torch 2.13, heads of 32 and 16 numbers; as long for heads of 64).
+On a CPU attention is computed in fp32: its backward pass in bf16 took two to five times as long
+(torch 2.13, heads of 32 and 16 numbers; equally long for heads of 64).
 """
 
 from __future__ import annotations
