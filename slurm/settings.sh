@@ -80,10 +80,10 @@ check_words() {
     done
 }
 
-# minutes_of TIME: whole minutes of a time as Slurm reads it; a word, such as UNLIMITED, is many.
+# minutes_of TIME: whole minutes of a time as Slurm reads it; a word, such as UNLIMITED, and 0, which means the same, are many.
 minutes_of() {
     local days=0 parts time="$1"
-    [[ "$time" =~ ^[0-9]+(-[0-9]+)?(:[0-9]+){0,2}$ ]] || { echo 1000000 && return; }
+    [[ "$time" =~ ^[0-9]+(-[0-9]+)?(:[0-9]+){0,2}$ && "$time" =~ [1-9] ]] || { echo 1000000 && return; }
     [[ "$time" != *-* ]] || { days="${time%-*}" time="${time#*-}" && [[ "$time" == *:* ]] || time="$time:00"; }
     IFS=: read -ra parts <<<"$time"
     case "$1" in

@@ -70,11 +70,18 @@ class VirtualStep:
         self._publish()
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Write theta back into the model's parameters, bit for bit."""
+    def restore(self, *, alone: bool = False) -> None:
+        """Write theta back into the model's parameters, bit for bit.
+
+        alone: other ranks may not come here, because this one has failed. Then parts of a sharded
+            optimizer's other ranks keep theta', unless there is one process.
+        """
         for slot, kept in zip(self.slots, self.parameters, strict=True):
             slot.model.copy_(slot.main if kept is None else kept)
-        self._publish()
+        if alone and self.llm.runtime.world_size > 1:
+            invalidate_weight_caches(self.llm)
+        else:
+            self._publish()
 
     @torch.no_grad()
     def direction(self) -> None:

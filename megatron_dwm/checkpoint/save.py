@@ -28,7 +28,7 @@ from megatron_dwm.checkpoint.sharded_files import (
     try_write,
 )
 from megatron_dwm.checkpoint.sharded_plan import SavePlan
-from megatron_dwm.files.atomic import partial_path, replace_folder, sync
+from megatron_dwm.files.atomic import partial_path, replace_folder, sync, sync_names
 
 
 class CheckpointSave:
@@ -134,4 +134,5 @@ class CheckpointSave:
         sync(self._partial)
         manifest = Manifest(state=self._state, fingerprint=self._fingerprint, files=files)
         write_manifest(self._partial, manifest)
+        sync_names(self._partial)
         replace_folder(self._partial, self.directory)

@@ -17,7 +17,7 @@ import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ def load(arguments: Sequence[str], prog: str = "megatron_dwm.pretrain") -> Loade
     if file is not None:
         rest = ["--config", str(file), *rest]
     parser, words = _parser(prog), _join_lists(rest)
+    file = file or _only_configuration(words)
     given = _given(words)
     for number, word in enumerate(words):
         if word == "--config" and number + 1 < len(words):
@@ -96,6 +97,13 @@ def load(arguments: Sequence[str], prog: str = "megatron_dwm.pretrain") -> Loade
     if file is not None and file.resolve() == Path(config.run.dir, "config.yaml").resolve():
         config = with_earlier_defaults(config, given.file | given.command_line)
     return Loaded(with_defaults(config), given)
+
+
+def _only_configuration(words: Sequence[str]) -> Path | None:
+    """Returns the file of `--config FILE`; None unless there is one."""
+    named = [Path(after) for word, after in pairwise(words) if word == "--config"]
+    named += [Path(word.partition("=")[2]) for word in words if word.startswith("--config=")]
+    return named[0] if len(named) == 1 else None
 
 
 def config_text(config: Config, typed_paths: Mapping[str, Any] | None = None) -> str:

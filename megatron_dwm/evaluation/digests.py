@@ -24,7 +24,7 @@ _LEFT_OUT = (
     "metadata",
     "task",
 )
-SPLITS = "splits"
+SPLITS = "megatron_dwm_splits"
 """of a task's metadata: its own names of splits, where its data lacks one that is not read"""
 _DIGITS = 16
 

@@ -122,7 +122,7 @@ def replace_folder(partial: Path, path: Path) -> None:
     if path.exists():
         path.rename(replaced)
     partial.rename(path)
-    _sync_folder(path.parent)
+    sync_names(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -161,13 +161,13 @@ def sync(path: Path) -> None:
     """Force a file, or a folder with all that is in it, to the disk."""
     for inner in (path, *path.rglob("*")) if path.is_dir() else (path,):
         if inner.is_dir():
-            _sync_folder(inner)
+            sync_names(inner)
         elif inner.is_file():
             with inner.open("rb") as stream:
                 os.fsync(stream.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def sync_names(path: Path) -> None:
     """Force the names in a folder to the disk, where its file system can do so."""
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -77,12 +78,9 @@ class MegatronProbe:
             )
         if optimizer.config.fp16:
             raise ValueError("optimizer: fp16 scales the loss by a changing factor; use bf16")
-        for chunk in chunks:
-            for name, parameter in chunk.named_parameters():
-                if not parameter.requires_grad:
-                    raise ValueError(f"model: {name} is frozen; every parameter has to be trained")
         self._config = get_model_config(chunks[0])
         runtime = runtime_of_running_job()
+        _require_trained(chunks, runtime.world_size)
         self._model = WrappedModel(chunks=chunks, transformer=self._config, runtime=runtime)
         self._optimizer, self._inner = optimizer, inner
         self._size, self._adapters = micro_batch_size, adapters
@@ -141,8 +139,10 @@ class MegatronProbe:
                 clear_gradients(model, optimizer)
                 validate()
                 step.direction()
-            finally:
-                step.restore()
+            except BaseException:
+                step.restore(alone=True)  # the others may not be here
+                raise
+            step.restore()
             current = self._current(num_micro_batches)
             # z is in the gradient buffers, which must not be reduced.
             with frozen(model), self._probing(current), _unreduced(self._config):
@@ -252,3 +252,15 @@ class _MicroBatches:
                 f"the pass had {self._seen} micro-batches, and the probe was told {self._told} "
                 "(num_micro_batches)"
             )
+
+
+def _require_trained(chunks: Sequence[Module], world_size: int) -> None:
+    """Raise ValueError on every rank if one of them has a frozen parameter (collective)."""
+    parameters = (each for chunk in chunks for each in chunk.named_parameters())
+    mine = next((name for name, parameter in parameters if not parameter.requires_grad), None)
+    names: list[str | None] = [mine]
+    if world_size > 1:
+        names = [None] * world_size
+        dist.all_gather_object(names, mine)
+    if found := next(filter(None, names), None):
+        raise ValueError(f"model: {found} is frozen; every parameter has to be trained")

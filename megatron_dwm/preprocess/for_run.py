@@ -20,6 +20,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.files.atomic import write_json
@@ -37,6 +38,8 @@ _KEY = "text"
 _POLL_S = 0.5
 # A waiting process says so after this time.
 _SILENT_S = 60.0
+# The first process has removed what an earlier job refused by then.
+_REMOVED_S = 30.0
 
 
 def with_prepared_data(config: Config) -> Config:
@@ -62,6 +65,7 @@ def _prepared(text: Path, config: Config) -> str:
     settings = _settings(text, config)
     done = FinalPaths(prefix=settings.prefix, keys=settings.json_keys).record
     refused = Path(f"{settings.prefix}.refused")
+    earlier = _refusal(refused)
     if find_launch(os.environ).rank == 0:
         if not done.is_file():
             print(f"data.train {text}: tokens are written to {settings.prefix}_*", flush=True)
@@ -71,9 +75,10 @@ def _prepared(text: Path, config: Config) -> str:
             _preprocess(settings)
         except UserError as error:
             with suppress(OSError):  # a full disk, say, which must not hide the error
-                write_json(refused, {"job": _job(), "error": str(error)})
+                content = {"job": _job(), "time_ns": time.time_ns(), "error": str(error)}
+                write_json(refused, content)
             raise
-    _wait_for(done, refused)
+    _wait_for(done, refused, earlier)
     return f"{settings.prefix}_{_KEY}_document"
 
 
@@ -83,18 +88,28 @@ def _job() -> str:
     return f"{launch.world_size} processes at {launch.host}:{launch.port}"
 
 
-def _wait_for(done: Path, refused: Path) -> None:
+def _refusal(refused: Path) -> dict[str, Any] | None:
+    """Returns what is in the file of a refusal; None if there is none, or no more."""
+    try:
+        return json.loads(refused.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _wait_for(done: Path, refused: Path, earlier: dict[str, Any] | None) -> None:
     """Wait until the first process has written the files; says so once if it takes a while.
 
+    earlier: the refusal that was there at the start. A job that is started again may have the name
+    of the one before, so this counts only if the first process leaves it there.
     Raises UserError if the first process has refused the text.
     """
     start_s, is_said = time.monotonic(), False
     while not done.is_file():
-        if refused.is_file():
-            found = json.loads(refused.read_text(encoding="utf-8"))
-            if found["job"] == _job():
-                raise UserError(found["error"])
-        if not is_said and time.monotonic() - start_s > _SILENT_S:
+        waited_s, found = time.monotonic() - start_s, _refusal(refused)
+        counts = found is not None and (found != earlier or waited_s > _REMOVED_S)
+        if found is not None and counts and found["job"] == _job():
+            raise UserError(found["error"])
+        if not is_said and waited_s > _SILENT_S:
             rank, host = find_launch(os.environ).rank, socket.gethostname()
             print(
                 f"warning: rank {rank} on {host} waits for {done}, which rank 0 writes; every "

@@ -64,7 +64,7 @@ def seeds_note(group: Group, baseline: Group) -> str | None:
         return None
     common = [seed for seed in ours if seed in theirs]
     compared = (
-        f"losses are compared over {', '.join(common)}"
+        f"differences of losses are over {', '.join(common)}, work to reach a loss is over all"
         if common
         else "none is in both, so differences contain that of the seeds"
     )

@@ -147,7 +147,10 @@ class Reporter:
 
     def _skipped_update(self, stage: int) -> None:
         number = self._state.updates
-        reason = "its losses, alignments or features are not finite"
+        reason = (
+            "its losses, alignments or features are not finite, or no sample that was probed has a "
+            "weight above 1e-6"
+        )
         self._write(stage, "skipped_update", update=number, reason=reason)
         self.terminal.warn(f"weighting update {number} is skipped: {reason}")
 

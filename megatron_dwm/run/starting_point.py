@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,10 @@ def shape_to_start_from(config: Config) -> LlamaShape | None:
         return None
     if config.run.resume:
         for checkpoint in reversed(list_checkpoints(Path(config.run.dir))):
-            if (checkpoint / MANIFEST).is_file() and (checkpoint / SHAPE_FILE).is_file():
-                return _read_shape(checkpoint / SHAPE_FILE, "run.dir")
+            # A damaged one is set aside later, when all files are compared with their checksums.
+            with suppress(UserError):
+                if (checkpoint / MANIFEST).is_file():
+                    return _read_shape(checkpoint / SHAPE_FILE, "run.dir")
     shape = shape_of_model(Path(config.model.init_from), _KEY)
     if config.model.init_optimizer:
         _require_optimizer(config, Path(config.model.init_from))

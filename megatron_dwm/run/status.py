@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_dwm.checkpoint.manifest import list_checkpoints, read_manifest
 from megatron_dwm.checkpoint.state import TrainState
-from megatron_dwm.config import Config
+from megatron_dwm.config import Config, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,8 @@ def saved_status(config: Config) -> Status:
     for directory in reversed(list_checkpoints(Path(config.run.dir))):
         try:
             checkpoint, state = directory.name, read_manifest(directory).state
+        except UserError:  # a newer version's, which a run refuses, too
+            raise
         except ValueError:  # the run sets it aside when it starts
             continue
         break

@@ -31,6 +31,7 @@ from megatron_dwm.data.token_losses import TokenLosses, open_token_losses, token
 from megatron_dwm.model import LLM, ForwardOutputs, LlamaShape, forward_only
 from megatron_dwm.model.flops import llm_forward_flops
 from megatron_dwm.model.offload import Offload
+from megatron_dwm.model.on_disk.megatron_files import is_megatron, newest_iteration
 from megatron_dwm.model.passes.objective import unit
 from megatron_dwm.runtime import Runtime
 from megatron_dwm.weighting.costs import Costs, Workload, plain_costs
@@ -76,8 +77,9 @@ class ExcessLoss(Method):
         # A checkpoint's manifest has the digests of its other files.
         manifest = directory / "manifest.json"
         files = [manifest] if manifest.is_file() else sorted(directory.glob("*.safetensors"))
-        # Megatron-LM's have neither.
-        for file in files or sorted(directory.rglob("*.distcp")):
+        if not files and is_megatron(directory):
+            files = sorted(newest_iteration(directory).glob("*.distcp"))
+        for file in files:
             yield "policy.reference", file
 
     @classmethod

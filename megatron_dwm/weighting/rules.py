@@ -30,7 +30,10 @@ def group_size_problems(config: Config) -> Iterator[str]:
             "set weighting.group to global or use larger micro-batches"
         )
     if weighting.group == "global" and training.global_batch_size < 2:
-        yield "training.global_batch_size 1: a weighting group of one sample always weighs 1"
+        yield (
+            "training.global_batch_size 1: a weighting group of one sample always weighs 1; use "
+            "larger batches, or policy.name uniform"
+        )
 
 
 def group_problems(config: Config) -> Iterator[str]:

@@ -25,8 +25,9 @@ from megatron_dwm.checkpoint.manifest import (
 )
 from megatron_dwm.checkpoint.newest import newest_whole_checkpoint
 from megatron_dwm.checkpoint.state import TrainState
-from megatron_dwm.config import ParallelConfig, UserError
+from megatron_dwm.config import Config, ParallelConfig, RunConfig, UserError
 from megatron_dwm.files.atomic import replace_folder
+from megatron_dwm.run.status import saved_status
 from megatron_dwm.runtime import bring_up
 
 
@@ -102,6 +103,8 @@ def test_a_newer_versions_checkpoint_is_no_damaged_one(tmp_path: Path, change: s
         for find in (damage_of, lambda _: newest_whole_checkpoint(tmp_path, runtime)):
             with pytest.raises(UserError, match="written by a newer version of megatron_dwm"):
                 find(directory)
+    with pytest.raises(UserError, match="written by a newer version of megatron_dwm"):
+        saved_status(Config(run=RunConfig(dir=str(tmp_path))))
     assert list_checkpoints(tmp_path) == [directory]
 
 

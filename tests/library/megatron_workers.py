@@ -214,9 +214,12 @@ def started_reductions() -> list[int]:
         return counts
 
 
-def left_by_a_failed_validation() -> tuple[bool, str]:
-    """Whether parameters are as they were after `exact` failed; and the refusal of a frozen one."""
-    with tiny() as subject:
+def left_by_a_failed_validation(**layout: int) -> tuple[bool, str]:
+    """Whether parameters are as they were after `exact` failed; and the refusal of a frozen one.
+
+    The frozen one is on the first rank alone.
+    """
+    with tiny(**layout) as subject:
         subject.llm.transformer.finalize_model_grads_func = finalize_model_grads
         probe = MegatronProbe(subject.llm.chunks, subject.optimizer, micro_batch_size=MICRO_BATCH)
         before = [parameter.detach().clone() for parameter in subject.llm.parameters()]
@@ -228,7 +231,7 @@ def left_by_a_failed_validation() -> tuple[bool, str]:
             probe.exact(_pass(subject, _batch(subject, TRAIN)), validate, num_micro_batches=4)
         parameters = subject.llm.parameters()
         same = all(torch.equal(p, kept) for p, kept in zip(parameters, before, strict=True))
-        parameters[0].requires_grad_(False)
+        parameters[0].requires_grad_(subject.llm.runtime.rank > 0)
         try:
             MegatronProbe(subject.llm.chunks, subject.optimizer, micro_batch_size=MICRO_BATCH)
         except ValueError as error:

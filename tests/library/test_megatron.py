@@ -74,11 +74,12 @@ def test_the_schedule_reduces_no_direction() -> None:
     assert any(plain > 0 for plain, _ in ranks)
 
 
-def test_a_validation_pass_that_fails_leaves_the_parameters() -> None:
-    [[(same, refusal)]] = run_ranks(
-        "tests.library.megatron_workers:left_by_a_failed_validation", 1, [{}]
-    )
-    assert same and "is frozen; every parameter has to be trained" in refusal
+@pytest.mark.parametrize("layout", [{}, {"pipeline": 2}], ids=str)
+def test_a_validation_pass_that_fails_leaves_the_parameters(layout: dict[str, int]) -> None:
+    worker = "tests.library.megatron_workers:left_by_a_failed_validation"
+    [ranks] = run_ranks(worker, layout.get("pipeline", 1), [layout])
+    for same, refusal in ranks:
+        assert same and "is frozen; every parameter has to be trained" in refusal
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,14 @@ def test_links_to_directories_are_followed_once(tmp_path: Path, rows: list[dict]
     (corpus / ".hidden").symlink_to(elsewhere)
     found = [read.name for read in find_inputs([str(corpus)])]
     assert found == [str(corpus / "a.jsonl"), str(corpus / "web" / "a.jsonl")]
-    for target in (elsewhere, corpus, tmp_path):
+    # A link to what is read anyway is left out, as `current` beside the versions of a corpus.
+    (corpus / "v2").mkdir()
+    write(corpus / "v2" / "b.jsonl", rows[:2])
+    for name, target in (("current", corpus / "v2"), ("self", corpus)):
+        (corpus / name).symlink_to(target)
+    inside = [read.name for read in find_inputs([str(corpus)])]
+    assert inside == [found[0], str(corpus / "v2" / "b.jsonl"), found[1]]
+    for target in (elsewhere, tmp_path):
         link = corpus / "again"
         link.symlink_to(target)
         with pytest.raises(UserError, match=r"again.*under another name, which would be read tw"):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
+from megatron_dwm.config import UserError
+from megatron_dwm.preprocess import for_run
 from tests.small_runs.command import RESUME, metrics, pretrain, succeed, without_time
 from tests.small_runs.fixtures import CORPUS, Corpus
 
@@ -91,3 +95,26 @@ def test_what_the_first_process_refuses_ends_all(corpus: Corpus, tmp_path: Path)
         said = [job.communicate(timeout=100)[1] for job in jobs]
         assert [job.returncode for job in jobs] == [2, 2], said
         assert "broken.jsonl:2" in said[0] and "--on-bad-record skip leaves" in said[0]
+
+
+def test_what_an_earlier_job_refused_does_not_end_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Job names repeat; the first process removes the old file a little later than others look."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(for_run, "_POLL_S", 0.01)
+    done, refused = tmp_path / "done", tmp_path / "refused"
+    old = {"job": for_run._job(), "time_ns": 1, "error": "the disk is full"}
+    refused.write_text(json.dumps(old))
+    timers = [Timer(0.2, refused.unlink), Timer(0.4, done.touch)]
+    for timer in timers:
+        timer.start()
+    for_run._wait_for(done, refused, old)
+    done.unlink()
+    refused.write_text(json.dumps({**old, "time_ns": 2}))
+    with pytest.raises(UserError, match="the disk is full"):
+        for_run._wait_for(done, refused, old)
+    monkeypatch.setattr(for_run, "_REMOVED_S", 0.0)  # the first process left it there
+    with pytest.raises(UserError, match="the disk is full"):
+        for_run._wait_for(done, refused, {**old, "time_ns": 2})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from megatron_dwm.checkpoint.manifest import list_checkpoints
 from megatron_dwm.checkpoint.optimizer_state import saved_step
-from tests.small_runs.command import metrics
+from tests.small_runs.command import RESUME, metrics
 from tests.small_runs.fixtures import Corpus
 from tests.small_runs.forked import Server
 
@@ -41,3 +42,19 @@ def test_moments_come_along_if_asked_for(
 def _count(run_dir: Path) -> int:
     folder = list_checkpoints(run_dir)[-1] / "llm"
     return int(saved_step(torch.load(folder / "common.pt", weights_only=True)))
+
+
+def test_the_model_may_be_gone_and_the_newest_checkpoint_damaged(
+    server: Server, corpus: Corpus, earlier: Path, tmp_path: Path
+) -> None:
+    model, run_dir = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(earlier, model)
+    start = [*corpus.arguments(), "--model.init_from", str(model)]
+    start += ["--training.checkpoint_interval_steps", "1"]
+    server.succeed(run_dir, [*start, *STEPS])
+    shutil.rmtree(model)
+    first, second = list_checkpoints(run_dir)
+    (second / "shape.json").write_text("{")
+    server.succeed(run_dir, [*start, *STEPS, *RESUME])
+    assert list_checkpoints(run_dir) == [first, second]
+    assert (second / "manifest.json").is_file() and list(second.parent.glob("*.damaged*"))

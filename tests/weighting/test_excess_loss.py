@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_dwm.config import Config, PolicyConfig
+from megatron_dwm.weighting.excess_loss import ExcessLoss
 from megatron_dwm.weighting.top_fraction import keep_largest
 from tests.launch import run_ranks
 
@@ -77,3 +80,16 @@ def test_layouts_keep_the_same(size: int, layout: dict[str, Any]) -> None:
             assert torch.equal(found["weights"], expected["weights"])
             # Sums in another order, through one step of Adam.
             torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=0.0)
+
+
+def test_of_a_folder_of_megatron_lms_the_newest_iteration_counts(tmp_path: Path) -> None:
+    """A resumed run must find that one unchanged; older ones may be removed meanwhile."""
+    for number in (5, 7):
+        folder = tmp_path / f"iter_000000{number}"
+        folder.mkdir()
+        for name in (".metadata", "__0_0.distcp"):
+            (folder / name).touch()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    config = Config(policy=PolicyConfig(name="excess_loss", reference=str(tmp_path)))
+    found = list(ExcessLoss.depends_on(config))
+    assert found == [("policy.reference", tmp_path / "iter_0000007" / "__0_0.distcp")]

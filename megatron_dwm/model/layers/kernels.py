@@ -35,15 +35,18 @@ def grouped_attention(
 
 
 def _is_slow(query: Tensor) -> bool:
-    return query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
+    """True on a CPU if the operands are in half precision, or would be cast to it."""
+    in_half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.device.type == "cpu" and (in_half or torch.is_autocast_enabled("cpu"))
 
 
 def _in_fp32(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
     mask = options.get("attn_mask")
     if mask is not None and mask.is_floating_point():
         options = {**options, "attn_mask": mask.float()}
-    found = grouped_attention(query.float(), key.float(), value.float(), **options)
-    return found.to(query.dtype)
+    with torch.autocast("cpu", enabled=False):
+        found = grouped_attention(query.float(), key.float(), value.float(), **options)
+    return found.to(value.dtype)
 
 
 def repeat_heads(key_BgSd: Tensor, value_BgSd: Tensor, times: int) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ def open_megatron(source: Path, given: Mapping[str, Any] | None = None) -> Megat
     Raises UserError: there is no such checkpoint, or it is of a model that is no Llama, or its
     tensors have other sizes than the shape says.
     """
-    folder = _iteration(source)
+    folder = newest_iteration(source)
     with data_only(folder / ".metadata"):
         require_files(folder, read_index(folder))
     settings = read_settings(folder)
@@ -81,8 +81,11 @@ def load_megatron(llm: LLM, source: MegatronModel) -> None:
             parameter.copy_(mine)
 
 
-def _iteration(source: Path) -> Path:
-    """Returns the folder of the newest iteration, or `source` if it is one."""
+def newest_iteration(source: Path) -> Path:
+    """Returns the folder of the newest iteration, or `source` if it is one.
+
+    Raises UserError if there is none, or if it is in another format.
+    """
     folder = source
     if (source / LATEST).is_file():
         word = (source / LATEST).read_text(encoding="utf-8").strip()
@@ -147,7 +150,7 @@ class MegatronModel:
         """Raise UserError if the model has layers or tensors that the shape leaves out."""
         shape, saved = self.shape, self.index.state_dict_metadata
         for name in (each for each in saved if each.startswith(_LAYERS)):
-            number, _, inner = name.removeprefix(_LAYERS).partition(".")
+            number, *_ = name.removeprefix(_LAYERS).partition(".")
             layers = int(number) + 1 if number.isdigit() else _stacked(saved[name])
             if layers is not None and layers > shape.num_layers:
                 raise UserError(

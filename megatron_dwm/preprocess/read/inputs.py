@@ -194,8 +194,19 @@ def _is_own(path: str, output_prefix: str | None) -> bool:
     return rest != whole and _OWN_FILE.fullmatch(rest) is not None
 
 
+def _is_read_anyway(path: Path, directory: str) -> bool:
+    """True for a link to a folder that is read under its own name, in the directory."""
+    if not path.is_symlink():
+        return False
+    inside = os.path.relpath(path.resolve(), os.path.realpath(directory))
+    return not any(part.startswith(".") and part != "." for part in Path(inside).parts)
+
+
 def _files_below(directory: str, output_prefix: str | None) -> list[str]:
-    """Returns the files of known formats in a directory and all below it, links included."""
+    """Returns the files of known formats in a directory and all below it, links included.
+
+    A link to a folder inside the directory is left out: its files are there under their own names.
+    """
     seen: dict[str, str] = {}
     found: list[str] = []
     for folder, inner, files in os.walk(directory, followlinks=True):
@@ -206,7 +217,11 @@ def _files_below(directory: str, output_prefix: str | None) -> list[str]:
                 "the link, or name the directories"
             )
         seen[real] = folder
-        inner[:] = [name for name in inner if not name.startswith(".")]
+        inner[:] = [
+            name
+            for name in inner
+            if not name.startswith(".") and not _is_read_anyway(Path(folder, name), directory)
+        ]
         visible = (Path(folder, name) for name in files if not name.startswith("."))
         found += [str(path) for path in visible if path.is_file() and is_known(path)]
     found = [path for path in found if not _is_own(path, output_prefix)]
