@@ -214,9 +214,9 @@ class WeightingConfig:
     """multiply the learning rate of updates by the measured reliability of the alignments"""
     load: str | None = key(None, part="weighting_model")
     """directory of a weighting model (weighting/stage_K of a run) to start from; its sizes replace
-    the four keys below (policy dwm); with encoder own, data.tokenizer must be the tokenizer it was
-    trained with; the run itself, or its folder weighting, names the models of all its N stages,
-    which a frozen model takes in turn, each for one Nth of this run"""
+    hidden_size to ffn_hidden_size, and across_samples; with encoder own, data.tokenizer must be the
+    tokenizer it was trained with; the run itself, or its folder weighting, names the models of all
+    its N stages, which a frozen model takes in turn, each for one Nth of this run"""
     frozen: bool = key(False, part="weighting_model")
     """use the loaded weighting model without updating it"""
     pool_batches: int = key(1, POOL, part="pool")
@@ -234,9 +234,9 @@ class WeightingConfig:
     )
     """transformer layers of the weighting model's token encoder"""
     num_attention_heads: int = key(4, WIDTH, part="weighting_model", only=_NOT_LOADED)
-    """attention heads of the weighting model, in its encoder and across samples"""
+    """attention heads of the weighting model, in its encoder (own) and across samples"""
     ffn_hidden_size: int = key(64, INNER_WIDTH, part="weighting_model", only=_NOT_LOADED)
-    """inner width of the weighting model's SwiGLU blocks"""
+    """inner width of the SwiGLU blocks in its encoder (own) and across samples"""
     unit: Literal["sample", "document", "token"] = "sample"
     """what gets a weight: a sample, which is a row of data.sequence_length tokens, each piece of a
     document in it, or each token (policies excess_loss and blade)"""
@@ -266,7 +266,8 @@ class WeightingConfig:
     """largest gradient norm of the weighting model; 0 switches clipping off"""
     standardize: bool = key(True, part="alignments")
     """standardize the alignments of a weighting group before an update; false keeps them in nats of
-    validation loss, whose size changes during training"""
+    validation loss, whose size changes during training (with update_on ahead they leave out the
+    factor by which the step's gradient is clipped)"""
     min_effective_sample_size: float = key(0.5, FRACTION, part="softmax")
     """smallest effective sample size of a group, as a fraction of its samples, enforced by a
     temperature; must be above 1 / samples, since it is never smaller; 0 switches it off"""

@@ -157,8 +157,10 @@ def _extra_forward_pass(costs: Costs) -> Iterator[str]:
     if costs.extra_forward:
         yield (
             "weighting.group global with several micro-batches: "
-            "every step needs an extra forward pass before it has weights (a third more time); set "
-            "weighting.group micro_batch or a larger training.micro_batch_size to avoid it"
+            "every step needs an extra forward pass before it has weights (a third more time); to "
+            "avoid it, set weighting.group micro_batch or a larger training.micro_batch_size, or, "
+            "with policy dwm and weighting.encoder llm, weighting.across_samples false and "
+            "weighting.normalizer deferred"
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_dwm.config import Config
+from megatron_dwm.config import Config, WeightingConfig
 from megatron_dwm.config.key import Part
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.tokenizer import Tokenizer
@@ -55,8 +55,9 @@ class DwmConfiguration(ChoosesFromPool):
 
     @classmethod
     def remarks(cls, config: Config, llm: LlamaShape, tokenizer: Tokenizer) -> Iterator[str]:
-        """Yields a line if an older file of `weighting.load` does not name its tokenizer."""
+        """Yields a line for sizes without effect, or for a loaded model of unknown tokenizer."""
         if config.weighting.load is None:
+            yield from _idle_sizes(config.weighting)
             return
         wanted = wanted_shape(config, llm, tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256)
         found = loaded_shape(config, wanted)
@@ -133,6 +134,25 @@ def _costs(config: Config, llm: LlamaShape, workload: Workload, model: Weighting
     return without if only_selects(config) else costs
 
 
+def _has_attention(weighting: WeightingConfig) -> bool:
+    """True if a model of these settings has transformer layers, of tokens or of samples."""
+    return weighting.encoder == "own" or weighting.attends_across_samples
+
+
+def _idle_sizes(weighting: WeightingConfig) -> Iterator[str]:
+    default = WeightingConfig()
+    idle = [
+        f"weighting.{name}"
+        for name in ("num_attention_heads", "ffn_hidden_size")
+        if getattr(weighting, name) != getattr(default, name) and not _has_attention(weighting)
+    ]
+    if idle:
+        yield (
+            f"{', '.join(idle)}: no effect: a weighting model with weighting.encoder llm and "
+            "weighting.across_samples false has no attention"
+        )
+
+
 def _model_problems(config: Config, num_layers: int) -> Iterator[str]:
     weighting = config.weighting
     if weighting.pool_batches > 1 and not weighting.frozen:
@@ -144,7 +164,8 @@ def _model_problems(config: Config, num_layers: int) -> Iterator[str]:
     if weighting.frozen and weighting.load is None:
         yield "weighting.frozen: expected weighting.load to name a weighting model, got none"
     # A loaded model has its own sizes.
-    if weighting.load is None and weighting.hidden_size % (2 * weighting.num_attention_heads):
+    has_heads = weighting.load is None and _has_attention(weighting)
+    if has_heads and weighting.hidden_size % (2 * weighting.num_attention_heads):
         yield (
             f"weighting.hidden_size {weighting.hidden_size}: expected a multiple of twice "
             f"weighting.num_attention_heads, {2 * weighting.num_attention_heads}"

@@ -22,7 +22,7 @@ INIT_STD = 0.02
 class TokenEncoder(nn.Module):
     """Maps tokens_BS to the mean over each unit's tokens of the last hidden state, [U, D].
 
-    Attention is causal, as in the LLM whose parameters it can have (METHOD.md, section 1).
+    Attention is causal, as in the LLM.
     """
 
     def __init__(

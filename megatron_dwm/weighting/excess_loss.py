@@ -34,6 +34,7 @@ from megatron_dwm.model.offload import Offload
 from megatron_dwm.model.on_disk.megatron_files import is_megatron, newest_iteration
 from megatron_dwm.model.passes.objective import unit
 from megatron_dwm.runtime import Runtime
+from megatron_dwm.tokenizer import Tokenizer
 from megatron_dwm.weighting.costs import Costs, Workload, plain_costs
 from megatron_dwm.weighting.groups import Grouping
 from megatron_dwm.weighting.method import BuildContext, Counters, Method, Needs
@@ -64,6 +65,15 @@ class ExcessLoss(Method):
             )
         yield from _stored_problems(config)
         yield from group_size_problems(config)
+
+    @classmethod
+    def remarks(cls, config: Config, llm: LlamaShape, tokenizer: Tokenizer) -> Iterator[str]:
+        """Yields a line if nothing reads `weighting.group`."""
+        if config.weighting.group == "global" and _inside_rows(config):
+            yield (
+                "weighting.group global: no effect: with policy.keep_scope sequence every sample "
+                "is a group of its own"
+            )
 
     @classmethod
     def depends_on(cls, config: Config) -> Iterator[tuple[str, Path]]:

@@ -84,8 +84,6 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("tools", "examples"):
         (folder / name).symlink_to(REPOSITORY / name)
-    stage = folder / "runs" / "llama_370m_dwm" / "weighting" / "stage_5"
-    stage.mkdir(parents=True)
     # A plan reads the sizes only.
     shape = WeightingShape(
         vocab_size=32000,
@@ -94,8 +92,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=16,
         ffn_hidden_size=2816,
     )
-    (stage / "weighting.json").write_text(json.dumps(asdict(shape)))
-    (stage / "weighting.safetensors").touch()
+    for number in range(1, 6):
+        stage = folder / "runs" / "llama_370m_dwm" / "weighting" / f"stage_{number}"
+        stage.mkdir(parents=True)
+        (stage / "weighting.json").write_text(json.dumps(asdict(shape)))
+        (stage / "weighting.safetensors").touch()
     return folder
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 
 from megatron_dwm import plugin
+from tests.launch import REPOSITORY
 
 # What version 1 has: arguments of what a method overrides or calls, and fields of its records. An
 # addition with a default may be written into this table. A change or a removal raises
@@ -73,6 +75,11 @@ def test_methods_take_the_same_arguments() -> None:
     }
     assert functions == METHOD
     assert members.keys() - functions.keys() == VALUES
+
+
+def test_the_document_names_all_of_them() -> None:
+    text = (REPOSITORY / "docs" / "plugins.md").read_text(encoding="utf-8")
+    assert [name for name in _public(plugin.Method) if not re.search(rf"\b{name}\b", text)] == []
 
 
 def test_records_have_the_same_fields() -> None:
