@@ -15,7 +15,8 @@ def main() -> None:
     """Train one run; see `--help` for every key."""
 
     def job(loaded: Loaded) -> None:
-        from megatron_dwm.preprocess.for_run import with_prepared_data
+        from megatron_dwm.preprocess.for_run import texts_of, with_prepared_data
+        from megatron_dwm.run.checks import check_before_data
         from megatron_dwm.run.start import run
         from megatron_dwm.runtime import rank_from_environment
         from megatron_dwm.runtime.warn import print_warning
@@ -25,7 +26,9 @@ def main() -> None:
         parts = method_class(config).parts(config)
         for line in warnings_of_effect(config, loaded.given, parts):
             print_warning(line)
-        config = with_prepared_data(config)
+        if texts_of(config):
+            check_before_data(config)
+            config = with_prepared_data(config)
         ended = run(config)
         if ended and config.logging.wandb_project is not None and rank_from_environment() == 0:
             _log_pictures(config, print_warning)

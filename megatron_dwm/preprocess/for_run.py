@@ -48,12 +48,14 @@ def with_prepared_data(config: Config) -> Config:
     Raises UserError for a text that is missing or has no documents, and without `data.tokenizer`.
     """
     entries = config.data.train
-    texts = [entry for entry in entries if isinstance(entry, str) and is_known(Path(entry))]
-    if not texts:
-        return config
-    prefixes = {text: _prepared(Path(text), config) for text in texts}
+    prefixes = {text: _prepared(Path(text), config) for text in texts_of(config)}
     train = [prefixes.get(entry, entry) if isinstance(entry, str) else entry for entry in entries]
     return replace(config, data=replace(config.data, train=train))
+
+
+def texts_of(config: Config) -> list[str]:
+    """Returns the files of text in `data.train`."""
+    return [each for each in config.data.train if isinstance(each, str) and is_known(Path(each))]
 
 
 def _prepared(text: Path, config: Config) -> str:

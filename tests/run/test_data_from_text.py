@@ -76,6 +76,17 @@ def test_what_cannot_be_read_is_one_line(corpus: Corpus, tmp_path: Path) -> None
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+def test_settings_are_checked_before_the_text_is_read(corpus: Corpus, tmp_path: Path) -> None:
+    text = Path(shutil.copy(CORPUS / "train.jsonl.zst", tmp_path / "mine.jsonl.zst"))
+    for more, words in (
+        (["--validation.path", str(tmp_path / "none.jsonl"), "--policy.name", "dwm"], "none.jsonl"),
+        (["--training.micro_batch_size", "5"], "training.global_batch_size"),
+    ):
+        done = pretrain(tmp_path / "run", *_arguments(corpus, text), *more)
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+        assert not list(tmp_path.glob("prepared_data/*"))
+
+
 def test_what_the_first_process_refuses_ends_all(corpus: Corpus, tmp_path: Path) -> None:
     """Ranks as srun starts them: none is stopped because another has failed."""
     broken = tmp_path / "broken.jsonl"
