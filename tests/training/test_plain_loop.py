@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -17,6 +19,10 @@ LAYOUTS = [
     ({"pipeline": 2}, 2),
     ({"context": 2}, 2),
     ({"context": 2, "sharded": True}, 2),
+    ({"sharded": True, "precision": "bf16"}, 2),
+    ({"pipeline": 2, "virtual_stages": 2, "layers": 4}, 2),
+    ({"tensor": 2, "pipeline": 2}, 4),
+    ({"pipeline": 2, "sharded": True, "precision": "bf16"}, 4),
 ]
 # Documents as units, or rows of them, behind borders of the attention.
 WITHOUT, WITH = ({"border_loss": border_loss} for border_loss in (False, True))
@@ -38,7 +44,7 @@ LAYOUTS += [
 def runs() -> dict[str, list]:
     """function and layout -> what every rank found."""
     found = {}
-    for size in (1, 2):
+    for size in (1, 2, 4):
         cases = [layout for layout, world_size in LAYOUTS if world_size == size]
         for function in ("plain_megatron", "ours_uniform"):
             results = run_ranks(f"tests.training.workers:{function}", size, cases)
@@ -69,6 +75,16 @@ def gradients() -> list[torch.Tensor]:
 def test_weights_of_one_64th_scale_the_gradient_exactly(gradients: list[torch.Tensor]) -> None:
     ones, small, *_ = gradients
     assert torch.equal(small * 64, ones)
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks"), [({"tensor": 2, "pipeline": 2}, 4), ({"sharded": True}, 2)], ids=str
+)
+def test_they_do_in_other_layouts(layout: dict[str, Any], ranks: int) -> None:
+    cases = [{"weights": [weight] * 8, **layout} for weight in (1.0, 1 / 64)]
+    ones, small = run_ranks("tests.training.workers:gradient_of_weights", ranks, cases)
+    for one, other in zip(ones, small, strict=True):
+        assert one.abs().max() > 0 and torch.equal(other * 64, one)
 
 
 def test_zero_and_one_weights_drop_samples(gradients: list[torch.Tensor]) -> None:
