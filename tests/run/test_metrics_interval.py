@@ -30,6 +30,17 @@ def test_statistics_by_hand() -> None:
     assert abs(found["weight_entropy"] - float(entropy)) < 1e-6
 
 
+def test_statistics_of_documents_by_hand() -> None:
+    """Sizes 3, 1 and 2; the last unit is padding, which nothing counts."""
+    sizes = torch.tensor([3.0, 1.0, 2.0, 0.0])
+    found = weight_statistics(torch.tensor([0.5, 1.5, 1.5, 100.0]), sizes).tolist()
+    named = dict(zip(STATISTICS, found, strict=True))
+    assert named["weight_mean"] == 1.0  # 1.5 + 1.5 + 3 over 6
+    assert named["weight_min"] == 0.5 and named["weight_max"] == 1.5
+    assert abs(named["weight_std"] - 0.5) < 1e-6
+    assert abs(named["weight_effective_sample_size"] - 36 / (6 * 7.5)) < 1e-6
+
+
 def test_lines_wait_until_they_are_written(tmp_path: Path) -> None:
     said: list[str] = []
     files = RunFiles(tmp_path, Config(), said.append)

@@ -11,6 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_dwm.preprocess.merge import merge_datasets
 from megatron_dwm.selection import copy
+from megatron_dwm.selection.pool import open_pool
 from tests.selection.conftest import Dataset, Run, pq_table, random_documents, write_dataset
 
 RANDOM = ("select_data.py", "random")
@@ -39,15 +40,9 @@ def check(dataset: Dataset, output: str) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-@pytest.mark.parametrize("window", [1 << 24, 100])
 def test_documents_and_rows_are_those_of_the_input(
-    tmp_path: Path,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-    dtype: type[np.number],
-    window: int,
+    tmp_path: Path, run: Run, dtype: type[np.number]
 ) -> None:
-    monkeypatch.setattr(copy, "_WINDOW_BYTES", window)  # a run is cut at the border of a window
     documents = random_documents(np.random.default_rng(8), 300)
     dataset = write_dataset(tmp_path / "d", documents, {"n": list(range(300))}, dtype=dtype)
     done = run(*RANDOM, "--input", f"{tmp_path}/d.idx", "--output-prefix", tmp_path / "o",
@@ -64,6 +59,21 @@ def test_documents_and_rows_are_those_of_the_input(
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("o")) == [
         *("o.bin", "o.idx", "o.meta.parquet", "o.select.json"),
     ]
+
+
+def test_runs_are_cut_at_the_borders_of_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copy, "_WINDOW_BYTES", 100)
+    documents = random_documents(np.random.default_rng(9), 200)
+    write_dataset(tmp_path / "d", documents, {"n": list(range(200))}, dtype=np.int32)
+    pool = open_pool(str(tmp_path / "d"))
+    chosen = np.random.default_rng(10).random(200) < 0.6
+    windows: list[int] = []
+    copy.copy_tokens(pool, chosen, tmp_path / "o.bin", lambda size, _: windows.append(size))
+    ids = [id for i in np.flatnonzero(chosen) for part in documents[i] for id in part]
+    assert np.fromfile(tmp_path / "o.bin", np.int32).tolist() == ids
+    assert len(windows) > 20 and sum(windows) == (tmp_path / "d.bin").stat().st_size
 
 
 def test_everything_is_the_input_without_empty_documents(dataset: Dataset, run: Run) -> None:

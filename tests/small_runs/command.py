@@ -51,12 +51,14 @@ def without_time(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
-def scheduled_rate(step: int, *, steps: int, warm_up: int, peak: float) -> float:
-    """The learning rate of a step, from 1, of a run with a cosine to a tenth of the peak."""
+def scheduled_rate(
+    step: int, *, steps: int, warm_up: int, peak: float, least: float = 0.1
+) -> float:
+    """The learning rate of a step, from 1, of a run with a cosine to a fraction of the peak."""
     if step <= warm_up:
         return peak * step / warm_up
     turn = math.pi * (step - warm_up) / (steps - warm_up)
-    return peak * (0.1 + 0.9 * (1 + math.cos(turn)) / 2)
+    return peak * (least + (1 - least) * (1 + math.cos(turn)) / 2)
 
 
 def kill_after_checkpoint(run_dir: Path, arguments: list[str], processes: int) -> None:

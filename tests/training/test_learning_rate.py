@@ -17,12 +17,12 @@ def _rates(run_dir: Path) -> dict[int, float]:
     return {line["step"]: line["lr"] for line in metrics(run_dir, "train")}
 
 
-def _expected(steps: int, warm_up: int) -> dict[int, float]:
-    numbers = range(1, steps + 1)
-    return {
-        step: pytest.approx(scheduled_rate(step, steps=steps, warm_up=warm_up, peak=PEAK), rel=1e-6)
-        for step in numbers
-    }
+def _expected(steps: int, warm_up: int, least: float = 0.1) -> dict[int, float]:
+    rates = (
+        scheduled_rate(step, steps=steps, warm_up=warm_up, peak=PEAK, least=least)
+        for step in range(1, steps + 1)
+    )
+    return {step: pytest.approx(rate, rel=1e-6) for step, rate in enumerate(rates, 1)}
 
 
 def test_every_step_has_the_rate_of_its_number(
@@ -46,6 +46,11 @@ def test_every_step_has_the_rate_of_its_number(
 def test_without_a_warm_up_the_cosine_begins_at_once(
     server: Server, corpus: Corpus, tmp_path: Path
 ) -> None:
+    """It ends at another fraction of the peak, which a resumed run may change."""
     arguments = [*corpus.arguments(), "--training.steps", "4", "--training.warmup_fraction", "0"]
-    server.succeed(tmp_path / "run", arguments)
-    assert _rates(tmp_path / "run") == _expected(steps=4, warm_up=0)
+    least = "--training.min_learning_rate_fraction"
+    stop = {"name": "send_signal", "place": "training", "call": 2, "number": 15, "rank": 0}
+    server.succeed(tmp_path / "run", [*arguments, least, "0.3"], fault=stop)
+    server.succeed(tmp_path / "run", [*arguments, least, "1", *RESUME])
+    before = _expected(steps=4, warm_up=0, least=0.3)
+    assert _rates(tmp_path / "run") == {1: before[1], 2: before[2], 3: PEAK, 4: PEAK}

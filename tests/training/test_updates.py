@@ -19,6 +19,9 @@ def test_without_a_known_alignment_there_is_no_update(size: int, layout: dict[st
         assert found == [(0, False), (1, True)]
 
 
-def test_the_update_of_a_step_that_is_skipped_is_told() -> None:
-    [[found]] = run_ranks(WORKERS + "update_of_a_skipped_step", 1, [{}])
-    assert found == (1, False, True)
+@pytest.mark.parametrize(("ranks", "layout"), [(1, {}), (2, {"sharded": True})], ids=str)
+def test_a_skipped_step_changes_nothing_and_tells_its_update(
+    ranks: int, layout: dict[str, Any]
+) -> None:
+    [found] = run_ranks(WORKERS + "update_of_a_skipped_step", ranks, [layout])
+    assert found == [(1, False, True, True)] * ranks

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 
 from megatron_dwm.data import Batch
@@ -43,22 +44,35 @@ def updates_by_probed_fraction(**layout: Any) -> list[tuple[int, bool]]:
         return found
 
 
-def update_of_a_skipped_step() -> tuple[int, bool, bool]:
-    """Calls of `update`; whether the step was skipped; whether it tells of the update.
+def update_of_a_skipped_step(**layout: Any) -> tuple[int, bool, bool, bool]:
+    """Calls of `update`; whether the step was taken; whether it tells of the update; what changed.
 
-    A gradient of an unprobed micro-batch is infinite, so loss and alignments are finite.
+    A gradient of an unprobed micro-batch is infinite, on the first rank alone, so loss and
+    alignments are finite.
     """
-    with tiny() as subject:
+    with tiny(**layout) as subject:
         method = LastHalf()
         upper = UpperLevel(passages=subject.batch(101), ahead=Ahead(fraction=1.0))
-        parameter = next(iter(subject.llm.parameters()))
+        # Megatron-Core's buffers begin with the last one, so it is in the first rank's shard.
+        *_, parameter = subject.llm.parameters()
         upstream, passes = method.update, []
+        state = [*subject.llm.parameters(), *_moments(subject.optimizer)]
+        before = [each.detach().clone() for each in state]
 
         def update(*given: Any) -> WeightingUpdate:
             passes.append(None)
-            parameter.main_grad.view(-1)[0] = float("inf")
+            if subject.runtime.rank == 0:
+                parameter.main_grad.view(-1)[0] = float("inf")
             return upstream(*given)
 
         method.update = update  # type: ignore[method-assign]
         outcome = with_method(subject, method, MICRO_BATCH).step(subject.batch(100), upper)
-        return len(passes), hasattr(outcome, "weighted_loss"), outcome.update is not None
+        same = all(torch.equal(now, then) for now, then in zip(state, before, strict=True))
+        return len(passes), hasattr(outcome, "weighted_loss"), outcome.update is not None, same
+
+
+def _moments(optimizer: ChainedOptimizer) -> list[Tensor]:
+    states = [one for each in optimizer.chained_optimizers for one in each.optimizer.state.values()]
+    found = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+    assert found
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +40,7 @@ def reference_of(subject: Tiny, layout: dict[str, Any], learning_rate: float) ->
     )
     llm = build_llm(
         subject.llm.shape,
-        ModelConfig(),
+        ModelConfig(precision=layout.get("precision", "fp32")),
         parallel,
         subject.runtime,
         sequence_length=SEQUENCE_LENGTH,
@@ -69,6 +70,19 @@ def copied(**layout: Any) -> tuple[list[Tensor], list[Tensor]]:
         found = method.own_update(subject.llm, batch, subject.batch(5), TrainState())
         assert found is not None
         models = (subject.llm, method.dynamic.llm)
+        return tuple([p.detach().clone() for p in model.parameters()] for model in models)
+
+
+def copied_in_bf16(**layout: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The same in bf16, whose optimizer has its own fp32 copy of the parameters."""
+    layout |= {"precision": "bf16"}
+    with tiny(**layout) as subject:
+        dynamic = reference_of(subject, layout, 1e-12)
+        dynamic.copy_from(subject.llm)
+        batch = batch_of(subject.runtime, "document")
+        weights_U = torch.ones(batch.units.count)
+        assert math.isfinite(dynamic.learn(batch, weights_U, subject.batch(5)).grad_norm)
+        models = (subject.llm, dynamic.llm)
         return tuple([p.detach().clone() for p in model.parameters()] for model in models)
 
 

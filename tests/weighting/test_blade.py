@@ -26,9 +26,10 @@ def test_the_gradient_is_autograds() -> None:
         assert float((ours - expected).norm() / expected.norm()) < 1e-6
 
 
+@pytest.mark.parametrize("worker", ["copied", "copied_in_bf16"])
 @pytest.mark.parametrize(("size", "layout"), [(1, {}), *LAYOUTS], ids=str)
-def test_the_reference_is_a_copy_of_the_llm(size: int, layout: dict[str, Any]) -> None:
-    [ranks] = run_ranks(WORKERS + "copied", size, [layout])
+def test_the_reference_is_a_copy_of_the_llm(size: int, layout: dict[str, Any], worker: str) -> None:
+    [ranks] = run_ranks(WORKERS + worker, size, [layout])
     for llm, reference in ranks:
         for parameter, other in zip(llm, reference, strict=True):
             assert torch.equal(parameter, other)

@@ -19,6 +19,8 @@ def test_reliability_is_the_least_squares_factor() -> None:
     assert found.factor == 1.0
     found.observe(0.7)
     assert found.factor == pytest.approx(best, abs=0.01)  # 200,000 draws: 1/sqrt(n) = 0.002
+    found.observe(3.0)  # 0.75 alone; a running mean keeps 0.8
+    assert found.factor == pytest.approx(0.8 * 0.7 / 1.7 + 0.2 * 0.75, abs=1e-9)
     for _ in range(60):
         found.observe(3.0)
     assert found.factor == pytest.approx(0.75, abs=1e-5)
