@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_dwm.checkpoint.manifest import read_manifest
 from megatron_dwm.checkpoint.names import LLM_FOLDER, TRAINING_FILE
@@ -56,10 +57,27 @@ def load_parameters(llm: LLM, directory: Path) -> None:
 
 
 def _load_parameters(llm: LLM, folder: Path) -> None:
-    loaded = load_sharded(sharded_model(llm), folder)
+    saved = saved_names(folder)
+    wanted = {
+        name: {key: item for key, item in chunk.items() if not _is_unsaved_state(item, saved)}
+        for name, chunk in sharded_model(llm).items()
+    }
+    loaded = load_sharded(wanted, folder)
     with scales_are_refused_in_one_line(folder):
         for name, module in named_chunks(llm):
-            module.load_state_dict(loaded[name])
+            own = module.state_dict()
+            kept = {key: own[key] for key in own.keys() - wanted[name].keys() if _is_extra(key)}
+            module.load_state_dict({**loaded[name], **kept})
+
+
+def _is_unsaved_state(item: Any, saved: set[str]) -> bool:
+    """True for what Transformer Engine's norms keep besides their scale, and others do not save."""
+    is_extra = isinstance(item, ShardedObject) and _is_extra(item.key)
+    return is_extra and item.unique_key not in saved
+
+
+def _is_extra(name: str) -> bool:
+    return name.endswith("_extra_state")
 
 
 def _load_method(parts: Parts, rest: dict[str, Any], directory: Path) -> None:
