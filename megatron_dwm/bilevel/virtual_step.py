@@ -149,9 +149,9 @@ def prepare_virtual_step(
 ) -> VirtualStep:
     """Prepare the step along the gradient in the gradient buffers; parameters keep their values."""
     optimizer.prepare_grads()
-    grad_norm = optimizer.get_grad_norm()
-    clip = optimizer.config.clip_grad
-    factor = min(1.0, clip / (grad_norm + CLIP_EPSILON)) if clip > 0.0 else 1.0
+    grad_norm, clip = optimizer.get_grad_norm(), optimizer.config.clip_grad
+    # With a kernel of Transformer Engine 2.14's, Megatron-Core 0.17 and later have a tensor here.
+    factor = min(1.0, float(clip / (grad_norm + CLIP_EPSILON))) if clip > 0.0 else 1.0
     slots = collect_slots(optimizer)
     gradients = [slot.gradient.clone() for slot in slots]
     parameters = [None if slot.has_main_copy else slot.main.clone() for slot in slots]
@@ -162,7 +162,7 @@ def prepare_virtual_step(
         slots,
         gradients,
         parameters,
-        grad_norm,
+        float(grad_norm),
         factor,
         _scaling_state(llm),
     )

@@ -31,7 +31,7 @@ def newest_whole_checkpoint(run_dir: Path, runtime: Runtime) -> Path | None:
     if runtime.is_main:
         tidy(run_dir)
     runtime.barrier()
-    found = list_checkpoints(run_dir)
+    found = _as_main_sees(list_checkpoints(run_dir), runtime)
     damaged: list[str] = []
     for directory in reversed(found):
         damage = _damage(directory, runtime)
@@ -48,6 +48,14 @@ def newest_whole_checkpoint(run_dir: Path, runtime: Runtime) -> Path | None:
             "copy, or choose another run.dir to begin again"
         )
     return None
+
+
+def _as_main_sees(found: list[Path], runtime: Runtime) -> list[Path]:
+    """Returns the list of the main process; another node may see its folder as it was before."""
+    everyones: list[list[Path]] = [found]
+    if runtime.world_size > 1:
+        dist.broadcast_object_list(everyones, src=0)
+    return everyones[0]
 
 
 def _damage(directory: Path, runtime: Runtime) -> str | None:

@@ -31,6 +31,11 @@ def _tensor_overlap(config: Config, world_size: int) -> Iterator[str]:
             "parallel.tp_comm_overlap: model.fp8_emulation is for Megatron-Core's own layers, and "
             "the overlap for Transformer Engine's; leave out one of the two"
         )
+    if config.model.precision == "fp8" and config.model.fp8_recipe == "blockwise":
+        yield (
+            "parallel.tp_comm_overlap: Transformer Engine has no buffers for model.fp8_recipe "
+            "blockwise; use another recipe, or leave it out"
+        )
     rows = config.training.micro_batch_size * config.data_parallel_size(world_size)
     if config.passages % rows:
         yield (

@@ -124,6 +124,9 @@ def _fields_of_layers(
         fields |= {
             "apply_rope_fusion": model.apply_rope_fusion,
             "tp_comm_overlap": parallel.tp_comm_overlap,
+            # With it the gradient of an input is reduced inside the product for the gradient of the
+            # weight, which the tangent probe leaves out.
+            "tp_comm_bulk_wgrad": False,
         }
     return fields
 

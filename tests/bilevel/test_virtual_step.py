@@ -104,6 +104,15 @@ def test_jacobian_of_untouched_parameters_is_finite_and_right() -> None:
     torch.testing.assert_close(jacobian, difference / (2 * h), rtol=1e-5, atol=0)
 
 
+def test_the_gradients_norm_may_be_a_tensor() -> None:
+    """As on GPUs, with kernels of Transformer Engine's and later releases of Megatron-Core."""
+    [[found]] = run_ranks("tests.bilevel.workers:with_a_norm_in_a_tensor", 1, [{}])
+    (alignments, norm), (of_tensor, norm_of_tensor) = found
+    assert isinstance(norm_of_tensor, float) and norm > 0.2, "it is clipped"
+    assert norm_of_tensor == pytest.approx(norm, rel=1e-6)
+    torch.testing.assert_close(of_tensor, alignments, rtol=1e-5, atol=1e-9)
+
+
 def test_moments_are_only_read() -> None:
     moments = _moments(3)
     kept = moments.first.clone(), moments.second.clone()

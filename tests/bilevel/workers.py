@@ -66,6 +66,16 @@ def _hypergradient(
     return ESTIMATORS[estimator](problem_of(subject, inner), **options)
 
 
+def with_a_norm_in_a_tensor() -> list[tuple[Tensor, Any]]:
+    """Alignments and norm, first as they are, then where the norm is a tensor of one element."""
+    with tiny(clip=0.2) as subject:
+        found = _hypergradient(subject, "adam")
+        upstream = subject.optimizer.get_grad_norm
+        subject.optimizer.get_grad_norm = lambda: torch.tensor([upstream()])
+        both = (found, _hypergradient(subject, "adam"))
+        return [(each.alignment_n, each.grad_norm) for each in both]
+
+
 def everything_restored(**layout: Any) -> dict[str, bool]:
     """Returns which parts of the state are bit-identical after a hypergradient."""
     with tiny(**layout) as subject:

@@ -61,3 +61,12 @@ def test_tensor_overlap_is_not_for_emulated_layers() -> None:
     )
     [line] = problems(config)
     assert "model.fp8_emulation" in line
+
+
+def test_tensor_overlap_has_no_buffers_for_blocks() -> None:
+    config = Config(
+        parallel=ParallelConfig(tensor=2, sequence=True, tp_comm_overlap=True),
+        model=ModelConfig(precision="fp8", fp8_recipe="blockwise"),
+    )
+    [line] = problems(config)
+    assert "model.fp8_recipe blockwise" in line

@@ -14,7 +14,7 @@ bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -115,8 +115,25 @@ def forward_only(
     """Returns losses of `micro_batches` without gradients, and features if `early_layer` is set."""
     tap = None if early_layer is None else FeatureTap(llm, early_layer)
     options = _PassOptions(llm=llm, tap=tap, keeps_features=tap is not None)
-    with torch.no_grad():
+    with torch.no_grad(), without_recomputation(llm):
         return _run(llm, micro_batches, options, forward_only=True, denominator=None)
+
+
+@contextmanager
+def without_recomputation(llm: LLM) -> Iterator[None]:
+    """Put a model that recomputes whole layers in evaluation mode, for passes without gradients.
+
+    Otherwise Transformer Engine's checkpoint keeps the scales of delayed FP8 for a backward pass
+    that never comes, and a later one takes them for its own.
+    """
+    recomputes = llm.transformer.recompute_granularity == "full"
+    for module in llm.modules if recomputes else ():
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in llm.modules if recomputes else ():
+            module.train()
 
 
 def _run(

@@ -23,6 +23,7 @@ from megatron_dwm.model.layers.context import in_order
 from megatron_dwm.model.llm import LLM
 from megatron_dwm.model.passes.micro_batch import MicroBatch, as_layers_take, attention_borders
 from megatron_dwm.model.passes.objective import TokenBatch, token_mean
+from megatron_dwm.model.passes.pipeline import without_recomputation
 from megatron_dwm.runtime import Runtime
 
 Kept = TypeVar("Kept")
@@ -68,7 +69,7 @@ def forward_logits(
     """
     micro_batches = as_layers_take(llm, [_as_micro_batch(part) for part in parts])
     size, part_length = micro_batches[0].tokens_BS.shape
-    with torch.no_grad():
+    with torch.no_grad(), without_recomputation(llm):
         return get_forward_backward_func()(
             forward_step_func=partial(_forward_step, llm, keep),
             data_iterator=[iter(zip(parts, micro_batches, strict=True)) for _ in llm.chunks],

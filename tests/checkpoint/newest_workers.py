@@ -1,0 +1,22 @@
+"""What the ranks of tests/checkpoint/test_manifest.py run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_dwm.checkpoint import newest
+from megatron_dwm.checkpoint.newest import newest_whole_checkpoint
+from megatron_dwm.config import ParallelConfig
+from megatron_dwm.runtime import bring_up
+
+
+def chosen(run_dir: str) -> str | None:
+    """The newest checkpoint, where the second rank's folder is as it was before the last one."""
+    with bring_up(ParallelConfig(), seed=1) as runtime:
+        upstream = newest.list_checkpoints
+        newest.list_checkpoints = lambda path: upstream(path)[: -1 if runtime.rank else None]
+        try:
+            found = newest_whole_checkpoint(Path(run_dir), runtime)
+        finally:
+            newest.list_checkpoints = upstream
+        return None if found is None else found.name
