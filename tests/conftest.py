@@ -40,7 +40,7 @@ SLOW = (
     *("scoring/", "selection/", "study/", "training/", "weighting/"),
     *("report/test_browser.py", "report/test_command.py"),
     *("config/test_examples.py", "config/test_printing.py", "model/test_fp8.py"),
-    "model/test_llm_borders.py",
+    *("model/test_llm_borders.py", "model/test_recomputation.py"),
     *("runtime/test_bring_up.py", "runtime/test_peers.py", "runtime/test_start.py"),
     "tokenizer/test_engine.py",
     *("test_metrics_document.py", "test_quickstart.py", "test_sweep.py", "test_testing.py"),

@@ -1,4 +1,4 @@
-"""What the ranks of tests/checkpoint/test_manifest.py run."""
+"""What the ranks of tests/checkpoint/test_newest.py run."""
 
 from __future__ import annotations
 

@@ -29,7 +29,6 @@ from megatron_dwm.config import Config, ParallelConfig, RunConfig, UserError
 from megatron_dwm.files.atomic import replace_folder
 from megatron_dwm.run.status import saved_status
 from megatron_dwm.runtime import bring_up
-from tests.launch import run_ranks
 
 
 def _checkpoint(run_dir: Path, step: int, updates: int = 0) -> Path:
@@ -107,14 +106,6 @@ def test_a_newer_versions_checkpoint_is_no_damaged_one(tmp_path: Path, change: s
     with pytest.raises(UserError, match="written by a newer version of megatron_dwm"):
         saved_status(Config(run=RunConfig(dir=str(tmp_path))))
     assert list_checkpoints(tmp_path) == [directory]
-
-
-def test_all_ranks_take_the_checkpoint_that_the_main_process_sees(tmp_path: Path) -> None:
-    """A node whose file system shows a folder as it was a minute ago would take another."""
-    for step in (2, 4):
-        _checkpoint(tmp_path, step)
-    [found] = run_ranks("tests.checkpoint.newest_workers:chosen", 2, [{"run_dir": str(tmp_path)}])
-    assert found == ["step_00000004"] * 2
 
 
 def test_a_replaced_checkpoint_is_there_until_the_new_one_is(tmp_path: Path) -> None:

@@ -214,3 +214,12 @@ def test_foreign_lines_are_set_aside_and_named(
     assert line.endswith("set aside in metrics.jsonl.damaged") and "Traceback" not in job.text
     assert file.read_bytes().startswith(before)
     assert [line["step"] for line in metrics(run_dir, "train")] == list(range(1, 8))
+
+
+def test_checkpoints_at_multiples_are_kept(server: Server, corpus: Corpus, tmp_path: Path) -> None:
+    mine = [*corpus.arguments(), "--training.checkpoint_interval_steps", "2"]
+    mine += ["--training.keep_last", "1", "--training.keep_every", "4"]
+    for steps, kept in (("6", [4, 6]), ("10", [4, 8, 10])):
+        server.succeed(tmp_path / "run", [*mine, "--training.steps", steps, *RESUME])
+        found = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+        assert found == [f"step_{step:08d}" for step in kept]
