@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_dwm.checkpoint.manifest import list_checkpoints, read_manifest
@@ -213,6 +215,7 @@ def test_damage_is_named_and_the_one_before_is_taken(
 def test_a_full_disk_costs_a_checkpoint_not_the_run(
     server: Server,
     arguments: list[str],
+    undisturbed: Path,
     table: Table,
     tmp_path: Path,
     small_disk: Path,
@@ -235,7 +238,10 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(
     assert aside in ([], [run_dir / "metrics.jsonl.damaged"])
     assert all(path.read_bytes().count(b"\n") == 1 for path in aside)
     assert len(list_checkpoints(run_dir)) == 1
-    assert [line["step"] for line in metrics(run_dir, "train")] == list(range(1, STEPS + 1))
+    taken, expected = metrics(run_dir, "train"), metrics(undisturbed, "train")
+    assert [line["step"] for line in taken] == list(range(1, STEPS + 1))
+    losses = [[line["loss"] for line in lines] for lines in (taken, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # two ranks, against one
     table.add("disk full", lost=0, allowed=0)
 
 
@@ -264,9 +270,11 @@ def test_a_spike_takes_the_run_back_and_passes_over_its_batch(
     server: Server, corpus: Corpus, table: Table, tmp_path: Path
 ) -> None:
     mine = [*corpus.arguments(), "--training.checkpoint_interval_steps", "4"]
-    mine += ["--training.learning_rate", "0.02", "--training.spike_factor", "1.1"]
+    mine += ["--training.learning_rate", "0.02", "--policy.name", "dwm"]
+    mine += ["--logging.weights_interval_steps", "1"]
+    guarded = [*mine, "--training.spike_factor", "1.1"]
     fault = {"name": "spike_batches", "steps": [18]}
-    job = server.succeed(tmp_path / "run", mine, fault=fault)
+    job = server.succeed(tmp_path / "run", guarded, fault=fault)
     assert "step 18: loss" in job.text and "back to step 16" in job.text
     [skipped] = metrics(tmp_path / "run", "skipped")
     assert skipped["step"] == 18 and skipped["first_sample"] == 17 * 8
@@ -275,7 +283,35 @@ def test_a_spike_takes_the_run_back_and_passes_over_its_batch(
     for line in taken:
         rate = scheduled_rate(line["step"], steps=20, warm_up=1, peak=0.02)
         assert line["lr"] == pytest.approx(rate, rel=1e-6)
+    # What it goes on from is the checkpoint, in every part: it is a run that skipped this batch.
+    skip = {"name": "nan_batches", "steps": [18], "rank": 0}
+    server.succeed(tmp_path / "skips", mine, fault=skip)
+    for phase in ("train", "weighting"):
+        ours, theirs = (_lines(tmp_path / name, phase) for name in ("run", "skips"))
+        assert ours == theirs
+    rows = [row for file in tmp_path.glob("run/weights/*.parquet") for row in _weighed(file)]
+    assert len(rows) == len(set(rows)) and {step for step, *_ in rows} >= {16, 17, 19}
     table.add("spike of the loss (guard on)", lost=1, allowed=INTERVAL)
+
+
+def _lines(run_dir: Path, phase: str) -> list[dict[str, Any]]:
+    work = {"seconds", "flops", "flops_weighting", "flops_updates"}
+    return [{k: v for k, v in line.items() if k not in work} for line in metrics(run_dir, phase)]
+
+
+def _weighed(file: Path) -> list[tuple[int, str, int]]:
+    rows = pq.read_table(file).to_pylist()
+    return [(row["step"], row["source"], row["sample_id"]) for row in rows]
+
+
+def test_a_held_out_loss_that_is_no_number_ends_the_run(
+    server: Server, arguments: list[str], tmp_path: Path
+) -> None:
+    job = server.run(tmp_path / "run", arguments, fault={"name": "nan_evaluation", "call": 2})
+    assert job.codes == [1] and "step 12: held-out loss" in job.text
+    assert saved_step(tmp_path / "run") == 8, "the message says to go on from there"
+    assert [line["step"] for line in metrics(tmp_path / "run", "evaluation")] == [6]
+    assert last_step(tmp_path / "run") == 12
 
 
 @pytest.mark.parametrize("value", [-0.5, float("inf"), 3.0], ids=str)

@@ -122,6 +122,21 @@ def nan_batches(*, steps: list[int], rank: int) -> None:
     _change_batches(steps, rank, float("nan"))
 
 
+def nan_evaluation(*, call: int) -> None:
+    """Evaluation number `call` (from 1) finds a loss that is not a number, in its last domain."""
+    upstream, count = upkeep.evaluate, 0
+
+    def evaluate(*args: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        found = upstream(*args, **options)
+        if count < call:
+            return found
+        return replace(found, losses={**found.losses, max(found.losses): float("nan")})
+
+    upkeep.evaluate = evaluate
+
+
 def spike_batches(*, steps: list[int]) -> None:
     """The labels of these steps (from 1) are not what follows in the text."""
     upstream = Feed.training

@@ -25,3 +25,8 @@ def test_a_skipped_step_changes_nothing_and_tells_its_update(
 ) -> None:
     [found] = run_ranks(WORKERS + "update_of_a_skipped_step", ranks, [layout])
     assert found == [(1, False, True, True)] * ranks
+
+
+def test_an_update_that_is_not_finite_on_one_rank_is_made_on_none() -> None:
+    [found] = run_ranks(WORKERS + "update_where_one_rank_is_not_finite", 2, [{}])
+    assert found == [(0, False)] * 2

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 
+from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.data import Batch
-from megatron_dwm.training import Ahead, UpperLevel
+from megatron_dwm.training import Ahead, UpperLevel, weighting_update
 from megatron_dwm.weighting.method import WeightingUpdate
 from megatron_dwm.weighting.uniform import Uniform
 from tests.subjects import with_method
@@ -69,6 +71,20 @@ def update_of_a_skipped_step(**layout: Any) -> tuple[int, bool, bool, bool]:
         outcome = with_method(subject, method, MICRO_BATCH).step(subject.batch(100), upper)
         same = all(torch.equal(now, then) for now, then in zip(state, before, strict=True))
         return len(passes), hasattr(outcome, "weighted_loss"), outcome.update is not None, same
+
+
+def update_where_one_rank_is_not_finite() -> tuple[int, bool]:
+    """Calls of `update`, and whether there is a result; the last rank's passages have a NaN."""
+    with tiny() as subject:
+        method, passages = LastHalf(), subject.batch(101)
+        if subject.runtime.rank == subject.runtime.world_size - 1:
+            mask_BS = passages.loss_mask_BS.clone()
+            mask_BS[0, 0] = float("nan")
+            passages = replace(passages, loss_mask_BS=mask_BS)
+        upper = UpperLevel(passages=passages)
+        learner = with_method(subject, method, MICRO_BATCH).learner
+        found = weighting_update(learner, method, subject.batch(100), upper, TrainState())
+        return method.updates, found is not None
 
 
 def _moments(optimizer: ChainedOptimizer) -> list[Tensor]:
