@@ -30,3 +30,6 @@ def test_a_skipped_step_changes_nothing_and_tells_its_update(
 def test_an_update_that_is_not_finite_on_one_rank_is_made_on_none() -> None:
     [found] = run_ranks(WORKERS + "update_where_one_rank_is_not_finite", 2, [{}])
     assert found == [(0, False)] * 2
+    cases = [{"broken": rank} for rank in (1, -1)]
+    found = run_ranks(WORKERS + "finite_alignments_of_all", 2, cases)
+    assert found == [[False, False], [True, True]]

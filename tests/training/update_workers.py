@@ -9,9 +9,11 @@ import torch
 from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 
+from megatron_dwm.bilevel import Hypergradient
 from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.data import Batch
 from megatron_dwm.training import Ahead, UpperLevel, weighting_update
+from megatron_dwm.training import update as training_update
 from megatron_dwm.weighting.method import WeightingUpdate
 from megatron_dwm.weighting.uniform import Uniform
 from tests.subjects import with_method
@@ -85,6 +87,17 @@ def update_where_one_rank_is_not_finite() -> tuple[int, bool]:
         learner = with_method(subject, method, MICRO_BATCH).learner
         found = weighting_update(learner, method, subject.batch(100), upper, TrainState())
         return method.updates, found is not None
+
+
+def finite_alignments_of_all(broken: int) -> bool:
+    """What a rank finds of alignments, of which only those of rank `broken` have a NaN."""
+    with tiny() as subject:
+        alignment_n = torch.ones(4)
+        if subject.runtime.rank == broken:
+            alignment_n[2] = float("nan")
+        return training_update._is_finite_everywhere(
+            Hypergradient(alignment_n=alignment_n, val_loss=1.0, grad_norm=None)
+        )
 
 
 def _moments(optimizer: ChainedOptimizer) -> list[Tensor]:
