@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,12 @@ import torch
 import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_dwm.tokenizer import Tokenizer, build_tokenizer
+from megatron_dwm.tokenizer import Tokenizer, build_tokenizer, train_sentencepiece
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
+CORPUS = Path(__file__).parents[2] / "examples" / "corpus"
+# Pieces of the tokenizer that is trained where the one of 32,000 is not at hand.
+FEWER_PIECES = 4000
 DOMAIN_KEY = "meta.redpajama_set_name"
 
 
@@ -32,24 +34,40 @@ class Document:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with real text."""
+    """The folder with bytes of Megatron-LM's tool, and with passages whose lengths are known."""
     if not SHARED.is_dir():
-        pytest.skip(f"needs the text in {SHARED}")
+        pytest.skip(f"needs the files in {SHARED}")
     return SHARED
 
 
 @pytest.fixture(scope="session")
-def tokenizer(shared: Path) -> Tokenizer:
-    """A real SentencePiece tokenizer of 32,000 pieces."""
-    return build_tokenizer("SentencePieceTokenizer", str(shared / "tokenizer_32k.model"))
+def passages() -> Path:
+    """Passages of real text, one a line."""
+    lambada = SHARED / "lambada_style.jsonl"
+    return lambada if lambada.is_file() else CORPUS / "validation.jsonl"
 
 
 @pytest.fixture(scope="session")
-def records(shared: Path) -> list[dict]:
-    """Some records of the corpus, of several domains."""
-    with (shared / "slimpajama_mini.jsonl.zst").open("rb") as stream:
-        text = io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(stream), "utf-8")
-        return [json.loads(line) for i, line in enumerate(text) if i % 40 == 0]
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A real SentencePiece tokenizer, of 32,000 pieces if it is at hand."""
+    model = SHARED / "tokenizer_32k.model"
+    if not model.is_file():
+        model = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+        texts = [record["text"] for record in _lines(CORPUS / "train.jsonl.zst", 4)]
+        train_sentencepiece(texts, vocab_size=FEWER_PIECES, output=str(model))
+    return build_tokenizer("SentencePieceTokenizer", str(model))
+
+
+@pytest.fixture(scope="session")
+def records() -> list[dict]:
+    """Some 150 records of a corpus of several domains."""
+    pajama = SHARED / "slimpajama_mini.jsonl.zst"
+    return _lines(pajama, 40) if pajama.is_file() else _lines(CORPUS / "train.jsonl.zst", 8)
+
+
+def _lines(file: Path, step: int) -> list[dict]:
+    with zstandard.open(file, "rt", encoding="utf-8") as text:
+        return [json.loads(line) for i, line in enumerate(text) if i % step == 0]
 
 
 @pytest.fixture(scope="session")

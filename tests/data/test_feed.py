@@ -38,9 +38,9 @@ def data(
 
 @pytest.fixture(scope="module")
 def target(
-    tokenizer: Tokenizer, shared: Path, tmp_path_factory: pytest.TempPathFactory
+    tokenizer: Tokenizer, passages: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> ValidationSet:
-    lines = (shared / "lambada_style.jsonl").read_text().splitlines()[:20]
+    lines = passages.read_text().splitlines()[:20]
     file = tmp_path_factory.mktemp("target") / "target.jsonl"
     file.write_text("".join(line + "\n" for line in lines))
     config = DataConfig(sequence_length=LENGTH)
