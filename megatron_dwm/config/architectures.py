@@ -103,8 +103,8 @@ def architecture_with(*, qk_layernorm: bool, add_qkv_bias: bool) -> Architecture
             return each
     raise UserError(
         "a model with norms of heads and a bias on queries, keys and values has no architecture in "
-        "Hugging Face's transformers that it can be exported as; convert it with "
-        "tools/convert_checkpoint.py to-megatron, or train without one of the two"
+        "Hugging Face's transformers that it can be exported as; convert it to Megatron-LM's form "
+        "(to-megatron), or train without one of the two"
     )
 
 
