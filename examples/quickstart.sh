@@ -4,8 +4,8 @@
 # Creates .venv if it is missing; trains a tokenizer; mixes the sample corpus with the same amount of
 # junk; preprocesses it; trains the model of examples/tiny.yaml three times on the same data in the
 # same order: with weights learned from the LLM's own features (dwm), with weights from an encoder of
-# their own, updated every ten steps (dwm_own), and with uniform weights; exports the first and the last to
-# Hugging Face; evaluates both on last words; prints a table. WORKDIR (default ./quickstart_run) must
+# their own, updated every ten steps (dwm_own), and with uniform weights; exports the first and the
+# last to Hugging Face; evaluates both on last words; prints a table. WORKDIR (default ./quickstart_run) must
 # be new or empty. The environment variables SEED (default 1234) and STEPS (default:
 # examples/tiny.yaml's) may be set.
 set -euo pipefail

@@ -80,7 +80,8 @@ check_words() {
     done
 }
 
-# minutes_of TIME: whole minutes of a time as Slurm reads it; a word, such as UNLIMITED, and 0, which means the same, are many.
+# minutes_of TIME: whole minutes of a time as Slurm reads it; many for a word, such as UNLIMITED, and
+# for 0, which means the same.
 minutes_of() {
     local days=0 parts time="$1"
     [[ "$time" =~ ^[0-9]+(-[0-9]+)?(:[0-9]+){0,2}$ && "$time" =~ [1-9] ]] || { echo 1000000 && return; }
