@@ -30,23 +30,31 @@ class Kernels:
     value_bytes: bytes of one value of an activation.
     fused: norm and linear are Transformer Engine's.
     fp8: products read FP8 copies of their inputs.
+    on_cpu: attention computes in fp32 (model/layers/kernels.py).
     """
 
     value_bytes: int
     fused: bool
     fp8: bool = False
+    on_cpu: bool = False
 
     @property
     def product_input_bytes(self) -> int:
         """Bytes of a value that is kept only for the weight gradient of a product."""
         return _FP8 if self.fp8 else self.value_bytes
 
+    @property
+    def casts_attention(self) -> bool:
+        """True if attention keeps its own copies, in fp32, of what it reads and gives."""
+        return self.on_cpu and self.value_bytes < _FP32
+
 
 def kernels_of(config: Config, *, on_gpu: bool) -> Kernels:
     """Returns how the layers of a configuration compute."""
     value_bytes = 4 if config.model.precision == "fp32" else 2
     fused = on_gpu and config.model.precision != "fp32"
-    return Kernels(value_bytes=value_bytes, fused=fused, fp8=config.model.precision == "fp8")
+    fp8 = config.model.precision == "fp8"
+    return Kernels(value_bytes=value_bytes, fused=fused, fp8=fp8, on_cpu=not on_gpu)
 
 
 def norm_bytes(width: float, tokens: float, kernels: Kernels) -> float:
@@ -73,19 +81,8 @@ def layer_bytes(
     part = tensor if config.parallel.sequence else 1
     if recompute == "full":
         return value * shape.hidden_size / part
-    heads, queries = shape.num_attention_heads, shape.num_attention_heads * shape.head_size
-    keys, inner = shape.num_query_groups * shape.head_size, shape.ffn_hidden_size
-    # The one product of queries, keys and values (values are a view of it), rotated queries and
-    # keys, and the output of attention.
-    if context_gathers(config, kernels):
-        # Rotated queries, keys and values of whole rows, the output of either slice, and of both.
-        attention = value * (3 * queries + 2 * keys * config.parallel.context) / tensor
-    else:
-        attention = value * 3 * (queries + keys) / tensor
-    if kernels.fp8:
-        attention += _FP8 * queries / tensor
-    if recompute != "selective":
-        attention += _FP32 * heads / tensor  # the softmax's denominators
+    inner = shape.ffn_hidden_size
+    attention = _attention_bytes(shape, config, kernels, again=recompute == "selective") / tensor
     # Cosines and sines, one of each for queries and keys, shared by a micro-batch.
     rotation = 4 * value * shape.head_size / config.training.micro_batch_size
     # Gate and up projection; unfused, also silu of the gate, and the up projection plus an offset
@@ -94,6 +91,30 @@ def layer_bytes(
     feed_forward = (gated * value + kernels.product_input_bytes) * inner / tensor
     norms = 2 * norm_bytes(shape.hidden_size / part, 1 / part, kernels)
     return norms + attention + rotation + feed_forward + _head_norm_bytes(shape, config, kernels)
+
+
+def _attention_bytes(shape: LlamaShape, config: Config, kernels: Kernels, *, again: bool) -> float:
+    """Returns the bytes a token between the product of queries, keys and values and the next one.
+
+    again: attention runs again in the backward pass, so only what it reads and gives is kept.
+    """
+    heads, value = shape.num_attention_heads, kernels.value_bytes
+    queries, keys = heads * shape.head_size, shape.num_query_groups * shape.head_size
+    context, gathers = config.parallel.context, context_gathers(config, kernels)
+    if kernels.casts_attention and not again:
+        # What it reads and gives, in fp32, and what it gives, in the activations' precision. The
+        # queries of slice s of 2 C see s + 1 slices of keys; with borders they may see fewer.
+        seen = keys * (2 * context + 1) / 2 if gathers else keys
+        kept = _FP32 * (2 * queries + 2 * seen) + value * queries
+    elif gathers:
+        # Rotated queries, keys and values of whole rows, the output of either slice, and of both.
+        kept = value * (3 * queries + 2 * keys * context)
+    else:
+        # The one product (values are a view of it), rotated queries and keys, and the output.
+        kept = value * 3 * (queries + keys)
+    if kernels.fp8:
+        kept += _FP8 * queries
+    return kept if again else kept + _FP32 * heads  # the softmax's denominators
 
 
 def _head_norm_bytes(shape: LlamaShape, config: Config, kernels: Kernels) -> float:
@@ -134,7 +155,8 @@ def mask_bytes(config: Config, kernels: Kernels) -> float:
         return 0.0
     context, rows = config.parallel.context, config.training.micro_batch_size
     keys = config.data.sequence_length * (2 * context + 1) / (4 * context)
-    return kernels.value_bytes * keys / (1 if config.masks_documents else rows)
+    value = _FP32 if kernels.casts_attention else kernels.value_bytes
+    return value * keys / (1 if config.masks_documents else rows)
 
 
 def head_bytes(shape: LlamaShape, config: Config, kernels: Kernels) -> float:
@@ -147,16 +169,18 @@ def head_bytes(shape: LlamaShape, config: Config, kernels: Kernels) -> float:
     return norm + softmax + _INDICES
 
 
-def encoder_bytes(width: int, inner: int, heads: int, layers: int, value_bytes: int) -> float:
+def encoder_bytes(width: int, inner: int, heads: int, layers: int, kernels: Kernels) -> float:
     """Returns the bytes a token that the weighting model's own encoder keeps.
 
     The encoder is made of torch's own modules, and its residual stream is fp32.
-    value_bytes: bytes of one value that its products read and write.
+    kernels: of the LLM; the encoder's products read and write values of as many bytes.
     """
-    kernels = Kernels(value_bytes=value_bytes, fused=False)
+    value = kernels.value_bytes
     # Three projections, of which two are rotated; the output of attention in its own order and in
-    # that of the next product; gate, up, silu and their product.
-    products = value_bytes * (7 * width + 4 * inner) + _FP32 * heads
+    # that of the next product. Or what attention reads and gives in fp32, and that.
+    attention = _FP32 * 4 * width + value * width if kernels.casts_attention else value * 7 * width
+    # Gate, up, silu and their product.
+    products = attention + value * 4 * inner + _FP32 * heads
+    norm = norm_bytes(width, 1, Kernels(value_bytes=value, fused=False))
     # No product reads the last norm.
-    last = norm_bytes(width, 1, kernels) - value_bytes * width
-    return layers * (2 * norm_bytes(width, 1, kernels) + products) + last
+    return layers * (2 * norm + products) + norm - value * width

@@ -271,7 +271,7 @@ def _weighting_activations(
     tokens = min(share, config.training.micro_batch_size) * config.data.sequence_length
     width, inner = weighting.hidden_size, weighting.ffn_hidden_size
     layers, value = weighting.num_layers, kernels.value_bytes
-    kept = encoder_bytes(width, inner, weighting.num_attention_heads, layers, value)
+    kept = encoder_bytes(width, inner, weighting.num_attention_heads, layers, kernels)
     largest = _FP32 * width * max(weighting.vocab_size, 2 * inner)
     copies = value * layers * (4 * width + 3 * inner) * width if value < _FP32 else 0
     return tokens * (kept + value * 4 * inner) + largest + copies

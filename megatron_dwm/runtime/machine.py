@@ -41,8 +41,8 @@ def describe_machine() -> list[tuple[str, str]]:
 
 
 def multiplies_fp8(device: torch.device) -> bool:
-    """True if torch has products of FP8 tensors there: on a CPU, and on GPUs from Ada on."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
+    """True on GPUs whose cores multiply FP8 tensors: from Ada on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
 
 
 def _version(package: str) -> str:

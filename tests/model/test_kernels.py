@@ -34,7 +34,7 @@ def test_half_precision_on_a_cpu_is_fp32_rounded(masked: bool) -> None:
     sizes = ((2, 6, 40, 8), (2, 2, 40, 8), (2, 2, 40, 8))
     inputs = [torch.randn(*size, generator=generator).bfloat16() for size in sizes]
     bias = torch.zeros(40, 40).masked_fill(torch.ones(40, 40).triu(1) > 0, -torch.inf)
-    options = {"attn_mask": bias.bfloat16()} if masked else {"is_causal": True}
+    options = {"attn_mask": bias} if masked else {"is_causal": True}
     in_fp32 = {"attn_mask": bias} if masked else {"is_causal": True}
     gradient = torch.randn(sizes[0], generator=generator).bfloat16()
     wide = [each.float().requires_grad_() for each in inputs]

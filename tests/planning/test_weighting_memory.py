@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_dwm.data import Batch
 from megatron_dwm.model import resolve_shape
-from megatron_dwm.planning.activations import encoder_bytes
+from megatron_dwm.planning.activations import Kernels, encoder_bytes
 from megatron_dwm.planning.memory import stage_memory, weighting_parameters
 from megatron_dwm.weighting import method_class
 from megatron_dwm.weighting.encoder import TokenEncoder
@@ -61,7 +61,8 @@ def test_activations_are_what_autograd_keeps(bf16: bool) -> None:
     for layers in (1, 3):
         encoder = TokenEncoder(100, width, layers, heads, inner)
         two, four = (_kept(encoder, rows, bf16=bf16) for rows in (2, 4))
-        expected = encoder_bytes(width, inner, heads, layers, 2 if bf16 else 4)
+        kernels = Kernels(value_bytes=2 if bf16 else 4, fused=False, on_cpu=True)
+        expected = encoder_bytes(width, inner, heads, layers, kernels)
         # 8 more: the token's id. Copies of the weights in bf16 are there once.
         assert (four - two) / (2 * LENGTH) == pytest.approx(expected + 8, abs=1)
 

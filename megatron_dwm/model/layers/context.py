@@ -57,7 +57,7 @@ def in_order(parts: Sequence[Tensor], dim: int) -> Tensor:
 class SliceMask:
     """What the queries of one slice attend to: keys `first` to `stop` - 1 of the row.
 
-    bias: [B or 1, 1, queries, stop - first] in the precision of the queries: 0 for a key that is
+    bias: [B or 1, 1, queries, stop - first] in the precision of attention: 0 for a key that is
         seen, else -inf. Of a mask of bools torch's kernel would keep such a copy for every layer.
     """
 
@@ -88,7 +88,7 @@ def partial_rows(
     """Returns what the model takes as `packed_seq_params` for a part of rows.
 
     borders_BS: int64, the document piece of each token of the whole rows; None: no borders.
-    length: tokens of a whole row. dtype: of the queries.
+    length: tokens of a whole row. dtype: that of attention.
     """
     width = length // (2 * part.size)
     first, last = (

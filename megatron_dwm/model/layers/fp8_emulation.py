@@ -5,7 +5,8 @@ so that its largest magnitude becomes the format's largest value. A layer y = x 
 
     y  = Q4(x) Q4(W)^T      dx = Q5(dy) Q4(W)      dW = Q5(dy)^T Q4(x)
 
-through torch._scaled_mm, whose CPU kernel gives the product of the dequantized tensors. Rounding
+through torch._scaled_mm on a GPU. On a CPU the dequantized tensors are multiplied in fp32: torch's
+product there is hundreds of times slower on some CPUs, and fails on others (torch 2.13). Rounding
 passes gradients straight through. Parameters, their main copies and everything between the layers
 keep their precision. Under tensor and context parallelism the largest magnitude is that of the
 group, so a layer computes with the same quantized values under every layout. Cost: a product, plus
@@ -76,9 +77,8 @@ def _product(left_NK: Quantized, right_KM: Quantized, dtype: torch.dtype) -> Ten
 
 
 def _has_kernel(left_NK: Tensor, right_KM: Tensor) -> bool:
-    """True on a CPU, and on GPUs from Ada on if K and M are multiples of 16."""
-    sizes_fit = not left_NK.is_cuda or all(size % 16 == 0 for size in right_KM.shape)
-    return sizes_fit and multiplies_fp8(left_NK.device)
+    """True on GPUs from Ada on if K and M are multiples of 16."""
+    return multiplies_fp8(left_NK.device) and all(size % 16 == 0 for size in right_KM.shape)
 
 
 def _transposed(tensor: Quantized) -> Quantized:

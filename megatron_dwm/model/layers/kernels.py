@@ -16,13 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_HALF = (torch.bfloat16, torch.float16)
+
 
 def grouped_attention(
     query_BHSd: Tensor, key_BgSd: Tensor, value_BgSd: Tensor, **options: Any
 ) -> Tensor:
     """Returns [B, H, S, d]. options: those of torch's `scaled_dot_product_attention`.
 
-    g divides H: query head h reads the keys of group h // (H / g).
+    g divides H: query head h reads the keys of group h // (H / g). A mask that is not of bools has
+    `attention_dtype`.
     """
     if _is_slow(query_BHSd):
         return _in_fp32(query_BHSd, key_BgSd, value_BgSd, options)
@@ -34,16 +37,18 @@ def grouped_attention(
     )
 
 
+def attention_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Returns the precision in which queries of `dtype` attend there; a mask must be in it."""
+    return torch.float32 if device.type == "cpu" and dtype in _HALF else dtype
+
+
 def _is_slow(query: Tensor) -> bool:
     """True on a CPU if the operands are in half precision, or would be cast to it."""
-    in_half = query.dtype in (torch.bfloat16, torch.float16)
+    in_half = query.dtype in _HALF
     return query.device.type == "cpu" and (in_half or torch.is_autocast_enabled("cpu"))
 
 
 def _in_fp32(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
-    mask = options.get("attn_mask")
-    if mask is not None and mask.is_floating_point():
-        options = {**options, "attn_mask": mask.float()}
     with torch.autocast("cpu", enabled=False):
         found = grouped_attention(query.float(), key.float(), value.float(), **options)
     return found.to(value.dtype)

@@ -18,6 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_dwm.model.layers.context import ContextPart, PartialRows, partial_rows
+from megatron_dwm.model.layers.kernels import attention_dtype
 from megatron_dwm.model.layers.local import packed_pieces
 from megatron_dwm.model.layers.pieces import Pieces, pieces_of
 from megatron_dwm.model.layers.transformer_engine import packed_sequences
@@ -57,12 +58,12 @@ class MicroBatch:
         """Returns what attention needs to know of the other parts, for all layers.
 
         dtype: of the activations.
-
         Its masks are large, so nothing keeps them longer than the backward pass does.
         """
         assert self.part is not None
-        length = self.tokens_BS.shape[1] * self.part.size
-        return partial_rows(self.part, self.borders_BS, length, self.tokens_BS.device, dtype)
+        length, device = self.tokens_BS.shape[1] * self.part.size, self.tokens_BS.device
+        attends_in = attention_dtype(dtype, device)
+        return partial_rows(self.part, self.borders_BS, length, device, attends_in)
 
     @cached_property
     def token_counts_U(self) -> Tensor:
