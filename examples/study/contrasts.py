@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
+from scipy.stats import spearmanr
+
 from examples.study.outcome import Outcome
 from examples.study.results import Results
 from examples.study.spec import BASE, Part, Run, Study
@@ -19,6 +21,8 @@ from megatron_dwm.config import UserError
 
 UNIFORMS = ("uniform", "uniform_1.05", "uniform_1.25", "uniform_2", "uniform_2.5")
 """runs of different lengths, by which uniform's loss is known at other amounts of work"""
+
+_FEWEST_TO_RANK = 3
 
 Cell = tuple[str, str, str]
 BySeed = Mapping[int, Outcome]
@@ -104,12 +108,13 @@ class Comparison:
 
         Raises UserError for a run that the study does not have.
         """
-        terms = [(factor, self.by_seed(*self._named(name))) for factor, name in _terms(words)]
+        terms = [(factor, self.by_seed(*self.named(name))) for factor, name in _terms(words)]
         seeds = sorted(set.intersection(*(set(runs) for _, runs in terms)))
         values = [sum(factor * measure(runs[seed]) for factor, runs in terms) for seed in seeds]
         return interval(values) if values else None
 
-    def _named(self, name: str) -> tuple[Cell, str]:
+    def named(self, name: str) -> tuple[Cell, str]:
+        """Returns the cell and the method of a name in a contrast."""
         parts = name.split("-")
         if len(parts) not in (1, 4) or parts[-1] not in self.study.methods:
             raise UserError(f"{name}: no run of this study; expected METHOD or its folder's name")
@@ -136,7 +141,7 @@ def loss_since(domains: Sequence[str], since: float, at: float) -> Measure:
     return lambda outcome: after(outcome) - before(outcome)
 
 
-def weight_moved(domains: Sequence[str], since: float = 0.3) -> Measure:
+def weight_moved(domains: Sequence[str], since: float) -> Measure:
     """Returns what reads how the mean weight of some domains changed since a part of the run.
 
     A part of a run without samples of a domain has no weight of it, and is passed over.
@@ -151,6 +156,24 @@ def weight_moved(domains: Sequence[str], since: float = 0.3) -> Measure:
                 raise KeyError(name)
             moves.append(known[-1] - known[0])
         return mean(moves)
+
+    return read
+
+
+def order_kept(since: float) -> Measure:
+    """Returns what reads the rank correlation (Spearman) of the domains' mean weights.
+
+    It is that of the last part of the run with the part that begins at `since`. A run that knows
+    the weights of fewer than three domains in both raises KeyError.
+    """
+
+    def read(outcome: Outcome) -> float:
+        first = int(since * len(outcome.weights.step))
+        pairs = [(ws[first], ws[-1]) for ws in outcome.weights.by_domain.values()]
+        known = [pair for pair in pairs if None not in pair]
+        if len(known) < _FEWEST_TO_RANK:
+            raise KeyError("weights")
+        return float(spearmanr([a for a, _ in known], [b for _, b in known]).statistic)
 
     return read
 

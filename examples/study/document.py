@@ -14,6 +14,7 @@ from examples.study.questions import (
     Questions,
     claims_table,
     decisions_table,
+    multiple_tests,
     predictions_table,
     read_questions,
 )
@@ -25,6 +26,9 @@ from examples.study.tables import (
     domains_of,
     equal_tokens,
     equal_work,
+    last_weight,
+    legend,
+    not_run,
     shown,
     trained,
     work_of,
@@ -70,11 +74,16 @@ def write_document(results: Results, output: Path) -> list[Path]:
         on_sample=on_sample,
         scale=place.scale,
         claims=claims_table(questions, found),
+        claims_together=multiple_tests(questions.claims, questions, found),
         predictions=predictions_table(questions, found),
+        predictions_together=multiple_tests(questions.predictions, questions, found),
         decisions=decisions_table(questions, found),
         parts=list(_sections(found, questions, output)),
         sizes=by_size(found, _AT_EVERY_SIZE, questions.groups_of(_TEXTS)),
+        legend=legend(found, _shown_methods(found)),
         commits=results.commits,
+        missing=not_run(found),
+        **_numbers(found, questions),
     )
     write_text(output, text)
     if not on_sample:
@@ -105,13 +114,34 @@ def _numbers(found: Comparison, questions: Questions) -> dict[str, Callable[...,
         change = found.change_at_equal_work(found.first_cell, method, domains)
         return shown(change, digits=2) + (f" ({change.pairs})" if with_seeds and change else "")
 
+    def work(name: str) -> str:
+        try:
+            return work_of(found, *found.named(name))
+        except UserError:
+            return NONE
+
+    def seeds(words: str) -> str:
+        try:
+            change = found.contrast(words, loss_of(questions.groups["novels"]))
+        except UserError:
+            return NONE
+        return str(change.pairs if change is not None else 0)
+
     return {
         "contrast": contrast,
         "change": lambda method, group: contrast(f"{method} - uniform", group),
         "at_equal_work": at_equal_work,
-        "work": lambda method: work_of(found, found.first_cell, method),
-        "seeds": lambda method: str(len(found.pairs(found.first_cell, method))),
+        "work": work,
+        "last_weight": lambda method, domain: last_weight(found, method, domain),
+        "seeds": seeds,
     }
+
+
+def _shown_methods(found: Comparison) -> list[str]:
+    """Returns the methods of all tables, in the order of the study's file."""
+    cells = [(part, cell) for part in found.study.parts.values() for cell in cells_of(part)]
+    there = {method for part, cell in cells for method in trained(found, part, cell)}
+    return [method for method in found.study.methods if method in there]
 
 
 def _sections(found: Comparison, questions: Questions, output: Path) -> Iterator[_Section]:

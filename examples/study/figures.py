@@ -7,13 +7,14 @@ from statistics import mean
 
 from examples.study.contrasts import UNIFORMS, Cell, Comparison, loss_of
 from examples.study.outcome import Outcome
-from examples.study.spec import Part
+from examples.study.spec import BASE, Part
 from examples.study.tables import trained
 from megatron_dwm.report.charts import bars, heat, lines
 from megatron_dwm.report.content import Cell as Value
 from megatron_dwm.report.content import Column, Figure, columnar
 
 _CURVES = ("uniform", "validation_mixing", "dwm_ahead", "similarity", "domain_mean", "excess_loss")
+_LONGER = "ends of longer uniform runs"
 _LOW, _HIGH = Column(name="low", title="low"), Column(name="high", title="high")
 _LOSS = Column(name="loss", title="held-out loss", unit="nats per token")
 _FLOPS = Column(name="flops", title="work of the run", unit="FLOPs")
@@ -67,10 +68,13 @@ def curves(found: Comparison, part: Part, cell: Cell, domains: Sequence[str]) ->
     ]
     if not rows:
         return None
+    longer = list(_ends(found, cell, domains, sorted(seeds)))
+    rows += longer
+    methods += [_LONGER] if longer else []
     columns = [_METHOD, _FLOPS, _LOSS]
     return Figure(
         id=f"{part.name}_curves",
-        title="Held-out loss of the novels over the work done",
+        title="Held-out loss of the novels over the work done; ends of curves compare",
         caption="Mean over the seeds that all have; with the runs that a method needs before.",
         columns=columns,
         data=columnar(columns, rows),
@@ -78,6 +82,18 @@ def curves(found: Comparison, part: Part, cell: Cell, domains: Sequence[str]) ->
         series=_METHOD.name,
         names=methods,
     )
+
+
+def _ends(
+    found: Comparison, cell: Cell, domains: Sequence[str], seeds: Sequence[int]
+) -> Iterator[Sequence[Value]]:
+    """Yields FLOPs and last loss of uniform's runs of all lengths that have these seeds."""
+    for name in UNIFORMS:
+        runs = found.by_seed(cell, name) if name in found.study.methods else {}
+        if name != BASE and set(seeds) <= set(runs):
+            outcomes = [runs[seed] for seed in seeds]
+            flops = mean(outcome.flops for outcome in outcomes)
+            yield [_LONGER, flops, mean(map(loss_of(domains), outcomes))]
 
 
 def _work_before(found: Comparison, cell: Cell, method: str, seeds: Sequence[int]) -> float:

@@ -10,17 +10,23 @@ from typing import Any
 
 import yaml
 
-from examples.study.contrasts import Comparison, Measure, loss_of, loss_since, weight_moved
-from examples.study.statistics import Difference
-from examples.study.tables import NONE, shown, table
+from examples.study.contrasts import (
+    Comparison,
+    Measure,
+    loss_of,
+    loss_since,
+    order_kept,
+    weight_moved,
+)
+from examples.study.statistics import Difference, holm, p_value
+from examples.study.tables import FEWEST, NONE, shown, table
 from megatron_dwm.config import UserError
 
 _FILE = Path(__file__).parent / "questions.yaml"
-_LOSS, _AT_EQUAL_WORK, _WEIGHT_MOVED = "loss", "loss at equal work", "weight moved"
+_LOSS, _AT_EQUAL_WORK = "loss", "loss at equal work"
+_WEIGHT_MOVED, _ORDER = "weight moved", "order of the weights"
 _ALIKE = 0.03
 """nats per token: about the spread of a method over the seeds"""
-_FEWEST = 3
-"""seeds of which an interval decides anything"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +47,52 @@ class Check:
         True if its whole interval is, False if no part of it is; None between, for few pairs,
         and if nothing is expected.
         """
-        bounds = (-_ALIKE, _ALIKE) if self.alike else self.between
-        if bounds is None or found.pairs < _FEWEST:
+        if not self.is_judged(found):
             return None
-        low = -math.inf if bounds[0] is None else bounds[0]
-        high = math.inf if bounds[1] is None else bounds[1]
+        low, high = self._bounds
         if low <= found.low and found.high <= high:
             return True
         return False if found.high < low or high < found.low else None
+
+    def is_judged(self, found: Difference) -> bool:
+        """True if something is expected, and the seeds are enough to decide."""
+        return self.expects and found.pairs >= FEWEST
+
+    def p_value(self, found: Difference) -> float:
+        """Returns the p of the verdict: of the bound that was the hardest to pass.
+
+        1 where nothing is decided.
+        """
+        verdict = self.verdict(found)
+        if verdict is None:
+            return 1.0
+        passed = [p_value(found, bound) for bound in self._bounds if math.isfinite(bound)]
+        if verdict:
+            return max(passed)
+        low, high = self._bounds
+        return p_value(found, low if found.high < low else high)
+
+    @property
+    def expects(self) -> bool:
+        """True if there is a verdict to give."""
+        return self.alike or self.between is not None
+
+    @property
+    def expected(self) -> str:
+        """Returns what decides, in words; empty if nothing does."""
+        if not self.expects:
+            return ""
+        if self.alike:
+            return f"within {_ALIKE:g} of 0"
+        low, high = self._bounds
+        if math.isinf(low):
+            return f"below {high:g}"
+        return f"above {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+
+    @property
+    def _bounds(self) -> tuple[float, float]:
+        low, high = (-_ALIKE, _ALIKE) if self.between is None else self.between
+        return -math.inf if low is None else low, math.inf if high is None else high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +169,21 @@ def claims_table(questions: Questions, found: Comparison) -> str:
     return table(["paper", "claim", "verdict", "number"], rows)
 
 
+def multiple_tests(asked: Sequence[Question], questions: Questions, found: Comparison) -> str:
+    """Returns which verdicts of a table stand if all of its tests count (Holm 1979)."""
+    checks = [check for question in asked for check in question.checks]
+    answers = [(check, questions.answer(check, found)) for check in checks]
+    judged = [(c, a) for c, a in answers if a is not None and c.is_judged(a)]
+    stands = holm([check.p_value(answer) for check, answer in judged])
+    decided = [check.verdict(answer) is not None for check, answer in judged]
+    names = [_what(check) for (check, _), stand in zip(judged, stands, strict=True) if stand]
+    text = (
+        f"{len(judged)} numbers of the table were judged, one by one at 5 %, and {sum(decided)} of "
+        f"the verdicts are decided. If all tests count (Holm's method), {len(names)} stand"
+    )
+    return f"{text}:\n{'; '.join(names)}." if names else f"{text}."
+
+
 def decisions_table(questions: Questions, found: Comparison) -> str:
     """Returns what a change of each default changes: the target's kind first, then the rest."""
     rows = []
@@ -150,13 +209,13 @@ def finding(ours: Difference | None, theirs: Difference | None) -> str:
     if signs != {0}:
         return "gains" if -1 in signs else "**loses**"
     both = (ours, theirs)
-    alike = all(c.pairs >= _FEWEST and c.low >= -_ALIKE and c.high <= _ALIKE for c in both)
+    alike = all(c.pairs >= FEWEST and c.low >= -_ALIKE and c.high <= _ALIKE for c in both)
     return "changes nothing" if alike else "not decided"
 
 
 def _sign(change: Difference) -> int:
     """Returns the sign of a change whose whole interval has it, or 0."""
-    if change.pairs < _FEWEST or change.low <= 0 <= change.high:
+    if change.pairs < FEWEST or change.low <= 0 <= change.high:
         return 0
     return 1 if change.low > 0 else -1
 
@@ -167,8 +226,11 @@ def _question(fields: Mapping[str, Any]) -> Question:
 
 
 def _measure(check: Check, domains: Sequence[str]) -> Measure:
+    since = 0.0 if check.since is None else check.since
     if check.measure == _WEIGHT_MOVED:
-        return weight_moved(domains)
+        return weight_moved(domains, since)
+    if check.measure == _ORDER:
+        return order_kept(since)
     if check.since is not None:
         return loss_since(domains, check.since, check.at)
     return loss_of(domains, check.at)
@@ -176,7 +238,8 @@ def _measure(check: Check, domains: Sequence[str]) -> Measure:
 
 def _numbers(answers: Sequence[tuple[Check, Difference | None]]) -> str:
     return "<br>".join(
-        f"{_what(check)}: {shown(answer)}{_seeds(answer)}" for check, answer in answers
+        f"{_what(check)}: {shown(answer)}{_seeds(answer)}{_expected(check)}"
+        for check, answer in answers
     )
 
 
@@ -184,6 +247,10 @@ def _what(check: Check) -> str:
     domains = check.domains if isinstance(check.domains, str) else ", ".join(check.domains)
     measure = "" if check.measure == _LOSS else f", {check.measure}"
     return f"`{check.contrast.strip()}`, {domains}{measure}"
+
+
+def _expected(check: Check) -> str:
+    return f"; asked: {check.expected}" if check.expects else ""
 
 
 def _seeds(answer: Difference | None) -> str:
@@ -195,6 +262,6 @@ def _seeds(answer: Difference | None) -> str:
 def _verdict(check: Check, answer: Difference | None, true: str, false: str) -> str:
     if answer is None:
         return "no number"
-    if check.between is None and not check.alike:
+    if not check.expects:
         return NONE
     return {True: true, False: false, None: "not decided"}[check.verdict(answer)]

@@ -34,14 +34,15 @@ class Size:
 class Method:
     """A way to weigh, or to choose beforehand.
 
-    target: it reads the target. domains: of the training text that it names. after: methods whose
-    run has to be finished before, of the same size or as SIZE/METHOD. steps, rate: factors of the
-    size's steps and learning rate. select: the method of tools/select_data.py that keeps half of
-    the corpus; None reads all of it.
+    about: what the document says of it. target: it reads the target. domains: of the training text
+    that it names. after: methods whose run has to be finished before, of the same size or as
+    SIZE/METHOD. steps, rate: factors of the size's steps and learning rate. select: the method of
+    tools/select_data.py that keeps half of the corpus; None reads all of it.
     """
 
     name: str
     options: str
+    about: str = ""
     target: bool = False
     domains: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
@@ -164,14 +165,15 @@ class Study:
         return Run(
             size=self.sizes[size],
             corpus=corpus,
-            target=target if self._reads_target(self.methods[method]) else NO_TARGET,
+            target=target if self.reads_target(self.methods[method]) else NO_TARGET,
             method=self.methods[method],
             seed=seed,
         )
 
-    def _reads_target(self, method: Method) -> bool:
+    def reads_target(self, method: Method) -> bool:
+        """Returns whether a method reads the target, itself or by a run before it."""
         before = [self.methods[name.rpartition("/")[2]] for name in method.after]
-        return method.reads_target or any(map(self._reads_target, before))
+        return method.reads_target or any(map(self.reads_target, before))
 
     def needed(self, run: Run) -> Iterator[Run]:
         """Yields the runs that a run needs, each after those that it needs itself.

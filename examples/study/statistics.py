@@ -42,6 +42,26 @@ def interval(values: Sequence[float]) -> Difference:
     return Difference(mean=float(apart.mean()), half_width=half, pairs=count)
 
 
+def p_value(change: Difference, bound: float) -> float:
+    """Returns the two-sided p of Student's test that the mean is `bound`; nan for one pair."""
+    quantile = float(student.ppf((1 + _CONFIDENCE) / 2, change.pairs - 1))
+    error = change.half_width / quantile
+    if error == 0.0:
+        return 0.0 if change.mean != bound else 1.0
+    return float(2 * student.sf(abs(change.mean - bound) / error, change.pairs - 1))
+
+
+def holm(p_values: Sequence[float]) -> list[bool]:
+    """Returns which of several tests stand at 5 % by the step-down method of Holm (1979)."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    stands = [False] * len(p_values)
+    for rank, i in enumerate(order):
+        if p_values[i] > (1 - _CONFIDENCE) / (len(p_values) - rank):
+            break
+        stands[i] = True
+    return stands
+
+
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     """Returns the mean of ours - theirs, pair by pair, with Student's t interval."""
     return interval([a - b for a, b in zip(ours, theirs, strict=True)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 
@@ -11,6 +10,9 @@ from examples.study.spec import BASE, Part
 from examples.study.statistics import Difference
 
 NONE = "-"
+FEWEST = 3
+"""seeds of which an interval says anything"""
+_SAME_WORK = "1.00"
 
 
 def equal_tokens(found: Comparison, part: Part, cell: Cell) -> str:
@@ -34,7 +36,8 @@ def equal_work(found: Comparison, part: Part, cell: Cell) -> str:
     """Returns a table of every method's change against uniform with the same FLOPs.
 
     Uniform's loss at a method's FLOPs lies between its runs of different lengths, whose rows have
-    their change against the shortest. Methods whose work lies outside have no number.
+    their change against the shortest. Methods with uniform's FLOPs are left out, and so are those
+    whose work lies outside.
     """
     domains, rows = domains_of(found, cell), []
     for method in trained(found, part, cell):
@@ -43,10 +46,14 @@ def equal_work(found: Comparison, part: Part, cell: Cell) -> str:
             texts = _losses(found, cell, BASE, domains)
         elif method in UNIFORMS:
             texts = [shown(found.change(cell, method, [name])) for name in domains]
+        elif work == _SAME_WORK:
+            continue
         else:
             changes = [found.change_at_equal_work(cell, method, [name]) for name in domains]
             texts = [shown(change) for change in changes]
             seeds = str(max((c.pairs for c in changes if c is not None), default=0))
+            if seeds == "0":
+                continue
         rows.append([f"`{method}`", seeds, work, *texts])
     return table(["method", "seeds", "FLOPs, with runs before it", *domains], rows)
 
@@ -66,6 +73,30 @@ def by_size(found: Comparison, methods: Sequence[str], groups: Mapping[str, Sequ
     return table(["method", "size", "seeds", "uniform's FLOPs", *groups, "FLOPs"], rows)
 
 
+def legend(found: Comparison, methods: Sequence[str]) -> str:
+    """Returns a table of what methods do, and whether they read the target."""
+    known = [found.study.methods[name] for name in methods]
+    rows = [
+        [f"`{method.name}`", method.about, "yes" if found.study.reads_target(method) else NONE]
+        for method in known
+    ]
+    return table(["method", "what it does", "reads the target, itself or by a run before it"], rows)
+
+
+def not_run(found: Comparison) -> list[str]:
+    """Returns the runs that are not known, of the parts of which some are: METHOD, SIZE, seeds."""
+    missing: dict[tuple[str, str], set[int]] = {}
+    for part in found.study.parts.values():
+        runs = list(found.study.runs(part))
+        unknown = [run for run in runs if found.results.of(run) is None]
+        for run in unknown if len(unknown) < len(runs) else []:
+            missing.setdefault((run.method.name, run.size.name), set()).add(run.seed)
+    return [
+        f"`{method}` at {size}, seed {' and '.join(map(str, sorted(seeds)))}"
+        for (method, size), seeds in missing.items()
+    ]
+
+
 def trained(found: Comparison, part: Part, cell: Cell) -> list[str]:
     """Returns the methods of a part of which at least one seed can be compared with uniform."""
     return [method for method in part.methods if found.pairs(cell, method)]
@@ -82,15 +113,22 @@ def work_of(found: Comparison, cell: Cell, method: str) -> str:
     return _work(found, cell, method)[1] if found.pairs(cell, method) else NONE
 
 
+def last_weight(found: Comparison, method: str, domain: str) -> str:
+    """Returns the mean weight of a domain's samples in the last tenth of a method's runs."""
+    runs = found.by_seed(found.first_cell, method).values()
+    last = [run.weights.by_domain.get(domain, [None])[-1] for run in runs]
+    known = [weight for weight in last if weight is not None]
+    return f"{mean(known):.2f}" if known else NONE
+
+
 def shown(change: Difference | None, digits: int = 3) -> str:
-    """Returns a change with its 95 % interval; bold if that of three or more seeds excludes 0."""
+    """Returns a change with its 95 % interval, bold if that excludes 0; of few seeds the mean."""
     if change is None:
         return NONE
-    if math.isnan(change.half_width):
+    if change.pairs < FEWEST:
         return f"{change.mean:+.{digits}f}"
     text = f"{change.mean:+.{digits}f} ± {change.half_width:.{digits}f}"
-    certain = change.pairs > 2 and abs(change.mean) > change.half_width
-    return f"**{text}**" if certain else text
+    return f"**{text}**" if abs(change.mean) > change.half_width else text
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
