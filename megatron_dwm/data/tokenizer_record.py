@@ -2,25 +2,21 @@
 
 Two tokenizers with equal files may produce different documents: the end-of-document id is
 configured outside of tokenizer.json, and documents may or may not have special tokens around their
-text (such as Llama 3's beginning of text). Validation and held-out text gets the same special
-tokens as the training data.
+text (such as Llama 3's beginning of text; data/special_tokens.py). Validation and held-out text
+gets the same special tokens as the training data.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dwm.config.blend import parse_blend
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.files.dataset_paths import DatasetPaths
 from megatron_dwm.files.sidecar_format import (
     EOD_ID,
     Facts,
     lacks_end,
-    read_facts,
     special_tokens,
     spell_ids,
 )
@@ -28,16 +24,6 @@ from megatron_dwm.runtime import rank_from_environment
 
 if TYPE_CHECKING:
     from megatron_dwm.tokenizer import Tokenizer
-
-
-def has_special_tokens(train: Sequence[str | float]) -> bool:
-    """True if a sidecar of `data.train` says that its documents have special tokens.
-
-    Without a sidecar, or with one that does not record them, there are none. Raises `UserError` for
-    a malformed list; `check_data` reports problems with the files.
-    """
-    sidecars = (DatasetPaths.of(part.prefix).sidecar for part in parse_blend(train))
-    return any(any(special_tokens(_facts_or_none(sidecar))) for sidecar in sidecars)
 
 
 def check_record(recorded: Facts, sidecar: Path, tokenizer: Tokenizer) -> None:
@@ -74,10 +60,3 @@ def check_record(recorded: Facts, sidecar: Path, tokenizer: Tokenizer) -> None:
 def _spell(tokens: tuple[str, str]) -> str:
     before, after = (f"[{ids}]" if ids else "none" for ids in tokens)
     return f"(before the text {before}, after it {after})"
-
-
-def _facts_or_none(sidecar: Path) -> Facts:
-    try:
-        return read_facts(sidecar)
-    except (ValueError, OSError):
-        return {}

@@ -8,8 +8,8 @@ from megatron_dwm.config import Config, UserError
 from megatron_dwm.data import EvaluationSet, ValidationSet
 from megatron_dwm.data.last_words import LastWords
 from megatron_dwm.data.pieces import document_rules
+from megatron_dwm.data.special_tokens import has_special_tokens
 from megatron_dwm.data.token_losses import TokenLosses
-from megatron_dwm.data.tokenizer_record import has_special_tokens
 from megatron_dwm.data.values import DocumentValues
 from megatron_dwm.model import LlamaShape, resolve_shape
 from megatron_dwm.run.starting_point import shape_to_start_from
@@ -45,7 +45,7 @@ def open_model_and_tokenizer(config: Config) -> tuple[Tokenizer, LlamaShape]:
     if config.data.tokenizer is None:
         raise UserError("data.tokenizer: expected a tokenizer model, got none")
     tokenizer = open_tokenizer(
-        config.data.tokenizer, include_special_tokens=has_special_tokens(config.data.train)
+        config.data.tokenizer, include_special_tokens=has_special_tokens(config.data)
     )
     shape = resolve_shape(config.model, tokenizer.vocab_size, init_from=shape_to_start_from(config))
     if shape.vocab_size < tokenizer.vocab_size:

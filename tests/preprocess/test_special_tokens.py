@@ -20,7 +20,7 @@ from megatron_dwm.config.errors import UserError
 from megatron_dwm.config.schema import DataConfig, EvaluationConfig
 from megatron_dwm.data.checks import check_data
 from megatron_dwm.data.shares import ReadSteps
-from megatron_dwm.data.tokenizer_record import has_special_tokens
+from megatron_dwm.data.special_tokens import has_special_tokens
 from megatron_dwm.data.validation import EvaluationSet
 from megatron_dwm.tokenizer import open_tokenizer
 
@@ -213,8 +213,8 @@ def forget(sidecar: Path) -> None:
 
 
 def check(prefix: str, tokenizer: Path) -> None:
-    config = DataConfig(train=[prefix], sequence_length=16)
-    include = has_special_tokens(config.train)
+    config = DataConfig(train=[prefix], tokenizer=str(tokenizer), sequence_length=16)
+    include = has_special_tokens(config)
     check_data(config, open_tokenizer(tokenizer, include_special_tokens=include), ONE)
 
 
@@ -235,8 +235,8 @@ def test_training_compares_ends_and_special_tokens(
     flag = "--tokenizer-hf-no-include-special-tokens"
     assert run(*command(source, tmp_path / "plain", llama, flag)).returncode == 0
     check(plain, llama)
-    config = DataConfig(train=[plain, prefix], sequence_length=16)
-    tokenizer = open_tokenizer(llama, include_special_tokens=has_special_tokens(config.train))
+    config = DataConfig(train=[plain, prefix], tokenizer=str(llama), sequence_length=16)
+    tokenizer = open_tokenizer(llama, include_special_tokens=has_special_tokens(config))
     with pytest.raises(UserError, match=r"before the text none.* would be .*\[1\]"):
         check_data(config, tokenizer, ONE)
     assert capsys.readouterr().err == ""
@@ -244,6 +244,40 @@ def test_training_compares_ends_and_special_tokens(
     check(plain, llama)
     [warning] = capsys.readouterr().err.splitlines()
     assert "does not say which id ends a document" in warning
+
+
+def without_sidecar(prefix: str, folder: Path) -> str:
+    """Copy a dataset as Megatron-LM writes it."""
+    folder.mkdir()
+    for suffix in (".bin", ".idx"):
+        (folder / f"data{suffix}").write_bytes(Path(f"{prefix}{suffix}").read_bytes())
+    return str(folder / "data")
+
+
+def test_the_documents_of_megatrons_datasets_tell(
+    tmp_path: Path, made: Path, source: Path, llama: Path, run: Run
+) -> None:
+    flag = "--tokenizer-hf-no-include-special-tokens"
+    assert run(*command(source, tmp_path / "plain", llama, flag)).returncode == 0
+    whole = without_sidecar(f"{made}_text_document", tmp_path / "whole")
+    plain = without_sidecar(f"{tmp_path}/plain_text_document", tmp_path / "bare")
+
+    def found(*prefixes: str) -> bool:
+        return has_special_tokens(DataConfig(train=list(prefixes), tokenizer=str(llama)))
+
+    assert found(whole) and not found(plain) and not found(str(tmp_path / "no such"))
+    assert found(whole, f"{made}_text_document")
+    for pair in ((whole, plain), (plain, f"{made}_text_document")):
+        with pytest.raises(UserError, match="preprocess all alike"):
+            found(*pair)
+    builder = IndexedDatasetBuilder(str(tmp_path / "mixed.bin"), dtype=DType.optimal_dtype(700))
+    for ids in ([1, 5, 6, 0], [5, 6, 0]):
+        builder.add_document(torch.tensor(ids), [len(ids)])
+    builder.finalize(str(tmp_path / "mixed.idx"))
+    with pytest.raises(
+        UserError, match=r"1 of its first 2 documents have the special tokens \[1\]"
+    ):
+        found(str(tmp_path / "mixed"))
 
 
 def test_held_out_text_is_encoded_as_the_training_data(
@@ -254,7 +288,7 @@ def test_held_out_text_is_encoded_as_the_training_data(
     rows = [{"text": text, "domain": "x"} for text in texts]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataConfig(train=[f"{made}_text_document"], sequence_length=8, domain_key="domain")
-    include = has_special_tokens(data.train)
+    include = has_special_tokens(data)
     tokenizer = open_tokenizer(llama, include_special_tokens=include)
     held_out = EvaluationSet(EvaluationConfig(path=str(path)), data, tokenizer)
     [batch] = held_out.batches(held_out.num_rows)
