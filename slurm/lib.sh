@@ -7,6 +7,8 @@ export DWM_REPOSITORY DWM_SITE
 
 # A job stops after this many attempts in a row without a new checkpoint.
 readonly MAX_ATTEMPTS=3
+# Exit codes of tools/run_status.py.
+readonly UNFINISHED=3 STOPPED=4
 readonly ATTEMPTS=attempts_without_a_checkpoint
 
 fail() {
@@ -112,6 +114,8 @@ begin_job() {
     unset "${!SLURM_STEP_@}"
     read_site
     load_environment
+    # After sbatch --export=LIST srun would give the ranks that list alone.
+    export SLURM_EXPORT_ENV=ALL
     echo "== job $SLURM_JOB_ID, attempt $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST, $(date)"
 }
 
@@ -191,12 +195,13 @@ train() {
     check_cpus
     mkdir -p "$attempt"
     trap : TERM USR1 USR2 # the ranks stop; this script has to see how
-    if before="$(run_status "$@")"; then
-        echo "== $before, nothing to do"
-        exit 0
-    elif [ $? != 3 ]; then
-        exit 2
-    fi
+    local state=0
+    before="$(run_status "$@")" || state=$?
+    case "$state" in
+    0) echo "== $before, nothing to do" && exit 0 ;;
+    "$UNFINISHED" | "$STOPPED") ;;
+    *) exit 2 ;;
+    esac
     echo "== $before; the ranks write to $attempt/rank_*.log"
     start_ranks "$attempt" "$@" || code=$?
     if [ "$code" = 2 ]; then
@@ -204,9 +209,14 @@ train() {
         show_first_error "$attempt" error
         exit 2
     fi
-    if after="$(run_status "$@")" && [ "$code" = 0 ]; then
-        echo "== $after"
+    state=0
+    after="$(run_status "$@")" || state=$?
+    if [ "$state" = 0 ]; then # also if a rank was slow to end, and srun has killed it
+        echo "== $after, exit code of the ranks $code"
         exit 0
+    elif [ "$state" = "$STOPPED" ]; then
+        echo "== $after: not requeued, jobs after this one are cancelled; submit it again to go on"
+        exit 1
     fi
     count_attempt "$logs" "$before" "$after"
     go_on "$code" "$attempt" "$after" "$(cat "$logs/$ATTEMPTS")" "$1"

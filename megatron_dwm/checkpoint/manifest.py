@@ -29,6 +29,10 @@ _NAME = re.compile(r"step_(\d{8,})(?:_update_(\d{8,}))?")
 _BLOCK_BYTES = 1 << 20  # fits into a processor's cache
 
 
+class Unreadable(ValueError):
+    """A file system's error, which says nothing about what a file holds."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
     """Size and checksum of one file; `crc32` has eight hexadecimal digits."""
@@ -89,7 +93,8 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def read_manifest(directory: Path) -> Manifest:
     """Read the manifest of a checkpoint. Raises ValueError with the file and the problem.
 
-    Raises UserError if it is whole, but of a newer version of this package.
+    It is Unreadable if the file system has an error. Raises UserError if it is whole, but of a
+    newer version of this package.
     """
     file = directory / MANIFEST
     try:
@@ -112,7 +117,7 @@ def read_manifest(directory: Path) -> Manifest:
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None
     except OSError as error:
-        raise ValueError(f"{MANIFEST} cannot be read ({error.strerror})") from None
+        raise Unreadable(f"{MANIFEST} cannot be read ({error.strerror})") from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{MANIFEST} is damaged: it is not as it was written") from None
 
@@ -122,7 +127,10 @@ def _own_checksum(content: dict[str, Any]) -> str:
 
 
 def find_damage(directory: Path, files: Iterable[tuple[str, FileRecord]]) -> str | None:
-    """Returns what is wrong with the first file that differs from its record; None if all match."""
+    """Returns what is wrong with the first file that differs from its record; None if all match.
+
+    Raises Unreadable for an error of the file system.
+    """
     for name, expected in files:
         path = directory / name
         try:
@@ -133,8 +141,10 @@ def find_damage(directory: Path, files: Iterable[tuple[str, FileRecord]]) -> str
                 return f"{name} has another checksum"
         except FileNotFoundError:
             return f"{name} is missing"
+        except (IsADirectoryError, NotADirectoryError):
+            return f"{name} is no file"
         except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+            raise Unreadable(f"{name} cannot be read ({error.strerror})") from None
     return None
 
 

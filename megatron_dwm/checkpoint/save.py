@@ -65,7 +65,8 @@ class CheckpointSave:
             for folder, model in parts.models.items()
         }
         self._rest = parts.rest()
-        self._failure: str | None = None
+        # What the thread cannot report, such as a want of memory, must not look like a success.
+        self._failure: str | None = "the thread that writes the files ended early"
         self._thread: Thread | None = None
         if background:
             self._rest = copy.deepcopy(self._rest)
@@ -118,13 +119,14 @@ class CheckpointSave:
 
     def _write(self) -> None:
         failures = [try_write(files) for files in self._files.values()]
-        self._failure = next((failure for failure in failures if failure is not None), None)
-        if self._runtime.is_main and self._failure is None:
+        failure = next((failure for failure in failures if failure is not None), None)
+        if self._runtime.is_main and failure is None:
             try:
                 save_object(self._rest, self._partial / TRAINING_FILE)
                 write_files(self._kept, self._partial)
             except DISK_ERRORS as error:
-                self._failure = reason(error)
+                failure = reason(error)
+        self._failure = failure
 
     def _complete(self, of_models: dict[str, FileRecord]) -> None:
         files = dict(of_models)

@@ -13,11 +13,12 @@ from megatron_dwm.config.command_line import run_command
 from megatron_dwm.config.load import load
 from megatron_dwm.run.status import saved_status
 
-_UNFINISHED = 3
+_UNFINISHED, _STOPPED = 3, 4
 _USAGE = """usage: {prog} CONFIG.yaml [--section.key value ...]
 
 Print the step of the newest checkpoint in run.dir, and the last step of the configuration. Exits
-with 0 if the run is finished, with 3 if it is not, and with 2 after a user's mistake."""
+with 0 if the run is finished, with 3 if it is not, with 4 if it is not and a file `stop` ended its
+last attempt, and with 2 after a user's mistake."""
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     status = saved_status(load(sys.argv[1:], prog).config)
     print(status)
     if not status.is_finished:
-        sys.exit(_UNFINISHED)
+        sys.exit(_STOPPED if status.was_stopped else _UNFINISHED)
 
 
 def command() -> NoReturn:

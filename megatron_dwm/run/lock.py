@@ -1,6 +1,8 @@
 """Ensures that one job at a time uses a run directory, and notices if the directory is removed.
 
-The main process holds a lock on `.lock` until it ends (files/lock.py).
+The main process holds a lock on `.lock` until it ends (files/lock.py), and writes who it is there.
+A server may hold the lock of a machine that went down for minutes, so a job that Slurm has requeued
+waits for it.
 
 If somebody removes or moves the directory, the run's records and checkpoints are gone. The next
 save would create parts of the directory again, which would look like a run. So the job checks from
@@ -10,15 +12,19 @@ time to time that the directory still exists.
 from __future__ import annotations
 
 import os
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_dwm.config import UserError
+from megatron_dwm.config import RunError, UserError
+from megatron_dwm.config.printing import printable
 from megatron_dwm.files.lock import lock_file
 
 LOCK = ".lock"
+_PATIENCE_S, _PAUSE_S = 180.0, 1.0
 
 
 class HeldDirectory:
@@ -55,6 +61,7 @@ class HeldDirectory:
             return False
         self._lock.close()
         self._lock = lock
+        _sign(lock)
         return True
 
     def close(self) -> None:
@@ -62,16 +69,48 @@ class HeldDirectory:
         self._lock.close()
 
 
+def _locked(path: Path) -> BinaryIO:
+    was_requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    deadline = time.monotonic() + (_PATIENCE_S if was_requeued else 0.0)
+    while True:
+        try:
+            return lock_file(path)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(_PAUSE_S)
+                continue
+            run_dir, who = path.parent, _holder(path)
+            kind = RunError if was_requeued else UserError
+            raise kind(
+                f"run.dir: another process is training in {run_dir}{who}; wait for it, stop it "
+                f"(touch {run_dir / 'stop'}), or choose another directory"
+            ) from None
+
+
+def _sign(lock: BinaryIO) -> None:
+    job = os.environ.get("SLURM_JOB_ID")
+    text = f"process {os.getpid()} on {socket.gethostname()}{f', job {job}' if job else ''}\n"
+    with suppress(OSError):  # a full disk does not stop a start
+        lock.truncate(0)
+        lock.write(text.encode())
+        lock.flush()
+
+
+def _holder(path: Path) -> str:
+    with suppress(OSError):
+        text = path.read_text(encoding="utf-8", errors="replace").strip()
+        return f" ({printable(text)})" if text else ""
+    return ""
+
+
 @contextmanager
 def only_job(run_dir: Path) -> Iterator[HeldDirectory]:
-    """Hold the run directory. Raises UserError if another process holds it."""
-    try:
-        lock = lock_file(run_dir / LOCK)
-    except BlockingIOError:
-        raise UserError(
-            f"run.dir: another process is training in {run_dir}; wait for it, stop it "
-            f"(touch {run_dir / 'stop'}), or choose another directory"
-        ) from None
+    """Hold the run directory. Raises UserError if another process holds it.
+
+    Raises RunError if a requeued job has waited for it in vain.
+    """
+    lock = _locked(run_dir / LOCK)
+    _sign(lock)
     held = HeldDirectory(run_dir, lock)
     try:
         yield held

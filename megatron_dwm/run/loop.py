@@ -66,6 +66,7 @@ class Loop:
                 f"stopped at step {self._state.step} ({self._upkeep.stop_reason}); continue with "
                 "--run.resume true"
             )
+            self._upkeep.note_stop()
         self._window.close()
         return self._upkeep.end()
 

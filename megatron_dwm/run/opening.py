@@ -21,6 +21,8 @@ def opening_lines(
     yield f"files: {config.run.dir}"
     if newest is not None:
         yield f"resumed from {newest.name}: step {job.state.step}, update {job.state.updates}"
+    elif config.run.resume:
+        yield f"no checkpoint in {config.run.dir}: starts from step 0"
 
 
 def _model(config: Config, inputs: RunInputs) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from megatron_dwm.checkpoint.first_checkpoint import ever_had_checkpoint
 from megatron_dwm.config import TrainingConfig, UserError
 from megatron_dwm.run.recorded import recorded_steps
 from megatron_dwm.runtime.warn import print_warning
+from megatron_dwm.training.optimizer import learning_rate_of
 
 
 def require_no_loss(run_dir: Path, training: TrainingConfig) -> None:
@@ -52,3 +54,14 @@ def warn_of_keys_without_effect(keys: list[str], checkpoint: Path) -> None:
     """Print a warning for each changed key that has no effect on a resumed run."""
     for key in keys:
         print_warning(f"{key}: changed, with no effect: the run continues from {checkpoint}")
+
+
+def warn_of_another_rate(before: TrainingConfig, now: TrainingConfig, step: int) -> None:
+    """Print a warning if the learning rate of the next step jumps, as another length makes it."""
+    was, will = learning_rate_of(before, step), learning_rate_of(now, step)
+    if not math.isclose(was, will, rel_tol=1e-6):
+        print_warning(
+            f"the learning rate of step {step} is {will:.2e}; with the settings of the checkpoint "
+            f"it would be {was:.2e} (training.steps {before.steps}, now {now.steps}; it follows "
+            "from steps, learning_rate and min_learning_rate_fraction)"
+        )

@@ -18,9 +18,10 @@ from megatron_dwm.checkpoint.newest import newest_whole_checkpoint
 from megatron_dwm.checkpoint.parts import Parts
 from megatron_dwm.checkpoint.saver import Saver
 from megatron_dwm.checkpoint.state import TrainState
-from megatron_dwm.config import Config, UserError
+from megatron_dwm.config import Config, RunError, UserError
 from megatron_dwm.config.load import save_config
 from megatron_dwm.config.paths import typed_paths, with_absolute_paths
+from megatron_dwm.files.run_names import STOPPED
 from megatron_dwm.run.changes import (
     refuse_changed_files,
     refuse_moved_stages,
@@ -40,7 +41,11 @@ from megatron_dwm.run.progress import Progress
 from megatron_dwm.run.recorded import drop_records_after
 from megatron_dwm.run.remarks import remarks
 from megatron_dwm.run.reporter import Reporter
-from megatron_dwm.run.resume import require_no_loss, warn_of_keys_without_effect
+from megatron_dwm.run.resume import (
+    require_no_loss,
+    warn_of_another_rate,
+    warn_of_keys_without_effect,
+)
 from megatron_dwm.run.starting_point import load_start, warn_of_another_tokenizer
 from megatron_dwm.run.starts import note_start_of_job
 from megatron_dwm.run.status import is_finished
@@ -119,6 +124,7 @@ def _start(
         assert before is not None
         load_job(job, parts, newest)
         warn_of_keys_without_effect(without_effect(before, config), newest)
+        warn_of_another_rate(before.training, config.training, job.state.step + 1)
     elif config.model.init_from is not None:
         if job.learner.runtime.is_main:
             warn_of_another_tokenizer(config, inputs.tokenizer)
@@ -184,17 +190,17 @@ def _claimed(run_dir: Path, runtime: Runtime) -> Iterator[Callable[[], bool]]:
     Gives a function that is true on the main process if the directory was lost since.
     """
     with ExitStack() as stack:
-        refusal: list[str | None] = [None]
+        refusal: list[UserError | RunError | None] = [None]
         is_lost: Callable[[], bool] = lambda: False  # noqa: E731
         if runtime.is_main:
             try:
                 is_lost = stack.enter_context(only_job(run_dir)).is_lost
-            except UserError as error:
-                refusal = [str(error)]
+            except (UserError, RunError) as error:
+                refusal = [error]
         if runtime.world_size > 1:
             dist.broadcast_object_list(refusal, src=0)
         if refusal[0] is not None:
-            raise UserError(refusal[0])
+            raise refusal[0]
         yield is_lost
 
 
@@ -232,6 +238,7 @@ def _write_start(
         missing = drop_records_after(run_dir, state, print_warning)
         save_config(config, run_dir / CONFIG_FILE, typed)
         note_start(run_dir, had_one=had_checkpoint)
+        (run_dir / STOPPED).unlink(missing_ok=True)
         note_start_of_job(run_dir, state.step, runtime, config.policy.name)
     except OSError as error:
         raise UserError(

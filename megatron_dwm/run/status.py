@@ -8,21 +8,27 @@ from pathlib import Path
 from megatron_dwm.checkpoint.manifest import list_checkpoints, read_manifest
 from megatron_dwm.checkpoint.state import TrainState
 from megatron_dwm.config import Config, UserError
+from megatron_dwm.files.run_names import STOPPED
 
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """The newest checkpoint, "none" if there is none, and what is left to do after it."""
+    """The newest checkpoint, "none" if there is none, and what is left to do after it.
+
+    was_stopped: the file `stop` ended the last attempt.
+    """
 
     run_dir: str
     checkpoint: str
     steps: int
     is_finished: bool
+    was_stopped: bool
 
     def __str__(self) -> str:
         """Returns the status in one line."""
         end = "finished" if self.is_finished else "not finished"
-        return f"{self.run_dir}: checkpoint {self.checkpoint}, of {self.steps} steps: {end}"
+        why = "; the file stop ended it" if self.was_stopped else ""
+        return f"{self.run_dir}: checkpoint {self.checkpoint}, of {self.steps} steps: {end}{why}"
 
 
 def is_finished(config: Config, state: TrainState) -> bool:
@@ -47,4 +53,5 @@ def saved_status(config: Config) -> Status:
         checkpoint=checkpoint,
         steps=config.training.steps,
         is_finished=is_finished(config, state),
+        was_stopped=(Path(config.run.dir) / STOPPED).exists(),
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_dwm.checkpoint.parts import Parts
 from megatron_dwm.checkpoint.saver import Saver
 from megatron_dwm.config import Config, RunError
+from megatron_dwm.files.run_names import STOPPED
 from megatron_dwm.run import limits
 from megatron_dwm.run.job import Job, load_job
 from megatron_dwm.run.reporter import Reporter
@@ -40,6 +41,11 @@ class Upkeep:
     def stop_reason(self) -> str:
         """The reason why the run stops, as far as this process knows."""
         return self._stop.reason
+
+    def note_stop(self) -> None:
+        """Mark the run directory if the file `stop` ended the run (main process)."""
+        if self._stop.found_file:
+            (Path(self._config.run.dir) / STOPPED).touch()
 
     def begin(self) -> bool:
         """Do what is due at a start or after rolling back; False after a request to stop."""

@@ -29,7 +29,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from megatron_dwm.config.errors import LostPeer, RunError
+from megatron_dwm.config.errors import LostPeer, RunError, UserError
 from megatron_dwm.launch import Launch, find_launch
 
 _PREFIX = "megatron_dwm"
@@ -144,7 +144,8 @@ def meet(timeout_s: int) -> Iterator[tuple[dist.Store, Peers]]:
     deadline = time.monotonic() + timeout_s
     address = _wait_for_store(launch, timeout_s, is_here=is_here)
     whole = _store(launch, timeout_s, is_here=is_here)
-    store = dist.PrefixStore(_PREFIX, whole)
+    attempt = _attempt()
+    store = dist.PrefixStore(f"{_PREFIX}{attempt}", whole)
     with _listener(2 * world_size) as listener:
         port = listener.getsockname()[1]
         store.set(f"rank/{rank}", json.dumps([rank, socket.gethostname(), address, port]))
@@ -152,7 +153,21 @@ def meet(timeout_s: int) -> Iterator[tuple[dist.Store, Peers]]:
         _wait_for_all(store, world_size, deadline, timeout_s)
         texts = store.multi_get([f"rank/{other}" for other in range(world_size)])
         ranks = [Peer(*json.loads(text)) for text in texts]
-        yield dist.PrefixStore("default_pg", whole), Peers(rank, ranks, listener)
+        yield dist.PrefixStore(f"default_pg{attempt}", whole), Peers(rank, ranks, listener)
+
+
+def _attempt() -> str:
+    """Returns what tells this attempt's keys in torchrun's store from those of attempts before it.
+
+    Raises UserError if torchrun may restart processes on several machines: each counts its own.
+    """
+    several = int(os.environ.get("GROUP_WORLD_SIZE") or 1) > 1
+    if several and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0:
+        raise UserError(
+            "torchrun --max-restarts: expected 0 on several machines; start torchrun again after a "
+            "failure, with --run.resume true"
+        )
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def _store(launch: Launch, timeout_s: int, *, is_here: bool) -> dist.Store:

@@ -82,12 +82,15 @@ class StopPoll:
         signals: StopSignals,
         is_lost: Callable[[], bool] = lambda: False,
     ) -> None:
-        """is_lost: returns True if the run directory is gone; only the main process calls it."""
+        """is_lost: returns True if the run directory is gone; only the main process calls it.
+
+        `found_file` is true, in the main process, once it has seen the file `stop`.
+        """
         self._runtime = runtime
         self._is_lost = is_lost
         self._run_dir = run_dir
         self._signals = signals
-        self._found_file = False
+        self.found_file = False
         self._answer = torch.zeros(1, dtype=torch.int32, device=runtime.device)
 
     def poll(self) -> Request:
@@ -117,14 +120,14 @@ class StopPoll:
         """The reason why the run stops, as far as this process knows."""
         if self._signals.received is not None:
             return self._signals.received.name
-        return "the file stop" if self._found_file else "a signal to another rank"
+        return "the file stop" if self.found_file else "a signal to another rank"
 
     def _from_files(self) -> Request:
         found = Request.NONE
         for name, request in (("save", Request.SAVE), ("stop", Request.STOP)):
             file = self._run_dir / name
             if file.exists():
-                file.unlink()
+                file.unlink(missing_ok=True)
                 found = request
-                self._found_file |= request is Request.STOP
+                self.found_file |= request is Request.STOP
         return found

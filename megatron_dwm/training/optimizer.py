@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -56,6 +58,16 @@ def build_scheduler(config: TrainingConfig, optimizer: ChainedOptimizer) -> Opti
     )
     begin_at(scheduler, 1)
     return scheduler
+
+
+def learning_rate_of(config: TrainingConfig, step: int) -> float:
+    """Returns the rate of a step, counted from 1, by the formula of `build_scheduler`."""
+    peak, warm_up = config.learning_rate, int(config.steps * config.warmup_fraction)
+    if step <= warm_up:
+        return peak * step / warm_up
+    least = peak * config.min_learning_rate_fraction
+    done = min((step - warm_up) / max(config.steps - warm_up, 1), 1.0)
+    return least + (peak - least) * (1 + math.cos(math.pi * done)) / 2
 
 
 def begin_at(scheduler: OptimizerParamScheduler, step: int) -> None:

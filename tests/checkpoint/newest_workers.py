@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_dwm.checkpoint import newest
+from megatron_dwm.checkpoint.manifest import FileRecord, Unreadable
 from megatron_dwm.checkpoint.newest import newest_whole_checkpoint
-from megatron_dwm.config import ParallelConfig
+from megatron_dwm.config import ParallelConfig, RunError
 from megatron_dwm.runtime import bring_up
 
 
@@ -20,3 +22,23 @@ def chosen(run_dir: str) -> str | None:
         finally:
             newest.list_checkpoints = upstream
         return None if found is None else found.name
+
+
+def unreadable(run_dir: str) -> str:
+    """What every rank says where the second one's file system has an error for the newest."""
+    with bring_up(ParallelConfig(), seed=1) as runtime:
+        upstream = newest.find_damage
+
+        def fails(directory: Path, files: Iterable[tuple[str, FileRecord]]) -> str | None:
+            if runtime.rank == 1:
+                raise Unreadable("a.bin cannot be read (Input/output error)")
+            return upstream(directory, files)
+
+        newest.find_damage = fails
+        try:
+            newest_whole_checkpoint(Path(run_dir), runtime)
+        except RunError as error:
+            return str(error)
+        finally:
+            newest.find_damage = upstream
+        return "nothing"

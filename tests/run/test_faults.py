@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_dwm.checkpoint.manifest import list_checkpoints, read_manifest
+from megatron_dwm.files.run_names import STOPPED
 from tests.small_runs.command import RESUME, metrics, scheduled_rate
 from tests.small_runs.fixtures import CORPUS, Corpus
 from tests.small_runs.forked import Server
@@ -157,6 +158,7 @@ def test_stop_and_save_files(
         steps = [read_manifest(path).state.step for path in list_checkpoints(run_dir)]
         assert 3 in steps and steps[-1] == newest
         assert not (run_dir / name).exists()
+        assert (run_dir / STOPPED).exists() == (name == "stop")
         table.add(f"file `{name}`", lost=0, allowed=0)
 
 

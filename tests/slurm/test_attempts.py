@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dwm.checkpoint.manifest import Manifest, checkpoint_dir, write_manifest
+from megatron_dwm.checkpoint.state import TrainState
+from megatron_dwm.files.run_names import STOPPED
 from tests.forking.client import REPOSITORY
 
 pytestmark = pytest.mark.timeout(120)
@@ -33,13 +36,19 @@ class Job:
         file.chmod(0o755)
 
     def attempt(
-        self, code: int, shown: str = RUNNING, pending: str = "", number: int = 0, **more: str
+        self,
+        code: int,
+        shown: str = RUNNING,
+        pending: str = "",
+        number: int = 0,
+        work: str = "",
+        **more: str,
     ) -> str:
         """One attempt of the job; returns what it printed, and its exit code at the end.
 
-        more: variables of the job's environment.
+        work: what the ranks do. more: variables of the job's environment.
         """
-        self.stub("srun", f"exit {code}")
+        self.stub("srun", f"{work or 'true'}; exit {code}")
         self.stub("squeue", f'[[ "$*" == *PENDING* ]] && echo "{pending}" || echo "{OWN}"')
         show = f'[ "$1" = requeue ] || {{ echo "{shown}"; exit; }}'
         self.stub(
@@ -131,3 +140,24 @@ def test_a_run_without_an_error_shows_how_its_log_ends(job: Job) -> None:
     log.parent.mkdir(parents=True)
     log.write_text("step 1\nwarning: No space left on device\n")
     assert "warning: No space left on device" in job.attempt(1)
+
+
+def test_a_run_that_the_file_stop_ended_does_not_come_back(job: Job) -> None:
+    """Until it is submitted again."""
+    (job.folder / "run").mkdir()
+    (job.folder / "run" / STOPPED).touch()
+    said = job.attempt(0)
+    assert "the file stop ended it: not requeued" in said and said.endswith("1")
+    assert not job.requeued
+
+
+def test_a_finished_run_whose_ranks_end_badly_is_not_requeued(job: Job) -> None:
+    """srun kills a rank that is a minute slower than the others, as with a slow upload."""
+    state = TrainState(step=1000, evaluated_step=1000)
+    directory = checkpoint_dir(job.folder / "run", state)
+    work = f'mkdir -p "{directory.parent}"; mv "{job.folder}/done" "{directory}"; exit 137'
+    (job.folder / "done").mkdir()
+    write_manifest(job.folder / "done", Manifest(state=state, fingerprint={}, files={}))
+    said = job.attempt(137, work=work)
+    assert "finished, exit code of the ranks 137" in said and said.endswith("0"), said
+    assert not job.requeued

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_dwm.checkpoint.manifest import Manifest, checkpoint_dir, write_manifest
 from megatron_dwm.checkpoint.state import TrainState
+from megatron_dwm.files.run_names import STOPPED
 from tests.forking.client import run_python
 
 
@@ -43,5 +44,8 @@ def test_the_newest_checkpoint_decides(
 
 def test_without_a_checkpoint_and_with_a_mistake(tmp_path: Path) -> None:
     assert _status(tmp_path) == (3, f"{tmp_path}: checkpoint none, of 40 steps: not finished")
+    (tmp_path / STOPPED).touch()
+    ended = f"{tmp_path}: checkpoint none, of 40 steps: not finished; the file stop ended it"
+    assert _status(tmp_path) == (4, ended)
     code, line = _status(tmp_path, "--training.stepz", "3")
     assert code == 2 and line.startswith("error: ") and "stepz" in line
