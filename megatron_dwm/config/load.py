@@ -300,9 +300,12 @@ def _check_option(word: str) -> None:
     if match[1].startswith(f"{_OPTIONS}.") and _key_of(match[1]) != _OPTIONS:
         raise UserError(f"{match[1]}: expected {_OPTIONS}.NAME with a name without dots")
     if _key_of(match[1]) not in known_keys():
-        flag = megatron_flag(re.split(r"[= ]", word[2:])[0])
+        name = re.split(r"[= ]", word[2:])[0]
+        flag = megatron_flag(name)
         if flag is not None:
             raise UserError(flag)
+        if "." not in name and "-" in name:  # keys have a dot and no dash
+            raise UserError(f"{unknown_key(name)} (flags of Megatron-LM: docs/megatron.md)")
         raise UserError(f"{unknown_key(match[1])} (see --help)")
 
 

@@ -6,6 +6,13 @@ A command with one of them is refused in a line that names the key; docs/megatro
 from __future__ import annotations
 
 _LLAMA = "every model here is a Llama, a Mistral or a Qwen; leave it out"
+_NO_DROPOUT = "there is no dropout here; leave it out"
+_ALWAYS = "it is always so here; leave it out"
+_CHOSEN = "kernels follow from the machine and model.precision; leave it out"
+_NOT_BUILT = "it is not supported here; leave it out"
+_FORMAT = "checkpoints have one format, and every rank writes its part; leave it out"
+_BY_SIGNAL = "let the scheduler send a signal (docs/robustness.md)"
+_COSINE = "the learning rate always falls as a cosine; leave it out"
 
 COUNTERPARTS: dict[str, str] = {
     "tensor-model-parallel-size": "parallel.tensor",
@@ -63,7 +70,7 @@ COUNTERPARTS: dict[str, str] = {
     "init-method-std": "model.init_std",
     "untie-embeddings-and-output-weights": "model.tied_embeddings false",
     "bf16": "model.precision bf16",
-    "fp8-format": "model.precision fp8",
+    "fp8-format": "model.precision fp8, with model.fp8_recipe delayed for Megatron-LM's default",
     "fp8-recipe": "model.fp8_recipe",
     "first-last-layers-bf16": "model.fp8_first_last_bf16 true",
     "recompute-granularity": "model.recompute selective, or full",
@@ -78,6 +85,18 @@ COUNTERPARTS: dict[str, str] = {
     "wandb-exp-name": "logging.wandb_exp_name",
     "wandb-entity": "logging.wandb_entity",
     "profile": "profiling.tool",
+    "use-pytorch-profiler": "profiling.tool torch",
+    "profile-step-start": "profiling.first_step",
+    "profile-step-end": "profiling.last_step",
+    "profile-ranks": "profiling.ranks",
+    "data-cache-path": "data.cache_dir",
+    "train-data-path": "data.train",
+    "accumulate-allreduce-grads-in-fp32": "parallel.grad_reduce_in_fp32 true, the default",
+    "lr-warmup-samples": "training.warmup_fraction, as a fraction of training.steps",
+    "save-retain-interval": "training.keep_every",
+    "pretrained-checkpoint": "model.init_from",
+    "no-load-optim": "model.init_from, which takes parameters alone",
+    "no-load-rng": "model.init_from, which takes parameters alone",
 }
 """a flag without its dashes, and the key in its place"""
 
@@ -101,6 +120,52 @@ WITHOUT: dict[str, str] = {
     "disable-bias-linear": _LLAMA,
     "position-embedding-type": _LLAMA,
     "use-rotary-position-embeddings": _LLAMA,
+    "attention-dropout": _NO_DROPOUT,
+    "hidden-dropout": _NO_DROPOUT,
+    "use-mcore-models": _ALWAYS,
+    "no-create-attention-mask-in-dataloader": _ALWAYS,
+    "check-for-nan-in-loss-and-grad": _ALWAYS,
+    "no-check-for-nan-in-loss-and-grad": "a step that is not finite is skipped; leave it out",
+    "log-throughput": _ALWAYS,
+    "attention-backend": _CHOSEN,
+    "use-flash-attn": _CHOSEN,
+    "no-masked-softmax-fusion": _CHOSEN,
+    "no-bias-swiglu-fusion": _CHOSEN,
+    "no-gradient-accumulation-fusion": _CHOSEN,
+    "ckpt-format": _FORMAT,
+    "use-dist-ckpt": _FORMAT,
+    "ckpt-fully-parallel-save": _FORMAT,
+    "use-checkpoint-args": "model.init_from takes the shape of its checkpoint; leave it out",
+    "override-opt_param-scheduler": "the rate always follows the keys of now; leave it out",
+    "override-opt-param-scheduler": "the rate always follows the keys of now; leave it out",
+    "exit-on-missing-checkpoint": "look at the first lines of the run, or at tools/run_status.py",
+    "exit-duration-in-mins": _BY_SIGNAL,
+    "exit-interval": _BY_SIGNAL,
+    "lr-decay-samples": _COSINE,
+    "lr-wsd-decay-style": _COSINE,
+    "lr-wsd-decay-iters": _COSINE,
+    "lr-wsd-decay-samples": _COSINE,
+    "decoupled-lr": "all parameters have one rate; leave it out",
+    "calculate-per-token-loss": "a step's loss weighs every sample, or unit, by its weight "
+    "(docs/METHOD.md); leave it out",
+    "num-workers": "samples are read from mapped files, without workers; leave it out",
+    "no-mmap-bin-files": "files are always mapped; leave it out",
+    "mock-data": "bash examples/quickstart.sh makes data of the text that is shipped",
+    "vocab-file": "data.tokenizer takes SentencePiece or a tokenizer.json",
+    "merge-file": "data.tokenizer takes SentencePiece or a tokenizer.json",
+    "fp8-amax-history-len": "Transformer Engine's default is used; leave it out",
+    "fp8-amax-compute-algo": "Transformer Engine's default is used; leave it out",
+    "fp8-margin": "Transformer Engine's default is used; leave it out",
+    "fp8-param-gather": _NOT_BUILT,
+    "use-precision-aware-optimizer": _NOT_BUILT,
+    "use-megatron-fsdp": _NOT_BUILT,
+    "use-torch-fsdp2": _NOT_BUILT,
+    "decoder-first-pipeline-num-layers": "stages have equal numbers of layers; leave it out",
+    "decoder-last-pipeline-num-layers": "stages have equal numbers of layers; leave it out",
+    "cp-comm-type": "Transformer Engine's own way, or one gather (docs/context.md); leave it out",
+    "manual-gc": _NOT_BUILT,
+    "empty-unused-memory-level": _NOT_BUILT,
+    "log-timers-to-tensorboard": "profiling.tool measures the phases of a step",
 }
 """a flag without its dashes that has no key, and what to do"""
 

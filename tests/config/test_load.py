@@ -108,6 +108,14 @@ def test_megatrons_flags_name_keys_that_exist_and_stand_in_the_document() -> Non
     document = (REPOSITORY / "docs" / "megatron.md").read_text(encoding="utf-8")
     for flag, words in {**COUNTERPARTS, **WITHOUT}.items():
         assert f"| `--{flag}` | {words} |" in document
+    training, recipe = Config().training, Config().model.fp8_recipe
+    for words in (
+        f"0.999 there and {training.adam_beta2} here, `--weight-decay` 0.01 and "
+        f"{training.weight_decay}, the warm-up 0 and {training.warmup_fraction} of the steps, "
+        f"`--min-lr` 0 and {training.min_learning_rate_fraction} of the peak",
+        f"`--fp8-recipe` delayed and {recipe}",
+    ):
+        assert words in " ".join(document.split())
     keys = {name for words in COUNTERPARTS.values() for name in re.findall(r"\w+\.\w+", words)}
     assert keys - {"run.dir/tensorboard"} <= set(known_keys())
 
