@@ -62,6 +62,11 @@ def find_launch(environment: Mapping[str, str]) -> Launch:
         size = _number(environment, "SLURM_STEP_NUM_TASKS")
         if size > 1:
             return _started_by_srun(environment, size)
+    if int(environment.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
+        raise UserError(
+            "mpirun: its processes would each be a run of their own; start the ranks with torchrun "
+            "or srun"
+        )
     return Launch(
         launcher=Launcher.NONE, rank=0, local_rank=0, world_size=1, host="127.0.0.1", port=0
     )

@@ -116,7 +116,7 @@ begin_job() {
     load_environment
     # After sbatch --export=LIST srun would give the ranks that list alone.
     export SLURM_EXPORT_ENV=ALL
-    echo "== job $SLURM_JOB_ID, attempt $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST, $(date)"
+    echo "== job $SLURM_JOB_ID, attempt ${SLURM_RESTART_COUNT:-0} (the first is 0), on $SLURM_JOB_NODELIST, $(date)"
 }
 
 load_environment() {

@@ -35,6 +35,14 @@ def test_srun_starts_the_ranks() -> None:
     )
 
 
+def test_mpirun_is_refused() -> None:
+    """Its processes have no variables that we know, so each would train alone."""
+    with pytest.raises(UserError, match="mpirun: .*start the ranks with torchrun or srun"):
+        find_launch({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"})
+    assert find_launch({"OMPI_COMM_WORLD_SIZE": "4", **TORCHRUN}).world_size == 8
+    assert find_launch({"OMPI_COMM_WORLD_SIZE": "1"}) == ALONE
+
+
 def test_torchruns_variables_decide() -> None:
     """Also in a process of torchrun that srun has started, one on each node."""
     expected = Launch(

@@ -5,6 +5,10 @@
 # releases are taken where pyproject.toml allows several. Installing is skipped while neither file nor the
 # extras have changed. Of several commands that are started at once, one installs and the others wait.
 
+if [ -z "${BASH_SOURCE:-}" ]; then
+    echo "error: tools/environment.sh is for bash; start bash, and source it there" >&2
+    return 1
+fi
 _repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 _venv="$_repository/.venv"
 

@@ -82,7 +82,8 @@ class DataConfig:
     border_loss: bool = True
     """count the label of a document's last token, which is the first token of the next document;
     without it samples have different numbers of counted tokens, and each sample's mean counts the
-    same; for the mean over all tokens, as Megatron-LM's, set weighting.unit document"""
+    same; for the mean over all tokens (Megatron-LM's --calculate-per-token-loss), set
+    weighting.unit document"""
     domain_key: str = "meta.redpajama_set_name"
     """metadata column that names a document's domain"""
     cache_dir: str | None = None

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
+import uuid
 from pathlib import Path
+
+import torch.distributed as dist
 
 from megatron_dwm.checkpoint.manifest import list_checkpoints
 from megatron_dwm.config import Config, UserError
@@ -12,9 +16,11 @@ from megatron_dwm.config.load import load, read_typed_paths
 from megatron_dwm.run.changes import refuse_changes
 from megatron_dwm.run.job import INDEX_CACHE
 from megatron_dwm.run.lock import LOCK
+from megatron_dwm.runtime import Runtime
 
 # Files of a start that ended before it wrote config.yaml.
 _BEFORE_THE_RUN = {LOCK, INDEX_CACHE, "config.yaml.partial"}
+_SHARED = ".shared-"
 
 
 def run_to_resume(config: Config) -> Config | None:
@@ -28,7 +34,7 @@ def run_to_resume(config: Config) -> Config | None:
     saved = run_dir / "config.yaml"
     _require_directory(run_dir / "checkpoints")
     if not saved.is_file():
-        if any(entry.name not in _BEFORE_THE_RUN for entry in run_dir.iterdir()):
+        if not all(_is_before_the_run(entry.name) for entry in run_dir.iterdir()):
             _point_to_a_copy(run_dir, f"{saved} is missing")
             raise UserError(
                 f"run.dir: {run_dir} is not empty and holds no run; choose another directory"
@@ -47,6 +53,34 @@ def run_to_resume(config: Config) -> Config | None:
     before = with_earlier_defaults(loaded.config, loaded.given.file)
     refuse_changes(before, config, run_dir, typed)
     return before
+
+
+def _is_before_the_run(name: str) -> bool:
+    return name in _BEFORE_THE_RUN or name.startswith(_SHARED)
+
+
+def require_shared(run_dir: Path, runtime: Runtime) -> None:
+    """Raise UserError on all ranks if one of them has another directory there (collective).
+
+    Otherwise each machine would save its part of a checkpoint on its own disk.
+    """
+    if runtime.world_size == 1:
+        return
+    token = [f"{_SHARED}{uuid.uuid4().hex}"]  # a new name: no machine remembers that it is missing
+    if runtime.is_main:
+        (run_dir / token[0]).touch()
+    dist.broadcast_object_list(token, src=0)
+    mine = None if (run_dir / token[0]).exists() else socket.gethostname()
+    hosts: list[str | None] = [None] * runtime.world_size
+    dist.all_gather_object(hosts, mine)
+    if runtime.is_main:
+        (run_dir / token[0]).unlink(missing_ok=True)
+    without = sorted({host for host in hosts if host is not None})
+    if without:
+        raise UserError(
+            f"run.dir: {run_dir} on {', '.join(without)} is not that of rank 0; name a directory "
+            "on a file system that all machines share"
+        )
 
 
 def _require_directory(checkpoints: Path) -> None:

@@ -28,7 +28,7 @@ from megatron_dwm.run.changes import (
     without_effect,
 )
 from megatron_dwm.run.checks import check
-from megatron_dwm.run.directory import run_to_resume
+from megatron_dwm.run.directory import require_shared, run_to_resume
 from megatron_dwm.run.files import RunFiles
 from megatron_dwm.run.health import Health
 from megatron_dwm.run.inputs import RunInputs
@@ -77,6 +77,7 @@ def run(config: Config) -> bool:
         bring_up(config.parallel, config.run.seed) as runtime,
         _claimed(run_dir, runtime) as is_lost,
     ):
+        require_shared(run_dir, runtime)
         newest = newest_whole_checkpoint(run_dir, runtime) if before else None
         found = fingerprint(config, inputs.shape, inputs.values)
         if before and newest is None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from megatron_dwm.checkpoint import newest
 from megatron_dwm.checkpoint.manifest import FileRecord, Unreadable
 from megatron_dwm.checkpoint.newest import newest_whole_checkpoint
-from megatron_dwm.config import ParallelConfig, RunError
+from megatron_dwm.config import ParallelConfig, RunError, UserError
+from megatron_dwm.run.directory import require_shared
 from megatron_dwm.runtime import bring_up
 
 
@@ -22,6 +23,19 @@ def chosen(run_dir: str) -> str | None:
         finally:
             newest.list_checkpoints = upstream
         return None if found is None else found.name
+
+
+def other_directory(run_dir: str) -> str:
+    """What every rank says where the second one has a directory of its own under the name."""
+    with bring_up(ParallelConfig(), seed=1) as runtime:
+        own = Path(run_dir) / str(runtime.rank)
+        own.mkdir()
+        require_shared(Path(run_dir), runtime)
+        try:
+            require_shared(own, runtime)
+        except UserError as error:
+            return str(error)
+        return "nothing"
 
 
 def unreadable(run_dir: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,15 @@ def test_all_ranks_take_the_checkpoint_that_the_main_process_sees(tmp_path: Path
     _two_checkpoints(tmp_path)
     [found] = run_ranks("tests.checkpoint.newest_workers:chosen", 2, [{"run_dir": str(tmp_path)}])
     assert found == ["step_00000004"] * 2
+
+
+def test_a_directory_of_one_machine_alone_is_refused(tmp_path: Path) -> None:
+    """Each machine would save its part of a checkpoint on its own disk."""
+    worker = "tests.checkpoint.newest_workers:other_directory"
+    [said] = run_ranks(worker, 2, [{"run_dir": str(tmp_path)}])
+    for rank, text in enumerate(said):
+        assert f"run.dir: {tmp_path / str(rank)} on {socket.gethostname()} is not that of" in text
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["0", "1"], "nothing is left"
 
 
 def test_an_error_of_the_file_system_is_no_damage(tmp_path: Path) -> None:
