@@ -9,6 +9,8 @@ export DWM_REPOSITORY DWM_SITE
 readonly MAX_ATTEMPTS=3
 # Exit codes of tools/run_status.py.
 readonly UNFINISHED=3 STOPPED=4
+# What its line ends with after the file stop.
+readonly BY_FILE='; the file stop ended it'
 readonly ATTEMPTS=attempts_without_a_checkpoint
 
 fail() {
@@ -214,11 +216,12 @@ train() {
     if [ "$state" = 0 ]; then # also if a rank was slow to end, and srun has killed it
         echo "== $after, exit code of the ranks $code"
         exit 0
-    elif [ "$state" = "$STOPPED" ]; then
+    elif [ "$state" = "$STOPPED" ] && [ "$code" = 0 ]; then
         echo "== $after: not requeued, jobs after this one are cancelled; submit it again to go on"
+        cancel_links "$1"
         exit 1
     fi
-    count_attempt "$logs" "$before" "$after"
+    count_attempt "$logs" "${before%$BY_FILE}" "${after%$BY_FILE}"
     go_on "$code" "$attempt" "$after" "$(cat "$logs/$ATTEMPTS")" "$1"
 }
 
@@ -328,6 +331,13 @@ was_cancelled() {
     [[ "$shown" != *" JobState=CANCELLED"* ]] || return 0
     [[ "$shown" == *" JobState=COMPLETING Reason=None "* && "$shown" != *" PreemptTime="[0-9]* &&
         "$shown" == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]
+}
+
+# cancel_links CONFIGURATION: the next jobs of a chain would go on with the run.
+cancel_links() {
+    local links
+    links="$(next_links "$1")"
+    [ -z "$links" ] || scancel $links
 }
 
 # next_links CONFIGURATION: numbers of the jobs of this run that wait for their turn. Their name,

@@ -161,7 +161,7 @@ show_plan() {
 check_configuration() {
     local code=0
     run_tool run_status "$@" >/dev/null || code=$?
-    [ "$code" = 0 ] || [ "$code" = 3 ] || exit "$code" # 3: the run is not finished
+    case "$code" in 0 | "$UNFINISHED" | "$STOPPED") ;; *) exit "$code" ;; esac
 }
 
 # run_job NAME DEPENDENCIES SCRIPT NODES ARGUMENTS: a training run, as a chain of --links jobs.

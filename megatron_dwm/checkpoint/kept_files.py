@@ -70,6 +70,12 @@ def open_own_tokenizer(file: Path) -> Tokenizer:
     return open_tokenizer(file, include_special_tokens=file.with_name(_AROUND).is_file())
 
 
+def had_special_tokens(checkpoint: Path) -> bool | None:
+    """Returns whether training had special tokens around a text; None without its tokenizer."""
+    file = own_tokenizer(checkpoint / TOKENIZER)
+    return None if file is None else file.with_name(_AROUND).is_file()
+
+
 def write_files(files: Mapping[str, bytes], directory: Path) -> None:
     """Write files by their paths inside `directory`. Raises OSError."""
     for name, content in files.items():

@@ -116,6 +116,8 @@ def read_manifest(directory: Path) -> Manifest:
         raise
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None
+    except (IsADirectoryError, NotADirectoryError):
+        raise ValueError(f"{MANIFEST} is no file") from None
     except OSError as error:
         raise Unreadable(f"{MANIFEST} cannot be read ({error.strerror})") from None
     except (ValueError, TypeError, KeyError, AttributeError):

@@ -19,6 +19,7 @@ from megatron_dwm.config.schema import DataConfig
 from megatron_dwm.data.prefixes import read_indexed_file
 from megatron_dwm.files.dataset_paths import DatasetPaths
 from megatron_dwm.files.sidecar_format import read_facts, special_tokens, spell_ids
+from megatron_dwm.runtime.warn import print_warning
 from megatron_dwm.tokenizer import JSON_KINDS, SpecialTokens, kind_of, open_tokenizer
 
 if TYPE_CHECKING:
@@ -26,26 +27,36 @@ if TYPE_CHECKING:
 
 _DOCUMENTS = 1000
 """the documents of a dataset that are looked at, from its first one on"""
+_MOST = 0.5
 
 
-def has_special_tokens(data: DataConfig) -> bool:
+def has_special_tokens(data: DataConfig, kept: bool | None = None) -> bool:
     """True if the documents of `data.train` have the special tokens of `data.tokenizer`.
 
-    Raises:
-        UserError: a malformed list; some documents have them and others do not. `check_data`
-            reports problems with the files.
+    Prints a warning if some have them and others do not. Raises UserError for a malformed list;
+    `check_data` reports problems with the files.
+
+    kept: what a run that is resumed took datasets without a sidecar for.
     """
     prefixes = [part.prefix for part in parse_blend(data.train)]
-    recorded = [any(_recorded(prefix)) for prefix in prefixes if _sidecar(prefix).exists()]
-    seen = {prefix: _seen(prefix, data) for prefix in prefixes if not _sidecar(prefix).exists()}
-    answers = {*recorded, *(found for found in seen.values() if found is not None)}
-    if len(answers) > 1 and seen:
-        have = ", ".join(prefix for prefix, found in seen.items() if found) or "none"
-        raise UserError(
-            f"data.train: of its datasets without a sidecar these have special tokens around their "
-            f"documents: {have}; the others, or those with a sidecar, differ; preprocess all alike"
-        )
-    return True in answers
+    plain = [prefix for prefix in prefixes if not _sidecar(prefix).exists()]
+    recorded = any(any(_recorded(prefix)) for prefix in prefixes if prefix not in plain)
+    if not plain or kept is not None:
+        return recorded or bool(kept)
+    tokens = _possible(data)
+    if tokens is None:
+        return recorded
+    shares = {prefix: share for prefix in plain if (share := _share(prefix, tokens)) is not None}
+    found = recorded or any(share > _MOST for share in shares.values())
+    for prefix, share in shares.items():
+        if share != found:
+            ids = spell_ids(tokens.before or tokens.after)
+            print_warning(
+                f"{prefix}: {share:.0%} of its first {_DOCUMENTS} documents have the special "
+                f"tokens [{ids}] of data.tokenizer; the target and held-out text are encoded "
+                f"{'with' if found else 'without'} them"
+            )
+    return found
 
 
 def _sidecar(prefix: str) -> Path:
@@ -59,34 +70,28 @@ def _recorded(prefix: str) -> tuple[str, str]:
     return "", ""
 
 
-def _seen(prefix: str, data: DataConfig) -> bool | None:
-    """Returns whether the first documents have the tokens; None if that cannot be known."""
-    tokens = _possible(data)
-    if tokens is None:
-        return None
+def _share(prefix: str, tokens: SpecialTokens) -> float | None:
+    """Returns the part of the first documents that have the tokens; None without documents."""
     try:
         read_indexed_file(prefix)
     except UserError:
         return None
     found = [_has(tokens, ids) for ids in _documents(prefix)]
-    if not found:
-        return None
-    if any(found) and not all(found):
-        ids = spell_ids(tokens.before or tokens.after)
-        raise UserError(
-            f"{prefix}: {sum(found)} of its first {len(found)} documents have the special tokens "
-            f"[{ids}] of data.tokenizer {data.tokenizer}, the others do not; preprocess all alike"
-        )
-    return all(found)
+    return sum(found) / len(found) if found else None
 
 
 def _possible(data: DataConfig) -> SpecialTokens | None:
-    """Returns what the tokenizer would put around a text; None if nothing, or not around it."""
+    """Returns what the tokenizer would put around a text; None if nothing, or not around it.
+
+    An end after the text alone looks like the end of a document, so it is taken for that.
+    """
     with suppress(UserError):
         if data.tokenizer is None or kind_of(data.tokenizer) not in JSON_KINDS:
             return None
-        tokens = open_tokenizer(data.tokenizer, include_special_tokens=True).around
-        return tokens if tokens.before or tokens.after else None
+        tokenizer = open_tokenizer(data.tokenizer, include_special_tokens=True)
+        around = tokenizer.around
+        is_end = not around.before and tuple(around.after) == (tokenizer.eod_id,)
+        return around if (around.before or around.after) and not is_end else None
     return None
 
 

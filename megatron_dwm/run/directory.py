@@ -66,10 +66,13 @@ def require_shared(run_dir: Path, runtime: Runtime) -> None:
     """
     if runtime.world_size == 1:
         return
-    token = [f"{_SHARED}{uuid.uuid4().hex}"]  # a new name: no machine remembers that it is missing
-    if runtime.is_main:
-        (run_dir / token[0]).touch()
+    token = [_make_token(run_dir) if runtime.is_main else None]
     dist.broadcast_object_list(token, src=0)
+    if token[0] is None:
+        raise UserError(
+            f"run.dir: {run_dir} cannot be written; free some space or grant permission, and start "
+            "again: nothing is lost"
+        )
     mine = None if (run_dir / token[0]).exists() else socket.gethostname()
     hosts: list[str | None] = [None] * runtime.world_size
     dist.all_gather_object(hosts, mine)
@@ -81,6 +84,18 @@ def require_shared(run_dir: Path, runtime: Runtime) -> None:
             f"run.dir: {run_dir} on {', '.join(without)} is not that of rank 0; name a directory "
             "on a file system that all machines share"
         )
+
+
+def _make_token(run_dir: Path) -> str | None:
+    """Make a file of a new name, whose absence no machine remembers; None if that fails."""
+    name = f"{_SHARED}{uuid.uuid4().hex}"
+    try:
+        for left in run_dir.glob(f"{_SHARED}*"):  # of a start that was killed
+            left.unlink(missing_ok=True)
+        (run_dir / name).touch()
+    except OSError:
+        return None
+    return name
 
 
 def _require_directory(checkpoints: Path) -> None:

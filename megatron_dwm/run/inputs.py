@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from megatron_dwm.checkpoint.kept_files import had_special_tokens
+from megatron_dwm.checkpoint.manifest import list_checkpoints
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.data import EvaluationSet, ValidationSet
 from megatron_dwm.data.last_words import LastWords
@@ -45,7 +48,7 @@ def open_model_and_tokenizer(config: Config) -> tuple[Tokenizer, LlamaShape]:
     if config.data.tokenizer is None:
         raise UserError("data.tokenizer: expected a tokenizer model, got none")
     tokenizer = open_tokenizer(
-        config.data.tokenizer, include_special_tokens=has_special_tokens(config.data)
+        config.data.tokenizer, include_special_tokens=has_special_tokens(config.data, _kept(config))
     )
     shape = resolve_shape(config.model, tokenizer.vocab_size, init_from=shape_to_start_from(config))
     if shape.vocab_size < tokenizer.vocab_size:
@@ -55,6 +58,12 @@ def open_model_and_tokenizer(config: Config) -> tuple[Tokenizer, LlamaShape]:
             "model.init_from, name that model's tokenizer)"
         )
     return tokenizer, shape
+
+
+def _kept(config: Config) -> bool | None:
+    """Returns whether a run that is resumed has had special tokens; None if it has not begun."""
+    found = list_checkpoints(Path(config.run.dir)) if config.run.resume else []
+    return had_special_tokens(found[-1]) if found else None
 
 
 def open_target(config: Config, tokenizer: Tokenizer) -> ValidationSet | None:

@@ -69,9 +69,9 @@ class HeldDirectory:
         self._lock.close()
 
 
-def _locked(path: Path) -> BinaryIO:
+def _locked(path: Path, patience_s: float) -> BinaryIO:
     was_requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
-    deadline = time.monotonic() + (_PATIENCE_S if was_requeued else 0.0)
+    deadline = time.monotonic() + (patience_s if was_requeued else 0.0)
     while True:
         try:
             return lock_file(path)
@@ -90,10 +90,9 @@ def _locked(path: Path) -> BinaryIO:
 def _sign(lock: BinaryIO) -> None:
     job = os.environ.get("SLURM_JOB_ID")
     text = f"process {os.getpid()} on {socket.gethostname()}{f', job {job}' if job else ''}\n"
-    with suppress(OSError):  # a full disk does not stop a start
-        lock.truncate(0)
-        lock.write(text.encode())
-        lock.flush()
+    with suppress(OSError):  # a full disk stops neither a start nor, by a buffer, an end
+        os.ftruncate(lock.fileno(), 0)
+        os.write(lock.fileno(), text.encode())
 
 
 def _holder(path: Path) -> str:
@@ -104,12 +103,13 @@ def _holder(path: Path) -> str:
 
 
 @contextmanager
-def only_job(run_dir: Path) -> Iterator[HeldDirectory]:
+def only_job(run_dir: Path, timeout_s: float = 600.0) -> Iterator[HeldDirectory]:
     """Hold the run directory. Raises UserError if another process holds it.
 
-    Raises RunError if a requeued job has waited for it in vain.
+    Raises RunError if a requeued job has waited for it in vain. timeout_s: how long the other ranks
+    wait for this one.
     """
-    lock = _locked(run_dir / LOCK)
+    lock = _locked(run_dir / LOCK, min(_PATIENCE_S, timeout_s / 2))
     _sign(lock)
     held = HeldDirectory(run_dir, lock)
     try:

@@ -66,9 +66,11 @@ class Loop:
                 f"stopped at step {self._state.step} ({self._upkeep.stop_reason}); continue with "
                 "--run.resume true"
             )
-            self._upkeep.note_stop()
         self._window.close()
-        return self._upkeep.end()
+        saved = self._upkeep.end()
+        if saved and not going:
+            self._upkeep.note_stop()
+        return saved
 
     def _advance(self) -> bool:
         """Take what is left of the run; False after a request to stop."""

@@ -61,7 +61,7 @@ def warn_of_another_rate(before: TrainingConfig, now: TrainingConfig, step: int)
     was, will = learning_rate_of(before, step), learning_rate_of(now, step)
     if not math.isclose(was, will, rel_tol=1e-6):
         print_warning(
-            f"the learning rate of step {step} is {will:.2e}; with the settings of the checkpoint "
+            f"the learning rate of step {step} is {will:.2e}; with the settings before "
             f"it would be {was:.2e} (training.steps {before.steps}, now {now.steps}; it follows "
             "from steps, learning_rate and min_learning_rate_fraction)"
         )

@@ -75,7 +75,7 @@ def run(config: Config) -> bool:
     with (
         ExitStack() as until_exit,
         bring_up(config.parallel, config.run.seed) as runtime,
-        _claimed(run_dir, runtime) as is_lost,
+        _claimed(run_dir, runtime, config.parallel.timeout_s) as is_lost,
     ):
         require_shared(run_dir, runtime)
         newest = newest_whole_checkpoint(run_dir, runtime) if before else None
@@ -185,7 +185,7 @@ def _progress(
 
 
 @contextmanager
-def _claimed(run_dir: Path, runtime: Runtime) -> Iterator[Callable[[], bool]]:
+def _claimed(run_dir: Path, runtime: Runtime, timeout_s: float) -> Iterator[Callable[[], bool]]:
     """Hold the run directory for the job; raises UserError on all ranks if another job holds it.
 
     Gives a function that is true on the main process if the directory was lost since.
@@ -195,7 +195,7 @@ def _claimed(run_dir: Path, runtime: Runtime) -> Iterator[Callable[[], bool]]:
         is_lost: Callable[[], bool] = lambda: False  # noqa: E731
         if runtime.is_main:
             try:
-                is_lost = stack.enter_context(only_job(run_dir)).is_lost
+                is_lost = stack.enter_context(only_job(run_dir, timeout_s)).is_lost
             except (UserError, RunError) as error:
                 refusal = [error]
         if runtime.world_size > 1:

@@ -44,8 +44,12 @@ class Upkeep:
 
     def note_stop(self) -> None:
         """Mark the run directory if the file `stop` ended the run (main process)."""
-        if self._stop.found_file:
+        if not self._stop.found_file:
+            return
+        try:
             (Path(self._config.run.dir) / STOPPED).touch()
+        except OSError as error:
+            self._report.terminal.warn(f"{self._config.run.dir}: no mark of the stop: {error}")
 
     def begin(self) -> bool:
         """Do what is due at a start or after rolling back; False after a request to stop."""

@@ -138,13 +138,12 @@ def meet(timeout_s: int) -> Iterator[tuple[dist.Store, Peers]]:
     Raises LostPeer if a rank has not started after `timeout_s`. Waits in Python, so that Ctrl-C
     works.
     """
-    launch = find_launch(os.environ)
+    launch, attempt = find_launch(os.environ), _attempt()
     rank, world_size = launch.rank, launch.world_size
     is_here = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     deadline = time.monotonic() + timeout_s
     address = _wait_for_store(launch, timeout_s, is_here=is_here)
     whole = _store(launch, timeout_s, is_here=is_here)
-    attempt = _attempt()
     store = dist.PrefixStore(f"{_PREFIX}{attempt}", whole)
     with _listener(2 * world_size) as listener:
         port = listener.getsockname()[1]

@@ -160,6 +160,8 @@ def test_stop_and_save_files(
         assert not (run_dir / name).exists()
         assert (run_dir / STOPPED).exists() == (name == "stop")
         table.add(f"file `{name}`", lost=0, allowed=0)
+    server.succeed(run_dir, [*arguments, *RESUME])
+    assert not (run_dir / STOPPED).exists(), "a start goes on"
 
 
 def test_a_second_signal_stops_at_once(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -19,6 +20,17 @@ def test_the_holder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise AssertionError("two processes hold one directory")
     assert f"training in {tmp_path} (process {os.getpid()} on " in str(refusal.value)
     assert ", job 7); wait for it" in str(refusal.value)
+
+
+def test_a_full_disk_stops_neither_start_nor_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int, text: bytes) -> int:
+        raise OSError(errno.ENOSPC, f"no space for {len(text)} bytes")
+
+    monkeypatch.setattr(lock.os, "write", full)
+    with only_job(tmp_path) as held:
+        assert not held.is_lost()
 
 
 def test_a_requeued_job_waits_for_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ with meet(60) as (store, peers):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     total = torch.ones(1)
     dist.all_reduce(total)
+    dist.destroy_process_group()
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     os._exit(1 if rank else 0)
 open(f"met_{rank}", "w").write(str(int(total)))

@@ -151,6 +151,22 @@ def test_a_run_that_the_file_stop_ended_does_not_come_back(job: Job) -> None:
     assert not job.requeued
 
 
+def test_an_earlier_stop_does_not_hide_a_failure(job: Job) -> None:
+    """The mark is there until a start has come far enough to remove it."""
+    (job.folder / "run").mkdir()
+    (job.folder / "run" / STOPPED).touch()
+    said = [job.attempt(1, number=number) for number in range(3)]
+    assert "exit code 1; this job is requeued" in said[0] and "error: 3 attempts" in said[2]
+
+
+def test_the_file_stop_ends_a_chain(job: Job) -> None:
+    (job.folder / "run").mkdir()
+    (job.folder / "run" / STOPPED).touch()
+    job.stub("scancel", f'echo "cancel $*" >>"{job.folder}/said"')
+    assert job.attempt(0, pending=f"8 {OWN}").endswith("1")
+    assert (job.folder / "said").read_text() == "cancel 8\n"
+
+
 def test_a_finished_run_whose_ranks_end_badly_is_not_requeued(job: Job) -> None:
     """srun kills a rank that is a minute slower than the others, as with a slow upload."""
     state = TrainState(step=1000, evaluated_step=1000)

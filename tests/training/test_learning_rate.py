@@ -52,8 +52,6 @@ def test_without_a_warm_up_the_cosine_begins_at_once(
     stop = {"name": "send_signal", "place": "training", "call": 2, "number": 15, "rank": 0}
     server.succeed(tmp_path / "run", [*arguments, least, "0.3"], fault=stop)
     resumed = server.succeed(tmp_path / "run", [*arguments, least, "1", *RESUME])
-    assert "warning: the learning rate of step 3 is 3.00e-03; with the settings of the" in (
-        resumed.text
-    )
+    assert "warning: the learning rate of step 3 is 3.00e-03; with the settings" in (resumed.text)
     before = _expected(steps=4, warm_up=0, least=0.3)
     assert _rates(tmp_path / "run") == {1: before[1], 2: before[2], 3: PEAK, 4: PEAK}
