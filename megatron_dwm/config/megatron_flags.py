@@ -138,7 +138,7 @@ WITHOUT: dict[str, str] = {
     "use-checkpoint-args": "model.init_from takes the shape of its checkpoint; leave it out",
     "override-opt_param-scheduler": "the rate always follows the keys of now; leave it out",
     "override-opt-param-scheduler": "the rate always follows the keys of now; leave it out",
-    "exit-on-missing-checkpoint": "look at the first lines of the run, or at tools/run_status.py",
+    "exit-on-missing-checkpoint": "the first lines of a run say from where it starts; leave it out",
     "exit-duration-in-mins": _BY_SIGNAL,
     "exit-interval": _BY_SIGNAL,
     "lr-decay-samples": _COSINE,
