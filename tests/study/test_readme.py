@@ -57,6 +57,7 @@ def _number(words: str) -> str:
         ("loss of two unseen novels by N nats", CELL, "dwm_ahead", "unseen", 2),
         ("python and github lose N.", CELL, "dwm_ahead", "code", 1),
         ("(the paper's form) they gain N,", CELL, "dwm_own_staged", "unseen", 2),
+        ("a mean by label (`domain_mean`) gains N for as", CELL, "domain_mean_ahead", "unseen", 2),
         ("weighting model of a first run chooses gains N,", CELL, "rater_half", "unseen", 2),
         ("three seeds, learned weights gain N,", LARGER, "dwm_ahead", "unseen", 2),
         ("learned weights gain 0.15, similarity N,", LARGER, "similarity", "unseen", 2),
@@ -116,6 +117,7 @@ def test_the_largest_size_is_the_recorded_one(found: Comparison) -> None:
 
 
 def test_the_work_is_the_recorded_one(found: Comparison) -> None:
+    assert f"{_work(found, 'domain_mean_ahead'):.2f}" == f"{_work(found, 'dwm_ahead'):.2f}"
     assert (
         _number("nats per token for N % more FLOPs") == f"{_work(found, 'dwm_ahead') - 1:.0%}"[:-1]
     )
@@ -124,7 +126,13 @@ def test_the_work_is_the_recorded_one(found: Comparison) -> None:
 
 @pytest.mark.parametrize(
     ("method", "cell"),
-    [("dwm_own_staged", CELL), ("similarity", CELL), ("dwm_ahead", PACKED), ("dwm_exact", PACKED)],
+    [
+        ("dwm_own_staged", CELL),
+        ("similarity", CELL),
+        ("domain_mean_ahead", CELL),
+        ("dwm_ahead", PACKED),
+        ("dwm_exact", PACKED),
+    ],
 )
 def test_what_readme_calls_equal_is_not_told_apart(
     found: Comparison, method: str, cell: tuple[str, str, str]
