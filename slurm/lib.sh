@@ -221,7 +221,7 @@ train() {
         cancel_links "$1"
         exit 1
     fi
-    count_attempt "$logs" "${before%$BY_FILE}" "${after%$BY_FILE}"
+    count_attempt "$logs" "${before%"$BY_FILE"}" "${after%"$BY_FILE"}"
     go_on "$code" "$attempt" "$after" "$(cat "$logs/$ATTEMPTS")" "$1"
 }
 
@@ -336,8 +336,8 @@ was_cancelled() {
 # cancel_links CONFIGURATION: the next jobs of a chain would go on with the run.
 cancel_links() {
     local links
-    links="$(next_links "$1")"
-    [ -z "$links" ] || scancel $links
+    mapfile -t links < <(next_links "$1")
+    [ "${#links[@]}" = 0 ] || scancel "${links[@]}"
 }
 
 # next_links CONFIGURATION: numbers of the jobs of this run that wait for their turn. Their name,
