@@ -335,9 +335,9 @@ was_cancelled() {
 
 # cancel_links CONFIGURATION: the next jobs of a chain would go on with the run.
 cancel_links() {
-    local links
-    mapfile -t links < <(next_links "$1")
-    [ "${#links[@]}" = 0 ] || scancel "${links[@]}"
+    local waiting
+    mapfile -t waiting < <(next_links "$1")
+    [ "${#waiting[@]}" = 0 ] || scancel "${waiting[@]}"
 }
 
 # next_links CONFIGURATION: numbers of the jobs of this run that wait for their turn. Their name,
