@@ -159,6 +159,12 @@ def test_an_earlier_stop_does_not_hide_a_failure(job: Job) -> None:
     assert "exit code 1; this job is requeued" in said[0] and "error: 3 attempts" in said[2]
 
 
+def test_the_ranks_get_the_whole_environment(job: Job) -> None:
+    """After sbatch --export=LIST Slurm tells srun to give them the list alone."""
+    said = job.attempt(1, work='echo "exports $SLURM_EXPORT_ENV"', SLURM_EXPORT_ENV="DWM_SITE")
+    assert "exports ALL" in said
+
+
 def test_the_file_stop_ends_a_chain(job: Job) -> None:
     (job.folder / "run").mkdir()
     (job.folder / "run" / STOPPED).touch()

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dwm.config import TrainingConfig
+from megatron_dwm.training.optimizer import learning_rate_of
 from tests.small_runs.command import RESUME, metrics, scheduled_rate
 from tests.small_runs.fixtures import Corpus
 from tests.small_runs.forked import Server
@@ -55,3 +57,15 @@ def test_without_a_warm_up_the_cosine_begins_at_once(
     assert "warning: the learning rate of step 3 is 3.00e-03; with the settings" in (resumed.text)
     before = _expected(steps=4, warm_up=0, least=0.3)
     assert _rates(tmp_path / "run") == {1: before[1], 2: before[2], 3: PEAK, 4: PEAK}
+
+
+@pytest.mark.parametrize(("steps", "warm_up"), [(12, 0.4), (4, 0.0), (7, 0.2), (5, 1.0)])
+def test_the_rate_that_a_resume_foretells_is_the_formulas(steps: int, warm_up: float) -> None:
+    config = TrainingConfig(
+        steps=steps,
+        warmup_fraction=warm_up,
+        learning_rate=PEAK,
+        min_learning_rate_fraction=0.1,
+    )
+    found = {step: learning_rate_of(config, step) for step in range(1, steps + 1)}
+    assert found == _expected(steps, int(steps * warm_up))
