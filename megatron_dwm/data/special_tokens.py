@@ -41,8 +41,10 @@ def has_special_tokens(data: DataConfig, kept: bool | None = None) -> bool:
     prefixes = [part.prefix for part in parse_blend(data.train)]
     plain = [prefix for prefix in prefixes if not _sidecar(prefix).exists()]
     recorded = any(any(_recorded(prefix)) for prefix in prefixes if prefix not in plain)
-    if not plain or kept is not None:
-        return recorded or bool(kept)
+    if not plain:
+        return recorded
+    if kept is not None:
+        return recorded or kept
     tokens = _possible(data)
     if tokens is None:
         return recorded

@@ -6,9 +6,9 @@ so that its largest magnitude becomes the format's largest value. A layer y = x 
     y  = Q4(x) Q4(W)^T      dx = Q5(dy) Q4(W)      dW = Q5(dy)^T Q4(x)
 
 through torch._scaled_mm on a GPU. On a CPU the dequantized tensors are multiplied in fp32: torch's
-product there is hundreds of times slower on some CPUs, and fails on others (torch 2.13). Rounding
-passes gradients straight through. Parameters, their main copies and everything between the layers
-keep their precision. Under tensor and context parallelism the largest magnitude is that of the
+product there took 300 times as long on a CPU with AMX, and failed where oneDNN was held to AVX2 or
+AVX-512 (torch 2.13). Rounding passes gradients straight through. Parameters, their main copies and
+everything between the layers keep their precision. Under tensor and context parallelism the largest magnitude is that of the
 group, so a layer computes with the same quantized values under every layout. Cost: a product, plus
 two passes over each operand; the saved input takes one byte per value.
 
