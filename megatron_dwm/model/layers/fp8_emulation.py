@@ -8,9 +8,9 @@ so that its largest magnitude becomes the format's largest value. A layer y = x 
 through torch._scaled_mm on a GPU. On a CPU the dequantized tensors are multiplied in fp32: torch's
 product there took 300 times as long on a CPU with AMX, and failed where oneDNN was held to AVX2 or
 AVX-512 (torch 2.13). Rounding passes gradients straight through. Parameters, their main copies and
-everything between the layers keep their precision. Under tensor and context parallelism the largest magnitude is that of the
-group, so a layer computes with the same quantized values under every layout. Cost: a product, plus
-two passes over each operand; the saved input takes one byte per value.
+everything between the layers keep their precision. Under tensor and context parallelism the largest
+magnitude is that of the group, so a layer computes with the same quantized values under every
+layout. Cost: a product, plus two passes over each operand; the saved input takes one byte per value.
 
 The classes are Megatron-Core's; only the function in which they multiply is replaced.
 """
