@@ -10,7 +10,7 @@ product there took 300 times as long on a CPU with AMX, and failed where oneDNN 
 AVX-512 (torch 2.13). Rounding passes gradients straight through. Parameters, their main copies and
 everything between the layers keep their precision. Under tensor and context parallelism the largest
 magnitude is that of the group, so a layer computes with the same quantized values under every
-layout. Cost: a product, plus two passes over each operand; the saved input takes one byte per value.
+layout. Cost: a product, plus two passes over each operand; the saved input takes one byte a value.
 
 The classes are Megatron-Core's; only the function in which they multiply is replaced.
 """
