@@ -45,6 +45,7 @@ from megatron_dwm.weighting.method import (
     WeightingUpdate,
 )
 from megatron_dwm.weighting.moments import global_moments
+from megatron_dwm.weighting.pass_softmax import SOFTMAX_PARTS, PassSoftmax
 from megatron_dwm.weighting.pool import ChoosesFromPool, PoolAlignments
 from megatron_dwm.weighting.rule_based import RuleBased
 from megatron_dwm.weighting.rules import (
@@ -59,6 +60,7 @@ __all__ = [
     "CONTRACT_VERSION",
     "GUARDS",
     "LLM",
+    "SOFTMAX_PARTS",
     "Alignments",
     "Batch",
     "BuildContext",
@@ -75,6 +77,7 @@ __all__ = [
     "Needs",
     "OwnUpdate",
     "Part",
+    "PassSoftmax",
     "PoolAlignments",
     "RuleBased",
     "Runtime",

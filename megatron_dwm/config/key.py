@@ -26,6 +26,7 @@ PARTS: dict[Part, str] = {
     "weighting_model": "has no weighting model",
     "groups": "weighs every sample the same",
     "softmax": "has no softmax over a group",
+    "normalizer": "cannot divide its weights after the pass",
     "selection": "has no fraction of units to keep",
     "reference": "has no reference model",
     "second_llm": "has no second LLM",

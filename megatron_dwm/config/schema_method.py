@@ -23,13 +23,16 @@ from megatron_dwm.config.bounds import (
     WHOLE_FRACTION,
     WIDTH,
 )
-from megatron_dwm.config.key import PLUGIN, SET, SEVERAL, key
+from megatron_dwm.config.key import PLUGIN, SET, SEVERAL, Condition, key
 
 _STAGED = {"weighting.mode": ("staged",)}
 _ONLINE = {"weighting.mode": ("online",)}
 _AHEAD = {"weighting.update_on": ("ahead",)}
 _GLOBAL_LLM = {"weighting.encoder": ("llm",), "weighting.group": ("global",)}
 _ALONE = {**_GLOBAL_LLM, "weighting.across_samples": (False,)}
+_GLOBAL = {"weighting.group": ("global",)}
+_GLOBAL_RULE = {**_GLOBAL, "policy.name": ("similarity", "loss_reweighting")}
+_GLOBAL_PLUGIN: Condition = {**_GLOBAL, "policy.name": PLUGIN}
 _NOT_LOADED = {"weighting.load": (None,)}
 _LEARNED = {"weighting.frozen": (False,)}
 _NOISE_KNOWN = {"bilevel.estimator": ("tangent_probe", "finite_difference")}
@@ -251,13 +254,14 @@ class WeightingConfig:
     encoder own, false with encoder llm"""
     normalizer: Literal["deferred", "first"] = key(
         "deferred",
-        part="weighting_model",
-        only=(_ALONE, {**_GLOBAL_LLM, "weighting.load": SET}),
+        part="normalizer",
+        only=(_ALONE, {**_GLOBAL_LLM, "weighting.load": SET}, _GLOBAL_RULE, _GLOBAL_PLUGIN),
     )
-    """when weights over the global batch that look at each sample alone (across_samples false) are
-    divided by their mean; deferred: after the pass, with the temperature of the step before, at no
-    cost; first: before it, so a batch of several micro-batches is read once more, which costs a
-    forward pass, as it always does with across_samples true"""
+    """when weights over the global batch that look at each sample alone (dwm with across_samples
+    false, similarity, loss_reweighting) are divided by their mean; deferred: after the pass, with
+    the temperature of the step before, at no cost; first: before it, so a batch of several
+    micro-batches is read once more, which costs a forward pass, as it always does with
+    across_samples true"""
     learning_rate: float = key(1e-3, RATE, part="weighting_model", only=_LEARNED)
     """learning rate of the weighting model (AdamW)"""
     weight_decay: float = key(0.0, DECAY, part="weighting_model", only=_LEARNED)

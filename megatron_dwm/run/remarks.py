@@ -158,9 +158,9 @@ def _extra_forward_pass(costs: Costs) -> Iterator[str]:
         yield (
             "weighting.group global with several micro-batches: "
             "every step needs an extra forward pass before it has weights (a third more time); to "
-            "avoid it, set weighting.group micro_batch or a larger training.micro_batch_size, or, "
-            "with policy dwm and weighting.encoder llm, weighting.across_samples false and "
-            "weighting.normalizer deferred"
+            "avoid it, set weighting.group micro_batch or a larger training.micro_batch_size, or "
+            "weighting.normalizer deferred (policies similarity and loss_reweighting, and dwm with "
+            "weighting.encoder llm and weighting.across_samples false)"
         )
 
 

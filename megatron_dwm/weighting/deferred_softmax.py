@@ -68,6 +68,14 @@ class DeferredSoftmax:
         relative_n = exponent_n.clamp(max=_LARGEST_EXPONENT).exp()
         return relative_n * (1.0 - self._floor) + self._floor if self._floor else relative_n
 
+    def settle_first(self, logits_Gn: Tensor, sizes_Gn: Tensor | None) -> None:
+        """Settle by the first batch that is weighed, which is read first.
+
+        If a logit is not finite, the batch's step is skipped and the next batch is read first.
+        """
+        if bool(logits_Gn.isfinite().all()):
+            self.settle(logits_Gn, sizes_Gn)
+
     def settle(self, logits_Gn: Tensor, sizes_Gn: Tensor | None) -> None:
         """Take T and r for the next step from logits [1, n] of a whole batch, once a step."""
         self._set(self._own_temperature(logits_Gn, sizes_Gn), logits_Gn, sizes_Gn)
@@ -89,6 +97,15 @@ class DeferredSoftmax:
         if not self._is_settled:
             self._set(own, logits_Gn, sizes_Gn)
         self._is_settled = False
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Returns the temperature of the next step and the last one's drift, once both exist."""
+        if self.drift is None or self.temperature is None:
+            return {}
+        return {
+            "weight_temperature": self.temperature,
+            "weight_effective_sample_size_drift": self.drift,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs."""

@@ -142,12 +142,7 @@ class Dwm(DwmConfiguration):
     def step_statistics(self) -> dict[str, Tensor]:
         """Returns the softmax's temperature for the next step, and the drift of the last one's."""
         deferred = self.trainer.weigher.deferred
-        if deferred is None or deferred.drift is None or deferred.temperature is None:
-            return {}
-        return {
-            "weight_temperature": deferred.temperature,
-            "weight_effective_sample_size_drift": deferred.drift,
-        }
+        return {} if deferred is None else deferred.statistics()
 
     @torch.no_grad()
     def pool_scores(

@@ -24,7 +24,7 @@ from megatron_dwm.weighting.rules import group_problems, learning_problems, targ
 from megatron_dwm.weighting.schedule import Schedule, schedule_of
 from megatron_dwm.weighting.weigher import defers
 
-_PARTS: frozenset[Part] = frozenset({"weighting_model", "groups", "pool"})
+_PARTS: frozenset[Part] = frozenset({"weighting_model", "groups", "normalizer", "pool"})
 _LEARNING: frozenset[Part] = frozenset(
     {"target", "passages", "updates", "hypergradients", "alignments"}
 )

@@ -5,8 +5,8 @@
 
 m and d are the running mean and standard deviation of the losses of earlier global batches (the
 paper normalizes inside the batch), so the spread of the weights does not depend on the size of the
-group. There is no model, no target and no update. Cost: none if the group is a micro-batch; a
-forward pass if a global group has several micro-batches (training/weighted_pass.py).
+group. There is no model, no target and no update. Cost: none; over the global batch the softmax is
+divided after the pass (pass_softmax.py).
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from torch import Tensor
 from megatron_dwm.config import Config
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
-from megatron_dwm.model import ForwardOutputs, LlamaShape
+from megatron_dwm.model import ForwardOutputs
 from megatron_dwm.weighting.concentration import GUARDS
-from megatron_dwm.weighting.costs import Costs, Workload, reading_costs
 from megatron_dwm.weighting.method import Counters, Needs
 from megatron_dwm.weighting.moments import global_moments
-from megatron_dwm.weighting.rule_based import RuleBased
+from megatron_dwm.weighting.pass_softmax import SOFTMAX_PARTS, PassSoftmax
 from megatron_dwm.weighting.rules import group_problems
 
 
-class LossReweighting(RuleBased):
+class LossReweighting(PassSoftmax):
     """Weights from losses and their two running moments, the same on every rank."""
 
     gentler = f"{GUARDS}, or policy.loss_temperature"
@@ -39,7 +38,7 @@ class LossReweighting(RuleBased):
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
         """Returns the parts: losses and groups."""
-        return frozenset({"losses", "groups", "softmax"})
+        return SOFTMAX_PARTS | {"losses"}
 
     @classmethod
     def problems(cls, config: Config, num_layers: int, world_size: int) -> Iterator[str]:
@@ -51,16 +50,11 @@ class LossReweighting(RuleBased):
         """Returns 1, since the first batch only gives the moments."""
         return 1
 
-    @classmethod
-    def costs(cls, config: Config, llm: LlamaShape, workload: Workload) -> Costs:
-        """Returns plain costs, and a forward pass if a group has several micro-batches."""
-        return reading_costs(config, llm, workload)
-
     def needs(self, counters: Counters) -> Needs:
         """Returns losses after the first batch, and nothing before it."""
         if self.moments is None:
             return Needs()
-        return Needs(losses=True, whole_batch=self.grouping.is_global)
+        return self.pass_needs(losses=True)
 
     def weighs(self, counters: Counters) -> bool:
         """True after the first batch."""
@@ -68,7 +62,7 @@ class LossReweighting(RuleBased):
 
     @torch.no_grad()
     def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
-        """Returns float32 [n], mean 1 in every weighting group; all 1 for the first batch."""
+        """Returns float32 [n], the softmax in every group; all 1 for the first batch."""
         if self.moments is None:
             return torch.ones(batch.units.count, device=batch.tokens_BS.device)
         assert outputs is not None
@@ -76,9 +70,7 @@ class LossReweighting(RuleBased):
         deviation = (square - mean.square()).clamp(min=0.0).sqrt()
         centered_n = outputs.losses_n.double() - mean
         logits_n = torch.where(deviation > 0, centered_n / deviation, 0.0)
-        groups = self.grouping.of(batch)
-        logits_n = (logits_n / self.config.loss_temperature).float()
-        return groups.local(self.group_weights(logits_n, groups))
+        return self.softmax((logits_n / self.config.loss_temperature).float(), batch)
 
     @torch.no_grad()
     def after_step(self, batch: Batch, losses_n: Tensor, counters: Counters) -> None:
@@ -90,11 +82,13 @@ class LossReweighting(RuleBased):
             self.moments = torch.lerp(found, self.moments, self.config.loss_decay)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the moments."""
-        return {"moments": None if self.moments is None else self.moments.tolist()}
+        """Returns the moments, and the softmax's state."""
+        moments = None if self.moments is None else self.moments.tolist()
+        return {**super().state_dict(), "moments": moments}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the state of `state_dict`."""
+        super().load_state_dict(state)
         moments = state["moments"]
         if moments is not None:
             moments = torch.tensor(moments, dtype=torch.float64, device=self.runtime.device)

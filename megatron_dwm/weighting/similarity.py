@@ -9,7 +9,7 @@ mean of the same over the passages of a validation batch, and is read anew every
 arXiv 2605.05227); METHOD.md, section 5, says what is known of it.
 
 Cost: a forward pass of the passages for every reading. The samples' features come with the training
-pass; a global group of several micro-batches needs a forward pass more.
+pass; over the global batch the softmax is divided after it (pass_softmax.py).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from megatron_dwm.data import Batch
 from megatron_dwm.model import Features, ForwardOutputs, LlamaShape
 from megatron_dwm.model.flops import llm_forward_flops
 from megatron_dwm.weighting.concentration import GUARDS
-from megatron_dwm.weighting.costs import Costs, Workload, plain_costs
+from megatron_dwm.weighting.costs import Costs, Workload
 from megatron_dwm.weighting.method import Counters, Needs
-from megatron_dwm.weighting.rule_based import RuleBased
+from megatron_dwm.weighting.pass_softmax import SOFTMAX_PARTS, PassSoftmax
 from megatron_dwm.weighting.rules import group_problems, target_problems
 from megatron_dwm.weighting.schedule import Schedule, online
 
 
-class Similarity(RuleBased):
+class Similarity(PassSoftmax):
     """Weights from the direction of the target's mean features, the same on every rank."""
 
     gentler = f"{GUARDS}, or policy.similarity_temperature"
@@ -46,7 +46,7 @@ class Similarity(RuleBased):
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
         """Returns the parts: a target whose passages updates read, features and groups."""
-        return frozenset({"target", "passages", "updates", "similarity", "groups", "softmax"})
+        return SOFTMAX_PARTS | {"target", "passages", "updates", "similarity"}
 
     @classmethod
     def problems(cls, config: Config, num_layers: int, world_size: int) -> Iterator[str]:
@@ -84,26 +84,22 @@ class Similarity(RuleBased):
 
     @classmethod
     def costs(cls, config: Config, llm: LlamaShape, workload: Workload) -> Costs:
-        """Returns plain costs, the passages' forward pass, and one more for groups of a batch."""
-        costs, training = plain_costs(config, llm, workload), config.training
+        """Returns the softmax's costs and the passages' forward pass."""
+        costs = super().costs(config, llm, workload)
         passages = config.passages if workload.passages is None else workload.passages
         length, attended = config.data.sequence_length, workload.documents.attended_tokens
-        several = training.global_batch_size // workload.replicas > training.micro_batch_size
-        waits = config.weighting.group == "global" and several
-        return replace(
-            costs,
-            update_passes=llm_forward_flops(llm, passages, length, attended),
-            extra_forward=costs.forward if waits else 0.0,
-        )
+        return replace(costs, update_passes=llm_forward_flops(llm, passages, length, attended))
 
     def needs(self, counters: Counters) -> Needs:
         """Returns features once the target is read, and nothing before."""
-        return Needs() if self.mean is None else self.update_needs
+        if self.mean is None:
+            return Needs()
+        return self.pass_needs(early_layer=self.config.similarity_layer)
 
     @property
     def update_needs(self) -> Needs:
-        """Features, of the whole batch if the group is global."""
-        return Needs(early_layer=self.config.similarity_layer, whole_batch=self.grouping.is_global)
+        """Features of the passages."""
+        return Needs(early_layer=self.config.similarity_layer)
 
     def weighs(self, counters: Counters) -> bool:
         """True once the target is read."""
@@ -111,15 +107,12 @@ class Similarity(RuleBased):
 
     @torch.no_grad()
     def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
-        """Returns float32 [n], mean 1 in every weighting group; all 1 before the first reading."""
+        """Returns float32 [n], the softmax in every group; all 1 before the first reading."""
         if self.mean is None:
             return torch.ones(batch.units.count, device=batch.tokens_BS.device)
         assert outputs is not None and outputs.features is not None
         cosines_n = F.cosine_similarity(_scaled(outputs.features), self.mean, dim=1)
-        groups = self.grouping.of(batch)
-        return groups.local(
-            self.group_weights(cosines_n / self.config.similarity_temperature, groups)
-        )
+        return self.softmax(cosines_n / self.config.similarity_temperature, batch)
 
     @torch.no_grad()
     def read_target(self, passages: Batch, outputs: ForwardOutputs) -> None:
@@ -133,11 +126,12 @@ class Similarity(RuleBased):
         self.mean = (sums[:-1] / sums[-1]).float()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the mean."""
-        return {"mean": self.mean}
+        """Returns the mean, and the softmax's state."""
+        return {**super().state_dict(), "mean": self.mean}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the state of `state_dict`."""
+        super().load_state_dict(state)
         mean = state["mean"]
         self.mean = None if mean is None else mean.to(self.runtime.device)
 

@@ -67,7 +67,7 @@ class Weigher:
             return self.deferred.relative(self._logits_alone(batch, outputs))
         groups = self.grouping.of(batch)
         if self.deferred is not None:  # a loaded model's first batch, of which all units are here
-            self.settle(batch, outputs, groups)
+            self.deferred.settle_first(self._group_logits(batch, outputs, groups), groups.sizes_Gn)
         return groups.local(self.group_weights(batch, outputs, groups))
 
     def pool_logits(self, pool: Batch, outputs: ForwardOutputs | None, batches: int) -> Tensor:

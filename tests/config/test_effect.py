@@ -62,6 +62,8 @@ WITHOUT_EFFECT = [
     (DOMAINS, "policy.mix_fraction", "0.2", "policy domain_mean mixes no target passages"),
     (MIXING, "validation.batch_size", "4", "reads no validation batches"),
     (SIMILARITY, "weighting.update_on", "training", "learns nothing from alignments"),
+    (DOMAINS, "weighting.normalizer", "first", "domain_mean cannot divide its weights after"),
+    (f"{SIMILARITY} --weighting.group micro_batch", "weighting.normalizer", "first", "needs"),
     (SIMILARITY, "bilevel.estimator", "unroll", "policy similarity computes no hypergradients"),
     (ALIGNED, "weighting.mode", "online", "alignment_choice softmax learns no weights"),
     (ALIGNED, "weighting.standardize", "false", "learns nothing from alignments"),

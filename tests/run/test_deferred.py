@@ -27,7 +27,11 @@ FRESH = [*ALONE, "--weighting.update_on", "fresh", "--weighting.uniform_floor", 
 AHEAD = [*ALONE, "--weighting.update_on", "ahead", "--validation.batch_size", "3"]
 AHEAD += ["--weighting.probe_fraction", "1"]  # half are others with other numbers of replicas
 DOCUMENTS = [*DEFERRED, "--weighting.unit", "document", "--data.mask_documents", "true"]
-RUNS = {"training": DEFERRED, "fresh": FRESH, "ahead": AHEAD, "documents": DOCUMENTS}
+SIMILARITY = ["--policy.name", "similarity", "--policy.similarity_temperature", "0.02"]
+SIMILARITY += ["--training.micro_batch_size", "1"]
+LOSSES = ["--policy.name", "loss_reweighting", "--training.micro_batch_size", "2"]
+RULES = {"similarity": SIMILARITY, "losses": LOSSES}
+RUNS = {"training": DEFERRED, "fresh": FRESH, "ahead": AHEAD, "documents": DOCUMENTS, **RULES}
 SAVE = ["--training.checkpoint_interval_steps", "3"]
 
 
@@ -51,6 +55,10 @@ def alone(server: Server, corpus: Corpus, tmp_path_factory: pytest.TempPathFacto
         ("documents", []),
         ("documents", ["--parallel.pipeline", "2"]),
         ("documents", ["--parallel.context", "2"]),
+        ("similarity", []),
+        ("similarity", ["--parallel.pipeline", "2"]),
+        ("losses", ["--parallel.tensor", "2"]),
+        ("losses", ["--parallel.sharded_optimizer", "true"]),
     ],
     ids=str,
 )
@@ -60,7 +68,7 @@ def test_layouts_train_alike(
     server.succeed(tmp_path / "run", [*corpus.arguments(), *RUNS[name], *layout], ranks=2)
     for phase in ("train", "weighting"):
         ours, expected = metrics(tmp_path / "run", phase), metrics(alone[name], phase)
-        assert len(ours) == len(expected) > 0
+        assert len(ours) == len(expected) >= (phase == "train" or name != "losses")
         for line, other in zip(ours, expected, strict=True):
             for key in {"loss", "val_loss", "weight_std"} & set(line):
                 assert abs(line[key] - other[key]) < 10 * LAYOUT_TOLERANCE, (phase, line["step"])
@@ -105,7 +113,32 @@ def test_reading_first_gives_nearly_the_same_run(
     assert first[-1]["loss"] != deferred[-1]["loss"]
 
 
-@pytest.mark.parametrize("name", ["training", "ahead"])
+@pytest.mark.parametrize(("name", "first_weighed"), [("similarity", 6), ("losses", 2)])
+def test_rules_divide_after_the_pass_at_no_cost(
+    server: Server, corpus: Corpus, tmp_path: Path, name: str, first_weighed: int
+) -> None:
+    """Without a bound the temperature is 1 in every step, so both ways give the same weights."""
+    arguments = [*corpus.arguments(), *RULES[name], "--weighting.min_effective_sample_size", "0"]
+    flops = {}
+    for way, read in (("deferred", 1), ("first", 21 - first_weighed)):
+        run = [*arguments, "--weighting.normalizer", way]
+        server.succeed(tmp_path / way, run)
+        config = load_config(run)
+        shape = resolve_shape(config.model, VOCAB_SIZE)
+        cost = cost_of(config, shape, Workload(replicas=1))
+        assert 20 * cost.reading == pytest.approx(read * FORWARD)
+        flops[way] = metrics(tmp_path / way, "train")[-1]["flops"]
+        assert 20 * (cost.llm + cost.weighting) == pytest.approx(flops[way], rel=1e-9)
+    # The first batch with weights is read first in both.
+    assert flops["first"] - flops["deferred"] == (20 - first_weighed) * FORWARD
+    ours, expected = (metrics(tmp_path / way, "train") for way in ("deferred", "first"))
+    assert max(line["weight_std"] for line in ours) > 0.1
+    for line, other in zip(ours, expected, strict=True):
+        for key in ("loss", "weighted_loss", "weight_std", "grad_norm"):
+            assert abs(line[key] - other[key]) < 10 * LAYOUT_TOLERANCE, (key, line["step"])
+
+
+@pytest.mark.parametrize("name", ["training", "ahead", "similarity"])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     server: Server, corpus: Corpus, alone: dict, tmp_path: Path, name: str
 ) -> None:

@@ -58,7 +58,7 @@ def test_a_change_of_costs_leaves_what_was_spent(
     server: Server, corpus: Corpus, tmp_path: Path
 ) -> None:
     """Smaller micro-batches: weights over the global batch then need a pass of their own."""
-    method = ["--policy.name", "loss_reweighting", "--weighting.group", "global"]
+    method = ["--policy.name", "loss_reweighting", "--weighting.normalizer", "first"]
     arguments = [*corpus.arguments(), *method, "--training.micro_batch_size", str(ROWS)]
     server.succeed(tmp_path / "run", [*arguments, "--training.steps", "2"])
     for steps, size in ((4, ROWS // 2), (5, ROWS // 2), (6, ROWS)):

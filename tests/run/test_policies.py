@@ -205,11 +205,11 @@ def test_flops_add_up(alone: dict[str, Path]) -> None:
     # the first is one, a second probe.
     assert train[5]["flops"] - train[4]["flops"] == pytest.approx((4 + 9) * forward, rel=2e-3)
     assert train[8]["flops"] - train[7]["flops"] == pytest.approx((4 + 6) * forward, rel=2e-3)
-    # Five steps, then a reading of 8 passages, and two micro-batches of one group: read first.
+    # Five steps, then a reading of 8 passages; the first batch that is weighed is read first.
     read = [line["flops"] for line in metrics(alone["similarity"], "train")]
     assert read[:5] == [n * 3 * forward for n in range(1, 6)]
-    assert read[5] - read[4] == (4 + 1) * forward and read[6] - read[5] == 4 * forward
-    assert read[8] - read[7] == (4 + 1) * forward
+    assert read[5] - read[4] == (4 + 1) * forward and read[6] - read[5] == 3 * forward
+    assert read[8] - read[7] == (3 + 1) * forward
     # A pool of 16 rows, of which 16 tokens are read: probe and sketches; 8 passages.
     short = 2 * 16 * 16 * (2 * (layer + 64 * 16) + 512 * 64)
     drawn = [line["flops"] for line in metrics(alone["opus"], "train")]

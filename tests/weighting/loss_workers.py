@@ -58,6 +58,19 @@ def weights_and_by_hand(group: str) -> dict[str, Tensor]:
         }
 
 
+def after_a_broken_batch() -> tuple[bool, bool]:
+    """Whether the batch after one with a loss that is not finite is read first, and the next."""
+    with bring_up(ParallelConfig(), seed=0) as runtime:
+        method, rows = _method(runtime, "global"), batch(runtime, 0)
+        method.after_step(rows, losses_of(0), TrainState())
+        broken = losses_of(1)
+        broken[2] = float("nan")
+        weigh(method, rows, ForwardOutputs(losses_n=broken))
+        second = method.needs(TrainState()).whole_batch
+        weigh(method, rows, ForwardOutputs(losses_n=losses_of(2)))
+        return second, method.needs(TrainState()).whole_batch
+
+
 def weights_of_equal_losses() -> Tensor:
     """Weights of losses that are all the same, as they were before."""
     with bring_up(ParallelConfig(), seed=0) as runtime:

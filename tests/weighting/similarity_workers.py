@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -15,6 +16,8 @@ from megatron_dwm.config import Config, ParallelConfig, PolicyConfig, WeightingC
 from megatron_dwm.config.load import load_config
 from megatron_dwm.data import Batch, CorpusSource, TrainingData
 from megatron_dwm.data.pieces import document_rules
+from megatron_dwm.model import forward_only
+from megatron_dwm.model.passes.objective import unit as unit_objective
 from megatron_dwm.run.inputs import open_model_and_tokenizer, open_target
 from megatron_dwm.runtime import bring_up
 from megatron_dwm.training import read_target
@@ -107,6 +110,42 @@ def steps(unit: str, group: str, **layout: Any) -> dict[str, Tensor]:
         return {
             "weights": gather_over_data(first.units.weights_n, runtime, counts),
             "losses": torch.tensor([read.val_loss, first.loss, second.loss]),
+        }
+
+
+def deferred(
+    unit: str, bound: float = 0.5, micro_batch: int = MICRO_BATCH, **layout: Any
+) -> dict[str, Tensor]:
+    """Weights of a second batch, and its softmax by hand at the first one's temperature."""
+    with tiny(**layout) as subject:
+        runtime, policy = subject.runtime, PolicyConfig(similarity_temperature=TEMPERATURE)
+        weighting = WeightingConfig(group="global", min_effective_sample_size=bound)
+        method = Similarity(policy, weighting, runtime, micro_batch)
+        trained = with_method(subject, method, micro_batch)
+        one, two, passages = (
+            packed_batch(number, runtime, unit=unit, uncounted=0.2)
+            for number in (TRAIN, TRAIN + 2, TARGET)
+        )
+        read_target(trained.learner, method, passages)
+        trained.taken(one)
+        assert method.deferred is not None and method.deferred.temperature is not None
+        temperature = method.deferred.temperature.double()
+        outputs = forward_only(subject.llm, unit_objective(two, MICRO_BATCH), early_layer=1).outputs
+        weights_n = trained.taken(two).units.weights_n
+        counts = units_of_replicas(two, runtime)
+        states = [outputs.features.final_nD, outputs.features.early_nD]
+        # The states of this LLM are so small that the norm's epsilon counts.
+        states = [F.rms_norm(each, each.shape[-1:]).double() for each in states]
+        scaled = [gather_over_data(each, runtime, counts) for each in states]
+        logits_n = F.cosine_similarity(torch.cat(scaled, dim=1), method.mean.double()) / TEMPERATURE
+        sizes_U = two.units.sizes_U
+        sizes_U = torch.ones_like(weights_n) if sizes_U is None else sizes_U
+        sizes_n = gather_over_data(sizes_U, runtime, counts).double()
+        c_n = (logits_n / temperature).exp()
+        return {
+            "weights": gather_over_data(weights_n, runtime, counts),
+            "by hand": c_n * sizes_n.sum() / (sizes_n * c_n).sum(),
+            "temperature": temperature,
         }
 
 

@@ -22,6 +22,11 @@ def test_weights_follow_the_running_moments(world_size: int, group: str) -> None
         assert torch.equal(found["ours"], found["after loading"])
 
 
+def test_a_broken_batch_sets_no_temperature() -> None:
+    [[found]] = run_ranks(f"{WORKERS}:after_a_broken_batch", 1, [{}])
+    assert found == (True, False)
+
+
 def test_equal_losses_weigh_the_same() -> None:
     [[found]] = run_ranks(f"{WORKERS}:weights_of_equal_losses", 1, [{}])
     assert torch.equal(found, torch.ones_like(found))

@@ -79,6 +79,28 @@ def test_layouts_agree() -> None:
                         assert float(difference) < tolerance, (case, layout, name)
 
 
+DEFERRED: list[tuple[int, dict[str, Any]]] = [
+    (1, {"unit": "sample", "micro_batch": 1}),
+    (1, {"unit": "document", "micro_batch": 2}),
+    (1, {"unit": "document", "bound": 0.9}),
+    (2, {"unit": "sample", "pipeline": 2}),
+    (2, {"unit": "document", "micro_batch": 1}),
+    (2, {"unit": "sample", "bound": 0.0, "tensor": 2, "sequence": True}),
+]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_batch_of_any_micro_batches_is_weighed_over_all_of_it(size: int) -> None:
+    cases = [case for ranks, case in DEFERRED if ranks == size]
+    for case, ranks in zip(cases, run_ranks(f"{WORKERS}:deferred", size, cases), strict=True):
+        for found in ranks:
+            assert float(found["by hand"].std()) > 0.05, "far from uniform"
+            assert (float(found["temperature"]) > 1.0) == (case.get("bound") != 0.0), case
+            # Cosines in fp32 have errors of 1e-7, divided by TEMPERATURE.
+            error = (found["weights"].double() - found["by hand"]).abs().max()
+            assert float(error) < 5e-5, case
+
+
 def test_a_reading_records_the_passages_loss() -> None:
     [[(found, by_hand)]] = run_ranks(f"{WORKERS}:validation_loss", 1, [{}])
     assert found == pytest.approx(by_hand, abs=1e-5)
