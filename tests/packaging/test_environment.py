@@ -126,6 +126,15 @@ def test_an_environment_without_pip_is_made_again(clone: Path) -> None:
     assert _installed(clone) == ["report"]
 
 
+@pytest.mark.skipif(shutil.which("dash") is None, reason="needs dash, a shell that is not bash")
+def test_another_shell_is_said(clone: Path) -> None:
+    done = subprocess.run(
+        ["dash", "-c", ". tools/environment.sh"], cwd=clone, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert done.stderr.startswith("error: tools/environment.sh is for bash")
+
+
 def test_an_interpreter_that_cannot_be_used_is_said(clone: Path) -> None:
     (clone / ".venv" / "bin" / "python").unlink()
     status, said = _source(clone, "report", PYTHON="/no such/python")

@@ -43,7 +43,7 @@ def test_lines_of_a_staged_run_and_of_its_resumption(
 ) -> None:
     run_dir = tmp_path / "run"
     arguments = _arguments(corpus)
-    job = server.succeed(run_dir, [*arguments, "--training.steps", "6"])
+    job = server.succeed(run_dir, [*arguments, *RESUME, "--training.steps", "6"])
     assert re.findall(STEP, job.text) == [("2", "1"), ("4", "2"), ("6", "2")]
     updates = re.findall(STAMP + r"update (\d)/3 stage 2 validation loss (\d\.\d+)", job.text)
     found = [line["val_loss"] for line in metrics(run_dir, "weighting")]
@@ -57,6 +57,7 @@ def test_lines_of_a_staged_run_and_of_its_resumption(
     assert f"files: {run_dir}" in job.text and "6 steps in 2 stages" in job.text
     assert "tensor 1 x context 1 x pipeline 1 x data 1" in job.text
     assert "resumed from" not in job.text
+    assert f"no checkpoint in {run_dir}: starts from step 0" in job.text
     # Three more steps would have put the end of stage 1 elsewhere.
     longer = [*arguments, *RESUME, "--training.steps", "9"]
     refused = server.run(run_dir, longer)

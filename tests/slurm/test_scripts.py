@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dwm.files.run_names import STOPPED
 from tests.forking.client import REPOSITORY
 
 pytestmark = pytest.mark.timeout(120)
@@ -137,6 +138,16 @@ def test_a_mistake_in_a_configuration_ends_the_dry_run_without_a_gpu(
     config = tmp_path / "a config.yaml"
     config.write_text(Path(TINY).read_text() + "  wramup_steps: 1\n")
     assert "weighting.wramup_steps" in _one_error(_pipeline(site, config=str(config)))
+
+
+def test_a_run_that_the_file_stop_ended_can_be_submitted_again(site: Path, tmp_path: Path) -> None:
+    _with_gpus(site, 0)
+    for model in ("uniform", "dwm", "transfer"):
+        (tmp_path / "runs" / "paper" / model).mkdir(parents=True)
+        (tmp_path / "runs" / "paper" / model / STOPPED).touch()
+    done = _pipeline(site)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout.count("no GPU in slurm/site.sh, so no plan") == 3
 
 
 def test_the_dry_run_plans_a_recipe_that_names_a_weighting_model(site: Path) -> None:
