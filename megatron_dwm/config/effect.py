@@ -92,10 +92,9 @@ def _idle(entry: Entry, config: Config, parts: Set[Part]) -> Iterator[tuple[str,
     rule = entry.rule
     if rule.part is not None and rule.part not in parts:
         yield entry.name, f"{_method(config, parts)} {PARTS[rule.part]}"
-    elif rule.only and not any(_unmet(config, each) is None for each in rule.only):
-        unmet = _unmet(config, rule.only[0])
-        assert unmet is not None
-        yield entry.name, f"{_now(config, unmet)}, and it needs {condition_text(rule.only)}"
+    elif rule.only and all(_unmet(config, each) for each in rule.only):
+        nearest = min((_unmet(config, each) for each in rule.only), key=len)
+        yield entry.name, f"{_now(config, nearest[0])}, and it needs {condition_text(rule.only)}"
 
 
 def _method(config: Config, parts: Set[Part]) -> str:
@@ -108,10 +107,9 @@ def _method(config: Config, parts: Set[Part]) -> str:
     )
 
 
-def _unmet(config: Config, condition: Condition) -> str | None:
-    """Returns the first key whose value the condition does not allow, or None."""
-    unmet = (name for name, values in condition.items() if not _has(config, name, values))
-    return next(unmet, None)
+def _unmet(config: Config, condition: Condition) -> list[str]:
+    """Returns the keys whose values the condition does not allow."""
+    return [name for name, values in condition.items() if not _has(config, name, values)]
 
 
 def _has(config: Config, name: str, values: Values) -> bool:

@@ -259,8 +259,9 @@ class WeightingConfig:
     )
     """when weights over the global batch that look at each sample alone (dwm with across_samples
     false, similarity, loss_reweighting) are divided by their mean; deferred: after the pass, with
-    the temperature of the step before, at no cost; first: before it, so a batch of several
-    micro-batches is read once more, which costs a forward pass, as it always does with
+    the temperature of the step before, whatever the micro-batches are; no batch is read twice but
+    the first one of similarity, loss_reweighting and a loaded model; first: before it, so a batch
+    of several micro-batches is read once more, which costs a forward pass, as it always does with
     across_samples true"""
     learning_rate: float = key(1e-3, RATE, part="weighting_model", only=_LEARNED)
     """learning rate of the weighting model (AdamW)"""
@@ -274,7 +275,8 @@ class WeightingConfig:
     factor by which the step's gradient is clipped)"""
     min_effective_sample_size: float = key(0.5, FRACTION, part="softmax")
     """smallest effective sample size of a group, as a fraction of its samples, enforced by a
-    temperature; must be above 1 / samples, since it is never smaller; 0 switches it off"""
+    temperature (with weighting.normalizer deferred by that of the step before); must be above
+    1 / samples, since it is never smaller; 0 switches it off"""
     warn_effective_sample_size: float = key(0.1, FRACTION, part="groups")
     """warn once if the effective sample size of a batch's weights, as a fraction of the batch,
     falls below this"""

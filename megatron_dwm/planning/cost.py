@@ -110,12 +110,13 @@ def cost_of(config: Config, shape: LlamaShape, workload: Workload) -> Cost:
     weighs_again = schedule.fresh and not method.own_updates
     weighed_updates = max(0, num_updates - unweighed) if weighs_again else 0
     weighed = (steps - first_weighed) / steps
+    first_forward = costs.first_forward if weighed else 0.0
     return Cost(
         llm=costs.llm_step,
         recompute=recompute,
         weighing=costs.weighing * weighed,
         reference=costs.reference * weighed,
-        reading=costs.extra_forward * weighed + costs.first_forward / steps,
+        reading=costs.extra_forward * weighed + first_forward / steps,
         pool_passes=costs.pool_passes * costs.pools(steps) / steps,
         pool_scores=costs.pool_scores * costs.pools(steps) / steps,
         updates=(num_updates * passes + weighed_updates * costs.extra_forward) / steps,

@@ -36,7 +36,8 @@ class Costs:
     llm_step: forward and backward of one global batch.
     weighing: the weighting model on one batch, once it has learned.
     extra_forward: the LLM's extra forward pass that must finish before a batch has weights.
-    first_forward: such a pass of the first batch that has weights, alone.
+    first_forward: such a pass of the first batch that has weights, alone. If its loss is not finite
+        the next batch is read first, too, which is not counted.
     pool_passes: the LLM's passes over the pool of a step, from which its batch is chosen.
     pool_scores: the method's own part of scoring a pool.
     first_pool, pool_interval: the first step (from 0) with scores, and from one to the next.

@@ -27,7 +27,8 @@ from megatron_dwm.weighting.concentration import (
 )
 from megatron_dwm.weighting.standardize import mean_over_units
 
-# e^60 is far below the largest float32, and a unit so far above the others has the whole batch.
+# e^60 is far below the largest float32, and a unit so far above the others has the whole batch. If
+# all units of a batch are as far below those of the step before, e^-60 keeps their sum above 0.
 _LARGEST_EXPONENT = 60.0
 
 
@@ -65,15 +66,17 @@ class DeferredSoftmax:
         """Returns c [n] for any units of a batch."""
         assert self.temperature is not None and self.reference is not None
         exponent_n = (logits_n - self.reference) / self.temperature
-        relative_n = exponent_n.clamp(max=_LARGEST_EXPONENT).exp()
+        relative_n = exponent_n.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT).exp()
         return relative_n * (1.0 - self._floor) + self._floor if self._floor else relative_n
 
     def settle_first(self, logits_Gn: Tensor, sizes_Gn: Tensor | None) -> None:
         """Settle by the first batch that is weighed, which is read first.
 
-        If a logit is not finite, the batch's step is skipped and the next batch is read first.
+        If a logit is not finite, the batch's step is skipped and the next batch is read first, as
+        after a batch in which no unit counts.
         """
-        if bool(logits_Gn.isfinite().all()):
+        counts = sizes_Gn is None or bool((sizes_Gn > 0).any())
+        if counts and bool(logits_Gn.isfinite().all()):
             self.settle(logits_Gn, sizes_Gn)
 
     def settle(self, logits_Gn: Tensor, sizes_Gn: Tensor | None) -> None:
@@ -115,9 +118,13 @@ class DeferredSoftmax:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Load the state of `state_dict`, whose tensors may be on another device."""
-        self.temperature = _moved(state["temperature"], device)
-        self.reference = _moved(state["reference"], device)
+        """Load the state of `state_dict`, whose tensors may be on another device.
+
+        An empty one is that before the first batch.
+        """
+        self.temperature = _moved(state.get("temperature"), device)
+        self.reference = _moved(state.get("reference"), device)
+        self.drift = None
         self._is_settled, self._in_pass = False, None
 
     def _own_temperature(self, logits_Gn: Tensor, sizes_Gn: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
 from megatron_dwm.model import LlamaShape
 from megatron_dwm.runtime import Runtime
+from megatron_dwm.runtime.warn import print_warning
 from megatron_dwm.weighting.costs import Costs, Workload, reading_costs
 from megatron_dwm.weighting.deferred_softmax import DeferredSoftmax
 from megatron_dwm.weighting.method import Counters, Needs
@@ -25,6 +26,12 @@ from megatron_dwm.weighting.rule_based import RuleBased
 
 SOFTMAX_PARTS: frozenset[Part] = frozenset({"groups", "softmax", "normalizer"})
 """the parts of every such method"""
+
+_OLDER = (
+    "the checkpoint's run divided weights before the pass; from here on they are divided after it; "
+    "to go on as before, set weighting.normalizer first and --run.allow_changed "
+    "weighting.normalizer"
+)
 
 
 class PassSoftmax(RuleBased):
@@ -63,6 +70,7 @@ class PassSoftmax(RuleBased):
 
         The first batch that is weighed sets the temperature, which every rank keeps.
         """
+        assert losses or early_layer is not None, "weights in the pass need something of it"
         ready = self.deferred is not None and self.deferred.is_ready
         return Needs(
             losses=losses,
@@ -100,9 +108,12 @@ class PassSoftmax(RuleBased):
         return {} if self.deferred is None else {"deferred": self.deferred.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the state of `state_dict`; without any, as before, the next batch is read first."""
-        if self.deferred is not None and "deferred" in state:
-            self.deferred.load_state_dict(state["deferred"], self.runtime.device)
+        """Load the state of `state_dict`; without any, the next batch is read first."""
+        if self.deferred is None:
+            return
+        if "deferred" not in state:
+            print_warning(_OLDER)
+        self.deferred.load_state_dict(state.get("deferred", {}), self.runtime.device)
 
 
 def _defers(weighting: WeightingConfig) -> bool:

@@ -63,7 +63,7 @@ WITHOUT_EFFECT = [
     (MIXING, "validation.batch_size", "4", "reads no validation batches"),
     (SIMILARITY, "weighting.update_on", "training", "learns nothing from alignments"),
     (DOMAINS, "weighting.normalizer", "first", "domain_mean cannot divide its weights after"),
-    (f"{SIMILARITY} --weighting.group micro_batch", "weighting.normalizer", "first", "needs"),
+    (f"{SIMILARITY} --weighting.group micro_batch", "weighting.normalizer", "first", "is micro_b"),
     (SIMILARITY, "bilevel.estimator", "unroll", "policy similarity computes no hypergradients"),
     (ALIGNED, "weighting.mode", "online", "alignment_choice softmax learns no weights"),
     (ALIGNED, "weighting.standardize", "false", "learns nothing from alignments"),

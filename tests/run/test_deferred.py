@@ -138,6 +138,12 @@ def test_rules_divide_after_the_pass_at_no_cost(
             assert abs(line[key] - other[key]) < 10 * LAYOUT_TOLERANCE, (key, line["step"])
 
 
+def test_a_run_that_weighs_nothing_reads_nothing_first(corpus: Corpus) -> None:
+    config = load_config([*corpus.arguments(), *LOSSES, "--training.steps", "1"])
+    shape = resolve_shape(config.model, VOCAB_SIZE)
+    assert cost_of(config, shape, Workload(replicas=1)).reading == 0.0
+
+
 @pytest.mark.parametrize("name", ["training", "ahead", "similarity"])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     server: Server, corpus: Corpus, alone: dict, tmp_path: Path, name: str

@@ -152,7 +152,7 @@ def test_a_resumed_run_counts_on(server: Server, corpus: Corpus, tmp_path: Path)
 def test_rules_cost_what_their_plan_says(
     server: Server, corpus: Corpus, tmp_path: Path, policy: list[str]
 ) -> None:
-    """Readings of the target, and of a batch of two micro-batches first; alignments and noise."""
+    """Readings of the target, and of the first batch with weights; alignments and noise."""
     arguments = [*corpus.arguments(), "--policy.name", *policy, "--training.steps", "9"]
     if "greedy" in policy:
         arguments += ["--policy.alignment_warmup", "4"]

@@ -71,6 +71,18 @@ def after_a_broken_batch() -> tuple[bool, bool]:
         return second, method.needs(TrainState()).whole_batch
 
 
+def needs_after_an_older_checkpoint() -> bool:
+    """Whether the next batch is read first after loading a state without a temperature."""
+    with bring_up(ParallelConfig(), seed=0) as runtime:
+        method, rows = _method(runtime, "global"), batch(runtime, 0)
+        for number in range(2):
+            weigh(method, rows, ForwardOutputs(losses_n=losses_of(number)))
+            method.after_step(rows, losses_of(number), TrainState())
+        assert method.needs(TrainState()).relative
+        method.load_state_dict({"moments": method.state_dict()["moments"]})
+        return method.needs(TrainState()).whole_batch
+
+
 def weights_of_equal_losses() -> Tensor:
     """Weights of losses that are all the same, as they were before."""
     with bring_up(ParallelConfig(), seed=0) as runtime:

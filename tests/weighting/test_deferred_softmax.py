@@ -74,6 +74,31 @@ def test_a_unit_far_above_the_others_overflows_nothing() -> None:
     assert torch.isfinite(softmax.temperature) and torch.isfinite(softmax.reference)
 
 
+def test_a_batch_far_below_the_last_one_has_a_sum_above_0() -> None:
+    """Divided by their mean, weights of such a batch are uniform; the next step's are not."""
+    softmax = settled()
+    softmax.begin_step()
+    relative_n = softmax.relative(LOGITS_1n[0] - 1e4)
+    assert float(relative_n.min()) > 0 and torch.isfinite(1 / relative_n).all()
+    softmax.observe(relative_n[None], None)
+    assert torch.isfinite(softmax.temperature) and torch.isfinite(softmax.reference)
+
+
+def test_a_batch_without_a_unit_that_counts_settles_nothing() -> None:
+    softmax = DeferredSoftmax(min_effective_sample_size=0.5, uniform_floor=0.0)
+    softmax.settle_first(LOGITS_1n, torch.zeros_like(LOGITS_1n))
+    assert not softmax.is_ready
+    softmax.settle_first(LOGITS_1n, torch.ones_like(LOGITS_1n))
+    assert softmax.is_ready
+
+
+def test_an_empty_state_is_that_before_the_first_batch() -> None:
+    softmax = settled()
+    softmax.observe(softmax.relative(LOGITS_1n[0])[None], None)
+    softmax.load_state_dict({}, CPU)
+    assert not softmax.is_ready and softmax.statistics() == {}
+
+
 def test_state_is_all_that_a_resumed_run_needs() -> None:
     softmax, other = settled(), DeferredSoftmax(min_effective_sample_size=0.5, uniform_floor=0.0)
     softmax.observe(softmax.relative(LOGITS_1n[0])[None], None)

@@ -27,6 +27,11 @@ def test_a_broken_batch_sets_no_temperature() -> None:
     assert found == (True, False)
 
 
+def test_an_older_checkpoint_has_no_temperature() -> None:
+    [[found]] = run_ranks(f"{WORKERS}:needs_after_an_older_checkpoint", 1, [{}])
+    assert found is True
+
+
 def test_equal_losses_weigh_the_same() -> None:
     [[found]] = run_ranks(f"{WORKERS}:weights_of_equal_losses", 1, [{}])
     assert torch.equal(found, torch.ones_like(found))
