@@ -23,7 +23,8 @@ _EPILOG = """
 Documents keep their order; one without tokens is never chosen. Writes P.bin and P.idx, which
 Megatron reads, P.meta.parquet with the rows of the chosen documents, and P.select.json: options,
 and documents and tokens by domain before and after. At least --tokens are chosen, and less than one
-document more. The same command again finds its output and does nothing.
+document more (of each domain with --domain-shares). The same command again finds its output and
+does nothing.
 """
 _SHARES_TOLERANCE = 1e-6
 
@@ -55,6 +56,8 @@ def parse_arguments() -> argparse.Namespace:
     _add_rater(rater)
     qurating.add_argument("--column", required=True, default=argparse.SUPPRESS, metavar="NAME",
         help="numeric column of the table; larger is better")  # fmt: skip
+    qurating.add_argument("--lowest", action="store_true",
+        help="smaller is better, as for loss and perplexity of score_data")  # fmt: skip
     return parser.parse_args()
 
 
@@ -171,7 +174,7 @@ def method_of(arguments: argparse.Namespace) -> ScoringMethod:
     if arguments.method == "random":
         return UniformScores()
     if arguments.method == "qurating":
-        return QuRatingScores(column=arguments.column)
+        return QuRatingScores(column=arguments.column, lowest=arguments.lowest)
     if arguments.method == "rater":
         return _rater_scores(arguments)
     for option, value in (("--min-words", arguments.min_words), ("--workers", arguments.workers)):

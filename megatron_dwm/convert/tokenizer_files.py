@@ -161,6 +161,8 @@ def tokenizer_config(
         "pad_token": pieces[padding_id(pieces, eod_id)].text,
         "clean_up_tokenization_spaces": False,
         "model_max_length": sequence_length,
+        # transformers 4 adds token_type_ids, which Llama's generate refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
     }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+SIDECAR_SUFFIX = ".meta.parquet"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetPaths:
@@ -23,7 +25,7 @@ class DatasetPaths:
         return DatasetPaths(
             bin=Path(f"{prefix}.bin"),
             idx=Path(f"{prefix}.idx"),
-            sidecar=Path(f"{prefix}.meta.parquet"),
+            sidecar=Path(f"{prefix}{SIDECAR_SUFFIX}"),
         )
 
     @staticmethod

@@ -39,7 +39,7 @@ from megatron_dwm.bilevel.slots import slice_of_z
 from megatron_dwm.bilevel.virtual_step import kept_scales, prepare_virtual_step
 from megatron_dwm.library.results import SampleAlignments
 from megatron_dwm.model import Units, WrappedModel, clear_gradients
-from megatron_dwm.runtime import runtime_of_running_job
+from megatron_dwm.runtime import Runtime, runtime_of_running_job
 
 # Runs forward and backward passes into Megatron's gradient buffers; neither zeros them nor steps.
 Pass = Callable[[], object]
@@ -91,9 +91,11 @@ class MegatronProbe:
     def aim(self, validate: Pass) -> None:
         """Compute z from the gradient of your validation pass (collective).
 
-        Zeros the gradient buffers before and after.
+        Zeros the gradient buffers before and after. Raises NotImplementedError if the learning
+        rates of the parameters differ (decoupled-lr).
         """
         model, optimizer = self._model, self._optimizer
+        _require_one_rate(optimizer, model.runtime)
         with kept_scales(model):
             clear_gradients(model, optimizer)
             validate()
@@ -128,6 +130,7 @@ class MegatronProbe:
         afterwards.
         """
         model, optimizer = self._model, self._optimizer
+        _require_one_rate(optimizer, model.runtime)
         found = SampleAlignments(scale=self._data_parallel_scale())
         clear_gradients(model, optimizer)
         with kept_scales(model):
@@ -252,6 +255,20 @@ class _MicroBatches:
                 f"the pass had {self._seen} micro-batches, and the probe was told {self._told} "
                 "(num_micro_batches)"
             )
+
+
+def _require_one_rate(optimizer: ChainedOptimizer, runtime: Runtime) -> None:
+    """Raise NotImplementedError on every rank if learning rates differ (collective)."""
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    bounds = torch.tensor([max(rates), -min(rates)], dtype=torch.float32, device=runtime.device)
+    if runtime.world_size > 1:
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+    largest, smallest = float(bounds[0]), -float(bounds[1])
+    if largest != smallest:
+        raise NotImplementedError(
+            f"optimizer: parameters have learning rates from {smallest:g} to {largest:g}; "
+            "alignments need one for all (no decoupled-lr)"
+        )
 
 
 def _require_trained(chunks: Sequence[Module], world_size: int) -> None:

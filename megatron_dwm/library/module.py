@@ -45,7 +45,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from megatron_dwm.bilevel.frozen import frozen_jacobian
 from megatron_dwm.bilevel.probe_hooks import AddTangent
-from megatron_dwm.library.optimizers import moments_of, require_known, wide
+from megatron_dwm.library.optimizers import moments_of, relative_rate, require_known, wide
 from megatron_dwm.library.results import SampleAlignments
 from megatron_dwm.library.torch_step import TorchStep
 
@@ -184,9 +184,9 @@ class ModuleProbe:
     @torch.no_grad()
     def _direction(self, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
         assert parameter.grad is not None
-        gradient = wide(parameter.grad.detach())
+        gradient = wide(parameter.grad.detach()) * relative_rate(self._optimizer, group)
         moments = moments_of(self._optimizer, parameter, group)
-        return gradient.clone() if moments is None else gradient * frozen_jacobian(moments)
+        return gradient if moments is None else gradient * frozen_jacobian(moments)
 
     @torch.no_grad()
     def _along_z(self) -> float:

@@ -47,6 +47,12 @@ def moments_of(
     )
 
 
+def relative_rate(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float:
+    """Returns the group's learning rate as a part of the largest group's, or 1 if all are 0."""
+    largest = max(float(each["lr"]) for each in optimizer.param_groups)
+    return float(group["lr"]) / largest if largest else 1.0
+
+
 def wide(tensor: Tensor) -> Tensor:
     """Returns the tensor in float32, or as it is if it is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_dwm.bilevel.adam import AdamMoments, adam_jacobian, adam_step
-from megatron_dwm.library.optimizers import moments_of, wide
+from megatron_dwm.library.optimizers import moments_of, relative_rate, wide
 
 # torch.nn.utils.clip_grad_norm_ divides by the norm plus this.
 _CLIP_EPSILON = 1e-6
@@ -19,11 +19,15 @@ _CLIP_EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class _Stepped:
-    """A parameter that the step changes. moments: None for plain descent."""
+    """A parameter that the step changes. moments: None for plain descent.
+
+    rate: the group's learning rate as a part of the largest.
+    """
 
     parameter: Tensor
     gradient: Tensor
     group: Mapping[str, Any]
+    rate: float
     moments: AdamMoments | None
 
 
@@ -43,8 +47,9 @@ class TorchStep:
     def along_gradients(optimizer: torch.optim.Optimizer, clip_grad: float) -> TorchStep:
         """Prepare the step along the gradients as they are; parameters keep their values."""
         stepped = [
-            _Stepped(p, p.grad.detach().clone(), group, moments_of(optimizer, p, group))
+            _Stepped(p, p.grad.detach().clone(), group, rate, moments_of(optimizer, p, group))
             for group in optimizer.param_groups
+            for rate in [relative_rate(optimizer, group)]
             for p in group["params"]
             if p.grad is not None
         ]
@@ -88,9 +93,9 @@ class TorchStep:
 
     def _pulled_back(self, each: _Stepped) -> Tensor:
         assert each.parameter.grad is not None
-        cotangent = wide(each.parameter.grad.detach())
+        cotangent = wide(each.parameter.grad.detach()) * each.rate
         if each.moments is None:
-            return cotangent.clone()
+            return cotangent
         return cotangent * adam_jacobian(self.factor * wide(each.gradient), each.moments)
 
     def _pull_back_clipping(self, z: dict[int, Tensor]) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from megatron_dwm.files.sidecar_format import OWN_COLUMNS
 from megatron_dwm.report.corpus import Corpus, Prefix
@@ -41,8 +40,9 @@ def read_scores(corpus: Corpus, document_K: np.ndarray) -> Scores:
     for at, table in _rows(corpus, document_K, names):
         for number, name in enumerate(names):
             if name in table.column_names:
-                column = pc.fill_null(pc.cast(table[name], pa.float64()), np.nan)
-                values_KC[at, number] = column.to_numpy()
+                column = table[name].cast(pa.float64(), safe=False).to_numpy()
+                # Null is NaN already; no mean or correlation has a place for an infinite one.
+                values_KC[at, number] = np.where(np.isfinite(column), column, np.nan)
     return Scores(names=tuple(names), document_K=document_K, values_KC=values_KC)
 
 

@@ -83,6 +83,11 @@ def require_enough(
     By default all documents are eligible, as they may be before they are scored.
     """
     for name, budget in _budgets(draw).items():
+        if not budget:
+            raise UserError(
+                f"--domain-shares: {name} gets less than a token of --tokens {draw.tokens}; leave "
+                "it out, or raise its share or --tokens"
+            )
         available = int(tokens_D.sum(where=eligible_D & _is_in(domains, name)))
         if budget > available:
             raise UserError(_too_large(name, budget, available, eligible_words, draw))

@@ -1,8 +1,9 @@
 """DSIR (Xie et al. 2023): documents drawn by how much more likely the target makes their words.
 
 A text is lower-cased and split into words (words.py). Words and pairs of neighbors are hashed into
-10,000 buckets (buckets.py). With p the shares of the buckets in all n-grams of a corpus, a document
-has the log-weight
+10,000 buckets (buckets.py). Documents are decoded from their ids, so the target is encoded and
+decoded, too: what the tokenizer normalizes or has no piece for then counts in neither. With p the
+shares of the buckets in all n-grams of a corpus, a document has the log-weight
 
     sum over its n-grams of  log(p_target[bucket] + 1e-8) - log(p_raw[bucket] + 1e-8)
 
@@ -33,6 +34,7 @@ from megatron_dwm.preprocess.read.texts import read_texts
 from megatron_dwm.selection.buckets import NO_BUCKET, NUM_BUCKETS, NUM_PLACES, BucketCache
 from megatron_dwm.selection.choice import Scores
 from megatron_dwm.selection.pool import Pool
+from megatron_dwm.selection.record import TOKENIZER_DIGEST
 from megatron_dwm.selection.select import Progress
 from megatron_dwm.selection.texts import TextSource, open_texts
 from megatron_dwm.selection.words import TextBatch, lower, split_words
@@ -42,6 +44,7 @@ SMOOTHING = 1e-8
 MIN_WORDS = 100
 _FIT_TOKENS = 1 << 29
 _TARGET_CHARACTERS = 1 << 20
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,19 +84,26 @@ class DsirScores:
     name = "dsir"
 
     def options(self) -> dict[str, Any]:
-        """The target by its content, and the shortest document."""
+        """The target and the tokenizer by their contents, and the shortest document."""
+        from megatron_dwm.tokenizer import open_tokenizer
+
         files = find_inputs([self.target])
         if any(file.is_hub for file in files):
             raise UserError(f"--target {self.target}: expected a file; download it first")
-        digests = [hashlib.sha256(Path(file.name).read_bytes()).hexdigest() for file in files]
-        return {"target": self.target, "target_sha256": digests, "min_words": self.min_words}
+        return {
+            "target": self.target,
+            "target_sha256": [_sha256(Path(file.name)) for file in files],
+            TOKENIZER_DIGEST: open_tokenizer(self.tokenizer).sha256,
+            "min_words": self.min_words,
+        }
 
     def scores(self, pool: Pool, progress: Progress, scratch: Path) -> Scores:
         """Log-weights. Raises `UserError` for another tokenizer, and a target without words."""
         source = open_texts(pool, self.tokenizer)
         # A shared array: an n-gram is hashed by one of the processes.
         table = get_context("spawn").RawArray("Q", NUM_PLACES)
-        target = self._target_shares(BucketCache(np.frombuffer(table, np.uint64)))
+        cache = BucketCache(np.frombuffer(table, np.uint64))
+        target = self._target_shares(cache, source.as_decoded())
         work = HashWork(source=source, table=table)
         weights_D = np.zeros(pool.num_documents)
         words_D = np.zeros(pool.num_documents, dtype=np.int64)
@@ -131,14 +141,22 @@ class DsirScores:
             eligible_words=f"documents of at least {self.min_words} words",
         )
 
-    def _target_shares(self, cache: BucketCache) -> np.ndarray:
+    def _target_shares(self, cache: BucketCache, decoded: Callable[[str], str]) -> np.ndarray:
         counts = np.zeros(NUM_BUCKETS + 1, dtype=np.int64)
-        for texts in _batches(read_texts([self.target], "text")):
+        for texts in _batches(map(decoded, read_texts([self.target], "text"))):
             hashed = hash_texts(TextBatch.of(texts), cache)
             counts += np.bincount(hashed.buckets_W2.ravel(), minlength=NUM_BUCKETS + 1)
         if not counts[:NUM_BUCKETS].any():
             raise UserError(f"--target {self.target}: no text with a word in it")
         return shares_of(counts)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def hash_texts(batch: TextBatch, cache: BucketCache) -> Hashed:

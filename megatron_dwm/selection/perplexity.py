@@ -17,6 +17,7 @@ import math
 import numpy as np
 
 from megatron_dwm.config import UserError
+from megatron_dwm.preprocess.messages import warn
 from megatron_dwm.selection.language_model import ModelFiles, Precision, open_model
 from megatron_dwm.selection.pool import Pool
 from megatron_dwm.selection.select import Progress
@@ -42,4 +43,10 @@ def document_losses(
     if not np.isfinite(sums_D).all():
         raise UserError(f"--model {name}: gives a loss that is not finite; it is damaged")
     predicted_D = np.maximum(pool.tokens_D - 1, 0)
+    mean, guess = sums_D.sum() / max(predicted_D.sum(), 1), math.log(vocab_size)
+    if mean > guess:
+        warn(
+            f"--model {name}: the mean loss is {mean:.3g} nats a token, a guess's is {guess:.3g}: "
+            "was the data made with this model's tokenizer?"
+        )
     return np.where(predicted_D > 0, sums_D / np.maximum(predicted_D, 1), math.log(vocab_size))

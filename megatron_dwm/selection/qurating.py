@@ -29,17 +29,18 @@ class QuRatingScores:
     """`select_data.py qurating`."""
 
     column: str
+    lowest: bool = False
     name: str = "qurating"
 
     def options(self) -> dict[str, Any]:
-        """The column."""
-        return {"column": self.column}
+        """The column, and if small values are better."""
+        return {"column": self.column, **({"lowest": True} if self.lowest else {})}
 
     def scores(self, pool: Pool, progress: Progress, scratch: Path) -> Scores:  # noqa: ARG002
         """Standardized values of the column.
 
         Raises `UserError` for a column that is missing or no number, for a document with tokens
-        whose value is null or not finite, and if all values are the same.
+        whose value is null or not finite, and if all values are the same or too large to square.
         """
         where = f"{pool.dataset.paths.sidecar}: column {self.column}"
         return standardized(self._read(pool), pool, where)
@@ -53,7 +54,8 @@ class QuRatingScores:
                 "a number is needed"
             )
         sidecar = pool.require_sidecar("--column")
-        return np.concatenate([np.zeros(0), *_blocks(sidecar, self.column)])
+        values_D = np.concatenate([np.zeros(0), *_blocks(sidecar, self.column)])
+        return -values_D if self.lowest else values_D
 
 
 def standardized(values_D: np.ndarray, pool: Pool, where: str) -> Scores:
@@ -73,8 +75,12 @@ def standardized(values_D: np.ndarray, pool: Pool, where: str) -> Scores:
     scored = values_D[eligible_D]
     if not len(scored) or scored.min() == scored.max():
         raise UserError(f"{where} has the same value in all documents; nothing to select by")
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, deviation = scored.mean(), scored.std()
+    if not np.isfinite(deviation):
+        raise UserError(f"{where} has values too large for their deviation; scale them down")
     return Scores(
-        values_D=np.where(eligible_D, (values_D - scored.mean()) / scored.std(), 0.0),
+        values_D=np.where(eligible_D, (values_D - mean) / deviation, 0.0),
         eligible_D=eligible_D,
         eligible_words="all documents",
     )

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 
 from megatron_dwm.config.errors import UserError
-from megatron_dwm.files.dataset_paths import DatasetPaths
+from megatron_dwm.files.dataset_paths import SIDECAR_SUFFIX, DatasetPaths
 from megatron_dwm.selection.choice import Domains
 from megatron_dwm.selection.pool import Pool
 
 MODEL_DIGEST = "model_digest"
 """the option that has the content of a language model"""
+TOKENIZER_DIGEST = "tokenizer_sha256"
+"""the option that has the content of a tokenizer"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +125,8 @@ def finished_before(
     if not paths.record.exists():
         return None
     found = _read(paths.record)
-    if MODEL_DIGEST in options:  # older versions did not record it
-        found["options"].setdefault(MODEL_DIGEST, options[MODEL_DIGEST])
+    for name in {MODEL_DIGEST, TOKENIZER_DIGEST} & set(options):  # older versions lack them
+        found["options"].setdefault(name, options[name])
     for name, ours in (("method", method), ("options", dict(options)), ("inputs", inputs)):
         if found[name] != json.loads(json.dumps(ours)):
             raise UserError(
@@ -145,7 +147,12 @@ def remove_killed(paths: OutputPaths) -> None:
 
 
 def _is_whole(paths: OutputPaths) -> bool:
-    return paths.dataset.idx.exists() and paths.dataset.bin.exists()
+    """True if no file is missing that the selection had; it has a sidecar if its input has one."""
+    names = [Path(each["file"]).name for each in _read(paths.record)["inputs"]]
+    wanted = [paths.dataset.bin, paths.dataset.idx]
+    if any(name.endswith(SIDECAR_SUFFIX) for name in names):
+        wanted.append(paths.dataset.sidecar)
+    return all(path.exists() for path in wanted)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -42,15 +42,25 @@ class TextSource:
 
     def open(self) -> Callable[[Span], TextBatch]:
         """Load the tokenizer; returns the function that reads the texts of some documents."""
-        from megatron_dwm.tokenizer import BatchDecoder, build_tokenizer
+        from megatron_dwm.tokenizer import BatchDecoder
 
-        tokenizer = build_tokenizer(
+        tokenizer = self._tokenizer()
+        decoder = BatchDecoder(tokenizer)
+        return lambda span: self._read(span, decoder, tokenizer)
+
+    def as_decoded(self) -> Callable[[str], str]:
+        """Load the tokenizer; returns the function that gives a text as it would be read."""
+        tokenizer = self._tokenizer()
+        return lambda text: tokenizer.decode(tokenizer.encode(text))
+
+    def _tokenizer(self) -> Tokenizer:
+        from megatron_dwm.tokenizer import build_tokenizer
+
+        return build_tokenizer(
             self.tokenizer_kind,
             self.tokenizer_model,
             include_special_tokens=self.has_special_tokens,
         )
-        decoder = BatchDecoder(tokenizer)
-        return lambda span: self._read(span, decoder, tokenizer)
 
     def _read(self, span: Span, decoder: BatchDecoder, tokenizer: Tokenizer) -> TextBatch:
         found = self.tokens.read(span, tokenizer.vocab_size, self.tokenizer_model)

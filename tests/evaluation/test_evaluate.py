@@ -78,7 +78,7 @@ def test_last_word_is_plain_transformers(data: Path, model: Path, tmp_path: Path
     assert float(table[2].split()[4]) == pytest.approx(perplexity, rel=1e-4)
 
 
-QUESTION = "doc_to_text: \"{{text.split(' ')[:-1]|join(' ')}}\""
+QUESTION = 'doc_to_text: "{{text.rstrip()[:-(text.split()[-1]|length)].rstrip()}}"'
 
 
 def test_scores_of_other_questions_are_not_compared(model: Path, tmp_path: Path) -> None:

@@ -27,8 +27,12 @@ LAYOUTS = {1: [{}], 2: [{"tensor": 2}, {"pipeline": 2}, {"context": 2}, {}]}
 def passages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = (REPOSITORY / "examples/corpus/lastword.jsonl").read_text(encoding="utf-8")
     path = tmp_path_factory.mktemp("passages") / "short.jsonl"
+    words = [json.loads(line)["text"].split()[-40:] for line in lines.splitlines()[:PASSAGES]]
+    # A last word may begin a line, and passages may end with white space.
+    borders, ends = (" ", "\n", "\n\n  "), ("", "\n")
     short = [
-        " ".join(json.loads(line)["text"].split()[-40:]) for line in lines.splitlines()[:PASSAGES]
+        " ".join(each[:-1]) + borders[i % 3] + each[-1] + ends[i % 2]
+        for i, each in enumerate(words)
     ]
     domains = ["odd", "even"]
     records = [{"text": text, "domain": domains[i % 2]} for i, text in enumerate(short)]
@@ -46,9 +50,10 @@ def knowing(model: Path, passages: Path, tmp_path_factory: pytest.TempPathFactor
     optimizer = torch.optim.AdamW(llama.parameters(), lr=3e-3)
     for _ in range(40):
         for text in texts:
-            ids = torch.tensor([tokenizer.encode(text)])
+            ids = torch.tensor([tokenizer.encode(text.rstrip())])
             labels = ids.clone()
-            labels[:, : len(tokenizer.encode(text.rpartition(" ")[0]))] = -100
+            beginning = text.rstrip()[: -len(text.split()[-1])].rstrip()
+            labels[:, : len(tokenizer.encode(beginning))] = -100
             llama(ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -72,6 +72,22 @@ def probed(**layout: Any) -> dict[str, Tensor]:
         }
 
 
+def refusal_of_rates(**layout: Any) -> list[str]:
+    """Returns the messages for one parameter group, on one rank, with another learning rate."""
+    with tiny(**layout) as subject:
+        subject.llm.transformer.finalize_model_grads_func = finalize_model_grads
+        probe = MegatronProbe(subject.llm.chunks, subject.optimizer, micro_batch_size=MICRO_BATCH)
+        validate, messages = _pass(subject, _batch(subject, VALIDATION)), []
+        if subject.runtime.world_size == 1 or dist.get_rank() == 1:
+            subject.optimizer.param_groups[0]["lr"] *= 10
+        for call in (probe.aim, lambda run: probe.exact(run, run, num_micro_batches=1)):
+            try:
+                call(validate)
+            except NotImplementedError as error:
+                messages.append(str(error))
+        return messages
+
+
 def refusal(micro_batches: int, size: int) -> str:
     """Returns the message of a pass of 4 micro-batches of 2, of which the probe was told other."""
     with tiny() as subject:

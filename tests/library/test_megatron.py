@@ -53,6 +53,15 @@ def test_another_pass_than_told_is_an_error() -> None:
         assert words in message
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_rates_that_differ_are_refused_on_every_rank(ranks: int) -> None:
+    layout = {} if ranks == 1 else {"pipeline": 2}
+    found = run_ranks("tests.library.megatron_workers:refusal_of_rates", ranks, [layout])
+    for messages in found[0]:
+        assert len(messages) == 2
+        assert all("alignments need one for all (no decoupled-lr)" in each for each in messages)
+
+
 def test_a_mean_loss_counts_the_replicas_once() -> None:
     """The alignments of all samples add up to <z, g>, whoever divides by the replicas."""
     cases = [{"average_in_collective": flag} for flag in (False, True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -23,7 +23,16 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.1),
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=3e-3),
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    "two rates": lambda parameters: torch.optim.AdamW(_two_groups(parameters, 1e-4, 3e-3)),
 }
+
+
+def _two_groups(parameters: Iterable[Tensor], *rates: float) -> list[dict[str, Any]]:
+    """Every second parameter has the first rate, the others the second."""
+    every = list(parameters)
+    return [{"params": every[number::2], "lr": rate} for number, rate in enumerate(rates)]
+
+
 MODELS: list[dict[str, Any]] = [
     {},
     {"tied": True},
@@ -48,6 +57,15 @@ def _gradient(model: Model, loss: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
+def _group_of(stepper: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
+    holds = (g for g in stepper.param_groups if any(p is parameter for p in g["params"]))
+    return next(holds)
+
+
+def _largest_rate(stepper: torch.optim.Optimizer) -> float:
+    return max(group["lr"] for group in stepper.param_groups)
+
+
 @pytest.mark.parametrize("options", MODELS, ids=str)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_alignments_ahead_are_autograds(optimizer: str, options: dict[str, Any]) -> None:
@@ -59,11 +77,12 @@ def test_alignments_ahead_are_autograds(optimizer: str, options: dict[str, Any])
         if optimizer == "sgd":
             z.append(gradient)
             continue
-        state, [group] = stepper.state[parameter], stepper.param_groups
+        state, group = stepper.state[parameter], _group_of(stepper, parameter)
         beta1, beta2 = group["betas"]
         root = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt()
         first = (1 - beta1) / (1 - beta1 ** (state["step"] + 1))
-        z.append(torch.where(root > 0, first / (root + group["eps"]), 0.0) * gradient)
+        rate = group["lr"] / _largest_rate(stepper)
+        z.append(rate * torch.where(root > 0, first / (root + group["eps"]), 0.0) * gradient)
     losses = sample_losses(model, train)
     expected = [
         sum((a * b).sum() for a, b in zip(z, _gradient(model, loss / ROWS), strict=True))
@@ -112,7 +131,7 @@ def test_exact_alignments_are_differences_of_real_steps(optimizer: str, clip: fl
         step = torch.zeros(ROWS, dtype=torch.float64)
         step[number] = h
         differences.append((after_step(1 + step) - after_step(1 - step)) / (2 * h))
-    derivatives = -stepper.param_groups[0]["lr"] * found.values_n.double()
+    derivatives = -_largest_rate(stepper) * found.values_n.double()
     expected = torch.tensor(differences, dtype=torch.float64)
     # The central difference is exact to h^2 of a smooth function; alignments are fp32.
     assert (derivatives - expected).abs().max() < 1e-4 * expected.abs().max()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -149,6 +150,18 @@ def test_sources_and_scores(written: Written) -> None:
         names = [Path(source).name for source in sources.to_pylist()]
         assert names == ["first.jsonl" if n < first else "second.jsonl" for n in documents]
     assert np.isnan(read_scores(corpus, np.array([10**9])).values_KC).all()
+
+
+def test_ids_of_64_bits_and_infinite_scores(written: Written) -> None:
+    path = Path(f"{written.prefixes[0]}.meta.parquet")
+    table = pq.read_table(path)
+    wide, infinite = [2**60 + 1] * len(table), [1.0, math.inf, None] * len(table)
+    table = table.append_column("id", pa.array(wide, pa.int64()))
+    pq.write_table(table.append_column("inf", pa.array(infinite[: len(table)])), path)
+    scores = read_scores(opened(written.settings), np.arange(3))
+    found = dict(zip(scores.names, scores.values_KC.T.tolist(), strict=True))
+    assert found["id"] == [float(2**60)] * 3
+    assert found["inf"][0] == 1.0 and all(map(math.isnan, found["inf"][1:]))
 
 
 def test_statistics_of_texts(written: Written) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from sentencepiece import SentencePieceTrainer
 
 from megatron_dwm.preprocess.read.texts import read_texts
 from megatron_dwm.selection import workers
 from megatron_dwm.selection.dsir import DsirScores
 from megatron_dwm.selection.pool import open_pool
-from megatron_dwm.tokenizer import open_tokenizer
+from megatron_dwm.tokenizer import open_tokenizer, train_sentencepiece
 from tests.selection.conftest import Run, pq_table, quiet
 from tests.selection.test_words import expected_words, published_bucket
 
@@ -129,3 +130,39 @@ def test_best_documents_are_written(
     record = json.loads((tmp_path / "o.select.json").read_text())
     assert record["method"] == "dsir"
     assert len(record["options"]["target_sha256"]) == 1
+
+
+def test_the_target_is_read_as_the_documents_are(
+    run: Run, corpus_dir: Path, tmp_path: Path
+) -> None:
+    """A tokenizer that replaces typographic characters: the target's own documents fit it best."""
+    texts = list(read_texts([str(corpus_dir / "validation.jsonl")], "text"))[:40]
+    spelled = [text.replace("e", "\N{LATIN SMALL LIGATURE FF}") for text in texts]
+    model, target, both = (tmp_path / name for name in ("m.model", "t.jsonl", "b.jsonl"))
+    # Without a rule of its own SentencePiece normalizes by NFKC: a ligature becomes letters.
+    SentencePieceTrainer.train(
+        sentence_iterator=(t[:4000] for t in [*texts, *(t.replace("e", "ff") for t in texts)]),
+        model_prefix=str(tmp_path / "m"), vocab_size=600, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    for path, content in ((target, spelled), (both, [*texts, *spelled])):
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in content))
+    done = run(
+        *("preprocess_data.py", "--input", both, "--output-prefix", tmp_path / "b"),
+        *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model, "--workers", 1),
+    )
+    assert done.returncode == 0, done.stderr
+    method = DsirScores(target=str(target), tokenizer=str(model), min_words=1)
+    values_D = method.scores(open_pool(str(tmp_path / "b_text_document")), quiet, tmp_path).values_D
+    assert values_D[len(texts) :].mean() > 0 > values_D[: len(texts)].mean()
+
+
+def test_another_tokenizer_is_another_selection(
+    model: Path, corpus_dir: Path, tmp_path: Path
+) -> None:
+    target = str(corpus_dir / "validation.jsonl")
+    train_sentencepiece(read_texts([target], "text"), vocab_size=601, output=tmp_path / "o.model")
+    options = [
+        DsirScores(target=target, tokenizer=str(each)).options()
+        for each in (model, tmp_path / "o.model")
+    ]
+    assert options[0] != options[1]

@@ -54,3 +54,23 @@ def test_best_documents(dataset: Dataset, run: Run, options: tuple[object, ...])
         if tokens[document] and tokens[chosen].sum() < 2_000:
             chosen.append(int(document))
     assert pq_table(f"{output}.meta.parquet").equals(dataset.rows.take(sorted(chosen)))
+
+
+def test_lowest_takes_the_other_end(dataset: Dataset, run: Run) -> None:
+    outputs = {}
+    for option in ((), ("--lowest",)):
+        outputs[option] = f"{dataset.prefix}_o{len(option)}"
+        done = run(
+            *("select_data.py", "qurating", "--input", dataset.prefix, "--top-k"),
+            *("--output-prefix", outputs[option], "--column", "score", "--tokens", 1_000, *option),
+        )
+        assert done.returncode == 0, done.stderr
+    best, worst = (
+        pq_table(f"{output}.meta.parquet").column("score") for output in outputs.values()
+    )
+    assert min(best.to_pylist()) > max(worst.to_pylist())
+    again = run(
+        *("select_data.py", "qurating", "--input", dataset.prefix, "--top-k"),
+        *("--output-prefix", outputs["--lowest",], "--column", "score", "--tokens", 1_000),
+    )
+    assert again.returncode == 2 and "a selection with other options" in again.stderr

@@ -64,6 +64,11 @@ def test_values(mistake: Run, tmp_path: Path, value: float | None, words: str) -
             "--input", tmp_path / "v", "--tokens", 3)  # fmt: skip
 
 
+def test_values_too_large_to_square(mistake: Run, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "big", [[[1]], [[2]]], {"score": [1e300, -1e300]})
+    mistake("too large for their deviation", *QUALITY, "--input", tmp_path / "big", "--tokens", 1)
+
+
 def test_another_process_is_writing(mistake: Run, tmp_path: Path) -> None:
     with only_writer(tmp_path / "o.select.json"):
         mistake("o.select.json: another process is writing it; wait for it", "random")
@@ -88,6 +93,7 @@ def test_shares(mistake: Run) -> None:
     shares("web=x: expected DOMAIN=F", "web=x")
     shares("web=0: expected DOMAIN=F with F above 0", "web=0", "code=1")
     shares("web is named twice", "web=0.5", "web=0.5")
+    shares("web gets less than a token of --tokens 500", "web=0.0005", "code=0.9995")
     mistake("web=1: that is 4000 tokens, but web has", "random", "--tokens", 4000,
             "--domain-shares", "web=1")  # fmt: skip
 

@@ -125,6 +125,18 @@ def test_without_a_sidecar(dataset: Dataset, run: Run) -> None:
     assert documents_in(output)
 
 
+def test_a_selection_without_its_sidecar_is_made_again(dataset: Dataset, run: Run) -> None:
+    output = f"{dataset.prefix}_o"
+    command = [*RANDOM, "--input", dataset.prefix, "--output-prefix", output, "--tokens", 500]
+    assert run(*command).returncode == 0
+    sidecar = Path(f"{output}.meta.parquet")
+    before = sidecar.read_bytes()
+    sidecar.unlink()
+    done = run(*command)
+    assert done.returncode == 0 and "complete already" not in done.stdout, done.stderr
+    assert sidecar.read_bytes() == before
+
+
 def test_same_selection_again(dataset: Dataset, run: Run) -> None:
     output = f"{dataset.prefix}_o"
 

@@ -8,6 +8,7 @@ from megatron_dwm.files.command_names import name_of_command
 from megatron_dwm.report.charts import fan, lines
 from megatron_dwm.report.content import Cell, Column, Content, Figure, columnar
 from megatron_dwm.report.curves import abscissas, at_steps, bin_edges, bin_of
+from megatron_dwm.report.document_scores import TOKENS_OF_TEXT
 from megatron_dwm.report.over_steps import FEW_POINTS, dotted, present
 from megatron_dwm.report.run_documents import SAMPLED_DOCUMENTS, RunDocuments
 from megatron_dwm.report.runs import Run, RunSet
@@ -95,7 +96,8 @@ def _caption_of_scores(found: RunDocuments, count: int) -> str:
         f"Scores are the numeric columns of the data's sidecar, of {count:,} documents."
         if found.has_scores
         else f"The sidecar has no score columns ({name_of_command('score')} adds them), so these "
-        f"are statistics of the text of {count:,} documents, at most {SAMPLED_DOCUMENTS:,}."
+        f"are statistics of the text of {count:,} documents, at most {SAMPLED_DOCUMENTS:,}, each "
+        f"of its first {TOKENS_OF_TEXT:,} tokens."
     )
     main = (
         " The score of a sample is that of its main document, the one with most of its tokens."
