@@ -23,7 +23,8 @@ from __future__ import annotations
 
 from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.key import Part
-from megatron_dwm.data import Batch
+from megatron_dwm.data import Batch, Source, ValidationSet
+from megatron_dwm.data.token_losses import TokenLosses, open_token_losses
 from megatron_dwm.data.values import DocumentValues, column_values, domain_values
 from megatron_dwm.model import LLM, ForwardOutputs, LlamaShape
 from megatron_dwm.runtime import Runtime
@@ -44,6 +45,7 @@ from megatron_dwm.weighting.method import (
     OwnUpdate,
     WeightingUpdate,
 )
+from megatron_dwm.weighting.model import WeightingShape
 from megatron_dwm.weighting.moments import global_moments
 from megatron_dwm.weighting.pass_softmax import SOFTMAX_PARTS, PassSoftmax
 from megatron_dwm.weighting.pool import ChoosesFromPool, PoolAlignments
@@ -82,8 +84,12 @@ __all__ = [
     "RuleBased",
     "Runtime",
     "Schedule",
+    "Source",
+    "TokenLosses",
     "Tokenizer",
     "UserError",
+    "ValidationSet",
+    "WeightingShape",
     "WeightingUpdate",
     "Workload",
     "advantages",
@@ -97,6 +103,7 @@ __all__ = [
     "learning_costs",
     "learning_problems",
     "mean_one",
+    "open_token_losses",
     "plain_costs",
     "print_warning",
     "reading_costs",

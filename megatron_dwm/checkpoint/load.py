@@ -16,6 +16,7 @@ from megatron_dwm.checkpoint.parts import Parts, TrainedModel, named_chunks, sha
 from megatron_dwm.checkpoint.sharded_adam import create_state, loadable
 from megatron_dwm.checkpoint.sharded_files import load_sharded, saved_names
 from megatron_dwm.config import UserError
+from megatron_dwm.config.plugins import is_plugin
 from megatron_dwm.model import LLM
 from megatron_dwm.model.layers.transformer_engine import scales_are_refused_in_one_line
 from megatron_dwm.model.on_disk.saved_index import data_only
@@ -90,10 +91,13 @@ def _load_method(parts: Parts, rest: dict[str, Any], directory: Path) -> None:
     try:
         # Earlier versions saved None for a method without a state.
         parts.method.load_state_dict(rest["policy"] or {})
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        what, advice = "what weighting or policy say", "put back what run.allow_changed names"
+        if is_plugin(name):
+            what, advice = "its options or code", "go back to those that the checkpoint is from"
         raise UserError(
-            f"{directory}: the state of policy {name} does not fit what weighting or policy say "
-            f"now ({str(error).splitlines()[0]}); put back what run.allow_changed names"
+            f"{directory}: the state of policy {name} does not fit {what} now "
+            f"({(str(error) or type(error).__name__).splitlines()[0]}); {advice}"
         ) from error
 
 

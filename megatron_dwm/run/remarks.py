@@ -35,6 +35,7 @@ def remarks(
     yield from _nothing_is_learned(config)
     yield from _no_pool_is_scored(config, costs)
     yield from _extra_forward_pass(costs)
+    yield from _keeps_all(config)
     yield from _nothing_is_profiled(config, state)
     yield from _no_export(inputs)
 
@@ -161,6 +162,22 @@ def _extra_forward_pass(costs: Costs) -> Iterator[str]:
             "avoid it, set weighting.group micro_batch or a larger training.micro_batch_size, or "
             "weighting.normalizer deferred (policies similarity and loss_reweighting, and dwm with "
             "weighting.encoder llm and weighting.across_samples false)"
+        )
+
+
+def _keeps_all(config: Config) -> Iterator[str]:
+    """Yields a line if rounding keeps every sample of a group; a row has any number of others."""
+    weighting, ratio = config.weighting, config.policy.keep_ratio
+    parts = method_class(config).parts(config)
+    if "selection" not in parts or weighting.unit != "sample" or ratio == 1.0:
+        return
+    per_micro_batch = weighting.group == "micro_batch"
+    name = "micro_batch_size" if per_micro_batch else "global_batch_size"
+    size = getattr(config.training, name)
+    if round(ratio * size) >= size:
+        yield (
+            f"policy.keep_ratio {ratio}: of a group of {size} samples (training.{name}) that is "
+            "all of them, so this is plain training; lower it, or weigh larger groups"
         )
 
 

@@ -99,5 +99,5 @@ def competences(policy: PolicyConfig, steps: int) -> np.ndarray:
     """Returns float64, the fraction of the corpus that is kept, for each step before it is 1."""
     duration, power = policy.pacing_steps * steps, policy.pacing_power
     start = policy.pacing_start**power
-    progress = np.arange(math.ceil(duration)) / duration
+    progress = np.arange(math.ceil(round(duration, 6))) / duration
     return np.minimum(1.0, (progress * (1.0 - start) + start) ** (1.0 / power))

@@ -72,11 +72,12 @@ class DeferredSoftmax:
     def settle_first(self, logits_Gn: Tensor, sizes_Gn: Tensor | None) -> None:
         """Settle by the first batch that is weighed, which is read first.
 
-        If a logit is not finite, the batch's step is skipped and the next batch is read first, as
-        after a batch in which no unit counts.
+        A batch with a logit that is NaN or infinite, whose step is skipped, and one in which no
+        unit counts, settle nothing, and the next batch is read first. A unit that is to have no
+        weight may have -inf.
         """
-        counts = sizes_Gn is None or bool((sizes_Gn > 0).any())
-        if counts and bool(logits_Gn.isfinite().all()):
+        counted_Gn = logits_Gn.isfinite() & (True if sizes_Gn is None else sizes_Gn > 0)
+        if bool((logits_Gn < torch.inf).all() & counted_Gn.any()):
             self.settle(logits_Gn, sizes_Gn)
 
     def settle(self, logits_Gn: Tensor, sizes_Gn: Tensor | None) -> None:
@@ -95,8 +96,8 @@ class DeferredSoftmax:
             uniform_floor=self._floor,
             temperature_G=own[None],
         )
-        used = effective_sample_size(relative_Gn, sizes_Gn)
-        self.drift = (used - effective_sample_size(own_Gn, sizes_Gn))[0]
+        used = effective_sample_size(relative_Gn.double(), sizes_Gn)  # squares of e^60 overflow
+        self.drift = (used - effective_sample_size(own_Gn, sizes_Gn))[0].to(relative_Gn.dtype)
         if not self._is_settled:
             self._set(own, logits_Gn, sizes_Gn)
         self._is_settled = False

@@ -53,6 +53,11 @@ class PassSoftmax(RuleBased):
             )
 
     @classmethod
+    def parts(cls, config: Config) -> frozenset[Part]:
+        """Returns the parts that such methods share; add those of yours."""
+        return SOFTMAX_PARTS
+
+    @classmethod
     def costs(cls, config: Config, llm: LlamaShape, workload: Workload) -> Costs:
         """Returns plain costs, and a forward pass of every batch that is read first."""
         costs = reading_costs(config, llm, workload)

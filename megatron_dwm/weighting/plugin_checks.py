@@ -11,6 +11,7 @@ from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.methods import METHODS
 from megatron_dwm.config.plugins import import_plugin
 from megatron_dwm.weighting.method import CONTRACT_VERSION, Method
+from megatron_dwm.weighting.pool import ChoosesFromPool
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -48,6 +49,13 @@ def _problem(found: Any) -> str | None:
             "load_state_dict (docs/plugins.md)"
         )
     return None
+
+
+def pool_problem(config: Config, method: type[Method]) -> str | None:
+    """Returns what a method lacks for the pools that it reads, or None."""
+    if method.pool_batches(config) == 1 or ChoosesFromPool in method.__mro__:
+        return None
+    return "pool_batches is above 1, and the class does not inherit from ChoosesFromPool"
 
 
 def update_problem(config: Config, method: type[Method]) -> str | None:

@@ -9,7 +9,7 @@ from megatron_dwm.config import Config, UserError
 from megatron_dwm.config.methods import METHODS, name_problems
 from megatron_dwm.config.options import resolved_options
 from megatron_dwm.weighting.method import Method
-from megatron_dwm.weighting.plugin_checks import plugin_class, update_problem
+from megatron_dwm.weighting.plugin_checks import plugin_class, pool_problem, update_problem
 
 
 def method_class(config: Config) -> type[Method]:
@@ -63,5 +63,6 @@ def check_method(config: Config, num_layers: int, world_size: int) -> None:
         )
     for problem in method_class(config).problems(config, num_layers, world_size):
         raise UserError(problem)
-    if (lacks := update_problem(config, method_class(config))) is not None:
-        raise UserError(f"policy.name {config.policy.name}: {lacks} (docs/plugins.md)")
+    for check in (update_problem, pool_problem):
+        if (lacks := check(config, method_class(config))) is not None:
+            raise UserError(f"policy.name {config.policy.name}: {lacks} (docs/plugins.md)")

@@ -72,7 +72,7 @@ class Similarity(PassSoftmax):
             steps,
             warmup=weighting.warmup_steps,
             interval=weighting.interval_steps,
-            last=weighting.freeze_after * steps,
+            last=round(weighting.freeze_after * steps, 6),
             in_step=False,
         )
         return replace(found, fresh=False)

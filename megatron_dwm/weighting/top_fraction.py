@@ -24,7 +24,8 @@ def keep_largest(scores_Gn: Tensor, sizes_Gn: Tensor | None, ratio: float) -> Te
     sizes_Gn = torch.ones_like(scores_Gn) if sizes_Gn is None else sizes_Gn
     counts_Gn = sizes_Gn > 0
     kept_G1 = number_kept(counts_Gn, ratio)
-    ranked_Gn = scores_Gn.where(counts_Gn, -torch.inf)
+    # torch sorts NaN first, and nothing is known of such a unit.
+    ranked_Gn = scores_Gn.where(counts_Gn & ~scores_Gn.isnan(), -torch.inf)
     order_Gn = ranked_Gn.argsort(dim=-1, descending=True, stable=True)
     numbers_n = torch.arange(order_Gn.shape[-1], device=order_Gn.device)
     places_Gn = order_Gn.scatter(-1, order_Gn, numbers_n.expand_as(order_Gn))

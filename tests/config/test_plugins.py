@@ -88,6 +88,11 @@ class Reads(Learns):
 class Own(Learns):
     own_updates = True
 
+class Pools(Mine):
+    @classmethod
+    def pool_batches(cls, config):
+        return 2
+
 class NoClass:
     pass
 
@@ -226,9 +231,10 @@ def test_a_class_that_cannot_be_used_is_one_line(name: str, says: str) -> None:
         ("Learns", "its schedule has updates, and the class does not define update"),
         ("Reads", "its schedule has updates, and the class does not define read_target"),
         ("Own", "its schedule has updates, and the class does not define own_update"),
+        ("Pools", "pool_batches is above 1, and the class does not inherit from ChoosesFromPool"),
     ],
 )
-def test_updates_that_a_class_cannot_make_are_one_line(name: str, says: str) -> None:
+def test_what_a_class_cannot_do_is_one_line(name: str, says: str) -> None:
     """Else the run would end at the first one, which may be hours later."""
     config = load_config(["--policy.name", f"mine_of_plugins:{name}"])
     with pytest.raises(UserError, match=re.escape(f"mine_of_plugins:{name}: {says} (docs/")):

@@ -19,7 +19,9 @@ from megatron_dwm.plugin import (
     ForwardOutputs,
     LlamaShape,
     Method,
+    Needs,
     Part,
+    PassSoftmax,
     RuleBased,
     Schedule,
     WeightingUpdate,
@@ -121,6 +123,31 @@ class Unsaved(Parity):
     def state_dict(self) -> dict[str, Any]:
         """Returns a device among the values."""
         return {"logit": self.logit, "where": [Options()]}
+
+
+class Louder(PassSoftmax):
+    """Units with a larger loss weigh more; over the global batch it divides after the pass."""
+
+    contract_version = 1
+
+    @classmethod
+    def first_weighed_step(cls, config: Config) -> int:
+        """Returns 0."""
+        return 0
+
+    def needs(self, counters: Counters) -> Needs:
+        """Returns losses."""
+        return self.pass_needs(losses=True)
+
+    def weighs(self, counters: Counters) -> bool:
+        """True in every step."""
+        return True
+
+    @torch.no_grad()
+    def weights(self, batch: Batch, outputs: ForwardOutputs | None, counters: Counters) -> Tensor:
+        """Returns the softmax of the losses."""
+        assert outputs is not None
+        return self.softmax(2.0 * outputs.losses_n, batch)
 
 
 class Twice(Method):

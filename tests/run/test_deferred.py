@@ -30,7 +30,8 @@ DOCUMENTS = [*DEFERRED, "--weighting.unit", "document", "--data.mask_documents",
 SIMILARITY = ["--policy.name", "similarity", "--policy.similarity_temperature", "0.02"]
 SIMILARITY += ["--training.micro_batch_size", "1"]
 LOSSES = ["--policy.name", "loss_reweighting", "--training.micro_batch_size", "2"]
-RULES = {"similarity": SIMILARITY, "losses": LOSSES}
+OUTSIDE = ["--policy.name", "tests.run.plugin_methods:Louder", "--training.micro_batch_size", "1"]
+RULES = {"similarity": SIMILARITY, "losses": LOSSES, "outside": OUTSIDE}
 RUNS = {"training": DEFERRED, "fresh": FRESH, "ahead": AHEAD, "documents": DOCUMENTS, **RULES}
 SAVE = ["--training.checkpoint_interval_steps", "3"]
 
@@ -113,7 +114,9 @@ def test_reading_first_gives_nearly_the_same_run(
     assert first[-1]["loss"] != deferred[-1]["loss"]
 
 
-@pytest.mark.parametrize(("name", "first_weighed"), [("similarity", 6), ("losses", 2)])
+@pytest.mark.parametrize(
+    ("name", "first_weighed"), [("similarity", 6), ("losses", 2), ("outside", 1)]
+)
 def test_rules_divide_after_the_pass_at_no_cost(
     server: Server, corpus: Corpus, tmp_path: Path, name: str, first_weighed: int
 ) -> None:

@@ -129,6 +129,16 @@ def test_references_that_do_not_fit(
         assert words in job.text and not (tmp_path / "run").exists()
 
 
+def test_a_ratio_that_keeps_all_is_said(
+    server: Server, corpus: Corpus, reference: Path, tmp_path: Path
+) -> None:
+    arguments = [*_arguments(corpus, reference), "--training.steps", "1", "--weighting.unit"]
+    for unit, ratio, says in (("sample", "0.95", 1), ("sample", "0.8", 0), ("token", "0.95", 0)):
+        run = tmp_path / f"{unit}{ratio}"
+        job = server.succeed(run, [*arguments, unit, "--policy.keep_ratio", ratio])
+        assert job.text.count("of a group of 8 samples (training.global_batch_size)") == says
+
+
 def test_units_of_other_methods(server: Server, corpus: Corpus, tmp_path: Path) -> None:
     arguments = [*corpus.arguments(), "--policy.name", "uniform", "--weighting.unit", "token"]
     job = server.run(tmp_path / "run", arguments)

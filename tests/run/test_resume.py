@@ -55,6 +55,7 @@ POLICIES = {
         *("--policy.options.window_steps", "4", "--policy.options.strength", "3"),
     ],
     "outside, learning": ["--policy.name", "tests.run.plugin_methods:Parity"],
+    "outside, after the pass": ["--policy.name", "tests.run.plugin_methods:Louder"],
 }
 LAYOUTS = {
     "own": ["--parallel.pipeline", "2"],

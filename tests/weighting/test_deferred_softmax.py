@@ -84,6 +84,25 @@ def test_a_batch_far_below_the_last_one_has_a_sum_above_0() -> None:
     assert torch.isfinite(softmax.temperature) and torch.isfinite(softmax.reference)
 
 
+def test_the_drift_of_logits_that_jump_is_a_number() -> None:
+    softmax = settled(bound=0.0)
+    for shift in (55.0, -55.0):
+        softmax.begin_step()
+        softmax.observe(softmax.relative(LOGITS_1n[0] + shift)[None], None)
+        assert softmax.drift is not None and abs(float(softmax.drift)) < 1e-3
+
+
+def test_a_unit_without_weight_settles_as_the_others_do() -> None:
+    softmax = DeferredSoftmax(min_effective_sample_size=0.0, uniform_floor=0.0)
+    logits_1n = torch.cat([LOGITS_1n, torch.tensor([[-torch.inf]])], dim=1)
+    softmax.settle_first(logits_1n, None)
+    softmax.begin_step()
+    relative_n = softmax.relative(logits_1n[0])
+    found_n = relative_n / relative_n.mean()
+    expected_n = torch.softmax(logits_1n[0], dim=0) * logits_1n.shape[1]
+    torch.testing.assert_close(found_n, expected_n, rtol=1e-5, atol=1e-12)
+
+
 def test_a_batch_without_a_unit_that_counts_settles_nothing() -> None:
     softmax = DeferredSoftmax(min_effective_sample_size=0.5, uniform_floor=0.0)
     softmax.settle_first(LOGITS_1n, torch.zeros_like(LOGITS_1n))

@@ -55,6 +55,11 @@ def test_sizes_count_and_size_0_is_never_kept() -> None:
     assert weights_Gn[1].isfinite().all()
 
 
+def test_a_score_that_is_no_number_is_kept_last() -> None:
+    scores_Gn = torch.tensor([[torch.nan, 1.0, 2.0, torch.nan]])
+    assert keep_largest(scores_Gn, None, 0.5).tolist() == [[0.0, 2.0, 2.0, 0.0]]
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_weights_by_hand(case: tuple[str, str, str]) -> None:
     [[found]] = run_ranks(WORKERS + "weights_by_hand", 1, [_case(*case)])

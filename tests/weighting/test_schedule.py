@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_dwm.config import Config, TrainingConfig, WeightingConfig
 from megatron_dwm.weighting.schedule import Schedule, online, schedule_of, staged
+from megatron_dwm.weighting.similarity import Similarity
 
 
 @pytest.mark.parametrize(("steps", "stages"), [(1, 1), (7, 3), (7, 5), (100, 3), (100, 1)])
@@ -71,3 +74,5 @@ def test_a_fraction_of_the_steps_is_not_cut_by_rounding() -> None:
     weighting = WeightingConfig(mode="staged", stages=10, freeze_after=0.7)
     config = Config(training=TrainingConfig(steps=90), weighting=weighting)
     assert 63 in schedule_of(config).update_steps
+    weighting = replace(weighting, mode="online", warmup_steps=3, interval_steps=10)
+    assert 63 in Similarity.schedule(replace(config, weighting=weighting)).update_steps
