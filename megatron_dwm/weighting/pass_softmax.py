@@ -8,16 +8,16 @@ has weights. Inside a micro-batch its weights are known in the pass.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_dwm.config import Config, PolicyConfig, WeightingConfig
+from megatron_dwm.config import Config, WeightingConfig
 from megatron_dwm.config.key import Part
 from megatron_dwm.data import Batch
 from megatron_dwm.model import LlamaShape
-from megatron_dwm.runtime import Runtime
 from megatron_dwm.runtime.warn import print_warning
 from megatron_dwm.weighting.costs import Costs, Workload, reading_costs
 from megatron_dwm.weighting.deferred_softmax import DeferredSoftmax
@@ -37,20 +37,15 @@ _OLDER = (
 class PassSoftmax(RuleBased):
     """A rule whose logit for a unit depends on no other unit of the batch."""
 
-    def __init__(
-        self,
-        config: PolicyConfig,
-        weighting: WeightingConfig,
-        runtime: Runtime,
-        micro_batch_size: int,
-    ) -> None:
-        super().__init__(config, weighting, runtime, micro_batch_size)
-        self.deferred: DeferredSoftmax | None = None
-        if _defers(weighting):
-            self.deferred = DeferredSoftmax(
-                min_effective_sample_size=weighting.min_effective_sample_size,
-                uniform_floor=weighting.uniform_floor,
-            )
+    @cached_property
+    def deferred(self) -> DeferredSoftmax | None:
+        """What divides after the pass; None if weights are divided before it."""
+        if not _defers(self.weighting):
+            return None
+        return DeferredSoftmax(
+            min_effective_sample_size=self.weighting.min_effective_sample_size,
+            uniform_floor=self.weighting.uniform_floor,
+        )
 
     @classmethod
     def parts(cls, config: Config) -> frozenset[Part]:
