@@ -28,9 +28,9 @@ from megatron_dwm.config.key import PLUGIN, SET, SEVERAL, Condition, key
 _STAGED = {"weighting.mode": ("staged",)}
 _ONLINE = {"weighting.mode": ("online",)}
 _AHEAD = {"weighting.update_on": ("ahead",)}
-_GLOBAL_LLM = {"weighting.encoder": ("llm",), "weighting.group": ("global",)}
-_ALONE = {**_GLOBAL_LLM, "weighting.across_samples": (False,)}
 _GLOBAL = {"weighting.group": ("global",)}
+_GLOBAL_LLM = {"weighting.encoder": ("llm",), **_GLOBAL}
+_ALONE = {**_GLOBAL_LLM, "weighting.across_samples": (False,)}
 _GLOBAL_RULE = {**_GLOBAL, "policy.name": ("similarity", "loss_reweighting")}
 _GLOBAL_PLUGIN: Condition = {**_GLOBAL, "policy.name": PLUGIN}
 _NOT_LOADED = {"weighting.load": (None,)}
