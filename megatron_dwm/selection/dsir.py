@@ -1,16 +1,17 @@
 """DSIR (Xie et al. 2023): documents drawn by how much more likely the target makes their words.
 
 A text is lower-cased and split into words (words.py). Words and pairs of neighbors are hashed into
-10,000 buckets (buckets.py). Documents are decoded from their ids, so the target is encoded and
-decoded, too: what the tokenizer normalizes or has no piece for then counts in neither. With p the
-shares of the buckets in all n-grams of a corpus, a document has the log-weight
+10,000 buckets (buckets.py). With p the shares of the buckets in all n-grams of a corpus, a document
+has the log-weight
 
     sum over its n-grams of  log(p_target[bucket] + 1e-8) - log(p_raw[bucket] + 1e-8)
 
 and documents of fewer than 100 words are left out. All this is as in p-lambda/dsir,
 data_selection/hashed_ngram_dsir.py at 4802a1c, with its default options. Its code fits p_raw on the
 first 10^9 n-grams or so; here it is all of them, or, beyond 2^29 tokens, those of batches at equal
-distances that have about as many tokens. Its budget is a number of documents, ours of tokens.
+distances that have about as many tokens. Its budget is a number of documents, ours of tokens. It
+reads texts; ours are decoded from ids, so the target is encoded and decoded, too: otherwise what
+the tokenizer normalizes, or has no piece for, would tell the target from all documents.
 
 Cost: the texts are decoded and hashed once. A temporary file, which has no name, keeps the buckets
 of the batches that p_raw is fitted on: four bytes for each word, 2 GB at most.
@@ -34,7 +35,6 @@ from megatron_dwm.preprocess.read.texts import read_texts
 from megatron_dwm.selection.buckets import NO_BUCKET, NUM_BUCKETS, NUM_PLACES, BucketCache
 from megatron_dwm.selection.choice import Scores
 from megatron_dwm.selection.pool import Pool
-from megatron_dwm.selection.record import TOKENIZER_DIGEST
 from megatron_dwm.selection.select import Progress
 from megatron_dwm.selection.texts import TextSource, open_texts
 from megatron_dwm.selection.words import TextBatch, lower, split_words
@@ -93,7 +93,7 @@ class DsirScores:
         return {
             "target": self.target,
             "target_sha256": [_sha256(Path(file.name)) for file in files],
-            TOKENIZER_DIGEST: open_tokenizer(self.tokenizer).sha256,
+            "tokenizer_sha256": open_tokenizer(self.tokenizer).sha256,
             "min_words": self.min_words,
         }
 

@@ -22,8 +22,6 @@ from megatron_dwm.selection.pool import Pool
 
 MODEL_DIGEST = "model_digest"
 """the option that has the content of a language model"""
-TOKENIZER_DIGEST = "tokenizer_sha256"
-"""the option that has the content of a tokenizer"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +123,8 @@ def finished_before(
     if not paths.record.exists():
         return None
     found = _read(paths.record)
-    for name in {MODEL_DIGEST, TOKENIZER_DIGEST} & set(options):  # older versions lack them
-        found["options"].setdefault(name, options[name])
+    if MODEL_DIGEST in options:  # older versions did not record it
+        found["options"].setdefault(MODEL_DIGEST, options[MODEL_DIGEST])
     for name, ours in (("method", method), ("options", dict(options)), ("inputs", inputs)):
         if found[name] != json.loads(json.dumps(ours)):
             raise UserError(
