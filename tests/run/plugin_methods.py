@@ -125,6 +125,14 @@ class Unsaved(Parity):
         return {"logit": self.logit, "where": [Options()]}
 
 
+class Rewritten(Parity):
+    """Its code no longer fits the state that it saves."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Expects a tensor, where the state has a number."""
+        self.logit = state["logit"].item()
+
+
 class Louder(PassSoftmax):
     """Units with a larger loss weigh more; over the global batch it divides after the pass."""
 

@@ -167,6 +167,16 @@ def test_a_state_that_no_checkpoint_takes_is_refused_at_once(
     assert "['where'][0]" in done.stderr and not (tmp_path / "run" / "config.yaml").exists()
 
 
+def test_a_state_that_its_code_cannot_load_is_one_line(corpus: Corpus, tmp_path: Path) -> None:
+    name = "tests.run.plugin_methods:Rewritten"
+    arguments = [*corpus.arguments(), "--policy.name", name, *RESUME, "--training.steps"]
+    succeed(tmp_path / "run", *arguments, "2")
+    done = pretrain(tmp_path / "run", *arguments, "3")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"the state of policy {name} does not fit its options or code now" in done.stderr
+    assert "'float' object has no attribute 'item'" in done.stderr
+
+
 @pytest.mark.parametrize("ranks", [None, 2])
 def test_a_module_in_the_working_directory_is_found(
     corpus: Corpus, tmp_path: Path, ranks: int | None

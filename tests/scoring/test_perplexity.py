@@ -74,6 +74,18 @@ def test_losses_are_those_of_transformers(
     loss_D = table.column("loss").to_numpy()
     np.testing.assert_allclose(loss_D, expected, rtol=TOLERANCE)
     np.testing.assert_allclose(table.column("perplexity").to_numpy(), np.exp(loss_D), rtol=1e-12)
+    assert "a guess's is" not in done.stderr
+
+
+def test_a_loss_above_a_guess_is_said(
+    short: Corpus, export: Path, run: Run, tmp_path: Path
+) -> None:
+    """As of data with another tokenizer's ids, here those of the model in reverse order."""
+    data = IndexedDataset(short.prefix)
+    write_dataset(tmp_path / "d", [[(599 - data[i]).tolist()] for i in range(20)], {})
+    done = run("score_data.py", "--input", tmp_path / "d", "--columns", "loss", "--model", export)
+    assert done.returncode == 0, done.stderr
+    assert f"nats a token, a guess's is {math.log(600):.3g}" in done.stderr
 
 
 def test_mistakes(checkpoint: Path, run: Run, tmp_path: Path) -> None:
