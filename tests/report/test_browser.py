@@ -1,6 +1,8 @@
 """The page of a real tiny run in headless Chromium: plots, controls, downloads, no network.
 
-Needs playwright (extra dev) and a Chromium of the system; nothing is downloaded.
+Needs playwright (extra dev) and a Chromium of the system; nothing is downloaded. Without a
+screen Chromium sometimes makes no frames for minutes, so nothing here but the test of scrolling
+waits for one: buttons are pressed by keyboard, since Playwright's clicks wait for two.
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ class Opened:
     requests: list[str] = field(default_factory=list)
 
     def draw_all(self) -> None:
-        """Scroll to every figure until it is drawn."""
+        """Draw every figure, as before printing, which waits for no frame."""
+        self.page.evaluate("dispatchEvent(new Event('beforeprint'))")
         for figure in self.page.locator("figure.figure").all():
-            figure.scroll_into_view_if_needed()
             figure.locator(".plot svg").first.wait_for(timeout=WAIT_MS)
 
 
@@ -91,6 +93,14 @@ def request_(runs: list[Path]) -> Request:
     return found
 
 
+@pytest.fixture(autouse=True)
+def closed(browser: Any) -> Iterator[None]:
+    """Close a test's pages: one behind another makes fewer frames."""
+    yield
+    for context in browser.contexts:
+        context.close()
+
+
 def opened(browser: Any, path: Path, **options: Any) -> Opened:
     context = browser.new_context(accept_downloads=True, **options)
     found = Opened(page=context.new_page())
@@ -108,6 +118,25 @@ def opened(browser: Any, path: Path, **options: Any) -> Opened:
 def quiet(found: Opened) -> None:
     assert found.complaints == [] and found.requests == []
     assert found.page.title() != "owned"
+
+
+def makes_frames(page: Any) -> bool:
+    """Whether a frame comes within 20 seconds."""
+    wait = "requestAnimationFrame(() => done(true)); setTimeout(() => done(false), 20000)"
+    return bool(page.evaluate(f"new Promise(done => {{{wait}}})"))
+
+
+def test_a_figure_is_drawn_when_it_is_about_to_be_seen(browser: Any, request_: Request) -> None:
+    page = opened(browser, request_.page).page
+    last = page.locator("figure.figure").last
+    assert last.locator(".plot svg").count() == 0
+    last.evaluate("figure => figure.scrollIntoView()")
+    try:
+        last.locator(".plot svg").first.wait_for(timeout=WAIT_MS)
+    except Exception:
+        if makes_frames(page):
+            raise
+        pytest.skip("Chromium makes no frames here")
 
 
 def test_every_plot_has_data(browser: Any, request_: Request) -> None:
@@ -155,7 +184,9 @@ def test_lines_can_be_hidden_and_data_shown(browser: Any, request_: Request) -> 
     turn = int(figure.get_attribute("data-drawn"))
     buttons.first.press("Enter")
     found.page.wait_for_function(
-        "([e, turn]) => Number(e.dataset.drawn) > turn", arg=[figure.element_handle(), turn]
+        "([e, turn]) => Number(e.dataset.drawn) > turn",
+        arg=[figure.element_handle(), turn],
+        polling=100,
     )
     assert buttons.first.get_attribute("aria-pressed") == "false" and lines.count() == 1
     figure.get_by_role("button", name="Show the data").press("Enter")
@@ -165,13 +196,13 @@ def test_lines_can_be_hidden_and_data_shown(browser: Any, request_: Request) -> 
 
 def test_figures_are_saved_as_png_and_csv(browser: Any, request_: Request, tmp_path: Path) -> None:
     found = opened(browser, request_.page)
-    found.draw_all()  # or the buttons would move while they are clicked
+    found.draw_all()
     contents = contents_of(read_runs(request_))
     for figure in (figure for content in contents for figure in content.figures):
         place = found.page.locator(f"#figure-{figure.id}")
         for kind in ("PNG", "CSV"):
             with found.page.expect_download() as download:
-                place.get_by_role("button", name=kind, exact=False).first.click()
+                place.get_by_role("button", name=kind, exact=False).first.press("Enter")
             assert download.value.suggested_filename == f"{figure.id}.{kind.lower()}"
             download.value.save_as(tmp_path / download.value.suggested_filename)
             # Chromium drops what a page downloads beyond ten files a second.
