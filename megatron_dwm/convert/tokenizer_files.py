@@ -32,6 +32,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_dwm.files.sidecar_format import TOKENIZER_SHA256
 from megatron_dwm.tokenizer import JSON_KINDS, Piece, Tokenizer
 
 _SPACE = "\u2581"
@@ -49,9 +50,11 @@ def write_tokenizer_files(tokenizer: Tokenizer, sequence_length: int, directory:
             if tokenizer.kind in JSON_KINDS
             else tokenizer_json(pieces)
         ),
-        "tokenizer_config.json": tokenizer_config(
-            pieces, tokenizer.eod_id, sequence_length, tokenizer.around.before
-        ),
+        "tokenizer_config.json": {
+            **tokenizer_config(pieces, tokenizer.eod_id, sequence_length, tokenizer.around.before),
+            # tokenizer.json may be written anew, so its own digest is not that of training's file.
+            TOKENIZER_SHA256: tokenizer.sha256,
+        },
     }.items():
         text = json.dumps(content, ensure_ascii=False, indent=1)
         (directory / name).write_text(text + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from megatron_dwm.checkpoint.kept_files import TOKENIZER, own_tokenizer
 from megatron_dwm.checkpoint.manifest import MANIFEST, named_checkpoint
 from megatron_dwm.checkpoint.names import CONFIG_FILE, LLM_FOLDER
 from megatron_dwm.config import ModelConfig, ParallelConfig, UserError
+from megatron_dwm.config.huggingface import read_json_object
 from megatron_dwm.data import Batch
 from megatron_dwm.files.digest import digest_of_files
 from megatron_dwm.files.sidecar_format import TOKENIZER_SHA256, VOCAB_SIZE, facts_in
@@ -163,11 +164,20 @@ def _require_vocabulary(directory: Path, shape: LlamaShape, pool: Pool) -> None:
     if file is None:
         return
     tokenizer = open_tokenizer(file)
-    # An export spells a SentencePiece model anew as tokenizer.json, so its digest says nothing.
-    differs = tokenizer.sha256 != sha256 and not is_export
-    if differs or tokenizer.vocab_size != size:
+    trained = _recorded_digest(file) if is_export else tokenizer.sha256
+    if trained not in (None, sha256) or tokenizer.vocab_size != size:
         raise UserError(
-            f"{_OPTION} {directory}: its tokenizer is {tokenizer.sha256[:12]} of "
+            f"{_OPTION} {directory}: its tokenizer is {(trained or tokenizer.sha256)[:12]} of "
             f"{tokenizer.vocab_size} pieces, but {made_with} pieces, {sha256[:12]}; give a model "
             "with the data's tokenizer"
         )
+
+
+def _recorded_digest(tokenizer: Path) -> str | None:
+    """The digest of training's tokenizer that an export of ours has; None in any other directory.
+
+    An export spells a SentencePiece model anew as tokenizer.json, whose own digest says nothing.
+    """
+    settings = tokenizer.with_name("tokenizer_config.json")
+    digest = read_json_object(settings).get(TOKENIZER_SHA256) if settings.is_file() else None
+    return digest if isinstance(digest, str) else None

@@ -88,11 +88,13 @@ def test_a_loss_above_a_guess_is_said(
     assert f"nats a token, a guess's is {math.log(600):.3g}" in done.stderr
 
 
-def test_mistakes(checkpoint: Path, run: Run, tmp_path: Path) -> None:
+def test_mistakes(checkpoint: Path, export: Path, run: Run, tmp_path: Path) -> None:
     documents = [[[1, 2, 599]], [[4, 5]]]
     facts = {"tokenizer_sha256": "f" * 64}
     write_dataset(tmp_path / "d", documents, {})
     write_dataset(tmp_path / "other", documents, {}, facts={**facts, "vocab_size": "512"})
+    same_size = {**facts, "vocab_size": "600"}
+    write_dataset(tmp_path / "same_size", documents, {}, facts=same_size)
     write_dataset(tmp_path / "larger", documents, {}, facts={**facts, "vocab_size": "900"})
     write_dataset(tmp_path / "ids", [[[1, 2, 600]]], {})
     (tmp_path / "empty").mkdir()
@@ -108,6 +110,7 @@ def test_mistakes(checkpoint: Path, run: Run, tmp_path: Path) -> None:
         ("d", (*model, "--workers", 2), "--workers: has no effect without statistics of texts"),
         ("d", ("--context-tokens", 8), "--context-tokens: has no effect without --model"),
         ("other", model, "its tokenizer is "),
+        ("same_size", ("--model", export), "its tokenizer is "),
         ("larger", model, "a vocabulary of 600, but "),
         ("ids", model, "ids.bin: has an id outside the vocabulary of "),
     ):
