@@ -49,7 +49,13 @@ _TEXTS = {
     "other domains": "others",
 }
 """groups of questions.yaml by their words in tables and pictures"""
-_AT_EVERY_SIZE = ("dwm_ahead", "similarity", "validation_mixing", "dwm_transferred")
+_AT_EVERY_SIZE = (
+    "dwm_ahead",
+    "similarity",
+    "validation_mixing",
+    "validation_mixing_low",
+    "dwm_transferred",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +109,10 @@ def _page(name: str) -> Template:
 def _numbers(found: Comparison, questions: Questions) -> dict[str, Callable[..., str]]:
     """Returns what the page of advice quotes numbers with: contrast or method, group of domains."""
 
-    def contrast(words: str, group: str) -> str:
+    def contrast(words: str, group: str, at: float = 1.0) -> str:
+        """at: after which part of the steps."""
         try:
-            return shown(found.contrast(words, loss_of(questions.groups[group])), digits=2)
+            return shown(found.contrast(words, loss_of(questions.groups[group], at)), digits=2)
         except UserError:  # another study has other methods
             return NONE
 

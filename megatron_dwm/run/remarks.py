@@ -16,11 +16,14 @@ from megatron_dwm.tokenizer import JSON_KINDS
 from megatron_dwm.weighting import learns, method_class
 from megatron_dwm.weighting.costs import Costs
 from megatron_dwm.weighting.noise import why_no_noise
+from megatron_dwm.weighting.validation_mixing import num_mixed
 
 # A fast CPU with many cores; a laptop has a tenth of it.
 _CPU_FLOPS = 1e12
 _SLOW_STEP_S = 60.0
 _FEW_UNITS = 1.1
+# From here on mixing gained less than learned weights on text like the target's (docs/when_not.md).
+_MANY_READINGS = 20
 _ALONE = ", alone in their groups, and always 1: set weighting.group global"
 
 
@@ -30,6 +33,7 @@ def remarks(
     """Yields a line for everything that a user would not expect from the configuration."""
     yield from _updates(config, inputs, runtime.data_size)
     yield from _shared_passages(config, inputs)
+    yield from _repeated_passages(config, inputs)
     yield from _documents(config)
     yield from _slow_steps(config, costs, runtime)
     yield from _nothing_is_learned(config)
@@ -77,6 +81,21 @@ def _shared_passages(config: Config, inputs: RunInputs) -> Iterator[str]:
             f"{config.validation.path} (validation.path): "
             "the run learns from them, so their loss is not held out; take them out of one of "
             "the two"
+        )
+
+
+def _repeated_passages(config: Config, inputs: RunInputs) -> Iterator[str]:
+    if inputs.target is None or "mixing" not in method_class(config).parts(config):
+        return
+    rows = inputs.target.num_rows
+    readings = config.training.steps * num_mixed(config) / rows
+    if readings >= _MANY_READINGS:
+        yield (
+            f"policy {config.policy.name} reads each of the {rows:,} rows of "
+            f"{config.validation.path} (validation.path) {readings:,.0f} times in "
+            f"{config.training.steps:,} steps: the model may learn them by heart and gain nothing "
+            "on other text like them; add passages, lower policy.mix_fraction, or compare with "
+            "learned weights (docs/when_not.md)"
         )
 
 

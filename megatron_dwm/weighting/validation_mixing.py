@@ -1,7 +1,8 @@
 """A baseline: train on the target's own passages, all weights equal (METHOD.md, section 6).
 
 In every batch, passages of the target replace some samples of the corpus. Where the target's text
-may be trained on, it comes before learned weights (docs/when_not.md has the numbers).
+may be trained on, and no passage is read more than some ten times, it comes before learned weights
+(docs/when_not.md has the numbers).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class ValidationMixing(Uniform):
         """Check that there is a target and that batches have passages and corpus samples."""
         yield from target_problems(config)
         size = config.training.global_batch_size
-        if not 0 < _num_mixed(config) < size:
+        if not 0 < num_mixed(config) < size:
             yield (
                 f"policy.mix_fraction {config.policy.mix_fraction}: expected at least one sample "
                 f"of training.global_batch_size {size}, and not all"
@@ -52,8 +53,9 @@ class ValidationMixing(Uniform):
     ) -> Source:
         """Returns the corpus with the target's passages as the last rows of every batch."""
         assert target is not None
-        return MixedSource(corpus, target, num_mixed=_num_mixed(config))
+        return MixedSource(corpus, target, num_mixed=num_mixed(config))
 
 
-def _num_mixed(config: Config) -> int:
+def num_mixed(config: Config) -> int:
+    """Returns how many rows of a batch are passages of the target."""
     return round(config.policy.mix_fraction * config.training.global_batch_size)

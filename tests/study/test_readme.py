@@ -55,9 +55,11 @@ def _number(words: str) -> str:
     ("words", "cell", "method", "group", "digits"),
     [
         ("loss of two unseen novels by N nats", CELL, "dwm_ahead", "unseen", 2),
-        ("python and github lose N.", CELL, "dwm_ahead", "code", 1),
+        ("python and github lose N.", CELL, "dwm_ahead", "code", 2),
         ("(the paper's form) they gain N,", CELL, "dwm_own_staged", "unseen", 2),
-        ("a mean by label (`domain_mean`) gains N for as", CELL, "domain_mean_ahead", "unseen", 2),
+        ("with no learning (`similarity`), gains N,", CELL, "similarity", "unseen", 2),
+        ("the target in the batch gain N.", CELL, "validation_mixing", "unseen", 2),
+        ("`update_on ahead`) gains N for as", CELL, "domain_mean_ahead", "unseen", 2),
         ("weighting model of a first run chooses gains N,", CELL, "rater_half", "unseen", 2),
         ("three seeds, learned weights gain N,", LARGER, "dwm_ahead", "unseen", 2),
         ("learned weights gain 0.15, similarity N,", LARGER, "similarity", "unseen", 2),
@@ -86,7 +88,7 @@ def test_without_junk_is_the_recorded_change(found: Comparison) -> None:
 
 
 def test_what_the_page_says_of_sizes(found: Comparison) -> None:
-    """docs/study.md: the gain shrinks from size to size, the others lose less, FLOPs fall."""
+    """docs/study.md: the gain shrinks from size to size, the others lose less, 4 to 6 % FLOPs."""
     sizes, groups = ("0.16M", "0.6M", "2.5M"), read_questions().groups
 
     def changes(group: str) -> list[float]:
@@ -99,7 +101,7 @@ def test_what_the_page_says_of_sizes(found: Comparison) -> None:
     assert gains == sorted(gains, reverse=True) and others == sorted(others, reverse=True)
     pairs = [found.pairs((size, "junk", "novels"), "dwm_ahead")[0] for size in sizes]
     work = [ours.flops / theirs.flops for ours, theirs in pairs]
-    assert work[2] < min(work[:2])
+    assert all(1.035 <= each < 1.065 for each in work)
 
 
 def test_the_largest_size_is_the_recorded_one(found: Comparison) -> None:
