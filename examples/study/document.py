@@ -30,6 +30,7 @@ from examples.study.tables import (
     legend,
     not_run,
     shown,
+    signal_to_noise,
     trained,
     work_of,
 )
@@ -139,6 +140,7 @@ def _numbers(found: Comparison, questions: Questions) -> dict[str, Callable[...,
         "change": lambda method, group: contrast(f"{method} - uniform", group),
         "at_equal_work": at_equal_work,
         "work": work,
+        "signal_to_noise": lambda name: signal_to_noise(found, name),
         "last_weight": lambda method, domain: last_weight(found, method, domain),
         "seeds": seeds,
     }

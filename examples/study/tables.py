@@ -121,6 +121,13 @@ def last_weight(found: Comparison, method: str, domain: str) -> str:
     return f"{mean(known):.2f}" if known else NONE
 
 
+def signal_to_noise(found: Comparison, name: str) -> str:
+    """Returns the range over the seeds of a run's signal-to-noise, a median over its updates."""
+    runs = found.by_seed(*found.named(name)).values()
+    known = [run.signal_to_noise for run in runs if run.signal_to_noise is not None]
+    return f"{min(known):.1f} to {max(known):.1f}" if known else NONE
+
+
 def shown(change: Difference | None, digits: int = 3) -> str:
     """Returns a change with its 95 % interval, bold if that excludes 0; of few seeds the mean."""
     if change is None:

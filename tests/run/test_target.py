@@ -167,3 +167,20 @@ def test_a_step_that_a_cpu_cannot_finish_is_said_before_it() -> None:
     ]
     assert short == []
     assert len(long) == 1 and "10 minutes" in long[0] and "lower data.sequence_length" in long[0]
+
+
+def test_passages_that_are_trained_on_many_times_are_said(
+    server: Server, corpus: Corpus, tmp_path: Path
+) -> None:
+    """Two rows, two of them in a batch of eight: twenty steps read each twenty times."""
+    target(tmp_path, 2)
+    file = tmp_path / "target.jsonl"
+    mixing = [*corpus.arguments(), "--policy.name", "validation_mixing"]
+    mixing += ["--policy.mix_fraction", "0.25", "--validation.path", str(file)]
+    mixing += ["--validation.loss_on", "last_word"]
+    many, few = (
+        server.succeed(tmp_path / steps, [*mixing, "--training.steps", steps]).text
+        for steps in ("20", "19")
+    )
+    said = f"each of the 2 rows of {file} (validation.path) 20 times in 20 steps"
+    assert many.count(said) == 1 and "each of the 2 rows" not in few
