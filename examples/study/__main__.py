@@ -1,8 +1,9 @@
 """Train the runs of a study whose outcomes are not known, and write what all of them show.
 
 Without --part or --full: the parts that take somewhat under two hours on two cores. Runs are
-resumed where they were stopped. The outcome of a finished run is one line of --results; such a run is not trained
-again while its settings and its text are the same. The document is written from these lines.
+resumed where they were stopped. The outcome of a finished run is one line of --results; such a run
+is not trained again while its settings and its text are the same. The document is written from
+these lines.
 
 Your own text: text.jsonl (records with `text` and `domain`) in WORKDIR is trained on in place of
 the sample's, heldout.jsonl (the same) is measured on, the passages of target.novels.jsonl (`text`)
