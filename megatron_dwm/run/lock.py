@@ -2,7 +2,7 @@
 
 The main process holds a lock on `.lock` until it ends (files/lock.py), and writes who it is there.
 A server may hold the lock of a machine that went down for minutes, so a job that Slurm has requeued
-waits for it.
+or that followed another one (--dependency) waits for it.
 
 If somebody removes or moves the directory, the run's records and checkpoints are gone. The next
 save would create parts of the directory again, which would look like a run. So the job checks from
@@ -69,9 +69,15 @@ class HeldDirectory:
         self._lock.close()
 
 
+def _follows_another() -> bool:
+    """True in a job that Slurm has requeued, or started after another one."""
+    restarts, dependency = "SLURM_RESTART_COUNT", "SLURM_JOB_DEPENDENCY"
+    return int(os.environ.get(restarts) or 0) > 0 or bool(os.environ.get(dependency))
+
+
 def _locked(path: Path, patience_s: float) -> BinaryIO:
-    was_requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
-    deadline = time.monotonic() + (patience_s if was_requeued else 0.0)
+    follows = _follows_another()
+    deadline = time.monotonic() + (patience_s if follows else 0.0)
     while True:
         try:
             return lock_file(path)
@@ -80,7 +86,7 @@ def _locked(path: Path, patience_s: float) -> BinaryIO:
                 time.sleep(_PAUSE_S)
                 continue
             run_dir, who = path.parent, _holder(path)
-            kind = RunError if was_requeued else UserError
+            kind = RunError if follows else UserError
             raise kind(
                 f"run.dir: another process is training in {run_dir}{who}; wait for it, stop it "
                 f"(touch {run_dir / 'stop'}), or choose another directory"
@@ -106,8 +112,8 @@ def _holder(path: Path) -> str:
 def only_job(run_dir: Path, timeout_s: float = 600.0) -> Iterator[HeldDirectory]:
     """Hold the run directory. Raises UserError if another process holds it.
 
-    Raises RunError if a requeued job has waited for it in vain. timeout_s: how long the other ranks
-    wait for this one.
+    Raises RunError if a job that follows another has waited for it in vain. timeout_s: how long the
+    other ranks wait for this one.
     """
     lock = _locked(run_dir / LOCK, min(_PATIENCE_S, timeout_s / 2))
     _sign(lock)

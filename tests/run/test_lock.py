@@ -33,9 +33,14 @@ def test_a_full_disk_stops_neither_start_nor_end(
         assert not held.is_lost()
 
 
-def test_a_requeued_job_waits_for_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "variable", [("SLURM_RESTART_COUNT", "1"), ("SLURM_JOB_DEPENDENCY", "singleton")]
+)
+def test_a_job_that_follows_another_waits_for_a_lock(
+    variable: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A server keeps that of a machine that went down for some minutes; then it is a failure."""
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv(*variable)
     monkeypatch.setattr(lock, "_PAUSE_S", 0.05)
     held = lock.lock_file(tmp_path / lock.LOCK)
     later = threading.Timer(0.5, held.close)
