@@ -20,10 +20,10 @@ from torch import Tensor
 GUARDS = "raise weighting.min_effective_sample_size or weighting.uniform_floor"
 """what to change if a few samples get nearly all the weight"""
 
-# log T is found to within log(1e6) / 64^5 = 1e-8, in double precision log(1e6) / 64^7 = 3e-12.
+# log T is found to within log(1e6) / 64^5 = 1e-8, in double precision log(1e6) / 64^7 = 3e-12;
+# where logits are more than 1e3 apart, log(1e3 * gap) takes the place of log(1e6).
 _POINTS, _ROUNDS, _ROUNDS_DOUBLE = 64, 5, 7
-# Divided by this, any gap between logits that a head produces has an exp of 1 in float32.
-_LARGEST_TEMPERATURE = 1e6
+_LARGEST_TEMPERATURE, _LARGEST_PER_GAP = 1e6, 1e3
 
 
 def effective_sample_size(weights_Gn: Tensor, sizes_Gn: Tensor | None = None) -> Tensor:
@@ -102,15 +102,26 @@ def temperature(logits_Gn: Tensor, bound: float, sizes_Gn: Tensor | None = None)
     the size grows with T. Carries no gradient.
     """
     low_G = torch.zeros_like(logits_Gn[..., 0])  # log T
-    width = math.log(_LARGEST_TEMPERATURE)
+    width_G = _log_of_largest(logits_Gn, sizes_Gn)
     points_P = torch.arange(_POINTS, device=low_G.device, dtype=low_G.dtype)
     for _ in range(_ROUNDS_DOUBLE if low_G.dtype == torch.float64 else _ROUNDS):
-        width /= _POINTS
-        log_PG = low_G + width * points_P.view(-1, *[1] * low_G.dim())
+        width_G = width_G / _POINTS
+        log_PG = low_G + width_G * points_P.view(-1, *[1] * low_G.dim())
         short_PG = _size_at(logits_Gn, log_PG.exp(), sizes_Gn) < bound
-        low_G = low_G + width * (short_PG.sum(0) - 1).clamp(min=0)
+        low_G = low_G + width_G * (short_PG.sum(0) - 1).clamp(min=0)
     holds_G = _size_at(logits_Gn, torch.ones_like(low_G), sizes_Gn) >= bound
-    return torch.where(holds_G, 1.0, (low_G + width).exp())
+    return torch.where(holds_G, 1.0, (low_G + width_G).exp())
+
+
+def _log_of_largest(logits_Gn: Tensor, sizes_Gn: Tensor | None) -> Tensor:
+    """Returns [G]: log of a temperature at which the weights are uniform but for 0.1 %."""
+    counts_Gn = torch.ones_like(logits_Gn).bool() if sizes_Gn is None else sizes_Gn > 0
+    highest_G = logits_Gn.where(counts_Gn, -torch.inf).amax(-1)
+    gap_G = highest_G - logits_Gn.where(counts_Gn, torch.inf).amin(-1)
+    gap_G = gap_G.where(gap_G.isfinite(), 0.0)
+    # The logarithms are added, since a product may overflow.
+    per_gap_G = gap_G.clamp(min=1.0).log() + math.log(_LARGEST_PER_GAP)
+    return per_gap_G.clamp(min=math.log(_LARGEST_TEMPERATURE))
 
 
 def _size_at(logits_Gn: Tensor, temperature_G: Tensor, sizes_Gn: Tensor | None) -> Tensor:

@@ -29,7 +29,7 @@ def test_equal_logits_weigh_exactly_one(size: int, bound: float, value: float) -
 
 
 @pytest.mark.parametrize("bound", [0.2, 0.5, 0.9])
-@pytest.mark.parametrize("scale", [0.1, 3.0, 100.0])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 100.0, 1e8, 1e200])
 def test_effective_sample_size_is_held(bound: float, scale: float) -> None:
     logits = _logits(20, 32, scale)
     weights = weights_from_logits(logits, min_effective_sample_size=bound, uniform_floor=0.0)
