@@ -24,6 +24,7 @@ _SLOW_STEP_S = 60.0
 _FEW_UNITS = 1.1
 # From here on mixing gained less than learned weights on text like the target's (docs/when_not.md).
 _MANY_READINGS = 20
+_GOOD_READINGS = 10
 _ALONE = ", alone in their groups, and always 1: set weighting.group global"
 
 
@@ -87,16 +88,19 @@ def _shared_passages(config: Config, inputs: RunInputs) -> Iterator[str]:
 def _repeated_passages(config: Config, inputs: RunInputs) -> Iterator[str]:
     if inputs.target is None or "mixing" not in method_class(config).parts(config):
         return
-    rows = inputs.target.num_rows
-    readings = config.training.steps * num_mixed(config) / rows
-    if readings >= _MANY_READINGS:
-        yield (
-            f"policy {config.policy.name} reads each of the {rows:,} rows of "
-            f"{config.validation.path} (validation.path) {readings:,.0f} times in "
-            f"{config.training.steps:,} steps: the model may learn them by heart and gain nothing "
-            "on other text like them; add passages, lower policy.mix_fraction, or compare with "
-            "learned weights (docs/when_not.md)"
-        )
+    rows, mixed, steps = inputs.target.num_rows, num_mixed(config), config.training.steps
+    readings = steps * mixed / rows
+    if readings < _MANY_READINGS:
+        return
+    fewer = max(1, round(_GOOD_READINGS * rows / steps))
+    fraction = fewer / config.training.global_batch_size
+    advice = f"lower policy.mix_fraction to {fraction:.3g}" if fewer < mixed else "add passages"
+    yield (
+        f"policy {config.policy.name} reads each of the {rows:,} rows of {config.validation.path} "
+        f"(validation.path) {readings:,.0f} times in {steps:,} steps: the model may learn them by "
+        f"heart and gain nothing on other text like them; {advice}, or compare with learned "
+        "weights (docs/when_not.md)"
+    )
 
 
 def _no_export(inputs: RunInputs) -> Iterator[str]:

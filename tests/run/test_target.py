@@ -184,3 +184,6 @@ def test_passages_that_are_trained_on_many_times_are_said(
     )
     said = f"each of the 2 rows of {file} (validation.path) 20 times in 20 steps"
     assert many.count(said) == 1 and "each of the 2 rows" not in few
+    assert "lower policy.mix_fraction to 0.125," in many, (
+        "one row in a batch of eight: ten readings"
+    )
