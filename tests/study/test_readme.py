@@ -56,7 +56,8 @@ def _number(words: str) -> str:
     [
         ("loss of two unseen novels by N nats", CELL, "dwm_ahead", "unseen", 2),
         ("python and github lose N.", CELL, "dwm_ahead", "code", 2),
-        ("(the paper's form) they gain N,", CELL, "dwm_own_staged", "unseen", 2),
+        ("stages (the paper's form) they gain N,", CELL, "dwm_own_staged", "unseen", 2),
+        ("in the cheap form, such an encoder gains N for", CELL, "dwm_own_ahead", "unseen", 2),
         ("with no learning (`similarity`), gains N,", CELL, "similarity", "unseen", 2),
         ("the target in the batch gain N.", CELL, "validation_mixing", "unseen", 2),
         ("`update_on ahead`) gains N for as", CELL, "domain_mean_ahead", "unseen", 2),
@@ -123,6 +124,8 @@ def test_the_work_is_the_recorded_one(found: Comparison) -> None:
     assert (
         _number("nats per token for N % more FLOPs") == f"{_work(found, 'dwm_ahead') - 1:.0%}"[:-1]
     )
+    own = f"{_work(found, 'dwm_own_ahead') - 1:.0%}"[:-1]
+    assert _number("such an encoder gains 0.17 for N % more") == own
     assert _number("cost N times the FLOPs; plain") == f"{_work(found, 'rater_half'):.1f}"
 
 
@@ -158,6 +161,9 @@ def test_what_is_left_at_equal_work(found: Comparison) -> None:
     gain = _change(found, CELL, "dwm_ahead", "unseen")
     assert features is not None and own is not None
     assert features.mean < gain.mean / 2 and own.low <= 0 <= own.high
+    cheap = found.change_at_equal_work(CELL, "dwm_own_ahead", group)
+    assert cheap is not None and cheap.high < 0
+    assert f"{-cheap.mean:.2f}" == _number("FLOPs, and N at equal FLOPs.")
     chosen = found.change_at_equal_work(CELL, "rater_half", group)
     assert chosen is not None and chosen.low > 0, "plain training ends lower"
     assert f"{chosen.mean:.2f}" == _number("plain training with that many ends N lower.")
