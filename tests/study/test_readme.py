@@ -62,6 +62,7 @@ def _number(words: str) -> str:
         ("the target in the batch gain N.", CELL, "validation_mixing", "unseen", 2),
         ("`update_on ahead`) gains N for as", CELL, "domain_mean_ahead", "unseen", 2),
         ("weighting model of a first run chooses gains N,", CELL, "rater_half", "unseen", 2),
+        ("A third as many gain N. At 2.5M", LARGER, "validation_mixing_low", "unseen", 2),
         ("three seeds, learned weights gain N,", LARGER, "dwm_ahead", "unseen", 2),
         ("learned weights gain 0.15, similarity N,", LARGER, "similarity", "unseen", 2),
         ("weighting model of a 0.16M run N; passages", LARGER, "dwm_transferred", "unseen", 2),
