@@ -164,10 +164,11 @@ def _require_vocabulary(directory: Path, shape: LlamaShape, pool: Pool) -> None:
     if file is None:
         return
     tokenizer = open_tokenizer(file)
-    trained = _recorded_digest(file) if is_export else tokenizer.sha256
-    if trained not in (None, sha256) or tokenizer.vocab_size != size:
+    recorded = _recorded_digest(file) if is_export else tokenizer.sha256
+    fits = recorded is None or sha256 in (recorded, tokenizer.sha256)
+    if not fits or tokenizer.vocab_size != size:
         raise UserError(
-            f"{_OPTION} {directory}: its tokenizer is {(trained or tokenizer.sha256)[:12]} of "
+            f"{_OPTION} {directory}: its tokenizer is {(recorded or tokenizer.sha256)[:12]} of "
             f"{tokenizer.vocab_size} pieces, but {made_with} pieces, {sha256[:12]}; give a model "
             "with the data's tokenizer"
         )

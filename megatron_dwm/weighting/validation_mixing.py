@@ -1,7 +1,7 @@
 """A baseline: train on the target's own passages, all weights equal (METHOD.md, section 6).
 
 In every batch, passages of the target replace some samples of the corpus. Where the target's text
-may be trained on, and no passage is read more than some ten times, it comes before learned weights
+may be trained on, try it before learned weights, with passages that are read some ten times each
 (docs/when_not.md has the numbers).
 """
 

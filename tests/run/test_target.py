@@ -178,12 +178,13 @@ def test_passages_that_are_trained_on_many_times_are_said(
     mixing = [*corpus.arguments(), "--policy.name", "validation_mixing"]
     mixing += ["--policy.mix_fraction", "0.25", "--validation.path", str(file)]
     mixing += ["--validation.loss_on", "last_word"]
-    many, few = (
+    most, many, few = (
         server.succeed(tmp_path / steps, [*mixing, "--training.steps", steps]).text
-        for steps in ("20", "19")
+        for steps in ("40", "20", "19")
     )
     said = f"each of the 2 rows of {file} (validation.path) 20 times in 20 steps"
     assert many.count(said) == 1 and "each of the 2 rows" not in few
     assert "lower policy.mix_fraction to 0.125," in many, (
         "one row in a batch of eight: ten readings"
     )
+    assert "; add passages, or" in most, "one row in a batch would be read twenty times"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -88,12 +89,25 @@ def test_a_loss_above_a_guess_is_said(
     assert f"nats a token, a guess's is {math.log(600):.3g}" in done.stderr
 
 
+def test_an_export_fits_data_of_its_tokenizer_and_of_training_s(
+    short: Corpus, export: Path, run: Run, tmp_path: Path
+) -> None:
+    """The export spells training's SentencePiece model anew, with another digest."""
+    own = sha256((export / "tokenizer.json").read_bytes()).hexdigest()
+    for digest in (own, sha256(Path(short.tokenizer).read_bytes()).hexdigest()):
+        facts = {"tokenizer_sha256": digest, "vocab_size": "512"}
+        write_dataset(tmp_path / digest, [[[1, 2, 511]], [[4, 5]]], {}, facts=facts)
+        columns = ("--input", tmp_path / digest, "--columns", "loss", "--model", export)
+        done = run("score_data.py", *columns)
+        assert done.returncode == 0, done.stderr
+
+
 def test_mistakes(checkpoint: Path, export: Path, run: Run, tmp_path: Path) -> None:
     documents = [[[1, 2, 599]], [[4, 5]]]
     facts = {"tokenizer_sha256": "f" * 64}
     write_dataset(tmp_path / "d", documents, {})
     write_dataset(tmp_path / "other", documents, {}, facts={**facts, "vocab_size": "512"})
-    same_size = {**facts, "vocab_size": "600"}
+    same_size = {**facts, "vocab_size": "512"}
     write_dataset(tmp_path / "same_size", documents, {}, facts=same_size)
     write_dataset(tmp_path / "larger", documents, {}, facts={**facts, "vocab_size": "900"})
     write_dataset(tmp_path / "ids", [[[1, 2, 600]]], {})
